@@ -1,0 +1,135 @@
+"""DP-SGD (Abadi et al., 2016, https://arxiv.org/abs/1607.00133) by Opacus, on the adapter alone.
+
+Each step takes every example with probability `q = batch_size / n`, and with `g_i` the gradient of
+example i over all trained tensors together
+
+    w <- w - lr / batch_size * (sum_i g_i * min(1, C / ||g_i||) + N(0, (sigma C)^2 I))
+
+The batch may be empty: the noise is added all the same. Large batches pass through the model in
+micro-batches, which changes nothing in the sum.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fedlora.adapter import Adapter, Update
+from fedlora.client import Client, Rng, Settings, moved, pull_towards
+from fedlora.data import Partition
+from fedlora.errors import ContractError, SettingError
+from fedlora.privacy import Event
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedlora.task import Task
+
+
+class DPSGD(Client):
+    """Clips each example, noises the sum; weighs all clients alike, so that no count leaves."""
+
+    private = True
+
+    def __init__(self) -> None:
+        self._hooks: Any = None
+        self._hooked: tuple[int, tuple[str, ...]] = (0, ())
+
+    def spends(self, num_examples: int, settings: Settings) -> Event:
+        """`local_steps` steps at `batch_size / n`."""
+        if settings.noise_multiplier is None or settings.clip_norm is None:
+            raise ContractError("dp_sgd was given no noise multiplier or clip norm")
+        return Event(
+            noise_multiplier=settings.noise_multiplier,
+            sample_rate=settings.batch_size / num_examples,
+            steps=settings.local_steps,
+            clip_norm=settings.clip_norm,
+        )
+
+    def fit(self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng) -> Update:
+        """Train; the training loss stays here unless `share_metrics` lets it out."""
+        import torch
+        from opacus.optimizers import DPOptimizer
+
+        event = self.spends(len(partition), settings)
+        parameters = task.begin(adapter, settings.train)
+        self._hook(task, settings.train)
+        received = [p.detach().clone() for p in parameters]
+        optimizer = DPOptimizer(
+            torch.optim.SGD(parameters, lr=settings.lr),
+            noise_multiplier=event.noise_multiplier,
+            max_grad_norm=event.clip_norm,
+            expected_batch_size=settings.batch_size,
+            generator=rng.torch("noise", task.device),
+        )
+        batches = rng("batches")
+        loss_sum, taken = torch.zeros((), device=task.device), 0
+        for step in range(settings.local_steps):
+            rows = partition.rows[batches.random(len(partition)) < event.sample_rate]
+            count = -(-len(rows) // settings.micro_batch_size)
+            for i, (batch, _) in enumerate(
+                task.micro_batches(partition.examples, rows, settings.micro_batch_size)
+            ):
+                optimizer.zero_grad(set_to_none=True)
+                with task.autocast():
+                    loss = task.losses(batch).sum()
+                loss.backward()  # type: ignore[no-untyped-call]
+                loss_sum += loss.detach()
+                _make_safe(parameters)
+                if i < count - 1:
+                    optimizer.signal_skip_step()
+                    optimizer.step()
+            if not len(rows):
+                optimizer.zero_grad(set_to_none=True)
+                for parameter in parameters:
+                    parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]
+            if optimizer.pre_step():
+                pull_towards(parameters, received, settings.config)  # looks at no example: costs no privacy
+                optimizer.original_optimizer.step()
+            taken += len(rows)
+            if step == 0:
+                moved(parameters, received, each=True)
+        optimizer.zero_grad(set_to_none=True)
+        shared = settings.share_metrics
+        return Update(
+            adapter=task.read(settings.send),
+            weight=float(len(partition)) if shared else 1.0,
+            clients=(partition.client,),
+            metrics={"train_loss": float(loss_sum) / max(taken, 1)} if shared else {},
+        )
+
+    def _hook(self, task: "Task", train: tuple[str, ...]) -> None:
+        """Opacus's per-example gradients on the trained layers; kept while the same tensors train."""
+        from opacus.grad_sample.grad_sample_module import GradSampleHooks
+        from torch.nn.modules.batchnorm import _BatchNorm
+
+        if self._hooked == (id(task), train):
+            return
+        if self._hooks is not None:
+            self._hooks.remove_hooks()
+        for name, module in task.model.named_modules():
+            if isinstance(module, _BatchNorm):
+                raise SettingError(
+                    "model.base",
+                    f"{name} normalises over the batch, so examples are not apart; DP-SGD cannot use it",
+                )
+        # Not strict: Opacus refuses any buffer, also the position ids of a frozen encoder.
+        self._hooks = GradSampleHooks(task.model, strict=False, loss_reduction="sum")
+        self._hooked = (id(task), train)
+
+
+def _make_safe(parameters: "list[torch.Tensor]") -> None:
+    """Per-example gradients in float32, so that norms are exact, and without examples that overflowed.
+
+    An example whose gradient is not finite is left out of the sum; the noise is not.
+    """
+    import torch
+
+    samples = []
+    for parameter in parameters:
+        sample = getattr(parameter, "grad_sample", None)
+        if not isinstance(sample, torch.Tensor):
+            raise ContractError("a trained tensor has no per-example gradient: it took no part in the loss")
+        samples.append(sample.float())  # (examples, *shape)
+    finite = torch.stack([torch.isfinite(s.flatten(1).sum(1)) for s in samples]).all(0)  # (examples,)
+    for parameter, sample in zip(parameters, samples, strict=True):
+        if not bool(finite.all()):
+            sample[~finite] = 0.0
+        parameter.grad_sample = sample  # type: ignore[attr-defined]

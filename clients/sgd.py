@@ -1,0 +1,47 @@
+"""Plain local SGD (McMahan et al., 2017, https://arxiv.org/abs/1602.05629): no clipping, no noise, no privacy."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedlora.adapter import Adapter, Update
+from fedlora.client import Client, Rng, Settings, moved, pull_towards
+from fedlora.data import Partition
+
+if TYPE_CHECKING:
+    from fedlora.task import Task
+
+
+class SGD(Client):
+    """`local_steps` of SGD over shuffled passes; weighs by its number of examples."""
+
+    def fit(self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng) -> Update:
+        """Train; `train_loss` is the mean loss of an example over all steps."""
+        import torch
+
+        parameters = task.begin(adapter, settings.train)
+        received = [p.detach().clone() for p in parameters]
+        optimizer = torch.optim.SGD(parameters, lr=settings.lr)
+        batches, size = rng("batches"), min(settings.batch_size, len(partition))
+        waiting = np.empty(0, np.int64)
+        loss_sum = torch.zeros((), device=task.device)
+        for step in range(settings.local_steps):
+            if len(waiting) < size:
+                waiting = np.concatenate([waiting, batches.permutation(partition.rows)])
+            rows, waiting = waiting[:size], waiting[size:]
+            optimizer.zero_grad()
+            for batch, _ in task.micro_batches(partition.examples, rows, settings.micro_batch_size):
+                with task.autocast():
+                    loss = task.losses(batch).sum() / size
+                loss.backward()  # type: ignore[no-untyped-call]
+                loss_sum += loss.detach()
+            pull_towards(parameters, received, settings.config)
+            optimizer.step()
+            if step == 0:
+                moved(parameters, received, each=False)
+        return Update(
+            adapter=task.read(settings.send),
+            weight=float(len(partition)),
+            clients=(partition.client,),
+            metrics={"train_loss": float(loss_sum) / settings.local_steps},
+        )

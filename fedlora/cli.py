@@ -1,0 +1,126 @@
+"""The command line: parse, call, print. One line for each mistake of the user, exit code 2."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    from fedlora.errors import FedloraError, UserError
+
+    sys.path[:0] = [p for p in ("",) if p not in sys.path]  # one's own strategies and clients are found here
+    try:
+        code: int = arguments.command(arguments)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except FedloraError as error:
+        print(f"fedlora: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedlora",
+        description="Fine-tune language models with low-rank adapters across clients that never share their "
+        "data, under differential privacy, and say what that costs.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    simulate = commands.add_parser("simulate", help="run a scenario on this machine or a Ray cluster")
+    _scenario(simulate)
+    simulate.add_argument("--out", metavar="DIR", help="run folder (default: runs/<name>-<hash>)")
+    simulate.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
+    simulate.add_argument("--engine", choices=["inline", "ray"], help="where clients run (default: as it pays)")
+    simulate.add_argument("--ray-address", metavar="A", help="join a running Ray cluster")
+    simulate.set_defaults(command=_simulate)
+
+    check = commands.add_parser("check", help="report everything that is wrong with a scenario")
+    _scenario(check)
+    check.set_defaults(command=_check)
+
+    listing = commands.add_parser("list", help="strategies, clients, datasets and scenarios, a line each")
+    listing.add_argument("what", nargs="?", choices=["strategies", "clients", "datasets", "scenarios"])
+    listing.set_defaults(command=_list)
+    return parser
+
+
+def _scenario(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("scenario", metavar="SCENARIO", help="a YAML file, or the name of one that ships here")
+    parser.add_argument(
+        "--set", metavar="a.b=v", action="append", default=[], dest="overrides", help="override a setting"
+    )
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"fedlora {version('fedlora')}")
+        parser.exit()
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from fedlora import scenario
+    from fedlora.report.console import Live, summary_lines
+
+    overrides = list(arguments.overrides)
+    if arguments.engine:
+        overrides.append(f"engine.kind={arguments.engine}")
+    loaded = scenario.load(arguments.scenario, overrides)
+    with Live() as display:
+        from fedlora.simulation import simulate
+
+        run = simulate(
+            loaded,
+            out=arguments.out,
+            resume=arguments.resume,
+            ray_address=arguments.ray_address,
+            display=display,
+        )
+    print("\n".join(summary_lines(run.folder, run.summary)))
+    return 130 if str(run.summary.get("stopped", "")).startswith("interrupted") else 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from fedlora import client, scenario, strategy
+    from fedlora.errors import SettingError
+
+    loaded = scenario.load(arguments.scenario, arguments.overrides)
+    try:
+        strategy.load(loaded.strategy.use, loaded.strategy.options)
+        client.load(loaded.clients.use, loaded.clients.options)
+    except SettingError as error:
+        raise loaded.located(error) from error
+    print(f"{arguments.scenario}: fine")
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from fedlora import plugins, scenario
+
+    tables = {
+        "strategies": lambda: {n: plugins.summary("strategies", n) for n in plugins.names("strategies")},
+        "clients": lambda: {n: plugins.summary("clients", n) for n in plugins.names("clients")},
+        "datasets": lambda: scenario.DATASETS,
+        "scenarios": scenario.shipped,
+    }
+    for what in [arguments.what] if arguments.what else tables:
+        if not arguments.what:
+            print(f"{what}:")
+        for name, line in tables[what]().items():
+            print(f"  {name:<14} {line}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""The Client contract: train in a resident model, return an update."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedlora import plugins
+from fedlora.adapter import Adapter, Update
+from fedlora.data import Partition
+from fedlora.errors import ContractError, SettingError
+from fedlora.privacy import Event
+from fedlora.seeding import derive, generator
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedlora.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a client is told for one round, in plain values.
+
+    Attributes:
+        round: from 1.
+        train: names of the tensors to train.
+        send: names of the tensors to send back.
+        local_steps: optimiser steps.
+        batch_size: examples in a step; under Poisson sampling the expected number.
+        lr: learning rate.
+        micro_batch_size: examples in memory at once.
+        noise_multiplier: standard deviation of the noise over `clip_norm`; None without privacy.
+        clip_norm: L2 bound on one example's gradient; None without privacy.
+        share_metrics: whether figures computed from private examples may leave a private client.
+        config: words of the strategy to the client.
+
+    """
+
+    round: int
+    train: tuple[str, ...]
+    send: tuple[str, ...]
+    local_steps: int
+    batch_size: int
+    lr: float
+    micro_batch_size: int = 16
+    noise_multiplier: float | None = None
+    clip_norm: float | None = None
+    share_metrics: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rng:
+    """The random numbers of one client in one round, a separate stream for each purpose."""
+
+    seed: int
+    round: int
+    client: int
+
+    def __call__(self, purpose: str) -> np.random.Generator:
+        """The stream of a purpose, such as `batches`."""
+        return generator(self.seed, self.round, self.client, purpose)
+
+    def torch(self, purpose: str, device: "torch.device | str" = "cpu") -> "torch.Generator":
+        """The same for torch."""
+        import torch
+
+        made = torch.Generator(device=device)
+        return made.manual_seed(derive(self.seed, self.round, self.client, purpose))
+
+
+class Client(ABC):
+    """How a client trains. One instance serves all clients of a worker, one after another.
+
+    Nothing of one client may stay behind for the next: an instance may keep buffers, never data.
+
+    Attributes:
+        private: whether updates are clipped and noised; such a client needs a `privacy` section.
+
+    """
+
+    private: bool = False
+
+    def spends(self, num_examples: int, settings: Settings) -> Event | None:
+        """The privacy event that `fit` amounts to, known before it starts; None if it is not private."""
+        return None
+
+    @abstractmethod
+    def fit(self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng) -> Update:
+        """Train on one client's examples.
+
+        Args:
+            task: the resident model; `task.begin` makes it this client's.
+            adapter: the tensors that the server sent.
+            partition: the client's examples.
+            settings: of this round.
+            rng: the only source of randomness.
+
+        Returns:
+            The tensors named by `settings.send`, and a weight that may leave the client.
+
+        """
+
+
+def load(use: str, options: Mapping[str, Any]) -> Client:
+    """The client class that a scenario names, with its options.
+
+    Raises:
+        SettingError: the name or an option is wrong.
+
+    """
+    cls = plugins.find("clients", use)
+    if not issubclass(cls, Client):
+        raise SettingError("clients.use", f"{use} is no fedlora.Client")
+    client: Client = plugins.build(cls, options, "clients")
+    return client
+
+
+def pull_towards(
+    parameters: "list[torch.Tensor]", received: "list[torch.Tensor]", config: Mapping[str, Any]
+) -> None:
+    """Add the gradient of `proximal-mu / 2 * ||w - w_received||^2` (FedProx), if the strategy asks for it."""
+    if mu := float(config.get("proximal-mu", 0.0)):
+        for parameter, start in zip(parameters, received, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.add_(parameter.detach() - start, alpha=mu)
+
+
+def moved(parameters: "list[torch.Tensor]", received: "list[torch.Tensor]", each: bool) -> None:
+    """Make sure that a step changed something: a detached copy trains silently into nothing.
+
+    Args:
+        parameters: after the step.
+        received: before it.
+        each: whether every tensor must have changed, as under noise, or at least one.
+
+    Raises:
+        ContractError: it did not.
+
+    """
+    quantifier: Callable[..., bool] = all if each else any
+    if not quantifier(bool((p.detach() != s).any()) for p, s in zip(parameters, received, strict=True)):
+        raise ContractError("a step left the trained tensors as they were: they are not the model's own")

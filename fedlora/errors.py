@@ -1,0 +1,59 @@
+"""Every exception that fedlora raises on purpose.
+
+FedloraError
+├── UserError            the input is wrong; one line for each problem, exit code 2
+│   ├── ScenarioError    a scenario file or an override is wrong
+│   └── SettingError     a setting names something that does not fit the data or the model
+├── RoundError           a round ended with too few replies
+└── ContractError        a strategy or a client broke its contract
+"""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class FedloraError(Exception):
+    """Base of all errors that fedlora raises on purpose."""
+
+
+class UserError(FedloraError):
+    """Something the user gave is wrong; each line says where, what, and what to write instead."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+        self.lines: Sequence[str] = lines
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+class ScenarioError(UserError):
+    """A scenario, or an override of it, does not describe a run."""
+
+
+class SettingError(UserError):
+    """The value of one scenario key does not work with what it meets; `key` is its dotted path.
+
+    Raised where the file and line are not known; whoever holds the scenario adds them
+    (`Scenario.located`).
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(f"{key}: {message}")
+        self.args = (key, message)  # what unpickling calls the class with
+        self.key, self.message = key, message
+
+
+class RoundError(FedloraError):
+    """Too few clients of a round replied for it to mean anything."""
+
+
+class ContractError(FedloraError):
+    """A strategy or a client did something that its contract rules out."""
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """What to write instead of `word`: the nearest known name, else the list of all of them."""
+    names = sorted(known)
+    near = get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"

@@ -1,0 +1,124 @@
+"""The append-only records of a run folder: `privacy.jsonl`, `clients.jsonl` and `metrics.jsonl`.
+
+Privacy events are flushed to disk before what they bought is used. Epsilon follows from
+`privacy.jsonl` alone: `replay` reads it back.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora.errors import UserError
+from fedlora.privacy import Event, epsilon
+
+MECHANISM = "poisson_subsampled_gaussian"
+NEIGHBOURS = "add_or_remove_one"
+
+
+class Ledger:
+    """What was spent and sent, as it happens.
+
+    Attributes:
+        events: the privacy events so far, by client.
+
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.events: dict[int, list[Event]] = {}
+        self._last_round = 0
+        if (file := folder / "privacy.jsonl").exists():
+            self.events = replay(file)
+            self._last_round = max((int(line["round"]) for line in read(file)), default=0)
+
+    def spend(self, round: int, events: Mapping[int, Event], **guarantee: Any) -> None:
+        """Record what clients spent in a round, and wait until it is on disk."""
+        for client, event in events.items():
+            self.events.setdefault(client, []).append(event)
+        self._last_round = max(self._last_round, round)
+        terms = {**guarantee, "mechanism": MECHANISM, "neighbours": NEIGHBOURS}
+        lines = [{"round": round, "client": c, **e.to_json(), **terms} for c, e in events.items()]
+        _append(self.folder / "privacy.jsonl", lines, sync=True)
+
+    def clients(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """A line per client and round."""
+        _append(self.folder / "clients.jsonl", lines)
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        """A line per round."""
+        _append(self.folder / "metrics.jsonl", [line])
+
+    @property
+    def last_round(self) -> int:
+        """The last round in which anybody spent; 0 before the first."""
+        return self._last_round
+
+    def forget_after(self, round: int) -> None:
+        """Drop the measurements of rounds after `round`, which are about to run again; never what was spent."""
+        for name in ("clients.jsonl", "metrics.jsonl"):
+            if (file := self.folder / name).exists():
+                kept = [line for line in read(file) if line["round"] <= round]
+                part = file.with_suffix(".part")
+                part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+                part.replace(file)
+
+    def spent(self, round: int) -> set[int]:
+        """Clients whose spend in a round is on record."""
+        file = self.folder / "privacy.jsonl"
+        return {line["client"] for line in read(file) if line["round"] == round} if file.exists() else set()
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The lines of a record.
+
+    Raises:
+        UserError: a line is not whole.
+
+    """
+    lines = []
+    for number, text in enumerate(file.read_text().splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: not a line of JSON; the record is damaged") from error
+        if not isinstance(line, dict):
+            raise UserError(f"{file}:{number}: not a JSON object; the record is damaged")
+        lines.append(line)
+    return lines
+
+
+def replay(file: Path) -> dict[int, list[Event]]:
+    """The privacy events of every client, from `privacy.jsonl` alone.
+
+    Raises:
+        UserError: a line is damaged or of another mechanism.
+
+    """
+    events: dict[int, list[Event]] = {}
+    for number, line in enumerate(read(file), 1):
+        if line.get("mechanism") != MECHANISM or line.get("neighbours") != NEIGHBOURS:
+            raise UserError(f"{file}:{number}: an event of another mechanism; it cannot be accounted for here")
+        try:
+            events.setdefault(int(line["client"]), []).append(Event.from_json(line))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{file}:{number}: lacks or garbles {error}; the record is damaged") from error
+    return events
+
+
+def epsilon_of(file: Path) -> float:
+    """The largest epsilon over clients, from `privacy.jsonl` alone; 0 where nothing was spent."""
+    lines = read(file)
+    if not lines:
+        return 0.0
+    delta, accountant = lines[0]["delta"], lines[0]["accountant"]
+    return max(epsilon(events, delta, accountant) for events in replay(file).values())
+
+
+def _append(file: Path, lines: Iterable[Mapping[str, Any]], sync: bool = False) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write("".join(json.dumps(line) + "\n" for line in lines))
+        stream.flush()
+        if sync:
+            os.fsync(stream.fileno())

@@ -1,0 +1,93 @@
+"""Strategies and clients arrive by name: `ffa_lora`, or `package.module:Class` from anywhere."""
+
+import ast
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from fedlora.errors import SettingError, suggestion
+
+Kind = Literal["strategies", "clients"]
+
+
+def names(kind: Kind) -> list[str]:
+    """The built-in names of a kind: one per module of `fedlora.strategies` or `fedlora.clients`."""
+    folder = Path(__file__).parent / kind
+    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
+
+
+def summary(kind: Kind, name: str) -> str:
+    """The first line of a built-in's class docstring, read from its file without importing it."""
+    module = ast.parse((Path(__file__).parent / kind / f"{name}.py").read_text(encoding="utf-8"))
+    for node in module.body:
+        if isinstance(node, ast.ClassDef) and (text := ast.get_docstring(node)):
+            return text.splitlines()[0]
+    return ""
+
+
+def problem(kind: Kind, use: str) -> str | None:
+    """What is wrong with a name, or None; looks at files only and imports nothing."""
+    if ":" in use:
+        module, _, cls = use.partition(":")
+        if module and cls.isidentifier() and all(part.isidentifier() for part in module.split(".")):
+            return None
+        return f"{use!r} should read 'package.module:Class'"
+    if use in names(kind):
+        return None
+    what = "strategy" if kind == "strategies" else "client"
+    return f"unknown {what} {use!r}: {suggestion(use, names(kind))}; or 'module:Class' for one of your own"
+
+
+def find(kind: Kind, use: str) -> type[Any]:
+    """The class behind a name.
+
+    A built-in module holds one public class of its own; that is the one.
+
+    Raises:
+        SettingError: nothing importable has that name.
+
+    """
+    key = f"{'strategy' if kind == 'strategies' else 'clients'}.use"
+    if wrong := problem(kind, use):
+        raise SettingError(key, wrong)
+    if ":" not in use:
+        module = importlib.import_module(f"fedlora.{kind}.{use}")
+        return next(_classes(module))
+    path, _, name = use.partition(":")
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise SettingError(key, f"cannot import {path!r} ({error}); is its folder on PYTHONPATH?") from error
+    if not isinstance(found := getattr(module, name, None), type):
+        known = [n for n, v in vars(module).items() if isinstance(v, type)]
+        raise SettingError(key, f"module {path!r} has no class {name!r}: {suggestion(name, known)}")
+    return found
+
+
+def build(cls: type[Any], options: Mapping[str, Any], section: str) -> Any:
+    """An instance of a plug-in with its options checked by name.
+
+    Raises:
+        SettingError: an option is unknown, or the class refuses its value.
+
+    """
+    if dataclasses.is_dataclass(cls):
+        known = [f.name for f in dataclasses.fields(cls) if f.init]
+        for name in options:
+            if name not in known:
+                hint = suggestion(name, known) if known else "it takes none"
+                raise SettingError(f"{section}.{name}", f"{cls.__name__} has no option {name!r}: {hint}")
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        at = next((f"{section}.{name}" for name in options if name in str(error)), f"{section}.use")
+        raise SettingError(at, f"{cls.__name__} refuses {dict(options)}: {error}") from error
+
+
+def _classes(module: Any) -> Iterator[type[Any]]:
+    for name, value in vars(module).items():
+        if isinstance(value, type) and value.__module__ == module.__name__ and not name.startswith("_"):
+            yield value

@@ -1,0 +1,117 @@
+"""The live display of a run: an aligned line for each round on a terminal, nothing elsewhere."""
+
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from fedlora.scenario import Scenario
+
+
+def size(count: float) -> str:
+    """A number of bytes as people read it."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+
+
+def span(seconds: float) -> str:
+    """A duration as people read it."""
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02d}"
+
+
+class Live:
+    """Progress on a terminal; silent where the output is no terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.shown = self.console.is_terminal
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._metric, self._rounds, self._done, self._began = "accuracy", 0, 0, 0.0
+
+    def __enter__(self) -> Self:
+        if self.shown:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TimeElapsedColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("starting", total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def stage(self, what: str) -> None:
+        """Something that takes a while has begun."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=what)
+
+    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
+        """Print the head of the table."""
+        self._metric, self._rounds, self._done, self._began = metric, scenario.rounds, done, time.monotonic()
+        if self._bar is None:
+            return
+        private = scenario.clients.use if scenario.privacy is None else f"{scenario.clients.use}, private"
+        self._bar.console.print(
+            f"[bold]{scenario.name}[/]  {scenario.strategy.use}, {private}, "
+            f"{scenario.clients.cohort_size} of {scenario.clients.total} clients a round, seed {scenario.seed}"
+        )
+        head = f"{'round':>9} {'clients':>8} {metric:>11} {'loss':>8} {'up':>10} {'down':>10}"
+        self._bar.console.print(f"[dim]{head} {'epsilon':>8} {'seconds':>8} {'left':>6}[/]")
+        self._bar.update(self._task, description="training", total=scenario.rounds, completed=done)
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """Print a row of the table."""
+        if self._bar is None:
+            return
+        finished = line["round"]
+        each = (time.monotonic() - self._began) / max(finished - self._done, 1)
+        loss = line["loss"] if line["loss"] is not None else line["train_loss"]
+        failed = f"-{line['failures']}" if line["failures"] else ""
+        cells = [
+            f"{finished}/{self._rounds}".rjust(9),
+            f"{line['clients']}{failed}".rjust(8),
+            _figure(line[self._metric], 11),
+            _figure(loss, 8),
+            size(line["bytes_up"]).rjust(10),
+            size(line["bytes_down"]).rjust(10),
+            _figure(line["epsilon"], 8, 3),
+            f"{line['seconds']:.1f}".rjust(8),
+            span(each * (self._rounds - finished)).rjust(6),
+        ]
+        self._bar.console.print(" ".join(cells), highlight=False)
+        self._bar.update(self._task, completed=finished)
+
+
+def _figure(value: float | None, width: int, digits: int = 4) -> str:
+    return ("-" if value is None else f"{value:.{digits}f}").rjust(width)
+
+
+def summary_lines(folder: object, summary: Mapping[str, Any]) -> list[str]:
+    """What is printed at the end of a run, terminal or not."""
+    metric = next(k for k in ("accuracy", "perplexity") if k in summary)
+    value = "not measured" if summary[metric] is None else f"{summary[metric]:.4f}"
+    lines = [
+        f"{summary['scenario']}: {metric} {value} on {summary['test_examples']:,} test examples "
+        f"after {summary['rounds']} rounds of {summary['strategy']} in {span(summary['seconds'])}",
+        f"  sent up {size(summary['bytes_up_total'])} (head {size(summary['bytes_up_head'])}), "
+        f"down {size(summary['bytes_down_total'])}; client failures {summary['failures']}",
+        f"  privacy  {summary['privacy']}",
+        f"  folder   {folder}",
+        f"  adapter  {folder}/adapter",
+    ]
+    if "stopped" in summary:
+        lines.insert(1, f"  stopped  {summary['stopped']}; go on with --resume")
+    return lines

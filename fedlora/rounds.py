@@ -1,0 +1,199 @@
+"""The round loop: sample, send, collect, account, aggregate, evaluate, record, save."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlora import checkpoint, wire
+from fedlora.adapter import Adapter
+from fedlora.checkpoint import Checkpoint
+from fedlora.client import Client
+from fedlora.data import Dataset
+from fedlora.engine import Engine, Replies
+from fedlora.engine.worker import Setter
+from fedlora.errors import ContractError, RoundError
+from fedlora.ledger import Ledger
+from fedlora.privacy import epsilon
+from fedlora.scenario import Scenario
+from fedlora.seeding import generator
+from fedlora.strategy import Strategy
+
+Line = dict[str, Any]
+
+
+@dataclass
+class Progress:
+    """How far a run is; what a checkpoint keeps."""
+
+    round: int
+    adapter: Adapter
+    bytes_up: int = 0
+    bytes_up_head: int = 0
+    bytes_down: int = 0
+    failures: int = 0
+    trained: int = 0  # clients that trained, over all rounds
+    seconds: float = 0.0
+    last: Line = field(default_factory=dict)  # the last loss and metric measured
+
+    def words(self) -> dict[str, Any]:
+        """All but the tensors."""
+        return {k: v for k, v in vars(self).items() if k not in ("round", "adapter")}
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """Everything that a round touches."""
+
+    scenario: Scenario
+    strategy: Strategy
+    client: Client
+    engine: Engine
+    data: Dataset
+    ledger: Ledger
+    settings: Setter
+    folder: Path
+    on_round: Callable[[Line], None]
+
+    def run(self, now: Progress) -> Progress:
+        """Rounds until the last, or until nobody may go on.
+
+        Raises:
+            RoundError: no client of a round replied.
+
+        """
+        for round in range(now.round + 1, self.scenario.rounds + 1):
+            began = time.perf_counter()
+            instruction = self.strategy.instruct(round, now.adapter)
+            cohort, resting = self._within_budget(self._draw(round), instruction)
+            if not cohort:
+                now.last["stopped"] = f"after round {round - 1}: another would pass every client's epsilon"
+                break
+            replies = self.engine.train(instruction, cohort, self.strategy.partial_sums)
+            self._spend(round, replies)
+            if not replies.updates:
+                raise RoundError(f"round {round}: all {len(cohort)} clients failed; {_first_error(replies)}")
+            before = {name: now.adapter[name] for name in self.strategy.federates(self.strategy.layout)}
+            after = {**before, **self.strategy.aggregate(before, replies.updates)}
+            self._check(before, after)
+            now.adapter = {**now.adapter, **after}
+            figures: Line = {"loss": None, self.engine.description.metric: None}
+            if round % self.scenario.eval_every == 0 or round == self.scenario.rounds:
+                figures = dict(self.engine.evaluate(now.adapter))
+                now.last.update(figures)
+            extra = self.strategy.diagnose(before, replies.updates, after)
+            self._record(round, replies, {**figures, **extra, "resting": resting}, now, began)
+        return now
+
+    def _draw(self, round: int) -> list[int]:
+        """The cohort, ascending: from the seed and the round alone."""
+        told = self.scenario.clients
+        chosen = generator(self.scenario.seed, round, "cohort").choice(
+            told.total, size=told.cohort_size, replace=False
+        )
+        return [int(c) for c in np.sort(chosen)]
+
+    def _within_budget(self, cohort: Sequence[int], instruction: Any) -> tuple[list[int], int]:
+        """Those whose epsilon stays within the budget if they train once more, and how many do not."""
+        privacy = self.scenario.privacy
+        if privacy is None or privacy.epsilon is None:
+            return list(cohort), 0
+        allowed = []
+        for client in cohort:
+            held = self.data.num_examples(client)
+            next_event = self.client.spends(held, self.settings(instruction, held))
+            events = [*self.ledger.events.get(client, []), *([next_event] if next_event else [])]
+            if epsilon(events, privacy.delta, privacy.accountant) <= privacy.epsilon * (1 + 1e-9):
+                allowed.append(client)
+        return allowed, len(cohort) - len(allowed)
+
+    def _spend(self, round: int, replies: Replies) -> None:
+        """Put the spend on disk before what it bought is used.
+
+        A round that is run again after an interruption draws the same noise over the same examples: it
+        gives the same updates, and costs nothing more.
+        """
+        privacy = self.scenario.privacy
+        if privacy is None:
+            return
+        known = self.ledger.spent(round) if round <= self.ledger.last_round else set()
+        events = {r.client: r.event for r in replies.reports if r.event and r.client not in known}
+        self.ledger.spend(round, events, delta=privacy.delta, unit=privacy.unit, accountant=privacy.accountant)
+
+    def _check(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        for name, tensor in after.items():
+            if name not in before or tensor.shape != before[name].shape:
+                raise ContractError(f"{type(self.strategy).__name__} gave {name} another shape, or made it up")
+            if not np.isfinite(tensor).all():
+                raise ContractError(f"{type(self.strategy).__name__} made {name} not finite; try a lower lr")
+
+    def _record(self, round: int, replies: Replies, figures: Line, now: Progress, began: float) -> None:
+        """Count, write the lines of the round, save."""
+        privacy, reports = self.scenario.privacy, replies.reports
+        spent = {
+            r.client: epsilon(self.ledger.events.get(r.client, []), privacy.delta, privacy.accountant)
+            for r in reports
+            if privacy is not None
+        }
+        failed = sum(r.error is not None for r in reports)
+        shared = [r for r in reports if "train_loss" in r.metrics]
+        up, down = sum(r.bytes_up for r in reports), sum(r.bytes_down for r in reports)
+        now.round, now.failures, now.trained = round, now.failures + failed, now.trained + len(reports) - failed
+        now.bytes_up, now.bytes_down = now.bytes_up + up, now.bytes_down + down
+        now.bytes_up_head += (len(reports) - failed) * self._head_bytes(round)
+        seconds = time.perf_counter() - began
+        now.seconds += seconds
+        loss = sum(r.metrics["train_loss"] for r in shared) / len(shared) if shared else None
+        now.last["epsilon"] = max([now.last.get("epsilon") or 0.0, *spent.values()]) if privacy else None
+        line: Line = {
+            "round": round,
+            "clients": len(reports) - failed,
+            "failures": failed,
+            **figures,
+            "train_loss": loss,
+            "bytes_up": up,
+            "bytes_down": down,
+            "epsilon": now.last["epsilon"],
+            "seconds": round_to(seconds),
+        }
+        self.ledger.clients(
+            {
+                "round": round,
+                "client": r.client,
+                "num_examples": r.num_examples,
+                "steps": r.steps,
+                "bytes_up": r.bytes_up,
+                "bytes_down": r.bytes_down,
+                "epsilon": spent.get(r.client),
+                "seconds": round_to(r.seconds),
+                "error": r.error,
+                **r.metrics,
+            }
+            for r in reports
+        )
+        self.ledger.metrics(line)
+        checkpoint.save(
+            self.folder / "checkpoint",
+            Checkpoint(round=round, adapter=now.adapter, strategy=self.strategy.state(), words=now.words()),
+        )
+        self.on_round(line)
+
+    def _head_bytes(self, round: int) -> int:
+        layout = self.strategy.layout
+        sent = set(self.strategy.trains(round, layout)) & set(self.strategy.federates(layout))
+        return wire.tensor_bytes(
+            sorted(n for n in sent if layout[n].role == "head" and layout[n].trainable), layout
+        )
+
+
+def round_to(seconds: float) -> float:
+    """Seconds as a record holds them."""
+    return round(seconds, 4)
+
+
+def _first_error(replies: Replies) -> str:
+    bad = next(r for r in replies.reports if r.error is not None)
+    return f"client {bad.client}: {bad.error}"

