@@ -29,7 +29,6 @@ class DPSGD(Client):
     private = True
 
     def __init__(self) -> None:
-        self._hooks: Any = None
         self._hooked: tuple[int, tuple[str, ...]] = (0, ())
 
     def spends(self, num_examples: int, settings: Settings) -> Event:
@@ -102,8 +101,9 @@ class DPSGD(Client):
 
         if self._hooked == (id(task), train):
             return
-        if self._hooks is not None:
-            self._hooks.remove_hooks()
+        for handle in getattr(task.model, "autograd_grad_sample_hooks", ()):  # of tensors that trained before
+            handle.remove()
+        vars(task.model).pop("autograd_grad_sample_hooks", None)
         for name, module in task.model.named_modules():
             if isinstance(module, _BatchNorm):
                 raise SettingError(
@@ -111,7 +111,7 @@ class DPSGD(Client):
                     f"{name} normalises over the batch, so examples are not apart; DP-SGD cannot use it",
                 )
         # Not strict: Opacus refuses any buffer, also the position ids of a frozen encoder.
-        self._hooks = GradSampleHooks(task.model, strict=False, loss_reduction="sum")
+        GradSampleHooks(task.model, strict=False, loss_reduction="sum")
         self._hooked = (id(task), train)
 
 

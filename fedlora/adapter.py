@@ -231,6 +231,6 @@ def aggregation_error(
 
 def _product_norm(left: Sequence[NDArray[np.float64]], right: Sequence[NDArray[np.float64]]) -> float:
     """`|| sum_i left_i right_i ||_F` for left_i (out x r) and right_i (r x in), without any out x in matrix."""
-    upper_left: NDArray[np.float64] = np.linalg.qr(np.concatenate(left, axis=1), mode="r")  # (min(out, R), R)
-    upper_right: NDArray[np.float64] = np.linalg.qr(np.concatenate(right, axis=0).T, mode="r")  # (min(in, R), R)
+    upper_left = np.linalg.qr(np.concatenate(left, axis=1)).R  # (min(out, R), R)
+    upper_right = np.linalg.qr(np.concatenate(right, axis=0).T).R  # (min(in, R), R)
     return float(np.linalg.norm(upper_left @ upper_right.T))

@@ -145,6 +145,7 @@ class Worker:
             pooler=model.pooler,
             revision=model.revision,
             device=setup.device,
+            max_length=self.scenario.data.max_length,
             precision="bf16" if setup.precision == "bf16" else "fp32",
         )
         self.settings = Setter(self.scenario, setup.noise)
