@@ -9,6 +9,7 @@ The batch may be empty: the noise is added all the same. Large batches pass thro
 micro-batches, which changes nothing in the sum.
 """
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from fedlora.adapter import Adapter, Update
@@ -28,9 +29,6 @@ class DPSGD(Client):
 
     private = True
 
-    def __init__(self) -> None:
-        self._hooked: tuple[int, tuple[str, ...]] = (0, ())
-
     def spends(self, num_examples: int, settings: Settings) -> Event:
         """`local_steps` steps at `batch_size / n`."""
         if settings.noise_multiplier is None or settings.clip_norm is None:
@@ -49,7 +47,7 @@ class DPSGD(Client):
 
         event = self.spends(len(partition), settings)
         parameters = task.begin(adapter, settings.train)
-        self._hook(task, settings.train)
+        _hook(task, settings.train)
         received = [p.detach().clone() for p in parameters]
         optimizer = DPOptimizer(
             torch.optim.SGD(parameters, lr=settings.lr),
@@ -67,10 +65,7 @@ class DPSGD(Client):
                 task.micro_batches(partition.examples, rows, settings.micro_batch_size)
             ):
                 optimizer.zero_grad(set_to_none=True)
-                with task.autocast():
-                    loss = task.losses(batch).sum()
-                loss.backward()  # type: ignore[no-untyped-call]
-                loss_sum += loss.detach()
+                loss_sum += _backward(task, batch)
                 _make_safe(parameters)
                 if i < count - 1:
                     optimizer.signal_skip_step()
@@ -94,25 +89,46 @@ class DPSGD(Client):
             metrics={"train_loss": float(loss_sum) / max(taken, 1)} if shared else {},
         )
 
-    def _hook(self, task: "Task", train: tuple[str, ...]) -> None:
-        """Opacus's per-example gradients on the trained layers; kept while the same tensors train."""
-        from opacus.grad_sample.grad_sample_module import GradSampleHooks
-        from torch.nn.modules.batchnorm import _BatchNorm
 
-        if self._hooked == (id(task), train):
-            return
-        for handle in getattr(task.model, "autograd_grad_sample_hooks", ()):  # of tensors that trained before
-            handle.remove()
-        vars(task.model).pop("autograd_grad_sample_hooks", None)
-        for name, module in task.model.named_modules():
-            if isinstance(module, _BatchNorm):
-                raise SettingError(
-                    "model.base",
-                    f"{name} normalises over the batch, so examples are not apart; DP-SGD cannot use it",
-                )
-        # Not strict: Opacus refuses any buffer, also the position ids of a frozen encoder.
-        GradSampleHooks(task.model, strict=False, loss_reduction="sum")
-        self._hooked = (id(task), train)
+def _hook(task: "Task", train: tuple[str, ...]) -> None:
+    """Opacus's per-example gradients on the layers of the trained tensors.
+
+    The hooks stay while the same tensors train. What a client that failed in the middle of a pass left
+    in them is cleared away.
+    """
+    from opacus.grad_sample.grad_sample_module import GradSampleHooks
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    for module in task.model.modules():
+        for name in ("activations", "max_batch_len"):
+            vars(module).pop(name, None)
+    for parameter in task.model.parameters():
+        if hasattr(parameter, "_forward_counter"):
+            parameter._forward_counter, parameter.grad_sample = 0, None
+            vars(parameter).pop("_current_grad_sample", None)
+    if vars(task.model).get("fedlora_hooked") == train:
+        return
+    for handle in getattr(task.model, "autograd_grad_sample_hooks", ()):  # of tensors that trained before
+        handle.remove()
+    vars(task.model).pop("autograd_grad_sample_hooks", None)
+    for name, module in task.model.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise SettingError(
+                "model.base", f"{name} normalises over the batch, so examples are not apart; DP-SGD cannot use it"
+            )
+    # Not strict: Opacus refuses any buffer, also the position ids of a frozen encoder.
+    GradSampleHooks(task.model, strict=False, loss_reduction="sum")
+    vars(task.model)["fedlora_hooked"] = train
+
+
+def _backward(task: "Task", batch: Any) -> "torch.Tensor":
+    """Leave per-example gradients on the parameters; the sum of the losses."""
+    with warnings.catch_warnings():  # a frozen A passes no gradient to the input of its B, as it should be
+        warnings.filterwarnings("ignore", "Full backward hook is firing")
+        with task.autocast():
+            loss = task.losses(batch).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
 
 
 def _make_safe(parameters: "list[torch.Tensor]") -> None:

@@ -5,6 +5,7 @@ reads. A *kind* says, in one place, what it builds and what the tensors are for;
 `role` of a slot and nothing else assumes tensors called A and B.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -131,7 +132,9 @@ class Lora:
             modules_to_save=list(heads) or None,
             task_type=task_type,
         )
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():  # peft 0.21 asks transformers 5 by an old name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            return get_peft_model(model, config)
 
     def role(self, name: str) -> str:
         """`A`, `B` or `head`."""
@@ -215,13 +218,11 @@ def aggregation_error(
     """
     weights = np.array([u.weight for u in updates])
     shares = weights / weights.sum()
+    held = [{**sent, **u.adapter} for u in updates]
     wrong = ideal = 0.0
     for name_b, name_a in pairs(layout):
-        left = [
-            p * u.adapter.get(name_b, sent[name_b]).astype(np.float64)
-            for p, u in zip(shares, updates, strict=True)
-        ]
-        right = [u.adapter.get(name_a, sent[name_a]).astype(np.float64) for u in updates]
+        left = [p * tensors[name_b].astype(np.float64) for p, tensors in zip(shares, held, strict=True)]
+        right = [tensors[name_a].astype(np.float64) for tensors in held]
         ideal += _product_norm(left, right) ** 2
         left.append(-after[name_b].astype(np.float64))
         right.append(after[name_a].astype(np.float64))

@@ -1,10 +1,8 @@
 """The worker: the resident process that holds the base model and serves clients one after another."""
 
 import hashlib
-import logging
 import os
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,9 +120,6 @@ class Worker:
 
     def __init__(self, setup: Setup) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        logging.getLogger("opacus").setLevel(logging.ERROR)
         import torch
 
         from fedlora import task

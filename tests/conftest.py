@@ -1,0 +1,128 @@
+"""What tests share: an offline world, a tiny real BERT, and scenarios small enough for a second."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", RAY_USAGE_STATS_ENABLED="0")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """No test reads or writes the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["FEDLORA_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> str:
+    """A BERT of two layers of width 32 with MiniLM's tokenizer, as a folder."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from fedlora.task import find_base
+
+    folder = tmp_path_factory.mktemp("tiny")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        shutil.copy(Path(find_base("minilm")) / name, folder / name)
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64
+    )
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory) -> str:
+    """A Llama of two layers of width 32 with MiniLM's tokenizer, as a folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fedlora.task import find_base
+
+    folder = tmp_path_factory.mktemp("tiny-lm")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        shutil.copy(Path(find_base("minilm")) / name, folder / name)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=30522,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        bos_token_id=101,
+        eos_token_id=102,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory) -> Path:
+    """A csv of 240 rows in which a word gives the label away."""
+    file = tmp_path_factory.mktemp("data") / "reviews.csv"
+    words = {"good": ("fine", "lovely", "great"), "bad": ("awful", "poor", "sad")}
+    rows = ["text,label,site"]
+    for i in range(240):
+        label = ("good", "bad")[i % 2]
+        word = words[label][i % 3]
+        rows.append(f"note {i} says the film was {word} {'indeed ' * (i % 4)}here,{label},site{i % 4}")
+    file.write_text("\n".join(rows) + "\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_yaml(tiny_base, reviews) -> str:
+    """A private scenario on the tiny base: 4 clients, 2 rounds."""
+    return f"""
+name: tiny
+seed: 3
+model: {{base: "{tiny_base}", adapter: {{kind: lora, r: 4, alpha: 8, targets: [query, value]}}}}
+data:
+  files: {{train: "{reviews}", text: text, label: label}}
+  partition: {{kind: iid}}
+  max_length: 16
+  test_share: 0.2
+clients: {{total: 4, use: dp_sgd, local_steps: 2, batch_size: 8, lr: 0.5}}
+privacy: {{epsilon: 8, delta: 1.0e-3}}
+strategy: {{use: ffa_lora}}
+rounds: 2
+engine: {{kind: inline, precision: fp32}}
+"""
+
+
+PLAIN = ("privacy=null", "clients.use=sgd")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_yaml):
+    """Makes tiny scenarios with overrides; `private=False` for plain SGD."""
+    from fedlora.scenario import parse
+
+    def make(*overrides: str, private: bool = True):
+        return parse(tiny_yaml, "tiny.yaml", [*(() if private else PLAIN), *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def build(tiny):
+    """Makes the worker of a tiny scenario."""
+    from fedlora.engine import Worker
+    from fedlora.simulation import prepare
+
+    made = {}
+
+    def worker(*overrides: str, private: bool = True):
+        key = (overrides, private)
+        if key not in made:
+            made[key] = Worker(prepare(tiny(*overrides, private=private)).setup)
+        return made[key]
+
+    return worker

@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+import torch
+
+from fedlora.client import Rng, load, moved, pull_towards
+from fedlora.errors import ContractError, SettingError
+
+
+def test_streams_differ_by_seed_round_client_and_purpose():
+    draws = [
+        Rng(*key)(purpose).random()
+        for key in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2))
+        for purpose in ("batches", "noise")
+    ]
+    assert len(set(draws)) == 8
+    assert Rng(1, 1, 1)("batches").random() == draws[0]
+    one, again = (torch.randn(3, generator=Rng(1, 1, 1).torch("noise")) for _ in range(2))
+    assert torch.equal(one, again)
+
+
+def test_pull_towards_adds_the_proximal_gradient():
+    parameter = torch.nn.Parameter(torch.tensor([3.0]))
+    parameter.grad = torch.tensor([1.0])
+    pull_towards([parameter], [torch.tensor([1.0])], {"proximal-mu": 0.5})
+    assert parameter.grad.item() == 1.0 + 0.5 * (3.0 - 1.0)
+    pull_towards([parameter], [torch.tensor([1.0])], {})
+    assert parameter.grad.item() == 2.0
+
+
+def test_a_step_that_moves_nothing_is_refused():
+    still, gone = torch.zeros(2), torch.ones(2)
+    moved([still, gone], [still, still], each=False)
+    with pytest.raises(ContractError, match="as they were"):
+        moved([still, gone], [still, still], each=True)
+    with pytest.raises(ContractError):
+        moved([still], [still.clone()], each=False)
+
+
+def test_a_class_that_is_no_client_is_refused():
+    with pytest.raises(SettingError, match="no fedlora.Client"):
+        load("collections:OrderedDict", {})
+
+
+def test_numpy_and_torch_streams_are_apart():
+    rng = Rng(0, 1, 0)
+    assert not np.isclose(rng("noise").normal(), float(torch.randn(1, generator=rng.torch("noise"))))

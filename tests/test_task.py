@@ -1,0 +1,169 @@
+import numpy as np
+import pytest
+import torch
+
+from fedlora import task
+from fedlora.adapter import Lora
+from fedlora.data import Examples, Rows
+from fedlora.errors import ContractError, SettingError
+
+LABELS = ("bad", "good")
+
+
+def load(base, kind="classification", targets=("query", "value"), **more):
+    return task.load(kind, base, Lora(4, 8, targets), labels=LABELS, seed=3, **more)
+
+
+def examples(sequences, targets):
+    offsets = np.cumsum([0, *map(len, sequences)])
+    return Examples(np.concatenate(sequences).astype(np.int32), offsets, np.array(targets, np.int64))
+
+
+@pytest.fixture(scope="module")
+def tiny_task(tiny_base):
+    return load(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def ragged():
+    rng = np.random.default_rng(0)
+    return examples([rng.integers(5, 3000, n) for n in (3, 12, 7, 5, 9, 4)], [0, 1, 1, 0, 1, 0])
+
+
+def test_the_layout_names_every_tensor_as_peft_saves_it(tiny_task, tmp_path):
+    from safetensors.numpy import load_file
+
+    tiny_task.model.save_pretrained(tmp_path, save_embedding_layers=False)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {n: t.shape for n, t in saved.items()} == {n: s.shape for n, s in tiny_task.layout.items()}
+    roles = [s.role for s in tiny_task.layout.values()]
+    assert (roles.count("A"), roles.count("B"), roles.count("head")) == (4, 4, 2)
+
+
+def test_dropout_is_off_in_training(tiny_task, ragged):
+    tiny_task.begin({}, list(tiny_task.layout))
+    batch = tiny_task.batch(ragged, np.arange(6))
+    torch.testing.assert_close(tiny_task.losses(batch), tiny_task.losses(batch), rtol=0, atol=0)
+    assert tiny_task.model.training
+
+
+def test_an_examples_loss_does_not_depend_on_its_batch(tiny_task, ragged):
+    tiny_task.begin({}, ())
+    together = tiny_task.losses(tiny_task.batch(ragged, np.arange(6)))
+    alone = torch.cat([tiny_task.losses(tiny_task.batch(ragged, np.array([i]))) for i in range(6)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_micro_batches_hold_each_row_once_and_like_lengths_together(tiny_task, ragged):
+    parts = list(tiny_task.micro_batches(ragged, np.array([5, 1, 3, 0]), 3))
+    assert [rows.tolist() for _, rows in parts] == [[0, 5, 3], [1]]
+    assert parts[0][0]["input_ids"].shape == (3, 5)
+
+
+def test_begin_leaves_nothing_of_the_client_before(tiny_task):
+    name = next(n for n, s in tiny_task.layout.items() if s.role == "B")
+    tiny_task.begin({name: np.ones(tiny_task.layout[name].shape, np.float32)}, [name])
+    assert tiny_task.read([name])[name].all()
+    (parameter,) = tiny_task.begin({}, [name])
+    assert not tiny_task.read([name])[name].any()
+    assert [p for p in tiny_task.model.parameters() if p.requires_grad] == [parameter]
+
+
+def test_write_refuses_unknown_names_and_shapes(tiny_task):
+    with pytest.raises(ContractError, match="no tensor 'x'"):
+        tiny_task.write({"x": np.zeros(1, np.float32)})
+    name = next(iter(tiny_task.layout))
+    with pytest.raises(ContractError, match="has shape"):
+        tiny_task.write({name: np.zeros((1, 1), np.float32)})
+
+
+def test_evaluation_equals_a_plain_forward_pass(tiny_task, ragged):
+    whole = tiny_task.figures(tiny_task.evaluate({}, ragged, 0, 6))
+    parts = [tiny_task.evaluate({}, ragged, a, a + 2) for a in (0, 2, 4)]
+    summed = tiny_task.figures({k: sum(p[k] for p in parts) for k in parts[0]})
+    with torch.no_grad():
+        losses = tiny_task.losses(tiny_task.batch(ragged, np.arange(6)))
+    assert whole["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert summed == pytest.approx(whole, rel=1e-6)
+
+
+def test_bf16_trains_in_half_and_evaluates_in_full(tiny_base, ragged, tiny_task):
+    half = load(tiny_base, precision="bf16")
+    parameters = half.begin({}, list(half.layout))
+    linear = half.model.base_model.model.bert.encoder.layer[0].intermediate.dense
+    assert linear.weight.dtype == torch.bfloat16
+    with half.autocast():
+        losses = half.losses(half.batch(ragged, np.arange(6)))
+    losses.sum().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in parameters)
+    assert half.evaluate({}, ragged, 0, 6) == tiny_task.evaluate({}, ragged, 0, 6)
+    assert linear.weight.dtype == torch.float32
+
+
+def test_a_frozen_head_federates_without_training(tiny_base):
+    frozen = load(tiny_base, head="frozen")
+    assert {s.trainable for s in frozen.layout.values() if s.role == "head"} == {False}
+    assert {s.trainable for s in frozen.layout.values() if s.role != "head"} == {True}
+
+
+def test_a_pooler_trains_when_asked(tiny_base):
+    assert any("pooler" in n for n in load(tiny_base, pooler="trained").layout)
+    assert not any("pooler" in n for n in load(tiny_base).layout)
+
+
+def test_a_target_that_matches_nothing_names_what_there_is(tiny_base):
+    with pytest.raises(SettingError, match=r"'q_proj' matches no linear layer .* 'query'") as caught:
+        load(tiny_base, targets=("query", "q_proj"))
+    assert caught.value.key == "model.adapter.targets"
+
+
+@pytest.mark.parametrize("what", ["missing", "config.json", "tokenizer.json", "model.safetensors"])
+def test_a_missing_or_broken_base_is_one_line(tiny_base, tmp_path, what):
+    import shutil
+
+    base = tmp_path / "base"
+    if what != "missing":
+        shutil.copytree(tiny_base, base)
+        (base / what).write_text("{ not what it should be")
+    with pytest.raises(SettingError, match=r"model\.base: cannot load the (model|tokenizer)") as caught:
+        load(str(base))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_hub_name_is_one_line():
+    with pytest.raises(SettingError, match="cannot load") as caught:
+        load("nobody-here/no-such-model")
+    assert "\n" not in str(caught.value)
+
+
+def test_causal_loss_counts_the_completion_alone(tiny_lm):
+    lm = load(tiny_lm, "causal_lm", targets=("q_proj", "v_proj"))
+    lm.begin({}, ())
+    rng = np.random.default_rng(1)
+    prompt, answer, longer = rng.integers(5, 3000, 4), rng.integers(5, 3000, 3), rng.integers(5, 3000, 9)
+    data = examples([np.concatenate([prompt, answer]), longer], [4, 0])
+    with torch.no_grad():
+        losses = lm.losses(lm.batch(data, np.arange(2)))
+        ids = torch.tensor(np.concatenate([prompt, answer]))[None]
+        log = lm.model(input_ids=ids).logits.log_softmax(-1)[0]
+    expected = -np.mean([float(log[i - 1, ids[0, i]]) for i in (4, 5, 6)])
+    assert float(losses[0]) == pytest.approx(expected, rel=1e-5)
+    sums = lm.evaluate({}, data, 0, 2)
+    assert sums["tokens"] == 3 + 8
+    assert lm.figures(sums)["perplexity"] == pytest.approx(np.exp(sums["loss"] / 11))
+
+
+def test_causal_encoding_keeps_the_end_of_a_long_prompt_and_one_scored_token(tiny_lm):
+    tokenizer = task.load_tokenizer(tiny_lm)
+    rows = Rows(["one two three four five six", "short"], ["seven eight", "nine"])
+    encoded = task.encode_causal_lm(tokenizer, rows, max_length=6)
+    for tokens, start in zip(encoded.tokens, encoded.targets, strict=True):
+        assert len(tokens) <= 6 and 0 <= start < len(tokens)
+    assert tokenizer.decode(encoded.tokens[0][encoded.targets[0] :]) == "seven eight"
+    assert tokenizer.decode(encoded.tokens[1][: encoded.targets[1]]).count("short") == 1
+
+
+def test_classification_encoding(tiny_base):
+    tokenizer = task.load_tokenizer(tiny_base)
+    encoded = task.encode_classification(tokenizer, Rows(["a b c d e f", "g"], ["good", "bad"]), LABELS, 5)
+    assert [len(t) for t in encoded.tokens] == [5, 3] and encoded.targets == [1, 0]

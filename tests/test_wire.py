@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora import wire
+from fedlora.adapter import Instruction, Slot, Update
+from fedlora.errors import ContractError
+from fedlora.privacy import Event
+
+LAYOUT = {n: Slot(n, (3, 2), "B", n) for n in "abcdefghij"}
+EVENT = Event(noise_multiplier=1.25, sample_rate=0.1, steps=3, clip_norm=1.0)
+
+
+def tensors(names, rng=None):
+    rng = rng or np.random.default_rng(0)
+    return {n: rng.normal(size=(3, 2)).astype(np.float32) for n in names}
+
+
+def over_the_wire(content: RecordDict) -> RecordDict:
+    from flwr.proto.recorddict_pb2 import RecordDict as Proto
+
+    return recorddict_from_proto(Proto.FromString(recorddict_to_proto(content).SerializeToString()))
+
+
+@given(st.sets(st.sampled_from(sorted(LAYOUT))), st.sets(st.sampled_from(sorted(LAYOUT))), st.integers(1, 9999))
+def test_an_instruction_survives_the_wire(train, down, round):
+    sent = Instruction(
+        round=round,
+        adapter=tensors(sorted(down)),
+        train=tuple(sorted(train)),
+        send=tuple(sorted(train & down)),
+        config={"proximal-mu": 0.5},
+    )
+    content = wire.pack_instruction(sent, LAYOUT)
+    got = wire.unpack_instruction(over_the_wire(content), LAYOUT)
+    assert (got.round, got.train, got.send, got.config) == (round, sent.train, sent.send, {"proximal-mu": 0.5})
+    for name, tensor in sent.adapter.items():
+        np.testing.assert_array_equal(got.adapter[name], tensor)
+    assert wire.instruction_bytes(sent, LAYOUT) == pytest.approx(
+        len(recorddict_to_proto(content).SerializeToString()), abs=6
+    )
+
+
+@pytest.mark.parametrize("event", [None, EVENT])
+@pytest.mark.parametrize("names", ["a", "abcdefghij"])
+def test_update_bytes_are_those_of_the_serialised_reply(names, event):
+    update = Update(adapter=tensors(names), weight=12.0, clients=(3,), metrics={"train_loss": 0.5})
+    size = len(recorddict_to_proto(wire.pack_update(update, event)).SerializeToString())
+    assert wire.update_bytes(update, event) == pytest.approx(size, abs=6)  # lengths are written in 1 to 5 bytes
+
+
+def test_an_update_survives_the_wire(engine_identity):
+    update = Update(adapter=tensors("ab"), weight=12.0, clients=(3,), metrics={"train_loss": 0.5})
+    ask = Message(content=RecordDict(), message_type="train", dst_node_id=4)
+    got = wire.unpack_update(Message(over_the_wire(wire.pack_update(update, EVENT)), reply_to=ask), 3)
+    assert (got.weight, got.clients, got.metrics) == (12.0, (3,), {"train_loss": 0.5})
+    np.testing.assert_array_equal(got.adapter["b"], update.adapter["b"])
+
+
+@pytest.mark.parametrize("weight", [None, 0.0, -1.0])
+def test_a_reply_without_a_positive_weight_is_refused(engine_identity, weight):
+    content = wire.pack_update(Update(adapter=tensors("a"), weight=1.0, clients=(0,)))
+    content[wire.METRICS] = MetricRecord({} if weight is None else {wire.WEIGHT: weight})
+    ask = Message(content=RecordDict(), message_type="train", dst_node_id=1)
+    with pytest.raises(ContractError, match="client 0"):
+        wire.unpack_update(Message(content, reply_to=ask), 0)
+
+
+def test_a_mask_of_another_adapter_is_refused():
+    content = wire.pack_instruction(Instruction(round=1, adapter={}, train=("a",), send=("a",)), LAYOUT)
+    with pytest.raises(ContractError, match="another adapter"):
+        wire.unpack_instruction(content, {"a": LAYOUT["a"]})
+
+
+@pytest.fixture
+def engine_identity():
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
