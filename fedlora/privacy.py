@@ -18,7 +18,9 @@ from fedlora.errors import SettingError, UserError
 Accountant = Literal["pld", "rdp"]
 
 MAX_NOISE_MULTIPLIER = 1e5  # beyond it the noise drowns anything that could be learnt
-_COARSE = 2e-3  # discretisation of the search for a noise multiplier; what it finds is checked finely
+_MIN_NOISE_MULTIPLIER = 0.01  # below it epsilon is in the thousands
+_COARSER = 8  # the width of losses in the search for a noise multiplier; what it finds is checked finely
+_POINTS = 5e4  # that one step's losses are cut into at most; a second of work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,8 @@ class Event:
     clip_norm: float
 
     def __post_init__(self) -> None:
-        fine = self.noise_multiplier > 0 and 0 < self.sample_rate <= 1 and self.clip_norm > 0
-        if not (fine and self.steps >= 0 and isinstance(self.steps, int) and math.isfinite(self.noise_multiplier)):
+        positive = all(0 < x < math.inf for x in (self.noise_multiplier, self.sample_rate, self.clip_norm))
+        if not (positive and self.sample_rate <= 1 and type(self.steps) is int and self.steps >= 0):
             raise UserError(f"not an event of the Poisson-subsampled Gaussian mechanism: {self}")
 
     def to_json(self) -> dict[str, float | int]:
@@ -68,17 +70,21 @@ def epsilon(events: Iterable[Event], delta: float, accountant: Accountant = "pld
     return _epsilon(tuple((*key, count) for key, count in sorted(steps.items())), delta, accountant)
 
 
-@lru_cache(maxsize=65536)
-def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float, accountant: Accountant) -> float:
+def _spend(
+    history: tuple[tuple[float, float, int], ...], delta: float, accountant: Accountant, coarser: int = 1
+) -> float:
     if not history:
         return 0.0
     if accountant == "rdp":
         return _rdp(history, delta)
-    total = None
+    total, interval = None, _interval(history) * coarser
     for noise_multiplier, sample_rate, steps in history:
-        part = _one_step(noise_multiplier, sample_rate, _interval(noise_multiplier)).self_compose(steps)
+        part = _one_step(noise_multiplier, sample_rate, interval).self_compose(steps)
         total = part if total is None else total.compose(part)
     return float(total.get_epsilon_for_delta(delta))  # type: ignore[union-attr]
+
+
+_epsilon = lru_cache(maxsize=65536)(_spend)
 
 
 def _rdp(history: Sequence[tuple[float, float, int]], delta: float) -> float:
@@ -91,16 +97,22 @@ def _rdp(history: Sequence[tuple[float, float, int]], delta: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
-def _interval(noise_multiplier: float) -> float:
-    """How finely privacy losses are discretised.
+def _interval(history: Sequence[tuple[float, float, int]]) -> float:
+    """How finely privacy losses are discretised: one width for all steps, else they do not compose.
 
-    Any value is sound. A step under much noise loses little, and needs a finer one to be tight: these
-    agree with ever finer ones to 0.1 %.
+    Any width is sound. It is tight to some 0.3 % when it is an eighth of what a step loses, about
+    `sample_rate / noise_multiplier`. A step under little noise may lose so much that this takes too many points.
     """
-    return 1e-4 if noise_multiplier >= 1.5 else 5e-4
+
+    def most(noise: float, rate: float) -> float:  # that one step loses, but for a chance of 1e-23
+        exponent = 10 / noise + 0.5 / noise**2
+        return math.log1p(rate * math.expm1(exponent)) if exponent < 700 else exponent
+
+    finest = min(min(rate / noise / 8 for noise, rate, _ in history), 5e-4)
+    return max(finest, max(most(noise, rate) for noise, rate, _ in history) / _POINTS)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)  # some 0.2 MB each
 def _one_step(noise_multiplier: float, sample_rate: float, interval: float) -> Any:
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
@@ -121,18 +133,12 @@ def calibrate(
     """
     from scipy.optimize import brentq
 
-    def coarse(log_noise: float) -> float:
-        noise = math.exp(log_noise)
-        if accountant == "rdp":
-            value = _rdp([(noise, sample_rate, steps)], delta)
-        else:
-            interval = min(_COARSE, 4 * _interval(noise))
-            value = _one_step.__wrapped__(noise, sample_rate, interval).self_compose(steps)
-            value = float(value.get_epsilon_for_delta(delta))
-        return math.log(max(value, 1e-12)) - math.log(target)
+    def excess(log_noise: float, coarser: int = 1) -> float:
+        spent = _spend(((math.exp(log_noise), sample_rate, steps),), delta, accountant, coarser)
+        return math.log(max(spent, 1e-12) / target)
 
     low, high = math.log(0.3), math.log(2.0)
-    while coarse(high) > 0:
+    while excess(high, _COARSER) > 0:
         low, high = high, high + math.log(4)
         if high > math.log(MAX_NOISE_MULTIPLIER):
             raise SettingError(
@@ -140,17 +146,20 @@ def calibrate(
                 f"no noise reaches epsilon {target:g} at delta {delta:g} over {steps} steps that each take "
                 f"{sample_rate:.2%} of the examples; raise it, or take fewer or smaller steps",
             )
-    while coarse(low) < 0:
+    while excess(low, _COARSER) < 0:
         low, high = low - math.log(2), low
-        if low < math.log(0.01):
-            break
-    noise = math.exp(brentq(coarse, low, high, xtol=2e-4)) if low >= math.log(0.01) else math.exp(low)
+        if low < math.log(_MIN_NOISE_MULTIPLIER):
+            return _MIN_NOISE_MULTIPLIER
+    high = brentq(excess, low, high, args=(_COARSER,), xtol=2e-4)
+    width = 4e-3
+    while excess(high - width) < 0:  # losses were cut too coarsely here, which asks for too much noise
+        width *= 4
+    if width > 4e-3:
+        high = brentq(excess, high - width, high, xtol=2e-4)
+    noise = math.exp(high)
     while True:
         noise = math.ceil(noise * 2000) / 2000 if noise < 1000 else noise  # a round number is told more easily
-        spent = epsilon(
-            [Event(noise_multiplier=noise, sample_rate=sample_rate, steps=steps, clip_norm=1.0)], delta, accountant
-        )
-        if spent <= target:
+        if _epsilon(((noise, sample_rate, steps),), delta, accountant) <= target:
             return noise
         noise *= 1.0005
 

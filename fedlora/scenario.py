@@ -314,10 +314,11 @@ class Source(NamedTuple):
 
     def where(self, path: KeyPath) -> str:
         """`file:line` of the nearest written ancestor of a key, or the `--set` that wrote it."""
-        for end in range(len(path), 0, -1):
-            head = tuple(path[:end])
-            if head in self.overrides:
+        heads = [tuple(path[:end]) for end in range(len(path), 0, -1)]
+        for head in heads:
+            if head in self.overrides:  # it replaced all that the file said beneath it
                 return f"--set {self.overrides[head]}"
+        for head in heads:
             if head in self.lines:
                 return f"{self.file}:{self.lines[head]}"
         return self.file

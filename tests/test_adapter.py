@@ -102,13 +102,19 @@ def test_aggregation_error_by_hand():
     # B_1 A_1 = 1, B_2 A_2 = 1, their mean 1; mean B = 0, so the aggregate is 0: an error of 1.
     layout = {s.name: s for s in (Slot("A", (1, 1), "A", "m"), Slot("B", (1, 1), "B", "m"))}
     one = np.ones((1, 1), np.float32)
-    updates = [Update(adapter={"A": s * one, "B": s * one}, weight=1.0, clients=(i,)) for i, s in enumerate((1, -1))]
+    updates = [
+        Update(adapter={"A": s * one, "B": s * one}, weight=1.0, clients=(i,)) for i, s in enumerate((1, -1))
+    ]
     assert aggregation_error(layout, {}, updates, {"A": 0 * one, "B": 0 * one}) == pytest.approx(1.0)
 
 
 def test_the_first_adapter_follows_from_the_seed_alone():
     kind = Lora(r=2, alpha=4, targets=("q",))
-    one, again, other = initial(kind, LAYOUT, 7), initial(kind, dict(reversed(LAYOUT.items())), 7), initial(kind, LAYOUT, 8)
+    one, again, other = (
+        initial(kind, LAYOUT, 7),
+        initial(kind, dict(reversed(LAYOUT.items())), 7),
+        initial(kind, LAYOUT, 8),
+    )
     for name in LAYOUT:
         np.testing.assert_array_equal(one[name], again[name])
     assert (one["q.lora_A.weight"] != other["q.lora_A.weight"]).all()

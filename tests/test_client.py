@@ -37,7 +37,7 @@ def test_a_step_that_moves_nothing_is_refused():
 
 
 def test_a_class_that_is_no_client_is_refused():
-    with pytest.raises(SettingError, match="no fedlora.Client"):
+    with pytest.raises(SettingError, match="is no fedlora"):
         load("collections:OrderedDict", {})
 
 

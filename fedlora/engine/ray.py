@@ -23,6 +23,19 @@ ATTEMPTS = 3  # how often a chunk is tried before its clients count as failed
 logger = logging.getLogger(__name__)
 
 
+class Resident:
+    """The actor. Its worker is built at the first call, so that what goes wrong then is told as it was raised."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.worker: Worker | None = None
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The result of a worker's method."""
+        self.worker = self.worker or Worker(self.setup)
+        return getattr(self.worker, method)(*arguments)
+
+
 class RayEngine(Engine):
     """`workers` actors, each with a resident model."""
 
@@ -65,7 +78,14 @@ class RayEngine(Engine):
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise UserError(f"cannot reach Ray at {self.address or 'this machine'}: {error}") from error
+        needs = {"CPU": self.num_workers * self.setup.threads, "GPU": self.num_workers * self.gpus_per_worker}
+        for what, need in needs.items():
+            if need > (has := ray.cluster_resources().get(what, 0)):
+                raise UserError(
+                    f"{self.num_workers} workers need {need:g} {what}s, and Ray has {has:g}: lower engine.workers"
+                )
         self.workers = [self._new_worker() for _ in range(self.num_workers)]
+        self._described = [worker.call.remote("describe") for worker in self.workers]
 
     def _new_worker(self) -> Any:
         import ray
@@ -78,7 +98,7 @@ class RayEngine(Engine):
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),  # one's own clients are found there too
         }
-        remote = ray.remote(Worker).options(
+        remote = ray.remote(Resident).options(
             num_cpus=self.setup.threads,
             num_gpus=self.gpus_per_worker,
             max_restarts=0,
@@ -88,7 +108,7 @@ class RayEngine(Engine):
 
     def start(self) -> Description:
         """Wait for the workers, and make sure that they built the same."""
-        descriptions = [self._get(worker.describe.remote()) for worker in self.workers]
+        descriptions = [self._get(reference) for reference in self._described]
         if len({d.fingerprint for d in descriptions}) != 1:
             raise FedloraError("workers drew different adapters from one seed: their torch versions differ")
         self.description = descriptions[0]
@@ -96,7 +116,7 @@ class RayEngine(Engine):
 
     def pids(self) -> list[int]:
         """The processes of the workers."""
-        return [self._get(worker.pid.remote()) for worker in self.workers]
+        return [self._get(worker.call.remote("pid")) for worker in self.workers]
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
         """Run the clients wherever a worker is free."""
@@ -128,7 +148,7 @@ class RayEngine(Engine):
         for part in parts:
             for key, value in part.items():
                 sums[key] = sums.get(key, 0.0) + value
-        figures: dict[str, float] = self._get(self.workers[0].figures.remote(sums))
+        figures: dict[str, float] = self._get(self.workers[0].call.remote("figures", sums))
         return figures
 
     def export(self, adapter: Adapter, folder: Path) -> None:
@@ -219,11 +239,10 @@ class RayEngine(Engine):
             return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, FedloraError) else error from None
-        except ray.exceptions.ActorDiedError as error:
-            cause = getattr(error, "cause", None) or error.__cause__
-            raise FedloraError(f"a worker died while it started: {str(error).splitlines()[0]}") from cause
+        except ray.exceptions.RayError as error:
+            raise FedloraError(f"a worker died while it started: {str(error).splitlines()[0]}") from error
 
 
 def _call(method: str, *arguments: Any) -> Callable[[Any], Any]:
     """A call of a worker's method, to be made on whichever worker is free."""
-    return lambda worker: getattr(worker, method).remote(*arguments)
+    return lambda worker: worker.call.remote(method, *arguments)

@@ -66,7 +66,9 @@ def test_a_step_is_the_clipped_sum_over_the_expected_batch_plus_noise(world):
     assert (norms > CLIP).any()
     clipped = (gradients * torch.clamp(CLIP / (norms + 1e-6), max=1.0)).sum(0)
     noise_of = Rng(3, 1, 0).torch("noise")
-    noise = torch.cat([torch.normal(0.0, SIGMA * CLIP, adapter[n].shape, generator=noise_of).flatten() for n in names])
+    noise = torch.cat(
+        [torch.normal(0.0, SIGMA * CLIP, adapter[n].shape, generator=noise_of).flatten() for n in names]
+    )
     start = torch.cat([torch.from_numpy(adapter[n]).flatten() for n in names])
     expected = start - LR * (clipped + noise) / BATCH
     got = torch.cat([torch.from_numpy(update.adapter[n]).flatten() for n in names])

@@ -1,0 +1,32 @@
+"""A private client that fails where it is told to, for the engine's tests."""
+
+import os
+import signal
+
+import numpy as np
+
+from fedlora.clients.dp_sgd import DPSGD
+
+
+class Faulty(DPSGD):
+    """`fail` names the client, `fault` what it does."""
+
+    def fit(self, task, adapter, partition, settings, rng):
+        update = super().fit(task, adapter, partition, settings, rng)
+        if settings.config.get("fail") != partition.client:
+            return update
+        name = next(iter(update.adapter))
+        match settings.config.get("fault", "raise"):
+            case "raise":
+                raise RuntimeError("as told")
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "nan":
+                update.adapter[name][:] = np.nan
+            case "shape":
+                update.adapter[name] = update.adapter[name][:1]
+            case "keys":
+                del update.adapter[name]
+            case "weight":
+                object.__setattr__(update, "weight", -1.0)
+        return update

@@ -1,0 +1,164 @@
+"""One contract over every engine, on a tiny real model; Ray starts once, with two workers."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
+
+from fedlora import engine as engines
+from fedlora import wire
+from fedlora.adapter import Instruction
+from fedlora.engine.base import chunks
+from fedlora.engine.inline import InlineEngine
+from fedlora.engine.ray import RayEngine
+from fedlora.simulation import prepare
+from fedlora.strategies.fedavg_lora import FedAvgLoRA
+from fedlora.strategies.ffa_lora import FFALoRA
+
+# Ray 2.55 leaves sockets and files to the garbage collector, in the driver and in what it starts.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+USE = "tests.engine.faulty:Faulty"
+
+
+@pytest.fixture(scope="module")
+def setup(tiny):
+    return prepare(tiny(f"clients.use={USE}")).setup
+
+
+@pytest.fixture(scope="module")
+def inline(setup):
+    engine = InlineEngine(setup, 4)
+    engine.start()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def ray(setup):
+    engine = RayEngine(setup, 4, workers=2)
+    engine.start()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(params=["inline", "ray"])
+def engine(request):
+    return request.getfixturevalue(request.param)
+
+
+def instruct(engine, made=None, **config):
+    made = made or FFALoRA()
+    made.layout = engine.description.layout
+    told = made.instruct(1, engine.description.initial)
+    return Instruction(round=1, adapter=told.adapter, train=told.train, send=told.send, config=config)
+
+
+def bits(updates):
+    return [(u.clients, u.weight, {n: t.tobytes() for n, t in u.adapter.items()}) for u in updates]
+
+
+def test_is_a_grid_with_a_node_for_each_client(engine):
+    assert isinstance(engine, Grid) and list(engine.get_node_ids()) == [1, 2, 3, 4]
+
+
+def test_replies_are_sorted_by_client_and_complete(engine):
+    replies = engine.train(instruct(engine), [0, 2, 3], partial_sums=False)
+    assert [u.clients for u in replies.updates] == [(0,), (2,), (3,)]
+    assert [(r.client, r.error, r.steps) for r in replies.reports] == [(0, None, 2), (2, None, 2), (3, None, 2)]
+    assert all(r.event and r.bytes_up > 1000 and r.bytes_down > 1000 and r.seconds > 0 for r in replies.reports)
+
+
+def test_engines_agree_bit_for_bit(inline, ray):
+    for made in (FFALoRA(), FedAvgLoRA()):
+        one, other = (e.train(instruct(e, made), range(4), partial_sums=True) for e in (inline, ray))
+        assert bits(one.updates) == bits(other.updates)
+    assert inline.evaluate(inline.description.initial) == ray.evaluate(ray.description.initial)
+
+
+def test_bytes_are_those_of_the_serialised_reply(inline):
+    from flwr.common.serde import recorddict_to_proto
+
+    told = instruct(inline)
+    replies = inline.train(told, [1], partial_sums=False)
+    content = wire.pack_update(replies.updates[0], replies.reports[0].event)
+    assert replies.reports[0].bytes_up == pytest.approx(recorddict_to_proto(content).ByteSize(), abs=6)
+    down = recorddict_to_proto(wire.pack_instruction(told, inline.description.layout)).ByteSize()
+    assert replies.reports[0].bytes_down == pytest.approx(down, abs=6)
+
+
+def test_a_client_that_raises_is_a_failure_that_says_why_and_what_it_spent(engine):
+    replies = engine.train(instruct(engine, fail=1), range(4), partial_sums=True)
+    assert sorted(c for u in replies.updates for c in u.clients) == [0, 2, 3]
+    bad = replies.reports[1]
+    assert bad.client == 1 and bad.error == "RuntimeError: as told" and bad.steps == 0 and bad.event.steps == 2
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [("nan", "not finite"), ("shape", "has shape"), ("keys", "exactly the tensors"), ("weight", "positive")],
+)
+def test_an_update_that_breaks_the_contract_is_a_failure(inline, fault, words):
+    replies = inline.train(instruct(inline, fail=2, fault=fault), [1, 2], partial_sums=True)
+    assert [u.clients for u in replies.updates] == [(1,)] and words in replies.reports[1].error
+
+
+def test_a_dead_worker_is_replaced_and_nothing_is_lost(ray, inline):
+    os.kill(ray.pids()[0], signal.SIGKILL)
+    replies = ray.train(instruct(ray), range(4), partial_sums=False)
+    assert bits(replies.updates) == bits(inline.train(instruct(inline), range(4), partial_sums=False).updates)
+    assert ray.replaced >= 1 and len(set(ray.pids())) == 2
+
+
+def test_a_client_that_kills_its_worker_each_time_is_a_failure(ray):
+    replies = ray.train(instruct(ray, fail=3, fault="die"), range(4), partial_sums=True)
+    assert sorted(c for u in replies.updates for c in u.clients) == [0, 1, 2]
+    assert "died 3 times" in replies.reports[3].error and replies.reports[3].event.steps == 2
+
+
+def test_messages_do_what_plain_data_does(engine):
+    """What Flower's strategies see: the same numbers through `send_and_receive`."""
+    made = FFALoRA()
+    made.layout = engine.description.layout
+    messages = made.configure_train(1, wire.to_arrays(engine.description.initial), ConfigRecord(), engine)
+    replies = list(engine.send_and_receive(messages))
+    assert [r.metadata.src_node_id for r in replies] == [1, 2, 3, 4]
+    plain = engine.train(instruct(engine), range(4), partial_sums=False)
+    for reply, update in zip(replies, plain.updates, strict=True):
+        got = wire.unpack_update(reply, update.clients[0])
+        assert all(np.array_equal(got.adapter[n], t) for n, t in update.adapter.items())
+    assert list(engine.pull_messages(["no such message"])) == []
+
+
+def test_a_failure_is_an_error_reply(inline):
+    made = FFALoRA()
+    made.layout = inline.description.layout
+    made.config = lambda round: {"fail": 0}
+    messages = made.configure_train(1, wire.to_arrays(inline.description.initial), ConfigRecord(), inline)
+    replies = list(inline.send_and_receive(messages))
+    assert [r.has_error() for r in replies] == [True, False, False, False] and "as told" in replies[0].error.reason
+
+
+@pytest.mark.parametrize("count, sizes", [(1, {1}), (10, {1}), (128, {2}), (1000, {15, 10})])
+def test_chunks_depend_on_the_cohort_alone(count, sizes):
+    parts = chunks(range(count))
+    assert {len(p) for p in parts} == sizes and [c for p in parts for c in p] == list(range(count))
+
+
+@pytest.mark.parametrize(
+    "overrides, kind",
+    [
+        ((), InlineEngine),  # small work
+        (("rounds=1000",), RayEngine),
+        (("rounds=1000", "engine.workers=1"), InlineEngine),
+        (("rounds=1000", "engine.kind=inline"), InlineEngine),
+        (("engine.kind=ray",), RayEngine),
+    ],
+)
+def test_auto_runs_small_work_here_and_other_work_on_ray(tiny, setup, monkeypatch, overrides, kind):
+    monkeypatch.setattr(RayEngine, "_connect", lambda self: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert type(engines.make(tiny("engine.kind=auto", *overrides), setup)) is kind

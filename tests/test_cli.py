@@ -1,0 +1,152 @@
+"""The command line as a person meets it: in a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fedlora import plugins
+from fedlora.cli import main
+
+
+def fedlora(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "fedlora", *arguments], capture_output=True, text=True, cwd=cwd, timeout=120
+    )
+
+
+@pytest.fixture
+def scenario(tiny_yaml, tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(tiny_yaml)
+    return file
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from fedlora.cli import main; main(['--help'])",
+        "from fedlora.cli import main; main(['check', 'smoke'])",
+        "from fedlora.cli import main; main(['list'])",
+    ],
+)
+def test_what_should_be_quick_imports_neither_torch_nor_ray(code):
+    report = f"""
+import sys
+try:
+    {code}
+except SystemExit:
+    pass
+print("heavy:", sorted({{"torch", "ray", "transformers", "opacus"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, timeout=60)
+    assert "heavy: []" in done.stdout, done.stderr
+
+
+def test_help_imports_next_to_nothing():
+    code = "import sys\nfrom fedlora.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print('modules:', {'numpy', 'pydantic', 'yaml', 'rich', 'flwr'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "modules: set()" in done.stdout
+
+
+def test_a_run_from_the_shell(scenario, tmp_path):
+    done = fedlora("simulate", str(scenario), "--out", str(tmp_path / "run"), "--set", "rounds=1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tiny: accuracy 0.") and str(tmp_path / "run" / "adapter") in done.stdout
+    assert "differential privacy for each example" in done.stdout and done.stderr == ""  # quiet: no terminal
+    again = fedlora("simulate", str(scenario), "--out", str(tmp_path / "run"), "--set", "rounds=1")
+    assert (again.returncode, again.stdout) == (2, "") and again.stderr.count("\n") == 1
+    assert "already holds a run" in again.stderr
+
+
+def test_the_default_folder_is_named_after_the_scenario(scenario, tmp_path):
+    done = fedlora("simulate", str(scenario), "--set", "rounds=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("tiny-") and len(run.name) == len("tiny-") + 8
+
+
+def test_ctrl_c_leaves_a_usable_folder_and_resume_finishes_it(scenario, tmp_path):
+    out = tmp_path / "run"
+    settings = ("--set", "rounds=400", "--set", "eval_every=400")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedlora", "simulate", str(scenario), "--out", str(out), *settings],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 90
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "stopped  interrupted after round" in printed and "Traceback" not in errors
+    assert (out / "adapter" / "adapter_model.safetensors").exists() and (out / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        (["nope: 1"], "unknown key 'nope'"),
+        (["rounds: ten"], "rounds"),
+        (["  - : ["], "not YAML"),
+    ],
+)
+def test_bad_files_are_one_line_each_with_exit_code_2(tmp_path, capsys, lines, words):
+    file = tmp_path / "bad.yaml"
+    file.write_text("\n".join(["name: x", *lines]))
+    assert main(["check", str(file)]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and words in told.err and "Traceback" not in told.err
+    assert all(line.startswith(f"{file}") for line in told.err.splitlines())
+
+
+def test_check_finds_options_that_the_strategy_lacks(scenario, capsys):
+    assert main(["check", str(scenario)]) == 0
+    assert main(["check", str(scenario), "--set", "strategy.trim=1"]) == 2
+    assert "FFALoRA has no option 'trim'" in capsys.readouterr().err
+
+
+def test_list_names_everything_once(capsys):
+    assert main(["list"]) == 0
+    told = capsys.readouterr().out
+    for name in [*plugins.names("strategies"), *plugins.names("clients"), "tweets", "noniid", "smoke"]:
+        (line,) = [one for one in told.splitlines() if one.split()[:1] == [name]]
+        assert len(line.split()) > 3
+
+
+def test_list_what(capsys):
+    assert main(["list", "clients"]) == 0
+    assert "dp_sgd" in (told := capsys.readouterr().out) and "ffa_lora" not in told
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("fedlora 0.")
+
+
+def test_an_unknown_scenario_names_those_there_are(capsys):
+    assert main(["simulate", "nonid"]) == 2
+    assert "did you mean 'noniid'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="terminals")
+def test_on_a_terminal_there_is_a_line_for_each_round(tiny, tmp_path):
+    import io
+
+    from rich.console import Console
+
+    from fedlora.report.console import Live
+    from fedlora.simulation import simulate
+
+    screen = Console(file=io.StringIO(), force_terminal=True, width=110)
+    with Live(screen) as display:
+        simulate(tiny(), out=tmp_path / "run", display=display)
+    shown = screen.file.getvalue()
+    assert "1/2" in shown and "2/2" in shown and "epsilon" in shown and "kB" in shown

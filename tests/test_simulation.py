@@ -1,0 +1,249 @@
+"""Whole runs on a tiny real model: the run folder, repeatability, budgets, resuming and stopping."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedlora import ledger
+from fedlora.errors import RoundError, UserError
+from fedlora.simulation import simulate
+
+FILES = {"scenario.yaml", "partitions.json", "metrics.jsonl", "clients.jsonl", "privacy.jsonl", "summary.json"}
+
+
+def adapter(run):
+    return load_file(run.folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(np.array_equal(one[n], two[n]) for n in one)
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    return simulate(tiny(), out=tmp_path_factory.mktemp("runs") / "first")
+
+
+def test_the_run_folder_holds_what_it_promises(run):
+    assert {p.name for p in run.folder.iterdir()} == FILES | {"adapter", "checkpoint"}
+    rounds = run.rounds
+    assert [line["round"] for line in rounds] == [1, 2]
+    for line in rounds:
+        assert {"clients", "failures", "loss", "accuracy", "bytes_up", "bytes_down", "epsilon", "seconds"} <= set(line)
+        assert line["clients"] == 4 and line["failures"] == 0 and line["train_loss"] is None
+    assert [(c["round"], c["client"]) for c in run.clients] == [(r, c) for r in (1, 2) for c in range(4)]
+    assert {"num_examples", "steps", "bytes_up", "bytes_down", "epsilon", "seconds", "error"} <= set(run.clients[0])
+    partitions = json.loads((run.folder / "partitions.json").read_text())
+    assert partitions["labels"] == ["bad", "good"]
+    assert [sum(c["labels"]) for c in partitions["clients"]] == [c["num_examples"] for c in partitions["clients"]]
+
+
+def test_the_summary_adds_up(run):
+    summary = json.loads((run.folder / "summary.json").read_text())
+    keys = "scenario strategy rounds accuracy bytes_up_total bytes_down_total epsilon delta privacy_unit seconds"
+    assert set(keys.split()) | {"clients_per_second", "failures", "seed", "versions"} <= set(summary)
+    assert summary["bytes_up_total"] == sum(c["bytes_up"] for c in run.clients)
+    assert summary["bytes_down_total"] == sum(line["bytes_down"] for line in run.rounds)
+    assert summary["accuracy"] == run.rounds[-1]["accuracy"]
+    assert summary["epsilon"] == max(c["epsilon"] for c in run.clients) <= 8
+    assert 0 < summary["bytes_up_head"] < summary["bytes_up_total"]
+    assert "each example" in summary["privacy"] and "not a deployment" in summary["privacy"]
+
+
+def test_epsilon_follows_from_the_ledger_alone(run):
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.pld import PLDAccountant
+
+    worst = 0.0
+    lines = ledger.read(run.folder / "privacy.jsonl")
+    for client in {line["client"] for line in lines}:
+        accountant = PLDAccountant()
+        for line in lines:
+            if line["client"] == client:
+                event = PoissonSampledDpEvent(line["sample_rate"], GaussianDpEvent(line["noise_multiplier"]))
+                accountant.compose(event, line["steps"])
+        worst = max(worst, accountant.get_epsilon(lines[0]["delta"]))
+    assert run.summary["epsilon"] == pytest.approx(worst, rel=0.01)
+    assert ledger.epsilon_of(run.folder / "privacy.jsonl") == run.summary["epsilon"]
+    assert run.summary["epsilon"] > 0.97 * 8  # the budget is used, not just kept
+
+
+def test_the_exported_adapter_scores_what_the_summary_says(run, tiny_base, build):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    test = build().dataset.test
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2)
+    model = PeftModel.from_pretrained(base, str(run.folder / "adapter")).eval()
+    with torch.no_grad():
+        right = [
+            int(model(input_ids=torch.tensor(test.row(i))[None].long()).logits.argmax()) == test.targets[i]
+            for i in range(len(test))
+        ]
+    assert np.mean(right) == pytest.approx(run.summary["accuracy"], abs=1e-9)
+
+
+def test_repeats_bit_for_bit(run, tiny, tmp_path):
+    again = simulate(tiny(), out=tmp_path / "again")
+    assert same(adapter(run), adapter(again))
+    assert [line["loss"] for line in run.rounds] == [line["loss"] for line in again.rounds]
+
+
+def test_another_seed_draws_another_a_noise_cohort_and_batches(run, tiny, tmp_path):
+    other = simulate(tiny("seed=4"), out=tmp_path / "other")
+    one, two = adapter(run), adapter(other)
+    assert all((one[n] != two[n]).any() for n in one)
+
+
+def test_cohorts_follow_from_the_seed(tiny, tmp_path):
+    def cohorts(name, *overrides):
+        made = simulate(tiny("clients.per_round=2", "rounds=5", "eval_every=5", *overrides), out=tmp_path / name)
+        return [c["client"] for c in made.clients]
+
+    one = cohorts("a")
+    assert len(one) == 10 and one == cohorts("b") and one != cohorts("c", "seed=4")
+    assert len({tuple(one[i : i + 2]) for i in range(0, 10, 2)}) > 1
+
+
+def test_ffa_lora_halves_the_bytes_and_keeps_a(run, tiny, tmp_path, build):
+    lora = simulate(tiny("strategy.use=fedavg_lora"), out=tmp_path / "lora")
+    first = build().task.initial
+    ours, theirs = adapter(run), adapter(lora)
+    for name in first:
+        if ".lora_A." in name:
+            assert np.array_equal(ours[name], first[name]) and not np.array_equal(theirs[name], first[name])
+    assert all("aggregation_error" not in line for line in run.rounds)
+    assert all(0 < line["aggregation_error"] < 2 for line in lora.rounds)
+    factors = [r.summary["bytes_up_total"] - r.summary["bytes_up_head"] for r in (run, lora)]
+    assert factors[0] < 0.52 * factors[1]
+
+
+def test_plain_training_learns_and_shares_its_loss(tiny, tmp_path):
+    made = simulate(tiny("clients.local_steps=60", "clients.lr=0.3", "clients.batch_size=32", "rounds=3", private=False), out=tmp_path / "plain")
+    assert made.summary["accuracy"] > 0.9
+    assert made.rounds[-1]["train_loss"] < made.rounds[0]["train_loss"]
+    assert made.summary["epsilon"] is None and not (made.folder / "privacy.jsonl").exists()
+    assert made.summary["privacy"].startswith("none")
+
+
+def test_shared_metrics_are_said_to_be_outside_of_epsilon(tiny, tmp_path):
+    made = simulate(tiny("privacy.share_metrics=true", "rounds=1"), out=tmp_path / "shared")
+    assert made.rounds[0]["train_loss"] > 0 and "not covered" in made.summary["privacy"]
+
+
+def test_a_causal_model_runs_in_the_same_shape(tiny, tiny_lm, tmp_path):
+    made = simulate(
+        tiny("task=causal_lm", f"model.base={tiny_lm}", "model.adapter.targets=[q_proj, v_proj]"), out=tmp_path / "lm"
+    )
+    assert made.summary["perplexity"] > 1 and "accuracy" not in made.summary
+    assert made.summary["bytes_up_head"] == 0
+
+
+@pytest.mark.parametrize("use", ["FedAdam", "FedMedian", "FedProx"])
+def test_flowers_own_strategies_run_by_name(tiny, tmp_path, use):
+    options = ["strategy.proximal_mu=0.1"] if use == "FedProx" else []
+    made = simulate(tiny(f"strategy.use=flwr.serverapp.strategy:{use}", *options), out=tmp_path / use)
+    assert made.summary["rounds"] == 2 and made.summary["failures"] == 0
+
+
+def test_ones_own_strategy_runs_by_name(tiny, tmp_path, monkeypatch):
+    (tmp_path / "mine_for_test.py").write_text(
+        "from dataclasses import dataclass\n"
+        "import numpy as np\n"
+        "from fedlora import Strategy\n\n\n"
+        "@dataclass(kw_only=True)\n"
+        "class TrimmedMean(Strategy):\n"
+        "    trim: float = 0.1\n\n"
+        "    def aggregate(self, adapter, updates):\n"
+        "        k = int(self.trim * len(updates))\n"
+        "        stacked = {n: np.sort([u.adapter[n] for u in updates], axis=0) for n in adapter}\n"
+        "        return {n: x[k : len(x) - k].mean(axis=0) for n, x in stacked.items()}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    scenario = tiny("strategy.use=mine_for_test:TrimmedMean", "strategy.trim=0.25")
+    assert simulate(scenario, out=tmp_path / "run").summary["rounds"] == 2
+
+
+def test_a_folder_with_a_run_is_left_alone(run, tiny, tmp_path):
+    with pytest.raises(UserError, match="already holds a run"):
+        simulate(tiny(), out=run.folder)
+    (tmp_path / "busy").mkdir()
+    (tmp_path / "busy" / "file").touch()
+    with pytest.raises(UserError, match="not an empty folder"):
+        simulate(tiny(), out=tmp_path / "busy")
+
+
+@pytest.mark.parametrize(
+    "override, where",
+    [
+        ("clients.batch_size=100", "clients.batch_size"),
+        ("privacy={epsilon: 1.0e-9, delta: 1.0e-15}", "privacy.epsilon"),
+        ("clients.total=500", "clients.total"),
+        ("data.files.text=texts", "data.files.text"),
+        ("model.adapter.targets=[nothing]", "model.adapter.targets"),
+        ("model.base=/no/such/model", "model.base"),
+        ("strategy.use=nowhere_at_all:X", "strategy.use"),
+        ("strategy.momentum=1", "strategy.momentum"),
+        ("data.partition={kind: dirichlet, alpha: 0.001, min_examples: 40}", "data.partition"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tiny, tmp_path, override, where):
+    with pytest.raises(UserError) as caught:
+        simulate(tiny(override), out=tmp_path / "run")
+    assert str(caught.value).startswith(f"--set {override.split('=')[0]}") and where in str(caught.value)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_resuming_continues_bit_for_bit(tiny, tmp_path):
+    whole = simulate(tiny("rounds=4"), out=tmp_path / "whole")
+    # Calibrated for four rounds, interrupted in the third.
+    class Stop:
+        def stage(self, what): ...
+        def begin(self, scenario, metric, done): ...
+        def round(self, line):
+            if line["round"] == 2:
+                raise KeyboardInterrupt
+
+    cut = simulate(tiny("rounds=4"), out=tmp_path / "cut", display=Stop())
+    assert cut.summary["stopped"] == "interrupted after round 2" and cut.summary["rounds"] == 2
+    assert (cut.folder / "adapter" / "adapter_config.json").exists() and cut.summary["accuracy"] is not None
+    done = simulate(tiny("rounds=4"), out=tmp_path / "cut", resume=True)
+    assert same(adapter(whole), adapter(done)) and "stopped" not in done.summary
+    for key in ("accuracy", "loss", "bytes_up_total", "bytes_down_total", "epsilon", "failures"):
+        assert done.summary[key] == whole.summary[key]
+    assert (whole.folder / "privacy.jsonl").read_text() == (done.folder / "privacy.jsonl").read_text()
+
+
+def test_resuming_refuses_another_scenario_and_says_which_key(run, tiny, tmp_path):
+    with pytest.raises(UserError, match=r"another clients\.lr, seed"):
+        simulate(tiny("seed=9", "clients.lr=0.1"), out=run.folder, resume=True)
+    with pytest.raises(UserError, match="no run to resume"):
+        simulate(tiny(), out=tmp_path / "none", resume=True)
+
+
+def test_a_longer_resume_keeps_to_the_budget(run, tiny, tmp_path):
+    """The noise was calibrated for two rounds: whoever would pass epsilon in the third sits out."""
+    import shutil
+
+    shutil.copytree(run.folder, tmp_path / "longer")
+    made = simulate(tiny("rounds=3", "privacy.noise_multiplier=0.5"), out=tmp_path / "fixed")
+    assert made.summary["stopped"].startswith("after round") and made.summary["epsilon"] <= 8
+    assert ledger.epsilon_of(made.folder / "privacy.jsonl") <= 8
+
+
+def test_when_everybody_fails_the_run_says_so_and_stops(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedlora.strategies.ffa_lora.FFALoRA.config", lambda self, round: {"fail": 0})
+    scenario = tiny("clients.use=tests.engine.faulty:Faulty", "clients.total=1", "clients.batch_size=8")
+    with pytest.raises(RoundError, match="all 1 clients failed; client 0: RuntimeError: as told"):
+        simulate(scenario, out=tmp_path / "run")
+    assert len(ledger.read(tmp_path / "run" / "privacy.jsonl")) == 1  # it may have trained: it counts
+
+
+def test_a_failed_client_is_counted_and_the_others_weigh_one(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedlora.strategies.ffa_lora.FFALoRA.config", lambda self, round: {"fail": 1})
+    made = simulate(tiny("clients.use=tests.engine.faulty:Faulty", "rounds=1"), out=tmp_path / "run")
+    assert made.summary["failures"] == 1 and made.rounds[0]["clients"] == 3
+    assert [c["error"] for c in made.clients] == [None, "RuntimeError: as told", None, None]
