@@ -116,7 +116,10 @@ class Lora:
         from peft import LoraConfig, get_peft_model
         from transformers.pytorch_utils import Conv1D
 
+        # A head federates whole: no factors inside it, whatever the targets say.
+        inside = [n for n, _ in model.named_modules() if any(f".{head}." in f".{n}." for head in heads)]
         layers = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+        layers = [n for n in layers if n not in inside]
         for target in self.targets:
             if not any(name == target or name.endswith(f".{target}") for name in layers):
                 known = sorted({name.rsplit(".", 1)[-1] for name in layers})
@@ -129,6 +132,7 @@ class Lora:
             lora_alpha=self.alpha,  # peft multiplies by it, so a float is right
             lora_dropout=0.0,
             target_modules=list(self.targets),
+            exclude_modules=inside or None,
             modules_to_save=list(heads) or None,
             task_type=task_type,
         )

@@ -20,6 +20,7 @@ from fedlora.adapter import Adapter
 from fedlora.errors import UserError
 
 _MANIFEST = "manifest.json"
+_FILES = {"adapter.safetensors", "strategy.safetensors", "state.json"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +88,8 @@ def load(folder: Path) -> Checkpoint:
 def _whole(folder: Path) -> bool:
     try:
         sums = json.loads((folder / _MANIFEST).read_text())
-        return bool(sums) and all(_digest(folder / Path(n).name) == digest for n, digest in sums.items())
-    except (OSError, ValueError, AttributeError):
+        return set(sums) == _FILES and all(_digest(folder / name) == sums[name] for name in _FILES)
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 

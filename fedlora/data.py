@@ -4,14 +4,16 @@ What is on disk is flat: one array of tokens, one of offsets, one of targets, an
 array of row numbers and one of offsets. A client is a slice, never a Python object.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -241,15 +243,18 @@ def _read_table(key: str, path: Path, columns: Sequence[str] | None) -> Any:
     suffix = path.suffix.lower()
     try:
         if suffix in (".csv", ".tsv"):
-            return pd.read_csv(
-                path,
-                sep="," if suffix == ".csv" else "\t",
-                dtype=str,
-                na_filter=False,
-                encoding="utf-8",
-                names=list(columns) if columns else None,
-                header=None if columns else 0,
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the names
+                return pd.read_csv(
+                    path,
+                    sep="," if suffix == ".csv" else "\t",
+                    dtype=str,
+                    na_filter=False,
+                    encoding="utf-8",
+                    names=list(columns) if columns else None,
+                    header=None if columns else 0,
+                    index_col=False,  # else the first column is taken for it where a name is missing
+                )
         if suffix in (".json", ".jsonl"):
             return pd.read_json(path, lines=suffix == ".jsonl", dtype=False)
         if suffix == ".parquet":
@@ -267,7 +272,8 @@ def _read_hub(hub: settings.Hub, owner: str | None) -> tuple[Rows, Rows | None]:
 
     def rows(key: str, split: str) -> Rows:
         try:
-            table = datasets.load_dataset(hub.path, hub.config, revision=hub.revision, split=split)
+            with quiet_hub():
+                table = datasets.load_dataset(hub.path, hub.config, revision=hub.revision, split=split)
         except Exception as error:  # whatever the Hub, the network or the cache raise
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SettingError(
@@ -291,6 +297,18 @@ def _read_hub(hub: settings.Hub, owner: str | None) -> tuple[Rows, Rows | None]:
         )
 
     return rows("train", hub.train), (rows("test", hub.test) if hub.test else None)
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """No line of huggingface_hub's for each retry: what failed in the end is said once, by us."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _hold_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
@@ -400,8 +418,10 @@ def split(
                     f"column {how.column!r} has {made.num_partitions} values: set clients.total to that",
                 )
             return [np.sort(np.asarray(made.load_partition(k)["row"], np.int64)) for k in range(num_clients)]
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, ArithmeticError) as error:
         reason = str(error).splitlines()[0]
+        if isinstance(how, settings.Shards):
+            reason = f"{num_clients} clients with {how.shards_per_client} shards each need more examples"
         if isinstance(how, settings.Dirichlet):
             reason = f"no draw gave every client {how.min_examples} examples: raise alpha, or lower min_examples"
         raise SettingError("data.partition", reason) from error
@@ -410,12 +430,12 @@ def split(
 def _by_label_shares(
     shares: Sequence[Sequence[float]], targets: NDArray[np.int64], num_clients: int, seed: int
 ) -> list[NDArray[np.int64]]:
-    """Equal numbers of examples for each client, with exactly the given share of each label.
+    """Equal numbers of examples for each client, with the given share of each label, rounded down to whole ones.
 
     As many as the scarcest label allows; the rest of the examples go unused.
     """
     table = np.array([shares[k % len(shares)] for k in range(num_clients)])  # (clients, labels)
-    available = np.bincount(targets, minlength=table.shape[1])
+    available = np.bincount(targets)
     if len(available) != table.shape[1]:
         raise SettingError(
             "data.partition.shares",

@@ -8,10 +8,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fedlora.errors import UserError
-from fedlora.privacy import Event, epsilon
+from fedlora.privacy import Accountant, Event, epsilon
 
 MECHANISM = "poisson_subsampled_gaussian"
 NEIGHBOURS = "add_or_remove_one"
@@ -31,7 +31,7 @@ class Ledger:
         self._last_round = 0
         if (file := folder / "privacy.jsonl").exists():
             self.events = replay(file)
-            self._last_round = max((int(line["round"]) for line in read(file)), default=0)
+            self._last_round = max((line["round"] for line in read(file)), default=0)
 
     def spend(self, round: int, events: Mapping[int, Event], **guarantee: Any) -> None:
         """Record what clients spent in a round, and wait until it is on disk."""
@@ -74,14 +74,20 @@ def read(file: Path) -> list[dict[str, Any]]:
     """The lines of a record.
 
     Raises:
-        UserError: a line is not whole.
+        UserError: a line is not whole, or the file cannot be read.
 
     """
+    try:
+        texts = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     lines = []
-    for number, text in enumerate(file.read_text().splitlines(), 1):
+    if texts[-1]:
+        raise UserError(f"{file}:{len(texts)}: the last line is cut short; the record is damaged")
+    for number, text in enumerate(texts[:-1], 1):
         try:
             line = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}:{number}: not a line of JSON; the record is damaged") from error
         if not isinstance(line, dict):
             raise UserError(f"{file}:{number}: not a JSON object; the record is damaged")
@@ -101,19 +107,32 @@ def replay(file: Path) -> dict[int, list[Event]]:
         if line.get("mechanism") != MECHANISM or line.get("neighbours") != NEIGHBOURS:
             raise UserError(f"{file}:{number}: an event of another mechanism; it cannot be accounted for here")
         try:
-            events.setdefault(int(line["client"]), []).append(Event.from_json(line))
-        except (KeyError, TypeError, ValueError) as error:
+            if any(type(line[key]) is not int or line[key] < 0 for key in ("round", "client")):
+                raise ValueError("round or client")
+            events.setdefault(line["client"], []).append(Event.from_json(line))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{file}:{number}: lacks or garbles {error}; the record is damaged") from error
+        except UserError as error:
+            raise UserError(f"{file}:{number}: {error}; the record is damaged") from error
     return events
 
 
 def epsilon_of(file: Path) -> float:
-    """The largest epsilon over clients, from `privacy.jsonl` alone; 0 where nothing was spent."""
-    lines = read(file)
-    if not lines:
-        return 0.0
-    delta, accountant = lines[0]["delta"], lines[0]["accountant"]
-    return max(epsilon(events, delta, accountant) for events in replay(file).values())
+    """The largest epsilon over clients, from `privacy.jsonl` alone; 0 where nothing was spent.
+
+    Raises:
+        UserError: a line is damaged, or was spent on other terms than the first.
+
+    """
+    events, lines = replay(file), read(file)
+    for number, line in enumerate(lines, 1):
+        delta, accountant = (line.get(key) for key in ("delta", "accountant"))
+        fine = isinstance(delta, float) and 0 < delta < 1 and accountant in get_args(Accountant)
+        if not fine or (delta, accountant) != (lines[0]["delta"], lines[0]["accountant"]):
+            raise UserError(f"{file}:{number}: delta or accountant is damaged, or not as in line 1")
+    return max(
+        (epsilon(spent, lines[0]["delta"], lines[0]["accountant"]) for spent in events.values()), default=0.0
+    )
 
 
 def _append(file: Path, lines: Iterable[Mapping[str, Any]], sync: bool = False) -> None:

@@ -1,8 +1,8 @@
 """Strategies and clients arrive by name: `ffa_lora`, or `package.module:Class` from anywhere."""
 
 import ast
-import dataclasses
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -74,12 +74,12 @@ def build(cls: type[Any], options: Mapping[str, Any], section: str) -> Any:
         SettingError: an option is unknown, or the class refuses its value.
 
     """
-    if dataclasses.is_dataclass(cls):
-        known = [f.name for f in dataclasses.fields(cls) if f.init]
-        for name in options:
-            if name not in known:
-                hint = suggestion(name, known) if known else "it takes none"
-                raise SettingError(f"{section}.{name}", f"{cls.__name__} has no option {name!r}: {hint}")
+    parameters = inspect.signature(cls).parameters.values()
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    for name in options:
+        if name not in known and len(known) == len(parameters):
+            hint = suggestion(name, known) if known else "it takes none"
+            raise SettingError(f"{section}.{name}", f"{cls.__name__} has no option {name!r}: {hint}")
     try:
         return cls(**options)
     except (TypeError, ValueError) as error:

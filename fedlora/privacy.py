@@ -7,6 +7,7 @@ datasets differ by one example added or removed. Numbers come from Google's dp-a
 distributions (`pld`, the tightest) or Renyi DP (`rdp`).
 """
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -91,10 +92,16 @@ def _rdp(history: Sequence[tuple[float, float, int]], delta: float) -> float:
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
 
-    accountant = RdpAccountant()
-    for noise_multiplier, sample_rate, steps in history:
-        accountant.compose(PoissonSampledDpEvent(sample_rate, GaussianDpEvent(noise_multiplier)), steps)
-    return float(accountant.get_epsilon(delta))
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # an order of Renyi's that is left out only raises epsilon
+    try:
+        accountant = RdpAccountant()
+        for noise_multiplier, sample_rate, steps in history:
+            accountant.compose(PoissonSampledDpEvent(sample_rate, GaussianDpEvent(noise_multiplier)), steps)
+        return float(accountant.get_epsilon(delta))
+    finally:
+        logger.setLevel(level)
 
 
 def _interval(history: Sequence[tuple[float, float, int]]) -> float:

@@ -7,6 +7,7 @@ what to write instead. Beneath this module functions take plain values, never th
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
@@ -290,12 +291,12 @@ class Scenario(Section):
     @property
     def hash(self) -> str:
         """Eight hexadecimal digits that differ when any setting differs."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        canonical = json.dumps(self.model_dump(), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
     def to_yaml(self) -> str:
         """The resolved scenario, every default written out, as YAML that `load` reads back."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
+        return yaml.safe_dump(json.loads(json.dumps(self.model_dump())), sort_keys=False)
 
     def located(self, error: SettingError) -> UserError:
         """The same error with the file and line of the setting it is about."""
@@ -321,7 +322,10 @@ class Source(NamedTuple):
         for head in heads:
             if head in self.lines:
                 return f"{self.file}:{self.lines[head]}"
-        return self.file
+            for key, override in self.overrides.items():
+                if key[: len(head)] == head:  # only overrides made this section
+                    return f"--set {override}"
+        return f"{self.file}:1"
 
 
 _SHIPPED = Path(__file__).parent / "scenarios"
@@ -343,9 +347,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
         ScenarioError: with one line for every problem found.
 
     """
-    file = find(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = find(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ScenarioError(f"{path}: cannot be read: {error}") from error
     return parse(text, str(path), overrides)
@@ -374,11 +377,11 @@ def shipped() -> dict[str, str]:
 def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> Scenario:
     """`load` for text that is already in hand; `file` names it in messages."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{file}:{mark.line + 1}" if mark else file
-        raise ScenarioError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
+        node = yaml.compose(text, Loader=_Plain)
+    except (yaml.YAMLError, ValueError) as error:
+        mark, reason = getattr(error, "problem_mark", None), str(error).splitlines()[0]
+        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+        raise ScenarioError(f"{file}:{line + 1}: not YAML: {getattr(error, 'problem', None) or reason}") from error
     if not isinstance(node, yaml.MappingNode):
         raise ScenarioError(f"{file}:1: a scenario is a mapping of keys to values, such as 'name: mine'")
     lines: dict[KeyPath, int] = {}
@@ -388,7 +391,8 @@ def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> S
     for override in overrides:
         _override(raw, override, written, problems)
     scenario, found = _validate(raw)
-    problems += found
+    unread = {p.path for p in problems if p.path}
+    problems += (p for p in found if p.path not in unread)
     source = Source(file, lines, written)
     if problems or scenario is None:
         raise ScenarioError(*(f"{source.where(p.path)}: {p.message}" for p in problems))
@@ -396,39 +400,67 @@ def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> S
     return scenario
 
 
+class _Plain(yaml.SafeLoader):
+    """YAML without aliases, which can make a small file huge, and not nested without end."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not read: write the value out", problem_mark=mark
+            )
+        if self.depth > 32:
+            raise yaml.MarkedYAMLError(problem="nested more than 32 levels deep", problem_mark=mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+_TAG = "tag:yaml.org,2002:"
+
+
 def _construct(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[Problem]) -> Any:
     """Plain data from a YAML node; notes each key's line, and keys that stand twice or are no text."""
-    if len(path) > 32:
-        raise ScenarioError("a scenario is nested at most 32 levels deep")
-    if isinstance(node, yaml.MappingNode):
+    if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
         data: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            here = (*path, str(key))
-            line = key_node.start_mark.line + 1
-            if key is None or key == "<<":
-                problems.append(Problem(path, f"line {line}: keys are plain words"))
-                continue
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "<<"
+            here, line = (*path, key), key_node.start_mark.line + 1
             if key in data:
-                problems.append(Problem(here, f"line {line}: {_dotted(here)} is written twice"))
+                problems.append(Problem(here, f"{_dotted(here)} is written twice, first on line {lines[here]}"))
             lines[here] = line
-            data[key] = _construct(value_node, here, lines, problems)
+            if key == "<<":
+                problems.append(Problem(here, "keys are plain words"))
+            else:
+                data[key] = _construct(value_node, here, lines, problems)
         return data
-    if isinstance(node, yaml.SequenceNode):
+    if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
         items = []
         for index, item in enumerate(node.value):
             lines[(*path, index)] = item.start_mark.line + 1
             items.append(_construct(item, (*path, index), lines, problems))
         return items
-    return _scalar(node, path, problems)
-
-
-def _scalar(node: yaml.Node, path: KeyPath, problems: list[Problem]) -> Any:
     try:
-        return yaml.SafeLoader("").construct_object(node)
-    except (yaml.YAMLError, ValueError):
-        problems.append(Problem(path, f"{_dotted(path)}: {node.value!r} is not plain text, a number or a list"))
+        return _scalar(node)
+    except (ValueError, LookupError):
+        shown = f"{node.value:.40}" if isinstance(node.value, str) else node.tag.replace(_TAG, "!!")
+        problems.append(Problem(path, f"{_dotted(path)}: {shown!r} is not plain text, a number or a list"))
         return None
+
+
+def _scalar(node: yaml.Node) -> str | int | float | bool | None:
+    kind = node.tag.removeprefix(_TAG)
+    if isinstance(node, yaml.ScalarNode) and kind in ("str", "timestamp", "value", "merge"):
+        return str(node.value)
+    if not isinstance(node, yaml.ScalarNode) or kind not in ("int", "float", "bool", "null"):
+        raise ValueError(kind)
+    value: int | float | bool | None = yaml.SafeLoader("").construct_object(node)
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise ValueError("too large")
+    return value
 
 
 def _override(raw: dict[str, Any], override: str, written: dict[KeyPath, str], problems: list[Problem]) -> None:
@@ -439,8 +471,8 @@ def _override(raw: dict[str, Any], override: str, written: dict[KeyPath, str], p
         problems.append(Problem(path, "overrides read 'key.subkey=value', such as 'privacy.epsilon=3'"))
         return
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        node = yaml.compose(text, Loader=_Plain)
+    except (yaml.YAMLError, ValueError):
         problems.append(Problem(path, f"{text!r} is not a YAML value"))
         return
     section = raw
@@ -451,12 +483,14 @@ def _override(raw: dict[str, Any], override: str, written: dict[KeyPath, str], p
             problems.append(Problem(path, f"{_dotted(path[: index + 1])} holds no keys"))
             return
         section = section[part]
+    value = None if node is None else _construct(node, path, {}, problems)
+    if path == ("data", "partition", "kind") and section.get("kind") != value:
+        section.clear()  # another kind has other keys
     section[path[-1]] = value
-    if path[0] == "data" and len(path) > 1 and path[1] in (sources := {"dataset", "hub", "files"}):
+    sources = {"dataset", "hub", "files"}
+    if path[0] == "data" and len(path) > 1 and path[1] in sources and value is not None:
         for other in sources - {path[1]}:  # naming one source replaces the others
             raw["data"].pop(other, None)
-    if len(path) == 3 and path[1] == "partition" and path[2] == "kind":  # another kind has other keys
-        raw["data"]["partition"] = {"kind": value}
 
 
 def _validate(raw: dict[str, Any]) -> tuple[Scenario | None, list[Problem]]:
@@ -479,8 +513,19 @@ def _validate(raw: dict[str, Any]) -> tuple[Scenario | None, list[Problem]]:
     for key in raw:
         if key not in Scenario.model_fields:
             problems.append(Problem((key,), f"unknown key {key!r}: {suggestion(key, Scenario.model_fields)}"))
+    for name, cls in (("clients", Clients), ("strategy", Strategy)):
+        problems += _slips(name, raw.get(name), cls)
     problems += _across(sections)
     return (Scenario(**sections) if not problems else None), problems
+
+
+def _slips(name: str, section: object, cls: type[PlugIn]) -> Iterator[Problem]:
+    """Keys of a built-in's section that are nearly a key of its own: not what its class has for options."""
+    if not isinstance(section, dict) or ":" in str(section.get("use")):
+        return
+    for key in section:
+        if key not in cls.model_fields and get_close_matches(key, cls.model_fields, cutoff=0.8):
+            yield Problem((name, key), f"unknown key {key!r} in {name}: {suggestion(key, cls.model_fields)}")
 
 
 _HELP = {
@@ -556,15 +601,23 @@ def _explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
         given = detail["ctx"].get("tag")
         known = [tag.strip("'") for tag in str(detail["ctx"].get("expected_tags", "")).split(", ")] or _kinds()
         known = known if given else _kinds()
-        what = f"unknown kind {given!r}: {suggestion(str(given), known)}" if given else f"needs a kind: {known}"
+        what = f"unknown kind {given!r}: {suggestion(str(given), known)}"
+        what = what if given else f"needs a kind, one of {', '.join(known)}"
         return Problem((*path, "kind"), f"{key}: {what}")
     if kind == "value_error":
         message = str(detail["ctx"]["error"])
     else:
-        message = detail["msg"].replace("Input should", "should")
+        message = _PLAINER.get(kind, detail["msg"].replace("Input should", "should"))
     shown = "" if isinstance(here, dict) else f", not {here!r}"
     own = kind in ("unknown", "source", "cohort", "target", "shares")
     return Problem(tuple(path), f"{key}: {message}{'' if own else shown}")
+
+
+_PLAINER = {
+    "model_type": "should be a mapping of keys to values",
+    "model_attributes_type": "should be a mapping of keys to values",
+    "tuple_type": "should be a list",
+}
 
 
 def _kinds() -> list[str]:

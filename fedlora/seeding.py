@@ -13,7 +13,7 @@ Path = int | str
 
 def derive(seed: int, *path: Path) -> int:
     """A 63-bit seed for `path`, such as `derive(seed, round, client, "noise")`."""
-    text = "/".join(f"{type(part).__name__[0]}{part}" for part in (seed, *path))
+    text = "/".join(f"{type(part).__name__[0]}{part}".replace("/", "//") for part in (seed, *path))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

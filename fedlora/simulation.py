@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -137,10 +137,11 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     shown.stage("reading and tokenising the data")
     ready = prepare(scenario)
-    with contextlib.closing(engines.make(scenario, ready.setup, address)) as engine:
-        noise = ready.setup.noise
-        shown.stage("loading the model" if noise is None else "loading the model; noise is calibrated")
-        found = engine.start()
+    with contextlib.closing(engines.make(scenario, address)) as engine:
+        shown.stage("calibrating the noise")  # while workers import
+        setup = replace(ready.setup, noise=(noise := calibrate(scenario, ready.data)))
+        shown.stage("loading the model")
+        found = engine.start(setup)
         ready.strategy.layout = found.layout
         _check_plan(ready, found)
         now = Progress(round=0, adapter=dict(found.initial))
@@ -180,7 +181,7 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
 
 
 def prepare(scenario: Scenario) -> Prepared:
-    """Everything that a run needs but the model.
+    """Everything that a run needs but the model and the calibrated noise.
 
     Raises:
         SettingError: a setting does not fit the data.
@@ -215,7 +216,6 @@ def prepare(scenario: Scenario) -> Prepared:
         threads=engines.threads(scenario),
         precision=engines.precision(scenario),
         device="cuda" if scenario.engine.gpus_per_worker else "cpu",
-        noise=calibrate(scenario, dataset),
     )
     return Prepared(scenario=scenario, strategy=strategy, client=client, data=dataset, setup=setup)
 

@@ -6,7 +6,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
@@ -181,10 +183,39 @@ class Stock(Strategy):
                 metrics=update.metrics,
             )
             replies.append(Message(content=wire.pack_update(whole), reply_to=ask))
-        arrays, _ = self.inner.aggregate_train(0, replies)
+        try:
+            arrays, _ = self.inner.aggregate_train(0, replies)
+        except AppExitException as error:
+            raise ContractError(f"{type(self.inner).__name__}: {error}") from error
         if arrays is None:
             raise ContractError(f"{type(self.inner).__name__} made no aggregate of {len(updates)} updates")
         return wire.from_arrays(arrays)
+
+    def state(self) -> Mapping[str, Any]:
+        """The arrays that the inner strategy holds, such as momenta: in mappings, records or lists."""
+        state: dict[str, Any] = {"kinds": {}}
+        for name, held in vars(self.inner).items():
+            items: Iterable[tuple[Any, Any]] = held.items() if isinstance(held, Mapping | ArrayRecord) else ()
+            if isinstance(held, list):
+                items = enumerate(held)
+            tensors = {str(k): v.numpy() if isinstance(v, Array) else v for k, v in items}
+            if tensors and all(isinstance(v, np.ndarray) for v in tensors.values()):
+                kind = "record" if isinstance(held, ArrayRecord) else type(held).__name__
+                state["kinds"][name] = kind
+                state |= {f"{name}/{key}": np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
+        return state
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Give the inner strategy its arrays back."""
+        for name, kind in state.get("kinds", {}).items():
+            prefix = f"{name}/"
+            tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            held: Any = tensors
+            if kind == "list":
+                held = [tensors[str(i)] for i in range(len(tensors))]
+            elif kind == "record":
+                held = ArrayRecord({k: Array(v) for k, v in tensors.items()})
+            setattr(self.inner, name, held)
 
 
 class _Nodes:

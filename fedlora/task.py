@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fedlora import adapter as adapters
 from fedlora.adapter import Adapter, Layout, Slot
-from fedlora.data import Encoded, Examples, Rows
+from fedlora.data import Encoded, Examples, Rows, quiet_hub
 from fedlora.errors import ContractError, SettingError
 
 if TYPE_CHECKING:
@@ -420,7 +420,8 @@ def _loading(base: str, path: str, what: str) -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with quiet_hub():
+            yield
     except Exception as error:  # the libraries raise whatever their files made them trip over
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):

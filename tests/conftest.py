@@ -121,15 +121,18 @@ def tiny(tiny_yaml):
 @pytest.fixture(scope="session")
 def build(tiny):
     """Makes the worker of a tiny scenario."""
+    from dataclasses import replace
+
     from fedlora.engine import Worker
-    from fedlora.simulation import prepare
+    from fedlora.simulation import calibrate, prepare
 
     made = {}
 
     def worker(*overrides: str, private: bool = True):
         key = (overrides, private)
         if key not in made:
-            made[key] = Worker(prepare(tiny(*overrides, private=private)).setup)
+            ready = prepare(tiny(*overrides, private=private))
+            made[key] = Worker(replace(ready.setup, noise=calibrate(ready.scenario, ready.data)))
         return made[key]
 
     return worker

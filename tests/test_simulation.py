@@ -31,10 +31,14 @@ def test_the_run_folder_holds_what_it_promises(run):
     rounds = run.rounds
     assert [line["round"] for line in rounds] == [1, 2]
     for line in rounds:
-        assert {"clients", "failures", "loss", "accuracy", "bytes_up", "bytes_down", "epsilon", "seconds"} <= set(line)
+        assert {"clients", "failures", "loss", "accuracy", "bytes_up", "bytes_down", "epsilon", "seconds"} <= set(
+            line
+        )
         assert line["clients"] == 4 and line["failures"] == 0 and line["train_loss"] is None
     assert [(c["round"], c["client"]) for c in run.clients] == [(r, c) for r in (1, 2) for c in range(4)]
-    assert {"num_examples", "steps", "bytes_up", "bytes_down", "epsilon", "seconds", "error"} <= set(run.clients[0])
+    assert {"num_examples", "steps", "bytes_up", "bytes_down", "epsilon", "seconds", "error"} <= set(
+        run.clients[0]
+    )
     partitions = json.loads((run.folder / "partitions.json").read_text())
     assert partitions["labels"] == ["bad", "good"]
     assert [sum(c["labels"]) for c in partitions["clients"]] == [c["num_examples"] for c in partitions["clients"]]
@@ -122,7 +126,10 @@ def test_ffa_lora_halves_the_bytes_and_keeps_a(run, tiny, tmp_path, build):
 
 
 def test_plain_training_learns_and_shares_its_loss(tiny, tmp_path):
-    made = simulate(tiny("clients.local_steps=60", "clients.lr=0.3", "clients.batch_size=32", "rounds=3", private=False), out=tmp_path / "plain")
+    made = simulate(
+        tiny("clients.local_steps=60", "clients.lr=0.3", "clients.batch_size=32", "rounds=3", private=False),
+        out=tmp_path / "plain",
+    )
     assert made.summary["accuracy"] > 0.9
     assert made.rounds[-1]["train_loss"] < made.rounds[0]["train_loss"]
     assert made.summary["epsilon"] is None and not (made.folder / "privacy.jsonl").exists()
@@ -136,7 +143,8 @@ def test_shared_metrics_are_said_to_be_outside_of_epsilon(tiny, tmp_path):
 
 def test_a_causal_model_runs_in_the_same_shape(tiny, tiny_lm, tmp_path):
     made = simulate(
-        tiny("task=causal_lm", f"model.base={tiny_lm}", "model.adapter.targets=[q_proj, v_proj]"), out=tmp_path / "lm"
+        tiny("task=causal_lm", f"model.base={tiny_lm}", "model.adapter.targets=[q_proj, v_proj]"),
+        out=tmp_path / "lm",
     )
     assert made.summary["perplexity"] > 1 and "accuracy" not in made.summary
     assert made.summary["bytes_up_head"] == 0
@@ -199,6 +207,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny, tmp_path, override, wher
 
 def test_resuming_continues_bit_for_bit(tiny, tmp_path):
     whole = simulate(tiny("rounds=4"), out=tmp_path / "whole")
+
     # Calibrated for four rounds, interrupted in the third.
     class Stop:
         def stage(self, what): ...

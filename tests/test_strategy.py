@@ -8,7 +8,7 @@ import pytest
 import fedlora.strategy
 from fedlora import strategy, wire
 from fedlora.adapter import Slot, Update
-from fedlora.errors import SettingError
+from fedlora.errors import ContractError, SettingError
 
 LAYOUT = {
     s.name: s for s in (Slot("A", (1, 2), "A", "q"), Slot("B", (2, 1), "B", "q"), Slot("h", (2,), "head", "h"))
@@ -25,6 +25,7 @@ STOCK = {
     "Krum": {},
     "MultiKrum": {"num_nodes_to_select": 2},
     "Bulyan": {},
+    "QFedAvg": {"client_learning_rate": 0.5},
 }
 
 
@@ -48,7 +49,7 @@ def adapter(value=0.0):
 def updates(values, weights=None):
     weights = weights or [1.0] * len(values)
     return [
-        Update(adapter=adapter(v), weight=w, clients=(k,))
+        Update(adapter=adapter(v), weight=w, clients=(k,), metrics={"train_loss": 0.5})
         for k, (v, w) in enumerate(zip(values, weights, strict=True))
     ]
 
@@ -69,6 +70,29 @@ def test_stock_strategies_run_on_an_adapter(name):
 def test_stock_averages_by_hand():
     assert stock("FedAvg").aggregate(adapter(), updates([1.0, 4.0], [1.0, 3.0]))["h"][0] == pytest.approx(3.25)
     assert stock("FedMedian").aggregate(adapter(), updates([1.0, 2.0, 9.0]))["h"][0] == pytest.approx(2.0)
+
+
+def test_what_a_stock_strategy_cannot_do_is_said():
+    made = stock("QFedAvg", client_learning_rate=0.5)
+    made.instruct(1, adapter())
+    private = [Update(adapter=adapter(1.0), weight=1.0, clients=(0,))]  # shares no loss
+    with pytest.raises(ContractError, match=r"QFedAvg: .*training loss"):
+        made.aggregate(adapter(), private)
+
+
+@pytest.mark.parametrize("name", ["FedAdam", "FedAvgM", "FedYogi"])
+def test_momenta_outlive_a_restart(name):
+    made, again = stock(name, **STOCK[name]), stock(name, **STOCK[name])
+    now = adapter(0.5)
+    for value in (1.0, 2.0):
+        made.instruct(1, now)
+        now = made.aggregate(now, updates([value]))
+    again.load_state(made.state())
+    results = []
+    for one in (made, again, stock(name, **STOCK[name])):
+        one.instruct(3, now)
+        results.append(one.aggregate(now, updates([3.0]))["h"])
+    assert np.array_equal(results[0], results[1]) and not np.array_equal(results[0], results[2])
 
 
 def test_fedprox_tells_clients_its_mu():
@@ -102,7 +126,7 @@ def test_under_flowers_own_loop(build):
     from fedlora.strategies.ffa_lora import FFALoRA
 
     worker = build(private=False)
-    engine = InlineEngine(worker.setup, num_clients=4)
+    engine = InlineEngine(num_clients=4)
     engine.worker, engine.description = worker, worker.describe()
     made = FFALoRA()
     made.layout = engine.description.layout

@@ -111,6 +111,14 @@ def test_a_pooler_trains_when_asked(tiny_base):
     assert not any("pooler" in n for n in load(tiny_base).layout)
 
 
+def test_no_factors_inside_a_head(tiny_base):
+    layout = load(tiny_base, targets=("dense",), pooler="trained").layout
+    assert {s.role for n, s in layout.items() if "pooler" in n or "classifier" in n} == {"head"}
+    assert any(".output.dense.lora_B" in n for n in layout)
+    with pytest.raises(SettingError, match="matches no linear layer"):
+        load(tiny_base, targets=("classifier",))
+
+
 def test_a_target_that_matches_nothing_names_what_there_is(tiny_base):
     with pytest.raises(SettingError, match=r"'q_proj' matches no linear layer .* 'query'") as caught:
         load(tiny_base, targets=("query", "q_proj"))

@@ -30,18 +30,27 @@ def precision(scenario: Scenario) -> str:
     return "bf16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "fp32"
 
 
-def make(scenario: Scenario, setup: Setup, address: str | None = None) -> Engine:
-    """The engine that a scenario asks for; `auto` runs small work in this process, other work on Ray."""
+def make(scenario: Scenario, address: str | None = None) -> Engine:
+    """The engine that a scenario asks for; `auto` runs small work in this process, other work on Ray.
+
+    Its processes start at once, and wait for `Engine.start`.
+    """
     told, clients = scenario.engine, scenario.clients
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = min(max(cores // setup.threads, 1), clients.cohort_size)
+    most = min(max(cores // threads(scenario), 1), clients.cohort_size)
     workers = most if told.workers == "auto" else told.workers
     work = scenario.rounds * clients.cohort_size * clients.local_steps * clients.batch_size
-    inline = told.kind == "inline" or (told.kind == "auto" and address is None and (workers == 1 or work < SMALL))
-    if inline:
+    alone = address is None and (workers == 1 or work < SMALL)
+    if told.kind == "inline" or (told.kind == "auto" and alone):
         from fedlora.engine.inline import InlineEngine
 
-        return InlineEngine(setup, clients.total)
+        return InlineEngine(clients.total)
     from fedlora.engine.ray import RayEngine
 
-    return RayEngine(setup, clients.total, workers=workers, gpus_per_worker=told.gpus_per_worker, address=address)
+    return RayEngine(
+        clients.total,
+        workers=workers,
+        threads=threads(scenario),
+        gpus_per_worker=told.gpus_per_worker,
+        address=address,
+    )

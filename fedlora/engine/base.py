@@ -15,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora import wire
 from fedlora.adapter import Adapter, Instruction
-from fedlora.engine.worker import Description, Replies
+from fedlora.engine.worker import Description, Replies, Setup
 
 EVALUATION_CHUNK = 256  # test examples: fixed, so that sums do not depend on the number of workers
 
@@ -40,7 +40,7 @@ class Engine(Grid):
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
 
     @abstractmethod
-    def start(self) -> Description:
+    def start(self, setup: Setup) -> Description:
         """Build the workers, and say what they built."""
 
     @abstractmethod

@@ -11,13 +11,9 @@ from fedlora.engine.worker import Description, Replies, Setup, Worker
 class InlineEngine(Engine):
     """One worker, in this process."""
 
-    def __init__(self, setup: Setup, num_clients: int) -> None:
-        super().__init__(num_clients)
-        self.setup = setup
-
-    def start(self) -> Description:
+    def start(self, setup: Setup) -> Description:
         """Load the model here."""
-        self.worker = Worker(self.setup)
+        self.worker = Worker(setup)
         self.description = self.worker.describe()
         return self.description
 

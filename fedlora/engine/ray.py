@@ -5,6 +5,7 @@ cohort alone, and come back in client order, so that a result does not depend on
 it. A worker that dies is replaced, and its chunk runs again.
 """
 
+import importlib
 import logging
 import os
 import sys
@@ -24,15 +25,20 @@ logger = logging.getLogger(__name__)
 
 
 class Resident:
-    """The actor. Its worker is built at the first call, so that what goes wrong then is told as it was raised."""
+    """The actor.
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
+    It imports while the run is still being prepared. Its worker is built by a call, so that what goes
+    wrong then is told as it was raised.
+    """
+
+    def __init__(self) -> None:
+        for module in ("torch", "transformers.models.auto", "peft"):
+            importlib.import_module(module)
         self.worker: Worker | None = None
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    def call(self, setup: Setup, method: str, *arguments: Any) -> Any:
         """The result of a worker's method."""
-        self.worker = self.worker or Worker(self.setup)
+        self.worker = self.worker or Worker(setup)
         return getattr(self.worker, method)(*arguments)
 
 
@@ -41,15 +47,15 @@ class RayEngine(Engine):
 
     def __init__(
         self,
-        setup: Setup,
         num_clients: int,
         *,
         workers: int,
+        threads: int = 1,
         gpus_per_worker: float = 0.0,
         address: str | None = None,
     ) -> None:
         super().__init__(num_clients)
-        self.setup, self.num_workers = setup, workers
+        self.num_workers, self.threads = workers, threads
         self.gpus_per_worker, self.address = gpus_per_worker, address
         self.workers: list[Any] = []
         self.replaced = 0
@@ -69,7 +75,7 @@ class RayEngine(Engine):
                 {"address": self.address}
                 if self.address
                 else {
-                    "num_cpus": max(self.num_workers * self.setup.threads, 1),
+                    "num_cpus": max(self.num_workers * self.threads, 1),
                     "include_dashboard": False,
                     "object_store_memory": 512 * 2**20,
                 }
@@ -78,19 +84,18 @@ class RayEngine(Engine):
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise UserError(f"cannot reach Ray at {self.address or 'this machine'}: {error}") from error
-        needs = {"CPU": self.num_workers * self.setup.threads, "GPU": self.num_workers * self.gpus_per_worker}
+        needs = {"CPU": self.num_workers * self.threads, "GPU": self.num_workers * self.gpus_per_worker}
         for what, need in needs.items():
             if need > (has := ray.cluster_resources().get(what, 0)):
                 raise UserError(
                     f"{self.num_workers} workers need {need:g} {what}s, and Ray has {has:g}: lower engine.workers"
                 )
         self.workers = [self._new_worker() for _ in range(self.num_workers)]
-        self._described = [worker.call.remote("describe") for worker in self.workers]
 
     def _new_worker(self) -> Any:
         import ray
 
-        threads = str(self.setup.threads)
+        threads = str(self.threads)
         environment = {
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
@@ -99,16 +104,20 @@ class RayEngine(Engine):
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),  # one's own clients are found there too
         }
         remote = ray.remote(Resident).options(
-            num_cpus=self.setup.threads,
+            num_cpus=self.threads,
             num_gpus=self.gpus_per_worker,
             max_restarts=0,
             runtime_env={"env_vars": environment},
         )
-        return remote.remote(self.setup)
+        return remote.remote()
 
-    def start(self) -> Description:
-        """Wait for the workers, and make sure that they built the same."""
-        descriptions = [self._get(reference) for reference in self._described]
+    def start(self, setup: Setup) -> Description:
+        """Let the workers build, and make sure that they built the same."""
+        import ray
+
+        self.setup, self._setup = setup, ray.put(setup)
+        asked = [self._call("describe")(worker) for worker in self.workers]
+        descriptions = [self._get(reference) for reference in asked]
         if len({d.fingerprint for d in descriptions}) != 1:
             raise FedloraError("workers drew different adapters from one seed: their torch versions differ")
         self.description = descriptions[0]
@@ -116,7 +125,7 @@ class RayEngine(Engine):
 
     def pids(self) -> list[int]:
         """The processes of the workers."""
-        return [self._get(worker.call.remote("pid")) for worker in self.workers]
+        return [self._get(self._call("pid")(worker)) for worker in self.workers]
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
         """Run the clients wherever a worker is free."""
@@ -125,7 +134,7 @@ class RayEngine(Engine):
         pieces = chunks(cohort)
         told = ray.put(instruction)  # one broadcast
         parts = self._spread(
-            [_call("train", told, piece, partial_sums) for piece in pieces],
+            [self._call("train", told, piece, partial_sums) for piece in pieces],
             lambda i, why: self._lost(instruction, pieces[i], why),
         )
         return Replies([u for p in parts for u in p.updates], [r for p in parts for r in p.reports])
@@ -141,14 +150,14 @@ class RayEngine(Engine):
             raise FedloraError(f"the test set could not be evaluated: {why}")
 
         parts = self._spread(
-            [_call("evaluate", told, a, min(a + EVALUATION_CHUNK, count)) for a in starts],
+            [self._call("evaluate", told, a, min(a + EVALUATION_CHUNK, count)) for a in starts],
             lost,
         )
         sums: dict[str, float] = {}
         for part in parts:
             for key, value in part.items():
                 sums[key] = sums.get(key, 0.0) + value
-        figures: dict[str, float] = self._get(self.workers[0].call.remote("figures", sums))
+        figures: dict[str, float] = self._get(self._call("figures", sums)(self.workers[0]))
         return figures
 
     def export(self, adapter: Adapter, folder: Path) -> None:
@@ -157,7 +166,7 @@ class RayEngine(Engine):
         def lost(_: int, why: str) -> None:
             raise FedloraError(f"the adapter could not be exported: {why}")
 
-        self._spread([_call("export", adapter, folder)], lost)
+        self._spread([self._call("export", adapter, folder)], lost)
 
     def close(self) -> None:
         """End the actors, and Ray if it was started here."""
@@ -230,6 +239,10 @@ class RayEngine(Engine):
             ],
         )
 
+    def _call(self, method: str, *arguments: Any) -> Callable[[Any], Any]:
+        """A call of a worker's method, to be made on whichever worker is free."""
+        return lambda worker: worker.call.remote(self._setup, method, *arguments)
+
     @staticmethod
     def _get(reference: Any) -> Any:
         """A result, with our own errors as they were raised."""
@@ -241,8 +254,3 @@ class RayEngine(Engine):
             raise error.cause if isinstance(error.cause, FedloraError) else error from None
         except ray.exceptions.RayError as error:
             raise FedloraError(f"a worker died while it started: {str(error).splitlines()[0]}") from error
-
-
-def _call(method: str, *arguments: Any) -> Callable[[Any], Any]:
-    """A call of a worker's method, to be made on whichever worker is free."""
-    return lambda worker: worker.call.remote(method, *arguments)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built as pip builds it, from a copy of what git tracks; no network: setuptools is installed with the tests."""
+    """Built as pip builds it, from a copy of the tree; without isolation, so that no network is needed."""
     import shutil
 
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")

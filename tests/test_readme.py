@@ -1,0 +1,44 @@
+"""The README's words, held to what is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+
+from fedlora import Update, scenario
+from fedlora.cli import _parser
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_every_fedlora_command_parses_and_names_real_settings():
+    commands = re.findall(r"(?:^|\s)(?:\.venv/bin/)?(fedlora (?:simulate|check|list)[^#\n]*)", TEXT, re.M)
+    assert len(commands) >= 6
+    for command in commands:
+        told = _parser().parse_args(shlex.split(command.strip())[1:])
+        if getattr(told, "scenario", None) and told.scenario != "my.yaml":
+            scenario.load(ROOT / told.scenario if "/" in told.scenario else told.scenario, told.overrides)
+
+
+def test_ci_installs_and_tests_as_the_readme_says():
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert 'pip install -e ".[dev]" && .venv/bin/pytest' in TEXT
+    assert '-e ".[dev]"' in ci and '"$venv/bin/pytest"' in ci
+
+
+def test_the_strategy_in_the_readme_works():
+    code = re.search(r"```python\n(from dataclasses.*?)```", TEXT, re.S).group(1)
+    assert len([line for line in code.split("@dataclass")[1].splitlines() if line.strip()]) <= 15
+    names: dict = {"__name__": "readme"}
+    exec(code, names)
+    updates = [Update(adapter={"w": np.array([x], float)}, weight=1.0, clients=(x,)) for x in range(10)]
+    assert names["TrimmedMean"]().aggregate({"w": np.zeros(1)}, updates)["w"] == 4.5
+
+
+def test_nothing_was_left_to_fill_in():
+    for file in [ROOT / "README.md", *(ROOT / "scenarios").glob("*.yaml")]:
+        assert not re.search(r"\b(MINUTES|TESTMIN|RESULT\w*|RATIO|BENCH|TIME[IL]?|ACC[I]?)\b", file.read_text()), (
+            file
+        )
