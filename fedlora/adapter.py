@@ -5,6 +5,7 @@ reads. A *kind* says, in one place, what it builds and what the tensors are for;
 `role` of a slot and nothing else assumes tensors called A and B.
 """
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +47,6 @@ class Update:
         weight: of this update in a mean; for several clients the sum of theirs.
         clients: whose work this is, ascending.
         metrics: figures that the clients chose to share, such as `train_loss`.
-
     """
 
     adapter: Adapter
@@ -65,7 +65,8 @@ class Instruction:
         train: names of the tensors to train.
         send: names of the tensors to send back.
         config: further words of the strategy to the client, such as `proximal-mu`.
-
+        frozen: the fingerprint of the tensors that are not sent down because the seed gives them; a
+            client whose own differ refuses. Empty: not checked.
     """
 
     round: int
@@ -73,6 +74,7 @@ class Instruction:
     train: tuple[str, ...]
     send: tuple[str, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
+    frozen: str = ""
 
 
 class Kind(Protocol):
@@ -110,7 +112,6 @@ class Lora:
 
         Raises:
             SettingError: a target matches no linear layer.
-
         """
         import torch
         from peft import LoraConfig, get_peft_model
@@ -170,12 +171,19 @@ def initial(kind: Kind, layout: Layout, seed: int) -> Adapter:
     return adapter
 
 
+def fingerprint(adapter: Mapping[str, Tensor]) -> str:
+    """Differs when any bit of any tensor does."""
+    digest = hashlib.sha256()
+    for name in sorted(adapter):
+        digest.update(name.encode() + adapter[name].tobytes())
+    return digest.hexdigest()[:16]
+
+
 def weighted_mean(updates: Iterable[Update]) -> Adapter:
     """`sum_k w_k x_k / sum_k w_k` for every tensor, in the order given.
 
     Raises:
         ContractError: there is no update, weights do not sum to something positive, or keys differ.
-
     """
     total: Adapter = {}
     weight = 0.0
@@ -218,7 +226,6 @@ def aggregation_error(
 
     Returns:
         The error, 0 where the ideal change is 0.
-
     """
     weights = np.array([u.weight for u in updates])
     shares = weights / weights.sum()

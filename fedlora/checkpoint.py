@@ -32,7 +32,6 @@ class Checkpoint:
         adapter: every tensor of the layout.
         strategy: what `Strategy.state` gave: arrays and JSON values by name.
         words: JSON values of the loop, such as the totals so far.
-
     """
 
     round: int
@@ -68,7 +67,6 @@ def load(folder: Path) -> Checkpoint:
 
     Raises:
         UserError: there is none.
-
     """
     from safetensors.numpy import load_file
 

@@ -92,15 +92,24 @@ def _simulate(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from fedlora import client, scenario, strategy
-    from fedlora.errors import SettingError
+    from fedlora import client, data, scenario, strategy, task
+    from fedlora.errors import SettingError, UserError
 
     loaded = scenario.load(arguments.scenario, arguments.overrides)
-    try:
-        strategy.load(loaded.strategy.use, loaded.strategy.options)
-        client.load(loaded.clients.use, loaded.clients.options)
-    except SettingError as error:
-        raise loaded.located(error) from error
+    checks = (
+        lambda: strategy.load(loaded.strategy.use, loaded.strategy.options),
+        lambda: client.load(loaded.clients.use, loaded.clients.options),
+        lambda: task.find_base(loaded.model.base),
+        lambda: data.check(loaded.data, loaded.task, loaded.clients.total),
+    )
+    problems: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except SettingError as error:
+            problems += loaded.located(error).lines
+    if problems:
+        raise UserError(*problems)
     print(f"{arguments.scenario}: fine")
     return 0
 

@@ -36,7 +36,6 @@ class Settings:
         clip_norm: L2 bound on one example's gradient; None without privacy.
         share_metrics: whether figures computed from private examples may leave a private client.
         config: words of the strategy to the client.
-
     """
 
     round: int
@@ -79,7 +78,6 @@ class Client(ABC):
 
     Attributes:
         private: whether updates are clipped and noised; such a client needs a `privacy` section.
-
     """
 
     private: bool = False
@@ -101,7 +99,6 @@ class Client(ABC):
 
         Returns:
             The tensors named by `settings.send`, and a weight that may leave the client.
-
         """
 
 
@@ -110,7 +107,6 @@ def load(use: str, options: Mapping[str, Any]) -> Client:
 
     Raises:
         SettingError: the name or an option is wrong.
-
     """
     cls = plugins.find("clients", use)
     if not issubclass(cls, Client):
@@ -139,7 +135,6 @@ def moved(parameters: "list[torch.Tensor]", received: "list[torch.Tensor]", each
 
     Raises:
         ContractError: it did not.
-
     """
     quantifier: Callable[..., bool] = all if each else any
     if not quantifier(bool((p.detach() != s).any()) for p, s in zip(parameters, received, strict=True)):

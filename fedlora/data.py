@@ -157,7 +157,6 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
 
     Raises:
         SettingError: a source, column, label or partition is not as the settings say.
-
     """
     train, test = read(data, task)
     names: list[str] = []
@@ -178,6 +177,19 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
         lambda to: _partition(to, data.partition, _examples(folder, "train"), train.owners, num_clients, seed),
     )
     return Dataset.open(folder, parts)
+
+
+def check(data: settings.Data, task: str, num_clients: int) -> None:
+    """What can be said about data without a tokenizer, and without the Hub.
+
+    Raises:
+        SettingError: a local source cannot be read, or has fewer examples than there are clients.
+    """
+    if data.files is None and data.dataset != "tweets":
+        return
+    train, _ = read(data, task)
+    if num_clients > len(train.texts):
+        raise SettingError("clients.total", f"{num_clients} clients, and only {len(train.texts)} examples")
 
 
 def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
@@ -372,7 +384,6 @@ def split(
 
     Raises:
         SettingError: the rows cannot be split so.
-
     """
     if num_clients > len(targets):
         raise SettingError("clients.total", f"{num_clients} clients, and only {len(targets)} examples")

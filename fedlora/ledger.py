@@ -22,7 +22,6 @@ class Ledger:
 
     Attributes:
         events: the privacy events so far, by client.
-
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,7 +74,6 @@ def read(file: Path) -> list[dict[str, Any]]:
 
     Raises:
         UserError: a line is not whole, or the file cannot be read.
-
     """
     try:
         texts = file.read_bytes().split(b"\n")
@@ -100,7 +98,6 @@ def replay(file: Path) -> dict[int, list[Event]]:
 
     Raises:
         UserError: a line is damaged or of another mechanism.
-
     """
     events: dict[int, list[Event]] = {}
     for number, line in enumerate(read(file), 1):
@@ -122,7 +119,6 @@ def epsilon_of(file: Path) -> float:
 
     Raises:
         UserError: a line is damaged, or was spent on other terms than the first.
-
     """
     events, lines = replay(file), read(file)
     for number, line in enumerate(lines, 1):

@@ -48,7 +48,6 @@ def find(kind: Kind, use: str) -> type[Any]:
 
     Raises:
         SettingError: nothing importable has that name.
-
     """
     key = f"{'strategy' if kind == 'strategies' else 'clients'}.use"
     if wrong := problem(kind, use):
@@ -72,7 +71,6 @@ def build(cls: type[Any], options: Mapping[str, Any], section: str) -> Any:
 
     Raises:
         SettingError: an option is unknown, or the class refuses its value.
-
     """
     parameters = inspect.signature(cls).parameters.values()
     known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]

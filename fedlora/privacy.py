@@ -33,7 +33,6 @@ class Event:
         sample_rate: probability with which a step takes each example, in (0, 1].
         steps: how many steps.
         clip_norm: L2 bound on one example's gradient over all trained tensors together.
-
     """
 
     noise_multiplier: float
@@ -136,7 +135,6 @@ def calibrate(
 
     Raises:
         SettingError: no noise multiplier up to `MAX_NOISE_MULTIPLIER` reaches it.
-
     """
     from scipy.optimize import brentq
 

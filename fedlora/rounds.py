@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedlora import checkpoint, wire
-from fedlora.adapter import Adapter
+from fedlora.adapter import Adapter, fingerprint
 from fedlora.checkpoint import Checkpoint
 from fedlora.client import Client
 from fedlora.data import Dataset
@@ -63,11 +63,12 @@ class Loop:
 
         Raises:
             RoundError: no client of a round replied.
-
         """
         for round in range(now.round + 1, self.scenario.rounds + 1):
             began = time.perf_counter()
             instruction = self.strategy.instruct(round, now.adapter)
+            kept = {n: t for n, t in now.adapter.items() if n not in instruction.adapter}
+            instruction = replace(instruction, frozen=fingerprint(kept))
             cohort, resting = self._within_budget(self._draw(round), instruction)
             if not cohort:
                 now.last["stopped"] = f"after round {round - 1}: another would pass every client's epsilon"

@@ -345,7 +345,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
 
     Raises:
         ScenarioError: with one line for every problem found.
-
     """
     try:
         text = find(path).read_text(encoding="utf-8")
@@ -395,7 +394,8 @@ def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> S
     problems += (p for p in found if p.path not in unread)
     source = Source(file, lines, written)
     if problems or scenario is None:
-        raise ScenarioError(*(f"{source.where(p.path)}: {p.message}" for p in problems))
+        told = (f"{source.where(p.path)}: {p.message}" for p in problems)
+        raise ScenarioError(*(line.replace("\n", "\\n") for line in told))
     scenario._source = source
     return scenario
 

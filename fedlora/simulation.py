@@ -64,7 +64,6 @@ class Run:
     Attributes:
         folder: where it is.
         summary: what `summary.json` holds.
-
     """
 
     folder: Path
@@ -117,7 +116,6 @@ def simulate(
     Raises:
         UserError: the input is wrong; nothing was written.
         RoundError: no client of a round replied.
-
     """
     if not isinstance(scenario, Scenario):
         scenario = scenarios.load(scenario, overrides)
@@ -185,7 +183,6 @@ def prepare(scenario: Scenario) -> Prepared:
 
     Raises:
         SettingError: a setting does not fit the data.
-
     """
     strategy = strategies.load(scenario.strategy.use, scenario.strategy.options)
     client = clients.load(scenario.clients.use, scenario.clients.options)
@@ -252,7 +249,6 @@ def _check_folder(folder: Path, scenario: Scenario, resume: bool) -> None:
 
     Raises:
         UserError: with what to do instead.
-
     """
     written = folder / "scenario.yaml"
     if not resume:
@@ -285,7 +281,6 @@ def _check_plan(ready: Prepared, found: engines.Description) -> None:
 
     Raises:
         SettingError: it does not.
-
     """
     strategy, layout = ready.strategy, found.layout
     for what, names in (("federates", strategy.federates(layout)), ("trains", strategy.trains(1, layout))):

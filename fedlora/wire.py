@@ -6,6 +6,7 @@ A reply has the shape that Flower's own strategies expect: one ArrayRecord, and 
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -35,7 +36,7 @@ def from_arrays(arrays: ArrayRecord) -> Adapter:
 def pack_instruction(instruction: Instruction, layout: Layout) -> RecordDict:
     """An instruction as the content of a message."""
     config = ConfigRecord(dict(instruction.config))
-    config[ROUND] = instruction.round
+    config[ROUND], config["frozen"] = instruction.round, instruction.frozen
     config["train"] = _mask(instruction.train, layout)
     config["send"] = _mask(instruction.send, layout)
     return RecordDict({ARRAYS: to_arrays(instruction.adapter), CONFIG: config})
@@ -50,12 +51,14 @@ def unpack_instruction(content: RecordDict, layout: Layout) -> Instruction:
     config: dict[str, Any] = dict(next(iter(content.config_records.values()), {}))
     round = int(config.pop(ROUND, 1))
     train, send = config.pop("train", None), config.pop("send", None)
+    frozen = str(config.pop("frozen", ""))
     return Instruction(
         round=round,
         adapter=adapter,
         train=tuple(sorted(adapter)) if train is None else _unmask(train, layout),
         send=tuple(sorted(adapter)) if send is None else _unmask(send, layout),
         config=config,
+        frozen=frozen,
     )
 
 
@@ -73,7 +76,6 @@ def unpack_update(message: Message, client: int) -> Update:
 
     Raises:
         ContractError: the reply lacks tensors, or its weight is no positive number.
-
     """
     content = message.content
     metrics: dict[str, Any] = dict(next(iter(content.metric_records.values()), {}))
@@ -95,19 +97,13 @@ def error_reply(to: Message, reason: str) -> Message:
 
 def instruction_bytes(instruction: Instruction, layout: Layout) -> int:
     """Bytes of an instruction as Flower serialises it."""
-    empty = Instruction(
-        round=instruction.round,
-        adapter={},
-        train=instruction.train,
-        send=instruction.send,
-        config=instruction.config,
-    )
+    empty = replace(instruction, adapter={})
     return _size(pack_instruction(empty, layout)) + _arrays_bytes(_shapes(instruction.adapter))
 
 
 def update_bytes(update: Update, event: Event | None = None) -> int:
     """Bytes of an update as Flower serialises it."""
-    empty = Update(adapter={}, weight=update.weight, clients=update.clients, metrics=update.metrics)
+    empty = replace(update, adapter={})
     return _size(pack_update(empty, event)) + _arrays_bytes(_shapes(update.adapter))
 
 

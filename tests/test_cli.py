@@ -112,6 +112,13 @@ def test_check_finds_options_that_the_strategy_lacks(scenario, capsys):
     assert "FFALoRA has no option 'trim'" in capsys.readouterr().err
 
 
+def test_check_reads_the_data_and_says_all_that_is_wrong(scenario, capsys):
+    wrong = ("data.files.text=texts", "model.base=/no/such/folder", "strategy.trim=1")
+    assert main(["check", str(scenario), *(f"--set={w}" for w in wrong)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 3 and "did you mean 'text'" in told[2] and "no such folder" in told[1]
+
+
 def test_list_names_everything_once(capsys):
     assert main(["list"]) == 0
     told = capsys.readouterr().out

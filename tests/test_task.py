@@ -133,7 +133,7 @@ def test_a_missing_or_broken_base_is_one_line(tiny_base, tmp_path, what):
     if what != "missing":
         shutil.copytree(tiny_base, base)
         (base / what).write_text("{ not what it should be")
-    with pytest.raises(SettingError, match=r"model\.base: cannot load the (model|tokenizer)") as caught:
+    with pytest.raises(SettingError, match=r"model\.base: (cannot load the|no such folder)") as caught:
         load(str(base))
     assert "\n" not in str(caught.value)
 

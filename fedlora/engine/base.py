@@ -54,7 +54,6 @@ class Engine(Grid):
 
         Returns:
             Updates and reports sorted by client.
-
         """
 
     @abstractmethod

@@ -1,6 +1,5 @@
 """The worker: the resident process that holds the base model and serves clients one after another."""
 
-import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from fedlora import adapter as adapters
 from fedlora import client as clients
 from fedlora import wire
-from fedlora.adapter import Adapter, Instruction, Layout, Update, weighted_mean
+from fedlora.adapter import Adapter, Instruction, Layout, Update, fingerprint, weighted_mean
 from fedlora.data import Dataset
 from fedlora.errors import ContractError
 from fedlora.privacy import Event
@@ -32,7 +31,6 @@ class Setup:
         precision: `fp32` or `bf16`.
         device: a torch device.
         noise: the calibrated noise multiplier for each number of examples; None without privacy.
-
     """
 
     scenario: Mapping[str, Any]
@@ -69,7 +67,6 @@ class Report:
         event: the privacy event that it cost, also where it failed after it may have trained.
         error: why it failed; None if it did not.
         metrics: figures that it shares.
-
     """
 
     client: int
@@ -144,6 +141,7 @@ class Worker:
             precision="bf16" if setup.precision == "bf16" else "fp32",
         )
         self.settings = Setter(self.scenario, setup.noise)
+        self._fingerprints: dict[frozenset[str], str] = {}
 
     def describe(self) -> Description:
         """What was built."""
@@ -178,6 +176,7 @@ class Worker:
         partition = self.dataset.partition(client)
         event = None
         try:
+            self._agree(instruction)
             settings = self.settings(instruction, len(partition))
             event = self.client.spends(len(partition), settings)
             rng = clients.Rng(self.scenario.seed, instruction.round, client)
@@ -205,6 +204,19 @@ class Worker:
             metrics=update.metrics,
         )
 
+    def _agree(self, instruction: Instruction) -> None:
+        """Make sure that the tensors that did not travel are what the server has.
+
+        Raises:
+            ContractError: they are not; an average over different A would mean nothing.
+        """
+        sent = frozenset(instruction.adapter)
+        if sent not in self._fingerprints:
+            kept = {n: t for n, t in self.task.initial.items() if n not in sent}
+            self._fingerprints[sent] = fingerprint(kept)
+        if instruction.frozen not in ("", self._fingerprints[sent]):
+            raise ContractError("the tensors that stay frozen are not the server's: another seed, base or torch")
+
     def evaluate(self, adapter: Adapter, start: int, stop: int) -> dict[str, float]:
         """Sums of the metric over test examples `start` to `stop`."""
         return self.task.evaluate(adapter, self.dataset.test, start, stop)
@@ -224,7 +236,6 @@ def check(update: Update, instruction: Instruction, layout: Layout) -> None:
 
     Raises:
         ContractError: wrong names, shapes, a weight that is no positive number, or values that are not finite.
-
     """
     if set(update.adapter) != set(instruction.send):
         odd = sorted(set(update.adapter) ^ set(instruction.send))[0]
@@ -248,11 +259,3 @@ def merge(updates: Sequence[Update]) -> Update:
         clients=tuple(c for u in updates for c in u.clients),
         metrics={k: sum(u.weight * u.metrics[k] for u in updates) / weight for k in sorted(shared)},
     )
-
-
-def fingerprint(adapter: Adapter) -> str:
-    """Differs when any bit of any tensor does."""
-    digest = hashlib.sha256()
-    for name in sorted(adapter):
-        digest.update(name.encode() + adapter[name].tobytes())
-    return digest.hexdigest()[:16]

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from fedlora import engine as engines
 from fedlora import wire
-from fedlora.adapter import Instruction
+from fedlora.adapter import Instruction, fingerprint
 from fedlora.engine.base import chunks
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.ray import RayEngine
@@ -108,6 +108,14 @@ def test_a_client_that_raises_is_a_failure_that_says_why_and_what_it_spent(engin
 def test_an_update_that_breaks_the_contract_is_a_failure(inline, fault, words):
     replies = inline.train(instruct(inline, fail=2, fault=fault), [1, 2], partial_sums=True)
     assert [u.clients for u in replies.updates] == [(1,)] and words in replies.reports[1].error
+
+
+def test_a_client_whose_a_is_another_refuses(inline):
+    told = replace(instruct(inline), frozen="0123456789abcdef")
+    replies = inline.train(told, [0, 1], partial_sums=True)
+    assert not replies.updates and all("not the server's" in r.error for r in replies.reports)
+    kept = {n: t for n, t in inline.description.initial.items() if ".lora_A." in n}
+    assert len(inline.train(replace(told, frozen=fingerprint(kept)), [0], partial_sums=True).updates) == 1
 
 
 def test_a_dead_worker_is_replaced_and_nothing_is_lost(ray, inline):

@@ -1,0 +1,165 @@
+import logging
+import math
+import time
+from functools import partial
+
+import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlora.errors import SettingError, UserError
+from fedlora.privacy import Event, calibrate, epsilon, statement
+
+DELTA = 1e-5
+SST2 = 200 / (67349 / 3)  # FFA-LoRA's experiment: batches of 200, three clients
+
+
+def event(noise_multiplier: float, sample_rate: float, steps: int) -> Event:
+    return Event(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps, clip_norm=1.0)
+
+
+def spent(noise: float, sample_rate: float, steps: int, accountant="pld", delta: float = DELTA) -> float:
+    return epsilon([event(noise, sample_rate, steps)], delta, accountant)
+
+
+ACCOUNTANTS = {"pld": partial(PLDAccountant, value_discretization_interval=1e-4), "rdp": RdpAccountant}
+RUNS = {
+    "few": [(0.6, 0.02, 40)],
+    "ordinary": [(1.3, 0.1, 200)],
+    "much noise": [(5.0, 0.05, 1000)],
+    "every example": [(20.0, 1.0, 100)],
+    "two noises": [(1.0, 0.01, 100), (2.0, 0.01, 300)],
+    "two noises, two rates": [(0.8, 0.02, 50), (3.0, 0.1, 50)],
+}
+
+
+@pytest.mark.parametrize(("target", "noise"), [(6, 0.99), (3, 1.516), (1, 3.692)])
+def test_the_noise_of_the_ffa_lora_paper(target, noise):
+    rdp = calibrate(target, DELTA, SST2, 10_000, "rdp")
+    assert rdp == pytest.approx(noise, rel=0.005)
+    assert calibrate(target, DELTA, SST2, 10_000, "pld") <= rdp  # the tighter accountant needs no more
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_epsilon_is_what_dp_accounting_says(run, accountant):
+    other = ACCOUNTANTS[accountant]()
+    for noise, rate, steps in run:
+        other.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), steps)
+    ours = epsilon([event(*part) for part in run], DELTA, accountant)
+    assert ours == pytest.approx(other.get_epsilon(DELTA), rel=0.01)
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_privacy_loss_distributions_are_at_least_as_tight_as_renyi(run):
+    events = [event(*part) for part in run]
+    assert epsilon(events, DELTA, "pld") <= epsilon(events, DELTA, "rdp")
+
+
+@pytest.mark.parametrize(("noise", "steps"), [(1.0, 1), (4.0, 1), (10.0, 25), (100.0, 400), (1000.0, 400)])
+def test_without_sampling_it_is_the_analytic_gaussian(noise, steps):
+    exact = get_epsilon_gaussian(noise / math.sqrt(steps), DELTA)  # steps compose into one with less noise
+    assert spent(noise, 1.0, steps) == pytest.approx(exact, rel=0.01)
+
+
+def test_much_noise_on_rare_examples_is_accounted_tightly():
+    # In the limit of many small steps the losses are normal (Dong et al., 2019): a Gaussian with noise
+    # 1 / (sample_rate * sqrt(steps * (exp(1 / noise_multiplier**2) - 1))).
+    for noise, rate, steps in ((1.48, 1e-4, 10_000), (35.0, 0.01, 10_000), (3.64, 1e-3, 10_000)):
+        limit = get_epsilon_gaussian(1 / (rate * math.sqrt(steps * math.expm1(noise**-2))), DELTA)
+        assert spent(noise, rate, steps) == pytest.approx(limit, rel=0.03)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([(1.3, 0.1), (0.7, 0.01), (8.0, 0.5)]),
+    st.lists(st.integers(0, 60), min_size=1, max_size=4),
+)
+def test_events_add_up(parameters, parts):
+    together = spent(*parameters, sum(parts))
+    assert epsilon([event(*parameters, steps) for steps in parts], DELTA) == together
+    assert spent(*parameters, sum(parts) + 1) > together >= 0
+
+
+def test_epsilon_falls_with_noise_and_rises_with_the_sample_rate():
+    by_noise = [spent(noise, 0.05, 100) for noise in (0.5, 0.7, 1.0, 1.49, 1.51, 3.0, 10.0)]
+    by_rate = [spent(1.0, rate, 100) for rate in (0.001, 0.01, 0.1, 1.0)]
+    assert by_noise == sorted(by_noise, reverse=True) and by_rate == sorted(by_rate)
+    assert len({*by_noise, *by_rate}) == 11
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_nothing_taken_is_nothing_spent(accountant):
+    assert epsilon([], DELTA, accountant) == 0.0
+    assert epsilon([event(1.0, 0.1, 0)], DELTA, accountant) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("target", "rate", "steps", "accountant"),
+    [
+        *((6, 0.01, 40, "pld"), (6, 0.01, 200, "pld"), (6, 0.1, 40, "pld"), (6, 0.1, 200, "pld")),
+        *((0.1, 0.01, 1000, "pld"), (0.1, 1.0, 10_000, "pld"), (0.5, 1e-4, 10_000, "pld")),
+        *((1, 0.5, 1, "pld"), (50, 0.01, 1, "pld"), (50, 0.1, 10_000, "pld")),
+        *((6, 0.1, 200, "rdp"), (0.1, 1.0, 10_000, "rdp"), (50, 0.01, 1, "rdp")),
+    ],
+)
+def test_calibration_spends_the_target_and_not_a_hundredth_less_noise_would_do(target, rate, steps, accountant):
+    began = time.perf_counter()
+    noise = calibrate.__wrapped__(target, DELTA, rate, steps, accountant)
+    assert time.perf_counter() - began < 10
+    assert spent(noise, rate, steps, accountant) <= target < spent(0.99 * noise, rate, steps, accountant)
+
+
+@pytest.mark.parametrize(("target", "rate", "delta"), [(1e6, 0.01, DELTA), (6.0, 1e-6, DELTA)])
+def test_a_target_that_asks_for_next_to_nothing_is_quick_and_kept(target, rate, delta):
+    noise = calibrate(target, delta, rate, 10)
+    assert 0 < noise < 0.3 and spent(noise, rate, 10, "pld", delta) <= target
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_a_target_out_of_reach_is_told_at_once_and_in_a_line(accountant):
+    began = time.perf_counter()
+    with pytest.raises(SettingError) as caught:
+        calibrate(1e-6, DELTA, 1.0, 10_000, accountant)
+    assert time.perf_counter() - began < 5
+    assert caught.value.key == "privacy.epsilon" and len(str(caught.value).splitlines()) == 1
+    assert "no noise reaches epsilon 1e-06 at delta 1e-05 over 10000 steps" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"noise_multiplier": v} for v in (0.0, -1.0, math.nan, math.inf)),
+        *({"sample_rate": v} for v in (0.0, -0.1, 1.1, math.nan)),
+        *({"clip_norm": v} for v in (0.0, -1.0, math.nan, math.inf)),
+        *({"steps": v} for v in (-1, 1.0, True)),
+    ],
+    ids=str,
+)
+def test_what_is_no_event_is_refused(wrong):
+    fine = {"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 1, "clip_norm": 1.0}
+    with pytest.raises(UserError, match="not an event"):
+        Event(**{**fine, **wrong})
+
+
+def test_an_event_survives_json_and_passes_over_further_keys():
+    one = Event(noise_multiplier=0.1 + 0.2, sample_rate=1 / 3, steps=7, clip_norm=2.0)
+    assert Event.from_json({**one.to_json(), "round": 3}) == one
+
+
+def test_orders_that_renyi_cannot_use_are_no_news(caplog):
+    with caplog.at_level(logging.WARNING):
+        spent(2.0, 0.5, 10, "rdp", 0.1)
+    assert not caplog.records
+
+
+def test_the_statement_says_what_holds_for_whom():
+    line = statement(5.98, 1e-5, "example", "pld")
+    assert line.startswith(
+        "(5.98, 1e-05)-differential privacy for each example, neighbouring datasets differ by one"
+    )
+    assert "privacy loss distributions" in line and "Renyi" in statement(1, 1e-5, "example", "rdp")
