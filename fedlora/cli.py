@@ -1,6 +1,7 @@
 """The command line: parse, call, print. One line for each mistake of the user, exit code 2."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,7 +11,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     from fedlora.errors import FedloraError, UserError
 
-    sys.path[:0] = [p for p in ("",) if p not in sys.path]  # one's own strategies and clients are found here
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())  # one's own strategies and clients are found here
     try:
         code: int = arguments.command(arguments)
     except UserError as error:

@@ -101,7 +101,9 @@ class RayEngine(Engine):
             "MKL_NUM_THREADS": threads,
             "OMP_WAIT_POLICY": "passive",  # spinning threads on a busy machine cost several times their work
             "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),  # one's own clients are found there too
+            "PYTHONPATH": os.pathsep.join(
+                p or os.getcwd() for p in sys.path
+            ),  # one's own clients are found there too
         }
         remote = ray.remote(Resident).options(
             num_cpus=self.threads,

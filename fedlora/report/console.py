@@ -108,7 +108,7 @@ def summary_lines(folder: object, summary: Mapping[str, Any]) -> list[str]:
         f"after {summary['rounds']} rounds of {summary['strategy']} in {span(summary['seconds'])}",
         f"  sent up {size(summary['bytes_up_total'])} (head {size(summary['bytes_up_head'])}), "
         f"down {size(summary['bytes_down_total'])}; client failures {summary['failures']}",
-        f"  privacy  {summary['privacy']}",
+        f"  privacy  {summary['privacy'].split(';')[0]}",
         f"  folder   {folder}",
         f"  adapter  {folder}/adapter",
     ]

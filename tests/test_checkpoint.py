@@ -1,0 +1,179 @@
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedlora import checkpoint
+from fedlora.checkpoint import Checkpoint, load, save
+from fedlora.errors import UserError
+
+
+def made(round: int) -> Checkpoint:
+    draw = np.random.default_rng(round)
+    return Checkpoint(
+        round=round,
+        adapter={
+            "layer.0.A": draw.standard_normal((4, 32)).astype(np.float32),
+            "layer.0.B": np.asfortranarray(draw.standard_normal((32, 4)).astype(np.float32)),
+            "head.weight": draw.standard_normal((6, 3)).astype(np.float32).T[::2],  # neither order is contiguous
+            "odd": np.array([np.nan, np.inf, -np.inf, -0.0, 1e-45], np.float32),
+            "empty": np.zeros((0, 3), np.float32),
+        },
+        strategy={"momentum": draw.standard_normal(3), "steps": np.array(round), "t": [round, 0.1]},
+        words={"bytes_up": 2**60 + round, "seconds": 0.1 + 0.2, "last": {"loss": None, "accuracy": 1 / 3}},
+    )
+
+
+def same(one: Checkpoint, other: Checkpoint) -> bool:
+    def bits(values):
+        plain = {k: v for k, v in values.items() if not isinstance(v, np.ndarray)}
+        arrays = {k: (v.dtype, v.shape, v.tobytes()) for k, v in values.items() if isinstance(v, np.ndarray)}
+        return plain, arrays
+
+    return all(bits(vars(one)[k]) == bits(vars(other)[k]) for k in ("adapter", "strategy", "words")) and (
+        one.round == other.round
+    )
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "run" / "checkpoint"
+
+
+def test_what_is_saved_is_loaded_bit_for_bit(folder):
+    save(folder, made(1))
+    assert same(load(folder), made(1)) and not same(load(folder), made(2))
+    save(folder, made(2))
+    assert same(load(folder), made(2))
+    assert [p.name for p in folder.parent.iterdir()] == ["checkpoint"]  # nothing is left beside it
+
+
+def test_a_stateless_strategy_and_no_words(folder):
+    save(folder, Checkpoint(round=0, adapter={"A": np.ones(2, np.float32)}, strategy={}, words={}))
+    again = load(folder)
+    assert (again.round, again.strategy, again.words) == (0, {}, {})
+
+
+def test_there_is_no_pickle_in_it(folder):
+    save(folder, made(1))
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"adapter.safetensors", "strategy.safetensors", "state.json", "manifest.json"}
+    for name in ("state.json", "manifest.json"):
+        json.loads((folder / name).read_text())
+    for name in names:
+        with pytest.raises((pickle.UnpicklingError, ValueError, EOFError, IndexError, KeyError)):
+            pickle.loads((folder / name).read_bytes())
+    source = Path(checkpoint.__file__).read_text()
+    assert "import pickle" not in source and "torch" not in source
+
+
+def test_none_at_all_is_the_users_error(folder):
+    with pytest.raises(UserError, match="no whole checkpoint to resume from"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "strategy.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["flip", "cut", "gone", "empty"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_whole_one_before(folder, name, how):
+    save(folder, made(1))
+    shutil.copytree(folder, folder.with_name("checkpoint.old"))
+    save(folder.with_name("elsewhere"), made(2))
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("elsewhere"), folder)
+    assert same(load(folder), made(2))
+
+    file = folder / name
+    data = file.read_bytes()
+    middle = len(data) // 2
+    if how == "gone":
+        file.unlink()
+    else:
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        file.write_bytes({"flip": flipped, "cut": data[:middle], "empty": b""}[how])
+
+    assert same(load(folder), made(1))
+    shutil.rmtree(folder.with_name("checkpoint.old"))
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        load(folder)
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+@pytest.fixture
+def crashing(monkeypatch):
+    """Counts what touches the disk, and dies just before the n-th time."""
+    calls = {"left": -1}
+
+    def wrap(owner, name):
+        real = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            calls["left"] -= 1
+            if calls["left"] == -1:
+                raise Crash
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    wrap(shutil, "rmtree")
+    wrap(os, "fsync")
+    for name in ("rename", "mkdir", "write_text"):
+        wrap(Path, name)
+    return calls
+
+
+def test_a_crash_at_any_step_leaves_a_whole_checkpoint(folder, crashing):
+    crashed, newest = 0, []
+    while True:
+        crashing["left"] = -1
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        crashing["left"] = -1
+        save(folder, made(1))
+        crashing["left"] = crashed
+        try:
+            save(folder, made(2))
+        except Crash:
+            crashing["left"] = -1
+            survivor = load(folder)
+            assert same(survivor, made(1)) or same(survivor, made(2))
+            newest.append(survivor.round)
+            save(folder, made(3))  # and the next save mends all
+            assert same(load(folder), made(3))
+            assert [p.name for p in folder.parent.iterdir()] == ["checkpoint"]
+            crashed += 1
+        else:
+            break
+    assert crashed >= 10 and newest == sorted(newest) and newest[-1] == 2
+
+
+def test_crash_after_crash_always_leaves_a_whole_checkpoint(folder, crashing):
+    save(folder, made(1))
+    for round in range(2, 40):
+        crashing["left"] = round % 13
+        with pytest.raises(Crash):
+            save(folder, made(round))
+        crashing["left"] = -1
+        assert 1 <= load(folder).round <= round
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", "", "state.json/../../secret"])
+def test_a_manifest_cannot_name_files_elsewhere(folder, name, monkeypatch):
+    save(folder, made(1))
+    (folder.parent / "secret").write_text("x")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    digest = hashlib.sha256(b"x").hexdigest()
+    read, real = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self) or real(self))
+    extended, swapped = {**manifest, name: digest}, {**manifest, "state.json": digest}
+    for sums in (extended, swapped, {name: digest}, {}, [name], None, 3):
+        (folder / "manifest.json").write_text(json.dumps(sums))
+        with pytest.raises(UserError, match="no whole checkpoint"):
+            load(folder)
+    assert all(path.resolve().parent == folder.resolve() for path in read)
