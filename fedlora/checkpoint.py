@@ -49,8 +49,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     new.mkdir(parents=True)
     arrays = {k: v for k, v in checkpoint.strategy.items() if isinstance(v, np.ndarray)}
     values = {k: v for k, v in checkpoint.strategy.items() if k not in arrays}
-    _write(new / "adapter.safetensors", lambda p: save_file(checkpoint.adapter, p))
-    _write(new / "strategy.safetensors", lambda p: save_file(arrays, p))
+    _write(new / "adapter.safetensors", lambda p: save_file(_rows_first(checkpoint.adapter), p))
+    _write(new / "strategy.safetensors", lambda p: save_file(_rows_first(arrays), p))
     state = {"round": checkpoint.round, "strategy": values, "words": dict(checkpoint.words)}
     _write(new / "state.json", lambda p: p.write_text(json.dumps(state)))
     sums = {p.name: _digest(p) for p in sorted(new.iterdir())}
@@ -89,6 +89,11 @@ def _whole(folder: Path) -> bool:
         return set(sums) == _FILES and all(_digest(folder / name) == sums[name] for name in _FILES)
     except (OSError, ValueError, TypeError, RecursionError):
         return False
+
+
+def _rows_first(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The same in C order: safetensors writes a transposed array's memory as it lies, under its shape."""
+    return {name: np.asarray(array, order="C") for name, array in arrays.items()}
 
 
 def _write(path: Path, write: Any) -> None:

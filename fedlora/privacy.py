@@ -19,6 +19,7 @@ from fedlora.errors import SettingError, UserError
 Accountant = Literal["pld", "rdp"]
 
 MAX_NOISE_MULTIPLIER = 1e5  # beyond it the noise drowns anything that could be learnt
+MAX_STEPS = 10**7  # more is a mistake, and would take too much memory to account for
 _MIN_NOISE_MULTIPLIER = 0.01  # below it epsilon is in the thousands
 _COARSER = 8  # the width of losses in the search for a noise multiplier; what it finds is checked finely
 _POINTS = 5e4  # that one step's losses are cut into at most; a second of work
@@ -31,7 +32,7 @@ class Event:
     Attributes:
         noise_multiplier: standard deviation of the noise over `clip_norm`.
         sample_rate: probability with which a step takes each example, in (0, 1].
-        steps: how many steps.
+        steps: how many steps, at most `MAX_STEPS`.
         clip_norm: L2 bound on one example's gradient over all trained tensors together.
     """
 
@@ -42,7 +43,7 @@ class Event:
 
     def __post_init__(self) -> None:
         positive = all(0 < x < math.inf for x in (self.noise_multiplier, self.sample_rate, self.clip_norm))
-        if not (positive and self.sample_rate <= 1 and type(self.steps) is int and self.steps >= 0):
+        if not (positive and self.sample_rate <= 1 and type(self.steps) is int and 0 <= self.steps <= MAX_STEPS):
             raise UserError(f"not an event of the Poisson-subsampled Gaussian mechanism: {self}")
 
     def to_json(self) -> dict[str, float | int]:
@@ -75,6 +76,8 @@ def _spend(
 ) -> float:
     if not history:
         return 0.0
+    if min(history)[0] < 1e-3:
+        return math.inf  # a step costs more than 10^5; the numbers below would overflow
     if accountant == "rdp":
         return _rdp(history, delta)
     total, interval = None, _interval(history) * coarser

@@ -156,7 +156,7 @@ def test_a_crash_at_any_step_leaves_a_whole_checkpoint(folder, crashing):
 def test_crash_after_crash_always_leaves_a_whole_checkpoint(folder, crashing):
     save(folder, made(1))
     for round in range(2, 40):
-        crashing["left"] = round % 13
+        crashing["left"] = round % 10
         with pytest.raises(Crash):
             save(folder, made(round))
         crashing["left"] = -1

@@ -136,7 +136,7 @@ def test_a_target_out_of_reach_is_told_at_once_and_in_a_line(accountant):
         *({"noise_multiplier": v} for v in (0.0, -1.0, math.nan, math.inf)),
         *({"sample_rate": v} for v in (0.0, -0.1, 1.1, math.nan)),
         *({"clip_norm": v} for v in (0.0, -1.0, math.nan, math.inf)),
-        *({"steps": v} for v in (-1, 1.0, True)),
+        *({"steps": v} for v in (-1, 1.0, True, 10**8)),
     ],
     ids=str,
 )
@@ -144,6 +144,12 @@ def test_what_is_no_event_is_refused(wrong):
     fine = {"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 1, "clip_norm": 1.0}
     with pytest.raises(UserError, match="not an event"):
         Event(**{**fine, **wrong})
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_next_to_no_noise_is_no_privacy(accountant):
+    assert spent(1e-300, 0.1, 10, accountant) == spent(9e-4, 0.1, 10, accountant) == math.inf
+    assert 1e5 < spent(1e-3, 0.1, 1, accountant) < math.inf
 
 
 def test_an_event_survives_json_and_passes_over_further_keys():
