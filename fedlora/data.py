@@ -433,6 +433,8 @@ def split(
         reason = str(error).splitlines()[0]
         if isinstance(how, settings.Shards):
             reason = f"{num_clients} clients with {how.shards_per_client} shards each need more examples"
+        if isinstance(how, settings.Size):
+            reason = f"{how.growth} growth leaves the least of {num_clients} clients no example; use fewer clients"
         if isinstance(how, settings.Dirichlet):
             reason = f"no draw gave every client {how.min_examples} examples: raise alpha, or lower min_examples"
         raise SettingError("data.partition", reason) from error
