@@ -48,6 +48,8 @@ def test_labels_that_are_numbers_read_alike_in_every_format(tmp_path):
     table.to_parquet(tmp_path / "a.parquet")
     for name in ("a.csv", "a.jsonl", "a.parquet"):
         assert read(source(tmp_path / name), "classification")[0].labels == ["0", "1"]
+    (tmp_path / "a.jsonl").write_text('{"text": "1", "label": "007"}\n{"text": "2", "label": "010"}\n')
+    assert read(source(tmp_path / "a.jsonl"), "classification")[0] == Rows(["1", "2"], ["007", "010"])
 
 
 @pytest.mark.parametrize(
