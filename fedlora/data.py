@@ -235,7 +235,8 @@ def _read_files(files: settings.Files, owner: str | None) -> tuple[Rows, Rows | 
                 known = [str(c) for c in table.columns]
                 raise SettingError(setting, f"{path} has no column {name!r}: {suggestion(name, known)}")
             values = table[name]
-            if (empty := values.isna()).any():
+            empty = values.isna() | (values.eq("") if setting != "data.files.text" else False)
+            if empty.any():
                 at = int(np.flatnonzero(empty.to_numpy())[0]) + 1
                 raise SettingError(setting, f"{path}: row {at} has no {name!r}")
             return [str(v) for v in values.tolist()]

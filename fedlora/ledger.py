@@ -55,9 +55,14 @@ class Ledger:
         return self._last_round
 
     def forget_after(self, round: int) -> None:
-        """Drop the measurements of rounds after `round`, which are about to run again; never what was spent."""
+        """Drop the measurements of rounds after `round`, which are about to run again; never what was spent.
+
+        A last line that an interruption cut short is one of them.
+        """
         for name in ("clients.jsonl", "metrics.jsonl"):
             if (file := self.folder / name).exists():
+                whole = file.read_bytes().rpartition(b"\n")[0]
+                file.write_bytes(whole + b"\n" if whole else b"")
                 kept = [line for line in read(file) if line["round"] <= round]
                 part = file.with_suffix(".part")
                 part.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -66,7 +71,9 @@ class Ledger:
     def spent(self, round: int) -> set[int]:
         """Clients whose spend in a round is on record."""
         file = self.folder / "privacy.jsonl"
-        return {line["client"] for line in read(file) if line["round"] == round} if file.exists() else set()
+        if round > self.last_round or not file.exists():
+            return set()
+        return {line["client"] for line in read(file) if line["round"] == round}
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The round loop: sample, send, collect, account, aggregate, evaluate, record, save."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedlora import checkpoint, wire
-from fedlora.adapter import Adapter, fingerprint
+from fedlora.adapter import Adapter, Instruction, fingerprint
 from fedlora.checkpoint import Checkpoint
 from fedlora.client import Client
 from fedlora.data import Dataset
@@ -69,7 +69,7 @@ class Loop:
             instruction = self.strategy.instruct(round, now.adapter)
             kept = {n: t for n, t in now.adapter.items() if n not in instruction.adapter}
             instruction = replace(instruction, frozen=fingerprint(kept))
-            cohort, resting = self._within_budget(self._draw(round), instruction)
+            cohort, resting = self._within_budget(round, instruction)
             if not cohort:
                 now.last["stopped"] = f"after round {round - 1}: another would pass every client's epsilon"
                 break
@@ -97,16 +97,16 @@ class Loop:
         )
         return [int(c) for c in np.sort(chosen)]
 
-    def _within_budget(self, cohort: Sequence[int], instruction: Any) -> tuple[list[int], int]:
-        """Those whose epsilon stays within the budget if they train once more, and how many do not."""
-        privacy = self.scenario.privacy
+    def _within_budget(self, round: int, instruction: Instruction) -> tuple[list[int], int]:
+        """Those of the cohort whose epsilon stays within the budget if they train, and how many do not."""
+        cohort, privacy = self._draw(round), self.scenario.privacy
         if privacy is None or privacy.epsilon is None:
-            return list(cohort), 0
-        allowed = []
+            return cohort, 0
+        allowed, paid = [], self.ledger.spent(round)
         for client in cohort:
             held = self.data.num_examples(client)
-            next_event = self.client.spends(held, self.settings(instruction, held))
-            events = [*self.ledger.events.get(client, []), *([next_event] if next_event else [])]
+            event = None if client in paid else self.client.spends(held, self.settings(instruction, held))
+            events = [*self.ledger.events.get(client, []), *([event] if event else [])]
             if epsilon(events, privacy.delta, privacy.accountant) <= privacy.epsilon * (1 + 1e-9):
                 allowed.append(client)
         return allowed, len(cohort) - len(allowed)
@@ -120,8 +120,8 @@ class Loop:
         privacy = self.scenario.privacy
         if privacy is None:
             return
-        known = self.ledger.spent(round) if round <= self.ledger.last_round else set()
-        events = {r.client: r.event for r in replies.reports if r.event and r.client not in known}
+        paid = self.ledger.spent(round)
+        events = {r.client: r.event for r in replies.reports if r.event and r.client not in paid}
         self.ledger.spend(round, events, delta=privacy.delta, unit=privacy.unit, accountant=privacy.accountant)
 
     def _check(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

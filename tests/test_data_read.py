@@ -167,3 +167,13 @@ def test_what_is_held_out_stays_so_as_rows_come_and_the_share_grows(repeated, tm
     rows = (tmp_path / "a.csv").read_text().splitlines()
     (tmp_path / "a.csv").write_text("\n".join([rows[0], *rows[:0:-1], "another text,a"]) + "\n")
     assert set(read(repeated, "classification")[1].texts) - {"another text"} == test
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_row_without_a_label_is_named(name, tmp_path):
+    table = pd.DataFrame({"text": ["one", ""], "label": ["x", ""]})
+    (table.to_csv if name == "a.csv" else lambda p, **_: table.to_json(p, orient="records", lines=True))(
+        tmp_path / name, index=False
+    )
+    with pytest.raises(SettingError, match="row 2 has no 'label'"):
+        read(source(tmp_path / name), "classification")

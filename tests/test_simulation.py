@@ -256,3 +256,26 @@ def test_a_failed_client_is_counted_and_the_others_weigh_one(tiny, tmp_path, mon
     made = simulate(tiny("clients.use=tests.engine.faulty:Faulty", "rounds=1"), out=tmp_path / "run")
     assert made.summary["failures"] == 1 and made.rounds[0]["clients"] == 3
     assert [c["error"] for c in made.clients] == [None, "RuntimeError: as told", None, None]
+
+
+def test_a_round_that_was_paid_for_runs_again_without_paying_twice(tiny, tmp_path, monkeypatch):
+    """Killed between the spend and the checkpoint of the last round: nobody rests, nothing is spent again."""
+    from fedlora.rounds import Loop
+
+    whole = simulate(tiny(), out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        original = Loop._record
+
+        def record(self, round, *rest):
+            if round == 2:
+                raise OSError("killed")
+            original(self, round, *rest)
+
+        patch.setattr(Loop, "_record", record)
+        with pytest.raises(OSError, match="killed"):
+            simulate(tiny(), out=tmp_path / "cut")
+    with (tmp_path / "cut" / "clients.jsonl").open("a") as stream:
+        stream.write('{"round": 2, "cli')  # cut short in mid-line
+    done = simulate(tiny(), out=tmp_path / "cut", resume=True)
+    assert same(adapter(whole), adapter(done)) and done.rounds[-1]["resting"] == 0
+    assert (whole.folder / "privacy.jsonl").read_text() == (done.folder / "privacy.jsonl").read_text()
