@@ -57,14 +57,18 @@ class Loop:
     settings: Setter
     folder: Path
     on_round: Callable[[Line], None]
+    stop: Callable[[], bool] = lambda: False
 
     def run(self, now: Progress) -> Progress:
         """Rounds until the last, or until nobody may go on.
 
         Raises:
             RoundError: no client of a round replied.
+            KeyboardInterrupt: `stop` said so; `now` holds what was finished.
         """
         for round in range(now.round + 1, self.scenario.rounds + 1):
+            if self.stop():
+                raise KeyboardInterrupt
             began = time.perf_counter()
             instruction = self.strategy.instruct(round, now.adapter)
             kept = {n: t for n, t in now.adapter.items() if n not in instruction.adapter}
@@ -80,13 +84,12 @@ class Loop:
             before = {name: now.adapter[name] for name in self.strategy.federates(self.strategy.layout)}
             after = {**before, **self.strategy.aggregate(before, replies.updates)}
             self._check(before, after)
-            now.adapter = {**now.adapter, **after}
+            adapter = {**now.adapter, **after}
             figures: Line = {"loss": None, self.engine.description.metric: None}
             if round % self.scenario.eval_every == 0 or round == self.scenario.rounds:
-                figures = dict(self.engine.evaluate(now.adapter))
-                now.last.update(figures)
+                figures = dict(self.engine.evaluate(adapter))
             extra = self.strategy.diagnose(before, replies.updates, after)
-            self._record(round, replies, {**figures, **extra, "resting": resting}, now, began)
+            self._record(round, adapter, replies, {**figures, **extra, "resting": resting}, now, began)
         return now
 
     def _draw(self, round: int) -> list[int]:
@@ -131,7 +134,9 @@ class Loop:
             if not np.isfinite(tensor).all():
                 raise ContractError(f"{type(self.strategy).__name__} made {name} not finite; try a lower lr")
 
-    def _record(self, round: int, replies: Replies, figures: Line, now: Progress, began: float) -> None:
+    def _record(
+        self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, began: float
+    ) -> None:
         """Count, write the lines of the round, save."""
         privacy, reports = self.scenario.privacy, replies.reports
         spent = {
@@ -142,7 +147,10 @@ class Loop:
         failed = sum(r.error is not None for r in reports)
         shared = [r for r in reports if "train_loss" in r.metrics]
         up, down = sum(r.bytes_up for r in reports), sum(r.bytes_down for r in reports)
-        now.round, now.failures, now.trained = round, now.failures + failed, now.trained + len(reports) - failed
+        if figures["loss"] is not None:
+            now.last.update({key: figures[key] for key in ("loss", self.engine.description.metric)})
+        now.round, now.adapter = round, adapter
+        now.failures, now.trained = now.failures + failed, now.trained + len(reports) - failed
         now.bytes_up, now.bytes_down = now.bytes_up + up, now.bytes_down + down
         now.bytes_up_head += (len(reports) - failed) * self._head_bytes(round)
         seconds = time.perf_counter() - began

@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -164,7 +166,9 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
         shown.begin(scenario, found.metric, now.round)
         stopped = None
         try:
-            now = loop.run(now)
+            with _stopping() as asked:
+                loop.stop = asked
+                now = loop.run(now)
             stopped = now.last.pop("stopped", None)
         except KeyboardInterrupt:
             stopped = f"interrupted after round {now.round}"
@@ -434,16 +438,39 @@ def _write_json(file: Path, data: Any) -> None:
 
 
 @contextlib.contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM end a run cleanly; gives a function that says whether one of them came.
+
+    They raise KeyboardInterrupt, so that a long round ends at once. Python drops an exception that is
+    raised in some places, such as a finaliser; so the loop asks as well.
+    """
+    came = False
+
+    def stop(*_: object) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    with _signals(stop):
+        yield lambda: came
+
+
+@contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """A second Ctrl-C waits until the folder is whole."""
-    import signal
-    import threading
+    with _signals(signal.SIG_IGN):
+        yield
 
+
+@contextlib.contextmanager
+def _signals(handler: Any) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM so for a while; only a program's main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before: Callable[..., Any] | int | None = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in before.items():
+            signal.signal(number, old)

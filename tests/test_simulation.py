@@ -1,6 +1,8 @@
 """Whole runs on a tiny real model: the run folder, repeatability, budgets, resuming and stopping."""
 
+import contextlib
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from safetensors.numpy import load_file
 
 from fedlora import ledger
 from fedlora.errors import RoundError, UserError
-from fedlora.simulation import simulate
+from fedlora.simulation import Silent, simulate
 
 FILES = {"scenario.yaml", "partitions.json", "metrics.jsonl", "clients.jsonl", "privacy.jsonl", "summary.json"}
 
@@ -208,10 +210,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny, tmp_path, override, wher
 def test_resuming_continues_bit_for_bit(tiny, tmp_path):
     whole = simulate(tiny("rounds=4"), out=tmp_path / "whole")
 
-    # Calibrated for four rounds, interrupted in the third.
-    class Stop:
-        def stage(self, what): ...
-        def begin(self, scenario, metric, done): ...
+    class Stop(Silent):
         def round(self, line):
             if line["round"] == 2:
                 raise KeyboardInterrupt
@@ -224,6 +223,21 @@ def test_resuming_continues_bit_for_bit(tiny, tmp_path):
     for key in ("accuracy", "loss", "bytes_up_total", "bytes_down_total", "epsilon", "failures"):
         assert done.summary[key] == whole.summary[key]
     assert (whole.folder / "privacy.jsonl").read_text() == (done.folder / "privacy.jsonl").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_python_drops_still_ends_the_run(tiny, tmp_path, number):
+    """As when it arrives in a finaliser, whose exceptions are ignored."""
+
+    class Drop(Silent):
+        def round(self, line):
+            if line["round"] == 2:
+                with contextlib.suppress(KeyboardInterrupt):
+                    signal.raise_signal(number)
+
+    made = simulate(tiny("rounds=5"), out=tmp_path / "run", display=Drop())
+    assert made.summary["stopped"] == "interrupted after round 2"
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
 
 
 def test_resuming_refuses_another_scenario_and_says_which_key(run, tiny, tmp_path):
