@@ -1,6 +1,5 @@
 """The command line as a person meets it: in a process of its own."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -143,7 +142,6 @@ def test_an_unknown_scenario_names_those_there_are(capsys):
     assert "did you mean 'noniid'" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.name != "posix", reason="terminals")
 def test_on_a_terminal_there_is_a_line_for_each_round(tiny, tmp_path):
     import io
 
