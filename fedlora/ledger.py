@@ -68,12 +68,12 @@ class Ledger:
                 part.write_text("".join(json.dumps(line) + "\n" for line in kept))
                 part.replace(file)
 
-    def spent(self, round: int) -> set[int]:
-        """Clients whose spend in a round is on record."""
+    def spent(self, round: int) -> dict[int, Event]:
+        """What clients last spent in a round, by client."""
         file = self.folder / "privacy.jsonl"
         if round > self.last_round or not file.exists():
-            return set()
-        return {line["client"] for line in read(file) if line["round"] == round}
+            return {}
+        return {line["client"]: Event.from_json(line) for line in read(file) if line["round"] == round}
 
 
 def read(file: Path) -> list[dict[str, Any]]:

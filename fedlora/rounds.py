@@ -108,8 +108,9 @@ class Loop:
         allowed, paid = [], self.ledger.spent(round)
         for client in cohort:
             held = self.data.num_examples(client)
-            event = None if client in paid else self.client.spends(held, self.settings(instruction, held))
-            events = [*self.ledger.events.get(client, []), *([event] if event else [])]
+            event = self.client.spends(held, self.settings(instruction, held))
+            more = [event] if event and paid.get(client) != event else []
+            events = [*self.ledger.events.get(client, []), *more]
             if epsilon(events, privacy.delta, privacy.accountant) <= privacy.epsilon * (1 + 1e-9):
                 allowed.append(client)
         return allowed, len(cohort) - len(allowed)
@@ -118,13 +119,13 @@ class Loop:
         """Put the spend on disk before what it bought is used.
 
         A round that is run again after an interruption draws the same noise over the same examples: it
-        gives the same updates, and costs nothing more.
+        gives the same updates, and costs nothing more, unless its noise or steps are other than before.
         """
         privacy = self.scenario.privacy
         if privacy is None:
             return
         paid = self.ledger.spent(round)
-        events = {r.client: r.event for r in replies.reports if r.event and r.client not in paid}
+        events = {r.client: r.event for r in replies.reports if r.event and paid.get(r.client) != r.event}
         self.ledger.spend(round, events, delta=privacy.delta, unit=privacy.unit, accountant=privacy.accountant)
 
     def _check(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

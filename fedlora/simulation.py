@@ -146,7 +146,7 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
         _check_plan(ready, found)
         now = Progress(round=0, adapter=dict(found.initial))
         if resume:
-            now = _restore(folder, ready.strategy)
+            now = _restore(folder, ready.strategy, now)
         else:
             _create(folder, ready)
         record = Ledger(folder)
@@ -324,8 +324,14 @@ def _create(folder: Path, ready: Prepared) -> None:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
-def _restore(folder: Path, strategy: strategies.Strategy) -> Progress:
-    saved = checkpoint.load(folder / "checkpoint")
+def _restore(folder: Path, strategy: strategies.Strategy, first: Progress) -> Progress:
+    """Where the folder's run stands; at its start if it was stopped before any round was saved."""
+    try:
+        saved = checkpoint.load(folder / "checkpoint")
+    except UserError:
+        if any((folder / name).exists() for name in ("checkpoint", "checkpoint.old")):
+            raise
+        return first
     if set(saved.adapter) != set(strategy.layout):
         raise UserError(f"{folder}: its checkpoint holds another adapter than this scenario builds")
     strategy.load_state(saved.strategy)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -248,11 +249,8 @@ def test_resuming_refuses_another_scenario_and_says_which_key(run, tiny, tmp_pat
         simulate(tiny(), out=tmp_path / "none", resume=True)
 
 
-def test_a_longer_resume_keeps_to_the_budget(run, tiny, tmp_path):
-    """The noise was calibrated for two rounds: whoever would pass epsilon in the third sits out."""
-    import shutil
-
-    shutil.copytree(run.folder, tmp_path / "longer")
+def test_a_budget_ends_a_run_that_would_pass_it(tiny, tmp_path):
+    """With a noise multiplier of one's own, whoever would pass epsilon in the next round sits out."""
     made = simulate(tiny("rounds=3", "privacy.noise_multiplier=0.5"), out=tmp_path / "fixed")
     assert made.summary["stopped"].startswith("after round") and made.summary["epsilon"] <= 8
     assert ledger.epsilon_of(made.folder / "privacy.jsonl") <= 8
@@ -273,8 +271,9 @@ def test_a_failed_client_is_counted_and_the_others_weigh_one(tiny, tmp_path, mon
     assert [c["error"] for c in made.clients] == [None, "RuntimeError: as told", None, None]
 
 
-def test_a_round_that_was_paid_for_runs_again_without_paying_twice(tiny, tmp_path, monkeypatch):
-    """Killed between the spend and the checkpoint of the last round: nobody rests, nothing is spent again."""
+@pytest.mark.parametrize("killed", [1, 2])
+def test_a_round_that_was_paid_for_runs_again_without_paying_twice(tiny, tmp_path, monkeypatch, killed):
+    """Killed between the spend and the checkpoint of a round: nobody rests, nothing is spent again."""
     from fedlora.rounds import Loop
 
     whole = simulate(tiny(), out=tmp_path / "whole")
@@ -282,7 +281,7 @@ def test_a_round_that_was_paid_for_runs_again_without_paying_twice(tiny, tmp_pat
         original = Loop._record
 
         def record(self, round, *rest):
-            if round == 2:
+            if round == killed:
                 raise OSError("killed")
             original(self, round, *rest)
 
@@ -294,3 +293,15 @@ def test_a_round_that_was_paid_for_runs_again_without_paying_twice(tiny, tmp_pat
     done = simulate(tiny(), out=tmp_path / "cut", resume=True)
     assert same(adapter(whole), adapter(done)) and done.rounds[-1]["resting"] == 0
     assert (whole.folder / "privacy.jsonl").read_text() == (done.folder / "privacy.jsonl").read_text()
+
+
+def test_a_round_run_again_with_other_noise_pays_again(tiny, tmp_path):
+    """More rounds are calibrated to more noise: what a round cost before still counts."""
+    made = simulate(tiny(), out=tmp_path / "run")
+    for name in ("checkpoint", "metrics.jsonl", "clients.jsonl"):  # as if killed before the first checkpoint
+        path = made.folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = simulate(tiny("rounds=3"), out=made.folder, resume=True)
+    lines = ledger.read(made.folder / "privacy.jsonl")
+    assert again.summary["rounds"] < 3 and "stopped" in again.summary and again.summary["epsilon"] <= 8
+    assert len(lines) == 8  # the budget was spent: nobody trains a third time, and nothing is forgotten
