@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "seeding"},
     {"plugins"},
     {"scenario"},
-    {"adapter", "data", "privacy", "task"},
+    {"adapter", "data", "packing", "privacy", "task"},
     {"wire"},
     {"client", "strategy"},
     {"checkpoint", "ledger", "report"},
