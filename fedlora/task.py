@@ -7,6 +7,8 @@ place; nothing is loaded or wrapped again. `Classification` and `CausalLM` hold 
 import contextlib
 import hashlib
 import importlib.util
+import itertools
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +22,7 @@ from fedlora import adapter as adapters
 from fedlora.adapter import Adapter, Layout, Slot
 from fedlora.data import Encoded, Examples, Rows, quiet_hub
 from fedlora.errors import ContractError, SettingError
+from fedlora.packing import NAME, Packing, Segments, attention
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +31,10 @@ Precision = Literal["fp32", "bf16"]
 Batch = dict[str, "torch.Tensor"]
 
 _EVALUATION_TOKENS = 1024  # padded tokens of an evaluation batch: small enough for a core's cache
+_RAGGED = (24, 13, 5, 2)  # tokens of the examples on which packing is checked
+_TOLERANCE = 1e-4  # of packed logits against padded ones, relative to the largest
+
+logger = logging.getLogger(__name__)
 
 
 def find_base(base: str) -> str:
@@ -105,9 +112,11 @@ class Task(ABC):
         model: the `peft.PeftModel`, with all dropout off.
         layout: every tensor that could federate, by name.
         initial: the adapter that the seed stands for, at the full rank.
+        packing: of the examples of a batch into one row without padding; None where the model does not allow it.
     """
 
     task_type: str
+    pools: bool  # whether the head reads a padded batch, or each token by itself
     metric: str  # the name of the figure that `evaluate` is about
     higher_is_better: bool
 
@@ -121,6 +130,7 @@ class Task(ABC):
         device: str = "cpu",
         precision: Precision = "fp32",
         pad: int = 0,
+        max_length: int = 128,
     ) -> None:
         """Wrap a loaded base model.
 
@@ -132,6 +142,7 @@ class Task(ABC):
             device: a torch device.
             precision: of training; evaluation is in float32.
             pad: the id of the padding token.
+            max_length: the most tokens of an example.
         """
         import torch
 
@@ -157,8 +168,13 @@ class Task(ABC):
         self.initial = adapters.initial(kind, self.layout, seed, weights=self.weight)
         self._start = self.initial
         self.write(self.initial)
+        self.packing = self._pack(max_length)
         self._frozen = self._halve() if precision == "bf16" else []
         self._in_half = False
+
+    @abstractmethod
+    def logits(self, batch: Batch) -> "torch.Tensor":
+        """What losses are made of, float32: (examples, labels), or (scored tokens, vocabulary)."""
 
     @abstractmethod
     def losses(self, batch: Batch) -> "torch.Tensor":
@@ -320,6 +336,36 @@ class Task(ABC):
                 order = order[: -len(chunk)]
         return sums
 
+    def _pack(self, max_length: int) -> Packing | None:
+        """Pack if it changes no logit of a small ragged batch; else batches stay padded, like lengths together."""
+        import torch
+        from transformers import AttentionInterface
+
+        base = self.model.get_base_model()
+        body = getattr(base, base.base_model_prefix)
+        windows = (getattr(body.config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        if any(window and window < max_length for window in windows):
+            logger.warning("this model attends within a window: examples are padded, not packed")
+            return None
+        AttentionInterface.register(NAME, attention)
+        numbers = np.random.default_rng(0).permutation(base.get_input_embeddings().num_embeddings - self.pad - 1)
+        tokens = np.resize(numbers + self.pad + 1, sum(_RAGGED))  # none is padding
+        ragged = Examples(tokens.astype(np.int32), np.cumsum([0, *_RAGGED]), np.zeros(len(_RAGGED), np.int64))
+        batch = self.batch(ragged, np.arange(len(_RAGGED)))
+        self.packing = None
+        with torch.inference_mode():
+            padded = self.logits(batch)
+            for cut, first in itertools.product((self.pools, False), (0, self.pad + 1)):
+                with contextlib.suppress(Exception):  # whatever a model says to what it does not know
+                    self.packing = Packing(body, unpack=self.pools, first_position=first, cut=cut)
+                    if (self.logits(batch) - padded).abs().max() <= _TOLERANCE * padded.abs().max():
+                        return self.packing
+                if self.packing is not None:
+                    self.packing.remove()
+                    self.packing = None
+        logger.warning("this model gives other results without padding: examples are padded, not packed")
+        return None
+
     def _halve(self) -> list[tuple[Any, "torch.Tensor", "torch.Tensor"]]:
         """bfloat16 copies of the frozen linear layers, so that autocast does not cast them at each pass."""
         import torch
@@ -344,8 +390,10 @@ class Classification(Task):
     task_type = "SEQ_CLS"
     metric = "accuracy"
     higher_is_better = True
+    pools = True
 
-    def _logits(self, batch: Batch) -> "torch.Tensor":
+    def logits(self, batch: Batch) -> "torch.Tensor":
+        """Of each example, (examples, labels)."""
         out = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         logits: torch.Tensor = out.logits.float()
         return logits
@@ -354,13 +402,13 @@ class Classification(Task):
         """Cross-entropy of each example, (examples,)."""
         from torch.nn.functional import cross_entropy
 
-        return cross_entropy(self._logits(batch), batch["targets"], reduction="none")
+        return cross_entropy(self.logits(batch), batch["targets"], reduction="none")
 
     def score(self, batch: Batch) -> dict[str, float]:
         """Sums of the loss, of the correct answers and of the examples."""
         from torch.nn.functional import cross_entropy
 
-        logits = self._logits(batch)
+        logits = self.logits(batch)
         return {
             "loss": float(cross_entropy(logits, batch["targets"], reduction="sum")),
             "correct": float((logits.argmax(-1) == batch["targets"]).sum()),
@@ -378,27 +426,44 @@ class CausalLM(Task):
     task_type = "CAUSAL_LM"
     metric = "perplexity"
     higher_is_better = False
+    pools = False
+
+    def _scored(self, batch: Batch) -> "torch.Tensor":
+        """Whether the token after each one is scored, (examples, longest - 1)."""
+        import torch
+
+        mask = batch["attention_mask"][:, 1:].bool()
+        position = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        return mask & (position >= batch["targets"][:, None])
+
+    def logits(self, batch: Batch) -> "torch.Tensor":
+        """Of the tokens before scored ones, (scored tokens, vocabulary)."""
+        ids, mask, scored = batch["input_ids"], batch["attention_mask"], self._scored(batch)
+        if self.packing is None:
+            return self.model(input_ids=ids, attention_mask=mask).logits[:, :-1][scored].float()  # type: ignore[no-any-return]
+        places = mask.flatten().cumsum(0).view_as(mask) - 1  # of each token in the row
+        kept = places[:, :-1][scored]
+        logits: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=kept).logits[0]
+        self.packing.rows = {len(kept): Segments(scored), **self.packing.rows}
+        return logits.float()
 
     def _token_losses(self, batch: Batch) -> tuple["torch.Tensor", "torch.Tensor"]:
-        """The loss of each predicted token and whether it is scored, both (examples, longest - 1)."""
-        import torch
+        """The loss of each predicted token, 0 if it is not scored, and whether it is; (examples, longest - 1)."""
         from torch.nn.functional import cross_entropy
 
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        logits = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        losses = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        position = torch.arange(1, ids.shape[1], device=ids.device)
-        return losses, mask[:, 1:].bool() & (position >= batch["targets"][:, None])
+        scored = self._scored(batch)
+        losses = cross_entropy(self.logits(batch), batch["input_ids"][:, 1:][scored], reduction="none")
+        return Segments(scored).batch(losses[None]), scored
 
     def losses(self, batch: Batch) -> "torch.Tensor":
         """Mean loss over the scored tokens of each example, (examples,)."""
         losses, scored = self._token_losses(batch)
-        return (losses * scored).sum(-1) / scored.sum(-1).clamp(min=1)
+        return losses.sum(-1) / scored.sum(-1).clamp(min=1)
 
     def score(self, batch: Batch) -> dict[str, float]:
         """Sums over scored tokens."""
         losses, scored = self._token_losses(batch)
-        return {"loss": float((losses * scored).sum()), "tokens": float(scored.sum())}
+        return {"loss": float(losses.sum()), "tokens": float(scored.sum())}
 
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Mean loss of a token, and its exponential."""
@@ -440,6 +505,7 @@ def load(
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)  # an update must not depend on how its batch was cut
+        config.use_cache = False
         if config.pad_token_id is None:
             config.pad_token_id = pad
         auto = AutoModelForCausalLM
@@ -466,7 +532,9 @@ def load(
     fresh = [n for n in report["missing_keys"] if not any(_under(n, head) for head in heads)]
     if fresh:
         raise SettingError("model.base", f"{base} lacks weights that this task needs, such as {sorted(fresh)[0]}")
-    return cls(model, kind, heads=heads, seed=seed, device=device, precision=precision, pad=pad)
+    return cls(
+        model, kind, heads=heads, seed=seed, device=device, precision=precision, pad=pad, max_length=max_length
+    )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "seeding", "factors"},
     {"plugins"},
     {"scenario"},
-    {"adapter", "data", "privacy", "task"},
+    {"adapter", "data", "packing", "privacy", "task"},
     {"wire"},
     {"client", "strategy"},
     {"checkpoint", "ledger", "report"},
