@@ -1,5 +1,6 @@
 """The round loop: sample, send, collect, account, aggregate, evaluate, record, save."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,13 +17,15 @@ from fedlora.data import Dataset
 from fedlora.engine import Engine, Replies
 from fedlora.engine.worker import Setter
 from fedlora.errors import ContractError, RoundError
-from fedlora.ledger import Ledger
-from fedlora.privacy import epsilon
+from fedlora.ledger import Holder, Ledger
+from fedlora.privacy import Event, epsilon
 from fedlora.scenario import Scenario
 from fedlora.seeding import generator
 from fedlora.strategy import Merged, Strategy
 
 JUDGED = 100  # clients whose own models are evaluated, at most
+
+logger = logging.getLogger(__name__)
 
 Line = dict[str, Any]
 
@@ -176,6 +179,9 @@ class Loop:
             events = [*self.ledger.events.get(client, []), *more]
             if epsilon(events, privacy.delta, privacy.accountant) <= privacy.epsilon * (1 + 1e-9):
                 allowed.append(client)
+        if resting := sorted(set(cohort) - set(allowed)):
+            names = ", ".join(map(str, resting))
+            logger.warning("round %d: another round would pass the epsilon of clients %s; they rest", round, names)
         return allowed, len(cohort) - len(allowed)
 
     def _spend(self, round: int, replies: Replies) -> None:
@@ -188,7 +194,9 @@ class Loop:
         if privacy is None:
             return
         paid = self.ledger.spent(round)
-        events = {r.client: r.event for r in replies.reports if r.event and paid.get(r.client) != r.event}
+        events: dict[Holder, Event] = {
+            r.client: r.event for r in replies.reports if r.event and paid.get(r.client) != r.event
+        }
         self.ledger.spend(round, events, delta=privacy.delta, unit=privacy.unit, accountant=privacy.accountant)
 
     def _check(self, before: Mapping[str, Any], after: Mapping[str, Any], merge: Change) -> None:

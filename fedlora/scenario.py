@@ -321,7 +321,7 @@ class Privacy(Section):
     delta: Annotated[Float, Field(gt=0, lt=1)]
     clip_norm: PositiveFloat = 1.0  # L2 bound on one example's gradient
     unit: Literal["example"] = "example"
-    accountant: Literal["pld", "rdp"] = "pld"
+    accountant: Literal["pld", "prv", "rdp"] = "pld"  # the first is the tightest; all are upper bounds
     share_metrics: bool = False  # let training loss and example counts leave clients, outside of epsilon
 
     @model_validator(mode="after")

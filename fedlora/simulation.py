@@ -30,6 +30,8 @@ from fedlora.ledger import Ledger
 from fedlora.rounds import Line, Loop, Progress, round_to
 from fedlora.scenario import Scenario
 
+logger = logging.getLogger(__name__)
+
 # What a resumed run may change: how long it goes on, and what cannot change a result.
 CHANGEABLE = ("rounds", "eval_every", "engine.kind", "engine.workers", "engine.gpus_per_worker")
 
@@ -154,6 +156,11 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
             _create(folder, ready)
         record = Ledger(folder)
         if resume:
+            if scenario.privacy is not None and record.last_round < now.round:
+                raise UserError(
+                    f"{folder / 'privacy.jsonl'}: records spending until round {record.last_round}, and the "
+                    f"checkpoint is of round {now.round}; restore the file, or start again in another folder"
+                )
             record.forget_after(now.round)
         merges = Merges(folder / "merges", found.weights)
         merges.restore(now.merges)
@@ -239,6 +246,13 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
     if asked is None:
         return None
     noise: dict[int, float] = {}
+    largest = max(data.num_examples(c) for c in range(data.num_clients))
+    if asked.delta >= 1 / largest:
+        logger.warning(
+            "privacy.delta: %g is not below 1/%d, one over the examples of the largest client: at such a delta a "
+            "mechanism that gives a whole example away now and then counts as private; write %.0e or less",
+            *(asked.delta, largest, 0.1 / largest),
+        )
     for size in sorted({data.num_examples(c) for c in range(data.num_clients)}):
         if told.batch_size > size:
             raise SettingError(
@@ -376,6 +390,9 @@ def _summary(
         "epsilon": spent,
         "delta": asked.delta if asked else None,
         "privacy_unit": asked.unit if asked else None,
+        "accountant": asked.accountant if asked else None,
+        "neighbours": ledger.NEIGHBOURS if asked else None,
+        "sampling": "poisson" if asked else None,
         "privacy": _privacy_in_words(scenario, spent),
         "seconds": round_to(now.seconds),
         "clients_per_second": round_to(now.trained / now.seconds) if now.seconds else None,
