@@ -23,11 +23,14 @@ from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora import strategy as strategies
 from fedlora.adapter import Adapter
+from fedlora.checkpoint import Merges
 from fedlora.engine.worker import Setter
 from fedlora.errors import SettingError, UserError
 from fedlora.ledger import Ledger
 from fedlora.rounds import Line, Loop, Progress, round_to
 from fedlora.scenario import Scenario
+
+logger = logging.getLogger(__name__)
 
 # What a resumed run may change: how long it goes on, and what cannot change a result.
 CHANGEABLE = ("rounds", "eval_every", "engine.kind", "engine.workers", "engine.gpus_per_worker")
@@ -140,9 +143,11 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
     with contextlib.closing(engines.make(scenario, address)) as engine:
         shown.stage("calibrating the noise")  # while workers import
         setup = replace(ready.setup, noise=(noise := calibrate(scenario, ready.data)))
+        if ready.strategy.personal or ready.strategy.trips > 1:
+            setup = replace(setup, personal=folder.absolute() / "personal")
         shown.stage("loading the model")
         found = engine.start(setup)
-        ready.strategy.layout = found.layout
+        ready.strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
         _check_plan(ready, found)
         now = Progress(round=0, adapter=dict(found.initial))
         if resume:
@@ -151,7 +156,16 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
             _create(folder, ready)
         record = Ledger(folder)
         if resume:
+            if scenario.privacy is not None and record.last_round < now.round:
+                raise UserError(
+                    f"{folder / 'privacy.jsonl'}: records spending until round {record.last_round}, and the "
+                    f"checkpoint is of round {now.round}; restore the file, or start again in another folder"
+                )
             record.forget_after(now.round)
+        merges = Merges(folder / "merges", found.weights)
+        merges.restore(now.merges)
+        for change in merges.changes:
+            engine.merge(change)
         loop = Loop(
             scenario=scenario,
             strategy=ready.strategy,
@@ -159,6 +173,7 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
             engine=engine,
             data=ready.data,
             ledger=record,
+            merges=merges,
             settings=Setter(scenario, noise),
             folder=folder,
             on_round=shown.round,
@@ -173,9 +188,9 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
         except KeyboardInterrupt:
             stopped = f"interrupted after round {now.round}"
         with _undisturbed():
-            if stopped is not None and now.round and found.metric not in now.last:
+            if stopped is not None and now.round and found.metric not in now.last and not ready.strategy.personal:
                 now.last.update(engine.evaluate(now.adapter))
-            _export(engine, now.adapter, folder, ready)
+            _export(engine, now.adapter, folder, merges)
             summary = _summary(ready, now, found, record, stopped)
             _write_json(folder / "summary.json", summary)
             _model_card(folder, ready, summary)
@@ -189,6 +204,7 @@ def prepare(scenario: Scenario) -> Prepared:
         SettingError: a setting does not fit the data.
     """
     strategy = strategies.load(scenario.strategy.use, scenario.strategy.options)
+    strategies.check(strategy, scenario)
     client = clients.load(scenario.clients.use, scenario.clients.options)
     if client.private and scenario.privacy is None:
         raise SettingError("clients.use", f"{scenario.clients.use} needs a privacy section")
@@ -230,6 +246,13 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
     if asked is None:
         return None
     noise: dict[int, float] = {}
+    largest = max(data.num_examples(c) for c in range(data.num_clients))
+    if asked.delta >= 1 / largest:
+        logger.warning(
+            "privacy.delta: %g is not below 1/%d, one over the examples of the largest client: at such a delta a "
+            "mechanism that gives a whole example away now and then counts as private; write %.0e or less",
+            *(asked.delta, largest, 0.1 / largest),
+        )
     for size in sorted({data.num_examples(c) for c in range(data.num_clients)}):
         if told.batch_size > size:
             raise SettingError(
@@ -338,10 +361,10 @@ def _restore(folder: Path, strategy: strategies.Strategy, first: Progress) -> Pr
     return Progress(round=saved.round, adapter=saved.adapter, **saved.words)
 
 
-def _export(engine: engines.Engine, adapter: Adapter, folder: Path, ready: Prepared) -> None:
+def _export(engine: engines.Engine, adapter: Adapter, folder: Path, merges: Merges) -> None:
     new = folder / ".adapter"
     shutil.rmtree(new, ignore_errors=True)
-    engine.export(adapter, new)
+    engine.export(adapter, new, merges.total() or None)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     new.rename(folder / "adapter")
 
@@ -367,6 +390,9 @@ def _summary(
         "epsilon": spent,
         "delta": asked.delta if asked else None,
         "privacy_unit": asked.unit if asked else None,
+        "accountant": asked.accountant if asked else None,
+        "neighbours": ledger.NEIGHBOURS if asked else None,
+        "sampling": "poisson" if asked else None,
         "privacy": _privacy_in_words(scenario, spent),
         "seconds": round_to(now.seconds),
         "clients_per_second": round_to(now.trained / now.seconds) if now.seconds else None,

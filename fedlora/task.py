@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "bf16"]
 Batch = dict[str, "torch.Tensor"]
 
-_PREFIX = "base_model.model."
 _EVALUATION_TOKENS = 1024  # padded tokens of an evaluation batch: small enough for a core's cache
 _RAGGED = (24, 13, 5, 2)  # tokens of the examples on which packing is checked
 _TOLERANCE = 1e-4  # of packed logits against padded ones, relative to the largest
@@ -112,7 +111,7 @@ class Task(ABC):
     Attributes:
         model: the `peft.PeftModel`, with all dropout off.
         layout: every tensor that could federate, by name.
-        initial: the adapter that the seed stands for.
+        initial: the adapter that the seed stands for, at the full rank.
         packing: of the examples of a batch into one row without padding; None where the model does not allow it.
     """
 
@@ -147,7 +146,7 @@ class Task(ABC):
         """
         import torch
 
-        self.kind, self.precision, self.pad = kind, precision, pad
+        self.kind, self.precision, self.pad, self.seed = kind, precision, pad, seed
         self.model = kind.wrap(model, list(heads), self.task_type)
         self.model.requires_grad_(False)
         self.device = torch.device(device)
@@ -159,11 +158,15 @@ class Task(ABC):
                 tuple(p.shape),
                 kind.role(name),
                 _module(name),
-                kind.role(name) != "head" or any(t and _under(name, head) for head, t in heads.items()),
+                kind.trains(kind.role(name))
+                and (kind.role(name) != "head" or any(t and _under(name, head) for head, t in heads.items())),
             )
             for name, p in sorted(self._parameters.items())
         }
-        self.initial = adapters.initial(kind, self.layout, seed)
+        self._layers = {_module(_public(n)): m for n, m in self.model.named_modules() if hasattr(m, "lora_A")}
+        self.rank = kind.r
+        self.initial = adapters.initial(kind, self.layout, seed, weights=self.weight)
+        self._start = self.initial
         self.write(self.initial)
         self.packing = self._pack(max_length)
         self._frozen = self._halve() if precision == "bf16" else []
@@ -197,30 +200,90 @@ class Task(ABC):
             for name, value in adapter.items():
                 if name not in self._parameters:
                     raise ContractError(f"the model has no tensor {name!r}")
-                if value.shape != tuple(self._parameters[name].shape):
-                    raise ContractError(
-                        f"{name} has shape {value.shape}, and the model's is {self.layout[name].shape}"
-                    )
+                if value.shape != (shape := self.kind.shape(self.layout[name], self.rank)):
+                    raise ContractError(f"{name} has shape {value.shape}, and the model's is {shape}")
+                if self._parameters[name].shape != shape:
+                    self._parameters[name].data = torch.empty(shape, device=self.device)
                 self._parameters[name].copy_(torch.from_numpy(np.require(value, requirements=["C", "W"])))
 
     def read(self, names: Sequence[str]) -> Adapter:
         """Copies of the named tensors, float32."""
         return {n: self._parameters[n].detach().float().cpu().numpy().copy() for n in names}
 
+    def become(self, rank: int | None = None, draw: int = 0) -> None:
+        """Take on a client's rank, and a draw of first values, for what `begin` does next.
+
+        Args:
+            rank: of the factors; by default the server's.
+            draw: of the seed, for tensors that are not given; 0 is `initial`.
+        """
+        rank = rank or self.kind.r
+        self._start = self.initial
+        if draw:
+            self._start = adapters.initial(self.kind, self.layout, self.seed, weights=self.weight, draw=draw)
+        if rank != self.kind.r:
+            cut = {n: tuple(slice(size) for size in self.kind.shape(s, rank)) for n, s in self.layout.items()}
+            self._start = {name: tensor[cut[name]] for name, tensor in self._start.items()}
+        if rank != self.rank:
+            self.rank = rank
+            for layer in self._layers.values():
+                layer.scaling["default"] = self.kind.scaling(rank)
+
+    def weight(self, module: str) -> "torch.Tensor":
+        """The frozen weight of a layer with factors, (out, in), with what was merged into it."""
+        from transformers.pytorch_utils import Conv1D
+
+        base = self._layers[module].get_base_layer()
+        weight: torch.Tensor = base.weight
+        return weight.T if isinstance(base, Conv1D) else weight
+
+    @property
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each layer with factors, (out, in)."""
+        return {module: tuple(self.weight(module).shape) for module in self._layers}
+
+    def merge(self, change: adapters.Change) -> None:
+        """Add a change to the frozen weights, for good.
+
+        Args:
+            change: of each layer, as thin factors (out x m) and (m x in), scaling included.
+        """
+        import torch
+
+        self._use_half(False)
+        with torch.no_grad():
+            for module, (left, right) in change.items():
+                factors = (torch.from_numpy(np.asarray(f, np.float32)).to(self.device) for f in (left, right))
+                self.weight(module).addmm_(*factors)
+            for _, full, small in self._frozen:
+                small.copy_(full)
+
     def begin(self, adapter: Mapping[str, NDArray[np.float32]], train: Sequence[str]) -> list["torch.Tensor"]:
-        """Make the model a client's: every tensor as the seed made it, then `adapter`, with `train` trainable.
+        """Make the model a client's: every tensor as first made, then `adapter`, with `train` trainable.
 
         Returns:
             The parameters to train, in the order of `train`.
         """
-        self.write({n: t for n, t in self.initial.items() if n not in adapter})
-        self.write(adapter)
+        self.write({n: t for n, t in self._start.items() if n not in adapter})
+        self.write({name: self._whole(name, tensor) for name, tensor in adapter.items()})
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in train)
             parameter.grad = None
         self._use_half(self.precision == "bf16")
         self.model.train()  # Opacus's hooks only work in this mode; dropout is off all the same
         return [self._parameters[name] for name in train]
+
+    def _whole(self, name: str, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A tensor that came with a lower rank than the client's, with the rest of it as first made."""
+        start = self._start.get(name)
+        if start is None or tensor.shape == start.shape or self.layout[name].role == "head":
+            return tensor
+        whole = start.copy()
+        try:
+            whole[tuple(slice(size) for size in tensor.shape)] = tensor
+        except ValueError:
+            return tensor  # larger, which `write` refuses
+        return whole
 
     def micro_batches(
         self, examples: Examples, rows: NDArray[np.int64], limit: int
@@ -254,15 +317,14 @@ class Task(ABC):
             yield
 
     def evaluate(
-        self, adapter: Mapping[str, NDArray[np.float32]], examples: Examples, start: int, stop: int
+        self, adapter: Mapping[str, NDArray[np.float32]], examples: Examples, rows: NDArray[np.int64]
     ) -> dict[str, float]:
-        """Sums of the metric over the rows from `start` to `stop`, in float32."""
+        """Sums of the metric over some rows, in float32."""
         import torch
 
         self.begin(adapter, ())
         self._use_half(False)
         self.model.eval()
-        rows = np.arange(start, stop)
         order = rows[np.argsort(examples.lengths(rows), kind="stable")]
         sums: dict[str, float] = {}
         with torch.inference_mode():
@@ -509,7 +571,7 @@ def _public(parameter: str) -> str:
 
 
 def _module(name: str) -> str:
-    return name.removeprefix(_PREFIX).split(".lora_")[0].rsplit(".weight", 1)[0].rsplit(".bias", 1)[0]
+    return name.removeprefix(adapters.PREFIX).split(".lora_")[0].rsplit(".weight", 1)[0].rsplit(".bias", 1)[0]
 
 
 def _under(name: str, module: str) -> bool:
