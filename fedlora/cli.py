@@ -142,7 +142,7 @@ def _list(arguments: argparse.Namespace) -> int:
     from fedlora import plugins, scenario
 
     tables = {
-        "strategies": lambda: {n: plugins.summary("strategies", n) for n in plugins.names("strategies")},
+        "strategies": _strategies,
         "clients": lambda: {n: plugins.summary("clients", n) for n in plugins.names("clients")},
         "datasets": lambda: scenario.DATASETS,
         "scenarios": scenario.shipped,
@@ -153,6 +153,22 @@ def _list(arguments: argparse.Namespace) -> int:
         for name, line in tables[what]().items():
             print(f"  {name:<14} {line}")
     return 0
+
+
+def _strategies() -> dict[str, str]:
+    """What each sends and what it is like, with its paper; then how Flower's own are named."""
+    from fedlora import plugins
+
+    lines = {"": f"{'clients send':<14} {'exact':<6} {'linear':<7} {'ranks':<8} paper"}
+    for name in plugins.names("strategies"):
+        cls = plugins.find("strategies", name)
+        exact, linear = ("yes" if told else "no" for told in (cls.facts.exact, cls.linear))
+        ranks = "unequal" if cls.unequal_ranks else "equal"
+        lines[name] = (
+            f"{cls.facts.sends:<14} {exact:<6} {linear:<7} {ranks:<8} {plugins.source('strategies', name)}"
+        )
+    lines["flwr.serverapp.strategy:NAME"] = "one of Flower's, such as FedAdam or FedMedian; docs/strategies.md"
+    return lines
 
 
 if __name__ == "__main__":
