@@ -50,6 +50,16 @@ def _parser() -> argparse.ArgumentParser:
     _scenario(check)
     check.set_defaults(command=_check)
 
+    plan = commands.add_parser("plan", help="say what a scenario will cost: bytes, epsilon, time and memory")
+    _scenario(plan)
+    plan.add_argument("--json", action="store_true", help="print all of it as JSON")
+    plan.set_defaults(command=_plan)
+
+    report = commands.add_parser("report", help="write what a run did as one HTML file that opens offline")
+    report.add_argument("run", metavar="RUN", help="a run folder")
+    report.add_argument("--out", metavar="FILE", help="the file (default: report.html in the run folder)")
+    report.set_defaults(command=_report)
+
     listing = commands.add_parser("list", help="strategies, clients, datasets and scenarios, a line each")
     listing.add_argument("what", nargs="?", choices=["strategies", "clients", "datasets", "scenarios"])
     listing.set_defaults(command=_list)
@@ -113,6 +123,34 @@ def _check(arguments: argparse.Namespace) -> int:
     if problems:
         raise UserError(*problems)
     print(f"{arguments.scenario}: fine")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from fedlora import scenario
+
+    loaded = scenario.load(arguments.scenario, arguments.overrides)
+    from fedlora.plan import plan
+
+    told = plan(loaded).to_json()
+    if arguments.json:
+        import json
+
+        print(json.dumps(told, indent=2))
+    else:
+        from fedlora.report.console import plan_lines
+
+        print("\n".join(plan_lines(told)))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedlora.report import single
+    from fedlora.run import Run
+
+    print(single.write(Run.open(arguments.run), Path(arguments.out) if arguments.out else None))
     return 0
 
 

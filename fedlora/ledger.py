@@ -76,8 +76,12 @@ class Ledger:
         return {line["client"]: Event.from_json(line) for line in read(file) if line["round"] == round}
 
 
-def read(file: Path) -> list[dict[str, Any]]:
+def read(file: Path, growing: bool = False) -> list[dict[str, Any]]:
     """The lines of a record.
+
+    Args:
+        file: one line of JSON for each entry.
+        growing: pass over a last line that is not whole: its run may be writing it.
 
     Raises:
         UserError: a line is not whole, or the file cannot be read.
@@ -87,7 +91,7 @@ def read(file: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     lines = []
-    if texts[-1]:
+    if texts[-1] and not growing:
         raise UserError(f"{file}:{len(texts)}: the last line is cut short; the record is damaged")
     for number, text in enumerate(texts[:-1], 1):
         try:

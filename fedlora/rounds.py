@@ -44,6 +44,24 @@ class Progress:
         return {k: v for k, v in vars(self).items() if k not in ("round", "adapter")}
 
 
+class Stopwatch:
+    """Where the time of a round goes.
+
+    Attributes:
+        phases: seconds by the name of the phase.
+    """
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """What passed since the last call was spent on `phase`."""
+        now = time.perf_counter()
+        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
 @dataclass(kw_only=True)
 class Loop:
     """Everything that a round touches."""
@@ -69,7 +87,7 @@ class Loop:
         for round in range(now.round + 1, self.scenario.rounds + 1):
             if self.stop():
                 raise KeyboardInterrupt
-            began = time.perf_counter()
+            watch = Stopwatch()
             instruction = self.strategy.instruct(round, now.adapter)
             kept = {n: t for n, t in now.adapter.items() if n not in instruction.adapter}
             instruction = replace(instruction, frozen=fingerprint(kept))
@@ -77,19 +95,24 @@ class Loop:
             if not cohort:
                 now.last["stopped"] = f"after round {round - 1}: another would pass every client's epsilon"
                 break
+            watch.lap("account")
             replies = self.engine.train(instruction, cohort, self.strategy.partial_sums)
+            watch.lap("train")
             self._spend(round, replies)
+            watch.lap("account")
             if not replies.updates:
                 raise RoundError(f"round {round}: all {len(cohort)} clients failed; {_first_error(replies)}")
             before = {name: now.adapter[name] for name in self.strategy.federates(self.strategy.layout)}
             after = {**before, **self.strategy.aggregate(before, replies.updates)}
             self._check(before, after)
             adapter = {**now.adapter, **after}
+            extra = self.strategy.diagnose(before, replies.updates, after)
+            watch.lap("aggregate")
             figures: Line = {"loss": None, self.engine.description.metric: None}
             if round % self.scenario.eval_every == 0 or round == self.scenario.rounds:
                 figures = dict(self.engine.evaluate(adapter))
-            extra = self.strategy.diagnose(before, replies.updates, after)
-            self._record(round, adapter, replies, {**figures, **extra, "resting": resting}, now, began)
+            watch.lap("evaluate")
+            self._record(round, adapter, replies, {**figures, **extra, "resting": resting}, now, watch)
         return now
 
     def _draw(self, round: int) -> list[int]:
@@ -136,7 +159,7 @@ class Loop:
                 raise ContractError(f"{type(self.strategy).__name__} made {name} not finite; try a lower lr")
 
     def _record(
-        self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, began: float
+        self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, watch: Stopwatch
     ) -> None:
         """Count, write the lines of the round, save."""
         privacy, reports = self.scenario.privacy, replies.reports
@@ -154,7 +177,8 @@ class Loop:
         now.failures, now.trained = now.failures + failed, now.trained + len(reports) - failed
         now.bytes_up, now.bytes_down = now.bytes_up + up, now.bytes_down + down
         now.bytes_up_head += (len(reports) - failed) * self._head_bytes(round)
-        seconds = time.perf_counter() - began
+        watch.lap("account")
+        seconds = sum(watch.phases.values())
         now.seconds += seconds
         loss = sum(r.metrics["train_loss"] for r in shared) / len(shared) if shared else None
         now.last["epsilon"] = max([now.last.get("epsilon") or 0.0, *spent.values()]) if privacy else None
@@ -168,6 +192,7 @@ class Loop:
             "bytes_down": down,
             "epsilon": now.last["epsilon"],
             "seconds": round_to(seconds),
+            "phases": {phase: round_to(took) for phase, took in watch.phases.items()},
         }
         self.ledger.clients(
             {

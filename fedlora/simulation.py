@@ -16,17 +16,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedlora import checkpoint, ledger, privacy, task
+from fedlora import checkpoint, privacy, task
 from fedlora import client as clients
 from fedlora import data as datasets
 from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora import strategy as strategies
-from fedlora.adapter import Adapter
+from fedlora.adapter import Adapter, Layout
 from fedlora.engine.worker import Setter
 from fedlora.errors import SettingError, UserError
 from fedlora.ledger import Ledger
-from fedlora.rounds import Line, Loop, Progress, round_to
+from fedlora.rounds import Loop, Progress, round_to
+from fedlora.run import METRICS, Run
 from fedlora.scenario import Scenario
 
 # What a resumed run may change: how long it goes on, and what cannot change a result.
@@ -57,29 +58,6 @@ class Silent:
 
     def round(self, line: Mapping[str, Any]) -> None:
         """Nothing."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder.
-
-    Attributes:
-        folder: where it is.
-        summary: what `summary.json` holds.
-    """
-
-    folder: Path
-    summary: Mapping[str, Any]
-
-    @property
-    def rounds(self) -> list[Line]:
-        """The lines of `metrics.jsonl`."""
-        return ledger.read(self.folder / "metrics.jsonl")
-
-    @property
-    def clients(self) -> list[Line]:
-        """The lines of `clients.jsonl`."""
-        return ledger.read(self.folder / "clients.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +120,7 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
         setup = replace(ready.setup, noise=(noise := calibrate(scenario, ready.data)))
         shown.stage("loading the model")
         found = engine.start(setup)
-        ready.strategy.layout = found.layout
-        _check_plan(ready, found)
+        bind(ready.strategy, found.layout)
         now = Progress(round=0, adapter=dict(found.initial))
         if resume:
             now = _restore(folder, ready.strategy, now)
@@ -280,18 +257,19 @@ def _differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def _check_plan(ready: Prepared, found: engines.Description) -> None:
-    """Make sure that the strategy trains something of this model.
+def bind(strategy: strategies.Strategy, layout: Layout) -> strategies.Strategy:
+    """Give a strategy the layout that was built, and make sure that it trains something of it.
 
     Raises:
         SettingError: it does not.
     """
-    strategy, layout = ready.strategy, found.layout
+    strategy.layout = layout
     for what, names in (("federates", strategy.federates(layout)), ("trains", strategy.trains(1, layout))):
         if strange := sorted(set(names) - set(layout)):
             raise SettingError("strategy.use", f"{what} {strange[0]!r}, which the adapter does not have")
     if not any(layout[name].trainable for name in strategy.trains(1, layout)):
         raise SettingError("strategy.use", "trains no tensor of this adapter")
+    return strategy
 
 
 def _create(folder: Path, ready: Prepared) -> None:
@@ -400,7 +378,7 @@ def _privacy_in_words(scenario: Scenario, spent: float | None) -> str:
 def _model_card(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:
     """The README beside the adapter: what it is and how to load it."""
     scenario = ready.scenario
-    base, metric = scenario.model.base, next(k for k in ("accuracy", "perplexity") if k in summary)
+    base, metric = scenario.model.base, next(k for k in METRICS if k in summary)
     if scenario.task == "classification":
         auto, extra = "AutoModelForSequenceClassification", f", num_labels={len(ready.data.labels)}"
     else:
