@@ -96,7 +96,6 @@ def _hook(task: "Task", train: tuple[str, ...]) -> None:
     The hooks stay while the same tensors train. What a client that failed in the middle of a pass left
     in them is cleared away.
     """
-    from opacus.grad_sample.grad_sample_module import GradSampleHooks
     from torch.nn.modules.batchnorm import _BatchNorm
 
     for module in task.model.modules():
@@ -116,9 +115,32 @@ def _hook(task: "Task", train: tuple[str, ...]) -> None:
             raise SettingError(
                 "model.base", f"{name} normalises over the batch, so examples are not apart; DP-SGD cannot use it"
             )
-    # Not strict: Opacus refuses any buffer, also the position ids of a frozen encoder.
-    GradSampleHooks(task.model, strict=False, loss_reduction="sum")
+    _hooks(task)
     vars(task.model)["fedlora_hooked"] = train
+
+
+def _hooks(task: "Task") -> None:
+    """Opacus's hooks, on rows without padding too.
+
+    A module in the middle of the model sees the examples one after another in a row: what it saw, and what
+    came back to it, is laid out as the padded batch that Opacus's samplers expect. Padding comes back as
+    zeros, which adds nothing to any gradient.
+    """
+    from opacus.grad_sample.grad_sample_module import GradSampleHooks
+
+    class Hooks(GradSampleHooks):  # type: ignore[misc]
+        def rearrange_grad_samples(
+            self, *, module: Any, backprops: "torch.Tensor", loss_reduction: str, batch_first: bool
+        ) -> "tuple[list[torch.Tensor], torch.Tensor]":
+            activations = module.activations.pop()
+            if task.packing is not None:
+                activations = [task.packing.batch(a) for a in activations]
+                backprops = task.packing.batch(backprops)
+            module.max_batch_len = len(backprops)
+            return activations, backprops
+
+    # Not strict: Opacus refuses any buffer, also the position ids of a frozen encoder.
+    Hooks(task.model, strict=False, loss_reduction="sum")
 
 
 def _backward(task: "Task", batch: Any) -> "torch.Tensor":

@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", metavar="FILE", help="the file (default: report.html in the run folder)")
     report.set_defaults(command=_report)
 
+    account = commands.add_parser("ledger", help="verify a run's privacy ledger; epsilon by every accountant")
+    account.add_argument("run", metavar="RUN", help="a run folder, or a privacy.jsonl")
+    account.set_defaults(command=_ledger)
+
     listing = commands.add_parser("list", help="strategies, clients, datasets and scenarios, a line each")
     listing.add_argument("what", nargs="?", choices=["strategies", "clients", "datasets", "scenarios"])
     listing.set_defaults(command=_list)
@@ -109,7 +113,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     loaded = scenario.load(arguments.scenario, arguments.overrides)
     checks = (
-        lambda: strategy.load(loaded.strategy.use, loaded.strategy.options),
+        lambda: strategy.check(strategy.load(loaded.strategy.use, loaded.strategy.options), loaded),
         lambda: client.load(loaded.clients.use, loaded.clients.options),
         lambda: task.find_base(loaded.model.base),
         lambda: data.check(loaded.data, loaded.task, loaded.clients.total),
@@ -151,6 +155,24 @@ def _report(arguments: argparse.Namespace) -> int:
     from fedlora.run import Run
 
     print(single.write(Run.open(arguments.run), Path(arguments.out) if arguments.out else None))
+    return 0
+
+
+def _ledger(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+    from typing import get_args
+
+    from fedlora import ledger, privacy
+
+    given = Path(arguments.run)
+    file = given / "privacy.jsonl" if given.is_dir() else given
+    events = ledger.replay(file)
+    first = {line["unit"]: line for line in ledger.read(file, torn=True)}
+    print(f"{file}: whole, {sum(map(len, events.values()))} events")
+    for unit, line in first.items():
+        for accountant in get_args(privacy.Accountant):
+            spent = ledger.epsilon_of(file, unit, accountant)
+            print(f"  {accountant}  {privacy.statement(spent, line['delta'], unit, accountant)}")
     return 0
 
 

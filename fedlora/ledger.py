@@ -2,8 +2,16 @@
 
 Privacy events are flushed to disk before what they bought is used. Epsilon follows from
 `privacy.jsonl` alone: `replay` reads it back.
+
+Each line of `privacy.jsonl` ends in `chain`, a hash over the line and the chain of the line before it, and
+`privacy.head` holds how many lines there are and the chain of the last. So a line that was edited, moved, taken
+out or cut off shows. Two things that an interruption leaves are no damage: a last line that is cut short
+behind those that the head counts, and whole lines that the head does not count yet. What it paid for was not
+used, or is paid again. Whoever can write to the disk can rebuild both files: this finds accidents and
+careless edits, not a forger.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -15,31 +23,57 @@ from fedlora.privacy import Accountant, Event, epsilon
 
 MECHANISM = "poisson_subsampled_gaussian"
 NEIGHBOURS = "add_or_remove_one"
+UNITS = ("example", "client")
+
+Holder = int | None  # whose budget it is: a client's, for its examples, or None: the server's, for its clients
 
 
 class Ledger:
     """What was spent and sent, as it happens.
 
     Attributes:
-        events: the privacy events so far, by client.
+        events: the privacy events so far, by client; under None those that protect whole clients.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.events: dict[int, list[Event]] = {}
-        self._last_round = 0
-        if (file := folder / "privacy.jsonl").exists():
-            self.events = replay(file)
-            self._last_round = max((line["round"] for line in read(file)), default=0)
+        self.events: dict[Holder, list[Event]] = {}
+        self._rounds: dict[int, dict[Holder, Event]] = {}
+        self._lines, self._chain, self._size = 0, "", 0
+        file = folder / "privacy.jsonl"
+        if not file.exists() and not _head(file).exists():
+            return
+        for line in (lines := _verified(file)):
+            self._note(line["round"], line["client"], Event.from_json(line))
+        self._lines, self._chain = len(lines), lines[-1]["chain"] if lines else ""
+        if file.exists():
+            self._size = file.read_bytes().rfind(b"\n") + 1
 
-    def spend(self, round: int, events: Mapping[int, Event], **guarantee: Any) -> None:
+    def spend(self, round: int, events: Mapping[Holder, Event], **guarantee: Any) -> None:
         """Record what clients spent in a round, and wait until it is on disk."""
-        for client, event in events.items():
-            self.events.setdefault(client, []).append(event)
-        self._last_round = max(self._last_round, round)
+        if not events:
+            return
         terms = {**guarantee, "mechanism": MECHANISM, "neighbours": NEIGHBOURS}
-        lines = [{"round": round, "client": c, **e.to_json(), **terms} for c, e in events.items()]
-        _append(self.folder / "privacy.jsonl", lines, sync=True)
+        file, text = self.folder / "privacy.jsonl", ""
+        if not self._lines:
+            _write_head(file, 0, "")  # so that a ledger without a head is one that lost it
+        for client, event in events.items():
+            line = {"round": round, "client": client, **event.to_json(), **terms}
+            self._chain = _link(self._chain, line)
+            text += json.dumps({**line, "chain": self._chain}) + "\n"
+            self._lines += 1
+            self._note(round, client, event)
+        with file.open("ab") as stream:
+            stream.truncate(self._size)  # of what an interruption cut short
+            stream.write(text.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._size += len(text.encode())
+        _write_head(file, self._lines, self._chain)
+
+    def _note(self, round: int, client: Holder, event: Event) -> None:
+        self.events.setdefault(client, []).append(event)
+        self._rounds.setdefault(round, {})[client] = event
 
     def clients(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """A line per client and round."""
@@ -52,7 +86,7 @@ class Ledger:
     @property
     def last_round(self) -> int:
         """The last round in which anybody spent; 0 before the first."""
-        return self._last_round
+        return max(self._rounds, default=0)
 
     def forget_after(self, round: int) -> None:
         """Drop the measurements of rounds after `round`, which are about to run again; never what was spent.
@@ -61,27 +95,22 @@ class Ledger:
         """
         for name in ("clients.jsonl", "metrics.jsonl"):
             if (file := self.folder / name).exists():
-                whole = file.read_bytes().rpartition(b"\n")[0]
-                file.write_bytes(whole + b"\n" if whole else b"")
-                kept = [line for line in read(file) if line["round"] <= round]
+                kept = [line for line in read(file, torn=True) if line["round"] <= round]
                 part = file.with_suffix(".part")
                 part.write_text("".join(json.dumps(line) + "\n" for line in kept))
                 part.replace(file)
 
-    def spent(self, round: int) -> dict[int, Event]:
+    def spent(self, round: int) -> Mapping[Holder, Event]:
         """What clients last spent in a round, by client."""
-        file = self.folder / "privacy.jsonl"
-        if round > self.last_round or not file.exists():
-            return {}
-        return {line["client"]: Event.from_json(line) for line in read(file) if line["round"] == round}
+        return self._rounds.get(round, {})
 
 
-def read(file: Path, growing: bool = False) -> list[dict[str, Any]]:
+def read(file: Path, torn: bool = False) -> list[dict[str, Any]]:
     """The lines of a record.
 
     Args:
-        file: one line of JSON for each entry.
-        growing: pass over a last line that is not whole: its run may be writing it.
+        file: the record.
+        torn: whether a last line that was cut short is passed over.
 
     Raises:
         UserError: a line is not whole, or the file cannot be read.
@@ -91,7 +120,7 @@ def read(file: Path, growing: bool = False) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     lines = []
-    if texts[-1] and not growing:
+    if texts[-1] and not torn:
         raise UserError(f"{file}:{len(texts)}: the last line is cut short; the record is damaged")
     for number, text in enumerate(texts[:-1], 1):
         try:
@@ -104,47 +133,121 @@ def read(file: Path, growing: bool = False) -> list[dict[str, Any]]:
     return lines
 
 
-def replay(file: Path) -> dict[int, list[Event]]:
-    """The privacy events of every client, from `privacy.jsonl` alone.
+def replay(file: Path) -> dict[Holder, list[Event]]:
+    """The privacy events of every client, and under None those of the server, from `privacy.jsonl` alone.
 
     Raises:
-        UserError: a line is damaged or of another mechanism.
+        UserError: a line is damaged, edited, missing or of another mechanism.
     """
-    events: dict[int, list[Event]] = {}
-    for number, line in enumerate(read(file), 1):
+    events: dict[Holder, list[Event]] = {}
+    for line in _verified(file, headless=True):
+        events.setdefault(line["client"], []).append(Event.from_json(line))
+    return events
+
+
+def _verified(file: Path, headless: bool = False) -> list[dict[str, Any]]:
+    """The whole lines of a privacy ledger, each checked by itself, against those before it and by the head.
+
+    Args:
+        file: `privacy.jsonl`, or a copy.
+        headless: whether it may be a copy without its head.
+
+    Raises:
+        UserError: it is not as it was written.
+    """
+    head = _read_head(file)
+    lines = [] if head is not None and not file.exists() else read(file, torn=True)
+    chain, number = "", 0
+    for number, line in enumerate(lines, 1):
         if line.get("mechanism") != MECHANISM or line.get("neighbours") != NEIGHBOURS:
             raise UserError(f"{file}:{number}: an event of another mechanism; it cannot be accounted for here")
         try:
-            if any(type(line[key]) is not int or line[key] < 0 for key in ("round", "client")):
-                raise ValueError("round or client")
-            events.setdefault(line["client"], []).append(Event.from_json(line))
+            held = ("round",) if line["unit"] == "client" and line["client"] is None else ("round", "client")
+            if line["unit"] not in UNITS or any(type(line[key]) is not int or line[key] < 0 for key in held):
+                raise ValueError("unit, round or client")
+            Event.from_json(line)
+            chain, told = _link(chain, {k: v for k, v in line.items() if k != "chain"}), line["chain"]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{file}:{number}: lacks or garbles {error}; the record is damaged") from error
         except UserError as error:
             raise UserError(f"{file}:{number}: {error}; the record is damaged") from error
-    return events
+        if told != chain:
+            raise UserError(
+                f"{file}:{number}: does not follow from the lines before it: it was edited, or a line was moved "
+                "or taken out; restore the file, or start again in another folder"
+            )
+        if head is not None and number == head[0] and chain != head[1]:
+            raise UserError(
+                f"{file}:{number}: is not the line that {_head(file).name} counts: another run's ledger"
+            )
+    if head is None and lines and not headless:
+        raise UserError(f"{_head(file)}: is missing; without it nobody can say whether {file.name} was cut")
+    if head is not None and number < head[0]:
+        raise UserError(
+            f"{file}:{number + 1}: was cut: {number} lines are left of {head[0]}; restore the file, or start "
+            "again in another folder"
+        )
+    return lines
 
 
-def epsilon_of(file: Path) -> float:
-    """The largest epsilon over clients, from `privacy.jsonl` alone; 0 where nothing was spent.
+def _link(chain: str, line: Mapping[str, Any]) -> str:
+    return hashlib.sha256((chain + json.dumps(line, sort_keys=True)).encode()).hexdigest()[:32]
+
+
+def _head(file: Path) -> Path:
+    return file.with_suffix(".head")
+
+
+def _read_head(file: Path) -> tuple[int, str] | None:
+    try:
+        lines, chain = _head(file).read_text(encoding="ascii").split(" ")
+        return int(lines), chain.strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{_head(file)}: cannot be read: {error}") from error
+
+
+def _write_head(file: Path, lines: int, chain: str) -> None:
+    part = file.with_suffix(".head.part")
+    with part.open("w", encoding="ascii") as stream:
+        stream.write(f"{lines} {chain}\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(_head(file))
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # a new file's name is on disk only then
+    finally:
+        os.close(folder)
+
+
+def epsilon_of(file: Path, unit: str = "example", accountant: Accountant | None = None) -> float:
+    """The largest epsilon over those who hold a budget, from `privacy.jsonl` alone; 0 where nothing was spent.
+
+    Args:
+        file: the ledger.
+        unit: what is protected, `example` or `client`.
+        accountant: by default the one that the ledger names.
 
     Raises:
-        UserError: a line is damaged, or was spent on other terms than the first.
+        UserError: a line is damaged, or was spent on other terms than the first of its unit.
     """
-    events, lines = replay(file), read(file)
-    for number, line in enumerate(lines, 1):
-        delta, accountant = (line.get(key) for key in ("delta", "accountant"))
-        fine = isinstance(delta, float) and 0 < delta < 1 and accountant in get_args(Accountant)
-        if not fine or (delta, accountant) != (lines[0]["delta"], lines[0]["accountant"]):
-            raise UserError(f"{file}:{number}: delta or accountant is damaged, or not as in line 1")
+    events: dict[Holder, list[Event]] = {}
+    first: Mapping[str, Any] = {}
+    for number, line in enumerate(_verified(file, headless=True), 1):
+        delta, named = line.get("delta"), line.get("accountant")
+        first = first or (line if line["unit"] == unit else {})
+        fine = isinstance(delta, float) and 0 < delta < 1 and named in get_args(Accountant)
+        if not fine or (line["unit"] == unit and (delta, named) != (first["delta"], first["accountant"])):
+            raise UserError(f"{file}:{number}: delta or accountant is damaged, or not as in the first line")
+        if line["unit"] == unit:
+            events.setdefault(line["client"], []).append(Event.from_json(line))
     return max(
-        (epsilon(spent, lines[0]["delta"], lines[0]["accountant"]) for spent in events.values()), default=0.0
+        (epsilon(e, first["delta"], accountant or first["accountant"]) for e in events.values()), default=0.0
     )
 
 
-def _append(file: Path, lines: Iterable[Mapping[str, Any]], sync: bool = False) -> None:
+def _append(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     with file.open("a", encoding="utf-8") as stream:
         stream.write("".join(json.dumps(line) + "\n" for line in lines))
-        stream.flush()
-        if sync:
-            os.fsync(stream.fileno())

@@ -20,12 +20,13 @@ from fedlora import engine as engines
 from fedlora import plugins, privacy, simulation, task
 from fedlora import scenario as scenarios
 from fedlora import strategy as strategies
-from fedlora.adapter import Adapter, Layout, Tensor, Update
+from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
+from fedlora.checkpoint import Merges
 from fedlora.client import Client, Rng, Settings
 from fedlora.data import Dataset, Partition
-from fedlora.engine import Replies
+from fedlora.engine import Replies, Setup
 from fedlora.engine.inline import InlineEngine
-from fedlora.engine.worker import Setter, Worker
+from fedlora.engine.worker import Setter, Worker, kind
 from fedlora.errors import FedloraError, SettingError
 from fedlora.ledger import Ledger
 from fedlora.privacy import Event
@@ -40,6 +41,7 @@ LARGE_RATE = 0.1  # share of a client's examples in one step, from which samplin
 WEAK = 10.0  # epsilon from which reviewers ask what it still protects
 _EPSILONS = 100  # evaluations of epsilon in a table by round, some 50 ms each
 _STEPS = 3  # that are timed
+_LONG = 40  # rounds of an alternative that are rehearsed; of more, the rest is as the second half of these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,8 @@ class Plan:
         epsilon, delta: at the end, the largest over clients; None without privacy.
         noise_multiplier: the largest over clients; None without privacy.
         groups: clients by the number of examples that they hold, with what that means for privacy.
-        alternatives: bytes and parameters under each built-in strategy, or the `problem` that it has.
+        alternatives: bytes and parameters under each built-in strategy, or the `problem` that it has;
+            `exact` is false where only the first of many rounds were rehearsed.
         seconds: of the rounds, estimated; None where the model could not be tried here.
         memory_bytes: of a process that trains, estimated; None likewise.
         workers: processes that train side by side.
@@ -103,20 +106,15 @@ def _plan(scenario: Scenario) -> Plan:
     ready = simulation.prepare(scenario)
     noise = simulation.calibrate(scenario, ready.data)
     setup = replace(ready.setup, noise=noise)
-    if not _can_train(scenario):
-        setup = replace(setup, device="meta")
-    engine = _Rehearsal(scenario.clients.total)
-    layout = engine.start(setup).layout
-    told = simulation.bind(ready.strategy, layout)
-    cost = None if setup.device == "meta" else _try(engine.worker, told, ready.data)
-    engine.cast(ready.client, cost.metrics if cost else _expected_metrics(scenario))
-    real = _rehearse(engine, scenario, told, ready.data, noise)
+    cost = _try(setup, ready) if _can_train(scenario) else None
+    stage = _Stage(scenario, setup, ready, cost.metrics if cost else _expected_metrics(scenario))
+    real = stage.rehearse(scenario.strategy.use, scenario.strategy.options, scenario.rounds)
     epsilons, each = _epsilons(real.spent, len(real.lines), scenario.privacy)
     lines = [line | epsilons.get(line["round"], {}) for line in real.lines]
     groups = _groups(scenario, ready.data, noise, real)
-    parameters = {"base": engine.base_parameters(), **_trained(told, len(lines))}
     workers = 1 if engines.in_process(scenario) else engines.workers(scenario)
     asked = scenario.privacy
+    parameters = {"base": stage.base_parameters(), **_trained(real)}
     return Plan(
         scenario=scenario.name,
         hash=scenario.hash,
@@ -130,9 +128,7 @@ def _plan(scenario: Scenario) -> Plan:
         delta=asked.delta if asked else None,
         noise_multiplier=max(noise.values()) if noise else None,
         groups=groups,
-        alternatives=[
-            _alternative(name, engine, scenario, ready.data, noise) for name in plugins.names("strategies")
-        ],
+        alternatives=[_alternative(name, stage) for name in plugins.names("strategies")],
         seconds=cost.run(scenario, lines, workers) + each * len(lines) if cost else None,
         memory_bytes=cost.memory_bytes if cost else None,
         workers=workers,
@@ -154,24 +150,78 @@ def _expected_metrics(scenario: Scenario) -> Mapping[str, float]:
     return {"train_loss": 0.0} if scenario.privacy is None or scenario.privacy.share_metrics else {}
 
 
-class _Rehearsal(InlineEngine):
-    """The engine of a rehearsal: a real worker whose clients do not train, and nothing is evaluated."""
+class _Stage:
+    """Where strategies are rehearsed: a worker for each kind of adapter, of shapes without weights."""
 
-    def cast(self, client: Client, metrics: Mapping[str, float]) -> None:
-        """Put a stand-in in the place of the client."""
-        self.worker.client = _StandIn(client, metrics, self.description.layout)
+    def __init__(
+        self, scenario: Scenario, setup: Setup, ready: simulation.Prepared, metrics: Mapping[str, float]
+    ) -> None:
+        self.scenario, self.setup, self.ready, self.metrics = scenario, setup, ready, metrics
+        self.engines: dict[str, _Engine] = {}
+
+    def rehearse(self, use: str, options: Mapping[str, Any], rounds: int) -> "_Loop":
+        """The first rounds of a strategy.
+
+        Raises:
+            FedloraError: it cannot do what the scenario asks for.
+        """
+        part = scenarios.Strategy(use=use, **options)
+        scenario = self.scenario.model_copy(update={"strategy": part, "rounds": rounds})
+        strategy = strategies.load(use, options)
+        strategies.check(strategy, scenario)
+        engine = self._engine(scenario, strategy)
+        found, worker, real = engine.description, engine.worker, self.ready.client
+        strategy.bind(found.layout, found.kind, found.initial, real.private)
+        simulation.check_strategy(strategy)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            worker.client = real
+            worker.serve(strategies.load(use, options), folder)
+            worker.client = _StandIn(real, self.metrics, found.layout)
+            loop = _Loop(
+                scenario=scenario,
+                strategy=strategy,
+                client=real,
+                engine=engine,
+                data=self.ready.data,
+                ledger=Ledger(folder),
+                merges=Merges(folder / "merges", found.weights),
+                settings=Setter(scenario, self.setup.noise),
+                folder=folder,
+                on_round=lambda line: None,
+            )
+            end = loop.run(Progress(round=0, adapter=dict(found.initial)))
+        loop.stopped = end.last.get("stopped")
+        return loop
+
+    def base_parameters(self) -> int:
+        """Numbers in the base model, without what the adapter adds."""
+        held = next(iter(self.engines.values())).worker.task.model.named_parameters()
+        return sum(p.numel() for n, p in held if "lora_" not in n and ".modules_to_save." not in n)
+
+    def _engine(self, scenario: Scenario, strategy: strategies.Strategy) -> "_Engine":
+        name = type(kind(scenario, strategy)).__name__
+        if name not in self.engines:
+            self.engines[name] = _Engine(scenario.clients.total)
+            self.engines[name].start(replace(self.setup, scenario=scenario.model_dump(), device="meta"))
+        return self.engines[name]
+
+
+class _Engine(InlineEngine):
+    """Nothing is evaluated, and the base stays as it is."""
 
     def evaluate(self, adapter: Adapter) -> dict[str, float]:
         return {"loss": 0.0, self.description.metric: 0.0}
 
-    def base_parameters(self) -> int:
-        """Numbers in the base model, without what the adapter adds."""
-        held = self.worker.task.model.named_parameters()
-        return sum(p.numel() for n, p in held if "lora_" not in n and ".modules_to_save." not in n)
+    def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
+        return self.evaluate({})
+
+    def merge(self, change: Change) -> None:
+        pass
 
 
 class _StandIn(Client):
-    """Sends tensors of the right shapes, small and random so that no strategy divides by zero."""
+    """Sends tensors of the right shapes: random, of full rank, and other ones for each client and round."""
 
     def __init__(self, real: Client, metrics: Mapping[str, float], layout: Layout) -> None:
         self.real, self.metrics, self.private = real, metrics, real.private
@@ -184,7 +234,11 @@ class _StandIn(Client):
         return self.real.spends(num_examples, settings)
 
     def fit(self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng) -> Update:
-        sent = {name: self.tensors[name] for name in settings.send}
+        sent = {}
+        for name in settings.send:
+            shape = task.kind.shape(task.layout[name], task.rank)
+            turned = np.roll(self.tensors[name], 101 * partition.client + 7 * settings.round)
+            sent[name] = turned[tuple(slice(size) for size in shape)]
         return Update(adapter=sent, weight=1.0, clients=(partition.client,), metrics=self.metrics)
 
 
@@ -196,7 +250,7 @@ class _Loop(Loop):
     spent: dict[int, list[tuple[int, Event]]] = field(default_factory=dict)  # by client: rounds and events
     stopped: str | None = None
 
-    def _within_budget(self, round: int, instruction: Any) -> tuple[list[int], int]:
+    def _within_budget(self, round: int, instruction: Instruction) -> tuple[list[int], int]:
         asked = self.scenario.privacy
         if asked is None or asked.noise_multiplier is None:  # calibrated: nobody can pass the budget
             return self._draw(round), 0
@@ -211,7 +265,7 @@ class _Loop(Loop):
     def _record(
         self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, watch: Stopwatch
     ) -> None:
-        now.round, now.adapter = round, adapter
+        now.round, now.adapter, now.merges = round, adapter, len(self.merges)
         reports = replies.reports
         if failed := next((r.error for r in reports if r.error), None):
             raise SettingError("strategy.use", failed)
@@ -219,53 +273,25 @@ class _Loop(Loop):
         self.lines.append({"round": round, "clients": len(reports), **sizes})
 
 
-def _rehearse(
-    engine: _Rehearsal,
-    scenario: Scenario,
-    strategy: strategies.Strategy,
-    data: Dataset,
-    noise: Mapping[int, float] | None,
-) -> _Loop:
-    """All rounds of a strategy."""
-    with tempfile.TemporaryDirectory() as nothing:
-        loop = _Loop(
-            scenario=scenario,
-            strategy=strategy,
-            client=engine.worker.client,
-            engine=engine,
-            data=data,
-            ledger=Ledger(Path(nothing)),
-            settings=Setter(scenario, noise),
-            folder=Path(nothing),
-            on_round=lambda line: None,
-        )
-        end = loop.run(Progress(round=0, adapter=dict(engine.description.initial)))
-    loop.stopped = end.last.get("stopped")
-    return loop
-
-
-def _alternative(
-    name: str, engine: _Rehearsal, scenario: Scenario, data: Dataset, noise: Mapping[int, float] | None
-) -> Line:
+def _alternative(name: str, stage: _Stage) -> Line:
     """What a built-in strategy with its default options would send."""
+    rounds = stage.scenario.rounds
     try:
-        strategy = simulation.bind(strategies.load(name, {}), engine.description.layout)
-        loop = _rehearse(engine, scenario, strategy, data, noise)
+        loop = stage.rehearse(name, {}, min(rounds, _LONG))
     except FedloraError as error:
         return {"strategy": name, "problem": str(error)}
-    up, down = (sum(line[f"bytes_{way}"] for line in loop.lines) for way in ("up", "down"))
-    return {
-        "strategy": name,
-        "bytes_up_total": up,
-        "bytes_down_total": down,
-        **_trained(strategy, len(loop.lines)),
-    }
+    rest = max(rounds - _LONG, 0) / (_LONG // 2)
+    totals = {}
+    for way in ("bytes_up", "bytes_down"):
+        sizes = [line[way] for line in loop.lines]
+        totals[f"{way}_total"] = sum(sizes) + round(rest * sum(sizes[_LONG // 2 :]))
+    return {"strategy": name, **totals, "exact": not rest, **_trained(loop)}
 
 
-def _trained(strategy: strategies.Strategy, rounds: int) -> dict[str, int]:
+def _trained(loop: _Loop) -> dict[str, int]:
     """Numbers that clients train in some round, in the adapter and in the head."""
-    layout = strategy.layout
-    names = {n for r in range(1, min(rounds, 2) + 1) for n in strategy.trains(r, layout) if layout[n].trainable}
+    layout, rounds = loop.strategy.layout, range(1, min(len(loop.lines), 2) + 1)
+    names = {n for r in rounds for n in loop.strategy.trains(r, layout) if layout[n].trainable}
     count = {n: int(np.prod(layout[n].shape)) for n in names}
     head = sum(size for n, size in count.items() if layout[n].role == "head")
     return {"adapter": sum(count.values()) - head, "head": head}
@@ -332,21 +358,21 @@ class _Cost:
         return waves * self.client_seconds + evaluations * self.evaluation_seconds / workers
 
 
-def _try(worker: Worker, strategy: strategies.Strategy, data: Dataset) -> _Cost:
+def _try(setup: Setup, ready: simulation.Prepared) -> _Cost:
     """Time a few steps of the client with the median number of examples, and a piece of the test set."""
+    worker, data = Worker(setup), ready.data
     told = worker.scenario.clients
     by_size = sorted(range(data.num_clients), key=data.num_examples)
     median = by_size[len(by_size) // 2]
     batch = min(told.batch_size, 2 * told.micro_batch_size)
-    worker.client, whole = worker.client, worker.settings
-    instruction = strategy.instruct(1, dict(worker.task.initial))
+    ranks = told.possible_ranks(worker.scenario.model.adapter.r)
+    instruction = worker.strategy.instruct(1, dict(worker.task.initial), ranks)
     for steps in (1, _STEPS):  # the first is slower: memory is got, kernels are chosen
         fewer = told.model_copy(update={"local_steps": steps, "batch_size": batch})
-        worker.settings = Setter(worker.scenario.model_copy(update={"clients": fewer}), whole.noise)
+        worker.settings = Setter(worker.scenario.model_copy(update={"clients": fewer}), setup.noise)
         replies = worker.train(instruction, [median], False)
         if replies.reports[0].error is not None:
             raise SettingError("clients.use", f"a client that was tried failed: {replies.reports[0].error}")
-    worker.settings = whole
     rows, began = min(len(data.test), engines.EVALUATION_CHUNK), time.perf_counter()
     worker.evaluate(worker.task.initial, 0, rows)
     evaluation = (time.perf_counter() - began) * len(data.test) / rows

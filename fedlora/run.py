@@ -123,7 +123,7 @@ class Run:
     def _lines(self, name: str) -> list[Line]:
         """The whole lines of a record; the last may be half written while the run goes on."""
         file = self.folder / name
-        return ledger.read(file, growing=True) if file.exists() else []
+        return ledger.read(file, torn=True) if file.exists() else []
 
     def _json(self, name: str) -> Mapping[str, Any]:
         file = self.folder / name

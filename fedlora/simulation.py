@@ -16,19 +16,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedlora import checkpoint, privacy, task
+from fedlora import checkpoint, ledger, privacy, task
 from fedlora import client as clients
 from fedlora import data as datasets
 from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora import strategy as strategies
-from fedlora.adapter import Adapter, Layout
+from fedlora.adapter import Adapter
+from fedlora.checkpoint import Merges
 from fedlora.engine.worker import Setter
 from fedlora.errors import SettingError, UserError
 from fedlora.ledger import Ledger
 from fedlora.rounds import Loop, Progress, round_to
 from fedlora.run import METRICS, Run
 from fedlora.scenario import Scenario
+
+logger = logging.getLogger(__name__)
 
 # What a resumed run may change: how long it goes on, and what cannot change a result.
 CHANGEABLE = ("rounds", "eval_every", "engine.kind", "engine.workers", "engine.gpus_per_worker")
@@ -118,9 +121,12 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
     with contextlib.closing(engines.make(scenario, address)) as engine:
         shown.stage("calibrating the noise")  # while workers import
         setup = replace(ready.setup, noise=(noise := calibrate(scenario, ready.data)))
+        if ready.strategy.personal or ready.strategy.trips > 1:
+            setup = replace(setup, personal=folder.absolute() / "personal")
         shown.stage("loading the model")
         found = engine.start(setup)
-        bind(ready.strategy, found.layout)
+        ready.strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
+        check_strategy(ready.strategy)
         now = Progress(round=0, adapter=dict(found.initial))
         if resume:
             now = _restore(folder, ready.strategy, now)
@@ -128,7 +134,16 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
             _create(folder, ready)
         record = Ledger(folder)
         if resume:
+            if scenario.privacy is not None and record.last_round < now.round:
+                raise UserError(
+                    f"{folder / 'privacy.jsonl'}: records spending until round {record.last_round}, and the "
+                    f"checkpoint is of round {now.round}; restore the file, or start again in another folder"
+                )
             record.forget_after(now.round)
+        merges = Merges(folder / "merges", found.weights)
+        merges.restore(now.merges)
+        for change in merges.changes:
+            engine.merge(change)
         loop = Loop(
             scenario=scenario,
             strategy=ready.strategy,
@@ -136,6 +151,7 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
             engine=engine,
             data=ready.data,
             ledger=record,
+            merges=merges,
             settings=Setter(scenario, noise),
             folder=folder,
             on_round=shown.round,
@@ -150,9 +166,9 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
         except KeyboardInterrupt:
             stopped = f"interrupted after round {now.round}"
         with _undisturbed():
-            if stopped is not None and now.round and found.metric not in now.last:
+            if stopped is not None and now.round and found.metric not in now.last and not ready.strategy.personal:
                 now.last.update(engine.evaluate(now.adapter))
-            _export(engine, now.adapter, folder, ready)
+            _export(engine, now.adapter, folder, merges)
             summary = _summary(ready, now, found, record, stopped)
             _write_json(folder / "summary.json", summary)
             _model_card(folder, ready, summary)
@@ -166,6 +182,7 @@ def prepare(scenario: Scenario) -> Prepared:
         SettingError: a setting does not fit the data.
     """
     strategy = strategies.load(scenario.strategy.use, scenario.strategy.options)
+    strategies.check(strategy, scenario)
     client = clients.load(scenario.clients.use, scenario.clients.options)
     if client.private and scenario.privacy is None:
         raise SettingError("clients.use", f"{scenario.clients.use} needs a privacy section")
@@ -207,6 +224,13 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
     if asked is None:
         return None
     noise: dict[int, float] = {}
+    largest = max(data.num_examples(c) for c in range(data.num_clients))
+    if asked.delta >= 1 / largest:
+        logger.warning(
+            "privacy.delta: %g is not below 1/%d, one over the examples of the largest client: at such a delta a "
+            "mechanism that gives a whole example away now and then counts as private; write %.0e or less",
+            *(asked.delta, largest, 0.1 / largest),
+        )
     for size in sorted({data.num_examples(c) for c in range(data.num_clients)}):
         if told.batch_size > size:
             raise SettingError(
@@ -257,19 +281,18 @@ def _differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def bind(strategy: strategies.Strategy, layout: Layout) -> strategies.Strategy:
-    """Give a strategy the layout that was built, and make sure that it trains something of it.
+def check_strategy(strategy: strategies.Strategy) -> None:
+    """Make sure that a bound strategy trains something of its model.
 
     Raises:
         SettingError: it does not.
     """
-    strategy.layout = layout
+    layout = strategy.layout
     for what, names in (("federates", strategy.federates(layout)), ("trains", strategy.trains(1, layout))):
         if strange := sorted(set(names) - set(layout)):
             raise SettingError("strategy.use", f"{what} {strange[0]!r}, which the adapter does not have")
     if not any(layout[name].trainable for name in strategy.trains(1, layout)):
         raise SettingError("strategy.use", "trains no tensor of this adapter")
-    return strategy
 
 
 def _create(folder: Path, ready: Prepared) -> None:
@@ -316,10 +339,10 @@ def _restore(folder: Path, strategy: strategies.Strategy, first: Progress) -> Pr
     return Progress(round=saved.round, adapter=saved.adapter, **saved.words)
 
 
-def _export(engine: engines.Engine, adapter: Adapter, folder: Path, ready: Prepared) -> None:
+def _export(engine: engines.Engine, adapter: Adapter, folder: Path, merges: Merges) -> None:
     new = folder / ".adapter"
     shutil.rmtree(new, ignore_errors=True)
-    engine.export(adapter, new)
+    engine.export(adapter, new, merges.total() or None)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     new.rename(folder / "adapter")
 
@@ -345,6 +368,9 @@ def _summary(
         "epsilon": spent,
         "delta": asked.delta if asked else None,
         "privacy_unit": asked.unit if asked else None,
+        "accountant": asked.accountant if asked else None,
+        "neighbours": ledger.NEIGHBOURS if asked else None,
+        "sampling": "poisson" if asked else None,
         "privacy": _privacy_in_words(scenario, spent),
         "seconds": round_to(now.seconds),
         "clients_per_second": round_to(now.trained / now.seconds) if now.seconds else None,

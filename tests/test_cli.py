@@ -1,5 +1,6 @@
 """The command line as a person meets it: in a process of its own."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -86,6 +87,43 @@ def test_ctrl_c_leaves_a_usable_folder_and_resume_finishes_it(scenario, tmp_path
     assert process.returncode == 130, errors
     assert "stopped  interrupted after round" in printed and "Traceback" not in errors
     assert (out / "adapter" / "adapter_model.safetensors").exists() and (out / "summary.json").exists()
+
+
+def test_killed_in_a_round_and_resumed_reports_no_less(scenario, tmp_path):
+    """SIGKILL as soon as the ledger grows past the last checkpoint; the same run uninterrupted beside it."""
+    settings = ("--set", "rounds=12", "--set", "eval_every=12", "--set", "privacy.epsilon=30")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert fedlora("simulate", str(scenario), "--out", str(whole), *settings).returncode == 0
+    command = [sys.executable, "-m", "fedlora", "simulate", str(scenario), "--out", str(cut), *settings]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline, file = time.monotonic() + 90, cut / "privacy.jsonl"
+    while (not file.exists() or file.read_bytes().count(b"\n") < 9) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    process.wait(timeout=60)
+    with file.open("ab") as stream:
+        stream.write(b'{"round": 12, "cli')  # and in mid-write
+    done = fedlora("simulate", str(scenario), "--out", str(cut), *settings, "--resume")
+    assert done.returncode == 0, done.stderr
+    one, other = (json.loads((folder / "summary.json").read_text()) for folder in (whole, cut))
+    assert other["epsilon"] >= one["epsilon"] > 0 and other["accuracy"] == one["accuracy"]
+    assert file.read_bytes() == (whole / "privacy.jsonl").read_bytes()
+
+
+def test_a_ledger_is_verified_and_told_by_every_accountant(scenario, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["simulate", str(scenario), "--out", str(out), "--set", "rounds=1"]) == 0
+    capsys.readouterr()
+    assert main(["ledger", str(out)]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head == f"{out}/privacy.jsonl: whole, 4 events"
+    assert [line.split()[0] for line in lines] == ["pld", "prv", "rdp"]
+    assert all("0.001)-differential privacy for each example" in line for line in lines)
+    (out / "privacy.jsonl").write_text((out / "privacy.jsonl").read_text().replace('"steps": 2', '"steps": 1', 1))
+    for command in (["ledger", str(out)], ["simulate", str(scenario), "--out", str(out), "--resume"]):
+        assert main([*command, "--set", "rounds=2"] if command[0] == "simulate" else command) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"{out}/privacy.jsonl:1: does not follow") and told.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -25,16 +26,28 @@ def two_rounds(folder: Path) -> Ledger:
     return record
 
 
-def write(folder: Path, *lines: object) -> Path:
+def chained(*lines: dict) -> list[dict]:
+    """The lines with the chain that the format promises: a hash over the chain before and the sorted JSON."""
+    chain, made = "", []
+    for line in lines:
+        chain = hashlib.sha256((chain + json.dumps(line, sort_keys=True)).encode()).hexdigest()[:32]
+        made.append({**line, "chain": chain})
+    return made
+
+
+def write(folder: Path, *lines: dict) -> Path:
+    """A ledger without its head, as one that was copied."""
     file = folder / "privacy.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file.write_text("".join(json.dumps(line) + "\n" for line in chained(*lines)))
     return file
 
 
 def test_a_line_holds_all_that_epsilon_needs(tmp_path):
     two_rounds(tmp_path)
     lines = ledger.read(tmp_path / "privacy.jsonl")
-    assert lines[0] == WHOLE
+    assert lines == chained(*[{k: v for k, v in line.items() if k != "chain"} for line in lines])
+    assert lines[0] == {**WHOLE, "chain": lines[0]["chain"]}
+    assert (tmp_path / "privacy.head").read_text() == f"3 {lines[2]['chain']}\n"
     assert [(line["round"], line["client"]) for line in lines] == [(1, 0), (1, 2), (2, 0)]
 
 
@@ -51,9 +64,18 @@ def test_epsilon_follows_from_the_file_alone(tmp_path):
     two_rounds(tmp_path)
     by_client = [epsilon([LIGHT, LIGHT], 1e-5), epsilon([HEAVY], 1e-5)]
     assert epsilon_of(tmp_path / "privacy.jsonl") == max(by_client) == by_client[1] > by_client[0] > 0
+    (tmp_path / "privacy.head").unlink()
     assert epsilon_of(write(tmp_path)) == 0.0
     renyi = write(tmp_path, {**WHOLE, "accountant": "rdp"})
     assert epsilon_of(renyi) == epsilon([LIGHT], 1e-5, "rdp")
+    assert epsilon_of(renyi, accountant="prv") == epsilon([LIGHT], 1e-5, "prv")
+
+
+def test_units_have_an_epsilon_each(tmp_path):
+    file = write(tmp_path, WHOLE, {**WHOLE, "unit": "client", "client": None, "delta": 1e-3, **HEAVY.to_json()})
+    assert epsilon_of(file) == epsilon([LIGHT], 1e-5)
+    assert epsilon_of(file, "client") == epsilon([HEAVY], 1e-3)
+    assert replay(file) == {0: [LIGHT], None: [HEAVY]}
 
 
 def test_a_fresh_ledger_has_spent_nothing(tmp_path):
@@ -64,17 +86,36 @@ def test_a_fresh_ledger_has_spent_nothing(tmp_path):
 
 def test_spend_is_on_disk_when_the_call_returns(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+
+    def sync(handle):
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        synced.append((Path(name).name, os.fstat(handle).st_size))
+
+    monkeypatch.setattr(os, "fsync", sync)
     record = Ledger(tmp_path)
     record.spend(1, {0: LIGHT}, **TERMS)
     one = (tmp_path / "privacy.jsonl").stat().st_size
     record.spend(2, {0: LIGHT}, **TERMS)
-    assert synced == [one, 2 * one]  # all of it had left the program's buffers
+    sizes = [size for name, size in synced if name == "privacy.jsonl"]
+    assert sizes == [one, 2 * one]  # all of it had left the program's buffers
+    heads, line = "privacy.head.part", ("privacy.jsonl", one)
+    names = [name for name, _ in synced]
+    assert names.index(heads) < synced.index(line) < len(names) - 1 - names[::-1].index(heads)
+    assert names.count(tmp_path.name) == 3  # a new file is there when its folder is on disk
 
 
 DAMAGE = {
     "cut in a line": (lambda text: text[:-20], 3),
     "cut at the end of a line": (lambda text: text[:-1], 3),
+    "a line cut off": (lambda text: text[: text[:-1].rindex(b"\n") + 1], 3),
+    "all but one line cut off": (lambda text: text[: text.index(b"\n") + 1], 2),
+    "emptied": (lambda text: b"", 1),
+    "a line taken out": (lambda text: b"".join(text.splitlines(True)[::2]), 2),
+    "two lines swapped": (lambda text: b"".join(text.splitlines(True)[i] for i in (1, 0, 2)), 1),
+    "a line doubled": (lambda text: b"".join(text.splitlines(True)[i] for i in (0, 0, 1, 2)), 2),
+    "more noise": (lambda text: text.replace(b'"noise_multiplier": 1.0', b'"noise_multiplier": 9.0'), 2),
+    "fewer steps": (lambda text: text.replace(b'"steps": 5', b'"steps": 1', 1), 1),
+    "another delta": (lambda text: text.replace(b'"delta": 1e-05', b'"delta": 0.1', 1), 1),
     "an edited mechanism": (lambda text: text.replace(b"poisson_subsampled_gaussian", b"laplace", 1), 1),
     "other neighbours": (lambda text: text.replace(b"add_or_remove_one", b"replace_one", 1), 1),
     "no JSON": (lambda text: text + b"not json\n", 4),
@@ -91,8 +132,60 @@ def test_a_damaged_record_is_refused_with_the_line(damage, line, tmp_path):
     file = tmp_path / "privacy.jsonl"
     file.write_bytes(damage(file.read_bytes()))
     for use in (replay, epsilon_of, lambda _: Ledger(tmp_path)):
-        with pytest.raises(UserError, match=f"^{file}:{line}: "):
+        with pytest.raises(UserError, match=f"^{file}:{line}: ") as caught:
             use(file)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_ledger_that_is_gone_or_has_lost_its_head_is_refused(tmp_path):
+    two_rounds(tmp_path)
+    (head, file) = (tmp_path / "privacy.head", tmp_path / "privacy.jsonl")
+    kept = head.read_text()
+    head.unlink()
+    with pytest.raises(UserError, match=r"^\S+privacy\.head: is missing"):
+        Ledger(tmp_path)
+    assert epsilon_of(file) > 0  # of a copy: all that it says holds, and nobody claims that it is all
+    head.write_text("x")
+    with pytest.raises(UserError, match=r"^\S+privacy\.head: cannot be read"):
+        Ledger(tmp_path)
+    head.write_text(kept)
+    file.unlink()
+    with pytest.raises(UserError, match=r"privacy\.jsonl:1: was cut: 0 lines are left of 3"):
+        Ledger(tmp_path)
+
+
+def test_another_runs_ledger_under_this_ones_head_is_refused(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    two_rounds(tmp_path / "one")
+    record = Ledger(tmp_path / "other")
+    for round in (1, 2, 3):
+        record.spend(round, {0: LIGHT}, **TERMS)
+    (tmp_path / "other" / "privacy.jsonl").replace(tmp_path / "one" / "privacy.jsonl")
+    with pytest.raises(UserError, match=r"privacy\.jsonl:3: is not the line that privacy\.head counts"):
+        Ledger(tmp_path / "one")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@given(st.floats(0, 1, exclude_max=True))
+def test_killed_in_mid_write_is_no_damage_and_the_round_pays_again(tmp_path, share):
+    """Whatever part of a round's lines reached the disk before its head, what it paid for comes out the same."""
+    for file in tmp_path.iterdir():
+        file.unlink()
+    two_rounds(tmp_path)
+    file, head = tmp_path / "privacy.jsonl", tmp_path / "privacy.head"
+    before, counted = file.read_bytes(), head.read_text()
+    Ledger(tmp_path).spend(3, {0: HEAVY, 1: LIGHT, 2: LIGHT}, **TERMS)
+    whole, last = file.read_bytes(), head.read_text()
+    cut = len(before) + int(share * (len(whole) - len(before)))
+    file.write_bytes(whole[:cut])
+    head.write_text(counted)
+
+    again = Ledger(tmp_path)
+    assert set(again.spent(3)) == set(range(whole[:cut].count(b"\n") - 3))
+    missing = {c: e for c, e in {0: HEAVY, 1: LIGHT, 2: LIGHT}.items() if c not in again.spent(3)}
+    again.spend(3, missing, **TERMS)
+    assert file.read_bytes() == whole and head.read_text() == last
 
 
 @pytest.mark.parametrize(
@@ -104,6 +197,7 @@ def test_a_damaged_record_is_refused_with_the_line(damage, line, tmp_path):
         *({"clip_norm": v} for v in (0.0, float("inf"))),
         *({"client": v} for v in (-1, 1.5, "0", None, True, [0])),
         *({"round": v} for v in (-1, 1.5, "0", None)),
+        *({"unit": v} for v in ("user", None, ["client"])),
     ],
     ids=str,
 )
@@ -112,7 +206,7 @@ def test_an_edited_value_is_refused_with_the_line(edit, tmp_path):
         replay(write(tmp_path, WHOLE, {**WHOLE, **edit}))
 
 
-@pytest.mark.parametrize("key", ["round", "client", "noise_multiplier", "sample_rate", "steps", "clip_norm"])
+@pytest.mark.parametrize("key", [*"round client unit noise_multiplier sample_rate steps clip_norm".split()])
 def test_a_missing_key_is_refused_by_name(key, tmp_path):
     with pytest.raises(UserError, match=rf"privacy\.jsonl:1: lacks or garbles '{key}'"):
         replay(write(tmp_path, {k: v for k, v in WHOLE.items() if k != key}))
@@ -149,7 +243,7 @@ def test_forgetting_drops_measurements_and_never_spend(tmp_path):
     assert (tmp_path / "privacy.jsonl").read_bytes() == before and record.last_round == 2
     record.metrics({"round": 2, "loss": 1.0})
     assert [line["round"] for line in ledger.read(tmp_path / "metrics.jsonl")] == [1, 2]
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".jsonl"] * 3
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".head", *[".jsonl"] * 3]
 
 
 def test_forgetting_where_nothing_was_measured_makes_no_files(tmp_path):
@@ -163,7 +257,8 @@ SPENT = st.tuples(st.integers(0, 3), st.floats(0.1, 9), st.floats(0.01, 1), st.i
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(SPENT, max_size=5))
 def test_any_history_survives_the_file(tmp_path, history):
-    (tmp_path / "privacy.jsonl").unlink(missing_ok=True)
+    for name in ("privacy.jsonl", "privacy.head"):
+        (tmp_path / name).unlink(missing_ok=True)
     record = Ledger(tmp_path)
     for round, (client, noise, rate, steps) in enumerate(history, 1):
         one = Event(noise_multiplier=noise, sample_rate=rate, steps=steps, clip_norm=1.0)

@@ -38,7 +38,8 @@ def agrees(planned, run: Run) -> None:
 
 @pytest.mark.parametrize("strategy", plugins.names("strategies"))
 def test_each_strategy_runs_as_planned(tiny, tmp_path, strategy):
-    scenario = tiny(*SKEWED, f"strategy.use={strategy}")
+    needs = {"fedsa_lora": "data.client_test_share=0.2", "fed_sb": "model.adapter.kind=auto"}
+    scenario = tiny(*SKEWED, *([needs[strategy]] if strategy in needs else ()), f"strategy.use={strategy}")
     planned = plan(scenario)
     run = simulate(scenario, out=tmp_path / "run")
     agrees(planned, run)
@@ -72,7 +73,7 @@ def test_parameters_by_hand(tiny):
     """Two layers, query and value, r = 4, width 32: B is 32 x 4, A 4 x 32; the head 2 x 32 and 2."""
     planned = plan(tiny())
     assert planned.parameters["adapter"] == 2 * 2 * 32 * 4 and planned.parameters["head"] == 2 * 32 + 2
-    both = {a["strategy"]: a["adapter"] for a in planned.alternatives}
+    both = {a["strategy"]: a["adapter"] for a in planned.alternatives if "problem" not in a}
     assert both["fedavg_lora"] == 2 * both["ffa_lora"] == 2 * 2 * 2 * 32 * 4
     assert planned.parameters["base"] > 30522 * 32  # the embedding alone
 
@@ -88,8 +89,27 @@ def test_clients_are_grouped_by_their_examples(tiny):
 
 def test_nothing_is_trained_or_written(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    planned = plan(tiny("rounds=300", "clients.lr=1.0e+9", private=False))
-    assert list(tmp_path.iterdir()) == [] and len(planned.rounds) == 300
+    planned = plan(tiny("rounds=50", "clients.lr=1.0e+9", private=False))
+    assert list(tmp_path.iterdir()) == [] and len(planned.rounds) == 50
+
+
+def test_what_does_not_fit_the_scenario_is_listed_with_its_reason(tiny):
+    problems = {a["strategy"]: a.get("problem", "") for a in plan(tiny("model.adapter.kind=lora")).alternatives}
+    assert "client_test_share" in problems["fedsa_lora"] and "lora_xs" in problems["fed_sb"]
+    assert [name for name, why in problems.items() if why] == ["fed_sb", "fedsa_lora"]
+
+
+def test_long_alternatives_are_estimated_from_their_first_rounds(tiny, monkeypatch):
+    scenario = tiny("rounds=9", private=False)
+    whole = {a["strategy"]: a for a in plan(scenario).alternatives}
+    monkeypatch.setattr("fedlora.plan._LONG", 4)
+    planned = plan(scenario)
+    short = {a["strategy"]: a for a in planned.alternatives}
+    assert whole["ffa_lora"]["exact"] and not short["ffa_lora"]["exact"]
+    for name in ("ffa_lora", "fedavg_lora", "rolora", "flora"):
+        for way in ("bytes_up_total", "bytes_down_total"):
+            assert short[name][way] == pytest.approx(whole[name][way], rel=0.06)
+    assert planned.bytes_up_total == whole["ffa_lora"]["bytes_up_total"]  # the plan itself stays exact
 
 
 def test_where_there_are_many_rounds_epsilon_is_told_for_some(tiny, monkeypatch):

@@ -11,9 +11,18 @@ from safetensors.numpy import load_file
 
 from fedlora import ledger
 from fedlora.errors import RoundError, UserError
-from fedlora.simulation import Silent, simulate
+from fedlora.report.console import summary_lines
+from fedlora.simulation import Silent, calibrate, prepare, simulate
 
-FILES = {"scenario.yaml", "partitions.json", "metrics.jsonl", "clients.jsonl", "privacy.jsonl", "summary.json"}
+FILES = {
+    "scenario.yaml",
+    "partitions.json",
+    "metrics.jsonl",
+    "clients.jsonl",
+    "privacy.jsonl",
+    "privacy.head",
+    "summary.json",
+}
 
 
 def adapter(run):
@@ -64,7 +73,7 @@ def test_epsilon_follows_from_the_ledger_alone(run):
     from dp_accounting.pld import PLDAccountant
 
     worst = 0.0
-    lines = ledger.read(run.folder / "privacy.jsonl")
+    lines = [json.loads(text) for text in (run.folder / "privacy.jsonl").read_text().splitlines()]
     for client in {line["client"] for line in lines}:
         accountant = PLDAccountant()
         for line in lines:
@@ -75,6 +84,32 @@ def test_epsilon_follows_from_the_ledger_alone(run):
     assert run.summary["epsilon"] == pytest.approx(worst, rel=0.01)
     assert ledger.epsilon_of(run.folder / "privacy.jsonl") == run.summary["epsilon"]
     assert run.summary["epsilon"] > 0.97 * 8  # the budget is used, not just kept
+
+
+def test_every_epsilon_says_what_it_is(run):
+    summary = run.summary
+    assert (summary["privacy_unit"], summary["delta"], summary["accountant"]) == ("example", 1e-3, "pld")
+    assert (summary["neighbours"], summary["sampling"]) == ("add_or_remove_one", "poisson")
+    told = (
+        "(8, 0.001)-differential privacy for each example, neighbouring datasets differ by one example added or "
+        "removed; the largest over clients, by privacy loss distributions (dp-accounting), assuming Poisson "
+    )
+    told = told.replace("(8,", f"({summary['epsilon']:.3g},")
+    card = (run.folder / "adapter" / "README.md").read_text()
+    for text in (summary["privacy"], "\n".join(summary_lines(run.folder, summary)), card):
+        assert told in text
+
+
+def test_a_delta_that_lets_an_example_out_is_warned_of(tiny, caplog):
+    ready = prepare(tiny("privacy.delta=0.03"))
+    calibrate(ready.scenario, ready.data)
+    (record,) = caplog.records
+    assert (
+        record.getMessage().startswith("privacy.delta: 0.03 is not below 1/45") and "2e-03" in record.getMessage()
+    )
+    caplog.clear()
+    calibrate(tiny("privacy.delta=0.022"), ready.data)
+    assert not caplog.records
 
 
 def test_the_exported_adapter_scores_what_the_summary_says(run, tiny_base, build):
@@ -293,6 +328,16 @@ def test_a_round_that_was_paid_for_runs_again_without_paying_twice(tiny, tmp_pat
     done = simulate(tiny(), out=tmp_path / "cut", resume=True)
     assert same(adapter(whole), adapter(done)) and done.rounds[-1]["resting"] == 0
     assert (whole.folder / "privacy.jsonl").read_text() == (done.folder / "privacy.jsonl").read_text()
+
+
+def test_a_checkpoint_without_its_ledger_is_not_gone_on_from(tiny, tmp_path):
+    made = simulate(tiny(), out=tmp_path / "run")
+    for name in ("privacy.jsonl", "privacy.head"):
+        (made.folder / name).unlink()
+    with pytest.raises(
+        UserError, match=r"privacy\.jsonl: records spending until round 0, and the checkpoint is of "
+    ):
+        simulate(tiny("rounds=3"), out=made.folder, resume=True)
 
 
 def test_a_round_run_again_with_other_noise_pays_again(tiny, tmp_path):

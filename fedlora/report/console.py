@@ -7,6 +7,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from fedlora.privacy import terms
 from fedlora.report.tables import Table
 from fedlora.run import METRICS
 from fedlora.scenario import Scenario
@@ -70,6 +71,9 @@ class Live:
             f"[bold]{scenario.name}[/]  {scenario.strategy.use}, {private}, "
             f"{scenario.clients.cohort_size} of {scenario.clients.total} clients a round, seed {scenario.seed}"
         )
+        if asked := scenario.privacy:
+            said = terms(asked.unit, asked.accountant)
+            self._bar.console.print(f"[dim]epsilon: for each {asked.unit} at delta {asked.delta:g}, {said}[/]")
         head = f"{'round':>9} {'clients':>8} {metric:>11} {'loss':>8} {'up':>10} {'down':>10}"
         self._bar.console.print(f"[dim]{head} {'epsilon':>8} {'seconds':>8} {'left':>6}[/]")
         self._bar.update(self._task, description="training", total=scenario.rounds, completed=done)
@@ -147,7 +151,8 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         left_out = len(plan["groups"]) - len(groups)
         lines += ["", f"clients by their examples{f' ({left_out} sizes left out)' if left_out else ''}"]
         lines += Table(("examples", "clients", "sample rate", "noise", "epsilon"), rows, frozenset()).text()
-    lines += ["", "the same under each built-in strategy"]
+    about = any(not a.get("exact", True) for a in plan["alternatives"])
+    lines += ["", f"the same under each built-in strategy{', estimated from its first rounds' if about else ''}"]
     rows = [
         [a["strategy"], size(a["bytes_up_total"]), size(a["bytes_down_total"]), f"{a['adapter'] + a['head']:,}"]
         for a in plan["alternatives"]
@@ -172,7 +177,7 @@ def summary_lines(folder: object, summary: Mapping[str, Any]) -> list[str]:
         f"after {summary['rounds']} rounds of {summary['strategy']} in {span(summary['seconds'])}",
         f"  sent up {size(summary['bytes_up_total'])} (head {size(summary['bytes_up_head'])}), "
         f"down {size(summary['bytes_down_total'])}; client failures {summary['failures']}",
-        f"  privacy  {summary['privacy'].split(';')[0]}",
+        f"  privacy  {summary['privacy']}",
         f"  folder   {folder}",
         f"  adapter  {folder}/adapter",
     ]
