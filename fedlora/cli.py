@@ -60,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", metavar="FILE", help="the file (default: report.html in the run folder)")
     report.set_defaults(command=_report)
 
+    compare = commands.add_parser("compare", help="runs side by side: a table, and a page that opens offline")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="run folders; those of other seeds are averaged")
+    compare.add_argument("--form", choices=["text", "markdown", "latex"], default="text", help="of the table")
+    compare.add_argument(
+        "--out", metavar="FILE", default="comparison.html", help="the page (default: comparison.html)"
+    )
+    compare.set_defaults(command=_compare)
+
     account = commands.add_parser("ledger", help="verify a run's privacy ledger; epsilon by every accountant")
     account.add_argument("run", metavar="RUN", help="a run folder, or a privacy.jsonl")
     account.set_defaults(command=_ledger)
@@ -155,6 +163,25 @@ def _report(arguments: argparse.Namespace) -> int:
     from fedlora.run import Run
 
     print(single.write(Run.open(arguments.run), Path(arguments.out) if arguments.out else None))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedlora.report import page
+    from fedlora.report.comparison import Comparison
+    from fedlora.run import Run
+
+    made = Comparison([Run.open(folder) for folder in arguments.runs])
+    page.save(made.html(), Path(arguments.out))
+    table = made.table()
+    if arguments.form == "markdown":
+        print(table.markdown())
+    elif arguments.form == "latex":
+        print(table.latex())
+    else:
+        print("\n".join([*table.text(""), "", *made.legend(), *made.notes, f"page: {arguments.out}"]))
     return 0
 
 

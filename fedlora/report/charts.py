@@ -67,7 +67,9 @@ def lines(
         tooltip=_hover(rows),
     )
     if series:
-        base = base.encode(color=alt.Color(f"{series}:N", sort=None, legend=alt.Legend(title=None, orient="top")))
+        base = base.encode(
+            color=alt.Color(f"{series}:N", sort=None, legend=alt.Legend(title=None, orient="top", symbolOpacity=1))
+        )
     layers: list[alt.Chart] = []
     if band:
         layers.append(base.mark_area(opacity=0.18).encode(y=alt.Y(f"{band[0]}:Q", title=y[1]), y2=f"{band[1]}:Q"))

@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 
-from fedlora.report import single
+from fedlora.report import page, single
+from fedlora.report.comparison import Comparison
+from fedlora.run import Run
 
 pytestmark = pytest.mark.browser
 
@@ -33,7 +35,7 @@ def visit(browser, file):
     """Opens a page and makes sure that it draws all and complains of nothing."""
     contexts = []
 
-    def opened(width=1280, scheme="light", file=file):
+    def opened(width=1280, scheme="light", file=file, count=10):
         contexts.append(
             context := browser.new_context(
                 viewport={"width": width, "height": 900},
@@ -49,7 +51,7 @@ def visit(browser, file):
         page.goto(file.as_uri())
         figures = page.locator("figure")
         page.wait_for_function("document.querySelectorAll('figure:not([data-drawn])').length === 0", timeout=20000)
-        assert figures.count() == 10 and said == []
+        assert figures.count() == count and said == []
         return page
 
     yield opened
@@ -77,6 +79,19 @@ def test_axe_finds_no_barrier(visit, scheme):
     page.locator("summary").first.click()
     found = Axe().run(page).response["violations"]
     assert [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found] == []
+
+
+def test_a_comparison_is_drawn_and_has_no_barrier(visit, ten, copy, tmp_path):
+    from axe_playwright_python.sync_playwright import Axe
+
+    other = copy().folder
+    text = (other / "scenario.yaml").read_text().replace("use: fedavg_lora", "use: ffa_lora")
+    (other / "scenario.yaml").write_text(text)
+    page.save(Comparison([ten, Run.open(other)]).html(), tmp_path / "comparison.html")
+    for width in (390, 1280):
+        shown = visit(width, file=tmp_path / "comparison.html", count=4)
+        assert shown.evaluate("document.documentElement.scrollWidth") <= width
+    assert [v["id"] for v in Axe().run(shown).response["violations"]] == []
 
 
 def test_colours_follow_the_scheme_and_paper(visit):
