@@ -50,6 +50,24 @@ def _parser() -> argparse.ArgumentParser:
     _scenario(check)
     check.set_defaults(command=_check)
 
+    plan = commands.add_parser("plan", help="say what a scenario will cost: bytes, epsilon, time and memory")
+    _scenario(plan)
+    plan.add_argument("--json", action="store_true", help="print all of it as JSON")
+    plan.set_defaults(command=_plan)
+
+    report = commands.add_parser("report", help="write what a run did as one HTML file that opens offline")
+    report.add_argument("run", metavar="RUN", help="a run folder")
+    report.add_argument("--out", metavar="FILE", help="the file (default: report.html in the run folder)")
+    report.set_defaults(command=_report)
+
+    compare = commands.add_parser("compare", help="runs side by side: a table, and a page that opens offline")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="run folders; those of other seeds are averaged")
+    compare.add_argument("--form", choices=["text", "markdown", "latex"], default="text", help="of the table")
+    compare.add_argument(
+        "--out", metavar="FILE", default="comparison.html", help="the page (default: comparison.html)"
+    )
+    compare.set_defaults(command=_compare)
+
     account = commands.add_parser("ledger", help="verify a run's privacy ledger; epsilon by every accountant")
     account.add_argument("run", metavar="RUN", help="a run folder, or a privacy.jsonl")
     account.set_defaults(command=_ledger)
@@ -117,6 +135,53 @@ def _check(arguments: argparse.Namespace) -> int:
     if problems:
         raise UserError(*problems)
     print(f"{arguments.scenario}: fine")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from fedlora import scenario
+
+    loaded = scenario.load(arguments.scenario, arguments.overrides)
+    from fedlora.plan import plan
+
+    told = plan(loaded).to_json()
+    if arguments.json:
+        import json
+
+        print(json.dumps(told, indent=2))
+    else:
+        from fedlora.report.console import plan_lines
+
+        print("\n".join(plan_lines(told)))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedlora.report import single
+    from fedlora.run import Run
+
+    print(single.write(Run.open(arguments.run), Path(arguments.out) if arguments.out else None))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedlora.report import page
+    from fedlora.report.comparison import Comparison
+    from fedlora.run import Run
+
+    made = Comparison([Run.open(folder) for folder in arguments.runs])
+    page.save(made.html(), Path(arguments.out))
+    table = made.table()
+    if arguments.form == "markdown":
+        print(table.markdown())
+    elif arguments.form == "latex":
+        print(table.latex())
+    else:
+        print("\n".join([*table.text(""), "", *made.legend(), *made.notes, f"page: {arguments.out}"]))
     return 0
 
 

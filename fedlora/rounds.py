@@ -51,6 +51,24 @@ class Progress:
         return {k: v for k, v in vars(self).items() if k not in ("round", "adapter")}
 
 
+class Stopwatch:
+    """Where the time of a round goes.
+
+    Attributes:
+        phases: seconds by the name of the phase.
+    """
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """What passed since the last call was spent on `phase`."""
+        now = time.perf_counter()
+        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
 @dataclass(kw_only=True)
 class Loop:
     """Everything that a round touches."""
@@ -77,7 +95,7 @@ class Loop:
         for round in range(now.round + 1, self.scenario.rounds + 1):
             if self.stop():
                 raise KeyboardInterrupt
-            began = time.perf_counter()
+            watch = Stopwatch()
             instruction = self.strategy.instruct(round, now.adapter, self._ranks)
             kept = {n: t for n, t in now.adapter.items() if n not in instruction.adapter}
             instruction = replace(instruction, frozen=fingerprint(kept))
@@ -85,22 +103,25 @@ class Loop:
             if not cohort:
                 now.last["stopped"] = f"after round {round - 1}: another would pass every client's epsilon"
                 break
+            watch.lap("account")
             replies = self._exchange(instruction, cohort)
+            watch.lap("train")
             self._catch_up(replies, now)
             before = {name: now.adapter[name] for name in self.strategy.held}
-            aggregating = time.perf_counter()
             made = self.strategy.aggregate(before, replies.updates)
-            aggregation_seconds = time.perf_counter() - aggregating
             made = made if isinstance(made, Merged) else Merged(made, {})
             after = {**before, **made.adapter}
             self._check(before, after, made.base)
             adapter = {**now.adapter, **after}
             if made.base:
                 self.engine.merge(self.merges.append(made.base))
+            watch.lap("aggregate")
             figures = self._figures(round, adapter)
+            watch.lap("evaluate")
             figures |= self.strategy.diagnose(before, replies.updates, after, made.base)
-            figures |= {"aggregation_seconds": round_to(aggregation_seconds), "resting": resting}
-            self._record(round, adapter, replies, figures, now, began)
+            watch.lap("diagnose")
+            figures["resting"] = resting
+            self._record(round, adapter, replies, figures, now, watch)
         return now
 
     def _exchange(self, instruction: Instruction, cohort: list[int]) -> Replies:
@@ -213,7 +234,7 @@ class Loop:
                 raise ContractError(f"{what} made {name} not finite; try a lower lr")
 
     def _record(
-        self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, began: float
+        self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, watch: Stopwatch
     ) -> None:
         """Count, write the lines of the round, save."""
         privacy, reports = self.scenario.privacy, replies.reports
@@ -231,7 +252,8 @@ class Loop:
         now.failures, now.trained = now.failures + failed, now.trained + len(reports) - failed
         now.bytes_up, now.bytes_down = now.bytes_up + up, now.bytes_down + down
         now.bytes_up_head += (len(reports) - failed) * self._head_bytes(round)
-        seconds = time.perf_counter() - began
+        watch.lap("account")
+        seconds = sum(watch.phases.values())
         now.seconds += seconds
         loss = sum(r.metrics["train_loss"] for r in shared) / len(shared) if shared else None
         now.last["epsilon"] = max([now.last.get("epsilon") or 0.0, *spent.values()]) if privacy else None
@@ -245,6 +267,7 @@ class Loop:
             "bytes_down": down,
             "epsilon": now.last["epsilon"],
             "seconds": round_to(seconds),
+            "phases": {phase: round_to(took) for phase, took in watch.phases.items()},
         }
         self.ledger.clients(
             {

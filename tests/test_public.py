@@ -21,10 +21,12 @@ LAYERS = [
     {"adapter", "data", "packing", "privacy", "task"},
     {"wire"},
     {"client", "strategy"},
-    {"checkpoint", "ledger", "report"},
+    {"checkpoint", "ledger"},
+    {"run", "report"},
     {"engine"},
     {"rounds"},
     {"simulation"},
+    {"plan"},
     {"cli"},
     {"__main__"},
 ]
