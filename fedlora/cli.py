@@ -50,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     _scenario(check)
     check.set_defaults(command=_check)
 
+    audit = commands.add_parser("audit", help="try to break a scenario's epsilon: a lower bound beside the claim")
+    _scenario(audit)
+    audit.add_argument("--out", metavar="DIR", help="folder for figures and plot (default: audits/<name>-<hash>)")
+    audit.add_argument("--canaries", type=int, default=4000, metavar="N", help="over all clients (default: 4000)")
+    audit.set_defaults(command=_audit)
+
     account = commands.add_parser("ledger", help="verify a run's privacy ledger; epsilon by every accountant")
     account.add_argument("run", metavar="RUN", help="a run folder, or a privacy.jsonl")
     account.set_defaults(command=_ledger)
@@ -118,6 +124,18 @@ def _check(arguments: argparse.Namespace) -> int:
         raise UserError(*problems)
     print(f"{arguments.scenario}: fine")
     return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from fedlora import scenario
+    from fedlora.audit import audit
+    from fedlora.report.console import Live
+
+    loaded = scenario.load(arguments.scenario, arguments.overrides)
+    with Live() as display:
+        made = audit(loaded, out=arguments.out, canaries=arguments.canaries, display=display)
+    print("\n".join(made.lines()))
+    return 1 if made.refuted else 0
 
 
 def _ledger(arguments: argparse.Namespace) -> int:
