@@ -13,7 +13,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from fedlora.adapter import Adapter, Update
-from fedlora.client import Client, Rng, Settings, moved, pull_towards
+from fedlora.client import Client, Rng, Settings, moved, pull_towards, resting, smooth
 from fedlora.data import Partition
 from fedlora.errors import ContractError, SettingError
 from fedlora.privacy import Event
@@ -59,6 +59,10 @@ class DPSGD(Client):
         batches = rng("batches")
         loss_sum, taken = torch.zeros((), device=task.device), 0
         for step in range(settings.local_steps):
+            still = resting(task, settings, step)
+            for name, parameter in zip(settings.train, parameters, strict=True):
+                parameter.requires_grad_(name not in still)
+            moving = [p for p in parameters if p.requires_grad]
             rows = partition.rows[batches.random(len(partition)) < event.sample_rate]
             count = -(-len(rows) // settings.micro_batch_size)
             for i, (batch, _) in enumerate(
@@ -66,20 +70,25 @@ class DPSGD(Client):
             ):
                 optimizer.zero_grad(set_to_none=True)
                 loss_sum += _backward(task, batch)
-                _make_safe(parameters)
+                _make_safe(moving)
+                _fill(parameters, len(batch["targets"]))
                 if i < count - 1:
                     optimizer.signal_skip_step()
                     optimizer.step()
             if not len(rows):
                 optimizer.zero_grad(set_to_none=True)
-                for parameter in parameters:
-                    parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]
+                _fill(parameters, 0, all=True)
             if optimizer.pre_step():
+                for parameter in parameters:
+                    if not parameter.requires_grad:
+                        parameter.grad = None  # what rests is not moved by the noise either
+                smooth(task, dict(zip(settings.train, parameters, strict=True)), settings.config)
                 pull_towards(parameters, received, settings.config)  # looks at no example: costs no privacy
                 optimizer.original_optimizer.step()
             taken += len(rows)
             if step == 0:
-                moved(parameters, received, each=True)
+                first = [r for p, r in zip(parameters, received, strict=True) if p.requires_grad]
+                moved(moving, first, each=True)
         optimizer.zero_grad(set_to_none=True)
         shared = settings.share_metrics
         return Update(
@@ -96,7 +105,6 @@ def _hook(task: "Task", train: tuple[str, ...]) -> None:
     The hooks stay while the same tensors train. What a client that failed in the middle of a pass left
     in them is cleared away.
     """
-    from opacus.grad_sample.grad_sample_module import GradSampleHooks
     from torch.nn.modules.batchnorm import _BatchNorm
 
     for module in task.model.modules():
@@ -116,9 +124,36 @@ def _hook(task: "Task", train: tuple[str, ...]) -> None:
             raise SettingError(
                 "model.base", f"{name} normalises over the batch, so examples are not apart; DP-SGD cannot use it"
             )
-    # Not strict: Opacus refuses any buffer, also the position ids of a frozen encoder.
-    GradSampleHooks(task.model, strict=False, loss_reduction="sum")
+    _hooks(task)
     vars(task.model)["fedlora_hooked"] = train
+
+
+def _hooks(task: "Task") -> None:
+    """Opacus's hooks, on rows without padding too.
+
+    A module in the middle of the model sees the examples one after another in a row: what it saw, and what
+    came back to it, is laid out as the padded batch that Opacus's samplers expect. Padding comes back as
+    zeros, which adds nothing to any gradient.
+    """
+    from opacus.grad_sample.grad_sample_module import GradSampleHooks
+
+    class Hooks(GradSampleHooks):  # type: ignore[misc]
+        def capture_backprops_hook(self, module: Any, *arguments: Any, **options: Any) -> None:
+            if getattr(module, "activations", None):  # none where all of the module rests in this step
+                super().capture_backprops_hook(module, *arguments, **options)
+
+        def rearrange_grad_samples(
+            self, *, module: Any, backprops: "torch.Tensor", loss_reduction: str, batch_first: bool
+        ) -> "tuple[list[torch.Tensor], torch.Tensor]":
+            activations = module.activations.pop()
+            if task.packing is not None:
+                activations = [task.packing.batch(a) for a in activations]
+                backprops = task.packing.batch(backprops)
+            module.max_batch_len = len(backprops)
+            return activations, backprops
+
+    # Not strict: Opacus refuses any buffer, also the position ids of a frozen encoder.
+    Hooks(task.model, strict=False, loss_reduction="sum")
 
 
 def _backward(task: "Task", batch: Any) -> "torch.Tensor":
@@ -129,6 +164,13 @@ def _backward(task: "Task", batch: Any) -> "torch.Tensor":
             loss = task.losses(batch).sum()
         loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
+
+
+def _fill(parameters: "list[torch.Tensor]", examples: int, all: bool = False) -> None:
+    """Per-example gradients of zero for what rests, or for all in an empty batch."""
+    for parameter in parameters:
+        if all or not parameter.requires_grad:
+            parameter.grad_sample = parameter.new_zeros((examples, *parameter.shape))  # type: ignore[attr-defined]
 
 
 def _make_safe(parameters: "list[torch.Tensor]") -> None:

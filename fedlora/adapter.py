@@ -7,14 +7,16 @@ reads. A *kind* says, in one place, what it builds and what the tensors are for;
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora import factors
 from fedlora.errors import ContractError, SettingError
+from fedlora.factors import Factors
 from fedlora.seeding import derive
 
 if TYPE_CHECKING:
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
 
 Tensor = NDArray[np.float32]
 Adapter = dict[str, Tensor]
+Change = Mapping[str, Factors]
+"""Of each layer, a change of its weight as thin factors (out x m, m x in)."""
+PREFIX = "base_model.model."
+"""What peft puts before the names of a model's own modules."""
+Weights = Callable[[str], "torch.Tensor"]
+"""The frozen weight (out x in) of a layer, by its name."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Slot:
 
     name: str
     shape: tuple[int, ...]
-    role: str  # "A" (r x in) or "B" (out x r) of a LoRA pair, or "head"
+    role: str  # "A" (r x in) or "B" (out x r) of a LoRA pair, "core" (r x r) between them, or "head"
     module: str  # the layer it belongs to
     trainable: bool = True  # False: stays as the seed made it, whatever a strategy asks
 
@@ -46,12 +54,14 @@ class Update:
         adapter: the tensors sent; for several clients their mean, each weighted by its own weight.
         weight: of this update in a mean; for several clients the sum of theirs.
         clients: whose work this is, ascending.
+        scaling: the client's own factor before `B @ A`, which its rank makes.
         metrics: figures that the clients chose to share, such as `train_loss`.
     """
 
     adapter: Adapter
     weight: float
     clients: tuple[int, ...]
+    scaling: float = 1.0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -64,21 +74,40 @@ class Instruction:
         adapter: the tensors sent down; the others are what the seed, or the client, made of them.
         train: names of the tensors to train.
         send: names of the tensors to send back.
+        keep: names of the tensors that stay with the client from one of its rounds to the next.
         config: further words of the strategy to the client, such as `proximal-mu`.
         frozen: the fingerprint of the tensors that are not sent down because the seed gives them; a
             client whose own differ refuses. Empty: not checked.
+        ranked: what clients of a rank below the server's receive instead of `adapter`, by rank.
+        draw: which draw of the seed the tensors that are not sent down start from; 0 is the first.
+        trip: from 1; in the later trips of a round clients answer about what they trained in the first.
     """
 
     round: int
     adapter: Adapter
     train: tuple[str, ...]
     send: tuple[str, ...]
+    keep: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     frozen: str = ""
+    ranked: Mapping[int, Adapter] = field(default_factory=dict)
+    draw: int = 0
+    trip: int = 1
+
+    def at(self, rank: int) -> "Instruction":
+        """The same as a client of that rank gets it."""
+        return replace(self, adapter=self.ranked.get(rank, self.adapter), ranked={})
 
 
 class Kind(Protocol):
     """A way to build an adapter into a model."""
+
+    ordinary: ClassVar[bool]
+    """Whether its tensors are what peft's LoRA has, so that they are saved as they are."""
+
+    @property
+    def r(self) -> int:
+        """The server's rank."""
 
     def wrap(self, model: Any, heads: Sequence[str], task_type: str) -> Any:
         """The model with the adapter in it, as a `peft.PeftModel`."""
@@ -86,26 +115,44 @@ class Kind(Protocol):
     def role(self, name: str) -> str:
         """What the tensor of that name is for."""
 
-    def initial(self, slot: Slot, generator: "torch.Generator") -> "torch.Tensor":
-        """The first value of a tensor, drawn from `generator` alone."""
+    def trains(self, role: str) -> bool:
+        """Whether tensors of a role can train; the others stay as they were first made."""
 
-    @property
-    def scaling(self) -> float:
-        """The factor before `B @ A`."""
+    def initial(self, slot: Slot, generator: "torch.Generator", weights: Weights | None) -> "torch.Tensor":
+        """The first value of a tensor, from `generator` and the frozen weights alone."""
+
+    def scaling(self, rank: int | None = None) -> float:
+        """The factor before the change that a client of that rank has; by default the server's."""
+
+    def shape(self, slot: Slot, rank: int) -> tuple[int, ...]:
+        """The shape of a tensor at a client of that rank."""
+
+    def change(self, layout: Layout, adapter: Mapping[str, Tensor]) -> Change:
+        """What an adapter stands for, without the scaling: thin factors of each layer's change."""
 
 
 @dataclass(frozen=True)
 class Lora:
     """LoRA (Hu et al., 2021, https://arxiv.org/abs/2106.09685): a weight's change is `alpha / r * B @ A`."""
 
+    ordinary: ClassVar[bool] = True
+
     r: int
     alpha: float
     targets: tuple[str, ...]
 
-    @property
-    def scaling(self) -> float:
-        """`alpha / r`."""
-        return self.alpha / self.r
+    def scaling(self, rank: int | None = None) -> float:
+        """`alpha / rank`."""
+        return self.alpha / (rank or self.r)
+
+    def shape(self, slot: Slot, rank: int) -> tuple[int, ...]:
+        """A loses rows and B columns."""
+        cut = {"A": (rank, *slot.shape[1:]), "B": (*slot.shape[:1], rank)}
+        return cut.get(slot.role, slot.shape)
+
+    def change(self, layout: Layout, adapter: Mapping[str, Tensor]) -> Change:
+        """B and A of each layer."""
+        return {layout[b].module: (adapter[b], adapter[a]) for b, a in pairs(layout)}
 
     def wrap(self, model: Any, heads: Sequence[str], task_type: str) -> Any:
         """Put factors beside every linear layer whose name ends in one of the targets.
@@ -147,7 +194,11 @@ class Lora:
             return "A"
         return "B" if ".lora_B." in name else "head"
 
-    def initial(self, slot: Slot, generator: "torch.Generator") -> "torch.Tensor":
+    def trains(self, role: str) -> bool:
+        """All of them."""
+        return True
+
+    def initial(self, slot: Slot, generator: "torch.Generator", weights: Weights | None) -> "torch.Tensor":
         """A uniform on +-1/sqrt(in) as peft draws it, B zero, head normal(0, 0.02) with zero bias."""
         import torch
 
@@ -160,14 +211,91 @@ class Lora:
         return tensor
 
 
-def initial(kind: Kind, layout: Layout, seed: int) -> Adapter:
-    """The adapter that a seed stands for: bit-identical wherever it is drawn, so it need not travel."""
+@dataclass(frozen=True)
+class LoraXS(Lora):
+    """LoRA-XS (Balazy et al., 2024, https://arxiv.org/abs/2405.17604): only an r x r core trains.
+
+    A weight's change is `alpha / r * B @ R @ A`, with the orthonormal B (out x r) and A (r x in) the first
+    singular vectors of the frozen weight itself, and R zero at first. They come from the base model, so
+    that only r^2 numbers a layer train and travel, and the change is linear in them.
+    """
+
+    ordinary: ClassVar[bool] = False
+
+    def wrap(self, model: Any, heads: Sequence[str], task_type: str) -> Any:
+        """As LoRA, with R between A and B."""
+        import torch
+
+        wrapped = super().wrap(model, heads, task_type)
+        for name, module in list(wrapped.named_modules()):
+            if name.endswith(".lora_B"):
+                core = torch.nn.Linear(self.r, self.r, bias=False)
+                module["default"] = torch.nn.Sequential(core, module["default"])
+        return wrapped
+
+    def role(self, name: str) -> str:
+        """`A`, `B`, `core` or `head`."""
+        role = super().role(name)
+        return "core" if role == "B" and name.endswith(".0.weight") else role
+
+    def trains(self, role: str) -> bool:
+        """The core and the head."""
+        return role in ("core", "head")
+
+    def shape(self, slot: Slot, rank: int) -> tuple[int, ...]:
+        """The core loses rows and columns."""
+        return (rank, rank) if slot.role == "core" else super().shape(slot, rank)
+
+    def change(self, layout: Layout, adapter: Mapping[str, Tensor]) -> Change:
+        """B R and A of each layer."""
+        cores = {slot.module: name for name, slot in layout.items() if slot.role == "core"}
+        plain = super().change(layout, adapter)
+        return {module: (b @ adapter[cores[module]], a) for module, (b, a) in plain.items()}
+
+    def initial(self, slot: Slot, generator: "torch.Generator", weights: Weights | None) -> "torch.Tensor":
+        """Singular vectors for A and B, zero for the core.
+
+        Raises:
+            SettingError: a layer has fewer than r of them.
+        """
+        import torch
+
+        if slot.role not in ("A", "B") or weights is None:
+            return super().initial(slot, generator, weights)
+        weight = weights(slot.module).detach().double().cpu()
+        if self.r > min(weight.shape):
+            raise SettingError(
+                "model.adapter.r",
+                f"{slot.module} is {weight.shape[0]} x {weight.shape[1]} and has no {self.r} singular vectors; "
+                f"take r of at most {min(weight.shape)}",
+            )
+        u, _, vt = torch.linalg.svd(weight, full_matrices=False)
+        u, vt = u[:, : self.r], vt[: self.r]
+        sign = vt.gather(1, vt.abs().argmax(1, keepdim=True)).sign()  # (r, 1): an SVD leaves it open
+        found: torch.Tensor = vt * sign if slot.role == "A" else u * sign.T
+        return found.float().contiguous()
+
+
+KINDS: Mapping[str, type[Lora]] = {"lora": Lora, "lora_xs": LoraXS}
+
+
+def initial(kind: Kind, layout: Layout, seed: int, *, weights: Weights | None = None, draw: int = 0) -> Adapter:
+    """The adapter that a seed stands for: bit-identical wherever it is drawn, so it need not travel.
+
+    Args:
+        kind: of the adapter.
+        layout: the tensors to make.
+        seed: what they are drawn from.
+        weights: the frozen weights, for kinds that begin from them.
+        draw: a further draw for A; heads have only one.
+    """
     import torch
 
     adapter: Adapter = {}
     for name in sorted(layout):
-        generator = torch.Generator().manual_seed(derive(seed, "adapter", name))
-        adapter[name] = kind.initial(layout[name], generator).numpy()
+        again = (draw,) if draw and layout[name].role == "A" else ()
+        generator = torch.Generator().manual_seed(derive(seed, "adapter", name, *again))
+        adapter[name] = kind.initial(layout[name], generator, weights).numpy()
     return adapter
 
 
@@ -210,39 +338,70 @@ def pairs(layout: Layout) -> Iterator[tuple[str, str]]:
             yield name, a_of[slot.module]
 
 
+def names(layout: Layout, module: str) -> tuple[str, str]:
+    """The names of B and A of a layer."""
+    return next((b, a) for b, a in pairs(layout) if layout[b].module == module)
+
+
+def shares(
+    kind: Kind, layout: Layout, held: Mapping[str, Tensor], updates: Sequence[Update]
+) -> dict[str, list[tuple[float, NDArray[np.floating], NDArray[np.floating]]]]:
+    """The terms `p_k s_k`, B_k and A_k of the average change of each layer, for `factors.stack`.
+
+    Args:
+        kind: of the adapter.
+        layout: says which tensors pair up.
+        held: stands in for tensors that clients did not send.
+        updates: one for each client.
+    """
+    total = sum(u.weight for u in updates)
+    parts: dict[str, list[tuple[float, NDArray[np.floating], NDArray[np.floating]]]] = {}
+    for update in updates:
+        for module, pair in kind.change(layout, {**held, **update.adapter}).items():
+            parts.setdefault(module, []).append((update.weight / total * update.scaling, *pair))
+    return parts
+
+
+def mean_head(layout: Layout, updates: Sequence[Update]) -> Adapter:
+    """The weighted mean of the tensors of the head alone."""
+    heads = [
+        replace(u, adapter={n: t for n, t in u.adapter.items() if n in layout and layout[n].role == "head"})
+        for u in updates
+    ]
+    return weighted_mean(heads)
+
+
 def aggregation_error(
-    layout: Layout, sent: Mapping[str, Tensor], updates: Sequence[Update], after: Mapping[str, Tensor]
+    layout: Layout,
+    sent: Mapping[str, Tensor],
+    updates: Sequence[Update],
+    after: Mapping[str, Tensor],
+    *,
+    kind: Kind = Lora(1, 1.0, ()),
+    merge: Change | None = None,
 ) -> float:
     """How far the aggregate is from averaging the full weight changes.
 
-    `|| B_hat A_hat - sum_k p_k B_k A_k ||_F / || sum_k p_k B_k A_k ||_F`, over all pairs together; the
-    common scaling cancels. Computed through QR of the stacked thin factors, in float64.
+    `|| s_hat B_hat A_hat + merge - ideal ||_F / || ideal ||_F`, over all layers together, with
+    `ideal = sum_k p_k s_k B_k A_k`. Computed through QR of the stacked thin factors, in float64.
 
     Args:
         layout: says which tensors pair up.
         sent: what the clients started from; stands in for factors that they did not send.
         updates: one for each client.
         after: what the strategy made of them, over all tensors of `sent`.
+        kind: of the adapter; by default LoRA with a scaling of 1.
+        merge: what the strategy folded into the base in the same round.
 
     Returns:
         The error, 0 where the ideal change is 0.
     """
-    weights = np.array([u.weight for u in updates])
-    shares = weights / weights.sum()
-    held = [{**sent, **u.adapter} for u in updates]
-    wrong = ideal = 0.0
-    for name_b, name_a in pairs(layout):
-        left = [p * tensors[name_b].astype(np.float64) for p, tensors in zip(shares, held, strict=True)]
-        right = [tensors[name_a].astype(np.float64) for tensors in held]
-        ideal += _product_norm(left, right) ** 2
-        left.append(-after[name_b].astype(np.float64))
-        right.append(after[name_a].astype(np.float64))
-        wrong += _product_norm(left, right) ** 2
+    ideal = wrong = 0.0
+    made = kind.change(layout, after)
+    for module, parts in shares(kind, layout, sent, updates).items():
+        ideal += factors.norm(*factors.stack(parts)) ** 2
+        parts.append((-kind.scaling(), *made[module]))
+        if merge and module in merge:
+            parts.append((-1.0, *merge[module]))
+        wrong += factors.norm(*factors.stack(parts)) ** 2
     return float(np.sqrt(wrong / ideal)) if ideal > 0 else 0.0
-
-
-def _product_norm(left: Sequence[NDArray[np.float64]], right: Sequence[NDArray[np.float64]]) -> float:
-    """`|| sum_i left_i right_i ||_F` for left_i (out x r) and right_i (r x in), without any out x in matrix."""
-    upper_left = np.linalg.qr(np.concatenate(left, axis=1)).R  # (min(out, R), R)
-    upper_right = np.linalg.qr(np.concatenate(right, axis=0).T).R  # (min(in, R), R)
-    return float(np.linalg.norm(upper_left @ upper_right.T))

@@ -99,6 +99,8 @@ class Dataset:
     labels: tuple[str, ...]  # class names in order; empty for causal_lm
     rows: NDArray[np.int64]  # row numbers of all partitions, one after another
     offsets: NDArray[np.int64]  # (clients + 1,)
+    held_rows: NDArray[np.int64]  # row numbers that clients hold out, one client after another
+    held_offsets: NDArray[np.int64]  # (clients + 1,)
 
     @classmethod
     def open(cls, folder: Path, partition_folder: Path) -> Self:
@@ -112,6 +114,8 @@ class Dataset:
             labels=tuple(meta["labels"]),
             rows=_map(partition_folder / "rows.npy"),
             offsets=_map(partition_folder / "offsets.npy"),
+            held_rows=_map(partition_folder / "held_rows.npy"),
+            held_offsets=_map(partition_folder / "held_offsets.npy"),
         )
 
     @property
@@ -120,12 +124,17 @@ class Dataset:
         return len(self.offsets) - 1
 
     def num_examples(self, client: int) -> int:
-        """Examples that a client holds."""
+        """Examples that a client trains on."""
         return int(self.offsets[client + 1] - self.offsets[client])
 
     def partition(self, client: int) -> Partition:
-        """One client's examples."""
+        """One client's examples to train on."""
         return Partition(client, self.train, self.rows[self.offsets[client] : self.offsets[client + 1]])
+
+    def held_out(self, client: int) -> Partition:
+        """The examples that a client keeps to judge its own model by; none without `data.client_test_share`."""
+        start, stop = self.held_offsets[client : client + 2]
+        return Partition(client, self.train, self.held_rows[start:stop])
 
     def histograms(self) -> NDArray[np.int64]:
         """How many examples of each label each client holds, (clients, labels)."""
@@ -170,11 +179,11 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
     key = _fingerprint(_FORMAT, task, encoding, str(data.max_length), _content(train), _content(test))
     folder = _cached(cache_folder() / "tokens" / key, lambda to: _write(to, train, test, names, encode))
 
-    how = data.partition.model_dump_json()
+    how = f"{data.partition.model_dump_json()} {data.client_test_share}"
     owners = _fingerprint(*train.owners) if train.owners else ""
     parts = _cached(
         folder.with_name(f"{key}-{_fingerprint(_FORMAT, how, owners, str(num_clients), str(seed))}"),
-        lambda to: _partition(to, data.partition, _examples(folder, "train"), train.owners, num_clients, seed),
+        lambda to: _partition(to, data, _examples(folder, "train"), train.owners, num_clients, seed),
     )
     return Dataset.open(folder, parts)
 
@@ -351,20 +360,30 @@ def _write(folder: Path, train: Rows, test: Rows, names: list[str], encode: Enco
 
 def _partition(
     folder: Path,
-    how: settings.Partition,
+    data: settings.Data,
     train: Examples,
     owners: list[str] | None,
     num_clients: int,
     seed: int,
 ) -> None:
-    parts = split(how, train.targets, owners, num_clients, seed)
+    parts = split(data.partition, train.targets, owners, num_clients, seed)
     if (smallest := min(map(len, parts))) == 0:
         empty = next(i for i, part in enumerate(parts) if len(part) == smallest)
         raise SettingError(
             "data.partition", f"client {empty} is left without examples; use fewer clients or less skew"
         )
-    np.save(folder / "rows.npy", np.concatenate(parts).astype(np.int64))
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int64))
+    held = [part[:0] for part in parts]
+    if data.client_test_share is not None:
+        if smallest < 2:
+            raise SettingError("data.client_test_share", "a client with one example has none to hold out")
+        for client, part in enumerate(parts):
+            count = min(max(1, round(data.client_test_share * len(part))), len(part) - 1)
+            mixed = generator(seed, "held-out", client).permutation(part)
+            held[client], parts[client] = np.sort(mixed[:count]), np.sort(mixed[count:])
+    for name, pieces in (("", parts), ("held_", held)):
+        ends = np.cumsum([len(piece) for piece in pieces])
+        np.save(folder / f"{name}rows.npy", np.concatenate(pieces).astype(np.int64))
+        np.save(folder / f"{name}offsets.npy", np.concatenate([[0], ends]).astype(np.int64))
 
 
 def split(

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from fedlora import checkpoint, wire
-from fedlora.adapter import Adapter, Instruction, fingerprint
-from fedlora.checkpoint import Checkpoint
+from fedlora.adapter import Adapter, Change, Instruction, fingerprint
+from fedlora.checkpoint import Checkpoint, Merges
 from fedlora.client import Client
 from fedlora.data import Dataset
 from fedlora.engine import Engine, Replies
@@ -21,7 +21,9 @@ from fedlora.ledger import Holder, Ledger
 from fedlora.privacy import Event, epsilon
 from fedlora.scenario import Scenario
 from fedlora.seeding import generator
-from fedlora.strategy import Strategy
+from fedlora.strategy import Merged, Strategy
+
+JUDGED = 100  # clients whose own models are evaluated, at most
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class Progress:
     trained: int = 0  # clients that trained, over all rounds
     seconds: float = 0.0
     last: Line = field(default_factory=dict)  # the last loss and metric measured
+    merges: int = 0  # that are in the base
+    merges_seen: dict[str, int] = field(default_factory=dict)  # how many of them each client was sent
 
     def words(self) -> dict[str, Any]:
         """All but the tensors."""
@@ -57,6 +61,7 @@ class Loop:
     engine: Engine
     data: Dataset
     ledger: Ledger
+    merges: Merges
     settings: Setter
     folder: Path
     on_round: Callable[[Line], None]
@@ -73,27 +78,85 @@ class Loop:
             if self.stop():
                 raise KeyboardInterrupt
             began = time.perf_counter()
-            instruction = self.strategy.instruct(round, now.adapter)
+            instruction = self.strategy.instruct(round, now.adapter, self._ranks)
             kept = {n: t for n, t in now.adapter.items() if n not in instruction.adapter}
             instruction = replace(instruction, frozen=fingerprint(kept))
             cohort, resting = self._within_budget(round, instruction)
             if not cohort:
                 now.last["stopped"] = f"after round {round - 1}: another would pass every client's epsilon"
                 break
-            replies = self.engine.train(instruction, cohort, self.strategy.partial_sums)
-            self._spend(round, replies)
+            replies = self._exchange(instruction, cohort)
+            self._catch_up(replies, now)
+            before = {name: now.adapter[name] for name in self.strategy.held}
+            aggregating = time.perf_counter()
+            made = self.strategy.aggregate(before, replies.updates)
+            aggregation_seconds = time.perf_counter() - aggregating
+            made = made if isinstance(made, Merged) else Merged(made, {})
+            after = {**before, **made.adapter}
+            self._check(before, after, made.base)
+            adapter = {**now.adapter, **after}
+            if made.base:
+                self.engine.merge(self.merges.append(made.base))
+            figures = self._figures(round, adapter)
+            figures |= self.strategy.diagnose(before, replies.updates, after, made.base)
+            figures |= {"aggregation_seconds": round_to(aggregation_seconds), "resting": resting}
+            self._record(round, adapter, replies, figures, now, began)
+        return now
+
+    def _exchange(self, instruction: Instruction, cohort: list[int]) -> Replies:
+        """Send, train, collect and account; then the further trips of the round, if the strategy makes any.
+
+        Raises:
+            RoundError: nobody replied, or in a later trip nobody did any more.
+        """
+        round, sums = instruction.round, self.strategy.partial_sums
+        replies = self.engine.train(instruction, cohort, sums)
+        self._spend(round, replies)
+        for trip in range(1, self.strategy.trips + 1):
             if not replies.updates:
                 raise RoundError(f"round {round}: all {len(cohort)} clients failed; {_first_error(replies)}")
-            before = {name: now.adapter[name] for name in self.strategy.federates(self.strategy.layout)}
-            after = {**before, **self.strategy.aggregate(before, replies.updates)}
-            self._check(before, after)
-            adapter = {**now.adapter, **after}
-            figures: Line = {"loss": None, self.engine.description.metric: None}
-            if round % self.scenario.eval_every == 0 or round == self.scenario.rounds:
-                figures = dict(self.engine.evaluate(adapter))
-            extra = self.strategy.diagnose(before, replies.updates, after)
-            self._record(round, adapter, replies, {**figures, **extra, "resting": resting}, now, began)
-        return now
+            if trip < self.strategy.trips:
+                down = self.strategy.relay(trip + 1, replies.updates)
+                there = [c for update in replies.updates for c in update.clients]
+                asked = replace(instruction, adapter=down, ranked={}, trip=trip + 1)
+                replies = replies.then(self.engine.train(asked, there, sums))
+        return replies
+
+    def _catch_up(self, replies: Replies, now: Progress) -> None:
+        """Count what each client was sent to bring its base to the run's: the merges since it last took part."""
+        if not self.merges:
+            return
+        for i, report in enumerate(replies.reports):
+            missed = self.merges.bytes_since(now.merges_seen.get(str(report.client), 0))
+            replies.reports[i] = replace(report, bytes_down=report.bytes_down + missed)
+            now.merges_seen[str(report.client)] = len(self.merges)
+
+    def _figures(self, round: int, adapter: Adapter) -> Line:
+        """Loss and metric after a round, and those of clients' own models where they hold examples out."""
+        metric = self.engine.description.metric
+        if round % self.scenario.eval_every and round != self.scenario.rounds:
+            return {"loss": None, metric: None}
+        figures = {} if self.strategy.personal else dict(self.engine.evaluate(adapter))
+        if self.scenario.data.client_test_share is not None:
+            told = self.strategy.instruct(round, adapter, self._ranks)
+            local = self.engine.judge(told, self._judged)
+            figures |= {f"local_{key}": value for key, value in local.items()}
+            if self.strategy.personal:
+                figures |= local
+        return figures
+
+    @property
+    def _ranks(self) -> list[int]:
+        return self.scenario.clients.possible_ranks(self.scenario.model.adapter.r)
+
+    @property
+    def _judged(self) -> list[int]:
+        """The clients whose own models are judged: all, or the same hundred each time."""
+        total = self.scenario.clients.total
+        if total <= JUDGED:
+            return list(range(total))
+        chosen = generator(self.scenario.seed, "judged").choice(total, size=JUDGED, replace=False)
+        return [int(c) for c in np.sort(chosen)]
 
     def _draw(self, round: int) -> list[int]:
         """The cohort, ascending: from the seed and the round alone."""
@@ -136,12 +199,18 @@ class Loop:
         }
         self.ledger.spend(round, events, delta=privacy.delta, unit=privacy.unit, accountant=privacy.accountant)
 
-    def _check(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    def _check(self, before: Mapping[str, Any], after: Mapping[str, Any], merge: Change) -> None:
+        what = type(self.strategy).__name__
+        for module, sides in merge.items():
+            if (sides[0].shape[:1] + sides[1].shape[1:]) != self.merges.shapes.get(module):
+                raise ContractError(f"{what} merges into {module}, which is no layer of that shape with factors")
+            if not all(np.isfinite(side).all() for side in sides):
+                raise ContractError(f"{what} merges what is not finite into {module}; try a lower lr")
         for name, tensor in after.items():
             if name not in before or tensor.shape != before[name].shape:
-                raise ContractError(f"{type(self.strategy).__name__} gave {name} another shape, or made it up")
+                raise ContractError(f"{what} gave {name} another shape, or made it up")
             if not np.isfinite(tensor).all():
-                raise ContractError(f"{type(self.strategy).__name__} made {name} not finite; try a lower lr")
+                raise ContractError(f"{what} made {name} not finite; try a lower lr")
 
     def _record(
         self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, began: float
@@ -158,7 +227,7 @@ class Loop:
         up, down = sum(r.bytes_up for r in reports), sum(r.bytes_down for r in reports)
         if figures["loss"] is not None:
             now.last.update({key: figures[key] for key in ("loss", self.engine.description.metric)})
-        now.round, now.adapter = round, adapter
+        now.round, now.adapter, now.merges = round, adapter, len(self.merges)
         now.failures, now.trained = now.failures + failed, now.trained + len(reports) - failed
         now.bytes_up, now.bytes_down = now.bytes_up + up, now.bytes_down + down
         now.bytes_up_head += (len(reports) - failed) * self._head_bytes(round)
@@ -201,7 +270,7 @@ class Loop:
 
     def _head_bytes(self, round: int) -> int:
         layout = self.strategy.layout
-        sent = set(self.strategy.trains(round, layout)) & set(self.strategy.federates(layout))
+        sent = set(self.strategy.trains(round, layout)) & set(self.strategy.sends(round, layout))
         return wire.tensor_bytes(
             sorted(n for n in sent if layout[n].role == "head" and layout[n].trainable), layout
         )

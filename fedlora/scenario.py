@@ -28,6 +28,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fedlora import plugins
 from fedlora.errors import ScenarioError, SettingError, UserError, suggestion
+from fedlora.seeding import generator
 
 # What `data.dataset` may name. Where each comes from: fedlora.data.
 DATASETS = {
@@ -57,11 +58,11 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class Lora(Section):
-    """LoRA factors beside each matched linear layer (Hu et al., 2021)."""
+class Adapter(Section):
+    """Low-rank factors beside each matched linear layer (Hu et al., 2021)."""
 
-    kind: Literal["lora"] = "lora"
-    r: PositiveInt = 8
+    kind: Literal["auto", "lora", "lora_xs"] = "auto"  # auto: what the strategy is for, which is lora for most
+    r: PositiveInt = 8  # the rank; with `clients.ranks` the server's, and the highest
     alpha: PositiveFloat = 8.0  # the change of a weight is alpha / r * B @ A
     targets: tuple[str, ...] = Field(default=("query", "value"), min_length=1)
 
@@ -71,7 +72,7 @@ class Model(Section):
 
     base: Annotated[str, Field(min_length=1)] = "minilm"  # "minilm", a local path or a Hub id
     revision: str | None = None  # of a Hub id: branch, tag or commit
-    adapter: Lora = Lora()
+    adapter: Adapter = Adapter()
     head: Literal["trained", "frozen"] = "trained"  # the classification head: trained and sent, or left random
     pooler: Literal["trained", "frozen"] = "frozen"  # the encoder's pooler, where it has one
 
@@ -170,6 +171,7 @@ class Data(Section):
     partition: Partition = Iid()
     max_length: Annotated[Int, Field(ge=2)] = 128  # tokens an example is cut to
     test_share: Annotated[Float, Field(gt=0, lt=1)] = 0.1  # held out where the source has no test set
+    client_test_share: Annotated[Float, Field(gt=0, lt=1)] | None = None  # that each client keeps to judge by
 
     @field_validator("dataset")
     @classmethod
@@ -200,6 +202,51 @@ class PlugIn(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+class RankList(Section):
+    """The rank of each client in turn; the list repeats when there are more clients."""
+
+    kind: Literal["list"]
+    values: tuple[PositiveInt, ...] = Field(min_length=1)
+
+
+class RankShares(Section):
+    """Each client draws its rank from the seed, with these shares, such as {4: 0.5, 8: 0.5}."""
+
+    kind: Literal["shares"]
+    shares: dict[PositiveInt, Annotated[Float, Field(gt=0, le=1)]] = Field(min_length=1)
+
+    @field_validator("shares")
+    @classmethod
+    def _whole(cls, shares: dict[int, float]) -> dict[int, float]:
+        if abs(sum(shares.values()) - 1) > 1e-6:
+            raise PydanticCustomError("shares", "should sum to 1")
+        return shares
+
+
+class Tier(Section):
+    """A kind of device."""
+
+    share: Annotated[Float, Field(gt=0, le=1)]  # of the clients
+    rank: PositiveInt
+
+
+class RankTiers(Section):
+    """Each client draws a device from the seed, which gives its rank."""
+
+    kind: Literal["tiers"]
+    tiers: dict[str, Tier] = Field(min_length=1)  # by name, such as {phone: {share: 0.8, rank: 4}}
+
+    @field_validator("tiers")
+    @classmethod
+    def _whole(cls, tiers: dict[str, Tier]) -> dict[str, Tier]:
+        if abs(sum(tier.share for tier in tiers.values()) - 1) > 1e-6:
+            raise PydanticCustomError("shares", "shares should sum to 1")
+        return tiers
+
+
+Ranks = Annotated[RankList | RankShares | RankTiers, Field(discriminator="kind")]
+
+
 class Clients(PlugIn):
     """How many clients there are and how each trains."""
 
@@ -210,6 +257,7 @@ class Clients(PlugIn):
     batch_size: PositiveInt = 32  # under DP the expected size of a Poisson batch
     lr: PositiveFloat = 0.1
     micro_batch_size: PositiveInt = 16  # examples in memory at once; does not change the result
+    ranks: Ranks | None = None  # of each client, at most model.adapter.r; null: all have that
 
     @field_validator("use")
     @classmethod
@@ -230,6 +278,39 @@ class Clients(PlugIn):
     def cohort_size(self) -> int:
         """Clients in each round."""
         return self.per_round or self.total
+
+    def rank(self, client: int, seed: int, default: int) -> int:
+        """The rank of a client's factors."""
+        match self.ranks:
+            case RankList(values=values):
+                return values[client % len(values)]
+            case RankShares(shares=shares):
+                table = list(shares.items())
+            case RankTiers(tiers=tiers):
+                table = [(tier.rank, tier.share) for tier in tiers.values()]
+            case _:
+                return default
+        drawn, least = generator(seed, client, "rank").random(), 0.0
+        for rank, share in table:
+            least += share
+            if drawn < least:
+                return rank
+        return table[-1][0]
+
+    def possible_ranks(self, default: int) -> list[int]:
+        """Every rank that a client may have, ascending."""
+        match self.ranks:
+            case RankList(values=values):
+                return sorted(set(values))
+            case RankShares(shares=shares):
+                return sorted(shares)
+            case RankTiers(tiers=tiers):
+                return sorted({tier.rank for tier in tiers.values()})
+        return [default]
+
+    def unequal_ranks(self, default: int) -> bool:
+        """Whether any client may have another rank than the server."""
+        return self.possible_ranks(default) != [default]
 
 
 class Privacy(Section):
@@ -552,6 +633,11 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
                 ("clients", "use"),
                 "sgd adds no noise, and a privacy section is given: use dp_sgd, or drop it",
             )
+    if clients and model and (highest := clients.possible_ranks(model.adapter.r)[-1]) > model.adapter.r:
+        yield Problem(
+            ("clients", "ranks"),
+            f"a client of rank {highest} is above the server's: set model.adapter.r to {highest}",
+        )
     if data and clients and isinstance(data.partition, LabelShares):
         rows = len(data.partition.shares)
         if clients.total % rows:
@@ -599,8 +685,8 @@ def _explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
         return Problem(tuple(path[:-1]), f"{key} is missing")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         given = detail["ctx"].get("tag")
-        known = [tag.strip("'") for tag in str(detail["ctx"].get("expected_tags", "")).split(", ")] or _kinds()
-        known = known if given else _kinds()
+        known = [tag.strip("'") for tag in str(detail["ctx"].get("expected_tags", "")).split(", ")]
+        known = known if given else _kinds(Ranks if path[-1] == "ranks" else Partition)
         what = f"unknown kind {given!r}: {suggestion(str(given), known)}"
         what = what if given else f"needs a kind, one of {', '.join(known)}"
         return Problem((*path, "kind"), f"{key}: {what}")
@@ -620,8 +706,8 @@ _PLAINER = {
 }
 
 
-def _kinds() -> list[str]:
-    return [str(get_args(c.model_fields["kind"].annotation)[0]) for c in get_args(get_args(Partition)[0])]
+def _kinds(union: Any) -> list[str]:
+    return [str(get_args(c.model_fields["kind"].annotation)[0]) for c in get_args(get_args(union)[0])]
 
 
 def _fields(path: Sequence[str | int], raw: object) -> Iterable[str]:

@@ -23,6 +23,7 @@ from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora import strategy as strategies
 from fedlora.adapter import Adapter
+from fedlora.checkpoint import Merges
 from fedlora.engine.worker import Setter
 from fedlora.errors import SettingError, UserError
 from fedlora.ledger import Ledger
@@ -142,9 +143,11 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
     with contextlib.closing(engines.make(scenario, address)) as engine:
         shown.stage("calibrating the noise")  # while workers import
         setup = replace(ready.setup, noise=(noise := calibrate(scenario, ready.data)))
+        if ready.strategy.personal or ready.strategy.trips > 1:
+            setup = replace(setup, personal=folder.absolute() / "personal")
         shown.stage("loading the model")
         found = engine.start(setup)
-        ready.strategy.layout = found.layout
+        ready.strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
         _check_plan(ready, found)
         now = Progress(round=0, adapter=dict(found.initial))
         if resume:
@@ -159,6 +162,10 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
                     f"checkpoint is of round {now.round}; restore the file, or start again in another folder"
                 )
             record.forget_after(now.round)
+        merges = Merges(folder / "merges", found.weights)
+        merges.restore(now.merges)
+        for change in merges.changes:
+            engine.merge(change)
         loop = Loop(
             scenario=scenario,
             strategy=ready.strategy,
@@ -166,6 +173,7 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
             engine=engine,
             data=ready.data,
             ledger=record,
+            merges=merges,
             settings=Setter(scenario, noise),
             folder=folder,
             on_round=shown.round,
@@ -180,9 +188,9 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
         except KeyboardInterrupt:
             stopped = f"interrupted after round {now.round}"
         with _undisturbed():
-            if stopped is not None and now.round and found.metric not in now.last:
+            if stopped is not None and now.round and found.metric not in now.last and not ready.strategy.personal:
                 now.last.update(engine.evaluate(now.adapter))
-            _export(engine, now.adapter, folder, ready)
+            _export(engine, now.adapter, folder, merges)
             summary = _summary(ready, now, found, record, stopped)
             _write_json(folder / "summary.json", summary)
             _model_card(folder, ready, summary)
@@ -196,6 +204,7 @@ def prepare(scenario: Scenario) -> Prepared:
         SettingError: a setting does not fit the data.
     """
     strategy = strategies.load(scenario.strategy.use, scenario.strategy.options)
+    strategies.check(strategy, scenario)
     client = clients.load(scenario.clients.use, scenario.clients.options)
     if client.private and scenario.privacy is None:
         raise SettingError("clients.use", f"{scenario.clients.use} needs a privacy section")
@@ -352,10 +361,10 @@ def _restore(folder: Path, strategy: strategies.Strategy, first: Progress) -> Pr
     return Progress(round=saved.round, adapter=saved.adapter, **saved.words)
 
 
-def _export(engine: engines.Engine, adapter: Adapter, folder: Path, ready: Prepared) -> None:
+def _export(engine: engines.Engine, adapter: Adapter, folder: Path, merges: Merges) -> None:
     new = folder / ".adapter"
     shutil.rmtree(new, ignore_errors=True)
-    engine.export(adapter, new)
+    engine.export(adapter, new, merges.total() or None)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     new.rename(folder / "adapter")
 

@@ -4,7 +4,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -14,10 +14,39 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlora import plugins, wire
-from fedlora.adapter import Adapter, Instruction, Layout, Update
+from fedlora.adapter import Adapter, Change, Instruction, Kind, Layout, Lora, Update, aggregation_error
 from fedlora.errors import ContractError, SettingError
 
+if TYPE_CHECKING:
+    from fedlora.scenario import Scenario
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """An aggregate that also folds a change into the base model, the same everywhere and for good.
+
+    Attributes:
+        adapter: new values, as a plain aggregate has them.
+        base: what is added to the weight of each layer, as thin factors, scaling included.
+    """
+
+    adapter: Adapter
+    base: Change
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a strategy is like, for lists and checks.
+
+    Attributes:
+        sends: what its clients send up, in a few words.
+        exact: whether each round's aggregate is the average of the full weight changes.
+    """
+
+    sends: str = "what trains"
+    exact: bool = False
 
 
 @dataclass(kw_only=True)
@@ -47,30 +76,94 @@ class Strategy(FlowerStrategy):
     Then updates may be summed before they reach `aggregate`; see `partial_sums`.
     """
 
+    facts: ClassVar[Facts] = Facts()
+    """For lists and tables."""
+
+    unequal_ranks: ClassVar[bool] = False
+    """Whether clients may have ranks below the server's, so that updates differ in shape."""
+
+    personal: ClassVar[bool] = False
+    """Whether each client ends with a model of its own, to be judged by its own examples."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("lora", "lora_xs")
+    """The kinds of adapter that it works on; the first is built where the scenario does not say."""
+
+    trips: ClassVar[int] = 1
+    """How often the server asks and clients answer in a round; see `reply` and `relay`."""
+
+    measure_error: bool = False  # also where clients could be summed on the way: needs each client's factors
+
+    # What `bind` was given.
     layout: Layout = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Every tensor that could federate, by name; set before the first round."""
+    kind: Kind = field(default=Lora(1, 1.0, ()), init=False, repr=False, compare=False)
+    initial: Adapter = field(default_factory=dict, init=False, repr=False, compare=False)
+    private: bool = field(default=False, init=False, repr=False, compare=False)
 
     _sent: Adapter = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def bind(self, layout: Layout, kind: Kind, initial: Adapter, private: bool) -> None:
+        """Tell the strategy what it works on, before the first round; on the server and on clients.
+
+        Args:
+            layout: every tensor that could federate, by name.
+            kind: of the adapter.
+            initial: the adapter that the seed stands for.
+            private: whether clients clip and add noise.
+        """
+        self.layout, self.kind, self.initial, self.private = layout, kind, initial, private
 
     @property
     def partial_sums(self) -> bool:
         """Whether clients may be summed on the way, so that an update stands for several."""
-        return self.linear
+        return self.linear and not self.measure_error
 
     def federates(self, layout: Layout) -> Collection[str]:
-        """The tensors that server and clients share. The others keep their first value and never travel."""
+        """The tensors that the server holds and sends. The others keep the first value that the seed gives."""
         return layout
 
+    @property
+    def held(self) -> list[str]:
+        """The tensors that the server sends down: those that federate, but for what can never train."""
+        return sorted(name for name in self.federates(self.layout) if self.layout[name].trainable)
+
     def trains(self, round: int, layout: Layout) -> Collection[str]:
-        """The tensors that clients train in a round, and send back; by default all that federate."""
+        """The tensors that clients train in a round; by default all that federate."""
         return self.federates(layout)
+
+    def sends(self, round: int, layout: Layout) -> Collection[str]:
+        """Those of the trained tensors that clients send back; by default all that federate."""
+        return self.federates(layout)
+
+    def keeps(self, layout: Layout) -> Collection[str]:
+        """The tensors that stay with a client from one of its rounds to the next, and never travel."""
+        return ()
 
     def config(self, round: int) -> Mapping[str, Any]:
         """Words to the clients of a round, such as `proximal-mu`: numbers, strings and bytes."""
         return {}
 
+    def draw(self, round: int) -> int:
+        """Which draw of the seed the tensors that are not sent down start from; 0 is the first."""
+        return 0
+
+    def receives(self, adapter: Adapter, rank: int) -> Adapter:
+        """What a client of a rank is sent: the first rows of A and columns of B that its rank holds.
+
+        B is scaled, so that each direction counts at the client for what it counts at the server. A tensor
+        may also come with a lower rank than the client's; the rest of it is as the seed made it.
+        """
+        if rank == self.kind.r:
+            return dict(adapter)
+        cut: Adapter = {}
+        ratio = np.float32(self.kind.scaling() / self.kind.scaling(rank))
+        for name, tensor in adapter.items():
+            slot = self.layout[name]
+            part = tensor[tuple(slice(size) for size in self.kind.shape(slot, rank))]
+            cut[name] = part * ratio if slot.role in ("B", "core") else part
+        return cut
+
     @abstractmethod
-    def aggregate(self, adapter: Adapter, updates: Sequence[Update]) -> Adapter:
+    def aggregate(self, adapter: Adapter, updates: Sequence[Update]) -> Adapter | Merged:
         """The next adapter.
 
         Args:
@@ -78,12 +171,35 @@ class Strategy(FlowerStrategy):
             updates: at least one, sorted by client, each with the tensors that it sent.
 
         Returns:
-            New values for some or all of the tensors of `adapter`; the others stay as they are.
+            New values for some or all of the tensors of `adapter`; the others stay as they are. Or these
+            with a change of the base model, as `Merged`.
         """
 
-    def diagnose(self, before: Adapter, updates: Sequence[Update], after: Adapter) -> Mapping[str, float]:
-        """Figures about a round's aggregation for `metrics.jsonl`, such as `aggregation_error`."""
-        return {}
+    def reply(self, instruction: Instruction, trained: Adapter) -> Adapter:
+        """What a client answers in a trip, from all that it holds; runs on the client.
+
+        Args:
+            instruction: as the client got it.
+            trained: what the client holds after training, personal and frozen tensors included.
+
+        Returns:
+            Tensors by name; by default those that `instruction.send` names.
+        """
+        return {name: trained[name] for name in instruction.send}
+
+    def relay(self, trip: int, updates: Sequence[Update]) -> Adapter:
+        """What goes down for a later trip of a round, from the answers to the one before."""
+        raise ContractError(f"{type(self).__name__} makes {self.trips} trips and has no relay")
+
+    def diagnose(
+        self, before: Adapter, updates: Sequence[Update], after: Adapter, merge: Change | None = None
+    ) -> Mapping[str, float]:
+        """Figures about a round's aggregation for `metrics.jsonl`: the aggregation error, where it can be had."""
+        known = {**self.initial, **before}
+        if self.partial_sums or self.trips > 1 or self.personal:
+            return {}
+        error = aggregation_error(self.layout, known, updates, {**known, **after}, kind=self.kind, merge=merge)
+        return {"aggregation_error": error}
 
     def state(self) -> Mapping[str, Any]:
         """What must outlive a restart: arrays by name, and JSON values."""
@@ -92,16 +208,26 @@ class Strategy(FlowerStrategy):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what `state` gave."""
 
-    def instruct(self, round: int, adapter: Adapter) -> Instruction:
-        """What a round's clients are told."""
-        federates = self.federates(self.layout)
+    def instruct(self, round: int, adapter: Adapter, ranks: Collection[int] = ()) -> Instruction:
+        """What a round's clients are told.
+
+        Args:
+            round: from 1.
+            adapter: the tensors that the server holds.
+            ranks: of the round's clients, where they are below the server's.
+        """
         train = sorted(n for n in self.trains(round, self.layout) if self.layout[n].trainable)
+        sends = set(self.sends(round, self.layout))
+        down = {name: adapter[name] for name in self.held}
         return Instruction(
             round=round,
-            adapter={name: adapter[name] for name in sorted(federates)},
+            adapter=self.receives(down, self.kind.r),
             train=tuple(train),
-            send=tuple(name for name in train if name in federates),
+            send=tuple(name for name in train if name in sends),
+            keep=tuple(name for name in train if name in self.keeps(self.layout)),
             config=self.config(round),
+            ranked={rank: self.receives(down, rank) for rank in sorted(ranks) if rank != self.kind.r},
+            draw=self.draw(round),
         )
 
     # Flower's interface, in terms of the above. `start` has no layout: there all that it sends trains.
@@ -129,7 +255,10 @@ class Strategy(FlowerStrategy):
         if not good:
             return None, None
         updates = [wire.unpack_update(reply, reply.metadata.src_node_id) for reply in good]
-        after = {**self._sent, **self.aggregate(self._sent, updates)}
+        made = self.aggregate(self._sent, updates)
+        if isinstance(made, Merged):
+            raise ContractError(f"{type(self).__name__} merges into the base, which Flower's own loop cannot do")
+        after = {**self._sent, **made}
         return wire.to_arrays(after), MetricRecord({"clients": len(good)})
 
     def configure_evaluate(
@@ -158,7 +287,7 @@ class Stock(Strategy):
         """The tensors of the roles in `parts`."""
         return [name for name, slot in layout.items() if slot.role in self.parts]
 
-    def instruct(self, round: int, adapter: Adapter) -> Instruction:
+    def instruct(self, round: int, adapter: Adapter, ranks: Collection[int] = ()) -> Instruction:
         """The arrays and words that the inner strategy would send."""
         base = super().instruct(round, adapter)
         nodes = _Nodes(2)  # how many do not matter: all are sent the same
@@ -252,3 +381,32 @@ def load(use: str, options: Mapping[str, Any]) -> Strategy:
     finally:
         logging.getLogger("flwr").setLevel(level)
     return Stock(inner=inner, parts=tuple(parts))
+
+
+def check(strategy: Strategy, scenario: "Scenario") -> None:
+    """Refuse a strategy that cannot do what the scenario asks for.
+
+    Raises:
+        SettingError: with the reason, and the strategies that can.
+    """
+    use, told = scenario.strategy.use, scenario.clients
+    if told.unequal_ranks(scenario.model.adapter.r) and not strategy.unequal_ranks:
+        can = _those(lambda cls: cls.unequal_ranks)
+        raise SettingError("clients.ranks", f"{use} needs equal ranks; these take unequal ones: {can}")
+    if strategy.personal and scenario.data.client_test_share is None:
+        raise SettingError(
+            "strategy.use",
+            f"{use} gives each client a model of its own, which needs examples of its own to be judged by: "
+            "set data.client_test_share, such as 0.2",
+        )
+    kind = scenario.model.adapter.kind
+    if kind not in ("auto", *strategy.kinds):
+        can = _those(lambda cls: kind in cls.kinds)
+        raise SettingError(
+            "model.adapter.kind",
+            f"{use} is for adapters of kind {' or '.join(strategy.kinds)}: leave kind out; with {kind} go {can}",
+        )
+
+
+def _those(test: Any) -> str:
+    return ", ".join(name for name in plugins.names("strategies") if test(plugins.find("strategies", name)))

@@ -7,6 +7,8 @@ place; nothing is loaded or wrapped again. `Classification` and `CausalLM` hold 
 import contextlib
 import hashlib
 import importlib.util
+import itertools
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +22,7 @@ from fedlora import adapter as adapters
 from fedlora.adapter import Adapter, Layout, Slot
 from fedlora.data import Encoded, Examples, Rows, quiet_hub
 from fedlora.errors import ContractError, SettingError
+from fedlora.packing import NAME, Packing, Segments, attention
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +30,11 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "bf16"]
 Batch = dict[str, "torch.Tensor"]
 
-_PREFIX = "base_model.model."
 _EVALUATION_TOKENS = 1024  # padded tokens of an evaluation batch: small enough for a core's cache
+_RAGGED = (24, 13, 5, 2)  # tokens of the examples on which packing is checked
+_TOLERANCE = 1e-4  # of packed logits against padded ones, relative to the largest
+
+logger = logging.getLogger(__name__)
 
 
 def find_base(base: str) -> str:
@@ -105,10 +111,12 @@ class Task(ABC):
     Attributes:
         model: the `peft.PeftModel`, with all dropout off.
         layout: every tensor that could federate, by name.
-        initial: the adapter that the seed stands for.
+        initial: the adapter that the seed stands for, at the full rank.
+        packing: of the examples of a batch into one row without padding; None where the model does not allow it.
     """
 
     task_type: str
+    pools: bool  # whether the head reads a padded batch, or each token by itself
     metric: str  # the name of the figure that `evaluate` is about
     higher_is_better: bool
 
@@ -122,6 +130,7 @@ class Task(ABC):
         device: str = "cpu",
         precision: Precision = "fp32",
         pad: int = 0,
+        max_length: int = 128,
     ) -> None:
         """Wrap a loaded base model.
 
@@ -133,10 +142,11 @@ class Task(ABC):
             device: a torch device.
             precision: of training; evaluation is in float32.
             pad: the id of the padding token.
+            max_length: the most tokens of an example.
         """
         import torch
 
-        self.kind, self.precision, self.pad = kind, precision, pad
+        self.kind, self.precision, self.pad, self.seed = kind, precision, pad, seed
         self.model = kind.wrap(model, list(heads), self.task_type)
         self.model.requires_grad_(False)
         self.device = torch.device(device)
@@ -148,14 +158,23 @@ class Task(ABC):
                 tuple(p.shape),
                 kind.role(name),
                 _module(name),
-                kind.role(name) != "head" or any(t and _under(name, head) for head, t in heads.items()),
+                kind.trains(kind.role(name))
+                and (kind.role(name) != "head" or any(t and _under(name, head) for head, t in heads.items())),
             )
             for name, p in sorted(self._parameters.items())
         }
-        self.initial = adapters.initial(kind, self.layout, seed)
+        self._layers = {_module(_public(n)): m for n, m in self.model.named_modules() if hasattr(m, "lora_A")}
+        self.rank = kind.r
+        self.initial = adapters.initial(kind, self.layout, seed, weights=self.weight)
+        self._start = self.initial
         self.write(self.initial)
+        self.packing = self._pack(max_length)
         self._frozen = self._halve() if precision == "bf16" else []
         self._in_half = False
+
+    @abstractmethod
+    def logits(self, batch: Batch) -> "torch.Tensor":
+        """What losses are made of, float32: (examples, labels), or (scored tokens, vocabulary)."""
 
     @abstractmethod
     def losses(self, batch: Batch) -> "torch.Tensor":
@@ -181,30 +200,90 @@ class Task(ABC):
             for name, value in adapter.items():
                 if name not in self._parameters:
                     raise ContractError(f"the model has no tensor {name!r}")
-                if value.shape != tuple(self._parameters[name].shape):
-                    raise ContractError(
-                        f"{name} has shape {value.shape}, and the model's is {self.layout[name].shape}"
-                    )
+                if value.shape != (shape := self.kind.shape(self.layout[name], self.rank)):
+                    raise ContractError(f"{name} has shape {value.shape}, and the model's is {shape}")
+                if self._parameters[name].shape != shape:
+                    self._parameters[name].data = torch.empty(shape, device=self.device)
                 self._parameters[name].copy_(torch.from_numpy(np.require(value, requirements=["C", "W"])))
 
     def read(self, names: Sequence[str]) -> Adapter:
         """Copies of the named tensors, float32."""
         return {n: self._parameters[n].detach().float().cpu().numpy().copy() for n in names}
 
+    def become(self, rank: int | None = None, draw: int = 0) -> None:
+        """Take on a client's rank, and a draw of first values, for what `begin` does next.
+
+        Args:
+            rank: of the factors; by default the server's.
+            draw: of the seed, for tensors that are not given; 0 is `initial`.
+        """
+        rank = rank or self.kind.r
+        self._start = self.initial
+        if draw:
+            self._start = adapters.initial(self.kind, self.layout, self.seed, weights=self.weight, draw=draw)
+        if rank != self.kind.r:
+            cut = {n: tuple(slice(size) for size in self.kind.shape(s, rank)) for n, s in self.layout.items()}
+            self._start = {name: tensor[cut[name]] for name, tensor in self._start.items()}
+        if rank != self.rank:
+            self.rank = rank
+            for layer in self._layers.values():
+                layer.scaling["default"] = self.kind.scaling(rank)
+
+    def weight(self, module: str) -> "torch.Tensor":
+        """The frozen weight of a layer with factors, (out, in), with what was merged into it."""
+        from transformers.pytorch_utils import Conv1D
+
+        base = self._layers[module].get_base_layer()
+        weight: torch.Tensor = base.weight
+        return weight.T if isinstance(base, Conv1D) else weight
+
+    @property
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each layer with factors, (out, in)."""
+        return {module: tuple(self.weight(module).shape) for module in self._layers}
+
+    def merge(self, change: adapters.Change) -> None:
+        """Add a change to the frozen weights, for good.
+
+        Args:
+            change: of each layer, as thin factors (out x m) and (m x in), scaling included.
+        """
+        import torch
+
+        self._use_half(False)
+        with torch.no_grad():
+            for module, (left, right) in change.items():
+                factors = (torch.from_numpy(np.asarray(f, np.float32)).to(self.device) for f in (left, right))
+                self.weight(module).addmm_(*factors)
+            for _, full, small in self._frozen:
+                small.copy_(full)
+
     def begin(self, adapter: Mapping[str, NDArray[np.float32]], train: Sequence[str]) -> list["torch.Tensor"]:
-        """Make the model a client's: every tensor as the seed made it, then `adapter`, with `train` trainable.
+        """Make the model a client's: every tensor as first made, then `adapter`, with `train` trainable.
 
         Returns:
             The parameters to train, in the order of `train`.
         """
-        self.write({n: t for n, t in self.initial.items() if n not in adapter})
-        self.write(adapter)
+        self.write({n: t for n, t in self._start.items() if n not in adapter})
+        self.write({name: self._whole(name, tensor) for name, tensor in adapter.items()})
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in train)
             parameter.grad = None
         self._use_half(self.precision == "bf16")
         self.model.train()  # Opacus's hooks only work in this mode; dropout is off all the same
         return [self._parameters[name] for name in train]
+
+    def _whole(self, name: str, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A tensor that came with a lower rank than the client's, with the rest of it as first made."""
+        start = self._start.get(name)
+        if start is None or tensor.shape == start.shape or self.layout[name].role == "head":
+            return tensor
+        whole = start.copy()
+        try:
+            whole[tuple(slice(size) for size in tensor.shape)] = tensor
+        except ValueError:
+            return tensor  # larger, which `write` refuses
+        return whole
 
     def micro_batches(
         self, examples: Examples, rows: NDArray[np.int64], limit: int
@@ -238,15 +317,14 @@ class Task(ABC):
             yield
 
     def evaluate(
-        self, adapter: Mapping[str, NDArray[np.float32]], examples: Examples, start: int, stop: int
+        self, adapter: Mapping[str, NDArray[np.float32]], examples: Examples, rows: NDArray[np.int64]
     ) -> dict[str, float]:
-        """Sums of the metric over the rows from `start` to `stop`, in float32."""
+        """Sums of the metric over some rows, in float32."""
         import torch
 
         self.begin(adapter, ())
         self._use_half(False)
         self.model.eval()
-        rows = np.arange(start, stop)
         order = rows[np.argsort(examples.lengths(rows), kind="stable")]
         sums: dict[str, float] = {}
         with torch.inference_mode():
@@ -257,6 +335,36 @@ class Task(ABC):
                     sums[key] = sums.get(key, 0.0) + value
                 order = order[: -len(chunk)]
         return sums
+
+    def _pack(self, max_length: int) -> Packing | None:
+        """Pack if it changes no logit of a small ragged batch; else batches stay padded, like lengths together."""
+        import torch
+        from transformers import AttentionInterface
+
+        base = self.model.get_base_model()
+        body = getattr(base, base.base_model_prefix)
+        windows = (getattr(body.config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        if any(window and window < max_length for window in windows):
+            logger.warning("this model attends within a window: examples are padded, not packed")
+            return None
+        AttentionInterface.register(NAME, attention)
+        numbers = np.random.default_rng(0).permutation(base.get_input_embeddings().num_embeddings - self.pad - 1)
+        tokens = np.resize(numbers + self.pad + 1, sum(_RAGGED))  # none is padding
+        ragged = Examples(tokens.astype(np.int32), np.cumsum([0, *_RAGGED]), np.zeros(len(_RAGGED), np.int64))
+        batch = self.batch(ragged, np.arange(len(_RAGGED)))
+        self.packing = None
+        with torch.inference_mode():
+            padded = self.logits(batch)
+            for cut, first in itertools.product((self.pools, False), (0, self.pad + 1)):
+                with contextlib.suppress(Exception):  # whatever a model says to what it does not know
+                    self.packing = Packing(body, unpack=self.pools, first_position=first, cut=cut)
+                    if (self.logits(batch) - padded).abs().max() <= _TOLERANCE * padded.abs().max():
+                        return self.packing
+                if self.packing is not None:
+                    self.packing.remove()
+                    self.packing = None
+        logger.warning("this model gives other results without padding: examples are padded, not packed")
+        return None
 
     def _halve(self) -> list[tuple[Any, "torch.Tensor", "torch.Tensor"]]:
         """bfloat16 copies of the frozen linear layers, so that autocast does not cast them at each pass."""
@@ -282,8 +390,10 @@ class Classification(Task):
     task_type = "SEQ_CLS"
     metric = "accuracy"
     higher_is_better = True
+    pools = True
 
-    def _logits(self, batch: Batch) -> "torch.Tensor":
+    def logits(self, batch: Batch) -> "torch.Tensor":
+        """Of each example, (examples, labels)."""
         out = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         logits: torch.Tensor = out.logits.float()
         return logits
@@ -292,13 +402,13 @@ class Classification(Task):
         """Cross-entropy of each example, (examples,)."""
         from torch.nn.functional import cross_entropy
 
-        return cross_entropy(self._logits(batch), batch["targets"], reduction="none")
+        return cross_entropy(self.logits(batch), batch["targets"], reduction="none")
 
     def score(self, batch: Batch) -> dict[str, float]:
         """Sums of the loss, of the correct answers and of the examples."""
         from torch.nn.functional import cross_entropy
 
-        logits = self._logits(batch)
+        logits = self.logits(batch)
         return {
             "loss": float(cross_entropy(logits, batch["targets"], reduction="sum")),
             "correct": float((logits.argmax(-1) == batch["targets"]).sum()),
@@ -316,27 +426,44 @@ class CausalLM(Task):
     task_type = "CAUSAL_LM"
     metric = "perplexity"
     higher_is_better = False
+    pools = False
+
+    def _scored(self, batch: Batch) -> "torch.Tensor":
+        """Whether the token after each one is scored, (examples, longest - 1)."""
+        import torch
+
+        mask = batch["attention_mask"][:, 1:].bool()
+        position = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        return mask & (position >= batch["targets"][:, None])
+
+    def logits(self, batch: Batch) -> "torch.Tensor":
+        """Of the tokens before scored ones, (scored tokens, vocabulary)."""
+        ids, mask, scored = batch["input_ids"], batch["attention_mask"], self._scored(batch)
+        if self.packing is None:
+            return self.model(input_ids=ids, attention_mask=mask).logits[:, :-1][scored].float()  # type: ignore[no-any-return]
+        places = mask.flatten().cumsum(0).view_as(mask) - 1  # of each token in the row
+        kept = places[:, :-1][scored]
+        logits: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=kept).logits[0]
+        self.packing.rows = {len(kept): Segments(scored), **self.packing.rows}
+        return logits.float()
 
     def _token_losses(self, batch: Batch) -> tuple["torch.Tensor", "torch.Tensor"]:
-        """The loss of each predicted token and whether it is scored, both (examples, longest - 1)."""
-        import torch
+        """The loss of each predicted token, 0 if it is not scored, and whether it is; (examples, longest - 1)."""
         from torch.nn.functional import cross_entropy
 
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        logits = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        losses = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        position = torch.arange(1, ids.shape[1], device=ids.device)
-        return losses, mask[:, 1:].bool() & (position >= batch["targets"][:, None])
+        scored = self._scored(batch)
+        losses = cross_entropy(self.logits(batch), batch["input_ids"][:, 1:][scored], reduction="none")
+        return Segments(scored).batch(losses[None]), scored
 
     def losses(self, batch: Batch) -> "torch.Tensor":
         """Mean loss over the scored tokens of each example, (examples,)."""
         losses, scored = self._token_losses(batch)
-        return (losses * scored).sum(-1) / scored.sum(-1).clamp(min=1)
+        return losses.sum(-1) / scored.sum(-1).clamp(min=1)
 
     def score(self, batch: Batch) -> dict[str, float]:
         """Sums over scored tokens."""
         losses, scored = self._token_losses(batch)
-        return {"loss": float((losses * scored).sum()), "tokens": float(scored.sum())}
+        return {"loss": float(losses.sum()), "tokens": float(scored.sum())}
 
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Mean loss of a token, and its exponential."""
@@ -378,6 +505,7 @@ def load(
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)  # an update must not depend on how its batch was cut
+        config.use_cache = False
         if config.pad_token_id is None:
             config.pad_token_id = pad
         auto = AutoModelForCausalLM
@@ -404,7 +532,9 @@ def load(
     fresh = [n for n in report["missing_keys"] if not any(_under(n, head) for head in heads)]
     if fresh:
         raise SettingError("model.base", f"{base} lacks weights that this task needs, such as {sorted(fresh)[0]}")
-    return cls(model, kind, heads=heads, seed=seed, device=device, precision=precision, pad=pad)
+    return cls(
+        model, kind, heads=heads, seed=seed, device=device, precision=precision, pad=pad, max_length=max_length
+    )
 
 
 @contextlib.contextmanager
@@ -441,7 +571,7 @@ def _public(parameter: str) -> str:
 
 
 def _module(name: str) -> str:
-    return name.removeprefix(_PREFIX).split(".lora_")[0].rsplit(".weight", 1)[0].rsplit(".bias", 1)[0]
+    return name.removeprefix(adapters.PREFIX).split(".lora_")[0].rsplit(".weight", 1)[0].rsplit(".bias", 1)[0]
 
 
 def _under(name: str, module: str) -> bool:

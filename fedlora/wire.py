@@ -39,6 +39,8 @@ def pack_instruction(instruction: Instruction, layout: Layout) -> RecordDict:
     config[ROUND], config["frozen"] = instruction.round, instruction.frozen
     config["train"] = _mask(instruction.train, layout)
     config["send"] = _mask(instruction.send, layout)
+    config["keep"] = _mask(instruction.keep, layout)
+    config["draw"], config["trip"] = instruction.draw, instruction.trip
     return RecordDict({ARRAYS: to_arrays(instruction.adapter), CONFIG: config})
 
 
@@ -51,14 +53,17 @@ def unpack_instruction(content: RecordDict, layout: Layout) -> Instruction:
     config: dict[str, Any] = dict(next(iter(content.config_records.values()), {}))
     round = int(config.pop(ROUND, 1))
     train, send = config.pop("train", None), config.pop("send", None)
-    frozen = str(config.pop("frozen", ""))
+    keep = config.pop("keep", None)
     return Instruction(
         round=round,
         adapter=adapter,
         train=tuple(sorted(adapter)) if train is None else _unmask(train, layout),
         send=tuple(sorted(adapter)) if send is None else _unmask(send, layout),
+        keep=() if keep is None else _unmask(keep, layout),
+        frozen=str(config.pop("frozen", "")),
+        draw=int(config.pop("draw", 0)),
+        trip=int(config.pop("trip", 1)),
         config=config,
-        frozen=frozen,
     )
 
 
@@ -97,7 +102,7 @@ def error_reply(to: Message, reason: str) -> Message:
 
 def instruction_bytes(instruction: Instruction, layout: Layout) -> int:
     """Bytes of an instruction as Flower serialises it."""
-    empty = replace(instruction, adapter={})
+    empty = replace(instruction, adapter={}, ranked={})
     return _size(pack_instruction(empty, layout)) + _arrays_bytes(_shapes(instruction.adapter))
 
 
@@ -109,7 +114,12 @@ def update_bytes(update: Update, event: Event | None = None) -> int:
 
 def tensor_bytes(names: Iterable[str], layout: Layout) -> int:
     """Bytes that the named tensors add to a message."""
-    return _arrays_bytes(tuple((name, layout[name].shape) for name in names))
+    return arrays_bytes({name: layout[name].shape for name in names})
+
+
+def arrays_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes that float32 tensors of these shapes add to a message."""
+    return _arrays_bytes(tuple(shapes.items()))
 
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]

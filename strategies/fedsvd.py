@@ -17,19 +17,20 @@ from typing import ClassVar
 import numpy as np
 
 from fedlora.adapter import Adapter, Layout, Tensor, Update, pairs, weighted_mean
-from fedlora.strategy import Strategy
+from fedlora.strategy import Facts, Strategy
 
 
 @dataclass(kw_only=True)
 class FedSVD(Strategy):
-    """B and the head train and are sent; the server re-factors, and A travels down: exact, of means alone."""
+    """B and the head train and are sent; the server re-factors, and A travels down."""
 
-    linear: ClassVar[bool] = False
+    facts: ClassVar[Facts] = Facts(sends="B", exact=True)
+    kinds: ClassVar[tuple[str, ...]] = ("lora",)
 
     @property
     def partial_sums(self) -> bool:
         """All that it needs of the updates is their mean."""
-        return True
+        return not self.measure_error
 
     def trains(self, round: int, layout: Layout) -> Collection[str]:
         """All but A."""

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedlora.adapter import Adapter, Layout, Update, weighted_mean
-from fedlora.strategy import Strategy
+from fedlora.strategy import Facts, Strategy
 
 
 @dataclass(kw_only=True)
 class FFALoRA(Strategy):
-    """B and the head federate, A stays as the seed made it: exact, linear."""
+    """B and the head federate, A stays as the seed made it."""
 
     linear: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(sends="B", exact=True)
 
     def federates(self, layout: Layout) -> Collection[str]:
         """All but A."""

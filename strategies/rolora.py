@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedlora.adapter import Adapter, Layout, Update, weighted_mean
-from fedlora.strategy import Strategy
+from fedlora.strategy import Facts, Strategy
 
 
 @dataclass(kw_only=True)
 class RoLoRA(Strategy):
-    """A, B and the head federate; clients train and send B in odd rounds, A in even ones: exact, linear."""
+    """A, B and the head federate; clients train and send B in odd rounds, A in even ones."""
 
     linear: ClassVar[bool] = True
+    facts: ClassVar[Facts] = Facts(sends="B, then A", exact=True)
 
     def trains(self, round: int, layout: Layout) -> Collection[str]:
         """All but the factor that stands still."""

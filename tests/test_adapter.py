@@ -121,4 +121,4 @@ def test_the_first_adapter_follows_from_the_seed_alone():
     assert (np.abs(one["q.lora_A.weight"]) <= 5**-0.5).all()
     assert not one["q.lora_B.weight"].any() and not one["head.bias"].any()
     assert one["head.weight"].any()
-    assert kind.scaling == 2.0
+    assert kind.scaling() == 2.0

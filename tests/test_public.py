@@ -15,10 +15,10 @@ aggregation_error load simulate weighted_mean""".split()
 
 # From the bottom up; a module imports from its own layer or from those before it.
 LAYERS = [
-    {"errors", "seeding"},
+    {"errors", "seeding", "factors"},
     {"plugins"},
     {"scenario"},
-    {"adapter", "data", "privacy", "task"},
+    {"adapter", "data", "packing", "privacy", "task"},
     {"wire"},
     {"client", "strategy"},
     {"checkpoint", "ledger", "report"},

@@ -73,7 +73,10 @@ def test_defaults_are_filled_in():
         ("name: a b", "f.yaml:1: name: "),
         ("clients: {total: 4, lr: .nan}", "f.yaml:3: clients.lr: should be "),
         ("clients: {total: 4, per_round: 5}", "clients.per_round: should be at most the 4 clients in total, not"),
-        ("model: {adapter: {kind: dora}}", "f.yaml:6: model.adapter.kind: should be 'lora', not 'dora'"),
+        (
+            "model: {adapter: {kind: dora}}",
+            "f.yaml:6: model.adapter.kind: should be 'auto', 'lora' or 'lora_xs', not 'dora'",
+        ),
         ("model: ~", "f.yaml:6: model: should be a mapping of keys to values, not None"),
         (DATA % "{kind: dirichlet, alpha: 0}", "f.yaml:2: data.partition.alpha: should be greater than 0, not 0"),
         (DATA % "{kind: dirichlet}", "f.yaml:2: data.partition.alpha is missing"),

@@ -78,8 +78,8 @@ def test_write_refuses_unknown_names_and_shapes(tiny_task):
 
 
 def test_evaluation_equals_a_plain_forward_pass(tiny_task, ragged):
-    whole = tiny_task.figures(tiny_task.evaluate({}, ragged, 0, 6))
-    parts = [tiny_task.evaluate({}, ragged, a, a + 2) for a in (0, 2, 4)]
+    whole = tiny_task.figures(tiny_task.evaluate({}, ragged, np.arange(6)))
+    parts = [tiny_task.evaluate({}, ragged, np.arange(a, a + 2)) for a in (0, 2, 4)]
     summed = tiny_task.figures({k: sum(p[k] for p in parts) for k in parts[0]})
     with torch.no_grad():
         losses = tiny_task.losses(tiny_task.batch(ragged, np.arange(6)))
@@ -96,7 +96,7 @@ def test_bf16_trains_in_half_and_evaluates_in_full(tiny_base, ragged, tiny_task)
         losses = half.losses(half.batch(ragged, np.arange(6)))
     losses.sum().backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in parameters)
-    assert half.evaluate({}, ragged, 0, 6) == tiny_task.evaluate({}, ragged, 0, 6)
+    assert half.evaluate({}, ragged, np.arange(6)) == tiny_task.evaluate({}, ragged, np.arange(6))
     assert linear.weight.dtype == torch.float32
 
 
@@ -156,7 +156,7 @@ def test_causal_loss_counts_the_completion_alone(tiny_lm):
         log = lm.model(input_ids=ids).logits.log_softmax(-1)[0]
     expected = -np.mean([float(log[i - 1, ids[0, i]]) for i in (4, 5, 6)])
     assert float(losses[0]) == pytest.approx(expected, rel=1e-5)
-    sums = lm.evaluate({}, data, 0, 2)
+    sums = lm.evaluate({}, data, np.arange(2))
     assert sums["tokens"] == 3 + 8
     assert lm.figures(sums)["perplexity"] == pytest.approx(np.exp(sums["loss"] / 11))
 

@@ -5,7 +5,7 @@ The round loop calls `train`. Flower's own `Strategy.start` works on an engine t
 
 import uuid
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from flwr.app import DEFAULT_TTL, Message, RecordDict
@@ -14,7 +14,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora import wire
-from fedlora.adapter import Adapter, Instruction
+from fedlora.adapter import Adapter, Change, Instruction
 from fedlora.engine.worker import Description, Replies, Setup
 
 EVALUATION_CHUNK = 256  # test examples: fixed, so that sums do not depend on the number of workers
@@ -24,6 +24,15 @@ def chunks(cohort: Sequence[int]) -> list[Sequence[int]]:
     """A cohort in pieces that depend on its size alone, so that partial sums do not depend on the workers."""
     size = max(1, len(cohort) // 64)
     return [cohort[i : i + size] for i in range(0, len(cohort), size)]
+
+
+def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sums over parts, by key, in their order."""
+    sums: dict[str, float] = {}
+    for part in parts:
+        for key, value in part.items():
+            sums[key] = sums.get(key, 0.0) + value
+    return sums
 
 
 class Engine(Grid):
@@ -61,8 +70,16 @@ class Engine(Grid):
         """Loss and metric on the test set."""
 
     @abstractmethod
-    def export(self, adapter: Adapter, folder: Path) -> None:
-        """Write the adapter where `peft.PeftModel.from_pretrained` finds it."""
+    def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
+        """Means over clients of loss and metric, each of its own model on the examples that it holds out."""
+
+    @abstractmethod
+    def merge(self, change: Change) -> None:
+        """Fold a change into the base of every worker, of those too that start later."""
+
+    @abstractmethod
+    def export(self, adapter: Adapter, folder: Path, merged: Change | None = None) -> None:
+        """Write the adapter where `peft.PeftModel.from_pretrained` finds it, with all that was merged."""
 
     @abstractmethod
     def close(self) -> None:

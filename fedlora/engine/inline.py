@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlora.adapter import Adapter, Instruction
-from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks
+from fedlora.adapter import Adapter, Change, Instruction
+from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks, summed
 from fedlora.engine.worker import Description, Replies, Setup, Worker
 
 
@@ -24,16 +24,24 @@ class InlineEngine(Engine):
 
     def evaluate(self, adapter: Adapter) -> dict[str, float]:
         """Loss and metric on the test set."""
-        sums: dict[str, float] = {}
-        for start in range(0, self.description.test_examples, EVALUATION_CHUNK):
-            stop = min(start + EVALUATION_CHUNK, self.description.test_examples)
-            for key, value in self.worker.evaluate(adapter, start, stop).items():
-                sums[key] = sums.get(key, 0.0) + value
-        return self.worker.figures(sums)
+        count = self.description.test_examples
+        starts = range(0, count, EVALUATION_CHUNK)
+        return self.worker.figures(
+            summed(self.worker.evaluate(adapter, a, min(a + EVALUATION_CHUNK, count)) for a in starts)
+        )
 
-    def export(self, adapter: Adapter, folder: Path) -> None:
+    def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
+        """Loss and metric of clients' own models."""
+        sums = summed(self.worker.judge(instruction, chunk) for chunk in chunks(cohort))
+        return {key: value / len(cohort) for key, value in sums.items()}
+
+    def merge(self, change: Change) -> None:
+        """Fold a change into the base."""
+        self.worker.merge(change)
+
+    def export(self, adapter: Adapter, folder: Path, merged: Change | None = None) -> None:
         """Write the adapter."""
-        self.worker.export(adapter, folder)
+        self.worker.export(adapter, folder, merged)
 
     def close(self) -> None:
         """Nothing to let go."""

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.adapter import Adapter, Instruction
-from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks
+from fedlora.adapter import Adapter, Change, Instruction
+from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks, summed
 from fedlora.engine.worker import Description, Replies, Report, Setter, Setup, Worker
 from fedlora.errors import FedloraError, UserError
 from fedlora.scenario import Scenario
@@ -36,9 +36,13 @@ class Resident:
             importlib.import_module(module)
         self.worker: Worker | None = None
 
-    def call(self, setup: Setup, method: str, *arguments: Any) -> Any:
-        """The result of a worker's method."""
+    def call(self, setup: Setup, merges: Sequence[Any], method: str, *arguments: Any) -> Any:
+        """The result of a worker's method, on the base with all merges so far in it."""
+        import ray
+
         self.worker = self.worker or Worker(setup)
+        for reference in merges[self.worker.merged :]:
+            self.worker.merge(ray.get(reference))
         return getattr(self.worker, method)(*arguments)
 
 
@@ -58,6 +62,7 @@ class RayEngine(Engine):
         self.num_workers, self.threads = workers, threads
         self.gpus_per_worker, self.address = gpus_per_worker, address
         self.workers: list[Any] = []
+        self.merges: list[Any] = []
         self.replaced = 0
         self._mine = False
         self._connect()
@@ -155,20 +160,33 @@ class RayEngine(Engine):
             [self._call("evaluate", told, a, min(a + EVALUATION_CHUNK, count)) for a in starts],
             lost,
         )
-        sums: dict[str, float] = {}
-        for part in parts:
-            for key, value in part.items():
-                sums[key] = sums.get(key, 0.0) + value
-        figures: dict[str, float] = self._get(self._call("figures", sums)(self.workers[0]))
+        figures: dict[str, float] = self._get(self._call("figures", summed(parts))(self.workers[0]))
         return figures
 
-    def export(self, adapter: Adapter, folder: Path) -> None:
+    def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
+        """Loss and metric of clients' own models."""
+        import ray
+
+        def lost(_: int, why: str) -> dict[str, float]:
+            raise FedloraError(f"clients' own models could not be evaluated: {why}")
+
+        told = ray.put(instruction)
+        sums = summed(self._spread([self._call("judge", told, piece) for piece in chunks(cohort)], lost))
+        return {key: value / len(cohort) for key, value in sums.items()}
+
+    def merge(self, change: Change) -> None:
+        """Workers fold it in before they do anything else."""
+        import ray
+
+        self.merges.append(ray.put(change))
+
+    def export(self, adapter: Adapter, folder: Path, merged: Change | None = None) -> None:
         """Write the adapter."""
 
         def lost(_: int, why: str) -> None:
             raise FedloraError(f"the adapter could not be exported: {why}")
 
-        self._spread([self._call("export", adapter, folder)], lost)
+        self._spread([self._call("export", adapter, folder, merged)], lost)
 
     def close(self) -> None:
         """End the actors, and Ray if it was started here."""
@@ -243,7 +261,7 @@ class RayEngine(Engine):
 
     def _call(self, method: str, *arguments: Any) -> Callable[[Any], Any]:
         """A call of a worker's method, to be made on whichever worker is free."""
-        return lambda worker: worker.call.remote(self._setup, method, *arguments)
+        return lambda worker: worker.call.remote(self._setup, self.merges, method, *arguments)
 
     @staticmethod
     def _get(reference: Any) -> Any:

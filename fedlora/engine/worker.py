@@ -1,9 +1,10 @@
 """The worker: the resident process that holds the base model and serves clients one after another."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 
 from fedlora import adapter as adapters
 from fedlora import client as clients
-from fedlora import wire
-from fedlora.adapter import Adapter, Instruction, Layout, Update, fingerprint, weighted_mean
-from fedlora.data import Dataset
+from fedlora import factors, wire
+from fedlora import strategy as strategies
+from fedlora.adapter import PREFIX, Adapter, Change, Instruction, Kind, Layout, Update, fingerprint, weighted_mean
+from fedlora.checkpoint import Personal
+from fedlora.data import Dataset, Partition
 from fedlora.errors import ContractError
 from fedlora.privacy import Event
 from fedlora.scenario import Scenario
@@ -31,6 +34,7 @@ class Setup:
         precision: `fp32` or `bf16`.
         device: a torch device.
         noise: the calibrated noise multiplier for each number of examples; None without privacy.
+        personal: folder of what stays with each client; None where nothing does.
     """
 
     scenario: Mapping[str, Any]
@@ -40,6 +44,7 @@ class Setup:
     precision: str = "fp32"
     device: str = "cpu"
     noise: Mapping[int, float] | None = None
+    personal: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,8 @@ class Description:
     metric: str
     higher_is_better: bool
     test_examples: int
+    kind: Kind
+    weights: Mapping[str, tuple[int, ...]]  # the shape of each layer with factors, (out, in)
     fingerprint: str  # of the first adapter, bit for bit: workers that differ must not serve one run
 
 
@@ -79,6 +86,18 @@ class Report:
     error: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    def then(self, later: "Report | None") -> "Report":
+        """This report with the bytes, the seconds and the error of a later trip added."""
+        if later is None:
+            return self
+        return replace(
+            self,
+            bytes_up=self.bytes_up + later.bytes_up,
+            bytes_down=self.bytes_down + later.bytes_down,
+            seconds=self.seconds + later.seconds,
+            error=later.error,
+        )
+
 
 @dataclass(frozen=True)
 class Replies:
@@ -86,6 +105,11 @@ class Replies:
 
     updates: list[Update]
     reports: list[Report]
+
+    def then(self, later: "Replies") -> "Replies":
+        """A round's replies after a further trip: its updates, and reports of both trips."""
+        again = {report.client: report for report in later.reports}
+        return Replies(later.updates, [report.then(again.get(report.client)) for report in self.reports])
 
 
 class Setter:
@@ -127,10 +151,11 @@ class Worker:
         self.dataset = Dataset.open(setup.dataset, setup.partitions)
         model, told = self.scenario.model, self.scenario.clients
         self.client = clients.load(told.use, told.options)
+        self.strategy = strategies.load(self.scenario.strategy.use, self.scenario.strategy.options)
         self.task = task.load(
             self.scenario.task,
             model.base,
-            adapters.Lora(model.adapter.r, model.adapter.alpha, model.adapter.targets),
+            kind(self.scenario, self.strategy),
             labels=self.dataset.labels,
             seed=self.scenario.seed,
             head=model.head,
@@ -140,8 +165,12 @@ class Worker:
             max_length=self.scenario.data.max_length,
             precision="bf16" if setup.precision == "bf16" else "fp32",
         )
+        self.strategy.bind(self.task.layout, self.task.kind, self.task.initial, self.client.private)
         self.settings = Setter(self.scenario, setup.noise)
+        self.personal = Personal(setup.personal) if setup.personal else None
+        self.merged = 0
         self._fingerprints: dict[frozenset[str], str] = {}
+        self._shapes: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
 
     def describe(self) -> Description:
         """What was built."""
@@ -151,6 +180,8 @@ class Worker:
             metric=self.task.metric,
             higher_is_better=self.task.higher_is_better,
             test_examples=len(self.dataset.test),
+            kind=self.task.kind,
+            weights=self.task.weights,
             fingerprint=fingerprint(self.task.initial),
         )
 
@@ -160,10 +191,13 @@ class Worker:
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
         """Run clients one after another; one that raises is a report with an error, never silence."""
-        down = wire.instruction_bytes(instruction, self.task.layout)
+        told, model, seed = self.scenario.clients, self.scenario.model, self.scenario.seed
+        ranks = [told.rank(client, seed, model.adapter.r) for client in cohort]
+        asked = {rank: instruction.at(rank) for rank in set(ranks)}
+        down = {rank: wire.instruction_bytes(asked[rank], self.task.layout) for rank in asked}
         updates, reports = [], []
-        for client in cohort:
-            update, report = self._fit(instruction, client, down)
+        for client, rank in zip(cohort, ranks, strict=True):
+            update, report = self._fit(asked[rank], client, rank, down[rank])
             reports.append(report)
             if update is not None:
                 updates.append(update)
@@ -171,17 +205,17 @@ class Worker:
             updates = [merge(updates)]
         return Replies(updates, reports)
 
-    def _fit(self, instruction: Instruction, client: int, down: int) -> tuple[Update | None, Report]:
+    def _fit(self, instruction: Instruction, client: int, rank: int, down: int) -> tuple[Update | None, Report]:
         began = time.perf_counter()
         partition = self.dataset.partition(client)
-        event = None
+        event, steps = None, 0
         try:
-            self._agree(instruction)
-            settings = self.settings(instruction, len(partition))
-            event = self.client.spends(len(partition), settings)
-            rng = clients.Rng(self.scenario.seed, instruction.round, client)
-            update = self.client.fit(self.task, instruction.adapter, partition, settings, rng)
-            check(update, instruction, self.task.layout)
+            if instruction.trip == 1:
+                self._agree(instruction)
+                settings = self.settings(instruction, len(partition))
+                event, steps = self.client.spends(len(partition), settings), settings.local_steps
+            update = self._answer(instruction, partition, rank)
+            check(update, self._expected(instruction, rank))
         except Exception as error:  # a client is anybody's code
             return None, Report(
                 client=client,
@@ -196,13 +230,57 @@ class Worker:
         return update, Report(
             client=client,
             num_examples=len(partition),
-            steps=settings.local_steps,
+            steps=steps,
             bytes_up=wire.update_bytes(update, event),
             bytes_down=down,
             seconds=time.perf_counter() - began,
             event=event,
             metrics=update.metrics,
         )
+
+    def _answer(self, instruction: Instruction, partition: Partition, rank: int) -> Update:
+        """What a client sends in a trip: it trains in the first, and answers from what it kept in the others."""
+        client, round, strategy = partition.client, instruction.round, self.strategy
+        if instruction.trip > 1:
+            assert self.personal is not None
+            trained, weight = self.personal.load_trip(client, round)
+            return Update(
+                adapter=strategy.reply(instruction, trained),
+                weight=weight,
+                clients=(client,),
+                scaling=self.task.kind.scaling(rank),
+            )
+        received = instruction.adapter
+        if instruction.keep and self.personal is not None:
+            received = {**received, **self.personal.load(client, before=round)}
+        plain = type(strategy).reply is strategies.Strategy.reply
+        settings = self.settings(instruction, len(partition))
+        wanted = tuple(sorted({*settings.send, *instruction.keep} if plain else self.task.layout))
+        self.task.become(rank, instruction.draw)
+        update = self.client.fit(
+            self.task,
+            received,
+            partition,
+            replace(settings, send=wanted),
+            clients.Rng(self.scenario.seed, round, client),
+        )
+        if odd := set(update.adapter) ^ set(wanted):
+            raise ContractError(f"the update should hold exactly the tensors asked for, and differs in {min(odd)}")
+        if instruction.keep and self.personal is not None:
+            self.personal.save(client, round, {name: update.adapter[name] for name in instruction.keep})
+        if strategy.trips > 1 and self.personal is not None:
+            self.personal.save_trip(client, round, update.adapter, update.weight)
+        return replace(
+            update, adapter=strategy.reply(instruction, update.adapter), scaling=self.task.kind.scaling(rank)
+        )
+
+    def _expected(self, instruction: Instruction, rank: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of what a client of a rank should send, found once by a dry run of the reply."""
+        key = (instruction.send, instruction.trip, rank)
+        if key not in self._shapes:
+            held = {n: np.zeros(self.task.kind.shape(s, rank), np.float32) for n, s in self.task.layout.items()}
+            self._shapes[key] = {n: t.shape for n, t in self.strategy.reply(instruction, held).items()}
+        return self._shapes[key]
 
     def _agree(self, instruction: Instruction) -> None:
         """Make sure that the tensors that did not travel are what the server has.
@@ -219,32 +297,96 @@ class Worker:
 
     def evaluate(self, adapter: Adapter, start: int, stop: int) -> dict[str, float]:
         """Sums of the metric over test examples `start` to `stop`."""
-        return self.task.evaluate(adapter, self.dataset.test, start, stop)
+        self.task.become()
+        return self.task.evaluate(adapter, self.dataset.test, np.arange(start, stop))
+
+    def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
+        """Means over clients of the figures of each one's own model on the examples that it holds out.
+
+        Args:
+            instruction: with the tensors that the server holds after a round, for every rank.
+            cohort: client ids.
+        """
+        told = self.scenario.clients
+        sums: dict[str, float] = {}
+        for client in cohort:
+            rank = told.rank(client, self.scenario.seed, self.scenario.model.adapter.r)
+            adapter = instruction.at(rank).adapter
+            if instruction.keep and self.personal is not None:
+                adapter = {**adapter, **self.personal.load(client, before=instruction.round + 1)}
+            self.task.become(rank, instruction.draw)
+            held = self.dataset.held_out(client)
+            for key, value in self.task.figures(self.task.evaluate(adapter, held.examples, held.rows)).items():
+                sums[key] = sums.get(key, 0.0) + value
+        return sums
+
+    def merge(self, change: Change) -> None:
+        """Fold the next of the run's merges into the base."""
+        self.task.merge(change)
+        self.merged += 1
 
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Loss and metric from sums."""
         return self.task.figures(sums)
 
-    def export(self, adapter: Adapter, folder: Path) -> None:
-        """Write the adapter as peft does."""
-        self.task.begin(adapter, ())
-        self.task.model.save_pretrained(str(folder), save_embedding_layers=False)
+    def export(self, adapter: Adapter, folder: Path, merged: Change | None) -> None:
+        """Write an ordinary LoRA adapter of the untouched base, as peft reads it.
+
+        Args:
+            adapter: every tensor of the layout.
+            folder: to make.
+            merged: all that was folded into the base; it becomes part of the adapter, whose rank grows.
+        """
+        from safetensors.numpy import save_file
+
+        layout, kind, config = self.task.layout, self.task.kind, self.task.model.peft_config["default"]
+        tensors = {n: t for n, t in adapter.items() if layout[n].role in ("A", "B", "head")}
+        if merged or not kind.ordinary:
+            plain: dict[str, factors.Factors] = {}
+            for module, (b, a) in kind.change(layout, adapter).items():
+                parts = [
+                    (kind.scaling(), b, a),
+                    *([(1.0, *merged[module])] if merged and module in merged else []),
+                ]
+                plain[module] = factors.shorten(*factors.stack(parts))
+            rank = max(1, *(right.shape[0] for _, right in plain.values()))
+            config = dataclasses.replace(config, r=rank, lora_alpha=rank)
+            tensors = {n: t for n, t in tensors.items() if layout[n].role == "head"}
+            for module, (left, right) in plain.items():
+                pad = rank - right.shape[0]
+                tensors[f"{PREFIX}{module}.lora_A.weight"] = np.pad(right, ((0, pad), (0, 0))).astype(np.float32)
+                tensors[f"{PREFIX}{module}.lora_B.weight"] = np.pad(left, ((0, 0), (0, pad))).astype(np.float32)
+        folder.mkdir(parents=True)
+        config.save_pretrained(str(folder))
+        whole = {n: np.ascontiguousarray(t) for n, t in tensors.items()}
+        save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def check(update: Update, instruction: Instruction, layout: Layout) -> None:
+def kind(scenario: Scenario, strategy: strategies.Strategy) -> Kind:
+    """The kind of adapter that a scenario and its strategy ask for."""
+    told = scenario.model.adapter
+    name = strategy.kinds[0] if told.kind == "auto" else told.kind
+    return adapters.KINDS[name](told.r, told.alpha, told.targets)
+
+
+def check(update: Update, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse an update that does not hold what was asked for.
+
+    Args:
+        update: of one client.
+        expected: the shape of each tensor that was asked for.
 
     Raises:
         ContractError: wrong names, shapes, a weight that is no positive number, or values that are not finite.
     """
-    if set(update.adapter) != set(instruction.send):
-        odd = sorted(set(update.adapter) ^ set(instruction.send))[0]
+    if set(update.adapter) != set(expected):
+        odd = sorted(set(update.adapter) ^ set(expected))[0]
         raise ContractError(f"the update should hold exactly the tensors asked for, and differs in {odd}")
     if not (update.weight > 0 and np.isfinite(update.weight)):
         raise ContractError(f"an update's weight is a positive number, not {update.weight}")
     for name, tensor in update.adapter.items():
-        if tensor.shape != layout[name].shape:
-            raise ContractError(f"{name} has shape {tensor.shape}, not {layout[name].shape}")
+        if tensor.shape != expected[name]:
+            raise ContractError(f"{name} has shape {tensor.shape}, not {expected[name]}")
         if not np.isfinite(tensor).all():
             raise ContractError(f"{name} holds values that are not finite; a lower learning rate may help")
 
@@ -257,5 +399,6 @@ def merge(updates: Sequence[Update]) -> Update:
         adapter=weighted_mean(updates),
         weight=weight,
         clients=tuple(c for u in updates for c in u.clients),
+        scaling=updates[0].scaling,
         metrics={k: sum(u.weight * u.metrics[k] for u in updates) / weight for k in sorted(shared)},
     )
