@@ -73,11 +73,18 @@ class Canaries:
         products: NDArray[np.float64] = dct((signs * vector).astype(np.float64), norm="ortho")[columns]
         return products
 
-    def _basis(self, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def fits(self, size: int) -> None:
+        """Refuse more canaries than there are directions.
+
+        Raises:
+            UserError: there are.
+        """
         if self.count > size:
             raise UserError(
                 f"--canaries: {self.count} directions do not fit {size} trained numbers; ask for fewer"
             )
+
+    def _basis(self, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         rng = generator(self.seed, "audit", "basis", size)
         signs = (2 * rng.integers(0, 2, size) - 1).astype(np.float32)
         return rng.permutation(size)[: self.count], signs

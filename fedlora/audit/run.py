@@ -6,25 +6,21 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora import engine as engines
-from fedlora import privacy, simulation
 from fedlora import scenario as scenarios
-from fedlora.adapter import Adapter, Instruction
+from fedlora.adapter import Adapter, Change, Instruction
 from fedlora.audit.bound import lower_bound
 from fedlora.audit.canaries import Canaried, Canaries
-from fedlora.engine import Engine, Replies
-from fedlora.engine.worker import Description, Setter, Setup
+from fedlora.engine import Description, Engine, Replies, Setup
 from fedlora.errors import ScenarioError, SettingError, UserError
-from fedlora.ledger import Ledger
-from fedlora.rounds import Loop, Progress
 from fedlora.scenario import Scenario
+from fedlora.simulation import Display, simulate
 
 # Shares of the canaries that are guessed to be in the data, and whether as many are guessed to be out of it.
 # The bound is the best of them, each at a confidence that makes all of them hold together.
@@ -97,9 +93,11 @@ def audit(
     out: str | Path | None = None,
     canaries: int = 4000,
     confidence: float = 0.95,
-    display: simulation.Display | None = None,
+    display: Display | None = None,
 ) -> Audit:
     """Run a scenario once with canaries, and bound its epsilon from below.
+
+    The folder is that of a run, with `audit.json` and `audit.png` beside the rest.
 
     Args:
         scenario: a loaded one, a file, or the name of one that ships with fedlora.
@@ -110,42 +108,45 @@ def audit(
         display: shown how the run goes.
 
     Raises:
-        UserError: the input is wrong; nothing was written.
+        UserError: the input is wrong, or the strategy hides what its clients trained; nothing was written.
     """
     began = time.perf_counter()
     if not isinstance(scenario, Scenario):
         scenario = scenarios.load(scenario, overrides)
-    shown = display or simulation.Silent()
     folder = Path(out) if out else Path("audits") / f"{scenario.name}-{scenario.hash}"
-    asked = scenario.privacy
-    if asked is None:
+    if scenario.privacy is None:
         raise ScenarioError(f"{scenario.name}: has no privacy section, and so no claim to audit")
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another with --out")
     hidden = Canaries(scenario.seed, canaries, scenario.clients.total)
-    try:
-        with _new(folder) as new:
-            scores, record = _attack(_planted(scenario, hidden), hidden, new, shown)
-            server, model = (_guess(s, hidden.included, asked.delta, confidence) for s in scores)
-            claimed = max(
-                (privacy.epsilon(e, asked.delta, asked.accountant) for e in record.events.values()), default=0.0
-            )
-            made = Audit(
-                scenario=scenario.name,
-                claimed=claimed,
-                claim=privacy.statement(claimed, asked.delta, asked.unit, asked.accountant),
-                delta=asked.delta,
-                server=server,
-                model=model,
-                canaries=canaries,
-                confidence=confidence,
-                seconds=round(time.perf_counter() - began, 1),
-            )
-            (new / "scenario.yaml").write_text(scenario.to_yaml())
-            (new / "audit.json").write_text(json.dumps({**asdict(made), "refuted": made.refuted}, indent=2) + "\n")
-            _plot(new / "audit.png", made, scores, hidden.included)
-    except SettingError as error:
-        raise scenario.located(error) from error
+    seen: list[Server] = []
+
+    def watch(engine: Engine) -> Engine:
+        seen.append(Server(engine, hidden, scenario))
+        return seen[0]
+
+    with _new(folder) as new:
+        try:
+            run = simulate(_planted(scenario, hidden), out=new, display=display, watch=watch)
+        except SettingError as error:
+            raise scenario.located(error) from error
+        delta = scenario.privacy.delta
+        scores = (seen[0].scores, seen[0].moved())
+        server, model = (_guess(s, hidden.included, delta, confidence) for s in scores)
+        made = Audit(
+            scenario=scenario.name,
+            claimed=run.summary["epsilon"],
+            claim=run.summary["privacy"],
+            delta=delta,
+            server=server,
+            model=model,
+            canaries=canaries,
+            confidence=confidence,
+            seconds=round(time.perf_counter() - began, 1),
+        )
+        (new / "scenario.yaml").write_text(scenario.to_yaml())
+        (new / "audit.json").write_text(json.dumps({**asdict(made), "refuted": made.refuted}, indent=2) + "\n")
+        _plot(new / "audit.png", made, scores, hidden.included)
     return made
 
 
@@ -164,43 +165,6 @@ def _planted(scenario: Scenario, hidden: Canaries) -> Scenario:
     return Scenario.model_validate({**scenario.model_dump(), "clients": {**known, **options, "use": use}})
 
 
-def _attack(
-    scenario: Scenario, hidden: Canaries, folder: Path, shown: simulation.Display
-) -> tuple[tuple[NDArray[np.float64], NDArray[np.float64]], Ledger]:
-    """Run it; scores of the canaries by what the server sees and by the final model, higher where one seems in."""
-    shown.stage("reading and tokenising the data")
-    ready = simulation.prepare(scenario)
-    with contextlib.closing(engines.make(scenario)) as engine:
-        shown.stage("calibrating the noise")
-        noise = simulation.calibrate(scenario, ready.data)
-        shown.stage("loading the model")
-        found = engine.start(replace(ready.setup, noise=noise))
-        ready.strategy.layout = found.layout
-        sent = ready.strategy.instruct(1, found.initial).send
-        hidden.along(
-            np.zeros(sum(found.initial[n].size for n in sent), np.float32)
-        )  # are there directions for all?
-        server = Server(
-            engine, hidden, scenario, [ready.data.num_examples(c) for c in range(scenario.clients.total)]
-        )
-        record = Ledger(folder)
-        loop = Loop(
-            scenario=scenario,
-            strategy=ready.strategy,
-            client=ready.client,
-            engine=server,
-            data=ready.data,
-            ledger=record,
-            settings=Setter(scenario, noise),
-            folder=folder,
-            on_round=shown.round,
-        )
-        shown.begin(scenario, found.metric, 0)
-        done = loop.run(Progress(round=0, adapter=dict(found.initial)))
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    return (server.scores, server.last_scores(found.initial, done.adapter)), record
-
-
 class Server(Engine):
     """An engine that looks at every update that passes through it, as a curious server would.
 
@@ -208,53 +172,74 @@ class Server(Engine):
         scores: for each canary the log-likelihood ratio of what was seen, between in the data and out of it.
     """
 
-    def __init__(self, inner: Engine, hidden: Canaries, scenario: Scenario, sizes: Sequence[int]) -> None:
+    def __init__(self, inner: Engine, hidden: Canaries, scenario: Scenario) -> None:
         super().__init__(inner.num_clients)
-        self.inner, self.hidden, self.told, self.sizes = inner, hidden, scenario.clients, sizes
-        self.clip_norm = scenario.privacy.clip_norm if scenario.privacy else 1.0
-        self.description = inner.description
+        self.inner, self.hidden, self.scenario = inner, hidden, scenario
         self.scores = np.zeros(hidden.count)
         self._sent: tuple[str, ...] = ()
+        self._last: Adapter = {}
 
     def start(self, setup: Setup) -> Description:
         """The inner engine's."""
-        return self.inner.start(setup)
+        self.description = self.inner.start(setup)
+        return self.description
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
-        """The inner engine's replies, never summed, each looked at."""
+        """The inner engine's replies, never summed, each looked at.
+
+        Raises:
+            UserError: there are more canaries than directions, or clients send other tensors than they train.
+        """
+        told, seed, r = self.scenario.clients, self.scenario.seed, self.scenario.model.adapter.r
+        self.hidden.fits(sum(instruction.adapter[n].size for n in instruction.send if n in instruction.adapter))
         replies = self.inner.train(instruction, cohort, partial_sums=False)
         self._sent = instruction.send
+        sizes = {report.client: report.num_examples for report in replies.reports}
         for update in replies.updates:
             (client,) = update.clients
-            steps = self._steps(instruction.adapter, update.adapter, instruction.send)
+            before = instruction.at(told.rank(client, seed, r)).adapter
+            if set(update.adapter) != set(instruction.send) or not set(update.adapter) <= set(before):
+                raise SettingError(
+                    "strategy.use",
+                    f"clients of {self.scenario.strategy.use} send no plain update; audits read only that",
+                )
             mine = self.hidden.of(client)
-            seen = self.hidden.along(steps)[mine]  # how often each was drawn, and noise
-            rate = self.told.batch_size / self.sizes[client]
-            self.scores[mine] += likelihood_ratio(seen, self.told.local_steps, rate)
+            drawn = self.hidden.along(self._steps(before, update.adapter))[mine]  # how often each was, and noise
+            rate = told.batch_size / sizes[client]
+            self.scores[mine] += likelihood_ratio(drawn, told.local_steps, rate)
         return replies
 
-    def last_scores(self, first: Adapter, last: Adapter) -> NDArray[np.float64]:
-        """How far the final model moved along each canary."""
-        return self.hidden.along(self._steps(first, last, self._sent))
+    def moved(self) -> NDArray[np.float64]:
+        """How far the final model moved from the first along each canary, (count,)."""
+        return self.hidden.along(self._steps(self.description.initial, self._last))
 
     def evaluate(self, adapter: Adapter) -> dict[str, Any]:
         """Nothing: an audit asks what leaked, not what was learnt."""
         return {"loss": None, self.description.metric: None}
 
-    def export(self, adapter: Adapter, folder: Path) -> None:
+    def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
+        """Nothing either."""
+        return {}
+
+    def merge(self, change: Change) -> None:
         """The inner engine's."""
-        self.inner.export(adapter, folder)
+        self.inner.merge(change)
+
+    def export(self, adapter: Adapter, folder: Path, merged: Change | None = None) -> None:
+        """The inner engine's; this is the final model."""
+        self._last = adapter
+        self.inner.export(adapter, folder, merged)
 
     def close(self) -> None:
-        """The inner engine is closed by whoever made it."""
+        """The inner engine's."""
+        self.inner.close()
 
-    def _steps(
-        self, before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str]
-    ) -> NDArray[np.float32]:
+    def _steps(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> NDArray[np.float32]:
         """The sum of clipped gradients that a change stands for, in units of the clipping bound."""
-        change: NDArray[np.float32] = np.concatenate([(before[n] - after[n]).ravel() for n in names])
-        scaled: NDArray[np.float32] = change * np.float32(self.told.batch_size / (self.told.lr * self.clip_norm))
-        return scaled
+        told, privacy = self.scenario.clients, self.scenario.privacy
+        unit = told.lr * (privacy.clip_norm if privacy else 1.0) / told.batch_size
+        change: NDArray[np.float32] = np.concatenate([(before[n] - after[n]).ravel() for n in self._sent])
+        return change / np.float32(unit)
 
 
 def likelihood_ratio(seen: NDArray[np.float64], steps: int, rate: float) -> NDArray[np.float64]:

@@ -34,7 +34,8 @@ def test_coins_are_fair_and_clients_share_the_canaries_out():
 
 def test_more_canaries_than_directions_are_refused():
     with pytest.raises(UserError, match="50 trained numbers; ask for fewer"):
-        Canaries(1, 51, 1).along(np.zeros(50, np.float32))
+        Canaries(1, 51, 1).fits(50)
+    Canaries(1, 50, 1).fits(50)
 
 
 def test_a_canary_that_is_in_moves_the_update_by_what_is_clipped_and_one_that_is_out_does_not(build):

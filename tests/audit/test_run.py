@@ -61,6 +61,7 @@ def test_the_command_prints_both_figures_and_says_by_its_code_whether_the_claim_
         ("privacy=null", "no privacy section"),
         ("clients.use=tests.engine.faulty:Nothing", "has no class 'Nothing'"),
         ("rounds=2", "is there already"),
+        ("strategy.use=fedask", "clients of fedask send no plain update"),
     ],
 )
 def test_what_cannot_be_audited_is_a_line(tiny, tmp_path, override, words):
