@@ -68,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(command=_compare)
 
+    audit = commands.add_parser("audit", help="try to break a scenario's epsilon: a lower bound beside the claim")
+    _scenario(audit)
+    audit.add_argument("--out", metavar="DIR", help="folder for figures and plot (default: audits/<name>-<hash>)")
+    audit.add_argument("--canaries", type=int, default=4000, metavar="N", help="over all clients (default: 4000)")
+    audit.set_defaults(command=_audit)
+
     account = commands.add_parser("ledger", help="verify a run's privacy ledger; epsilon by every accountant")
     account.add_argument("run", metavar="RUN", help="a run folder, or a privacy.jsonl")
     account.set_defaults(command=_ledger)
@@ -183,6 +189,18 @@ def _compare(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join([*table.text(""), "", *made.legend(), *made.notes, f"page: {arguments.out}"]))
     return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from fedlora import scenario
+    from fedlora.audit import audit
+    from fedlora.report.console import Live
+
+    loaded = scenario.load(arguments.scenario, arguments.overrides)
+    with Live() as display:
+        made = audit(loaded, out=arguments.out, canaries=arguments.canaries, display=display)
+    print("\n".join(made.lines()))
+    return 1 if made.refuted else 0
 
 
 def _ledger(arguments: argparse.Namespace) -> int:
