@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedlora import plugins, wire
+from fedlora import plugins, task, wire
 from fedlora.adapter import Adapter, Change, Instruction, Kind, Layout, Lora, Update, aggregation_error
 from fedlora.errors import ContractError, SettingError
 
@@ -405,6 +405,14 @@ def check(strategy: Strategy, scenario: "Scenario") -> None:
         raise SettingError(
             "model.adapter.kind",
             f"{use} is for adapters of kind {' or '.join(strategy.kinds)}: leave kind out; with {kind} go {can}",
+        )
+    xs = (strategy.kinds[0] if kind == "auto" else kind) == "lora_xs"
+    if xs and (width := task.width(scenario.model.base)) and scenario.model.adapter.r > width:
+        can = _those(lambda cls: cls.kinds[0] == "lora")
+        raise SettingError(
+            "model.adapter.r",
+            f"{use} takes r singular vectors of a weight, and those of {scenario.model.base} are {width} wide: "
+            f"take at most {width}; any r go {can}",
         )
 
 
