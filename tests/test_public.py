@@ -26,7 +26,8 @@ LAYERS = [
     {"engine"},
     {"rounds"},
     {"simulation"},
-    {"plan"},
+    {"plan", "export", "schema"},
+    {"scaffold"},
     {"cli"},
     {"__main__"},
 ]
