@@ -10,10 +10,10 @@ micro-batches, which changes nothing in the sum.
 """
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedlora.adapter import Adapter, Update
-from fedlora.client import Client, Rng, Settings, moved, pull_towards
+from fedlora.client import Client, Rng, Settings, moved, pull_towards, resting, smooth
 from fedlora.data import Partition
 from fedlora.errors import ContractError, SettingError
 from fedlora.privacy import Event
@@ -21,6 +21,7 @@ from fedlora.privacy import Event
 if TYPE_CHECKING:
     import torch
 
+    from fedlora.packing import Segments
     from fedlora.task import Task
 
 
@@ -59,6 +60,10 @@ class DPSGD(Client):
         batches = rng("batches")
         loss_sum, taken = torch.zeros((), device=task.device), 0
         for step in range(settings.local_steps):
+            still = resting(task, settings, step)
+            for name, parameter in zip(settings.train, parameters, strict=True):
+                parameter.requires_grad_(name not in still)
+            moving = [p for p in parameters if p.requires_grad]
             rows = partition.rows[batches.random(len(partition)) < event.sample_rate]
             count = -(-len(rows) // settings.micro_batch_size)
             for i, (batch, _) in enumerate(
@@ -66,20 +71,25 @@ class DPSGD(Client):
             ):
                 optimizer.zero_grad(set_to_none=True)
                 loss_sum += _backward(task, batch)
-                _make_safe(parameters)
+                _make_safe(moving)
+                _fill(parameters, len(batch["targets"]))
                 if i < count - 1:
                     optimizer.signal_skip_step()
                     optimizer.step()
             if not len(rows):
                 optimizer.zero_grad(set_to_none=True)
-                for parameter in parameters:
-                    parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]
+                _fill(parameters, 0, all=True)
             if optimizer.pre_step():
+                for parameter in parameters:
+                    if not parameter.requires_grad:
+                        parameter.grad = None  # what rests is not moved by the noise either
+                smooth(task, dict(zip(settings.train, parameters, strict=True)), settings.config)
                 pull_towards(parameters, received, settings.config)  # looks at no example: costs no privacy
                 optimizer.original_optimizer.step()
             taken += len(rows)
             if step == 0:
-                moved(parameters, received, each=True)
+                first = [r for p, r in zip(parameters, received, strict=True) if p.requires_grad]
+                moved(moving, first, each=True)
         optimizer.zero_grad(set_to_none=True)
         shared = settings.share_metrics
         return Update(
@@ -120,25 +130,51 @@ def _hook(task: "Task", train: tuple[str, ...]) -> None:
 
 
 def _hooks(task: "Task") -> None:
-    """Opacus's hooks, on rows without padding too.
-
-    A module in the middle of the model sees the examples one after another in a row: what it saw, and what
-    came back to it, is laid out as the padded batch that Opacus's samplers expect. Padding comes back as
-    zeros, which adds nothing to any gradient.
-    """
+    """Opacus's hooks, for modules too that see the examples one after another in a row without padding."""
+    import torch
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
 
-    class Hooks(GradSampleHooks):  # type: ignore[misc]
-        def rearrange_grad_samples(
-            self, *, module: Any, backprops: "torch.Tensor", loss_reduction: str, batch_first: bool
-        ) -> "tuple[list[torch.Tensor], torch.Tensor]":
-            activations = module.activations.pop()
-            if task.packing is not None:
-                activations = [task.packing.batch(a) for a in activations]
-                backprops = task.packing.batch(backprops)
-            module.max_batch_len = len(backprops)
-            return activations, backprops
+    def segments(tensor: torch.Tensor) -> "Segments | None":
+        return None if task.packing is None else task.packing.segments(tensor)
 
+    def linear(
+        layer: torch.nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor
+    ) -> dict[torch.Tensor, torch.Tensor]:
+        """For each example `sum_t g_t x_t^T` over its tokens, in float32, and without padding anything."""
+        if (lies := segments(backprops)) is None:
+            return of_batch(layer, activations, backprops)  # type: ignore[no-any-return]
+        gradients, inputs = (torch.split(x[0].float(), lies.lengths) for x in (backprops, activations[0]))
+        found = {}
+        if layer.weight.requires_grad:
+            wide = layer.in_features >= layer.out_features  # products are quicker with the long side last
+            left, right = (gradients, inputs) if wide else (inputs, gradients)
+            products = backprops.new_empty((len(left), left[0].shape[1], right[0].shape[1]), dtype=torch.float32)
+            for product, one, other in zip(products, left, right, strict=True):
+                torch.mm(one.t(), other, out=product)
+            found[layer.weight] = products if wide else products.transpose(1, 2)
+        if layer.bias is not None and layer.bias.requires_grad:
+            found[layer.bias] = torch.stack([g.sum(0) for g in gradients])
+        return found
+
+    class Hooks(GradSampleHooks):  # type: ignore[misc]
+        GRAD_SAMPLERS: ClassVar = {**GradSampleHooks.GRAD_SAMPLERS, torch.nn.Linear: linear}
+
+        def capture_backprops_hook(self, module: Any, *arguments: Any, **options: Any) -> None:
+            if getattr(module, "activations", None):  # none where all of the module rests in this step
+                super().capture_backprops_hook(module, *arguments, **options)
+
+        def rearrange_grad_samples(
+            self, *, module: Any, backprops: torch.Tensor, loss_reduction: str, batch_first: bool
+        ) -> tuple[list[torch.Tensor], torch.Tensor]:
+            activations = module.activations.pop()
+            lies = segments(backprops)
+            module.max_batch_len = len(backprops) if lies is None else len(lies.lengths)
+            if lies is None or type(module) is torch.nn.Linear:
+                return activations, backprops
+            # Padding comes back as zeros, which add nothing to the gradient of any example.
+            return [lies.batch(a) for a in activations], lies.batch(backprops)
+
+    of_batch = GradSampleHooks.GRAD_SAMPLERS[torch.nn.Linear]
     # Not strict: Opacus refuses any buffer, also the position ids of a frozen encoder.
     Hooks(task.model, strict=False, loss_reduction="sum")
 
@@ -151,6 +187,13 @@ def _backward(task: "Task", batch: Any) -> "torch.Tensor":
             loss = task.losses(batch).sum()
         loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
+
+
+def _fill(parameters: "list[torch.Tensor]", examples: int, all: bool = False) -> None:
+    """Per-example gradients of zero for what rests, or for all in an empty batch."""
+    for parameter in parameters:
+        if all or not parameter.requires_grad:
+            parameter.grad_sample = parameter.new_zeros((examples, *parameter.shape))  # type: ignore[attr-defined]
 
 
 def _make_safe(parameters: "list[torch.Tensor]") -> None:

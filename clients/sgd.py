@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedlora.adapter import Adapter, Update
-from fedlora.client import Client, Rng, Settings, moved, pull_towards
+from fedlora.client import Client, Rng, Settings, moved, pull_towards, resting, smooth
 from fedlora.data import Partition
 
 if TYPE_CHECKING:
@@ -30,12 +30,16 @@ class SGD(Client):
                 waiting = np.concatenate([waiting, batches.permutation(partition.rows)])
             rows, waiting = waiting[:size], waiting[size:]
             optimizer.zero_grad()
+            still = resting(task, settings, step)
+            for name, parameter in zip(settings.train, parameters, strict=True):
+                parameter.requires_grad_(name not in still)
             for batch, _ in task.micro_batches(partition.examples, rows, settings.micro_batch_size):
                 with task.autocast():
                     loss = task.losses(batch).sum() / size
                 loss.backward()  # type: ignore[no-untyped-call]
                 loss_sum += loss.detach()
             pull_towards(parameters, received, settings.config)
+            smooth(task, dict(zip(settings.train, parameters, strict=True)), settings.config)
             optimizer.step()
             if step == 0:
                 moved(parameters, received, each=False)

@@ -91,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     schema = commands.add_parser("schema", help="print the JSON Schema of scenarios, for editors")
     schema.set_defaults(command=_schema)
 
+    audit = commands.add_parser("audit", help="try to break a scenario's epsilon: a lower bound beside the claim")
+    _scenario(audit)
+    audit.add_argument("--out", metavar="DIR", help="folder for figures and plot (default: audits/<name>-<hash>)")
+    audit.add_argument("--canaries", type=int, default=4000, metavar="N", help="over all clients (default: 4000)")
+    audit.set_defaults(command=_audit)
+
     account = commands.add_parser("ledger", help="verify a run's privacy ledger; epsilon by every accountant")
     account.add_argument("run", metavar="RUN", help="a run folder, or a privacy.jsonl")
     account.set_defaults(command=_ledger)
@@ -263,6 +269,18 @@ def _schema(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _audit(arguments: argparse.Namespace) -> int:
+    from fedlora import scenario
+    from fedlora.audit import audit
+    from fedlora.report.console import Live
+
+    loaded = scenario.load(arguments.scenario, arguments.overrides)
+    with Live() as display:
+        made = audit(loaded, out=arguments.out, canaries=arguments.canaries, display=display)
+    print("\n".join(made.lines()))
+    return 1 if made.refuted else 0
+
+
 def _ledger(arguments: argparse.Namespace) -> int:
     from pathlib import Path
     from typing import get_args
@@ -285,7 +303,7 @@ def _list(arguments: argparse.Namespace) -> int:
     from fedlora import plugins, scenario
 
     tables = {
-        "strategies": lambda: {n: plugins.summary("strategies", n) for n in plugins.names("strategies")},
+        "strategies": _strategies,
         "clients": lambda: {n: plugins.summary("clients", n) for n in plugins.names("clients")},
         "datasets": lambda: scenario.DATASETS,
         "scenarios": scenario.shipped,
@@ -296,6 +314,22 @@ def _list(arguments: argparse.Namespace) -> int:
         for name, line in tables[what]().items():
             print(f"  {name:<14} {line}")
     return 0
+
+
+def _strategies() -> dict[str, str]:
+    """What each sends and what it is like, with its paper; then how Flower's own are named."""
+    from fedlora import plugins
+
+    lines = {"": f"{'clients send':<14} {'exact':<6} {'linear':<7} {'ranks':<8} paper"}
+    for name in plugins.names("strategies"):
+        cls = plugins.find("strategies", name)
+        exact, linear = ("yes" if told else "no" for told in (cls.facts.exact, cls.linear))
+        ranks = "unequal" if cls.unequal_ranks else "equal"
+        lines[name] = (
+            f"{cls.facts.sends:<14} {exact:<6} {linear:<7} {ranks:<8} {plugins.source('strategies', name)}"
+        )
+    lines["flwr.serverapp.strategy:NAME"] = "one of Flower's, such as FedAdam or FedMedian; docs/strategies.md"
+    return lines
 
 
 if __name__ == "__main__":

@@ -121,8 +121,44 @@ def pull_towards(
     """Add the gradient of `proximal-mu / 2 * ||w - w_received||^2` (FedProx), if the strategy asks for it."""
     if mu := float(config.get("proximal-mu", 0.0)):
         for parameter, start in zip(parameters, received, strict=True):
-            assert parameter.grad is not None
-            parameter.grad.add_(parameter.detach() - start, alpha=mu)
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=mu)
+
+
+def resting(task: "Task", settings: Settings, step: int) -> set[str]:
+    """The tensors that stand still in a local step, where the strategy asks for turns.
+
+    `turns` in `settings.config` names the roles that take turns, one a step, such as `B,A`; tensors of
+    other roles train in every step.
+    """
+    if not (turns := str(settings.config.get("turns", ""))):
+        return set()
+    roles = turns.split(",")
+    moves = roles[step % len(roles)]
+    role = {name: task.layout[name].role for name in settings.train}
+    return {name for name in settings.train if role[name] in roles and role[name] != moves}
+
+
+def smooth(task: "Task", parameters: "Mapping[str, torch.Tensor]", config: Mapping[str, Any]) -> None:
+    """Filter gradients by [1, 4, 6, 4, 1] / 16 along the layer's own side, if the strategy asks for `low-pass`.
+
+    A (r x in) along its inputs, B (out x r) along its outputs, other tensors not at all; beyond its ends a
+    gradient is mirrored.
+    """
+    import torch
+    from torch.nn.functional import conv1d, pad
+
+    if not config.get("low-pass"):
+        return
+    for name, parameter in parameters.items():
+        if (role := task.layout[name].role) not in ("A", "B") or parameter.grad is None:
+            continue
+        rows = parameter.grad if role == "A" else parameter.grad.T  # (r, in or out)
+        kernel = rows.new_tensor([1.0, 4.0, 6.0, 4.0, 1.0]).view(1, 1, 5) / 16
+        filtered = conv1d(pad(rows.unsqueeze(1), (2, 2), mode="reflect"), kernel).squeeze(1)
+        parameter.grad = (filtered if role == "A" else filtered.T).contiguous(
+            memory_format=torch.contiguous_format
+        )
 
 
 def moved(parameters: "list[torch.Tensor]", received: "list[torch.Tensor]", each: bool) -> None:

@@ -82,6 +82,7 @@ def simulate(
     resume: bool = False,
     ray_address: str | None = None,
     display: Display | None = None,
+    watch: Callable[[engines.Engine], engines.Engine] | None = None,
 ) -> Run:
     """Run a scenario to its end.
 
@@ -92,6 +93,7 @@ def simulate(
         resume: go on from the folder's checkpoint.
         ray_address: of a running Ray cluster to join.
         display: shown how the run goes.
+        watch: puts an engine of one's own around the one that runs the clients, to see what passes.
 
     Returns:
         The run. After Ctrl-C its summary says `stopped`, and holds what was finished.
@@ -108,17 +110,24 @@ def simulate(
     folder = Path(out) if out else Path("runs") / f"{scenario.name}-{scenario.hash}"
     _check_folder(folder, scenario, resume)
     try:
-        return _simulate(scenario, folder, resume, ray_address, shown)
+        return _simulate(scenario, folder, resume, ray_address, shown, watch or (lambda engine: engine))
     except SettingError as error:
         raise scenario.located(error) from error
 
 
-def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | None, shown: Display) -> Run:
+def _simulate(
+    scenario: Scenario,
+    folder: Path,
+    resume: bool,
+    address: str | None,
+    shown: Display,
+    watch: Callable[[engines.Engine], engines.Engine],
+) -> Run:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     shown.stage("reading and tokenising the data")
     ready = prepare(scenario)
-    with contextlib.closing(engines.make(scenario, address)) as engine:
+    with contextlib.closing(watch(engines.make(scenario, address))) as engine:
         shown.stage("calibrating the noise")  # while workers import
         setup = replace(ready.setup, noise=(noise := calibrate(scenario, ready.data)))
         if ready.strategy.personal or ready.strategy.trips > 1:

@@ -27,14 +27,15 @@ LAYERS = [
     {"rounds"},
     {"simulation"},
     {"plan", "export", "schema"},
-    {"scaffold"},
+    {"audit", "scaffold"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 HEAVY = {
     "flwr": {"engine", "wire", "strategy"},
-    "opacus": {"clients", "privacy"},
+    "opacus": {"audit", "clients", "privacy"},
+    "matplotlib": {"audit"},
     "ray": {"engine"},
     "flwr_datasets": {"data"},
 }
