@@ -9,8 +9,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from fedlora.privacy import terms
 from fedlora.report.tables import Table
-from fedlora.run import METRICS
-from fedlora.scenario import Scenario
+from fedlora.run import METRICS, Run
+from fedlora.scenario import Scenario, load
 
 
 def size(count: float) -> str:
@@ -31,9 +31,15 @@ def span(seconds: float) -> str:
 class Live:
     """Progress on a terminal; silent where the output is no terminal."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, shown: bool | None = None) -> None:
+        """Show a run.
+
+        Args:
+            console: where; by default on standard error.
+            shown: whether, by default only on a terminal.
+        """
         self.console = console or Console(stderr=True)
-        self.shown = self.console.is_terminal
+        self.shown = self.console.is_terminal if shown is None else shown
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._metric, self._rounds, self._done, self._began = "accuracy", 0, 0, 0.0
@@ -99,6 +105,25 @@ class Live:
         ]
         self._bar.console.print(" ".join(cells), highlight=False)
         self._bar.update(self._task, completed=finished)
+
+
+def follow(run: Run, display: Live, pause: float = 0.5) -> Run:
+    """Show a run's rounds as they are written, until it has ended; gives it with its summary.
+
+    Raises:
+        UserError: its scenario cannot be read by this version.
+    """
+    display.begin(load(run.folder / "scenario.yaml"), run.metric, 0)
+    told = 0
+    while True:
+        run = Run.open(run.folder)
+        ended, lines = run.state != "unfinished", run.rounds
+        for line in lines[told:]:
+            display.round(line)
+        told = len(lines)
+        if ended:
+            return run
+        time.sleep(pause)
 
 
 def _figure(value: float | None, width: int, digits: int = 4) -> str:
