@@ -21,6 +21,7 @@ from fedlora import plugins, privacy, simulation, task
 from fedlora import scenario as scenarios
 from fedlora import strategy as strategies
 from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
+from fedlora.central import CLIP_NORM
 from fedlora.checkpoint import Merges
 from fedlora.client import Client, Rng, Settings
 from fedlora.data import Dataset, Partition
@@ -28,7 +29,7 @@ from fedlora.engine import Replies, Setup
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.worker import Setter, Worker, kind
 from fedlora.errors import FedloraError, SettingError
-from fedlora.ledger import Ledger
+from fedlora.ledger import Holder, Ledger
 from fedlora.privacy import Event
 from fedlora.rounds import Line, Loop, Progress, Stopwatch
 from fedlora.scenario import Scenario
@@ -104,7 +105,7 @@ def plan(scenario: Scenario) -> Plan:
 
 def _plan(scenario: Scenario) -> Plan:
     ready = simulation.prepare(scenario)
-    noise = simulation.calibrate(scenario, ready.data)
+    noise, whole = simulation.calibrate(scenario, ready.data), simulation.central(scenario)
     setup = replace(ready.setup, noise=noise)
     cost = _try(setup, ready) if _can_train(scenario) else None
     stage = _Stage(scenario, setup, ready, cost.metrics if cost else _expected_metrics(scenario))
@@ -124,9 +125,9 @@ def _plan(scenario: Scenario) -> Plan:
         bytes_up_total=sum(line["bytes_up"] for line in lines),
         bytes_down_total=sum(line["bytes_down"] for line in lines),
         parameters=parameters,
-        epsilon=max((g["epsilon"] for g in groups), default=None) if asked else None,
+        epsilon=next((line["epsilon"] for line in reversed(lines) if "epsilon" in line), None),
         delta=asked.delta if asked else None,
-        noise_multiplier=max(noise.values()) if noise else None,
+        noise_multiplier=whole.noise_multiplier if whole else max(noise.values()) if noise else None,
         groups=groups,
         alternatives=[_alternative(name, stage) for name in plugins.names("strategies")],
         seconds=cost.run(scenario, lines, workers) + each * len(lines) if cost else None,
@@ -186,6 +187,7 @@ class _Stage:
                 data=self.ready.data,
                 ledger=Ledger(folder),
                 merges=Merges(folder / "merges", found.weights),
+                central=simulation.central(scenario),
                 settings=Setter(scenario, self.setup.noise),
                 folder=folder,
                 on_round=lambda line: None,
@@ -247,7 +249,7 @@ class _Loop(Loop):
     """The round loop without a disk."""
 
     lines: list[Line] = field(default_factory=list)
-    spent: dict[int, list[tuple[int, Event]]] = field(default_factory=dict)  # by client: rounds and events
+    spent: dict[Holder, list[tuple[int, Event]]] = field(default_factory=dict)  # by holder: rounds and events
     stopped: str | None = None
 
     def _within_budget(self, round: int, instruction: Instruction) -> tuple[list[int], int]:
@@ -256,11 +258,13 @@ class _Loop(Loop):
             return self._draw(round), 0
         return super()._within_budget(round, instruction)
 
-    def _spend(self, round: int, replies: Replies) -> None:
-        for report in replies.reports:
-            if report.event is not None:
-                self.ledger.events.setdefault(report.client, []).append(report.event)
-                self.spent.setdefault(report.client, []).append((round, report.event))
+    def _spend(self, instruction: Instruction, replies: Replies) -> None:
+        events: dict[Holder, Event] = {r.client: r.event for r in replies.reports if r.event is not None}
+        if self.central is not None:
+            events[None] = self.central.event(instruction.config[CLIP_NORM])
+        for holder, event in events.items():
+            self.ledger.events.setdefault(holder, []).append(event)
+            self.spent.setdefault(holder, []).append((instruction.round, event))
 
     def _record(
         self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, watch: Stopwatch
@@ -298,11 +302,12 @@ def _trained(loop: _Loop) -> dict[str, int]:
 
 
 def _epsilons(
-    spent: Mapping[int, Sequence[tuple[int, Event]]], rounds: int, asked: scenarios.Privacy | None
+    spent: Mapping[Holder, Sequence[tuple[int, Event]]], rounds: int, asked: scenarios.Privacy | None
 ) -> tuple[dict[int, Line], float]:
     """Epsilon after each round, or after some where there are many; and the seconds that a round's take."""
     if asked is None or not spent:
         return {}, 0.0
+    spent = {holder: events for holder, events in spent.items() if (holder is None) == (asked.unit == "client")}
     kinds = len({tuple(event for _, event in events) for events in spent.values()})
     step = -(-rounds * kinds // _EPSILONS)
     table, began = {}, time.perf_counter()
@@ -317,7 +322,7 @@ def _epsilons(
 
 def _groups(scenario: Scenario, data: Dataset, noise: Mapping[int, float] | None, loop: _Loop) -> list[Line]:
     """Clients that hold equally many examples, from the fewest; without privacy only how many they are."""
-    asked, groups = scenario.privacy, []
+    asked, groups = scenario.example_privacy, []
     holders: dict[int, list[int]] = {}
     for client in range(data.num_clients):
         holders.setdefault(data.num_examples(client), []).append(client)
@@ -387,14 +392,15 @@ def _try(setup: Setup, ready: simulation.Prepared) -> _Cost:
 
 def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[str, int]) -> Iterable[str]:
     """What a privacy reviewer would ask, a sentence each."""
-    asked, smallest = scenario.privacy, groups[0]["num_examples"]
+    asked, smallest = scenario.example_privacy, groups[0]["num_examples"]
     if parameters["head"] > parameters["adapter"]:
         yield (
             f"The head trains {parameters['head']:,} numbers, more than the adapter's {parameters['adapter']:,}: "
             "most of the bytes and of the noise are the head's. See model.head."
         )
-    if asked is None:
+    if scenario.privacy is None:
         yield "There is no privacy section: updates can reveal what clients hold."
+    if asked is None:
         return
     loose = sum(g["clients"] for g in groups if asked.delta * g["num_examples"] >= 1)
     if loose:
