@@ -366,6 +366,7 @@ class Scenario(Section):
     rounds: PositiveInt
     eval_every: PositiveInt = 1
     engine: Engine = Engine()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # where the figures of each round go too
 
     _source: "Source" = PrivateAttr(default_factory=lambda: Source("scenario", {}, {}))
 
