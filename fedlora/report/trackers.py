@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from fedlora.errors import SettingError
 from fedlora.report.console import Display
 from fedlora.scenario import Scenario
+from fedlora.seeding import derive
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 
@@ -46,12 +47,11 @@ class Wandb:
     def __init__(self, scenario: Scenario, folder: Path, done: int) -> None:
         import wandb
 
-        name = f"{scenario.name}-{scenario.hash}"
         self._run = wandb.init(
             project="fedlora",
             name=folder.name,
-            id=name if done else None,
-            resume="allow" if done else None,
+            id=f"{derive(0, str(folder.resolve())):016x}",
+            resume="allow",
             config=scenario.model_dump(mode="json"),
             dir=str(folder),
         )
