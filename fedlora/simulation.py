@@ -23,6 +23,7 @@ from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora import strategy as strategies
 from fedlora.adapter import Adapter
+from fedlora.central import Central
 from fedlora.checkpoint import Merges
 from fedlora.engine.worker import Setter
 from fedlora.errors import SettingError, UserError
@@ -110,6 +111,7 @@ def _simulate(
     with contextlib.closing(watch(engines.make(scenario, address))) as engine:
         shown.stage("calibrating the noise")  # while workers import
         setup = replace(ready.setup, noise=(noise := calibrate(scenario, ready.data)))
+        whole = central(scenario)
         if ready.strategy.personal or ready.strategy.trips > 1:
             setup = replace(setup, personal=folder.absolute() / "personal")
         shown.stage("loading the model")
@@ -141,6 +143,7 @@ def _simulate(
             data=ready.data,
             ledger=record,
             merges=merges,
+            central=whole,
             settings=Setter(scenario, noise),
             folder=folder,
             on_round=shown.round,
@@ -173,9 +176,9 @@ def prepare(scenario: Scenario) -> Prepared:
     strategy = strategies.load(scenario.strategy.use, scenario.strategy.options)
     strategies.check(strategy, scenario)
     client = clients.load(scenario.clients.use, scenario.clients.options)
-    if client.private and scenario.privacy is None:
+    if client.private and scenario.example_privacy is None:
         raise SettingError("clients.use", f"{scenario.clients.use} needs a privacy section")
-    if not client.private and scenario.privacy is not None:
+    if not client.private and scenario.example_privacy is not None:
         raise SettingError("clients.use", f"{scenario.clients.use} adds no noise, and a privacy section is given")
     model, data = scenario.model, scenario.data
     tokenizer = task.load_tokenizer(model.base, model.revision)
@@ -209,7 +212,7 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
 
     Calibrated over all the steps that a client can be asked for: every round of the scenario.
     """
-    told, asked = scenario.clients, scenario.privacy
+    told, asked = scenario.clients, scenario.example_privacy
     if asked is None:
         return None
     noise: dict[int, float] = {}
@@ -236,6 +239,26 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
                 asked.epsilon, asked.delta, told.batch_size / size, steps, asked.accountant
             )
     return noise
+
+
+def central(scenario: Scenario) -> Central | None:
+    """The server's side of client-level privacy, its noise calibrated over every round; None without."""
+    told, asked = scenario.clients, scenario.client_privacy
+    if asked is None:
+        return None
+    if asked.delta >= 1 / told.total:
+        logger.warning(
+            "privacy.delta: %g is not below 1/%d, one over the clients: at such a delta a mechanism that gives a "
+            "whole client away now and then counts as private; write %.0e or less",
+            *(asked.delta, told.total, 0.1 / told.total),
+        )
+    rate, noise = told.cohort_size / told.total, asked.noise_multiplier
+    if noise is None:
+        assert asked.epsilon is not None
+        noise = privacy.calibrate(asked.epsilon, asked.delta, rate, scenario.rounds, asked.accountant)
+    return Central(
+        noise_multiplier=noise, sample_rate=rate, total=told.total, seed=scenario.seed, quantile=asked.quantile
+    )
 
 
 def _check_folder(folder: Path, scenario: Scenario, resume: bool) -> None:
@@ -341,10 +364,7 @@ def _summary(
 ) -> dict[str, Any]:
     scenario = ready.scenario
     asked = scenario.privacy
-    spent = now.last.get("epsilon")
-    if asked is not None:
-        every = [privacy.epsilon(e, asked.delta, asked.accountant) for e in record.events.values()]
-        spent = max(every, default=0.0)
+    spent = _spent(record, asked)
     summary: dict[str, Any] = {
         "scenario": scenario.name,
         "strategy": scenario.strategy.use,
@@ -360,7 +380,8 @@ def _summary(
         "accountant": asked.accountant if asked else None,
         "neighbours": ledger.NEIGHBOURS if asked else None,
         "sampling": "poisson" if asked else None,
-        "privacy": _privacy_in_words(scenario, spent),
+        "example_epsilon": _spent(record, scenario.example_privacy),
+        "privacy": _privacy_in_words(scenario, record),
         "seconds": round_to(now.seconds),
         "clients_per_second": round_to(now.trained / now.seconds) if now.seconds else None,
         "failures": now.failures,
@@ -380,11 +401,29 @@ def _summary(
 _VERSIONS = ("fedlora", "flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy")
 
 
-def _privacy_in_words(scenario: Scenario, spent: float | None) -> str:
+def _spent(record: Ledger, asked: scenarios.Privacy | None) -> float | None:
+    """The largest epsilon over those who hold a budget for a guarantee; None without one."""
+    if asked is None:
+        return None
+    every = (
+        privacy.epsilon(events, asked.delta, asked.accountant)
+        for holder, events in record.events.items()
+        if (holder is None) is (asked.unit == "client")
+    )
+    return max(every, default=0.0)
+
+
+def _privacy_in_words(scenario: Scenario, record: Ledger) -> str:
     asked = scenario.privacy
     if asked is None:
         return "none: no gradient was clipped or noised"
-    words = privacy.statement(spent or 0.0, asked.delta, asked.unit, asked.accountant)
+    words = privacy.statement(_spent(record, asked) or 0.0, asked.delta, asked.unit, asked.accountant)
+    if asked.unit == "client":
+        words += ", from whoever sees the models but not from the server, which sees each clipped update"
+    if asked.example is not None:
+        example = _spent(record, asked.example) or 0.0
+        words += "; at the same time, from the server too, "
+        words += privacy.statement(example, asked.example.delta, "example", asked.example.accountant)
     if asked.share_metrics:
         words += "; the training losses and example counts that clients shared are not covered by it"
     return f"{words}; noise was drawn from the scenario's seed, as fits a simulation and not a deployment"

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib.util
 import itertools
+import json
 import logging
 import os
 import warnings
@@ -59,6 +60,15 @@ def at_hand(base: str, revision: str | None = None) -> bool:
         return True
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     return any(isinstance(try_to_load_from_cache(path, name, revision=revision), str) for name in names)
+
+
+def width(base: str) -> int | None:
+    """The width of a base model's hidden layers by its configuration; None where that is not on this disk."""
+    try:
+        told = json.loads((Path(find_base(base)) / "config.json").read_text())
+    except (OSError, ValueError, SettingError):
+        return None
+    return next((told[key] for key in ("hidden_size", "dim", "d_model", "n_embd") if key in told), None)
 
 
 def load_tokenizer(base: str, revision: str | None = None) -> Any:

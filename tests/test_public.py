@@ -20,7 +20,7 @@ LAYERS = [
     {"scenario"},
     {"adapter", "data", "packing", "privacy", "task"},
     {"wire"},
-    {"client", "strategy"},
+    {"central", "client", "strategy"},
     {"checkpoint", "ledger"},
     {"run", "report"},
     {"engine"},

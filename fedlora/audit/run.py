@@ -115,8 +115,8 @@ def audit(
     if not isinstance(scenario, Scenario):
         scenario = scenarios.load(scenario, overrides)
     folder = Path(out) if out else Path("audits") / f"{scenario.name}-{scenario.hash}"
-    if scenario.privacy is None:
-        raise ScenarioError(f"{scenario.name}: has no privacy section, and so no claim to audit")
+    if scenario.privacy is None or scenario.privacy.unit != "example":
+        raise ScenarioError(f"{scenario.name}: has no privacy section of unit: example, and so no claim to audit")
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another with --out")
     hidden = Canaries(scenario.seed, canaries, scenario.clients.total)

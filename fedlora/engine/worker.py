@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from fedlora import adapter as adapters
+from fedlora import central, factors, wire
 from fedlora import client as clients
-from fedlora import factors, wire
 from fedlora import strategy as strategies
 from fedlora.adapter import PREFIX, Adapter, Change, Instruction, Kind, Layout, Update, fingerprint, weighted_mean
 from fedlora.checkpoint import Personal
@@ -120,7 +120,7 @@ class Setter:
 
     def __call__(self, instruction: Instruction, num_examples: int) -> clients.Settings:
         """The settings of a client that holds `num_examples`."""
-        told, privacy = self.scenario.clients, self.scenario.privacy
+        told, privacy = self.scenario.clients, self.scenario.example_privacy
         return clients.Settings(
             round=instruction.round,
             train=instruction.train,
@@ -225,6 +225,10 @@ class Worker:
                 event, steps = self.client.spends(len(partition), settings), settings.local_steps
             update = self._answer(instruction, partition, rank)
             check(update, self._expected(instruction, rank))
+            if (bound := instruction.config.get(central.CLIP_NORM)) is not None:
+                assert self.scenario.privacy is not None
+                shares = self.scenario.privacy.share_metrics
+                update = central.clip(update, instruction.adapter, bound, shares)
         except Exception as error:  # a client is anybody's code
             return None, Report(
                 client=client,
@@ -244,7 +248,7 @@ class Worker:
             bytes_down=down,
             seconds=time.perf_counter() - began,
             event=event,
-            metrics=update.metrics,
+            metrics={k: v for k, v in update.metrics.items() if k != central.WITHIN},
         )
 
     def _answer(self, instruction: Instruction, partition: Partition, rank: int) -> Update:

@@ -59,6 +59,7 @@ def test_the_command_prints_both_figures_and_says_by_its_code_whether_the_claim_
     ("override", "words"),
     [
         ("privacy=null", "no privacy section"),
+        ("privacy={unit: client, epsilon: 1, delta: 0.01}", "no privacy section of unit: example"),
         ("clients.use=tests.engine.faulty:Nothing", "has no class 'Nothing'"),
         ("rounds=2", "is there already"),
         ("strategy.use=fedask", "clients of fedask send no plain update"),
@@ -67,7 +68,7 @@ def test_the_command_prints_both_figures_and_says_by_its_code_whether_the_claim_
 def test_what_cannot_be_audited_is_a_line(tiny, tmp_path, override, words):
     (tmp_path / "audit").mkdir()
     out = tmp_path / ("audit" if override == "rounds=2" else "other")
-    extra = ["clients.use=sgd"] if override == "privacy=null" else []
+    extra = ["clients.use=sgd"] if override.startswith("privacy=") else []
     with pytest.raises(UserError, match=words) as caught:
         audit(tiny(override, *extra), out=out, canaries=100)
     assert "\n" not in str(caught.value) and [p.name for p in tmp_path.iterdir()] == ["audit"]
