@@ -1,8 +1,9 @@
 """The live display of a run: an aligned line for each round on a terminal, nothing elsewhere."""
 
+import sys
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -26,6 +27,61 @@ def span(seconds: float) -> str:
     """A duration as people read it."""
     whole = round(seconds)
     return f"{whole // 60}:{whole % 60:02d}"
+
+
+class Display(Protocol):
+    """What a person watches; `fedlora.report.console` has one."""
+
+    def stage(self, what: str) -> None:
+        """Something that takes a while has begun."""
+
+    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
+        """Rounds begin, or go on after `done` of them."""
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """A round has finished."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def stage(self, what: str) -> None:
+        """Nothing."""
+
+    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
+        """Nothing."""
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+class Bar:
+    """One progress bar with the last figures: a widget in a notebook, a line elsewhere."""
+
+    def stage(self, what: str) -> None:
+        """Nothing: the bar begins with the rounds."""
+
+    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
+        """Draw the bar."""
+        from tqdm.auto import tqdm
+
+        self._metric = metric
+        self._bar = tqdm(total=scenario.rounds, initial=done, desc=scenario.name, unit="round")
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """Move it."""
+        told = {key: line[key] for key in (self._metric, "epsilon") if line.get(key) is not None}
+        self._bar.set_postfix(told, refresh=False)
+        self._bar.update()
+        if line["round"] == self._bar.total:
+            self._bar.close()
+
+
+def default_display() -> Display:
+    """A bar where a notebook runs this, else nothing."""
+    python = sys.modules.get("IPython")
+    shell = python.get_ipython() if python else None
+    return Bar() if type(shell).__name__ == "ZMQInteractiveShell" else Silent()
 
 
 class Live:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedlora.errors import SettingError
+from fedlora.report.console import Display
 from fedlora.scenario import Scenario
+from fedlora.seeding import derive
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 
@@ -45,12 +47,11 @@ class Wandb:
     def __init__(self, scenario: Scenario, folder: Path, done: int) -> None:
         import wandb
 
-        name = f"{scenario.name}-{scenario.hash}"
         self._run = wandb.init(
             project="fedlora",
             name=folder.name,
-            id=name if done else None,
-            resume="allow" if done else None,
+            id=f"{derive(0, str(folder.resolve())):016x}",
+            resume="allow",
             config=scenario.model_dump(mode="json"),
             dir=str(folder),
         )
@@ -102,9 +103,47 @@ def check(names: Sequence[str]) -> None:
             raise SettingError("trackers", f"{name} comes with an extra: pip install 'fedlora[{name}]'")
 
 
-def begin(scenario: Scenario, folder: Path, done: int) -> list[Tracker]:
-    """The trackers that a scenario names, for a run that has finished `done` rounds before."""
-    return [_TRACKERS[name](scenario, folder, done) for name in scenario.trackers]
+class Tracked:
+    """A display that also tells the trackers that a scenario names."""
+
+    def __init__(self, shown: Display, folder: Path) -> None:
+        """Wrap a display.
+
+        Args:
+            shown: is told everything as before.
+            folder: of the run.
+        """
+        self.shown, self.folder = shown, folder
+        self._trackers: list[Tracker] = []
+
+    def stage(self, what: str) -> None:
+        """Something that takes a while has begun."""
+        self.shown.stage(what)
+
+    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
+        """Start the trackers.
+
+        Raises:
+            SettingError: one cannot.
+        """
+        for name in scenario.trackers:
+            try:
+                self._trackers.append(_TRACKERS[name](scenario, self.folder, done))
+            except Exception as error:  # of whatever it talks to
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise SettingError("trackers", f"{name} cannot start: {reason}") from error
+        self.shown.begin(scenario, metric, done)
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """Log a round."""
+        for tracker in self._trackers:
+            tracker.log(figures(line), line["round"])
+        self.shown.round(line)
+
+    def close(self) -> None:
+        """The run has ended, one way or another."""
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def figures(line: Mapping[str, Any]) -> dict[str, float]:
