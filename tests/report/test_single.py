@@ -67,6 +67,17 @@ def test_epsilon_of_a_client_that_rests_stays_what_it_was(copy):
     assert {(r["client"], r["round"]): r["epsilon"] for r in rows(each)}[1, 2] == 2.0
 
 
+def test_where_clients_are_protected_whole_epsilon_is_the_rounds(copy):
+    folder = copy().folder
+    text = (folder / "scenario.yaml").read_text()
+    assert "unit: example" in text
+    (folder / "scenario.yaml").write_text(text.replace("unit: example", "unit: client"))
+    (folder / "clients.jsonl").write_text('{"round": 1, "client": 0, "epsilon": null}\n')
+    (figure,) = charts.figures(copy())["privacy"]
+    told = [(r["of"], r["epsilon"]) for r in rows(figure)]
+    assert told == [("each client", line["epsilon"]) for line in copy().rounds]
+
+
 def test_of_many_clients_some_are_drawn_and_it_is_said(copy):
     folder = copy().folder
     holders = [{"client": c, "num_examples": 4, "labels": [1, 3]} for c in range(1000)]
