@@ -310,7 +310,7 @@ def _cost(run: Run) -> Sequence[Figure]:
         found.append(
             Figure("Megabytes by round", "All clients together, counted on what Flower serialises.", chart)
         )
-    order = ("train", "evaluate", "aggregate", "account")
+    order = ("train", "evaluate", "aggregate", "diagnose", "account")
     phases = [
         {"round": line["round"], "phase": phase, "seconds": seconds}
         for line in rounds
@@ -318,7 +318,7 @@ def _cost(run: Run) -> Sequence[Figure]:
     ]
     if phases:
         chart = stacks(phases, ("round", "round"), ("seconds", "seconds"), "phase", order=order)
-        note = "Training with what travels, evaluation, aggregation, and accounting for privacy."
+        note = "Training with what travels, evaluation, aggregation, its error, and accounting for privacy."
         found.append(Figure("Time by round", note, chart))
     return found
 

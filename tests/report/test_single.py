@@ -43,7 +43,7 @@ def test_every_chart_of_a_full_run_is_there_with_the_figures_of_the_folder(ten):
     )
     assert len(rows(found["Train loss of each client"])) == 30
     times = rows(found["Time by round"])
-    assert {r["phase"] for r in times} == {"train", "evaluate", "aggregate", "account"}
+    assert {r["phase"] for r in times} == {"train", "evaluate", "aggregate", "diagnose", "account"}
     for line in ten.rounds:
         spent = sum(r["seconds"] for r in times if r["round"] == line["round"])
         assert spent == pytest.approx(line["seconds"], abs=1e-3)
