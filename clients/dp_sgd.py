@@ -10,7 +10,7 @@ micro-batches, which changes nothing in the sum.
 """
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedlora.adapter import Adapter, Update
 from fedlora.client import Client, Rng, Settings, moved, pull_towards, resting, smooth
@@ -21,6 +21,7 @@ from fedlora.privacy import Event
 if TYPE_CHECKING:
     import torch
 
+    from fedlora.packing import Segments
     from fedlora.task import Task
 
 
@@ -129,29 +130,51 @@ def _hook(task: "Task", train: tuple[str, ...]) -> None:
 
 
 def _hooks(task: "Task") -> None:
-    """Opacus's hooks, on rows without padding too.
-
-    A module in the middle of the model sees the examples one after another in a row: what it saw, and what
-    came back to it, is laid out as the padded batch that Opacus's samplers expect. Padding comes back as
-    zeros, which adds nothing to any gradient.
-    """
+    """Opacus's hooks, for modules too that see the examples one after another in a row without padding."""
+    import torch
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
 
+    def segments(tensor: torch.Tensor) -> "Segments | None":
+        return None if task.packing is None else task.packing.segments(tensor)
+
+    def linear(
+        layer: torch.nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor
+    ) -> dict[torch.Tensor, torch.Tensor]:
+        """For each example `sum_t g_t x_t^T` over its tokens, in float32, and without padding anything."""
+        if (lies := segments(backprops)) is None:
+            return of_batch(layer, activations, backprops)  # type: ignore[no-any-return]
+        gradients, inputs = (torch.split(x[0].float(), lies.lengths) for x in (backprops, activations[0]))
+        found = {}
+        if layer.weight.requires_grad:
+            wide = layer.in_features >= layer.out_features  # products are quicker with the long side last
+            left, right = (gradients, inputs) if wide else (inputs, gradients)
+            products = backprops.new_empty((len(left), left[0].shape[1], right[0].shape[1]), dtype=torch.float32)
+            for product, one, other in zip(products, left, right, strict=True):
+                torch.mm(one.t(), other, out=product)
+            found[layer.weight] = products if wide else products.transpose(1, 2)
+        if layer.bias is not None and layer.bias.requires_grad:
+            found[layer.bias] = torch.stack([g.sum(0) for g in gradients])
+        return found
+
     class Hooks(GradSampleHooks):  # type: ignore[misc]
+        GRAD_SAMPLERS: ClassVar = {**GradSampleHooks.GRAD_SAMPLERS, torch.nn.Linear: linear}
+
         def capture_backprops_hook(self, module: Any, *arguments: Any, **options: Any) -> None:
             if getattr(module, "activations", None):  # none where all of the module rests in this step
                 super().capture_backprops_hook(module, *arguments, **options)
 
         def rearrange_grad_samples(
-            self, *, module: Any, backprops: "torch.Tensor", loss_reduction: str, batch_first: bool
-        ) -> "tuple[list[torch.Tensor], torch.Tensor]":
+            self, *, module: Any, backprops: torch.Tensor, loss_reduction: str, batch_first: bool
+        ) -> tuple[list[torch.Tensor], torch.Tensor]:
             activations = module.activations.pop()
-            if task.packing is not None:
-                activations = [task.packing.batch(a) for a in activations]
-                backprops = task.packing.batch(backprops)
-            module.max_batch_len = len(backprops)
-            return activations, backprops
+            lies = segments(backprops)
+            module.max_batch_len = len(backprops) if lies is None else len(lies.lengths)
+            if lies is None or type(module) is torch.nn.Linear:
+                return activations, backprops
+            # Padding comes back as zeros, which add nothing to the gradient of any example.
+            return [lies.batch(a) for a in activations], lies.batch(backprops)
 
+    of_batch = GradSampleHooks.GRAD_SAMPLERS[torch.nn.Linear]
     # Not strict: Opacus refuses any buffer, also the position ids of a frozen encoder.
     Hooks(task.model, strict=False, loss_reduction="sum")
 

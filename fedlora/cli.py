@@ -50,6 +50,24 @@ def _parser() -> argparse.ArgumentParser:
     _scenario(check)
     check.set_defaults(command=_check)
 
+    plan = commands.add_parser("plan", help="say what a scenario will cost: bytes, epsilon, time and memory")
+    _scenario(plan)
+    plan.add_argument("--json", action="store_true", help="print all of it as JSON")
+    plan.set_defaults(command=_plan)
+
+    report = commands.add_parser("report", help="write what a run did as one HTML file that opens offline")
+    report.add_argument("run", metavar="RUN", help="a run folder")
+    report.add_argument("--out", metavar="FILE", help="the file (default: report.html in the run folder)")
+    report.set_defaults(command=_report)
+
+    compare = commands.add_parser("compare", help="runs side by side: a table, and a page that opens offline")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="run folders; those of other seeds are averaged")
+    compare.add_argument("--form", choices=["text", "markdown", "latex"], default="text", help="of the table")
+    compare.add_argument(
+        "--out", metavar="FILE", default="comparison.html", help="the page (default: comparison.html)"
+    )
+    compare.set_defaults(command=_compare)
+
     audit = commands.add_parser("audit", help="try to break a scenario's epsilon: a lower bound beside the claim")
     _scenario(audit)
     audit.add_argument("--out", metavar="DIR", help="folder for figures and plot (default: audits/<name>-<hash>)")
@@ -126,6 +144,53 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from fedlora import scenario
+
+    loaded = scenario.load(arguments.scenario, arguments.overrides)
+    from fedlora.plan import plan
+
+    told = plan(loaded).to_json()
+    if arguments.json:
+        import json
+
+        print(json.dumps(told, indent=2))
+    else:
+        from fedlora.report.console import plan_lines
+
+        print("\n".join(plan_lines(told)))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedlora.report import single
+    from fedlora.run import Run
+
+    print(single.write(Run.open(arguments.run), Path(arguments.out) if arguments.out else None))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedlora.report import page
+    from fedlora.report.comparison import Comparison
+    from fedlora.run import Run
+
+    made = Comparison([Run.open(folder) for folder in arguments.runs])
+    page.save(made.html(), Path(arguments.out))
+    table = made.table()
+    if arguments.form == "markdown":
+        print(table.markdown())
+    elif arguments.form == "latex":
+        print(table.latex())
+    else:
+        print("\n".join([*table.text(""), "", *made.legend(), *made.notes, f"page: {arguments.out}"]))
+    return 0
+
+
 def _audit(arguments: argparse.Namespace) -> int:
     from fedlora import scenario
     from fedlora.audit import audit
@@ -160,7 +225,7 @@ def _list(arguments: argparse.Namespace) -> int:
     from fedlora import plugins, scenario
 
     tables = {
-        "strategies": lambda: {n: plugins.summary("strategies", n) for n in plugins.names("strategies")},
+        "strategies": _strategies,
         "clients": lambda: {n: plugins.summary("clients", n) for n in plugins.names("clients")},
         "datasets": lambda: scenario.DATASETS,
         "scenarios": scenario.shipped,
@@ -171,6 +236,22 @@ def _list(arguments: argparse.Namespace) -> int:
         for name, line in tables[what]().items():
             print(f"  {name:<14} {line}")
     return 0
+
+
+def _strategies() -> dict[str, str]:
+    """What each sends and what it is like, with its paper; then how Flower's own are named."""
+    from fedlora import plugins
+
+    lines = {"": f"{'clients send':<14} {'exact':<6} {'linear':<7} {'ranks':<8} paper"}
+    for name in plugins.names("strategies"):
+        cls = plugins.find("strategies", name)
+        exact, linear = ("yes" if told else "no" for told in (cls.facts.exact, cls.linear))
+        ranks = "unequal" if cls.unequal_ranks else "equal"
+        lines[name] = (
+            f"{cls.facts.sends:<14} {exact:<6} {linear:<7} {ranks:<8} {plugins.source('strategies', name)}"
+        )
+    lines["flwr.serverapp.strategy:NAME"] = "one of Flower's, such as FedAdam or FedMedian; docs/strategies.md"
+    return lines
 
 
 if __name__ == "__main__":

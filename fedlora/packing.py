@@ -49,6 +49,12 @@ class Segments:
         empty = row.new_zeros((self.mask.numel(), *shape))
         return empty.index_copy(0, self.cells, row[0]).view(*self.mask.shape, *shape)
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        lengths: list[int] = self.mask.sum(1).tolist()
+        return lengths
+
     def bias(self, causal: bool) -> "torch.Tensor":
         """What is added to attention scores: 0 or -inf, (examples, 1, 1 or longest, longest)."""
         return self._causal if causal else self._bidirectional
@@ -150,19 +156,18 @@ class Packing:
             handle.remove()
         self._body.set_attn_implementation(self._before)
 
-    def batch(self, tensor: "torch.Tensor") -> "torch.Tensor":
-        """The padded batch of a row of the last pass, (examples, longest, ...); any other tensor as it is.
+    def segments(self, tensor: "torch.Tensor") -> Segments | None:
+        """The examples in a row of the last pass; None for what holds its examples in the first dimension.
 
         Raises:
             ContractError: it is a row of another pass.
         """
-        if len(tensor) > 1 or tensor.dim() < 2:
-            return tensor
-        if (segments := self.rows.get(tensor.shape[1])) is not None:
-            return segments.batch(tensor)
-        if any(len(segments.mask) > 1 for segments in self.rows.values()):
+        examples = len(next(iter(self.rows.values())).mask) if self.rows else 1
+        if examples == 1 or len(tensor) > 1:  # the row of a single example is its batch
+            return None
+        if tensor.shape[1] not in self.rows:
             raise ContractError(f"a row of {tensor.shape[1]} tokens is none of the last pass")
-        return tensor
+        return self.rows[tensor.shape[1]]
 
     def _enter(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         ids = args[0] if args else kwargs["input_ids"]
@@ -180,7 +185,10 @@ class Packing:
         return tuple(row.index_select(1, first) for row in args)
 
     def _pool(self, pooler: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self.batch(args[0]), *args[1:])
+        return (self._padded(args[0]), *args[1:])
 
     def _leave(self, body: Any, args: tuple[Any, ...], output: Any) -> None:
-        output.last_hidden_state = self.batch(output.last_hidden_state)
+        output.last_hidden_state = self._padded(output.last_hidden_state)
+
+    def _padded(self, row: "torch.Tensor") -> "torch.Tensor":
+        return self.rows[row.shape[1]].batch(row)

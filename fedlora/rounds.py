@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,24 @@ class Progress:
         return {k: v for k, v in vars(self).items() if k not in ("round", "adapter")}
 
 
+class Stopwatch:
+    """Where the time of a round goes.
+
+    Attributes:
+        phases: seconds by the name of the phase.
+    """
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """What passed since the last call was spent on `phase`."""
+        now = time.perf_counter()
+        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
 @dataclass(kw_only=True)
 class Loop:
     """Everything that a round touches."""
@@ -80,7 +98,7 @@ class Loop:
         for round in range(now.round + 1, self.scenario.rounds + 1):
             if self.stop():
                 raise KeyboardInterrupt
-            began = time.perf_counter()
+            watch = Stopwatch()
             instruction = self.strategy.instruct(round, now.adapter, self._ranks)
             kept = {n: t for n, t in now.adapter.items() if n not in instruction.adapter}
             instruction = replace(instruction, frozen=fingerprint(kept))
@@ -89,23 +107,27 @@ class Loop:
             if not cohort and (self.central is None or resting):
                 now.last["stopped"] = f"after round {round - 1}: another would pass every client's epsilon"
                 break
+            watch.lap("account")
             replies = self._exchange(instruction, cohort)
+            watch.lap("train")
             self._catch_up(replies, now)
             before = {name: now.adapter[name] for name in self.strategy.held}
-            aggregating = time.perf_counter()
             updates = self._released(instruction, replies.updates, now)
             made = self.strategy.aggregate(before, updates)
-            aggregation_seconds = time.perf_counter() - aggregating
             made = made if isinstance(made, Merged) else Merged(made, {})
             after = {**before, **made.adapter}
             self._check(before, after, made.base)
             adapter = {**now.adapter, **after}
             if made.base:
                 self.engine.merge(self.merges.append(made.base))
+            watch.lap("aggregate")
             figures = self._figures(round, adapter)
-            figures |= self.strategy.diagnose(before, updates, after, made.base)
-            figures |= {"aggregation_seconds": round_to(aggregation_seconds), "resting": resting}
-            self._record(round, adapter, replies, figures, now, began)
+            watch.lap("evaluate")
+            if not self._summed:
+                figures |= self.strategy.diagnose(before, updates, after, made.base)
+            watch.lap("diagnose")
+            figures["resting"] = resting
+            self._record(round, adapter, replies, figures, now, watch)
         return now
 
     def _exchange(self, instruction: Instruction, cohort: list[int]) -> Replies:
@@ -114,7 +136,7 @@ class Loop:
         Raises:
             RoundError: nobody replied, or in a later trip nobody did any more.
         """
-        round, sums = instruction.round, self.strategy.partial_sums or self.central is not None
+        round, sums = instruction.round, self.strategy.partial_sums or self._summed
         replies = self.engine.train(instruction, cohort, sums)
         self._spend(instruction, replies)
         if not cohort:
@@ -164,6 +186,11 @@ class Loop:
             return list(range(total))
         chosen = generator(self.scenario.seed, "judged").choice(total, size=JUDGED, replace=False)
         return [int(c) for c in np.sort(chosen)]
+
+    @property
+    def _summed(self) -> bool:
+        """Whether the server may see no more of the updates than their sum."""
+        return self.central is not None or self.scenario.secure_aggregation is not None
 
     def _bounded(self, instruction: Instruction, now: Progress) -> Instruction:
         """The instruction, with the bound on a client's change where clients are protected whole."""
@@ -230,16 +257,19 @@ class Loop:
         gives the same updates, and costs nothing more, unless its noise or steps are other than before.
         """
         round, paid = instruction.round, self.ledger.spent(instruction.round)
-        spent: list[tuple[Privacy | None, dict[Holder, Event]]] = [
-            (self.scenario.example_privacy, {r.client: r.event for r in replies.reports if r.event})
-        ]
-        if self.central is not None:
-            spent.append((self.scenario.client_privacy, {None: self.central.event(instruction.config[CLIP_NORM])}))
-        for privacy, events in spent:
-            if privacy is not None:
-                new = {holder: event for holder, event in events.items() if paid.get(holder) != event}
-                terms = {"delta": privacy.delta, "unit": privacy.unit, "accountant": privacy.accountant}
-                self.ledger.spend(round, new, **terms)
+        for privacy, events in self._costs(instruction, replies):
+            new = {holder: event for holder, event in events.items() if paid.get(holder) != event}
+            terms = {"delta": privacy.delta, "unit": privacy.unit, "accountant": privacy.accountant}
+            self.ledger.spend(round, new, **terms)
+
+    def _costs(
+        self, instruction: Instruction, replies: Replies
+    ) -> Iterator[tuple[Privacy, Mapping[Holder, Event]]]:
+        """What a round costs whom, for each guarantee."""
+        if (example := self.scenario.example_privacy) is not None:
+            yield example, {r.client: r.event for r in replies.reports if r.event}
+        if self.central is not None and (whole := self.scenario.client_privacy) is not None:
+            yield whole, {None: self.central.event(instruction.config[CLIP_NORM])}
 
     def _check(self, before: Mapping[str, Any], after: Mapping[str, Any], merge: Change) -> None:
         what = type(self.strategy).__name__
@@ -255,7 +285,7 @@ class Loop:
                 raise ContractError(f"{what} made {name} not finite; try a lower lr")
 
     def _record(
-        self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, began: float
+        self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, watch: Stopwatch
     ) -> None:
         """Count, write the lines of the round, save."""
         privacy, whole, reports = self.scenario.example_privacy, self.scenario.client_privacy, replies.reports
@@ -273,7 +303,8 @@ class Loop:
         now.failures, now.trained = now.failures + failed, now.trained + len(reports) - failed
         now.bytes_up, now.bytes_down = now.bytes_up + up, now.bytes_down + down
         now.bytes_up_head += (len(reports) - failed) * self._head_bytes(round)
-        seconds = time.perf_counter() - began
+        watch.lap("account")
+        seconds = sum(watch.phases.values())
         now.seconds += seconds
         loss = sum(r.metrics["train_loss"] for r in shared) / len(shared) if shared else None
         now.last["epsilon"] = max([now.last.get("epsilon") or 0.0, *spent.values()]) if privacy else None
@@ -289,6 +320,7 @@ class Loop:
             "bytes_down": down,
             "epsilon": now.last["epsilon"],
             "seconds": round_to(seconds),
+            "phases": {phase: round_to(took) for phase, took in watch.phases.items()},
         }
         self.ledger.clients(
             {

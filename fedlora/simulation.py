@@ -28,7 +28,8 @@ from fedlora.checkpoint import Merges
 from fedlora.engine.worker import Setter
 from fedlora.errors import SettingError, UserError
 from fedlora.ledger import Ledger
-from fedlora.rounds import Line, Loop, Progress, round_to
+from fedlora.rounds import Loop, Progress, round_to
+from fedlora.run import METRICS, Run
 from fedlora.scenario import Scenario
 
 logger = logging.getLogger(__name__)
@@ -61,29 +62,6 @@ class Silent:
 
     def round(self, line: Mapping[str, Any]) -> None:
         """Nothing."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder.
-
-    Attributes:
-        folder: where it is.
-        summary: what `summary.json` holds.
-    """
-
-    folder: Path
-    summary: Mapping[str, Any]
-
-    @property
-    def rounds(self) -> list[Line]:
-        """The lines of `metrics.jsonl`."""
-        return ledger.read(self.folder / "metrics.jsonl")
-
-    @property
-    def clients(self) -> list[Line]:
-        """The lines of `clients.jsonl`."""
-        return ledger.read(self.folder / "clients.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +137,7 @@ def _simulate(
         shown.stage("loading the model")
         found = engine.start(setup)
         ready.strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
-        _check_plan(ready, found)
+        check_strategy(ready.strategy)
         now = Progress(round=0, adapter=dict(found.initial))
         if resume:
             now = _restore(folder, ready.strategy, now)
@@ -335,13 +313,13 @@ def _differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def _check_plan(ready: Prepared, found: engines.Description) -> None:
-    """Make sure that the strategy trains something of this model.
+def check_strategy(strategy: strategies.Strategy) -> None:
+    """Make sure that a bound strategy trains something of its model.
 
     Raises:
         SettingError: it does not.
     """
-    strategy, layout = ready.strategy, found.layout
+    layout = strategy.layout
     for what, names in (("federates", strategy.federates(layout)), ("trains", strategy.trains(1, layout))):
         if strange := sorted(set(names) - set(layout)):
             raise SettingError("strategy.use", f"{what} {strange[0]!r}, which the adapter does not have")
@@ -474,7 +452,7 @@ def _privacy_in_words(scenario: Scenario, record: Ledger) -> str:
 def _model_card(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:
     """The README beside the adapter: what it is and how to load it."""
     scenario = ready.scenario
-    base, metric = scenario.model.base, next(k for k in ("accuracy", "perplexity") if k in summary)
+    base, metric = scenario.model.base, next(k for k in METRICS if k in summary)
     if scenario.task == "classification":
         auto, extra = "AutoModelForSequenceClassification", f", num_labels={len(ready.data.labels)}"
     else:

@@ -192,10 +192,11 @@ def test_only_scored_tokens_reach_the_vocabulary(models):
 def test_a_row_of_another_pass_is_refused(models):
     task = models("bert")
     task.losses(ragged())
-    assert task.packing.batch(torch.zeros(1, sum(LENGTHS), 2)).shape == (4, 11, 2)
-    assert task.packing.batch(torch.zeros(4, 2)).shape == (4, 2)
+    assert task.packing.segments(torch.zeros(1, sum(LENGTHS), 2)).lengths == list(LENGTHS)
+    assert task.packing.segments(torch.zeros(1, 4, 2)).lengths == [1, 1, 1, 1]
+    assert task.packing.segments(torch.zeros(4, 2)) is None
     with pytest.raises(ContractError, match="a row of 5 tokens"):
-        task.packing.batch(torch.zeros(1, 5, 2))
+        task.packing.segments(torch.zeros(1, 5, 2))
 
 
 def test_a_model_that_reads_padding_in_its_own_way_is_padded(caplog):

@@ -151,11 +151,11 @@ class Worker:
         self.dataset = Dataset.open(setup.dataset, setup.partitions)
         model, told = self.scenario.model, self.scenario.clients
         self.client = clients.load(told.use, told.options)
-        self.strategy = strategies.load(self.scenario.strategy.use, self.scenario.strategy.options)
+        strategy = strategies.load(self.scenario.strategy.use, self.scenario.strategy.options)
         self.task = task.load(
             self.scenario.task,
             model.base,
-            kind(self.scenario, self.strategy),
+            kind(self.scenario, strategy),
             labels=self.dataset.labels,
             seed=self.scenario.seed,
             head=model.head,
@@ -165,10 +165,19 @@ class Worker:
             max_length=self.scenario.data.max_length,
             precision="bf16" if setup.precision == "bf16" else "fp32",
         )
-        self.strategy.bind(self.task.layout, self.task.kind, self.task.initial, self.client.private)
         self.settings = Setter(self.scenario, setup.noise)
-        self.personal = Personal(setup.personal) if setup.personal else None
-        self.merged = 0
+        self.serve(strategy, setup.personal)
+
+    def serve(self, strategy: strategies.Strategy, personal: Path | None) -> None:
+        """Be a worker of a strategy, at the start of a run.
+
+        Args:
+            strategy: for the kind of adapter that was built.
+            personal: folder of what stays with each client; None where nothing does.
+        """
+        strategy.bind(self.task.layout, self.task.kind, self.task.initial, self.client.private)
+        self.strategy, self.merged = strategy, 0
+        self.personal = Personal(personal) if personal else None
         self._fingerprints: dict[frozenset[str], str] = {}
         self._shapes: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
 

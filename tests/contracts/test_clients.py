@@ -71,6 +71,55 @@ def test_repeats_bit_for_bit_and_leaves_nothing_behind(fit):
     assert same(first, fit(client=0))
 
 
+@pytest.fixture(params=["encoder", "pooler", "decoder"])
+def model(request, build, tiny_lm):
+    """Overrides that build another model: with another task, other targets, or a trained head with biases."""
+    lm = ("task=causal_lm", f"model.base={tiny_lm}", "model.adapter.targets=[q_proj,up_proj,lm_head]")
+    return {
+        "encoder": (),
+        "pooler": ("model.pooler=trained", "model.adapter.targets=[query,dense]"),
+        "decoder": lm,
+    }[request.param]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of plain passes through a hooked model
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_made_of_the_gradients_of_single_examples(name, model, build):
+    """Of each backward pass by itself, clipped if private, to 1e-5 of the change that the step makes."""
+    made = clients.load(name, {})
+    worker = build(*model, private=made.private)
+    task, part, clip = worker.task, worker.dataset.partition(0), 0.5
+    names = tuple(sorted(task.layout))
+    rng = np.random.default_rng(0)  # away from B = 0, so that A has a gradient too
+    adapter = {n: (0.3 * rng.normal(size=task.layout[n].shape)).astype(np.float32) for n in names}
+    quiet = {"noise_multiplier": 1e-10, "clip_norm": clip} if made.private else {}
+    told = Settings(
+        round=1, train=names, send=names, local_steps=1, batch_size=9, lr=9e4, micro_batch_size=4, **quiet
+    )
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = task.micro_batches
+        patch.setattr(task, "micro_batches", lambda e, rows, k: taken.extend(rows) or original(e, rows, k))
+        update = made.fit(task, adapter, part, told, Rng(3, 1, 0))
+    total = {n: np.zeros(task.layout[n].shape) for n in names}
+    shrunk = 0
+    for row in taken:
+        parameters = task.begin(adapter, names)
+        task.losses(task.batch(part.examples, np.array([row]))).sum().backward()
+        gradients = {n: p.grad.double().numpy() for n, p in zip(names, parameters, strict=True)}
+        norm = length(gradients)
+        shrunk += norm > clip
+        factor = min(1.0, clip / norm) if made.private else 1.0
+        total = {n: total[n] + factor * g for n, g in gradients.items()}
+    assert len(taken) > 4 and (shrunk > 0 or not made.private)  # more than a micro-batch, and clipping bites
+    off = {n: (adapter[n].astype(np.float64) - update.adapter[n]) / 1e4 - total[n] for n in names}
+    assert length(off) < 1e-5 * length(total)
+
+
+def length(tensors):
+    return sum(float((t**2).sum()) for t in tensors.values()) ** 0.5
+
+
 def test_depends_on_seed_round_and_client(fit):
     base = fit()
     assert not same(base, fit(seed=4)) and not same(base, fit(round=2)) and not same(base, fit(client=1))
