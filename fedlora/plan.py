@@ -316,6 +316,7 @@ def _epsilons(
     """Epsilon after each round, or after some where there are many; and the seconds that a round's take."""
     if asked is None or not spent:
         return {}, 0.0
+    spent = {holder: events for holder, events in spent.items() if (holder is None) is (asked.unit == "client")}
     kinds = len({tuple(event for _, event in events) for events in spent.values()})
     step = -(-rounds * kinds // _EPSILONS)
     table, began = {}, time.perf_counter()
@@ -411,10 +412,11 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
             f"delta {whole.delta:g} is not below one over the {scenario.clients.total} clients: such a delta lets "
             "a whole client leak. Lower privacy.delta."
         )
-    if asked is None and whole is not None:
-        return
     if asked is None:
-        yield "There is no privacy section: updates can reveal what clients hold."
+        if whole is None:
+            yield "There is no privacy section: updates can reveal what clients hold."
+        else:
+            yield "The server sees each client's update without noise: the guarantee is from all others."
         return
     loose = sum(g["clients"] for g in groups if asked.delta * g["num_examples"] >= 1)
     if loose:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,8 @@ class Loop:
             watch.lap("aggregate")
             figures = self._figures(round, adapter)
             watch.lap("evaluate")
-            figures |= self.strategy.diagnose(before, updates, after, made.base)
+            if not self._summed:
+                figures |= self.strategy.diagnose(before, updates, after, made.base)
             watch.lap("diagnose")
             figures["resting"] = resting
             self._record(round, adapter, replies, figures, now, watch)
@@ -135,7 +136,7 @@ class Loop:
         Raises:
             RoundError: nobody replied, or in a later trip nobody did any more.
         """
-        round, sums = instruction.round, self.strategy.partial_sums or self.central is not None
+        round, sums = instruction.round, self.strategy.partial_sums or self._summed
         replies = self.engine.train(instruction, cohort, sums)
         self._spend(instruction, replies)
         if not cohort:
@@ -185,6 +186,11 @@ class Loop:
             return list(range(total))
         chosen = generator(self.scenario.seed, "judged").choice(total, size=JUDGED, replace=False)
         return [int(c) for c in np.sort(chosen)]
+
+    @property
+    def _summed(self) -> bool:
+        """Whether the server may see no more of the updates than their sum."""
+        return self.central is not None or self.scenario.secure_aggregation is not None
 
     def _bounded(self, instruction: Instruction, now: Progress) -> Instruction:
         """The instruction, with the bound on a client's change where clients are protected whole."""
@@ -251,16 +257,19 @@ class Loop:
         gives the same updates, and costs nothing more, unless its noise or steps are other than before.
         """
         round, paid = instruction.round, self.ledger.spent(instruction.round)
-        spent: list[tuple[Privacy | None, dict[Holder, Event]]] = [
-            (self.scenario.example_privacy, {r.client: r.event for r in replies.reports if r.event})
-        ]
-        if self.central is not None:
-            spent.append((self.scenario.client_privacy, {None: self.central.event(instruction.config[CLIP_NORM])}))
-        for privacy, events in spent:
-            if privacy is not None:
-                new = {holder: event for holder, event in events.items() if paid.get(holder) != event}
-                terms = {"delta": privacy.delta, "unit": privacy.unit, "accountant": privacy.accountant}
-                self.ledger.spend(round, new, **terms)
+        for privacy, events in self._costs(instruction, replies):
+            new = {holder: event for holder, event in events.items() if paid.get(holder) != event}
+            terms = {"delta": privacy.delta, "unit": privacy.unit, "accountant": privacy.accountant}
+            self.ledger.spend(round, new, **terms)
+
+    def _costs(
+        self, instruction: Instruction, replies: Replies
+    ) -> Iterator[tuple[Privacy, Mapping[Holder, Event]]]:
+        """What a round costs whom, for each guarantee."""
+        if (example := self.scenario.example_privacy) is not None:
+            yield example, {r.client: r.event for r in replies.reports if r.event}
+        if self.central is not None and (whole := self.scenario.client_privacy) is not None:
+            yield whole, {None: self.central.event(instruction.config[CLIP_NORM])}
 
     def _check(self, before: Mapping[str, Any], after: Mapping[str, Any], merge: Change) -> None:
         what = type(self.strategy).__name__

@@ -341,6 +341,13 @@ class Privacy(Section):
         return self
 
 
+class SecureAggregation(Section):
+    """Clients mask what they send, and the server learns only its sum; they weigh alike."""
+
+    range: PositiveFloat = 1.0  # that a number may change by in a round; one that changes by more fails its client
+    survivors: Annotated[Float, Field(gt=0.5, le=1)] = 0.66  # share of the clients that must not drop out
+
+
 class Strategy(PlugIn):
     """How the server turns updates into the next adapter."""
 
@@ -372,6 +379,7 @@ class Scenario(Section):
     data: Data
     clients: Clients
     privacy: Privacy | None = None
+    secure_aggregation: SecureAggregation | None = None
     strategy: Strategy
     rounds: PositiveInt
     eval_every: PositiveInt = 1

@@ -399,13 +399,18 @@ def check(strategy: Strategy, scenario: "Scenario") -> None:
             f"{use} gives each client a model of its own, which needs examples of its own to be judged by: "
             "set data.client_test_share, such as 0.2",
         )
-    if scenario.client_privacy is not None and not (strategy.linear and strategy.trips == 1):
+    if not (strategy.linear and strategy.trips == 1):
         can = _those(lambda cls: cls.linear and cls.trips == 1)
-        raise SettingError(
-            "strategy.use",
-            f"unit: client noises a mean, and how much one client can change what {use} makes is unknown; "
-            f"take one of {can}",
-        )
+        if scenario.client_privacy is not None:
+            raise SettingError(
+                "strategy.use",
+                f"unit: client noises a mean, and how much one client can change what {use} makes is unknown; "
+                f"take one of {can}",
+            )
+        if scenario.secure_aggregation is not None:
+            raise SettingError(
+                "strategy.use", f"secure aggregation gives sums, and {use} needs each update; take one of {can}"
+            )
     kind = scenario.model.adapter.kind
     if kind not in ("auto", *strategy.kinds):
         can = _those(lambda cls: kind in cls.kinds)

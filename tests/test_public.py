@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "seeding", "factors"},
     {"plugins"},
     {"scenario"},
-    {"adapter", "data", "packing", "privacy", "task"},
+    {"adapter", "data", "packing", "privacy", "secure", "task"},
     {"wire"},
     {"central", "client", "strategy"},
     {"checkpoint", "ledger"},
@@ -33,7 +33,8 @@ LAYERS = [
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 HEAVY = {
-    "flwr": {"engine", "wire", "strategy"},
+    "flwr": {"engine", "secure", "wire", "strategy"},
+    "cryptography": {"secure"},
     "opacus": {"audit", "clients", "privacy"},
     "matplotlib": {"audit"},
     "ray": {"engine"},

@@ -63,6 +63,14 @@ def make(scenario: Scenario, address: str | None = None) -> Engine:
 
     Its processes start at once, and wait for `Engine.start`.
     """
+    if (asked := scenario.secure_aggregation) is None:
+        return _plain(scenario, address)
+    from fedlora.engine.secure import SecureEngine
+
+    return SecureEngine(_plain(scenario, address), seed=scenario.seed, largest=asked.range, share=asked.survivors)
+
+
+def _plain(scenario: Scenario, address: str | None) -> Engine:
     if scenario.engine.kind == "inline" or (address is None and in_process(scenario)):
         from fedlora.engine.inline import InlineEngine
 
