@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from fedlora.client import Client, Rng, Settings
     from fedlora.errors import FedloraError, UserError
     from fedlora.privacy import Event
+    from fedlora.run import Run
     from fedlora.scenario import Scenario, load
-    from fedlora.simulation import Run, simulate
+    from fedlora.simulation import simulate
     from fedlora.strategy import Strategy
 
 __all__ = [
@@ -51,7 +52,7 @@ _HOME = {
     "Event": "privacy",
     "Scenario": "scenario",
     "load": "scenario",
-    "Run": "simulation",
+    "Run": "run",
     "simulate": "simulation",
     "Strategy": "strategy",
 }

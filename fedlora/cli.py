@@ -50,6 +50,53 @@ def _parser() -> argparse.ArgumentParser:
     _scenario(check)
     check.set_defaults(command=_check)
 
+    plan = commands.add_parser("plan", help="say what a scenario will cost: bytes, epsilon, time and memory")
+    _scenario(plan)
+    plan.add_argument("--json", action="store_true", help="print all of it as JSON")
+    plan.set_defaults(command=_plan)
+
+    report = commands.add_parser("report", help="write what a run did as one HTML file that opens offline")
+    report.add_argument("run", metavar="RUN", help="a run folder")
+    report.add_argument("--out", metavar="FILE", help="the file (default: report.html in the run folder)")
+    report.set_defaults(command=_report)
+
+    compare = commands.add_parser("compare", help="runs side by side: a table, and a page that opens offline")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="run folders; those of other seeds are averaged")
+    compare.add_argument("--form", choices=["text", "markdown", "latex"], default="text", help="of the table")
+    compare.add_argument(
+        "--out", metavar="FILE", default="comparison.html", help="the page (default: comparison.html)"
+    )
+    compare.set_defaults(command=_compare)
+
+    export = commands.add_parser("export", help="copy a run's adapter, or merge it into its base")
+    export.add_argument("run", metavar="RUN", help="a run folder")
+    export.add_argument("--out", metavar="DIR", help="a folder to make (default: <run>-adapter or <run>-merged)")
+    export.add_argument("--merge", action="store_true", help="write the whole model instead of the adapter")
+    export.add_argument("--push", metavar="REPO", help="upload it to the Hugging Face Hub, as you/name")
+    export.set_defaults(command=_export)
+
+    predict = commands.add_parser("predict", help="ask a run's model about a text")
+    predict.add_argument("run", metavar="RUN", help="a run folder")
+    predict.add_argument("texts", metavar="TEXT", nargs="+", help="one or more texts")
+    predict.set_defaults(command=_predict)
+
+    watch = commands.add_parser("watch", help="follow a run that another terminal started")
+    watch.add_argument("run", metavar="RUN", help="a run folder")
+    watch.set_defaults(command=_watch)
+
+    init = commands.add_parser("init", help="make a small project: a scenario, a strategy of one's own, its test")
+    init.add_argument("folder", metavar="DIR", help="a folder to make")
+    init.set_defaults(command=_init)
+
+    schema = commands.add_parser("schema", help="print the JSON Schema of scenarios, for editors")
+    schema.set_defaults(command=_schema)
+
+    audit = commands.add_parser("audit", help="try to break a scenario's epsilon: a lower bound beside the claim")
+    _scenario(audit)
+    audit.add_argument("--out", metavar="DIR", help="folder for figures and plot (default: audits/<name>-<hash>)")
+    audit.add_argument("--canaries", type=int, default=4000, metavar="N", help="over all clients (default: 4000)")
+    audit.set_defaults(command=_audit)
+
     account = commands.add_parser("ledger", help="verify a run's privacy ledger; epsilon by every accountant")
     account.add_argument("run", metavar="RUN", help="a run folder, or a privacy.jsonl")
     account.set_defaults(command=_ledger)
@@ -120,6 +167,120 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from fedlora import scenario
+
+    loaded = scenario.load(arguments.scenario, arguments.overrides)
+    from fedlora.plan import plan
+
+    told = plan(loaded).to_json()
+    if arguments.json:
+        import json
+
+        print(json.dumps(told, indent=2))
+    else:
+        from fedlora.report.console import plan_lines
+
+        print("\n".join(plan_lines(told)))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedlora.report import single
+    from fedlora.run import Run
+
+    print(single.write(Run.open(arguments.run), Path(arguments.out) if arguments.out else None))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedlora.report import page
+    from fedlora.report.comparison import Comparison
+    from fedlora.run import Run
+
+    made = Comparison([Run.open(folder) for folder in arguments.runs])
+    page.save(made.html(), Path(arguments.out))
+    table = made.table()
+    if arguments.form == "markdown":
+        print(table.markdown())
+    elif arguments.form == "latex":
+        print(table.latex())
+    else:
+        print("\n".join([*table.text(""), "", *made.legend(), *made.notes, f"page: {arguments.out}"]))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedlora.export import export, push
+    from fedlora.run import Run
+
+    run = Run.open(arguments.run)
+    default = f"{run.folder.resolve()}-{'merged' if arguments.merge else 'adapter'}"
+    folder = export(run, Path(arguments.out or default), arguments.merge)
+    print(folder)
+    if arguments.push:
+        print(push(folder, arguments.push))
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from fedlora.export import predict
+    from fedlora.run import Run
+
+    for told in predict(Run.open(arguments.run), arguments.texts):
+        sure = "" if told.probability is None else f"  {told.probability:.3f}"
+        print(f"{told.answer}{sure}  {told.text}")
+    return 0
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fedlora.report.console import Live, follow, summary_lines
+    from fedlora.run import Run
+
+    with Live(Console(), shown=True) as display:
+        run = follow(Run.open(arguments.run), display)
+    print("\n".join(summary_lines(run.folder, run.summary)))
+    return 0
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedlora.scaffold import init
+
+    print("\n".join(init(Path(arguments.folder))))
+    return 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    import json
+
+    from fedlora.schema import schema
+
+    print(json.dumps(schema(), indent=2))
+    return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from fedlora import scenario
+    from fedlora.audit import audit
+    from fedlora.report.console import Live
+
+    loaded = scenario.load(arguments.scenario, arguments.overrides)
+    with Live() as display:
+        made = audit(loaded, out=arguments.out, canaries=arguments.canaries, display=display)
+    print("\n".join(made.lines()))
+    return 1 if made.refuted else 0
+
+
 def _ledger(arguments: argparse.Namespace) -> int:
     from pathlib import Path
     from typing import get_args
@@ -142,7 +303,7 @@ def _list(arguments: argparse.Namespace) -> int:
     from fedlora import plugins, scenario
 
     tables = {
-        "strategies": lambda: {n: plugins.summary("strategies", n) for n in plugins.names("strategies")},
+        "strategies": _strategies,
         "clients": lambda: {n: plugins.summary("clients", n) for n in plugins.names("clients")},
         "datasets": lambda: scenario.DATASETS,
         "scenarios": scenario.shipped,
@@ -153,6 +314,22 @@ def _list(arguments: argparse.Namespace) -> int:
         for name, line in tables[what]().items():
             print(f"  {name:<14} {line}")
     return 0
+
+
+def _strategies() -> dict[str, str]:
+    """What each sends and what it is like, with its paper; then how Flower's own are named."""
+    from fedlora import plugins
+
+    lines = {"": f"{'clients send':<14} {'exact':<6} {'linear':<7} {'ranks':<8} paper"}
+    for name in plugins.names("strategies"):
+        cls = plugins.find("strategies", name)
+        exact, linear = ("yes" if told else "no" for told in (cls.facts.exact, cls.linear))
+        ranks = "unequal" if cls.unequal_ranks else "equal"
+        lines[name] = (
+            f"{cls.facts.sends:<14} {exact:<6} {linear:<7} {ranks:<8} {plugins.source('strategies', name)}"
+        )
+    lines["flwr.serverapp.strategy:NAME"] = "one of Flower's, such as FedAdam or FedMedian; docs/strategies.md"
+    return lines
 
 
 if __name__ == "__main__":

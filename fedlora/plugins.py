@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,13 @@ def summary(kind: Kind, name: str) -> str:
         if isinstance(node, ast.ClassDef) and (text := ast.get_docstring(node)):
             return text.splitlines()[0]
     return ""
+
+
+def source(kind: Kind, name: str) -> str:
+    """The address of the paper that a built-in's file opens with; empty where it names none."""
+    text = (Path(__file__).parent / kind / f"{name}.py").read_text(encoding="utf-8")
+    found = re.search(r"https://arxiv\.org/abs/[0-9.v]*[0-9]", ast.get_docstring(ast.parse(text)) or "")
+    return found.group() if found else ""
 
 
 def problem(kind: Kind, use: str) -> str | None:

@@ -319,8 +319,14 @@ class Privacy(Section):
     epsilon: PositiveFloat | None = None  # the most that a client may spend; the noise is calibrated to it
     noise_multiplier: PositiveFloat | None = None  # set it instead of calibrating
     delta: Annotated[Float, Field(gt=0, lt=1)]
-    clip_norm: PositiveFloat = 1.0  # L2 bound on one example's gradient
-    unit: Literal["example"] = "example"
+    clip_norm: PositiveFloat = 1.0  # L2 bound on one example's gradient; with unit client on one client's change
+    unit: Literal["example", "client"] = "example"  # whose presence the guarantee hides
+    quantile: Annotated[Float, Field(gt=0, lt=1)] | None = (
+        None  # unit client: of the norms, clip_norm adapts to it
+    )
+    example: "Privacy | None" = (
+        None  # unit client: a guarantee for each example as well, by the client's own noise
+    )
     accountant: Literal["pld", "prv", "rdp"] = "pld"  # the first is the tightest; all are upper bounds
     share_metrics: bool = False  # let training loss and example counts leave clients, outside of epsilon
 
@@ -328,7 +334,18 @@ class Privacy(Section):
     def _target(self) -> Self:
         if self.epsilon is None and self.noise_multiplier is None:
             raise PydanticCustomError("target", "needs epsilon (a budget) or noise_multiplier")
+        if self.unit == "example" and (self.quantile is not None or self.example is not None):
+            raise PydanticCustomError("target", "quantile and example go with unit: client")
+        if self.example is not None and self.example.unit != "example":
+            raise PydanticCustomError("target", "example holds a guarantee of unit: example")
         return self
+
+
+class SecureAggregation(Section):
+    """Clients mask what they send, and the server learns only its sum; they weigh alike."""
+
+    range: PositiveFloat = 1.0  # that a number may change by in a round; one that changes by more fails its client
+    survivors: Annotated[Float, Field(gt=0.5, le=1)] = 0.66  # share of the clients that must not drop out
 
 
 class Strategy(PlugIn):
@@ -362,10 +379,24 @@ class Scenario(Section):
     data: Data
     clients: Clients
     privacy: Privacy | None = None
+    secure_aggregation: SecureAggregation | None = None
     strategy: Strategy
     rounds: PositiveInt
     eval_every: PositiveInt = 1
     engine: Engine = Engine()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # where the figures of each round go too
+
+    @property
+    def example_privacy(self) -> Privacy | None:
+        """The guarantee for each example, which clients give; None where there is none."""
+        if self.privacy is None or self.privacy.unit == "example":
+            return self.privacy
+        return self.privacy.example
+
+    @property
+    def client_privacy(self) -> Privacy | None:
+        """The guarantee for each client, which the server gives; None where there is none."""
+        return self.privacy if self.privacy is not None and self.privacy.unit == "client" else None
 
     _source: "Source" = PrivateAttr(default_factory=lambda: Source("scenario", {}, {}))
 
@@ -437,13 +468,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
 def find(path: str | Path) -> Path:
     """The file that a path or a shipped scenario's name stands for."""
     file = Path(path)
-    if file.is_dir():
-        raise ScenarioError(f"{path}: is a folder; name a scenario file")
-    if file.exists():
+    if file.exists() and not file.is_dir():
         return file
     known = {p.stem: p for p in _SHIPPED.glob("*.yaml")}
     if file.stem in known and file.parent.name in ("", "scenarios"):
         return known[file.stem]
+    if file.is_dir():
+        raise ScenarioError(f"{path}: is a folder; name a scenario file")
     raise ScenarioError(f"{path}: no such file; {suggestion(file.stem, known)}")
 
 
@@ -623,21 +654,20 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
     clients, data = sections.get("clients"), sections.get("data")
     task, model = sections.get("task"), sections.get("model")
     if clients and "privacy" in sections:
-        if sections["privacy"] is None and clients.use == "dp_sgd":
+        privacy = sections["privacy"]
+        example = privacy if privacy is None or privacy.unit == "example" else privacy.example
+        if example is None and clients.use == "dp_sgd":
             yield Problem(
                 ("clients", "use"),
-                "dp_sgd needs a privacy section, such as 'privacy: {epsilon: 6, delta: 1.0e-5}', or use: sgd",
+                "dp_sgd needs a privacy section, such as 'privacy: {epsilon: 6, delta: 1.0e-5}', or use: sgd"
+                if privacy is None
+                else "dp_sgd protects examples, and privacy has unit: client: add privacy.example, or use: sgd",
             )
-        if sections["privacy"] is not None and clients.use == "sgd":
+        if example is not None and clients.use == "sgd":
             yield Problem(
                 ("clients", "use"),
-                "sgd adds no noise, and a privacy section is given: use dp_sgd, or drop it",
+                "sgd adds no noise, and a privacy section is given for each example: use dp_sgd, or drop it",
             )
-    if clients and model and (highest := clients.possible_ranks(model.adapter.r)[-1]) > model.adapter.r:
-        yield Problem(
-            ("clients", "ranks"),
-            f"a client of rank {highest} is above the server's: set model.adapter.r to {highest}",
-        )
     if data and clients and isinstance(data.partition, LabelShares):
         rows = len(data.partition.shares)
         if clients.total % rows:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fedlora import checkpoint, ledger, privacy, task
 from fedlora import client as clients
@@ -23,66 +23,22 @@ from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora import strategy as strategies
 from fedlora.adapter import Adapter
+from fedlora.central import Central
 from fedlora.checkpoint import Merges
 from fedlora.engine.worker import Setter
 from fedlora.errors import SettingError, UserError
 from fedlora.ledger import Ledger
-from fedlora.rounds import Line, Loop, Progress, round_to
+from fedlora.report import trackers
+from fedlora.report.console import Display, default_display
+from fedlora.report.trackers import Tracked
+from fedlora.rounds import Loop, Progress, round_to
+from fedlora.run import METRICS, Run
 from fedlora.scenario import Scenario
 
 logger = logging.getLogger(__name__)
 
 # What a resumed run may change: how long it goes on, and what cannot change a result.
-CHANGEABLE = ("rounds", "eval_every", "engine.kind", "engine.workers", "engine.gpus_per_worker")
-
-
-class Display(Protocol):
-    """What a person watches; `fedlora.report.console` has one."""
-
-    def stage(self, what: str) -> None:
-        """Something that takes a while has begun."""
-
-    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
-        """Rounds begin, or go on after `done` of them."""
-
-    def round(self, line: Mapping[str, Any]) -> None:
-        """A round has finished."""
-
-
-class Silent:
-    """Shows nothing."""
-
-    def stage(self, what: str) -> None:
-        """Nothing."""
-
-    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
-        """Nothing."""
-
-    def round(self, line: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder.
-
-    Attributes:
-        folder: where it is.
-        summary: what `summary.json` holds.
-    """
-
-    folder: Path
-    summary: Mapping[str, Any]
-
-    @property
-    def rounds(self) -> list[Line]:
-        """The lines of `metrics.jsonl`."""
-        return ledger.read(self.folder / "metrics.jsonl")
-
-    @property
-    def clients(self) -> list[Line]:
-        """The lines of `clients.jsonl`."""
-        return ledger.read(self.folder / "clients.jsonl")
+CHANGEABLE = ("rounds", "eval_every", "trackers", "engine.kind", "engine.workers", "engine.gpus_per_worker")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +60,7 @@ def simulate(
     resume: bool = False,
     ray_address: str | None = None,
     display: Display | None = None,
+    watch: Callable[[engines.Engine], engines.Engine] | None = None,
 ) -> Run:
     """Run a scenario to its end.
 
@@ -113,7 +70,8 @@ def simulate(
         out: the run folder, by default `runs/<name>-<hash>`.
         resume: go on from the folder's checkpoint.
         ray_address: of a running Ray cluster to join.
-        display: shown how the run goes.
+        display: shown how the run goes; by default a progress bar in a notebook, and nothing elsewhere.
+        watch: puts an engine of one's own around the one that runs the clients, to see what passes.
 
     Returns:
         The run. After Ctrl-C its summary says `stopped`, and holds what was finished.
@@ -126,29 +84,40 @@ def simulate(
         scenario = scenarios.load(scenario, overrides)
     elif overrides:
         raise UserError("overrides go with a scenario's file or name, not with a loaded one")
-    shown = display or Silent()
     folder = Path(out) if out else Path("runs") / f"{scenario.name}-{scenario.hash}"
     _check_folder(folder, scenario, resume)
+    shown = Tracked(display or default_display(), folder)
     try:
-        return _simulate(scenario, folder, resume, ray_address, shown)
+        trackers.check(scenario.trackers)
+        return _simulate(scenario, folder, resume, ray_address, shown, watch or (lambda engine: engine))
     except SettingError as error:
         raise scenario.located(error) from error
+    finally:
+        shown.close()
 
 
-def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | None, shown: Display) -> Run:
+def _simulate(
+    scenario: Scenario,
+    folder: Path,
+    resume: bool,
+    address: str | None,
+    shown: Display,
+    watch: Callable[[engines.Engine], engines.Engine],
+) -> Run:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     shown.stage("reading and tokenising the data")
     ready = prepare(scenario)
-    with contextlib.closing(engines.make(scenario, address)) as engine:
+    with contextlib.closing(watch(engines.make(scenario, address))) as engine:
         shown.stage("calibrating the noise")  # while workers import
         setup = replace(ready.setup, noise=(noise := calibrate(scenario, ready.data)))
+        whole = central(scenario)
         if ready.strategy.personal or ready.strategy.trips > 1:
             setup = replace(setup, personal=folder.absolute() / "personal")
         shown.stage("loading the model")
         found = engine.start(setup)
         ready.strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
-        _check_plan(ready, found)
+        check_strategy(ready.strategy)
         now = Progress(round=0, adapter=dict(found.initial))
         if resume:
             now = _restore(folder, ready.strategy, now)
@@ -174,6 +143,7 @@ def _simulate(scenario: Scenario, folder: Path, resume: bool, address: str | Non
             data=ready.data,
             ledger=record,
             merges=merges,
+            central=whole,
             settings=Setter(scenario, noise),
             folder=folder,
             on_round=shown.round,
@@ -206,9 +176,9 @@ def prepare(scenario: Scenario) -> Prepared:
     strategy = strategies.load(scenario.strategy.use, scenario.strategy.options)
     strategies.check(strategy, scenario)
     client = clients.load(scenario.clients.use, scenario.clients.options)
-    if client.private and scenario.privacy is None:
+    if client.private and scenario.example_privacy is None:
         raise SettingError("clients.use", f"{scenario.clients.use} needs a privacy section")
-    if not client.private and scenario.privacy is not None:
+    if not client.private and scenario.example_privacy is not None:
         raise SettingError("clients.use", f"{scenario.clients.use} adds no noise, and a privacy section is given")
     model, data = scenario.model, scenario.data
     tokenizer = task.load_tokenizer(model.base, model.revision)
@@ -242,7 +212,7 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
 
     Calibrated over all the steps that a client can be asked for: every round of the scenario.
     """
-    told, asked = scenario.clients, scenario.privacy
+    told, asked = scenario.clients, scenario.example_privacy
     if asked is None:
         return None
     noise: dict[int, float] = {}
@@ -269,6 +239,26 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
                 asked.epsilon, asked.delta, told.batch_size / size, steps, asked.accountant
             )
     return noise
+
+
+def central(scenario: Scenario) -> Central | None:
+    """The server's side of client-level privacy, its noise calibrated over every round; None without."""
+    told, asked = scenario.clients, scenario.client_privacy
+    if asked is None:
+        return None
+    if asked.delta >= 1 / told.total:
+        logger.warning(
+            "privacy.delta: %g is not below 1/%d, one over the clients: at such a delta a mechanism that gives a "
+            "whole client away now and then counts as private; write %.0e or less",
+            *(asked.delta, told.total, 0.1 / told.total),
+        )
+    rate, noise = told.cohort_size / told.total, asked.noise_multiplier
+    if noise is None:
+        assert asked.epsilon is not None
+        noise = privacy.calibrate(asked.epsilon, asked.delta, rate, scenario.rounds, asked.accountant)
+    return Central(
+        noise_multiplier=noise, sample_rate=rate, total=told.total, seed=scenario.seed, quantile=asked.quantile
+    )
 
 
 def _check_folder(folder: Path, scenario: Scenario, resume: bool) -> None:
@@ -303,13 +293,13 @@ def _differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def _check_plan(ready: Prepared, found: engines.Description) -> None:
-    """Make sure that the strategy trains something of this model.
+def check_strategy(strategy: strategies.Strategy) -> None:
+    """Make sure that a bound strategy trains something of its model.
 
     Raises:
         SettingError: it does not.
     """
-    strategy, layout = ready.strategy, found.layout
+    layout = strategy.layout
     for what, names in (("federates", strategy.federates(layout)), ("trains", strategy.trains(1, layout))):
         if strange := sorted(set(names) - set(layout)):
             raise SettingError("strategy.use", f"{what} {strange[0]!r}, which the adapter does not have")
@@ -374,10 +364,7 @@ def _summary(
 ) -> dict[str, Any]:
     scenario = ready.scenario
     asked = scenario.privacy
-    spent = now.last.get("epsilon")
-    if asked is not None:
-        every = [privacy.epsilon(e, asked.delta, asked.accountant) for e in record.events.values()]
-        spent = max(every, default=0.0)
+    spent = _spent(record, asked)
     summary: dict[str, Any] = {
         "scenario": scenario.name,
         "strategy": scenario.strategy.use,
@@ -393,7 +380,8 @@ def _summary(
         "accountant": asked.accountant if asked else None,
         "neighbours": ledger.NEIGHBOURS if asked else None,
         "sampling": "poisson" if asked else None,
-        "privacy": _privacy_in_words(scenario, spent),
+        "example_epsilon": _spent(record, scenario.example_privacy),
+        "privacy": _privacy_in_words(scenario, record),
         "seconds": round_to(now.seconds),
         "clients_per_second": round_to(now.trained / now.seconds) if now.seconds else None,
         "failures": now.failures,
@@ -413,11 +401,29 @@ def _summary(
 _VERSIONS = ("fedlora", "flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy")
 
 
-def _privacy_in_words(scenario: Scenario, spent: float | None) -> str:
+def _spent(record: Ledger, asked: scenarios.Privacy | None) -> float | None:
+    """The largest epsilon over those who hold a budget for a guarantee; None without one."""
+    if asked is None:
+        return None
+    every = (
+        privacy.epsilon(events, asked.delta, asked.accountant)
+        for holder, events in record.events.items()
+        if (holder is None) is (asked.unit == "client")
+    )
+    return max(every, default=0.0)
+
+
+def _privacy_in_words(scenario: Scenario, record: Ledger) -> str:
     asked = scenario.privacy
     if asked is None:
         return "none: no gradient was clipped or noised"
-    words = privacy.statement(spent or 0.0, asked.delta, asked.unit, asked.accountant)
+    words = privacy.statement(_spent(record, asked) or 0.0, asked.delta, asked.unit, asked.accountant)
+    if asked.unit == "client":
+        words += ", from whoever sees the models but not from the server, which sees each clipped update"
+    if asked.example is not None:
+        example = _spent(record, asked.example) or 0.0
+        words += "; at the same time, from the server too, "
+        words += privacy.statement(example, asked.example.delta, "example", asked.example.accountant)
     if asked.share_metrics:
         words += "; the training losses and example counts that clients shared are not covered by it"
     return f"{words}; noise was drawn from the scenario's seed, as fits a simulation and not a deployment"
@@ -426,7 +432,7 @@ def _privacy_in_words(scenario: Scenario, spent: float | None) -> str:
 def _model_card(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:
     """The README beside the adapter: what it is and how to load it."""
     scenario = ready.scenario
-    base, metric = scenario.model.base, next(k for k in ("accuracy", "perplexity") if k in summary)
+    base, metric = scenario.model.base, next(k for k in METRICS if k in summary)
     if scenario.task == "classification":
         auto, extra = "AutoModelForSequenceClassification", f", num_labels={len(ready.data.labels)}"
     else:
@@ -434,6 +440,10 @@ def _model_card(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> No
     where = f'find_base("{base}")' if base == "minilm" else f'"{base}"'
     first = "from fedlora.task import find_base\n" if base == "minilm" else ""
     value = summary[metric]
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    judged = f"{summary['test_examples']} held-out examples"
+    if ready.strategy.personal:
+        judged = "the examples that clients hold out, by clients' own models; this adapter is what they share"
     (folder / "adapter" / "README.md").write_text(
         f"""---
 base_model: {base}
@@ -442,10 +452,10 @@ tags: [lora, federated-learning, differential-privacy, fedlora]
 ---
 # {scenario.name}
 
-A LoRA adapter (r = {scenario.model.adapter.r}, alpha = {scenario.model.adapter.alpha:g}) for `{base}`, fine-tuned
+A LoRA adapter (r = {config["r"]}, alpha = {config["lora_alpha"]:g}) for `{base}`, fine-tuned
 by {scenario.clients.total} simulated clients with `{scenario.strategy.use}` over {summary["rounds"]} rounds.
 
-- {metric} on {summary["test_examples"]} held-out examples: {"not measured" if value is None else f"{value:.4f}"}
+- {metric} on {judged}: {"not measured" if value is None else f"{value:.4f}"}
 - labels: {", ".join(ready.data.labels) or "none"}
 - sent by clients: {summary["bytes_up_total"]:,} bytes; to clients: {summary["bytes_down_total"]:,} bytes
 - privacy: {summary["privacy"]}

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedlora import plugins, wire
+from fedlora import plugins, task, wire
 from fedlora.adapter import Adapter, Change, Instruction, Kind, Layout, Lora, Update, aggregation_error
 from fedlora.errors import ContractError, SettingError
 
@@ -399,12 +399,32 @@ def check(strategy: Strategy, scenario: "Scenario") -> None:
             f"{use} gives each client a model of its own, which needs examples of its own to be judged by: "
             "set data.client_test_share, such as 0.2",
         )
+    if not (strategy.linear and strategy.trips == 1):
+        can = _those(lambda cls: cls.linear and cls.trips == 1)
+        if scenario.client_privacy is not None:
+            raise SettingError(
+                "strategy.use",
+                f"unit: client noises a mean, and how much one client can change what {use} makes is unknown; "
+                f"take one of {can}",
+            )
+        if scenario.secure_aggregation is not None:
+            raise SettingError(
+                "strategy.use", f"secure aggregation gives sums, and {use} needs each update; take one of {can}"
+            )
     kind = scenario.model.adapter.kind
     if kind not in ("auto", *strategy.kinds):
         can = _those(lambda cls: kind in cls.kinds)
         raise SettingError(
             "model.adapter.kind",
             f"{use} is for adapters of kind {' or '.join(strategy.kinds)}: leave kind out; with {kind} go {can}",
+        )
+    xs = (strategy.kinds[0] if kind == "auto" else kind) == "lora_xs"
+    if xs and (width := task.width(scenario.model.base)) and scenario.model.adapter.r > width:
+        can = _those(lambda cls: cls.kinds[0] == "lora")
+        raise SettingError(
+            "model.adapter.r",
+            f"{use} takes r singular vectors of a weight, and those of {scenario.model.base} are {width} wide: "
+            f"take at most {width}; any r go {can}",
         )
 
 

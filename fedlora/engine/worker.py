@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from fedlora import adapter as adapters
+from fedlora import central, factors, wire
 from fedlora import client as clients
-from fedlora import factors, wire
 from fedlora import strategy as strategies
 from fedlora.adapter import PREFIX, Adapter, Change, Instruction, Kind, Layout, Update, fingerprint, weighted_mean
 from fedlora.checkpoint import Personal
@@ -120,7 +120,7 @@ class Setter:
 
     def __call__(self, instruction: Instruction, num_examples: int) -> clients.Settings:
         """The settings of a client that holds `num_examples`."""
-        told, privacy = self.scenario.clients, self.scenario.privacy
+        told, privacy = self.scenario.clients, self.scenario.example_privacy
         return clients.Settings(
             round=instruction.round,
             train=instruction.train,
@@ -151,11 +151,11 @@ class Worker:
         self.dataset = Dataset.open(setup.dataset, setup.partitions)
         model, told = self.scenario.model, self.scenario.clients
         self.client = clients.load(told.use, told.options)
-        self.strategy = strategies.load(self.scenario.strategy.use, self.scenario.strategy.options)
+        strategy = strategies.load(self.scenario.strategy.use, self.scenario.strategy.options)
         self.task = task.load(
             self.scenario.task,
             model.base,
-            kind(self.scenario, self.strategy),
+            kind(self.scenario, strategy),
             labels=self.dataset.labels,
             seed=self.scenario.seed,
             head=model.head,
@@ -165,10 +165,19 @@ class Worker:
             max_length=self.scenario.data.max_length,
             precision="bf16" if setup.precision == "bf16" else "fp32",
         )
-        self.strategy.bind(self.task.layout, self.task.kind, self.task.initial, self.client.private)
         self.settings = Setter(self.scenario, setup.noise)
-        self.personal = Personal(setup.personal) if setup.personal else None
-        self.merged = 0
+        self.serve(strategy, setup.personal)
+
+    def serve(self, strategy: strategies.Strategy, personal: Path | None) -> None:
+        """Be a worker of a strategy, at the start of a run.
+
+        Args:
+            strategy: for the kind of adapter that was built.
+            personal: folder of what stays with each client; None where nothing does.
+        """
+        strategy.bind(self.task.layout, self.task.kind, self.task.initial, self.client.private)
+        self.strategy, self.merged = strategy, 0
+        self.personal = Personal(personal) if personal else None
         self._fingerprints: dict[frozenset[str], str] = {}
         self._shapes: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
 
@@ -216,6 +225,10 @@ class Worker:
                 event, steps = self.client.spends(len(partition), settings), settings.local_steps
             update = self._answer(instruction, partition, rank)
             check(update, self._expected(instruction, rank))
+            if (bound := instruction.config.get(central.CLIP_NORM)) is not None:
+                assert self.scenario.privacy is not None
+                shares = self.scenario.privacy.share_metrics
+                update = central.clip(update, instruction.adapter, bound, shares)
         except Exception as error:  # a client is anybody's code
             return None, Report(
                 client=client,
@@ -235,7 +248,7 @@ class Worker:
             bytes_down=down,
             seconds=time.perf_counter() - began,
             event=event,
-            metrics=update.metrics,
+            metrics={k: v for k, v in update.metrics.items() if k != central.WITHIN},
         )
 
     def _answer(self, instruction: Instruction, partition: Partition, rank: int) -> Update:
@@ -264,15 +277,13 @@ class Worker:
             replace(settings, send=wanted),
             clients.Rng(self.scenario.seed, round, client),
         )
-        if odd := set(update.adapter) ^ set(wanted):
-            raise ContractError(f"the update should hold exactly the tensors asked for, and differs in {min(odd)}")
+        kind, layout = self.task.kind, self.task.layout
+        check(update, {name: kind.shape(layout[name], rank) for name in wanted})  # before any of it is kept
         if instruction.keep and self.personal is not None:
             self.personal.save(client, round, {name: update.adapter[name] for name in instruction.keep})
         if strategy.trips > 1 and self.personal is not None:
             self.personal.save_trip(client, round, update.adapter, update.weight)
-        return replace(
-            update, adapter=strategy.reply(instruction, update.adapter), scaling=self.task.kind.scaling(rank)
-        )
+        return replace(update, adapter=strategy.reply(instruction, update.adapter), scaling=kind.scaling(rank))
 
     def _expected(self, instruction: Instruction, rank: int) -> dict[str, tuple[int, ...]]:
         """The shapes of what a client of a rank should send, found once by a dry run of the reply."""
@@ -301,7 +312,7 @@ class Worker:
         return self.task.evaluate(adapter, self.dataset.test, np.arange(start, stop))
 
     def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
-        """Means over clients of the figures of each one's own model on the examples that it holds out.
+        """Sums over clients of the figures of each one's own model on the examples that it holds out.
 
         Args:
             instruction: with the tensors that the server holds after a round, for every rank.

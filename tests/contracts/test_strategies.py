@@ -392,3 +392,31 @@ def test_a_docstring_of_its_file_cites_a_source(world):
     assert "https://arxiv.org/abs/" in (module.__doc__ or "") and plugins.summary(
         "strategies", type(world.made).__module__.rsplit(".", 1)[1]
     )
+
+
+def refusal(**changes):
+    text = """
+name: x
+data: {dataset: tweets}
+clients: {total: 4}
+strategy: {use: ffa_lora}
+rounds: 1
+"""
+    asked = parse(text, "x.yaml", [f"{key}={value}" for key, value in changes.items()])
+    with pytest.raises(SettingError) as raised:
+        strategy.check(strategy.load(asked.strategy.use, {}), asked)
+    return f"{raised.value.key}: {raised.value.message}"
+
+
+def test_what_a_strategy_cannot_do_is_refused_with_the_reason_and_with_those_that_can():
+    ranks = {"clients.ranks": "{kind: list, values: [4, 8]}"}
+    said = refusal(**{"strategy.use": "fedavg_lora"}, **ranks)
+    assert said.startswith("clients.ranks: fedavg_lora needs equal ranks") and "flexlora, flora, florist" in said
+    said = refusal(**{"strategy.use": "fedsa_lora"})
+    assert said.startswith("strategy.use: fedsa_lora gives each client a model of its own")
+    said = refusal(**{"strategy.use": "fed_sb", "model.adapter.kind": "lora"})
+    assert "for adapters of kind lora_xs" in said and "ffa_lora" in said
+    said = refusal(**{"strategy.use": "fed_sb", "model.adapter.r": 512})
+    assert said.startswith("model.adapter.r: fed_sb takes r singular vectors") and "at most 384" in said
+    said = refusal(**{"strategy.use": "flexlora", "model.adapter.kind": "lora_xs"})
+    assert "flexlora is for adapters of kind lora" in said and "fed_sb" in said

@@ -30,3 +30,12 @@ class Faulty(DPSGD):
             case "weight":
                 object.__setattr__(update, "weight", -1.0)
         return update
+
+
+class Flaky(DPSGD):
+    """Fails at the clients that `lose` lists."""
+
+    def fit(self, task, adapter, partition, settings, rng):
+        if str(partition.client) in str(settings.config.get("lose", "")).split(","):
+            raise RuntimeError("gone")
+        return super().fit(task, adapter, partition, settings, rng)

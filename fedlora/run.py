@@ -1,0 +1,138 @@
+"""A run folder, read: finished, stopped, of another version, or still being written."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import yaml
+
+from fedlora import ledger
+from fedlora.errors import UserError
+from fedlora.task import TASKS
+
+if TYPE_CHECKING:
+    import altair
+    import pandas
+
+Line = dict[str, Any]
+
+METRICS: Mapping[str, bool] = {cls.metric: cls.higher_is_better for cls in TASKS.values()}
+"""What a run may be judged by, and whether more of it is better."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        folder: where it is.
+        summary: what `summary.json` holds; empty before the run has ended.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """The run in a folder, whatever state it is in.
+
+        Raises:
+            UserError: the folder holds no run, or its summary is damaged.
+        """
+        folder = Path(folder)
+        if not (folder / "scenario.yaml").is_file():
+            what = "holds no run: scenario.yaml is missing" if folder.is_dir() else "no such folder"
+            raise UserError(f"{folder}: {what}; name a folder that fedlora simulate wrote")
+        run = cls(folder)
+        return cls(folder, run._json("summary.json"))
+
+    @cached_property
+    def scenario(self) -> Mapping[str, Any]:
+        """The resolved scenario as it was written; not checked, for it may be of another version."""
+        try:
+            read = yaml.safe_load((self.folder / "scenario.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{self.folder / 'scenario.yaml'}: cannot be read: {error}") from error
+        if not isinstance(read, dict):
+            raise UserError(f"{self.folder / 'scenario.yaml'}:1: holds no scenario; the run is damaged")
+        return read
+
+    @property
+    def rounds(self) -> list[Line]:
+        """The lines of `metrics.jsonl`, one for each round."""
+        return self._lines("metrics.jsonl")
+
+    @property
+    def clients(self) -> list[Line]:
+        """The lines of `clients.jsonl`, one for each client and round."""
+        return self._lines("clients.jsonl")
+
+    @property
+    def partitions(self) -> Mapping[str, Any]:
+        """What `partitions.json` holds: `labels`, and for each client how many examples of each."""
+        return self._json("partitions.json")
+
+    @property
+    def metric(self) -> str:
+        """The figure that the run is about, `accuracy` or `perplexity`."""
+        seen = {**dict.fromkeys(self.summary), **dict.fromkeys(key for line in self.rounds[:1] for key in line)}
+        return next((name for name in METRICS if name in seen), next(iter(METRICS)))
+
+    @property
+    def state(self) -> Literal["finished", "stopped", "unfinished"]:
+        """Whether it ended; `unfinished` also where it was resumed after its summary was written."""
+        rounds = self.rounds
+        if not self.summary or (rounds and rounds[-1]["round"] > self.summary.get("rounds", 0)):
+            return "unfinished"
+        return "stopped" if "stopped" in self.summary else "finished"
+
+    def remarks(self) -> list[str]:
+        """What a reader has to know before trusting the figures, a sentence for each."""
+        said = []
+        done, asked = len(self.rounds), self.scenario.get("rounds")
+        if self.state == "unfinished":
+            said.append(
+                f"This run has not ended, {done} of {asked} rounds are recorded. It still runs, or was killed."
+            )
+        if self.state == "stopped":
+            said.append(f"This run stopped early, {self.summary['stopped']}: {done} of {asked} rounds.")
+        wrote = self.summary.get("versions", {}).get("fedlora")
+        if self.summary and wrote != (here := version("fedlora")):
+            said.append(f"Written by fedlora {wrote or 'of an unknown version'}, read by {here}.")
+        absent = [name for name in ("metrics.jsonl", "clients.jsonl") if not (self.folder / name).exists()]
+        if absent and self.state != "unfinished":
+            said.append(f"Not in the folder: {', '.join(absent)}.")
+        return said
+
+    def frame(self, what: Literal["rounds", "clients"] = "rounds") -> "pandas.DataFrame":
+        """The lines of `rounds` or `clients` as a table."""
+        import pandas
+
+        return pandas.DataFrame(self.rounds if what == "rounds" else self.clients)
+
+    def plot(self) -> "altair.LayerChart":
+        """The metric by round, as a chart that a notebook shows."""
+        from fedlora.report import charts
+
+        return charts.metric_by_round(self)
+
+    def _lines(self, name: str) -> list[Line]:
+        """The whole lines of a record; the last may be half written while the run goes on."""
+        file = self.folder / name
+        return ledger.read(file, torn=True) if file.exists() else []
+
+    def _json(self, name: str) -> Mapping[str, Any]:
+        file = self.folder / name
+        try:
+            read = json.loads(file.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{file}: not JSON; the run is damaged") from error
+        if not isinstance(read, dict):
+            raise UserError(f"{file}:1: not a JSON object; the run is damaged")
+        return read

@@ -1,0 +1,80 @@
+"""Whole audits on the tiny model: the true client stands, each seeded fault falls."""
+
+import json
+
+import pytest
+
+from fedlora.audit import audit
+from fedlora.cli import main
+from fedlora.errors import UserError
+from fedlora.privacy import calibrate
+
+LONG = ("rounds=40", "clients.local_steps=1", "clients.batch_size=12", "clients.lr=0.05", "privacy.delta=1.0e-5")
+FAULTY = "clients.use=tests.audit.faulty:"
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    return lambda *overrides: audit(tiny(*LONG, *overrides), out=tmp_path / "audit", canaries=500)
+
+
+def test_the_true_client_keeps_its_claim_and_still_leaks_something(run, tmp_path):
+    made = run("privacy.epsilon=2")
+    assert not made.refuted and 1.9 < made.claimed <= 2
+    assert 0.05 < made.server.epsilon < made.claimed  # the attack sees something: a bound of 0 would prove nothing
+    assert made.model.epsilon < made.claimed
+    names = {p.name for p in (tmp_path / "audit").iterdir()}
+    assert {"audit.json", "audit.png", "scenario.yaml", "privacy.jsonl", "privacy.head"} <= names
+    written = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert written["server"]["epsilon"] == made.server.epsilon and written["refuted"] is False
+    assert (tmp_path / "audit" / "audit.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("fault", ["NoNoise", "TenthOfTheNoise"])
+def test_noise_that_is_not_there_refutes_the_claim(run, fault):
+    made = run("privacy.epsilon=2", FAULTY + fault)
+    assert made.refuted and made.server.epsilon > made.claimed > 1.9
+    assert "REFUTED" in made.lines()[-1]
+
+
+def test_a_fresh_accountant_each_round_refutes_its_claim(run, tiny):
+    one_round = calibrate(1.0, 1e-5, 12 / 45, 1)  # of the largest client
+    made = run(f"privacy={{noise_multiplier: {one_round}, delta: 1.0e-5}}", FAULTY + "FreshAccountant")
+    assert made.refuted and 0.9 < made.claimed < 1.2
+
+
+def test_the_command_prints_both_figures_and_says_by_its_code_whether_the_claim_stands(
+    tiny_yaml, tmp_path, capsys
+):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(tiny_yaml)
+    command = ["audit", str(file), "--out", str(tmp_path / "a"), "--canaries", "400", "--set"]
+    assert main([*command, "rounds=1"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[1].startswith("  claimed       epsilon ") and "for each example" in told[1]
+    assert "with 95% confidence" in told[2] and told[4] == "  the claim is not refuted"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("privacy=null", "no privacy section"),
+        ("privacy={unit: client, epsilon: 1, delta: 0.01}", "no privacy section of unit: example"),
+        ("clients.use=tests.engine.faulty:Nothing", "has no class 'Nothing'"),
+        ("rounds=2", "is there already"),
+        ("strategy.use=fedask", "clients of fedask send no plain update"),
+    ],
+)
+def test_what_cannot_be_audited_is_a_line(tiny, tmp_path, override, words):
+    (tmp_path / "audit").mkdir()
+    out = tmp_path / ("audit" if override == "rounds=2" else "other")
+    extra = ["clients.use=sgd"] if override.startswith("privacy=") else []
+    with pytest.raises(UserError, match=words) as caught:
+        audit(tiny(override, *extra), out=out, canaries=100)
+    assert "\n" not in str(caught.value) and [p.name for p in tmp_path.iterdir()] == ["audit"]
+
+
+def test_more_canaries_than_the_adapter_has_numbers(tiny, tmp_path):
+    with pytest.raises(UserError, match="--canaries: 9999 directions do not fit"):
+        audit(tiny("rounds=1"), out=tmp_path / "audit", canaries=9999)
+    assert list(tmp_path.iterdir()) == []
