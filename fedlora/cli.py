@@ -68,6 +68,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(command=_compare)
 
+    export = commands.add_parser("export", help="copy a run's adapter, or merge it into its base")
+    export.add_argument("run", metavar="RUN", help="a run folder")
+    export.add_argument("--out", metavar="DIR", help="a folder to make (default: <run>-adapter or <run>-merged)")
+    export.add_argument("--merge", action="store_true", help="write the whole model instead of the adapter")
+    export.add_argument("--push", metavar="REPO", help="upload it to the Hugging Face Hub, as you/name")
+    export.set_defaults(command=_export)
+
+    predict = commands.add_parser("predict", help="ask a run's model about a text")
+    predict.add_argument("run", metavar="RUN", help="a run folder")
+    predict.add_argument("texts", metavar="TEXT", nargs="+", help="one or more texts")
+    predict.set_defaults(command=_predict)
+
+    watch = commands.add_parser("watch", help="follow a run that another terminal started")
+    watch.add_argument("run", metavar="RUN", help="a run folder")
+    watch.set_defaults(command=_watch)
+
+    init = commands.add_parser("init", help="make a small project: a scenario, a strategy of one's own, its test")
+    init.add_argument("folder", metavar="DIR", help="a folder to make")
+    init.set_defaults(command=_init)
+
+    schema = commands.add_parser("schema", help="print the JSON Schema of scenarios, for editors")
+    schema.set_defaults(command=_schema)
+
     audit = commands.add_parser("audit", help="try to break a scenario's epsilon: a lower bound beside the claim")
     _scenario(audit)
     audit.add_argument("--out", metavar="DIR", help="folder for figures and plot (default: audits/<name>-<hash>)")
@@ -188,6 +211,61 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(table.latex())
     else:
         print("\n".join([*table.text(""), "", *made.legend(), *made.notes, f"page: {arguments.out}"]))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedlora.export import export, push
+    from fedlora.run import Run
+
+    run = Run.open(arguments.run)
+    default = f"{run.folder.resolve()}-{'merged' if arguments.merge else 'adapter'}"
+    folder = export(run, Path(arguments.out or default), arguments.merge)
+    print(folder)
+    if arguments.push:
+        print(push(folder, arguments.push))
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from fedlora.export import predict
+    from fedlora.run import Run
+
+    for told in predict(Run.open(arguments.run), arguments.texts):
+        sure = "" if told.probability is None else f"  {told.probability:.3f}"
+        print(f"{told.answer}{sure}  {told.text}")
+    return 0
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fedlora.report.console import Live, follow, summary_lines
+    from fedlora.run import Run
+
+    with Live(Console(), shown=True) as display:
+        run = follow(Run.open(arguments.run), display)
+    print("\n".join(summary_lines(run.folder, run.summary)))
+    return 0
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedlora.scaffold import init
+
+    print("\n".join(init(Path(arguments.folder))))
+    return 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    import json
+
+    from fedlora.schema import schema
+
+    print(json.dumps(schema(), indent=2))
     return 0
 
 

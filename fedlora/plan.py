@@ -104,7 +104,7 @@ def plan(scenario: Scenario) -> Plan:
 
 def _plan(scenario: Scenario) -> Plan:
     ready = simulation.prepare(scenario)
-    noise = simulation.calibrate(scenario, ready.data)
+    noise, whole = simulation.calibrate(scenario, ready.data), simulation.central(scenario)
     setup = replace(ready.setup, noise=noise)
     cost = _try(setup, ready) if _can_train(scenario) else None
     stage = _Stage(scenario, setup, ready, cost.metrics if cost else _expected_metrics(scenario))
@@ -124,7 +124,7 @@ def _plan(scenario: Scenario) -> Plan:
         bytes_up_total=sum(line["bytes_up"] for line in lines),
         bytes_down_total=sum(line["bytes_down"] for line in lines),
         parameters=parameters,
-        epsilon=max((line["epsilon"] for line in epsilons.values()), default=0.0) if asked else None,
+        epsilon=next((line["epsilon"] for line in reversed(lines) if "epsilon" in line), None),
         delta=asked.delta if asked else None,
         noise_multiplier=whole.noise_multiplier if whole else max(noise.values()) if noise else None,
         groups=groups,
@@ -248,7 +248,7 @@ class _Loop(Loop):
     """The round loop without a disk."""
 
     lines: list[Line] = field(default_factory=list)
-    spent: dict[Holder, list[tuple[int, Event]]] = field(default_factory=dict)  # by client: rounds and events
+    spent: dict[Holder, list[tuple[int, Event]]] = field(default_factory=dict)  # by holder: rounds and events
     stopped: str | None = None
 
     def _within_budget(self, round: int, instruction: Instruction) -> tuple[list[int], int]:
@@ -304,7 +304,7 @@ def _epsilons(
     """Epsilon after each round, or after some where there are many; and the seconds that a round's take."""
     if asked is None or not spent:
         return {}, 0.0
-    spent = {holder: events for holder, events in spent.items() if (holder is None) is (asked.unit == "client")}
+    spent = {holder: events for holder, events in spent.items() if (holder is None) == (asked.unit == "client")}
     kinds = len({tuple(event for _, event in events) for events in spent.values()})
     step = -(-rounds * kinds // _EPSILONS)
     table, began = {}, time.perf_counter()
@@ -399,7 +399,7 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
         if scenario.privacy is None:
             yield "There is no privacy section: updates can reveal what clients hold."
         else:
-            yield "The server sees each client's update without noise: the guarantee is from all others."
+            yield "The server sees updates, or under secure aggregation their sum, without noise: trust it with that."
         return
     loose = sum(g["clients"] for g in groups if asked.delta * g["num_examples"] >= 1)
     if loose:

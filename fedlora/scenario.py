@@ -384,6 +384,7 @@ class Scenario(Section):
     rounds: PositiveInt
     eval_every: PositiveInt = 1
     engine: Engine = Engine()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # where the figures of each round go too
 
     @property
     def example_privacy(self) -> Privacy | None:
@@ -467,13 +468,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
 def find(path: str | Path) -> Path:
     """The file that a path or a shipped scenario's name stands for."""
     file = Path(path)
-    if file.is_dir():
-        raise ScenarioError(f"{path}: is a folder; name a scenario file")
-    if file.exists():
+    if file.exists() and not file.is_dir():
         return file
     known = {p.stem: p for p in _SHIPPED.glob("*.yaml")}
     if file.stem in known and file.parent.name in ("", "scenarios"):
         return known[file.stem]
+    if file.is_dir():
+        raise ScenarioError(f"{path}: is a folder; name a scenario file")
     raise ScenarioError(f"{path}: no such file; {suggestion(file.stem, known)}")
 
 

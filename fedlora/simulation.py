@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fedlora import checkpoint, ledger, privacy, task
 from fedlora import client as clients
@@ -28,6 +28,9 @@ from fedlora.checkpoint import Merges
 from fedlora.engine.worker import Setter
 from fedlora.errors import SettingError, UserError
 from fedlora.ledger import Ledger
+from fedlora.report import trackers
+from fedlora.report.console import Display, default_display
+from fedlora.report.trackers import Tracked
 from fedlora.rounds import Loop, Progress, round_to
 from fedlora.run import METRICS, Run
 from fedlora.scenario import Scenario
@@ -35,33 +38,7 @@ from fedlora.scenario import Scenario
 logger = logging.getLogger(__name__)
 
 # What a resumed run may change: how long it goes on, and what cannot change a result.
-CHANGEABLE = ("rounds", "eval_every", "engine.kind", "engine.workers", "engine.gpus_per_worker")
-
-
-class Display(Protocol):
-    """What a person watches; `fedlora.report.console` has one."""
-
-    def stage(self, what: str) -> None:
-        """Something that takes a while has begun."""
-
-    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
-        """Rounds begin, or go on after `done` of them."""
-
-    def round(self, line: Mapping[str, Any]) -> None:
-        """A round has finished."""
-
-
-class Silent:
-    """Shows nothing."""
-
-    def stage(self, what: str) -> None:
-        """Nothing."""
-
-    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
-        """Nothing."""
-
-    def round(self, line: Mapping[str, Any]) -> None:
-        """Nothing."""
+CHANGEABLE = ("rounds", "eval_every", "trackers", "engine.kind", "engine.workers", "engine.gpus_per_worker")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +70,7 @@ def simulate(
         out: the run folder, by default `runs/<name>-<hash>`.
         resume: go on from the folder's checkpoint.
         ray_address: of a running Ray cluster to join.
-        display: shown how the run goes.
+        display: shown how the run goes; by default a progress bar in a notebook, and nothing elsewhere.
         watch: puts an engine of one's own around the one that runs the clients, to see what passes.
 
     Returns:
@@ -107,13 +84,16 @@ def simulate(
         scenario = scenarios.load(scenario, overrides)
     elif overrides:
         raise UserError("overrides go with a scenario's file or name, not with a loaded one")
-    shown = display or Silent()
     folder = Path(out) if out else Path("runs") / f"{scenario.name}-{scenario.hash}"
     _check_folder(folder, scenario, resume)
+    shown = Tracked(display or default_display(), folder)
     try:
+        trackers.check(scenario.trackers)
         return _simulate(scenario, folder, resume, ray_address, shown, watch or (lambda engine: engine))
     except SettingError as error:
         raise scenario.located(error) from error
+    finally:
+        shown.close()
 
 
 def _simulate(
@@ -439,7 +419,8 @@ def _privacy_in_words(scenario: Scenario, record: Ledger) -> str:
         return "none: no gradient was clipped or noised"
     words = privacy.statement(_spent(record, asked) or 0.0, asked.delta, asked.unit, asked.accountant)
     if asked.unit == "client":
-        words += ", from whoever sees the models but not from the server, which sees each clipped update"
+        seen = "the sum of the clipped updates" if scenario.secure_aggregation else "each clipped update"
+        words += f", from whoever sees the models but not from the server, which sees {seen}"
     if asked.example is not None:
         example = _spent(record, asked.example) or 0.0
         words += "; at the same time, from the server too, "

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -111,19 +112,22 @@ def encode_causal_lm(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
     if rows.labels is None:
         plain = tokenizer(rows.texts, truncation=True, max_length=max_length - len(end))["input_ids"]
         return Encoded([ids + end for ids in plain], [0] * len(plain))
-    if tokenizer.chat_template:
-        turns = [[{"role": "user", "content": text}] for text in rows.texts]
-        prompts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    else:
-        prompts = tokenizer([f"{text}\n" for text in rows.texts])["input_ids"]
     answers = tokenizer(rows.labels, add_special_tokens=False)["input_ids"]
     tokens, starts = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(prompts(tokenizer, rows.texts), answers, strict=True):
         answer = (answer + end)[: max_length - 1]
         prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
         tokens.append(prompt + answer)
         starts.append(len(prompt))
     return Encoded(tokens, starts)
+
+
+def prompts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens before a completion, by the chat template where there is one."""
+    if tokenizer.chat_template:
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    return list(tokenizer([f"{text}\n" for text in texts])["input_ids"])
 
 
 class Task(ABC):
@@ -571,17 +575,26 @@ def load(
 @contextlib.contextmanager
 def _loading(base: str, path: str, what: str) -> Iterator[None]:
     """Quiet loading; whatever goes wrong becomes one line about `model.base`."""
+    try:
+        with quietly(), quiet_hub():
+            yield
+    except Exception as error:  # the libraries raise whatever their files made them trip over
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SettingError("model.base", f"cannot load the {what} of {base!r}: {reason}") from error
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """No progress bars and no hints of transformers, and none of peft 0.21's that asks for an old name."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with quiet_hub():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             yield
-    except Exception as error:  # the libraries raise whatever their files made them trip over
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise SettingError("model.base", f"cannot load the {what} of {base!r}: {reason}") from error
     finally:
         logging.set_verbosity(level)
         if bars:

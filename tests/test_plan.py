@@ -64,6 +64,14 @@ def test_other_scenarios_run_as_planned(tiny, tmp_path, overrides, private):
     assert planned.stopped == run.summary.get("stopped")
 
 
+def test_clients_as_the_unit_run_as_planned(tiny, tmp_path):
+    whole = ("privacy={unit: client, epsilon: 8, delta: 1.0e-2, clip_norm: 0.5}", "clients.use=sgd")
+    scenario = tiny("clients.per_round=2", "rounds=3", *whole)
+    planned = plan(scenario)
+    agrees(planned, simulate(scenario, out=tmp_path / "run"))
+    assert "sample_rate" not in planned.groups[0]
+
+
 def test_a_causal_model_runs_as_planned(tiny, tiny_lm, tmp_path):
     scenario = tiny("task=causal_lm", f"model.base={tiny_lm}", "model.adapter.targets=[q_proj, v_proj]")
     agrees(plan(scenario), simulate(scenario, out=tmp_path / "run"))

@@ -26,8 +26,8 @@ LAYERS = [
     {"engine"},
     {"rounds"},
     {"simulation"},
-    {"plan"},
-    {"audit"},
+    {"plan", "export", "schema"},
+    {"audit", "scaffold"},
     {"cli"},
     {"__main__"},
 ]

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 from fedlora import ledger
 from fedlora.errors import RoundError, UserError
-from fedlora.report.console import summary_lines
-from fedlora.simulation import Silent, calibrate, prepare, simulate
+from fedlora.report.console import Silent, summary_lines
+from fedlora.simulation import calibrate, prepare, simulate
 
 FILES = {
     "scenario.yaml",

@@ -19,8 +19,9 @@ from fedlora.audit.bound import lower_bound
 from fedlora.audit.canaries import Canaried, Canaries
 from fedlora.engine import Description, Engine, Replies, Setup
 from fedlora.errors import ScenarioError, SettingError, UserError
+from fedlora.report.console import Display
 from fedlora.scenario import Scenario
-from fedlora.simulation import Display, simulate
+from fedlora.simulation import simulate
 
 # Shares of the canaries that are guessed to be in the data, and whether as many are guessed to be out of it.
 # The bound is the best of them, each at a confidence that makes all of them hold together.

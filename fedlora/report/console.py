@@ -1,16 +1,17 @@
 """The live display of a run: an aligned line for each round on a terminal, nothing elsewhere."""
 
+import sys
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from fedlora.privacy import terms
 from fedlora.report.tables import Table
-from fedlora.run import METRICS
-from fedlora.scenario import Scenario
+from fedlora.run import METRICS, Run
+from fedlora.scenario import Scenario, load
 
 
 def size(count: float) -> str:
@@ -28,12 +29,73 @@ def span(seconds: float) -> str:
     return f"{whole // 60}:{whole % 60:02d}"
 
 
+class Display(Protocol):
+    """What a person watches; `fedlora.report.console` has one."""
+
+    def stage(self, what: str) -> None:
+        """Something that takes a while has begun."""
+
+    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
+        """Rounds begin, or go on after `done` of them."""
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """A round has finished."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def stage(self, what: str) -> None:
+        """Nothing."""
+
+    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
+        """Nothing."""
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+class Bar:
+    """One progress bar with the last figures: a widget in a notebook, a line elsewhere."""
+
+    def stage(self, what: str) -> None:
+        """Nothing: the bar begins with the rounds."""
+
+    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
+        """Draw the bar."""
+        from tqdm.auto import tqdm
+
+        self._metric = metric
+        self._bar = tqdm(total=scenario.rounds, initial=done, desc=scenario.name, unit="round")
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """Move it."""
+        told = {key: line[key] for key in (self._metric, "epsilon") if line.get(key) is not None}
+        self._bar.set_postfix(told, refresh=False)
+        self._bar.update()
+        if line["round"] == self._bar.total:
+            self._bar.close()
+
+
+def default_display() -> Display:
+    """A bar where a notebook runs this, else nothing."""
+    python = sys.modules.get("IPython")
+    shell = python.get_ipython() if python else None
+    return Bar() if type(shell).__name__ == "ZMQInteractiveShell" else Silent()
+
+
 class Live:
     """Progress on a terminal; silent where the output is no terminal."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, shown: bool | None = None) -> None:
+        """Show a run.
+
+        Args:
+            console: where; by default on standard error.
+            shown: whether, by default only on a terminal.
+        """
         self.console = console or Console(stderr=True)
-        self.shown = self.console.is_terminal
+        self.shown = self.console.is_terminal if shown is None else shown
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._metric, self._rounds, self._done, self._began = "accuracy", 0, 0, 0.0
@@ -99,6 +161,25 @@ class Live:
         ]
         self._bar.console.print(" ".join(cells), highlight=False)
         self._bar.update(self._task, completed=finished)
+
+
+def follow(run: Run, display: Live, pause: float = 0.5) -> Run:
+    """Show a run's rounds as they are written, until it has ended; gives it with its summary.
+
+    Raises:
+        UserError: its scenario cannot be read by this version.
+    """
+    display.begin(load(run.folder / "scenario.yaml"), run.metric, 0)
+    told = 0
+    while True:
+        run = Run.open(run.folder)
+        ended, lines = run.state != "unfinished", run.rounds
+        for line in lines[told:]:
+            display.round(line)
+        told = len(lines)
+        if ended:
+            return run
+        time.sleep(pause)
 
 
 def _figure(value: float | None, width: int, digits: int = 4) -> str:

@@ -114,6 +114,7 @@ def test_by_keyboard_alone_figures_are_copied_and_read_as_a_table(visit, ten):
     assert float(copied[-1].split(",")[2]) == ten.summary["accuracy"]
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
+    page.locator("figure table").wait_for()
     assert page.locator("figure table tr").count() == 1 + len(ten.rounds)
 
 
