@@ -147,7 +147,9 @@ def _can_train(scenario: Scenario) -> bool:
 
 def _expected_metrics(scenario: Scenario) -> Mapping[str, float]:
     """What a built-in client's update tells beside its tensors."""
-    return {"train_loss": 0.0} if scenario.privacy is None or scenario.privacy.share_metrics else {}
+    if scenario.privacy is None:
+        return {"train_loss": 0.0}
+    return {"train_loss": 0.0, "not_finite": 0.0} if scenario.privacy.share_metrics else {}
 
 
 class _Stage:
@@ -399,7 +401,7 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
         if scenario.privacy is None:
             yield "There is no privacy section: updates can reveal what clients hold."
         else:
-            yield "The server sees updates, or under secure aggregation their sum, without noise: trust it with that."
+            yield "The server sees updates, or under secure aggregation their sum, without noise."
         return
     loose = sum(g["clients"] for g in groups if asked.delta * g["num_examples"] >= 1)
     if loose:
