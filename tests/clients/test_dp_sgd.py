@@ -56,6 +56,32 @@ def test_per_example_gradients_are_those_of_single_examples(world, chosen):
     assert float(error.max()) < 1e-5
 
 
+def test_a_bias_and_a_norm_inside_the_body_have_per_example_gradients(world):
+    """No kind of adapter trains these yet; the hooks serve them all the same."""
+    task, part, names, adapter = world
+    rows = part.rows[[1, 4, 9]]
+    layer = task.model.get_base_model().bert.encoder.layer[0]
+    extra = [layer.intermediate.dense.bias, *layer.output.LayerNorm.parameters()]
+    expected = []
+    for row in rows:
+        task.begin(adapter, names)
+        for parameter in extra:
+            parameter.requires_grad_(True).grad = None
+        task.losses(task.batch(part.examples, np.array([row]))).sum().backward()
+        expected.append(torch.cat([p.grad.flatten() for p in extra]))
+    try:
+        vars(task.model).pop("fedlora_hooked", None)
+        _hook(task, names)
+        _backward(task, task.batch(part.examples, rows))
+        got = torch.cat([p.grad_sample.flatten(1) for p in extra], 1)
+    finally:
+        vars(task.model).pop("fedlora_hooked", None)
+        for parameter in extra:
+            parameter.requires_grad_(False).grad = None
+    error = (got - torch.stack(expected)).norm(dim=1) / torch.stack(expected).norm(dim=1)
+    assert float(error.max()) < 1e-5
+
+
 def test_a_step_is_the_clipped_sum_over_the_expected_batch_plus_noise(world):
     task, part, names, adapter = world
     update = DPSGD().fit(task, adapter, part, told(names), Rng(3, 1, 0))
