@@ -2,7 +2,8 @@
 
 Bytes and epsilon come from a rehearsal: the real round loop, worker, strategy and messages, with clients
 that send tensors of the right shapes without training. So they are what the run will count. Time and
-memory come from a few steps of one client on this machine, and are estimates.
+memory come from a few steps of one client on this machine, and are estimates. Where a strategy chooses
+ranks by what was learnt (FLoRIST), bytes are those of full ranks: the most that it can send.
 """
 
 import resource
