@@ -9,6 +9,7 @@ The batch may be empty: the noise is added all the same. Large batches pass thro
 micro-batches, which changes nothing in the sum.
 """
 
+import logging
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     from fedlora.packing import Segments
     from fedlora.task import Task
+
+
+logger = logging.getLogger(__name__)
 
 
 class DPSGD(Client):
@@ -55,10 +59,10 @@ class DPSGD(Client):
             noise_multiplier=event.noise_multiplier,
             max_grad_norm=event.clip_norm,
             expected_batch_size=settings.batch_size,
-            generator=rng.torch("noise", task.device),
+            generator=rng.torch(noise_stream(event), task.device),
         )
         batches = rng("batches")
-        loss_sum, taken = torch.zeros((), device=task.device), 0
+        loss_sum, taken, dropped = torch.zeros((), device=task.device), 0, 0
         for step in range(settings.local_steps):
             still = resting(task, settings, step)
             for name, parameter in zip(settings.train, parameters, strict=True):
@@ -71,7 +75,7 @@ class DPSGD(Client):
             ):
                 optimizer.zero_grad(set_to_none=True)
                 loss_sum += _backward(task, batch)
-                _make_safe(moving)
+                dropped += _make_safe(moving)
                 _fill(parameters, len(batch["targets"]))
                 if i < count - 1:
                     optimizer.signal_skip_step()
@@ -91,13 +95,26 @@ class DPSGD(Client):
                 first = [r for p, r in zip(parameters, received, strict=True) if p.requires_grad]
                 moved(moving, first, each=True)
         optimizer.zero_grad(set_to_none=True)
+        if dropped:  # told here alone: how many there were depends on the examples
+            logger.warning("client %d: left out %d gradients that are not finite", partition.client, dropped)
         shared = settings.share_metrics
         return Update(
             adapter=task.read(settings.send),
             weight=float(len(partition)) if shared else 1.0,
             clients=(partition.client,),
-            metrics={"train_loss": float(loss_sum) / max(taken, 1)} if shared else {},
+            metrics={"train_loss": float(loss_sum) / max(taken, 1), "not_finite": float(dropped)}
+            if shared
+            else {},
         )
+
+
+def noise_stream(event: Event) -> str:
+    """The purpose that a round's noise is drawn for.
+
+    Noise of another size is another draw. Were it the same one scaled, a round that ran twice would show
+    the sum without any noise.
+    """
+    return f"noise {event.noise_multiplier!r} {event.clip_norm!r}"
 
 
 def _hook(task: "Task", train: tuple[str, ...]) -> None:
@@ -196,10 +213,13 @@ def _fill(parameters: "list[torch.Tensor]", examples: int, all: bool = False) ->
             parameter.grad_sample = parameter.new_zeros((examples, *parameter.shape))  # type: ignore[attr-defined]
 
 
-def _make_safe(parameters: "list[torch.Tensor]") -> None:
+def _make_safe(parameters: "list[torch.Tensor]") -> int:
     """Per-example gradients in float32, so that norms are exact, and without examples that overflowed.
 
     An example whose gradient is not finite is left out of the sum; the noise is not.
+
+    Returns:
+        How many examples were left out.
     """
     import torch
 
@@ -214,3 +234,4 @@ def _make_safe(parameters: "list[torch.Tensor]") -> None:
         if not bool(finite.all()):
             sample[~finite] = 0.0
         parameter.grad_sample = sample  # type: ignore[attr-defined]
+    return int((~finite).sum())

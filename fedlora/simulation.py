@@ -419,7 +419,8 @@ def _privacy_in_words(scenario: Scenario, record: Ledger) -> str:
         return "none: no gradient was clipped or noised"
     words = privacy.statement(_spent(record, asked) or 0.0, asked.delta, asked.unit, asked.accountant)
     if asked.unit == "client":
-        words += ", from whoever sees the models but not from the server, which sees each clipped update"
+        seen = "the sum of the clipped updates" if scenario.secure_aggregation else "each clipped update"
+        words += f", from whoever sees the models but not from the server, which sees {seen}"
     if asked.example is not None:
         example = _spent(record, asked.example) or 0.0
         words += "; at the same time, from the server too, "

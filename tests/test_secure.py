@@ -90,6 +90,16 @@ def test_shares_travel_encrypted_for_their_receiver_alone():
         members[3].mask(np.zeros(1, np.uint32), {0: told["sealed"][0][1]})  # client 1's, given to client 3
 
 
+def test_shares_under_another_clients_name_are_refused():
+    from flwr.common.secure_aggregation.crypto.symmetric_encryption import encrypt
+    from flwr.common.secure_aggregation.secaggplus_utils import share_keys_plaintext_concat
+
+    _, _, members = play(random_vectors(4))
+    forged = encrypt(members[1]._secret_with(0, 1), share_keys_plaintext_concat(2, 0, b"seed", b"key"))
+    with pytest.raises(ContractError, match="shares of client 2 for 0 came as those of 1"):
+        members[0].mask(np.zeros(1, np.uint32), {1: forged})
+
+
 def test_a_member_never_tells_both_secrets_of_another():
     _, _, members = play(random_vectors(5))
     with pytest.raises(ContractError, match="single client"):

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedlora.client import Rng, Settings
-from fedlora.clients.dp_sgd import DPSGD, _backward, _hook, _make_safe
+from fedlora.clients.dp_sgd import DPSGD, _backward, _hook, _make_safe, noise_stream
 from fedlora.errors import ContractError, SettingError
 
 CLIP, SIGMA, LR, BATCH = 0.05, 0.5, 1.0, 8
@@ -65,7 +65,7 @@ def test_a_step_is_the_clipped_sum_over_the_expected_batch_plus_noise(world):
     norms = gradients.norm(dim=1, keepdim=True)
     assert (norms > CLIP).any()
     clipped = (gradients * torch.clamp(CLIP / (norms + 1e-6), max=1.0)).sum(0)
-    noise_of = Rng(3, 1, 0).torch("noise")
+    noise_of = Rng(3, 1, 0).torch(noise_stream(DPSGD().spends(len(part), told(names))))
     noise = torch.cat(
         [torch.normal(0.0, SIGMA * CLIP, adapter[n].shape, generator=noise_of).flatten() for n in names]
     )
@@ -121,7 +121,24 @@ def test_batches_are_poisson(world, monkeypatch):
     assert len({tuple(rows) for rows in seen}) > 140
 
 
-def test_an_example_that_overflows_is_left_out_and_the_noise_is_not(world, monkeypatch):
+def test_other_noise_is_another_draw_and_not_the_same_one_scaled(world):
+    """A round that ran again under other noise would else show its sum: two equations, two unknowns."""
+    task, part, names, adapter = world
+
+    def noise(scale):
+        runs = (
+            DPSGD().fit(task, adapter, part, told(names, noise_multiplier=s), Rng(3, 1, 0))
+            for s in (scale, scale * 1e-9)
+        )
+        one, quiet = ([u.adapter[n].ravel() for n in names] for u in runs)
+        return np.concatenate(one) - np.concatenate(quiet)
+
+    one, other = noise(1.0), noise(2.0)
+    assert abs(np.corrcoef(one, other)[0, 1]) < 5 / len(one) ** 0.5
+    assert np.array_equal(noise(1.0), one)
+
+
+def test_an_example_that_overflows_is_left_out_and_the_noise_is_not(world, monkeypatch, caplog):
     task, part, names, adapter = world
     original = task.losses
     poisoned = []
@@ -134,7 +151,8 @@ def test_an_example_that_overflows_is_left_out_and_the_noise_is_not(world, monke
         return values
 
     monkeypatch.setattr(task, "losses", losses)
-    update = DPSGD().fit(task, adapter, part, told(names), Rng(3, 1, 0))
+    update = DPSGD().fit(task, adapter, part, told(names, share_metrics=True), Rng(3, 1, 0))
+    assert update.metrics["not_finite"] == 1 and "client 0: left out 1 gradients" in caplog.text
     assert all(np.isfinite(t).all() and (t != adapter[n]).any() for n, t in update.adapter.items())
 
 
