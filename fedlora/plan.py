@@ -54,9 +54,10 @@ class Plan:
             largest over clients, and `epsilon_median`; None in rounds for which it was not worked out.
         bytes_up_total, bytes_down_total: as the run will count them, if no client fails.
         parameters: numbers in the base model, and those that clients train, in the adapter and in the head.
-        epsilon, delta: at the end, the largest over clients; None without privacy.
-        noise_multiplier: the largest over clients; None without privacy.
-        groups: clients by the number of examples that they hold, with what that means for privacy.
+        epsilon, delta, unit: at the end, for each example (the largest over clients) or for each client;
+            None without privacy.
+        noise_multiplier: the largest over clients, or the server's; None without privacy.
+        groups: clients by the number of examples that they hold, with what that means for the privacy of examples.
         alternatives: bytes and parameters under each built-in strategy, or the `problem` that it has;
             `exact` is false where only the first of many rounds were rehearsed.
         seconds: of the rounds, estimated; None where the model could not be tried here.
@@ -76,6 +77,7 @@ class Plan:
     parameters: Mapping[str, int]
     epsilon: float | None
     delta: float | None
+    unit: str | None
     noise_multiplier: float | None
     groups: Sequence[Line]
     alternatives: Sequence[Line]
@@ -104,16 +106,18 @@ def plan(scenario: Scenario) -> Plan:
 
 def _plan(scenario: Scenario) -> Plan:
     ready = simulation.prepare(scenario)
-    noise, whole = simulation.calibrate(scenario, ready.data), simulation.central(scenario)
+    noise = simulation.calibrate(scenario, ready.data)
     setup = replace(ready.setup, noise=noise)
     cost = _try(setup, ready) if _can_train(scenario) else None
     stage = _Stage(scenario, setup, ready, cost.metrics if cost else _expected_metrics(scenario))
     real = stage.rehearse(scenario.strategy.use, scenario.strategy.options, scenario.rounds)
-    epsilons, each = _epsilons(real.spent, len(real.lines), scenario.privacy)
+    asked = scenario.privacy
+    held: list[Holder] = [None] if scenario.client_privacy else [*range(scenario.clients.total)]
+    spent = {h: real.ledger.spent_by[h] for h in held if h in real.ledger.spent_by}
+    epsilons, each = _epsilons(spent, len(real.lines), asked)
     lines = [line | epsilons.get(line["round"], {}) for line in real.lines]
     groups = _groups(scenario, ready.data, noise, real)
     workers = 1 if engines.in_process(scenario) else engines.workers(scenario)
-    asked, whole = scenario.privacy, simulation.central(scenario)
     parameters = {"base": stage.base_parameters(), **_trained(real)}
     return Plan(
         scenario=scenario.name,
@@ -124,9 +128,10 @@ def _plan(scenario: Scenario) -> Plan:
         bytes_up_total=sum(line["bytes_up"] for line in lines),
         bytes_down_total=sum(line["bytes_down"] for line in lines),
         parameters=parameters,
-        epsilon=next((line["epsilon"] for line in reversed(lines) if "epsilon" in line), None),
+        epsilon=lines[-1]["epsilon"] if epsilons else None,
         delta=asked.delta if asked else None,
-        noise_multiplier=whole.noise_multiplier if whole else max(noise.values()) if noise else None,
+        unit=asked.unit if asked else None,
+        noise_multiplier=real.central.noise_multiplier if real.central else max(noise.values()) if noise else None,
         groups=groups,
         alternatives=[_alternative(name, stage) for name in plugins.names("strategies")],
         seconds=cost.run(scenario, lines, workers) + each * len(lines) if cost else None,
@@ -186,9 +191,9 @@ class _Stage:
                 client=real,
                 engine=engine,
                 data=self.ready.data,
-                ledger=Ledger(folder),
-                merges=Merges(folder / "merges", found.weights),
+                ledger=_Memory(folder),
                 central=simulation.central(scenario),
+                merges=Merges(folder / "merges", found.weights),
                 settings=Setter(scenario, self.setup.noise),
                 folder=folder,
                 on_round=lambda line: None,
@@ -245,25 +250,32 @@ class _StandIn(Client):
         return Update(adapter=sent, weight=1.0, clients=(partition.client,), metrics=self.metrics)
 
 
+class _Memory(Ledger):
+    """A ledger that writes nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.spent_by: dict[Holder, list[tuple[int, Event]]] = {}  # rounds and events of each holder
+
+    def spend(self, round: int, events: Mapping[Holder, Event], **guarantee: Any) -> None:
+        for holder, event in events.items():
+            self.events.setdefault(holder, []).append(event)
+            self.spent_by.setdefault(holder, []).append((round, event))
+
+
 @dataclass(kw_only=True)
 class _Loop(Loop):
     """The round loop without a disk."""
 
+    ledger: _Memory
     lines: list[Line] = field(default_factory=list)
-    spent: dict[Holder, list[tuple[int, Event]]] = field(default_factory=dict)  # by holder: rounds and events
     stopped: str | None = None
 
     def _within_budget(self, round: int, instruction: Instruction) -> tuple[list[int], int]:
-        asked = self.scenario.privacy
-        if asked is None or asked.noise_multiplier is None:  # calibrated: nobody can pass the budget
+        asked = (self.scenario.client_privacy, self.scenario.example_privacy)
+        if all(a is None or a.noise_multiplier is None for a in asked):  # calibrated: nobody passes the budget
             return self._draw(round), 0
         return super()._within_budget(round, instruction)
-
-    def _spend(self, instruction: Instruction, replies: Replies) -> None:
-        for _, events in self._costs(instruction, replies):
-            for holder, event in events.items():
-                self.ledger.events.setdefault(holder, []).append(event)
-                self.spent.setdefault(holder, []).append((instruction.round, event))
 
     def _record(
         self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, watch: Stopwatch
@@ -306,7 +318,7 @@ def _epsilons(
     """Epsilon after each round, or after some where there are many; and the seconds that a round's take."""
     if asked is None or not spent:
         return {}, 0.0
-    spent = {holder: events for holder, events in spent.items() if (holder is None) == (asked.unit == "client")}
+    spent = {holder: events for holder, events in spent.items() if (holder is None) is (asked.unit == "client")}
     kinds = len({tuple(event for _, event in events) for events in spent.values()})
     step = -(-rounds * kinds // _EPSILONS)
     table, began = {}, time.perf_counter()
@@ -397,11 +409,16 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
             f"The head trains {parameters['head']:,} numbers, more than the adapter's {parameters['adapter']:,}: "
             "most of the bytes and of the noise are the head's. See model.head."
         )
+    if (whole := scenario.client_privacy) is not None and whole.delta * scenario.clients.total >= 1:
+        yield (
+            f"delta {whole.delta:g} is not below one over the {scenario.clients.total} clients: such a delta lets "
+            "a whole client leak. Lower privacy.delta."
+        )
     if asked is None:
-        if scenario.privacy is None:
+        if whole is None:
             yield "There is no privacy section: updates can reveal what clients hold."
         else:
-            yield "The server sees updates, or under secure aggregation their sum, without noise."
+            yield "The server sees each client's update without noise: the guarantee is from all others."
         return
     loose = sum(g["clients"] for g in groups if asked.delta * g["num_examples"] >= 1)
     if loose:

@@ -48,9 +48,11 @@ def _comments() -> list[tuple[str, str, str]]:
         if token.type == tokenize.COMMENT
     }
     return [
-        (section.name, key.target.id, comments[key.end_lineno])
+        (section.name, key.target.id, comments[line])
         for section in ast.parse(text).body
         if isinstance(section, ast.ClassDef)
         for key in section.body
-        if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name) and key.end_lineno in comments
+        if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name)
+        for line in range(key.lineno, (key.end_lineno or key.lineno) + 1)
+        if line in comments
     ]

@@ -441,6 +441,10 @@ def _model_card(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> No
     where = f'find_base("{base}")' if base == "minilm" else f'"{base}"'
     first = "from fedlora.task import find_base\n" if base == "minilm" else ""
     value = summary[metric]
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    judged = f"{summary['test_examples']} held-out examples"
+    if ready.strategy.personal:
+        judged = "the examples that clients hold out, by clients' own models; this adapter is what they share"
     (folder / "adapter" / "README.md").write_text(
         f"""---
 base_model: {base}
@@ -449,10 +453,10 @@ tags: [lora, federated-learning, differential-privacy, fedlora]
 ---
 # {scenario.name}
 
-A LoRA adapter (r = {scenario.model.adapter.r}, alpha = {scenario.model.adapter.alpha:g}) for `{base}`, fine-tuned
+A LoRA adapter (r = {config["r"]}, alpha = {config["lora_alpha"]:g}) for `{base}`, fine-tuned
 by {scenario.clients.total} simulated clients with `{scenario.strategy.use}` over {summary["rounds"]} rounds.
 
-- {metric} on {summary["test_examples"]} held-out examples: {"not measured" if value is None else f"{value:.4f}"}
+- {metric} on {judged}: {"not measured" if value is None else f"{value:.4f}"}
 - labels: {", ".join(ready.data.labels) or "none"}
 - sent by clients: {summary["bytes_up_total"]:,} bytes; to clients: {summary["bytes_down_total"]:,} bytes
 - privacy: {summary["privacy"]}

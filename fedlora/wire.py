@@ -108,8 +108,7 @@ def instruction_bytes(instruction: Instruction, layout: Layout) -> int:
 
 def update_bytes(update: Update, event: Event | None = None) -> int:
     """Bytes of an update as Flower serialises it."""
-    empty = replace(update, adapter={})
-    return _size(pack_update(empty, event)) + _arrays_bytes(_shapes(update.adapter))
+    return _words_bytes(tuple(update.metrics), event) + _arrays_bytes(_shapes(update.adapter))
 
 
 def tensor_bytes(names: Iterable[str], layout: Layout) -> int:
@@ -127,6 +126,14 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 def _shapes(adapter: Mapping[str, Tensor]) -> Shapes:
     return tuple((name, tensor.shape) for name, tensor in adapter.items())
+
+
+@lru_cache(maxsize=4096)
+def _words_bytes(metrics: tuple[str, ...], event: Event | None) -> int:
+    """What an update weighs without tensors: a number takes eight bytes, whatever it is."""
+    return _size(
+        pack_update(Update(adapter={}, weight=1.0, clients=(), metrics=dict.fromkeys(metrics, 1.0)), event)
+    )
 
 
 @lru_cache(maxsize=256)

@@ -18,6 +18,7 @@ from fedlora.run import Run
 from fedlora.simulation import simulate
 
 SKEWED = ("data.partition={kind: dirichlet, alpha: 1.0, min_examples: 12}", "rounds=3", "seed=5")
+CLIENTS = "privacy={unit: client, epsilon: 8, delta: 1.0e-2, clip_norm: 0.5}"
 SIZES = ("round", "clients", "bytes_up", "bytes_down")
 
 
@@ -32,7 +33,7 @@ def agrees(planned, run: Run) -> None:
         return
     assert planned.epsilon == pytest.approx(run.summary["epsilon"], rel=1e-9)
     assert [line["epsilon"] for line in planned.rounds] == pytest.approx([line["epsilon"] for line in run.rounds])
-    spent = ledger.read(run.folder / "privacy.jsonl")
+    spent = [line for line in ledger.read(run.folder / "privacy.jsonl") if line["unit"] == planned.unit]
     assert planned.noise_multiplier == max(line["noise_multiplier"] for line in spent)
 
 
@@ -55,6 +56,9 @@ def test_each_strategy_runs_as_planned(tiny, tmp_path, strategy):
         (("clients.per_round=3",), False),
         (("model.head=frozen", "strategy.use=flwr.serverapp.strategy:FedProx", "strategy.proximal_mu=0.1"), False),
         (("privacy.noise_multiplier=0.5", "rounds=5"), True),  # stops where the budget ends
+        ((CLIENTS, "clients.use=sgd", "clients.per_round=2"), False),
+        ((f"{CLIENTS[:-1]}, example: {{epsilon: 8, delta: 1.0e-3}}}}",), True),
+        (("clients.ranks={kind: list, values: [4, 2]}", "strategy.use=flexlora"), True),
     ],
 )
 def test_other_scenarios_run_as_planned(tiny, tmp_path, overrides, private):

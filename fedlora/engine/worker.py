@@ -277,15 +277,13 @@ class Worker:
             replace(settings, send=wanted),
             clients.Rng(self.scenario.seed, round, client),
         )
-        if odd := set(update.adapter) ^ set(wanted):
-            raise ContractError(f"the update should hold exactly the tensors asked for, and differs in {min(odd)}")
+        kind, layout = self.task.kind, self.task.layout
+        check(update, {name: kind.shape(layout[name], rank) for name in wanted})  # before any of it is kept
         if instruction.keep and self.personal is not None:
             self.personal.save(client, round, {name: update.adapter[name] for name in instruction.keep})
         if strategy.trips > 1 and self.personal is not None:
             self.personal.save_trip(client, round, update.adapter, update.weight)
-        return replace(
-            update, adapter=strategy.reply(instruction, update.adapter), scaling=self.task.kind.scaling(rank)
-        )
+        return replace(update, adapter=strategy.reply(instruction, update.adapter), scaling=kind.scaling(rank))
 
     def _expected(self, instruction: Instruction, rank: int) -> dict[str, tuple[int, ...]]:
         """The shapes of what a client of a rank should send, found once by a dry run of the reply."""
@@ -314,7 +312,7 @@ class Worker:
         return self.task.evaluate(adapter, self.dataset.test, np.arange(start, stop))
 
     def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
-        """Means over clients of the figures of each one's own model on the examples that it holds out.
+        """Sums over clients of the figures of each one's own model on the examples that it holds out.
 
         Args:
             instruction: with the tensors that the server holds after a round, for every rank.

@@ -221,32 +221,42 @@ def _learning(run: Run) -> Sequence[Figure]:
 
 
 def _privacy(run: Run) -> Sequence[Figure]:
+    whole = (run.scenario.get("privacy") or {}).get("unit") == "client"
+    stated: list[Row] = []
+    if whole:
+        stated = [
+            {"round": line["round"], "of": "each client", "epsilon": line["epsilon"]}
+            for line in run.rounds
+            if line.get("epsilon") is not None
+        ]
     spent: dict[int, dict[int, float]] = {}
     for line in run.clients:
         if line.get("epsilon") is not None:
             spent.setdefault(line["round"], {})[line["client"]] = line["epsilon"]
-    if not spent:
-        return []
     drawn, total = thinned(sorted({client for now in spent.values() for client in now}))
     so_far: dict[int, float] = {}
-    all_clients: list[Row] = []
     each: list[Row] = []
     for round, now in sorted(spent.items()):
         so_far |= now
         each += [{"client": c, "round": round, "epsilon": so_far[c]} for c in drawn if c in so_far]
         for name, value in (("largest", max(so_far.values())), ("median", statistics.median(so_far.values()))):
-            all_clients.append({"round": round, "of": name, "epsilon": value})
-    first = Figure(
-        "Epsilon by round",
-        "Spent so far: the largest over clients, which is what the run states, and the median.",
-        lines(all_clients, ("round", "round"), ("epsilon", "epsilon"), series="of", whole=True, zero=True),
+            stated.append({"round": round, "of": f"each example, {name}" if whole else name, "epsilon": value})
+    if not stated:
+        return []
+    note = (
+        "Spent so far to protect each client, by the server's noise."
+        if whole
+        else "Spent so far: the largest over clients, which is what the run states, and the median."
     )
-    second = Figure(
-        "Epsilon of each client",
-        f"Spent so far by each client.{_thinning(len(drawn), total)}",
-        heat(each, ("round", "round"), ("client", "client"), ("epsilon", "epsilon"), height=tall(len(drawn))),
-    )
-    return [first, second]
+    chart = lines(stated, ("round", "round"), ("epsilon", "epsilon"), series="of", whole=True, zero=True)
+    found = [Figure("Epsilon by round", note, chart)]
+    if each:
+        chart_each = heat(
+            each, ("round", "round"), ("client", "client"), ("epsilon", "epsilon"), height=tall(len(drawn))
+        )
+        note = f"Spent so far on the examples of each client.{_thinning(len(drawn), total)}"
+        found.append(Figure("Epsilon of each client", note, chart_each))
+    return found
 
 
 def _clients(run: Run) -> Sequence[Figure]:
@@ -300,7 +310,7 @@ def _cost(run: Run) -> Sequence[Figure]:
         found.append(
             Figure("Megabytes by round", "All clients together, counted on what Flower serialises.", chart)
         )
-    order = ("train", "evaluate", "aggregate", "account")
+    order = ("train", "evaluate", "aggregate", "diagnose", "account")
     phases = [
         {"round": line["round"], "phase": phase, "seconds": seconds}
         for line in rounds
@@ -308,7 +318,7 @@ def _cost(run: Run) -> Sequence[Figure]:
     ]
     if phases:
         chart = stacks(phases, ("round", "round"), ("seconds", "seconds"), "phase", order=order)
-        note = "Training with what travels, evaluation, aggregation, and accounting for privacy."
+        note = "Training with what travels, evaluation, aggregation, its error, and accounting for privacy."
         found.append(Figure("Time by round", note, chart))
     return found
 

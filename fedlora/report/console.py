@@ -200,7 +200,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     ]
     if private:
         lines.append(
-            f"  privacy   epsilon {plan['epsilon']:.3f} at delta {plan['delta']:g} for each client; "
+            f"  privacy   epsilon {plan['epsilon']:.3f} at delta {plan['delta']:g} for each {plan['unit']}; "
             f"noise multiplier up to {plan['noise_multiplier']:g}"
         )
     if plan["seconds"] is None:
@@ -218,6 +218,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         rows = [[str(t["round"]), f"{t['epsilon']:.3f}", f"{t['epsilon_median']:.3f}"] for t in told]
         lines += ["", "epsilon after a round, the largest over clients and the median"]
         lines += Table(("round", "largest", "median"), rows, frozenset()).text()
+    if private and "epsilon" in plan["groups"][0]:
         groups = [plan["groups"][i] for i in _spread(len(plan["groups"]), 12)]
         rows = [
             [

@@ -1,13 +1,19 @@
 """What only Ray can get wrong, each with a Ray of its own."""
 
+import contextlib
 import gc
+import os
+import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from fedlora.engine.ray import RayEngine
 from fedlora.errors import SettingError
-from fedlora.simulation import prepare
+from fedlora.report.console import Silent
+from fedlora.simulation import prepare, simulate
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
@@ -23,3 +29,32 @@ def test_a_worker_that_cannot_load_says_why(tiny, tmp_path):
     finally:
         engine.close()
         gc.collect()  # while its warnings are still let pass
+
+
+@pytest.mark.parametrize("name", ["flora", "fedask"])
+def test_merges_and_trips_are_the_same_on_many_workers_one_of_which_dies(name, tiny, tmp_path):
+    """In round 2 a worker is killed: the one that takes its place must hold the merges of round 1 too."""
+    asked = (f"strategy.use={name}", "rounds=3", "clients.ranks={kind: list, values: [2, 4]}" * (name != "fedask"))
+    scenario = tiny(*filter(None, asked))
+    whole = simulate(scenario, out=tmp_path / "inline")
+    killer = Killer(round=1)
+    with contextlib.closing(RayEngine(4, workers=2)) as engine:
+        killer.engine = engine
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fedlora.engine.make", lambda *_: engine)
+            many = simulate(scenario, out=tmp_path / "ray", display=killer)
+    gc.collect()
+    assert engine.replaced >= 1 and many.summary["failures"] == 0
+    one, other = (load_file(run.folder / "adapter" / "adapter_model.safetensors") for run in (whole, many))
+    assert one.keys() == other.keys() and all(np.array_equal(one[n], other[n]) for n in one)
+
+
+class Killer(Silent):
+    """A display that kills a worker after a round."""
+
+    def __init__(self, round):
+        self.at = round
+
+    def round(self, line):
+        if line["round"] == self.at:
+            os.kill(self.engine.pids()[0], signal.SIGKILL)

@@ -43,7 +43,7 @@ def test_every_chart_of_a_full_run_is_there_with_the_figures_of_the_folder(ten):
     )
     assert len(rows(found["Train loss of each client"])) == 30
     times = rows(found["Time by round"])
-    assert {r["phase"] for r in times} == {"train", "evaluate", "aggregate", "account"}
+    assert {r["phase"] for r in times} == {"train", "evaluate", "aggregate", "diagnose", "account"}
     for line in ten.rounds:
         spent = sum(r["seconds"] for r in times if r["round"] == line["round"])
         assert spent == pytest.approx(line["seconds"], abs=1e-3)
@@ -65,6 +65,17 @@ def test_epsilon_of_a_client_that_rests_stays_what_it_was(copy):
         ("median", 1.75),
     ]
     assert {(r["client"], r["round"]): r["epsilon"] for r in rows(each)}[1, 2] == 2.0
+
+
+def test_where_clients_are_protected_whole_epsilon_is_the_rounds(copy):
+    folder = copy().folder
+    text = (folder / "scenario.yaml").read_text()
+    assert "unit: example" in text
+    (folder / "scenario.yaml").write_text(text.replace("unit: example", "unit: client"))
+    (folder / "clients.jsonl").write_text('{"round": 1, "client": 0, "epsilon": null}\n')
+    (figure,) = charts.figures(copy())["privacy"]
+    told = [(r["of"], r["epsilon"]) for r in rows(figure)]
+    assert told == [("each client", line["epsilon"]) for line in copy().rounds]
 
 
 def test_of_many_clients_some_are_drawn_and_it_is_said(copy):

@@ -7,6 +7,7 @@ import pytest
 
 from fedlora import plugins
 from fedlora.simulation import simulate
+from fedlora.strategies.fedsa_lora import FedSALoRA
 
 NAMES = plugins.names("strategies")
 UNEQUAL = [n for n in NAMES if plugins.find("strategies", n).unequal_ranks]
@@ -134,3 +135,16 @@ class Stopper:
     def round(self, line):
         if line["round"] == self.after:
             raise KeyboardInterrupt
+
+
+def test_what_is_not_finite_is_not_kept(tiny, tmp_path):
+    """A client whose B has blown up fails, and goes on from what it kept before."""
+    asked = ("strategy.use=fedsa_lora", HELD, "rounds=3", "clients.use=tests.engine.faulty:Faulty")
+    scenario = tiny(*asked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FedSALoRA, "config", lambda self, round: {"fail": 1 if round == 2 else -1, "fault": "nan"})
+        run = simulate(scenario, out=tmp_path / "run")
+    errors = {(line["round"], line["client"]): line["error"] for line in run.clients if line["error"]}
+    assert errors.keys() == {(2, 1)} and "not finite" in errors[2, 1]
+    kept = sorted(int(f.name.split(".")[1]) for f in (run.folder / "personal").glob("1.*.safetensors"))
+    assert kept == [1, 3]
