@@ -4,7 +4,7 @@ A whole round is timed, from drawing the cohort to the checkpoint, and divided b
 strategies get one weighted sum for each chunk of clients; `every update` is the same mean by a strategy that is
 not known to be linear, so that each client's update must reach the server. The median over rounds is printed.
 
-    python benchmarks/engine_overhead.py [--clients 1000] [--rounds 8] [--workers 2] [--engines inline ray] [--private]
+    python benchmarks/engine_overhead.py [--clients 1000] [--rounds 8] [--engines inline ray] [--private]
 """
 
 import argparse
@@ -96,13 +96,14 @@ def _rounds(told: argparse.Namespace, engine: str, rank: int, every: bool, folde
     train, test = (folder / f"{split}.csv" for split in ("train", "test"))
     for file, rows in ((train, 2 * told.clients), (test, 2)):
         file.write_text("text,label\n" + "".join(f"note {i},{i % 2}\n" for i in range(rows)))
+    client = "PrivateIdle" if told.private else "Idle"
     made = scenario.parse(f"""
 name: engine-overhead
 model: {{base: minilm, adapter: {{r: {rank}, alpha: {rank}, targets: [query, value]}}}}
 data:
   files: {{train: "{train}", test: "{test}", text: text, label: label}}
   partition: {{kind: iid}}
-clients: {{total: {told.clients}, use: "engine_overhead:{"PrivateIdle" if told.private else "Idle"}", batch_size: 1}}
+clients: {{total: {told.clients}, use: "engine_overhead:{client}", batch_size: 1}}
 privacy: {"{epsilon: 8, delta: 1.0e-3}" if told.private else "null"}
 strategy: {"{use: engine_overhead:EveryUpdate}" if every else "{use: fedavg_lora, measure_error: false}"}
 rounds: {told.rounds + 2}

@@ -36,7 +36,7 @@ def main() -> None:
     """Run what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/strategies"))
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
     told = parser.parse_args()
     uses = {name: (name, {}) for name in plugins.names("strategies")}
     uses |= {name: (f"flwr.serverapp.strategy:{name}", options) for name, options in FLOWER.items()}

@@ -1,15 +1,19 @@
 """Samples per second of a simulated round over those of a plain peft training loop.
 
 The plain loop is what one writes by hand: one model, a shuffled DataLoader that pads to the longest of the
-batch, forward, backward, SGD. The simulated round trains as many steps of as many examples, by clients
-one after another, with everything a round does besides: swapping adapters, checks, counting bytes,
-averaging. Both use the same base, adapter, data, batch size, precision and threads, in one process, and
-take turns; the ratio of each pair is printed, and their median.
+batch, forward, backward, SGD in float32. A simulated round trains as many steps of as many examples, by clients
+one after another, with everything a round does besides: swapping adapters, checks, counting bytes, averaging,
+and for the private ones clipping and noise. All use the same base, adapter, data, batch size and threads, in
+one process, and take turns. Rates are per second of the process's CPU time, so that other work on the machine
+counts as little as it can; the median of the ratios of the pairs is printed.
 
-    python benchmarks/training_efficiency.py [--pairs 8] [--batch-size 16] [--steps 4] [--clients 20]
+    python benchmarks/training_efficiency.py [--pairs 8] [--clients 20] [--steps 4 10] [--batch-size 16 64]
+        [--data FILE --text NAME --label NAME] [--max-length 64] [--threads 1]
 """
 
 import argparse
+import functools
+import itertools
 import os
 import statistics
 import time
@@ -19,53 +23,82 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--clients", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 10])
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--data", help="a csv, tsv, json or parquet file; by default the tweets of the demo")
+    parser.add_argument("--text", default="text")
+    parser.add_argument("--label", default="label")
+    parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     told = parser.parse_args()
-    samples = told.clients * told.steps * told.batch_size
-    simulated, plain = _simulated(told), _plain(told)
-    simulated(), plain()  # once each, to warm up
-    print(f"{told.clients} clients x {told.steps} steps x {told.batch_size} tweets, {told.precision}, ", end="")
-    print(f"{told.threads} thread(s), one process\n{'pair':>4} {'plain/s':>9} {'simulated/s':>12} {'ratio':>6}")
-    ratios = []
-    for pair in range(told.pairs):
-        order = [plain, simulated] if pair % 2 == 0 else [simulated, plain]
-        rate = {}
-        for run in order:
-            began = time.perf_counter()
+    print(f"{told.data or 'tweets'}, {told.clients} clients, {told.threads} thread(s), {told.pairs} pairs")
+    print(
+        f"{'steps x batch':>14} {'private':>8} {'precision':>10} {'plain/s':>8} {'simulated/s':>12} {'ratio':>6}",
+        end="",
+    )
+    print(f" {'from':>5} {'to':>5} {'real tokens':>12}")
+    for steps, size in zip(told.steps, told.batch_size, strict=True):
+        _compare(told, steps, size)
+
+
+def _compare(told: argparse.Namespace, steps: int, size: int) -> None:
+    samples = told.clients * steps * size
+    plain, real = _plain(told, steps, size)
+    cases = list(itertools.product((False, True), ("fp32", "auto")))
+    runs = {case: _simulated(told, steps, size, *case) for case in cases}
+    seconds: dict[object, list[float]] = {key: [] for key in (None, *runs)}
+    for pair in range(-1, told.pairs):  # the first warms up
+        order = [(None, plain), *runs.items()]
+        for key, run in order if pair % 2 else reversed(order):
+            began = time.process_time()
             run()
-            rate[run] = samples / (time.perf_counter() - began)
-        ratios.append(rate[simulated] / rate[plain])
-        print(f"{pair + 1:>4} {rate[plain]:>9.1f} {rate[simulated]:>12.1f} {ratios[-1]:>6.2f}", flush=True)
-    print(f"median ratio {statistics.median(ratios):.2f}")
+            if pair >= 0:
+                seconds[key].append(time.process_time() - began)
+    for private, precision in cases:
+        took = seconds[private, precision]
+        ratios = [p / s for p, s in zip(seconds[None], took, strict=True)]
+        rates = [samples / statistics.median(s) for s in (seconds[None], took)]
+        print(
+            f"{f'{steps} x {size}':>14} {'yes' if private else 'no':>8} {precision:>10} {rates[0]:>8.1f} ", end=""
+        )
+        print(
+            f"{rates[1]:>12.1f} {statistics.median(ratios):>6.2f} {min(ratios):>5.2f} {max(ratios):>5.2f} ", end=""
+        )
+        print(f"{real:>12.0%}", flush=True)
 
 
-def _scenario(told: argparse.Namespace) -> str:
+def _scenario(told: argparse.Namespace, steps: int, size: int, private: bool, precision: str) -> str:
+    client, data = "dp_sgd" if private else "sgd", "dataset: tweets"
+    if told.data:
+        data = f'files: {{train: "{told.data}", text: {told.text}, label: {told.label}}}'
     return f"""
 name: training-efficiency
 model: {{base: minilm, adapter: {{r: 8, alpha: 8, targets: [query, value]}}}}
-data: {{dataset: tweets, partition: {{kind: iid}}, max_length: 64}}
-clients: {{total: {told.clients}, use: sgd, local_steps: {told.steps}, batch_size: {told.batch_size}, lr: 0.1}}
+data: {{{data}, partition: {{kind: iid}}, max_length: {told.max_length}}}
+clients: {{total: {told.clients}, use: {client}, local_steps: {steps}, batch_size: {size}, lr: 0.1}}
+privacy: {"{noise_multiplier: 1.0, delta: 1.0e-5}" if private else "null"}
 strategy: {{use: fedavg_lora, measure_error: false}}
 rounds: 1
-engine: {{kind: inline, precision: {told.precision}, threads: {told.threads}}}
+engine: {{kind: inline, precision: {precision}, threads: {told.threads}}}
 """
 
 
-def _simulated(told: argparse.Namespace) -> Callable[[], None]:
-    from fedlora import engine, scenario
-    from fedlora.simulation import prepare
+def _simulated(
+    told: argparse.Namespace, steps: int, size: int, private: bool, precision: str
+) -> Callable[[], None]:
+    from dataclasses import replace
 
-    ready = prepare(scenario.parse(_scenario(told)))
+    from fedlora import engine, scenario
+    from fedlora.simulation import calibrate, prepare
+
+    ready = prepare(scenario.parse(_scenario(told, steps, size, private, precision)))
     made = engine.make(ready.scenario)
-    found = made.start(ready.setup)
-    ready.strategy.layout = found.layout
+    found = made.start(replace(ready.setup, noise=calibrate(ready.scenario, ready.data)))
+    ready.strategy.bind(found.layout, found.kind, found.initial, private)
     state = {"adapter": dict(found.initial), "round": 0}
 
     def run() -> None:
@@ -78,7 +111,8 @@ def _simulated(told: argparse.Namespace) -> Callable[[], None]:
     return run
 
 
-def _plain(told: argparse.Namespace) -> Callable[[], None]:
+def _plain(told: argparse.Namespace, steps: int, size: int) -> tuple[Callable[[], None], float]:
+    """The loop, and the share of real tokens in its padded batches."""
     import torch
     from peft import LoraConfig, get_peft_model
     from torch.utils.data import DataLoader
@@ -89,7 +123,7 @@ def _plain(told: argparse.Namespace) -> Callable[[], None]:
     from fedlora.task import find_base
 
     torch.set_num_threads(told.threads)
-    data = prepare(scenario.parse(_scenario(told))).data
+    data = prepare(scenario.parse(_scenario(told, steps, size, False, "fp32"))).data
     base = AutoModelForSequenceClassification.from_pretrained(find_base("minilm"), num_labels=len(data.labels))
     config = LoraConfig(r=8, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS")
     model = get_peft_model(base, config).train()
@@ -103,19 +137,17 @@ def _plain(told: argparse.Namespace) -> Callable[[], None]:
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(examples.targets[rows])}
 
-    loader = DataLoader(range(len(examples)), told.batch_size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+    make = functools.partial(DataLoader, range(len(examples)), size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+    masks = [batch["attention_mask"] for batch, _ in zip(make(), range(20), strict=False)]
 
     def run() -> None:
-        batches = iter(loader)
-        for _ in range(told.clients * told.steps):
-            batch = next(batches)
+        batches = itertools.cycle(make())
+        for _ in range(told.clients * steps):
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=told.precision == "bf16"):
-                loss = model(**batch).loss
-            loss.backward()
+            model(**next(batches)).loss.backward()
             optimizer.step()
 
-    return run
+    return run, sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 
 
 if __name__ == "__main__":

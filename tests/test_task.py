@@ -100,6 +100,23 @@ def test_bf16_trains_in_half_and_evaluates_in_full(tiny_base, ragged, tiny_task)
     assert linear.weight.dtype == torch.float32
 
 
+def test_training_in_bf16_holds_to_its_tolerance(tiny_base, ragged):
+    """Losses to 3 %, and the gradient over all tensors to 5 % of its norm, of those in float32."""
+    found = []
+    for precision in ("fp32", "bf16"):
+        made = load(tiny_base, precision=precision)
+        rng = np.random.default_rng(1)
+        away = {n: (0.1 * rng.normal(size=s.shape)).astype(np.float32) for n, s in made.layout.items()}
+        parameters = made.begin(away, list(made.layout))
+        with made.autocast():
+            losses = made.losses(made.batch(ragged, np.arange(6)))
+        losses.sum().backward()
+        found.append((losses.detach(), torch.cat([p.grad.flatten() for p in parameters])))
+    (full, gradient), (half, rough) = found
+    torch.testing.assert_close(half, full, rtol=3e-2, atol=0)
+    assert not torch.equal(half, full) and float((rough - gradient).norm() / gradient.norm()) < 5e-2
+
+
 def test_a_frozen_head_federates_without_training(tiny_base):
     frozen = load(tiny_base, head="frozen")
     assert {s.trainable for s in frozen.layout.values() if s.role == "head"} == {False}
