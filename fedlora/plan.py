@@ -2,7 +2,8 @@
 
 Bytes and epsilon come from a rehearsal: the real round loop, worker, strategy and messages, with clients
 that send tensors of the right shapes without training. So they are what the run will count. Time and
-memory come from a few steps of one client on this machine, and are estimates.
+memory come from a few steps of one client on this machine, and are estimates. Where a strategy chooses
+ranks by what was learnt (FLoRIST), bytes are those of full ranks: the most that it can send.
 """
 
 import resource
@@ -229,7 +230,7 @@ class _Engine(InlineEngine):
 
 
 class _StandIn(Client):
-    """Sends tensors of the right shapes: random, of full rank, and other ones for each client and round."""
+    """Sends tensors of the right shapes: random, so that no strategy meets a rank below the full one."""
 
     def __init__(self, real: Client, metrics: Mapping[str, float], layout: Layout) -> None:
         self.real, self.metrics, self.private = real, metrics, real.private
@@ -245,8 +246,7 @@ class _StandIn(Client):
         sent = {}
         for name in settings.send:
             shape = task.kind.shape(task.layout[name], task.rank)
-            turned = np.roll(self.tensors[name], 101 * partition.client + 7 * settings.round)
-            sent[name] = turned[tuple(slice(size) for size in shape)]
+            sent[name] = self.tensors[name][tuple(slice(size) for size in shape)]
         return Update(adapter=sent, weight=1.0, clients=(partition.client,), metrics=self.metrics)
 
 

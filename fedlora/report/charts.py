@@ -290,6 +290,8 @@ def _clients(run: Run) -> Sequence[Figure]:
             for line in lines
             if line.get(key) is not None and line["client"] in set(some)
         ]
+        if len({row[key] for row in rows}) == 1:  # such as a count of what never happened
+            continue
         words = key.replace("_", " ")
         title = f"{words.capitalize()} of each client"
         chart = heat(rows, ("round", "round"), ("client", "client"), (key, words), height=tall(len(some)))

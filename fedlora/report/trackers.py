@@ -29,7 +29,8 @@ class TensorBoard:
     def __init__(self, scenario: Scenario, folder: Path, done: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        # The suffix keeps apart what was written within one second of a run and its resumption.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1, filename_suffix=f".{done}")
 
     def log(self, figures: Mapping[str, float], round: int) -> None:
         """Scalars by round."""

@@ -1,6 +1,5 @@
 """The same figures wherever they go."""
 
-import math
 import struct
 
 import pytest
@@ -33,13 +32,15 @@ def test_numbers_of_a_line_are_told_and_nothing_else():
 
 
 def test_tensorboard_gets_what_the_metrics_say_also_after_a_resume(tiny, tmp_path):
-    simulate(tiny("trackers=[tensorboard]", "rounds=1"), out=tmp_path / "run")
-    run = simulate(tiny("trackers=[tensorboard]", "rounds=2"), out=tmp_path / "run", resume=True)
+    simulate(tiny("trackers=[tensorboard]", "rounds=1", private=False), out=tmp_path / "run")
+    again = tiny("trackers=[tensorboard]", "rounds=2", private=False)
+    run = simulate(again, out=tmp_path / "run", resume=True)
+    assert len(run.rounds) == 2
     told = events(run.folder / "tensorboard")
     for line in run.rounds:
         expected = figures(line)
         got = {tag: value for tag, value in told[line["round"]].items() if tag in expected}
-        assert got == pytest.approx(expected, rel=1e-6) and math.isfinite(got["epsilon"])
+        assert got == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
