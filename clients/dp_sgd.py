@@ -97,14 +97,12 @@ class DPSGD(Client):
         optimizer.zero_grad(set_to_none=True)
         if dropped:  # told here alone: how many there were depends on the examples
             logger.warning("client %d: left out %d gradients that are not finite", partition.client, dropped)
-        shared = settings.share_metrics
+        shared, odd = settings.share_metrics, {"not_finite": float(dropped)} if dropped else {}
         return Update(
             adapter=task.read(settings.send),
             weight=float(len(partition)) if shared else 1.0,
             clients=(partition.client,),
-            metrics={"train_loss": float(loss_sum) / max(taken, 1), "not_finite": float(dropped)}
-            if shared
-            else {},
+            metrics={"train_loss": float(loss_sum) / max(taken, 1)} | odd if shared else {},
         )
 
 
