@@ -89,7 +89,7 @@ def row(name: str, private: Path, plain: Path) -> list[str]:
         *(f"{summary['accuracy']:.3f}" for summary in summaries),
         *(f"{kb:.0f}" for kb in kilobytes),
         *("" if error is None else "0" if error < 1e-5 else f"{error:.2g}" for error in errors),
-        f"{sorted(line['aggregation_seconds'] for line in lines)[len(lines) // 2]:.2f}",
+        f"{sorted(line['phases']['aggregate'] for line in lines)[len(lines) // 2]:.2f}",
     ]
 
 

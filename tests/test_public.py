@@ -36,7 +36,6 @@ HEAVY = {
     "flwr": {"engine", "secure", "wire", "strategy"},
     "cryptography": {"secure"},
     "opacus": {"audit", "clients", "privacy"},
-    "matplotlib": {"audit"},
     "ray": {"engine"},
     "flwr_datasets": {"data"},
 }

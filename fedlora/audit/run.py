@@ -19,6 +19,7 @@ from fedlora.audit.bound import lower_bound
 from fedlora.audit.canaries import Canaried, Canaries
 from fedlora.engine import Description, Engine, Replies, Setup
 from fedlora.errors import ScenarioError, SettingError, UserError
+from fedlora.report import charts
 from fedlora.report.console import Display
 from fedlora.scenario import Scenario
 from fedlora.simulation import simulate
@@ -283,26 +284,23 @@ def _guess(scores: NDArray[np.float64], included: NDArray[np.bool_], delta: floa
 
 def _plot(file: Path, made: Audit, scores: tuple[NDArray[np.float64], ...], included: NDArray[np.bool_]) -> None:
     """The bounds beside the claim, and the scores of canaries that were in and out."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    import altair as alt
 
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    bars, *panels = figure.subplots(1, 3)
     views = (("server sees", made.server), ("final model", made.model))
-    bars.bar([name for name, _ in views], [bound.epsilon for _, bound in views], width=0.5)
-    bars.axhline(made.claimed, color="black", linestyle="--", label=f"claimed, {made.claimed:.2f}")
-    bars.set_ylabel("epsilon")
-    bars.set_title(f"{made.scenario}: lower bounds at {made.confidence:.0%}")
-    bars.legend()
-    for panel, (name, _), score in zip(panels, views, scores, strict=True):
-        low, high = np.quantile(score, [0.001, 0.999])
-        edges = np.linspace(low, high, 60)
-        panel.hist([score[included], score[~included]], edges, histtype="step", label=["in the data", "out of it"])
-        panel.set_title(name)
-        panel.set_xlabel("score of a canary")
-        panel.legend()
-    figure.savefig(file, dpi=120)
+    told = [("claimed", made.claimed), *((f"bound, {name}", bound.epsilon) for name, bound in views)]
+    bars = alt.Chart(charts.data([{"what": what, "epsilon": epsilon} for what, epsilon in told])).mark_bar()
+    bars = bars.encode(x=alt.X("what:N", title=None, sort=None), y=alt.Y("epsilon:Q", title="epsilon"))
+    panels: list[charts.Chart] = [bars.properties(title=f"{made.scenario}, at {made.confidence:.0%}")]
+    for (name, _), score in zip(views, scores, strict=True):
+        low, high = (float(edge) for edge in np.quantile(score, [0.001, 0.999]))
+        rows = [
+            {"score": float(edge), "canaries": int(count), "canary": label}
+            for label, chosen in (("in the data", included), ("out of it", ~included))
+            for count, edge in zip(*np.histogram(score[chosen], 40, (low, high)), strict=False)
+        ]
+        panel = charts.lines(rows, ("score", "score of a canary"), ("canaries", "canaries"), series="canary")
+        panels.append(panel.properties(title=name))
+    alt.hconcat(*(panel.properties(width=260, height=240) for panel in panels)).save(str(file), scale_factor=2)
 
 
 @contextlib.contextmanager

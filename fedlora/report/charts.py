@@ -56,7 +56,7 @@ def lines(
         whole: x holds whole numbers.
         zero: the y axis starts at zero.
     """
-    base = alt.Chart(_data(rows)).encode(
+    base = alt.Chart(data(rows)).encode(
         x=alt.X(
             f"{x[0]}:Q",
             title=x[1],
@@ -78,7 +78,8 @@ def lines(
     return alt.LayerChart(layer=layers, width="container", height=230)
 
 
-def _data(rows: Sequence[Row]) -> dict[str, Any]:
+def data(rows: Sequence[Row]) -> dict[str, Any]:
+    """Rows as a chart holds them."""
     return {"values": [dict(row) for row in rows]}
 
 
@@ -104,7 +105,7 @@ def heat(
     low, high = domain or (min(r[value[0]] for r in rows), max(r[value[0]] for r in rows))
     scale = alt.Scale(type="quantize", domain=[low, high if high > low else low + 1], nice=False)
     chart: alt.Chart = (
-        alt.Chart(_data(rows))
+        alt.Chart(data(rows))
         .mark_rect()
         .encode(
             x=alt.X(f"{x[0]}:O", title=x[1], sort=None, axis=alt.Axis(labelOverlap=True, labelAngle=0)),
@@ -127,7 +128,7 @@ def stacks(
 ) -> alt.Chart:
     """Bars on each other, one colour for each part."""
     chart: alt.Chart = (
-        alt.Chart(_data(rows))
+        alt.Chart(data(rows))
         .mark_bar()
         .encode(
             x=alt.X(f"{x[0]}:O", title=x[1], axis=alt.Axis(labelOverlap=True, labelAngle=0)),
@@ -144,7 +145,7 @@ def points(
     rows: Sequence[Row], x: tuple[str, str], y: tuple[str, str], series: str, *, front: str
 ) -> alt.LayerChart:
     """Points told apart by shape and colour, and a line through those where `front` is true."""
-    base = alt.Chart(_data(rows)).encode(
+    base = alt.Chart(data(rows)).encode(
         x=alt.X(f"{x[0]}:Q", title=x[1], scale=alt.Scale(zero=False, padding=24), axis=alt.Axis(grid=False)),
         y=alt.Y(f"{y[0]}:Q", title=y[1], scale=alt.Scale(zero=False, padding=16)),
         tooltip=_hover(rows),

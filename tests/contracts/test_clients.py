@@ -71,13 +71,14 @@ def test_repeats_bit_for_bit_and_leaves_nothing_behind(fit):
     assert same(first, fit(client=0))
 
 
-@pytest.fixture(params=["encoder", "pooler", "decoder"])
+@pytest.fixture(params=["encoder", "pooler", "decoder", "core"])
 def model(request, build, tiny_lm):
     """Overrides that build another model: with another task, other targets, or a trained head with biases."""
     lm = ("task=causal_lm", f"model.base={tiny_lm}", "model.adapter.targets=[q_proj,up_proj,lm_head]")
     return {
         "encoder": (),
         "pooler": ("model.pooler=trained", "model.adapter.targets=[query,dense]"),
+        "core": ("model.adapter.kind=lora_xs",),
         "decoder": lm,
     }[request.param]
 
