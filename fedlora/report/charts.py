@@ -68,7 +68,9 @@ def lines(
     )
     if series:
         base = base.encode(
-            color=alt.Color(f"{series}:N", sort=None, legend=alt.Legend(title=None, orient="top", symbolOpacity=1))
+            color=alt.Color(
+                f"{series}:N", sort=None, legend=alt.Legend(title=None, orient="top", columns=2, symbolOpacity=1)
+            )
         )
     layers: list[alt.Chart] = []
     if band:

@@ -19,7 +19,7 @@ from fedlora.report.tables import Table
 from fedlora.run import METRICS, Run
 
 FEW = 3  # seeds from which a difference is tested
-_ASIDE = ("name", "seed", "engine")  # what may differ within a group
+_ASIDE = ("name", "seed", "engine", "trackers")  # what may differ within a group
 _FIRST = "strategy.use"  # in a label
 _NONE = "-"
 

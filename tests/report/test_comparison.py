@@ -138,6 +138,11 @@ def test_curves_have_a_band_where_there_are_seeds(folder):
     assert rows[1]["megabytes"] == pytest.approx(6.0)
 
 
+def test_where_figures_are_sent_sets_no_run_apart(folder):
+    made = Comparison([folder("a", 0.6), folder("b", 0.7, seed=1, trackers=["tensorboard"])])
+    assert [(g.label, len(g.runs)) for g in made.groups] == [("ffa_lora", 2)]
+
+
 def test_one_folder_named_twice_counts_once(folder):
     run = folder("a", 0.6)
     assert len(Comparison([run, run]).groups[0].runs) == 1
