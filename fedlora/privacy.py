@@ -28,6 +28,7 @@ MAX_NOISE_MULTIPLIER = 1e5  # beyond it the noise drowns anything that could be 
 MAX_STEPS = 10**7  # more is a mistake, and would take too much memory to account for
 _MIN_NOISE_MULTIPLIER = 0.01  # below it epsilon is in the thousands
 _COARSER = 8  # the width of losses in the search for a noise multiplier; what it finds is checked finely
+_SEARCHES = 32  # noise multipliers that are searched for by themselves; of more sample rates a curve tells
 _POINTS = 5e4  # that one step's losses are cut into at most; a second of work
 _PRV_MOST = 100.0  # epsilon beyond which privacy random variables would take minutes
 
@@ -201,6 +202,34 @@ def calibrate(
         if _epsilon(((noise, sample_rate, steps),), delta, accountant) <= target:
             return noise
         noise *= 1.0005
+
+
+def calibrations(
+    target: float, delta: float, sample_rates: Sequence[float], steps: int, accountant: Accountant = "pld"
+) -> list[float]:
+    """`calibrate` for each of many sample rates, all of the same number of steps.
+
+    A search takes about a second. Where there are many rates, a smooth curve through a few of them gives the
+    others, each with a thousandth on top, and each checked to keep to the target.
+
+    Raises:
+        SettingError: as `calibrate`.
+    """
+    import numpy as np
+    from scipy.interpolate import PchipInterpolator
+
+    if len(set(sample_rates)) <= _SEARCHES:
+        return [calibrate(target, delta, rate, steps, accountant) for rate in sample_rates]
+    nodes = np.geomspace(min(sample_rates), max(sample_rates), _SEARCHES)
+    found = [calibrate(target, delta, float(rate), steps, accountant) for rate in nodes]
+    curve = PchipInterpolator(np.log(nodes), np.log(found))
+    noise = []
+    for rate in sample_rates:
+        least = 1.001 * float(np.exp(curve(np.clip(math.log(rate), *np.log(nodes[[0, -1]])))))
+        while _epsilon(((least, rate, steps),), delta, accountant) > target:
+            least *= 1.001
+        noise.append(least)
+    return noise
 
 
 _WORDS = {

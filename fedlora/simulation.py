@@ -215,30 +215,25 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
     told, asked = scenario.clients, scenario.example_privacy
     if asked is None:
         return None
-    noise: dict[int, float] = {}
-    largest = max(data.num_examples(c) for c in range(data.num_clients))
-    if asked.delta >= 1 / largest:
+    sizes = sorted({data.num_examples(c) for c in range(data.num_clients)})
+    if asked.delta >= 1 / sizes[-1]:
         logger.warning(
             "privacy.delta: %g is not below 1/%d, one over the examples of the largest client: at such a delta a "
             "mechanism that gives a whole example away now and then counts as private; write %.0e or less",
-            *(asked.delta, largest, 0.1 / largest),
+            *(asked.delta, sizes[-1], 0.1 / sizes[-1]),
         )
-    for size in sorted({data.num_examples(c) for c in range(data.num_clients)}):
-        if told.batch_size > size:
-            raise SettingError(
-                "clients.batch_size",
-                f"a client has {size} examples, and a private batch takes {told.batch_size} of them on "
-                "average; lower it, use fewer clients, or raise data.partition.min_examples",
-            )
-        steps = scenario.rounds * told.local_steps
-        if asked.noise_multiplier is not None:
-            noise[size] = asked.noise_multiplier
-        else:
-            assert asked.epsilon is not None
-            noise[size] = privacy.calibrate(
-                asked.epsilon, asked.delta, told.batch_size / size, steps, asked.accountant
-            )
-    return noise
+    if told.batch_size > sizes[0]:
+        raise SettingError(
+            "clients.batch_size",
+            f"a client has {sizes[0]} examples, and a private batch takes {told.batch_size} of them on "
+            "average; lower it, use fewer clients, or raise data.partition.min_examples",
+        )
+    if asked.noise_multiplier is not None:
+        return dict.fromkeys(sizes, asked.noise_multiplier)
+    assert asked.epsilon is not None
+    rates, steps = [told.batch_size / size for size in sizes], scenario.rounds * told.local_steps
+    found = privacy.calibrations(asked.epsilon, asked.delta, rates, steps, asked.accountant)
+    return dict(zip(sizes, found, strict=True))
 
 
 def central(scenario: Scenario) -> Central | None:

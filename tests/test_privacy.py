@@ -3,6 +3,7 @@ import math
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
@@ -11,6 +12,7 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlora import privacy
 from fedlora.errors import SettingError, UserError
 from fedlora.privacy import Event, calibrate, epsilon, statement
 
@@ -208,3 +210,14 @@ def test_the_statement_says_what_holds_for_whom(accountant, name):
         assert words in line
     other = statement(5.98, 1e-5, "client", accountant)
     assert "for each client" in other and "one client added" in other and "over clients" not in other
+
+
+def test_many_noise_multipliers_follow_from_a_few(monkeypatch):
+    monkeypatch.setattr(privacy, "_SEARCHES", 8)
+    rates = [float(r) for r in np.geomspace(0.004, 0.3, 30)]
+    few = privacy.calibrations(6.0, 1e-5, rates[:3], 50, "rdp")
+    assert few == [privacy.calibrate(6.0, 1e-5, rate, 50, "rdp") for rate in rates[:3]]
+    for rate, noise in zip(rates, privacy.calibrations(6.0, 1e-5, rates, 50, "rdp"), strict=True):
+        event = privacy.Event(noise_multiplier=noise, sample_rate=rate, steps=50, clip_norm=1.0)
+        assert 6 * 0.98 < privacy.epsilon([event], 1e-5, "rdp") <= 6
+        assert noise == pytest.approx(privacy.calibrate(6.0, 1e-5, rate, 50, "rdp"), rel=5e-3)
