@@ -36,7 +36,7 @@ def main() -> None:
     """Run what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/strategies"))
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--flower", action="store_true", help="Flower's own strategies too")
     told = parser.parse_args()
     uses = {name: (name, {}) for name in plugins.names("strategies")}
