@@ -4,11 +4,13 @@ A checkpoint is written beside the last one and renamed over it; its manifest, w
 file, is written last, so that its existence means that the rest is whole.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,28 @@ def _write(path: Path, write: Any) -> None:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder that appears under its name when it is whole, or not at all; an empty one there gives way.
+
+    Raises:
+        UserError: it cannot be made where it should be.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield new
+        new.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 class Personal:

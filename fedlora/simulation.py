@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from fedlora import scenario as scenarios
 from fedlora import strategy as strategies
 from fedlora.adapter import Adapter
 from fedlora.central import Central
-from fedlora.checkpoint import Merges
+from fedlora.checkpoint import Merges, whole_folder
 from fedlora.engine.worker import Setter
 from fedlora.errors import SettingError, UserError
 from fedlora.ledger import Ledger
@@ -305,30 +304,21 @@ def check_strategy(strategy: strategies.Strategy) -> None:
 def _create(folder: Path, ready: Prepared) -> None:
     """Make the run folder, whole or not at all."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        with whole_folder(folder) as new:
+            (new / "scenario.yaml").write_text(ready.scenario.to_yaml())
+            counts = ready.data.histograms()
+            _write_json(
+                new / "partitions.json",
+                {
+                    "labels": list(ready.data.labels),
+                    "clients": [
+                        {"client": c, "num_examples": int(row.sum()), "labels": row.tolist()}
+                        for c, row in enumerate(counts)
+                    ],
+                    "test_examples": len(ready.data.test),
+                },
+            )
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    try:
-        (new / "scenario.yaml").write_text(ready.scenario.to_yaml())
-        counts = ready.data.histograms()
-        _write_json(
-            new / "partitions.json",
-            {
-                "labels": list(ready.data.labels),
-                "clients": [
-                    {"client": c, "num_examples": int(row.sum()), "labels": row.tolist()}
-                    for c, row in enumerate(counts)
-                ],
-                "test_examples": len(ready.data.test),
-            },
-        )
-        new.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()  # empty: checked before
-        new.rename(folder)
-    except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 

@@ -1,9 +1,6 @@
 """Runs a scenario with canaries in its clients' data, guesses which from what it sees, and bounds epsilon."""
 
-import contextlib
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +14,7 @@ from fedlora import scenario as scenarios
 from fedlora.adapter import Adapter, Change, Instruction
 from fedlora.audit.bound import lower_bound
 from fedlora.audit.canaries import Canaried, Canaries
+from fedlora.checkpoint import whole_folder
 from fedlora.engine import Description, Engine, Replies, Setup
 from fedlora.errors import ScenarioError, SettingError, UserError
 from fedlora.report import charts
@@ -127,7 +125,7 @@ def audit(
         seen.append(Server(engine, hidden, scenario))
         return seen[0]
 
-    with _new(folder) as new:
+    with whole_folder(folder) as new:
         try:
             run = simulate(_planted(scenario, hidden), out=new, display=display, watch=watch)
         except SettingError as error:
@@ -301,19 +299,3 @@ def _plot(file: Path, made: Audit, scores: tuple[NDArray[np.float64], ...], incl
         panel = charts.lines(rows, ("score", "score of a canary"), ("canaries", "canaries"), series="canary")
         panels.append(panel.properties(title=name))
     alt.hconcat(*(panel.properties(width=260, height=240) for panel in panels)).save(str(file), scale_factor=2)
-
-
-@contextlib.contextmanager
-def _new(folder: Path) -> Any:
-    """A folder that appears under its name when it is whole, or not at all."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    try:
-        yield new
-        new.chmod(0o755)
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
