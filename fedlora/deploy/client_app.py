@@ -2,7 +2,6 @@
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -17,10 +16,10 @@ app = ClientApp()
 
 
 def _answer(message: Message, context: Context) -> Message:
-    where, partition = _place(context), int(context.node_config.get("partition-id", 0))
+    partition = int(context.node_config.get("partition-id", 0))
     words = {"kind": message.metadata.message_type, "partition": partition}
     try:
-        told, reply = resident.ask(where, _app(), words, wire.to_bytes(message.content))
+        told, reply = resident.ask(_place(context), _app(), words, wire.to_bytes(message.content))
     except resident.Unreachable as error:
         return wire.error_reply(message, str(error))
     if "error" in told:
@@ -32,8 +31,8 @@ def _place(context: Context) -> Path:
     """The site file; in Flower's own simulation, where there is none, a folder for the run."""
     if site := os.environ.get(SITE) or context.node_config.get("site"):
         return Path(str(site))
-    folder = Path(tempfile.gettempdir()) / f"fedlora-{os.getuid()}" / f"run-{context.run_id}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = resident.home() / f"run-{context.run_id}"
+    folder.mkdir(exist_ok=True)
     return folder
 
 

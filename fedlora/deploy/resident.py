@@ -68,12 +68,21 @@ def ask(where: Path, app: Path, words: Words, content: bytes) -> tuple[Words, by
 
 
 def place(where: Path) -> Path:
-    """The socket of a node's resident, in a folder that only its owner can enter."""
-    home = Path(tempfile.gettempdir()) / f"fedlora-{os.getuid()}"
-    home.mkdir(mode=0o700, exist_ok=True)
-    if (there := home.stat()).st_uid != os.getuid() or there.st_mode & 0o077:
-        raise Unreachable(f"{home} is open to others")
-    return home / f"{hashlib.sha256(str(where.resolve()).encode()).hexdigest()[:16]}.sock"
+    """The socket of a node's resident."""
+    return home() / f"{hashlib.sha256(str(where.resolve()).encode()).hexdigest()[:16]}.sock"
+
+
+def home() -> Path:
+    """A folder that only its owner can enter.
+
+    Raises:
+        Unreachable: somebody else made it, or opened it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"fedlora-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if (there := folder.stat()).st_uid != os.getuid() or there.st_mode & 0o077:
+        raise Unreachable(f"{folder} is open to others")
+    return folder
 
 
 @contextlib.contextmanager

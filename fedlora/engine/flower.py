@@ -46,6 +46,7 @@ class Site:
         num_examples: that it trains on.
         event: what a round costs its examples; None without privacy.
         merged: how many merges it has.
+        silent: whether it missed the last deadline.
     """
 
     node: int
@@ -54,6 +55,7 @@ class Site:
     num_examples: int
     event: Event | None
     merged: int = 0
+    silent: bool = False
 
     def __str__(self) -> str:
         return f"client {self.client} ({self.name})"
@@ -114,7 +116,7 @@ class FlowerEngine(Engine):
         self._gather(self.join, lambda: len(self.sites) + len(self._turned_away) >= self.num_clients)
         if not self.sites:
             why = "; ".join(f"node {node}: {why}" for node, (_, why) in self._turned_away.items())
-            raise RoundError(f"no site joined within {self.join:g} s{'; ' + why if why else ''}")
+            raise RoundError(f"no site joined: {why or f'none came within {self.join:g} s'}")
         if missing := sorted(set(range(self.num_clients)) - set(self.sites)):
             logger.warning("the run begins without clients %s: they did not join", ", ".join(map(str, missing)))
         return self.description
@@ -241,7 +243,8 @@ class FlowerEngine(Engine):
                 site = self._introduced(node, wire.unpack_words(reply.content))
             except ContractError as error:
                 why = str(error)
-        if why is None and (other := self.sites.get(site.client)) is not None:
+        other = None if why is not None else self.sites.get(site.client)
+        if other is not None and not other.silent:  # a silent one may have come back as another node
             why = f"{other} is served by node {other.node} already"
         if why is not None:
             logger.warning("node %d does not serve this run: %s", node, why)
@@ -295,6 +298,8 @@ class FlowerEngine(Engine):
                 answers[client] = (reply, time.monotonic() - began)
             if waiting:
                 time.sleep(_PAUSE)
+        for client in contents:
+            self.sites[client].silent = client not in answers
         if waiting:
             who = ", ".join(str(self.sites[c]) for c in sorted(waiting.values()))
             logger.warning("no reply within %g s from %s", self.deadline, who)

@@ -190,7 +190,7 @@ def test_nobody_is_an_error_that_says_why(sites, nodes, deployed, tmp_path):
     scenario, files = sites(private=False)
     for file in files:
         file.write_text(file.read_text() + "privacy: {max_epsilon: 1, delta: 1.0e-5}\n")
-    with pytest.raises(RoundError, match=r"no site joined .*under differential privacy .*asks for none"):
+    with pytest.raises(RoundError, match=r"no site joined: .*under differential privacy .*asks for none"):
         deployed(scenario, LocalGrid(nodes(files)))
     assert not (tmp_path / "runs").exists()
 

@@ -1,4 +1,4 @@
-"""A real SuperLink, real SuperNodes and `fedlora submit`, as processes of this machine; and Flower's own simulation.
+"""A real SuperLink, real SuperNodes and `fedlora submit` as processes here; and Flower's own simulation.
 
 Minutes of process starts: marked slow. In containers, over TLS and with faults: test_compose.py.
 """
@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,6 +32,11 @@ def free_port():
     with socket.socket() as there:
         there.bind(("127.0.0.1", 0))
         return there.getsockname()[1]
+
+
+def listening(port):
+    with socket.socket() as there:
+        return not there.connect_ex(("127.0.0.1", port))
 
 
 @pytest.fixture
@@ -90,7 +96,7 @@ def federation(environment, tmp_path):
         )
         start("link", "flower-superlink", "--insecure", "--port", str(port))
         end = time.monotonic() + 60
-        while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < end:
+        while not listening(port) and time.monotonic() < end:
             time.sleep(0.2)
         return port, [node(port, k, file) for k, file in enumerate(files)]
 
@@ -154,11 +160,12 @@ def test_flower_s_own_simulation_runs_the_app(environment, tiny, tmp_path):
     (tmp_path / "config.toml").write_text(f"scenario = {json.dumps(text)}\n")
     ports = ("--federation-config", "num-supernodes=2", "--run-config", str(tmp_path / "config.toml"), "--stream")
     command = [str(BIN / "flwr"), "run", str(ROOT / "docker" / "app"), "local", *ports]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
-    try:
-        (folder,) = (tmp_path / "server-runs").iterdir()
-        assert Run.open(folder).rounds[0]["clients"] == 2, done.stdout[-3000:]
-        assert '"event": "finished"' in done.stdout
-    finally:
-        subprocess.run(["pkill", "-9", "-f", f"fedlora.deploy.resident {tmp_path}"])
+    with tempfile.TemporaryDirectory() as short:  # Ray's sockets do not fit under a longer path
+        environment["TMPDIR"] = short
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
+        subprocess.run(["pkill", "-9", "-f", f"fedlora.deploy.resident {short}"])
         subprocess.run(["pkill", "-f", "flower-superlink.*--simulation"])
+    assert (tmp_path / "server-runs").exists(), done.stdout[-3000:] + done.stderr[-3000:]
+    (folder,) = (tmp_path / "server-runs").iterdir()
+    assert Run.open(folder).rounds[0]["clients"] == 2, done.stdout[-3000:]
+    assert '"event": "finished"' in done.stdout

@@ -73,7 +73,7 @@ def test_a_scenario_that_does_not_fit_is_not_sent(tiny, monkeypatch):
 
 def test_an_unknown_superlink_is_a_line(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
-    with pytest.raises(UserError, match="--superlink nowhere: .*nowhere"):
+    with pytest.raises(UserError, match=r"--superlink nowhere: .*nowhere"):
         submit(tiny(), "nowhere", display=Silent())
 
 

@@ -1,0 +1,248 @@
+"""Three sites in containers, over TLS, and what goes wrong between them. Needs Docker, compose and root.
+
+The image is built from this tree, or named by $FEDLORA_IMAGE.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedlora import ledger
+from fedlora.run import Run
+
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(1200)]
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+FEW = ("--set", "clients.local_steps=2", "--set", "clients.batch_size=16")
+PLAIN = (*FEW, "--set", "privacy=null", "--set", "clients.use=sgd", "--set", "clients.lr=0.5")
+
+
+def call(*command, **options):
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=900, **options).stdout
+
+
+class Stack:
+    """A deployment of its own: a copy of docker/, its own keys, project and port."""
+
+    def __init__(self, folder):
+        self.docker, self.out = folder / "docker", folder
+        shutil.copytree(ROOT / "docker", self.docker, ignore=shutil.ignore_patterns("deployment", ".env"))
+        with socket.socket() as there:
+            there.bind(("127.0.0.1", 0))
+            self.port = there.getsockname()[1]
+        self.environment = {
+            **os.environ,
+            "COMPOSE_PROJECT_NAME": "fedloratest",
+            "FEDLORA_IMAGE": os.environ.get("FEDLORA_IMAGE") or self._image(),
+            "FEDLORA_PORT": str(self.port),
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "FLWR_HOME": str(self.docker / "deployment" / "flwr"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+        }
+        call(self.docker / "prepare", "--demo", env=self.environment)
+        config = self.docker / "deployment" / "flwr" / "config.toml"
+        config.write_text(config.read_text().replace(":8000", f":{self.port}"))
+
+    @staticmethod
+    def _image():
+        environment = {**os.environ, "DOCKER_BUILDKIT": "0"}
+        call(
+            "docker",
+            "build",
+            "-q",
+            "-f",
+            "docker/Dockerfile",
+            "-t",
+            "fedlora-test",
+            ".",
+            cwd=ROOT,
+            env=environment,
+        )
+        return "fedlora-test"
+
+    def compose(self, *arguments):
+        command = ("docker-compose",) if shutil.which("docker-compose") else ("docker", "compose")
+        return call(*command, "-f", self.docker / "compose.yaml", *arguments, env=self.environment)
+
+    def container(self, service):
+        return self.compose("ps", "-q", service).strip()
+
+    def inspect(self, service, form):
+        return call("docker", "inspect", "-f", form, self.container(service)).strip()
+
+    def kill(self, service):
+        """SIGKILL of its first process: what a crash is, so that the restart policy holds."""
+        os.kill(int(self.inspect(service, "{{.State.Pid}}")), 9)
+
+    def healthy(self, *services, within=240):
+        end = time.monotonic() + within
+        while time.monotonic() < end:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                if all(self.inspect(s, "{{.State.Health.Status}}") == "healthy" for s in services):
+                    return
+            time.sleep(1)
+        raise AssertionError(self.compose("ps") + self.compose("logs", "--tail", "20", *services))
+
+    def submit(self, out, *more):
+        command = [BIN / "fedlora", "submit", "sites", "--superlink", "compose", "--out", self.out / out, *more]
+        return subprocess.Popen(
+            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def finished(self, submitted, out):
+        _, error = submitted.communicate(timeout=900)
+        assert submitted.returncode == 0, error + self.compose("logs", "--tail", "30")
+        return Run.open(self.out / out)
+
+    def state(self, k):
+        return self.docker / "deployment" / f"site-{k}" / "state"
+
+    def paid(self, k):
+        file = self.state(k) / "ledger" / "privacy.jsonl"
+        return len(ledger.replay(file)[k]) if file.exists() else 0
+
+    def wait_for(self, what, within=300):
+        end = time.monotonic() + within
+        while not what():
+            assert time.monotonic() < end, self.compose("logs", "--tail", "30")
+            time.sleep(0.2)
+
+
+SERVICES = [f"site-{k}{part}" for k in range(3) for part in ("", "-worker")]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    if not shutil.which("docker"):
+        pytest.skip("no Docker here")
+    made = Stack(tmp_path_factory.mktemp("deployment"))
+    try:
+        made.compose("up", "-d", "--no-build")
+        made.healthy("superlink", "server", *SERVICES)
+        yield made
+    finally:
+        made.compose("down", "-v", "-t", "2")
+
+
+def test_a_plain_run_brings_back_the_simulation_s_adapter(stack):
+    run = stack.finished(stack.submit("plain", *PLAIN, "--set", "rounds=2"), "plain")
+    command = [BIN / "fedlora", "simulate", "sites", *PLAIN, "--set", "rounds=2", "--engine", "inline"]
+    call(*command, "--out", stack.out / "simulated", env=stack.environment)
+    one, other = (
+        load_file(stack.out / name / "adapter" / "adapter_model.safetensors") for name in ("plain", "simulated")
+    )
+    assert set(one) == set(other) and all(np.abs(one[n] - other[n]).max() <= 1e-5 for n in one)
+    accuracy = Run.open(stack.out / "simulated").summary["accuracy"]
+    assert run.summary["accuracy"] == pytest.approx(accuracy, abs=1e-4) and run.summary["failures"] == 0
+
+
+def test_five_private_rounds_with_a_site_killed_and_another_cut_off(stack):
+    """Site 1 dies by SIGKILL in round 1, node and worker; later the network of site 2 is cut for half a minute."""
+    before = [stack.paid(k) for k in range(3)]
+    told = (*FEW, "--set", "rounds=9", "--set", "engine.deadline=20", "--set", "eval_every=9")
+    submitted = stack.submit("private", *told)
+    stack.wait_for(lambda: stack.paid(1) > before[1])
+    stack.kill("site-1-worker")
+    stack.kill("site-1")
+    stack.wait_for(lambda: stack.paid(2) >= before[2] + 3)
+    network = "fedloratest_fleet"
+    cut = stack.container("site-2")
+    call("docker", "network", "disconnect", network, cut)
+    time.sleep(30)
+    call("docker", "network", "connect", network, cut)
+    run = stack.finished(submitted, "private")
+    rounds = run.rounds
+    assert [line["round"] for line in rounds] == list(range(1, 10))
+    assert rounds[0]["clients"] == 2 and rounds[0]["failures"] == 1
+    errors = {line["error"] for line in run.clients if line["error"]}
+    assert errors and all("no reply" in e or "not connected" in e or "navailable" in e for e in errors), errors
+    assert 0 < run.summary["epsilon"] <= 6.0
+    for k in range(3):  # every ledger is whole, and holds what the server was sent, and at most what was lost
+        answered = sum(line["client"] == k and line["error"] is None for line in run.clients)
+        failed = sum(line["client"] == k and line["error"] is not None for line in run.clients)
+        assert answered <= stack.paid(k) - before[k] <= answered + failed
+    stack.healthy(*SERVICES)
+
+
+def test_a_superlink_that_dies_ends_the_run_and_it_goes_on(stack):
+    told = (*FEW, "--set", "rounds=6", "--set", "engine.deadline=60", "--set", "eval_every=6")
+    submitted = stack.submit("cut", *told)
+    runs = stack.docker / "deployment" / "server" / "runs"
+
+    def two_rounds():
+        (*_, newest) = sorted(runs.glob("sites-*"), key=lambda f: f.stat().st_mtime)
+        file = newest / "metrics.jsonl"
+        return file.exists() and len(file.read_text().splitlines()) == 2
+
+    stack.wait_for(two_rounds)
+    stack.kill("superlink")
+    _, error = submitted.communicate(timeout=600)
+    if submitted.returncode:
+        assert "go on with" in error and "Traceback" not in error, error
+        name = error.split("--resume ")[1].split()[0]
+        stack.healthy("superlink", "server", *SERVICES)
+        submitted = stack.submit("cut", *told, "--resume", name)
+        run = stack.finished(submitted, "cut")
+    else:
+        run = Run.open(stack.out / "cut")
+    assert [line["round"] for line in run.rounds] == [1, 2, 3, 4, 5, 6]
+
+
+def test_strangers_are_refused(stack):
+    """A node whose key nobody registered; a client that speaks plain HTTP; one that trusts another CA."""
+    folder = stack.docker / "deployment" / "stranger"
+    folder.mkdir()
+    call("ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", folder / "node.key")
+    shutil.copy(stack.docker / "deployment" / "ca" / "ca.crt", folder / "ca.crt")
+    call("chown", "-R", "10001:10001", folder)
+    node = "flower-supernode --superlink superlink:8000 --root-certificates /k/ca.crt --auth-supernode-private-key"
+    command = ("docker", "run", "--rm", "--network", "fedloratest_fleet", "-v", f"{folder}:/k:ro")
+    image = stack.environment["FEDLORA_IMAGE"]
+    done = subprocess.run(
+        [*command, image, *node.split(), "/k/node.key"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "traceback" not in done.stdout.lower() and ("authent" in done.stdout.lower() or "403" in done.stdout)
+    with pytest.raises((urllib.error.URLError, ConnectionError)):
+        urllib.request.urlopen(f"http://127.0.0.1:{stack.port}/", timeout=10)
+    with pytest.raises(ssl.SSLCertVerificationError), socket.create_connection(("127.0.0.1", stack.port)) as there:
+        ssl.create_default_context().wrap_socket(there, server_hostname="localhost")
+
+
+def test_nothing_listens_but_what_the_page_lists(stack):
+    """Every address that a container is reached at by another, from the kernel's own table."""
+    script = (
+        "import json; print(json.dumps([[l.split()[1].split(':')[0], int(l.split()[1].split(':')[1], 16)] "
+        "for f in ('/proc/net/tcp', '/proc/net/tcp6') for l in open(f).readlines()[1:] if l.split()[3] == '0A']))"
+    )
+    open_to_others = {}
+    for service in ("superlink", "server", "site-0", "site-1", "site-2"):
+        listening = json.loads(call("docker", "exec", stack.container(service), "python", "-c", script))
+        ports = {port for address, port in listening if not address.endswith("7F") and "0100007F" not in address}
+        open_to_others[service] = {port for port in ports if port < 32768}
+    assert open_to_others.pop("superlink") == {8000}
+    assert open_to_others.pop("server") <= {9100}
+    assert all(ports == set() for ports in open_to_others.values()), open_to_others
+
+
+def test_a_container_is_nobody_and_holds_no_key_of_others(stack):
+    for service in ("superlink", "server", *SERVICES):
+        assert call("docker", "exec", stack.container(service), "id", "-u").strip() == "10001"
+    seen = call("docker", "exec", stack.container("site-0-worker"), "ls", "/certs").split()
+    assert seen == ["executor.secret"]
+    layers = call("docker", "history", "--no-trunc", stack.environment["FEDLORA_IMAGE"]).lower()
+    assert "private key" not in layers and ".key" not in layers
