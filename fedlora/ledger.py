@@ -35,15 +35,28 @@ class Ledger:
         events: the privacy events so far, by client; under None those that protect whole clients.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, known: tuple[int, str] = (0, "")) -> None:
+        """Open a run folder's ledger, or start one.
+
+        Args:
+            folder: of the run.
+            known: the `position` that a checkpoint was saved with.
+
+        Raises:
+            UserError: what is there is damaged, or lacks what the checkpoint has seen.
+        """
         self.folder = folder
         self.events: dict[Holder, list[Event]] = {}
         self._rounds: dict[int, dict[Holder, Event]] = {}
         self._lines, self._chain, self._size = 0, "", 0
         file = folder / "privacy.jsonl"
-        if not file.exists() and not _head(file).exists():
-            return
-        for line in (lines := _verified(file)):
+        lines = _verified(file) if file.exists() or _head(file).exists() else []
+        if len(lines) < known[0] or (known[0] and lines[known[0] - 1]["chain"] != known[1]):
+            raise UserError(
+                f"{file}: is not the ledger that the checkpoint was saved with, whose {known[0]} lines it should "
+                "begin with; restore the file, or start again in another folder"
+            )
+        for line in lines:
             self._note(line["round"], line["client"], Event.from_json(line))
         self._lines, self._chain = len(lines), lines[-1]["chain"] if lines else ""
         if file.exists():
@@ -84,9 +97,9 @@ class Ledger:
         _append(self.folder / "metrics.jsonl", [line])
 
     @property
-    def last_round(self) -> int:
-        """The last round in which anybody spent; 0 before the first."""
-        return max(self._rounds, default=0)
+    def position(self) -> tuple[int, str]:
+        """How many lines there are, and the chain of the last; what a checkpoint remembers."""
+        return self._lines, self._chain
 
     def forget_after(self, round: int) -> None:
         """Drop the measurements of rounds after `round`, which are about to run again; never what was spent.

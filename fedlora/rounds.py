@@ -86,6 +86,7 @@ class Loop:
     settings: Setter
     folder: Path
     on_round: Callable[[Line], None]
+    origin: Mapping[str, Any] = field(default_factory=dict)  # the scenario and the versions, for checkpoints
     stop: Callable[[], bool] = lambda: False
 
     def run(self, now: Progress) -> Progress:
@@ -340,7 +341,13 @@ class Loop:
         self.ledger.metrics(line)
         checkpoint.save(
             self.folder / "checkpoint",
-            Checkpoint(round=round, adapter=now.adapter, strategy=self.strategy.state(), words=now.words()),
+            Checkpoint(
+                round=round,
+                adapter=now.adapter,
+                strategy=self.strategy.state(),
+                words=now.words(),
+                origin={**self.origin, "ledger": self.ledger.position},
+            ),
         )
         self.on_round(line)
 
