@@ -172,6 +172,7 @@ class Data(Section):
     max_length: Annotated[Int, Field(ge=2)] = 128  # tokens an example is cut to
     test_share: Annotated[Float, Field(gt=0, lt=1)] = 0.1  # held out where the source has no test set
     client_test_share: Annotated[Float, Field(gt=0, lt=1)] | None = None  # that each client keeps to judge by
+    labels: tuple[str, ...] | None = None  # in order; null: those of the data, sorted
 
     @field_validator("dataset")
     @classmethod
@@ -366,6 +367,7 @@ class Engine(Section):
     workers: PositiveInt | Literal["auto"] = "auto"
     threads: PositiveInt | Literal["auto"] = "auto"  # per worker
     gpus_per_worker: Annotated[Float, Field(ge=0)] = 0.0
+    deadline: PositiveFloat | None = None  # seconds that a round waits for its clients; null: as the engine does
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of training; evaluation is in fp32
 
 
@@ -487,17 +489,7 @@ def shipped() -> dict[str, str]:
 
 def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> Scenario:
     """`load` for text that is already in hand; `file` names it in messages."""
-    try:
-        node = yaml.compose(text, Loader=_Plain)
-    except (yaml.YAMLError, ValueError) as error:
-        mark, reason = getattr(error, "problem_mark", None), str(error).splitlines()[0]
-        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
-        raise ScenarioError(f"{file}:{line + 1}: not YAML: {getattr(error, 'problem', None) or reason}") from error
-    if not isinstance(node, yaml.MappingNode):
-        raise ScenarioError(f"{file}:1: a scenario is a mapping of keys to values, such as 'name: mine'")
-    lines: dict[KeyPath, int] = {}
-    problems: list[Problem] = []
-    raw = _construct(node, (), lines, problems)
+    raw, lines, problems = read(text, file)
     written: dict[KeyPath, str] = {}
     for override in overrides:
         _override(raw, override, written, problems)
@@ -510,6 +502,25 @@ def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> S
         raise ScenarioError(*(line.replace("\n", "\\n") for line in told))
     scenario._source = source
     return scenario
+
+
+def read(text: str, file: str) -> tuple[dict[str, Any], dict[KeyPath, int], list[Problem]]:
+    """Plain data from YAML, the line of each key, and what is wrong with single keys and values.
+
+    Raises:
+        ScenarioError: it is no mapping at all.
+    """
+    try:
+        node = yaml.compose(text, Loader=_Plain)
+    except (yaml.YAMLError, ValueError) as error:
+        mark, reason = getattr(error, "problem_mark", None), str(error).splitlines()[0]
+        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+        raise ScenarioError(f"{file}:{line + 1}: not YAML: {getattr(error, 'problem', None) or reason}") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise ScenarioError(f"{file}:1: should be a mapping of keys to values, such as 'name: mine'")
+    lines: dict[KeyPath, int] = {}
+    problems: list[Problem] = []
+    return _construct(node, (), lines, problems), lines, problems
 
 
 class _Plain(yaml.SafeLoader):

@@ -111,7 +111,7 @@ def test_a_key_written_twice_is_told_with_both_lines():
 
 @pytest.mark.parametrize("text", ["", "~", "hello", "- a\n- b", "3"])
 def test_a_scenario_is_a_mapping(text):
-    assert lines(text) == ["f.yaml:1: a scenario is a mapping of keys to values, such as 'name: mine'"]
+    assert lines(text) == ["f.yaml:1: should be a mapping of keys to values, such as 'name: mine'"]
 
 
 def test_every_mistake_is_reported_at_once():
