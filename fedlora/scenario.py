@@ -259,6 +259,10 @@ class Clients(PlugIn):
     lr: PositiveFloat = 0.1
     micro_batch_size: PositiveInt = 16  # examples in memory at once; does not change the result
     ranks: Ranks | None = None  # of each client, at most model.adapter.r; null: all have that
+    max_norm: PositiveFloat | None = None  # L2 bound on one client's change; one that moved further is refused
+    max_examples: PositiveInt | None = None  # that a client may claim where the server does not know; null: any
+    min_replies: PositiveInt = 1  # clients that must reply for a round to count
+    retries: Annotated[Int, Field(ge=0)] = 0  # of a round in which fewer did, each with another cohort
 
     @field_validator("use")
     @classmethod
@@ -274,6 +278,14 @@ class Clients(PlugIn):
         if per_round is not None and total is not None and per_round > total:
             raise PydanticCustomError("cohort", f"should be at most the {total} clients in total, not {per_round}")
         return per_round
+
+    @field_validator("min_replies")
+    @classmethod
+    def _enough(cls, least: int, info: ValidationInfo) -> int:
+        size = info.data.get("per_round") or info.data.get("total")
+        if size is not None and least > size:
+            raise PydanticCustomError("cohort", f"should be at most the {size} clients of a round, not {least}")
+        return least
 
     @property
     def cohort_size(self) -> int:
@@ -679,6 +691,14 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
                 ("clients", "use"),
                 "sgd adds no noise, and a privacy section is given for each example: use dp_sgd, or drop it",
             )
+    if clients and (privacy := sections.get("privacy")) and privacy.unit == "client":
+        if clients.min_replies > 1 or clients.retries:
+            yield Problem(
+                ("clients", "min_replies" if clients.min_replies > 1 else "retries"),
+                "unit: client holds for cohorts drawn once, however few reply: leave min_replies and retries out",
+            )
+    if (engine := sections.get("engine")) and engine.deadline and engine.kind == "inline":
+        yield Problem(("engine", "deadline"), "nobody can stop a client in this process: use kind: ray")
     if data and clients and isinstance(data.partition, LabelShares):
         rows = len(data.partition.shares)
         if clients.total % rows:

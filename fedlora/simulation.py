@@ -38,7 +38,15 @@ from fedlora.scenario import Scenario
 logger = logging.getLogger(__name__)
 
 # What a resumed run may change: how long it goes on, and what cannot change a result.
-CHANGEABLE = ("rounds", "eval_every", "trackers", "engine.kind", "engine.workers", "engine.gpus_per_worker")
+CHANGEABLE = (
+    "rounds",
+    "eval_every",
+    "trackers",
+    "engine.kind",
+    "engine.workers",
+    "engine.gpus_per_worker",
+    "engine.deadline",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +86,7 @@ def simulate(
 
     Raises:
         UserError: the input is wrong; nothing was written.
-        RoundError: no client of a round replied.
+        RoundError: too few clients of a round replied, in every attempt at it.
     """
     if not isinstance(scenario, Scenario):
         scenario = scenarios.load(scenario, overrides)
@@ -113,7 +121,21 @@ def _simulate(
 
 
 def carry_out(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, shown: Display) -> Run:
-    """Run what was prepared on an engine, from its first round, or the checkpoint's, to a finished folder."""
+    """Run what was prepared on an engine, from its first round, or the checkpoint's, to a finished folder.
+
+    Raises:
+        UserError: the input is wrong, or the disk is full or no longer to be written.
+    """
+    try:
+        return _carry_out(ready, engine, folder, resume, shown)
+    except OSError as error:
+        if not (folder / "scenario.yaml").exists():
+            raise
+        what = f"{error.filename or folder}: {error.strerror or error}"
+        raise UserError(f"{what}; what was finished is saved: mend that, and go on with --resume") from error
+
+
+def _carry_out(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, shown: Display) -> Run:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     scenario, setup = ready.scenario, ready.setup

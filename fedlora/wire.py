@@ -4,7 +4,10 @@ A reply has the shape that Flower's own strategies expect: one ArrayRecord, and 
 `num-examples` is the weight. What else a reply tells stands in a ConfigRecord beside them.
 """
 
+import io
 import json
+import math
+import tokenize
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -18,6 +21,8 @@ from fedlora.adapter import Adapter, Instruction, Layout, Tensor, Update
 from fedlora.errors import ContractError
 from fedlora.privacy import Event
 
+HEADER = 512  # bytes in which an array says what it is
+DIMENSIONS = 8  # of an array
 ARRAYS, METRICS, CONFIG, REPORT = "arrays", "metrics", "config", "fedlora"
 WEIGHT, ROUND = "num-examples", "server-round"
 CLIENT_FAILED = 0  # flwr.app.ErrorCode.UNKNOWN
@@ -29,8 +34,32 @@ def to_arrays(adapter: Mapping[str, Tensor]) -> ArrayRecord:
 
 
 def from_arrays(arrays: ArrayRecord) -> Adapter:
-    """The tensors of an ArrayRecord, float32."""
-    return {name: np.asarray(array.numpy(), np.float32) for name, array in arrays.items()}
+    """The tensors of an ArrayRecord, float32.
+
+    Whoever sent them says how large they are: nothing is allocated that is not there.
+
+    Raises:
+        ContractError: an array is not what `numpy.save` makes of real numbers, or not of the size it names.
+    """
+    return {name: _decoded(name, array) for name, array in arrays.items()}
+
+
+def _decoded(name: str, array: Array) -> Tensor:
+    stream = io.BytesIO(array.data)
+    try:
+        if array.stype != "numpy.ndarray" or np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("another format")
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=HEADER)
+    except (ValueError, SyntaxError, TypeError, tokenize.TokenError, RecursionError) as error:
+        raise ContractError(f"{name:.100} is no array: {error!s:.100}") from error
+    body = memoryview(array.data)[stream.tell() :]
+    real = dtype.kind == "f" and dtype.itemsize <= 8
+    if not real or len(shape) > DIMENSIONS or min(shape, default=1) < 0 or shape != array.shape:
+        raise ContractError(f"{name:.100} is an array of {dtype!s:.100}, shape {shape}, and not what it says")
+    if math.prod(shape) * dtype.itemsize != len(body):
+        raise ContractError(f"{name:.100} has shape {shape}, and {len(body)} bytes")
+    flat = np.frombuffer(body, dtype)
+    return np.asarray(flat.reshape(shape, order="F" if columns_first else "C"), np.float32)
 
 
 def pack_instruction(instruction: Instruction, layout: Layout) -> RecordDict:
@@ -67,26 +96,37 @@ def unpack_instruction(content: RecordDict, layout: Layout) -> Instruction:
     )
 
 
-def pack_update(update: Update, event: Event | None = None) -> RecordDict:
-    """An update as the content of a reply, with the privacy event that it cost."""
+def pack_update(update: Update, event: Event | None = None, round: int = 0) -> RecordDict:
+    """An update as the content of a reply, with the privacy event that it cost and the round that it is of."""
     metrics = MetricRecord({WEIGHT: update.weight, **{k: float(v) for k, v in update.metrics.items()}})
     content = RecordDict({ARRAYS: to_arrays(update.adapter), METRICS: metrics})
+    report = ConfigRecord({ROUND: round})
     if event is not None:
-        content[REPORT] = ConfigRecord({"privacy": json.dumps(event.to_json())})
+        report["privacy"] = json.dumps(event.to_json())
+    content[REPORT] = report
     return content
 
 
-def unpack_update(message: Message, client: int) -> Update:
-    """The update in a reply.
+def unpack_update(message: Message, client: int, round: int | None = None) -> Update:
+    """The update in a reply, whoever wrote it; what it claims is for `fedlora.engine.intake` to judge.
+
+    Args:
+        message: the reply.
+        client: that it is of.
+        round: that it should be of; None where its sender knows none.
 
     Raises:
-        ContractError: the reply lacks tensors, or its weight is no positive number.
+        ContractError: the reply lacks tensors, its weight is no positive number, or it is of another round.
     """
     content = message.content
     metrics: dict[str, Any] = dict(next(iter(content.metric_records.values()), {}))
     weight = metrics.pop(WEIGHT, None)
-    if not isinstance(weight, int | float) or not weight > 0 or not content.array_records:
+    if not isinstance(weight, int | float) or not 0 < weight < math.inf or not content.array_records:
         raise ContractError(f"the reply of client {client} has no tensors or no positive {WEIGHT!r}")
+    report: Mapping[str, Any] = content.config_records.get(REPORT) or {}
+    if round is not None and report.get(ROUND) != round:
+        told = f"{report.get(ROUND)!s:.20}"
+        raise ContractError(f"the reply of client {client} is of round {told}, not of round {round}")
     return Update(
         adapter=from_arrays(next(iter(content.array_records.values()))),
         weight=float(weight),

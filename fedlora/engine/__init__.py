@@ -3,7 +3,8 @@
 import os
 
 from fedlora.engine.base import EVALUATION_CHUNK, Engine
-from fedlora.engine.worker import Description, Replies, Report, Setup, Worker
+from fedlora.engine.intake import Replies, Report
+from fedlora.engine.worker import Description, Setup, Worker
 from fedlora.scenario import Scenario
 
 __all__ = [
@@ -55,6 +56,8 @@ def in_process(scenario: Scenario) -> bool:
     """Whether a run without a cluster stays in its own process: as asked, or because it is small."""
     told, clients = scenario.engine, scenario.clients
     work = scenario.rounds * clients.cohort_size * clients.local_steps * clients.batch_size
+    if told.deadline is not None:
+        return False
     return told.kind == "inline" or (told.kind == "auto" and (workers(scenario) == 1 or work < SMALL))
 
 
@@ -82,5 +85,6 @@ def _plain(scenario: Scenario, address: str | None) -> Engine:
         workers=workers(scenario),
         threads=threads(scenario),
         gpus_per_worker=scenario.engine.gpus_per_worker,
+        deadline=scenario.engine.deadline,
         address=address,
     )

@@ -160,7 +160,7 @@ def matrix(file, work, every=1):
         "visits": len(phases),
         "changes": sum(changed for _, _, changed in phases),
         "killed": len(changes),
-        "functions": sorted({where.rsplit(":", 1)[0] for where, _ in changes}),
+        "modules": sorted({where.split(".")[0] for where, _, _ in phases}),
         "wrong": wrong,
     }
 
