@@ -379,7 +379,7 @@ class Engine(Section):
     workers: PositiveInt | Literal["auto"] = "auto"
     threads: PositiveInt | Literal["auto"] = "auto"  # per worker
     gpus_per_worker: Annotated[Float, Field(ge=0)] = 0.0
-    deadline: PositiveFloat | None = None  # seconds that a round waits for its clients; null: as the engine does
+    deadline: PositiveFloat | None = None  # seconds that a round at sites, or a chunk of clients on Ray, may take
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of training; evaluation is in fp32
 
 
@@ -697,8 +697,6 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
                 ("clients", "min_replies" if clients.min_replies > 1 else "retries"),
                 "unit: client holds for cohorts drawn once, however few reply: leave min_replies and retries out",
             )
-    if (engine := sections.get("engine")) and engine.deadline and engine.kind == "inline":
-        yield Problem(("engine", "deadline"), "nobody can stop a client in this process: use kind: ray")
     if data and clients and isinstance(data.partition, LabelShares):
         rows = len(data.partition.shares)
         if clients.total % rows:

@@ -8,22 +8,23 @@ import io
 import json
 import math
 import tokenize
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.common.serde import recorddict_to_proto
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
-from fedlora.adapter import Adapter, Instruction, Layout, Tensor, Update
-from fedlora.errors import ContractError
+from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
+from fedlora.errors import ContractError, UserError
 from fedlora.privacy import Event
 
 HEADER = 512  # bytes in which an array says what it is
 DIMENSIONS = 8  # of an array
-ARRAYS, METRICS, CONFIG, REPORT = "arrays", "metrics", "config", "fedlora"
+ARRAYS, METRICS, CONFIG, REPORT, MERGE = "arrays", "metrics", "config", "fedlora", "merge"
 WEIGHT, ROUND = "num-examples", "server-round"
 CLIENT_FAILED = 0  # flwr.app.ErrorCode.UNKNOWN
 
@@ -78,8 +79,9 @@ def unpack_instruction(content: RecordDict, layout: Layout) -> Instruction:
 
     A message of a stock Flower strategy names no tensors to train: then all that it sends are.
     """
-    adapter = from_arrays(next(iter(content.array_records.values())))
-    config: dict[str, Any] = dict(next(iter(content.config_records.values()), {}))
+    arrays, words = content.array_records, content.config_records
+    adapter = from_arrays(arrays[ARRAYS] if ARRAYS in arrays else next(iter(arrays.values())))
+    config: dict[str, Any] = dict(words[CONFIG] if CONFIG in words else next(iter(words.values()), {}))
     round = int(config.pop(ROUND, 1))
     train, send = config.pop("train", None), config.pop("send", None)
     keep = config.pop("keep", None)
@@ -96,43 +98,113 @@ def unpack_instruction(content: RecordDict, layout: Layout) -> Instruction:
     )
 
 
-def pack_update(update: Update, event: Event | None = None, round: int = 0) -> RecordDict:
-    """An update as the content of a reply, with the privacy event that it cost and the round that it is of."""
+def pack_update(update: Update, event: Event | None = None) -> RecordDict:
+    """An update as the content of a reply, with the privacy event that it cost."""
     metrics = MetricRecord({WEIGHT: update.weight, **{k: float(v) for k, v in update.metrics.items()}})
     content = RecordDict({ARRAYS: to_arrays(update.adapter), METRICS: metrics})
-    report = ConfigRecord({ROUND: round})
     if event is not None:
-        report["privacy"] = json.dumps(event.to_json())
-    content[REPORT] = report
+        content[REPORT] = ConfigRecord({"privacy": json.dumps(event.to_json())})
     return content
 
 
-def unpack_update(message: Message, client: int, round: int | None = None) -> Update:
+def unpack_update(message: Message, client: int) -> Update:
     """The update in a reply, whoever wrote it; what it claims is for `fedlora.engine.intake` to judge.
 
-    Args:
-        message: the reply.
-        client: that it is of.
-        round: that it should be of; None where its sender knows none.
-
     Raises:
-        ContractError: the reply lacks tensors, its weight is no positive number, or it is of another round.
+        ContractError: the reply lacks tensors, or its weight is no positive number.
     """
     content = message.content
     metrics: dict[str, Any] = dict(next(iter(content.metric_records.values()), {}))
     weight = metrics.pop(WEIGHT, None)
     if not isinstance(weight, int | float) or not 0 < weight < math.inf or not content.array_records:
         raise ContractError(f"the reply of client {client} has no tensors or no positive {WEIGHT!r}")
-    report: Mapping[str, Any] = content.config_records.get(REPORT) or {}
-    if round is not None and report.get(ROUND) != round:
-        told = f"{report.get(ROUND)!s:.20}"
-        raise ContractError(f"the reply of client {client} is of round {told}, not of round {round}")
     return Update(
         adapter=from_arrays(next(iter(content.array_records.values()))),
         weight=float(weight),
         clients=(client,),
         metrics={k: float(v) for k, v in metrics.items() if isinstance(v, int | float)},
     )
+
+
+def unpack_event(content: RecordDict) -> Event | None:
+    """The privacy event that a reply cost; None where it names none.
+
+    Raises:
+        ContractError: it is garbled.
+    """
+    told = _report(content).get("privacy")
+    return None if told is None else read_event(_json(told))
+
+
+def read_event(told: Any) -> Event | None:
+    """A privacy event from what a client wrote; None from null.
+
+    Raises:
+        ContractError: it is garbled.
+    """
+    try:
+        return None if told is None else Event.from_json(told)
+    except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:
+        raise ContractError(f"a message lacks or garbles {error} of its privacy event") from error
+
+
+def pack_words(words: Mapping[str, Any]) -> RecordDict:
+    """JSON values by name as the content of a message between the server and a site, without tensors."""
+    return RecordDict({REPORT: ConfigRecord({key: json.dumps(value) for key, value in words.items()})})
+
+
+def unpack_words(content: RecordDict) -> dict[str, Any]:
+    """What `pack_words` packed; empty where there is none of it.
+
+    Raises:
+        ContractError: a value is not JSON.
+    """
+    return {key: _json(value) for key, value in _report(content).items()}
+
+
+def pack_merges(content: RecordDict, first: int, changes: Sequence[Change]) -> None:
+    """Put merges beside an instruction, for a site that lacks them: those from number `first` on."""
+    for number, change in enumerate(changes, first):
+        sides = {f"{m}/{i}": side for m, pair in change.items() for i, side in enumerate(pair)}
+        content[f"{MERGE}-{number}"] = to_arrays(sides)
+
+
+def unpack_merges(content: RecordDict) -> dict[int, Change]:
+    """What `pack_merges` put there, by number."""
+    found: dict[int, Change] = {}
+    for key, arrays in content.array_records.items():
+        prefix, _, number = key.partition("-")
+        if prefix == MERGE and number.isdigit():
+            sides = from_arrays(arrays)
+            modules = sorted({name.rsplit("/", 1)[0] for name in sides})
+            found[int(number)] = {m: (sides[f"{m}/0"], sides[f"{m}/1"]) for m in modules}
+    return found
+
+
+def to_bytes(content: RecordDict) -> bytes:
+    """A message's content as Flower serialises it."""
+    return bytes(recorddict_to_proto(content).SerializeToString())
+
+
+def from_bytes(data: bytes) -> RecordDict:
+    """What `to_bytes` made."""
+    return recorddict_from_proto(ProtoRecordDict.FromString(data))
+
+
+def content_bytes(content: RecordDict) -> int:
+    """Bytes of a message's content as Flower serialises it."""
+    return _size(content)
+
+
+def _report(content: RecordDict) -> Mapping[str, Any]:
+    return content.config_records.get(REPORT, {})
+
+
+def _json(text: object) -> Any:
+    try:
+        return json.loads(str(text))
+    except (ValueError, RecursionError) as error:
+        raise ContractError("a message holds what is not JSON") from error
 
 
 def error_reply(to: Message, reason: str) -> Message:

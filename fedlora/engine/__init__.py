@@ -56,8 +56,6 @@ def in_process(scenario: Scenario) -> bool:
     """Whether a run without a cluster stays in its own process: as asked, or because it is small."""
     told, clients = scenario.engine, scenario.clients
     work = scenario.rounds * clients.cohort_size * clients.local_steps * clients.batch_size
-    if told.deadline is not None:
-        return False
     return told.kind == "inline" or (told.kind == "auto" and (workers(scenario) == 1 or work < SMALL))
 
 

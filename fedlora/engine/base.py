@@ -47,7 +47,8 @@ class Engine(Grid):
         self._run = Run.create_empty(run_id=1)
         self._replies: dict[str, Message] = {}
         self.description: Description
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
+        if TaskIdentity._run_id is None:  # no process of a SuperLink or a SuperNode
+            TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
 
     @abstractmethod
     def start(self, setup: Setup) -> Description:
@@ -145,7 +146,5 @@ class Engine(Grid):
             if report.error is not None:
                 reply = wire.error_reply(message, report.error)
             else:
-                reply = Message(
-                    wire.pack_update(updates[report.client], report.event, instruction.round), reply_to=message
-                )
+                reply = Message(wire.pack_update(updates[report.client], report.event), reply_to=message)
             self._replies[message.metadata.message_id] = reply

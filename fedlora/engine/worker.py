@@ -146,6 +146,10 @@ class Worker:
             fingerprint=fingerprint(self.task.initial),
         )
 
+    def base_fingerprint(self) -> str:
+        """Of the base model's own weights, before any merge."""
+        return self.task.base_fingerprint()
+
     def pid(self) -> int:
         """The process that this worker is."""
         return os.getpid()

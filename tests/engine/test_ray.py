@@ -55,7 +55,7 @@ def test_a_client_that_hangs_is_stopped_counted_and_replaced(tiny, tmp_path, mon
     monkeypatch.setattr(
         "fedlora.strategies.ffa_lora.FFALoRA.config", lambda self, round: HANG if round == 1 else {}
     )
-    use = ("clients.use=tests.engine.faulty:Faulty", "engine.deadline=4", "engine.workers=2", "engine.kind=auto")
+    use = ("clients.use=tests.engine.faulty:Faulty", "engine.deadline=4", "engine.workers=2", "engine.kind=ray")
     made = simulate(tiny(*use), out=tmp_path / "run")
     gc.collect()
     first, second = made.rounds

@@ -120,7 +120,6 @@ def test_after_the_last_retry_the_run_stops_with_what_it_had(tiny, tmp_path, mon
     ("overrides", "words"),
     [
         (["clients.min_replies=5"], "at most the 4 clients of a round"),
-        (["engine.deadline=3"], "nobody can stop a client in this process"),
         (
             ["privacy={unit: client, epsilon: 8, delta: 1.0e-2}", "clients.use=sgd", "clients.retries=1"],
             "drawn once",
