@@ -40,6 +40,9 @@ DATASETS = {
 }
 
 
+LARGEST = 2**20  # characters of a scenario
+
+
 def _number(value: object) -> object:
     if isinstance(value, bool):
         raise PydanticCustomError("number", "should be a number")
@@ -473,7 +476,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
         ScenarioError: with one line for every problem found.
     """
     try:
-        text = find(path).read_text(encoding="utf-8")
+        with (file := find(path)).open(encoding="utf-8") as stream:
+            text = stream.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise ScenarioError(f"{file}: holds more than {LARGEST} characters, which is no scenario")
     except (OSError, UnicodeDecodeError) as error:
         raise ScenarioError(f"{path}: cannot be read: {error}") from error
     return parse(text, str(path), overrides)

@@ -17,6 +17,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from google.protobuf.message import DecodeError
 
 from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
 from fedlora.errors import ContractError, UserError
@@ -187,8 +188,15 @@ def to_bytes(content: RecordDict) -> bytes:
 
 
 def from_bytes(data: bytes) -> RecordDict:
-    """What `to_bytes` made."""
-    return recorddict_from_proto(ProtoRecordDict.FromString(data))
+    """What `to_bytes` made.
+
+    Raises:
+        ContractError: it did not make that.
+    """
+    try:
+        return recorddict_from_proto(ProtoRecordDict.FromString(data))
+    except (DecodeError, KeyError, TypeError, ValueError) as error:
+        raise ContractError(f"no message of Flower's: {error!s:.100}") from error
 
 
 def content_bytes(content: RecordDict) -> int:
