@@ -134,7 +134,7 @@ class Loop:
         return now
 
     def _gather(self, instruction: Instruction) -> tuple[Replies, int] | None:
-        """The replies of a cohort, of another one while too few of it reply, and how many rest; None if all do.
+        """The replies of a cohort, or of another while too few reply, and how many rest; None if too many do.
 
         Raises:
             RoundError: too few replied in the last attempt too.
@@ -144,10 +144,10 @@ class Loop:
         why = ""
         for attempt in range(told.retries + 1):
             cohort, resting = self._within_budget(instruction, attempt)
-            if not cohort and (self.central is None or resting):
+            if resting and len(cohort) < told.min_replies:
                 if attempt == 0:
                     return None
-                why += "; nobody else has epsilon left"
+                why += "; too few others have epsilon left"
                 break
             replies = self._exchange(instruction, cohort, attempt)
             count = sum(len(update.clients) for update in replies.updates)
