@@ -351,11 +351,11 @@ def test_a_round_that_was_paid_for_runs_again_without_paying_twice(tiny, tmp_pat
 
         def record(self, round, *rest):
             if round == killed:
-                raise OSError("killed")
+                raise RuntimeError("killed")
             original(self, round, *rest)
 
         patch.setattr(Loop, "_record", record)
-        with pytest.raises(OSError, match="killed"):
+        with pytest.raises(RuntimeError, match="killed"):
             simulate(tiny(), out=tmp_path / "cut")
     with (tmp_path / "cut" / "clients.jsonl").open("a") as stream:
         stream.write('{"round": 2, "cli')  # cut short in mid-line
