@@ -1,17 +1,20 @@
 """Atomic save and load of what a run needs to go on: tensors as safetensors, the rest as JSON, no pickle.
 
-A checkpoint is written beside the last one and renamed over it; its manifest, with a checksum of every
-file, is written last, so that its existence means that the rest is whole.
+A checkpoint is written beside the last one and takes its name; its manifest, with a checksum of every file, is
+written last, so that its existence means that the rest is whole. The one before is kept: where the newest is
+damaged a run goes on from that. No random state is in it, as all randomness is derived from the seed, the
+round and the client.
 """
 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from fedlora.errors import UserError
 _MANIFEST = "manifest.json"
 _FILES = {"adapter.safetensors", "strategy.safetensors", "state.json"}
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -35,63 +40,116 @@ class Checkpoint:
         adapter: every tensor of the layout.
         strategy: what `Strategy.state` gave: arrays and JSON values by name.
         words: JSON values of the loop, such as the totals so far.
+        origin: what it belongs to, as JSON values: the resolved scenario, the versions, the ledger's position.
     """
 
     round: int
     adapter: Adapter
     strategy: Mapping[str, Any]
     words: Mapping[str, Any]
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Replace the checkpoint in `folder`; at every moment one whole checkpoint is there."""
-    from safetensors.numpy import save_file
+    """Make this the checkpoint in `folder`, and keep the one before beside it as `.old`.
 
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    At every moment one whole checkpoint is there.
+    """
+    new, old = _beside(folder)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     arrays = {k: v for k, v in checkpoint.strategy.items() if isinstance(v, np.ndarray)}
-    values = {k: v for k, v in checkpoint.strategy.items() if k not in arrays}
-    _write(new / "adapter.safetensors", lambda p: save_file(_rows_first(checkpoint.adapter), p))
-    _write(new / "strategy.safetensors", lambda p: save_file(_rows_first(arrays), p))
-    state = {"round": checkpoint.round, "strategy": values, "words": dict(checkpoint.words)}
-    _write(new / "state.json", lambda p: p.write_text(json.dumps(state)))
+    state = {
+        "round": checkpoint.round,
+        "strategy": {k: v for k, v in checkpoint.strategy.items() if k not in arrays},
+        "words": dict(checkpoint.words),
+        "origin": dict(checkpoint.origin),
+    }
+    write_tensors(new / "adapter.safetensors", checkpoint.adapter)
+    write_tensors(new / "strategy.safetensors", arrays)
+    _write(new / "state.json", json.dumps(state).encode())
     sums = {p.name: _digest(p) for p in sorted(new.iterdir())}
-    _write(new / _MANIFEST, lambda p: p.write_text(json.dumps(sums)))
+    _write(new / _MANIFEST, json.dumps(sums).encode())
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def load(folder: Path) -> Checkpoint:
-    """The newest whole checkpoint.
+def load(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint; a line in the log says where that is not the last that was saved.
+
+    Returns:
+        None where none was ever finished.
 
     Raises:
-        UserError: there is none.
+        UserError: those that are there are damaged.
     """
-    from safetensors.numpy import load_file
-
-    for place in (folder, folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")):
-        if _whole(place):
-            state = json.loads((place / "state.json").read_text())
-            arrays: dict[str, NDArray[Any]] = load_file(place / "strategy.safetensors")
-            return Checkpoint(
-                round=state["round"],
-                adapter=load_file(place / "adapter.safetensors"),
-                strategy={**state["strategy"], **arrays},
-                words=state["words"],
-            )
-    raise UserError(f"{folder}: no whole checkpoint to resume from; start again in another folder with --out")
+    new, old = _beside(folder)
+    for place in (folder, new, old):
+        if (found := _whole(place)) is not None:
+            if place != folder:
+                told = "is damaged" if folder.exists() else "is missing"
+                logger.warning("%s: %s; going on after round %d, from %s", folder, told, found.round, place.name)
+            return found
+    if folder.exists() or old.exists():
+        raise UserError(f"{folder}: no whole checkpoint to resume from; start again in another folder with --out")
+    return None
 
 
-def _whole(folder: Path) -> bool:
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """The checkpoint that is being written, and the one before the last."""
+    return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+
+
+def _whole(folder: Path) -> Checkpoint | None:
+    """The checkpoint in one folder; None where any of it is not as it was written."""
     try:
-        sums = json.loads((folder / _MANIFEST).read_text())
-        return set(sums) == _FILES and all(_digest(folder / name) == sums[name] for name in _FILES)
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
+        if (folder / _MANIFEST).stat().st_size > 4096:
+            return None
+        sums = json.loads((folder / _MANIFEST).read_bytes())
+        if set(sums) != _FILES or any(_digest(folder / name) != sums[name] for name in _FILES):
+            return None
+        state = json.loads((folder / "state.json").read_bytes())
+        words, origin, values = (dict(state[key]) for key in ("words", "origin", "strategy"))
+        if type(state["round"]) is not int:
+            return None
+        return Checkpoint(
+            round=state["round"],
+            adapter=read_tensors(folder / "adapter.safetensors"),
+            strategy={**values, **read_tensors(folder / "strategy.safetensors")},
+            words=words,
+            origin=origin,
+        )
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def read_tensors(file: Path) -> dict[str, NDArray[Any]]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return load(file.read_bytes())
+    except (SafetensorError, KeyError, OverflowError) as error:
+        raise ValueError(f"no safetensors file: {error}") from error
+
+
+def write_tensors(file: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write tensors as safetensors, and wait until they are on disk.
+
+    Raises:
+        OSError: they could not be written, where `safetensors.numpy.save_file` has an error of its own.
+    """
+    from safetensors.numpy import save
+
+    _write(file, save(_rows_first(arrays)))
 
 
 def _rows_first(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -99,14 +157,16 @@ def _rows_first(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     return {name: np.asarray(array, order="C") for name, array in arrays.items()}
 
 
-def _write(path: Path, write: Any) -> None:
-    write(path)
-    with path.open("rb") as stream:
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
         os.fsync(stream.fileno())
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -134,8 +194,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 class Personal:
     """What stays with each client of a simulation: a file for each client and round.
 
-    The file of a round is written before the round is known to have counted. So `load` names the round,
-    and the file before the last is kept: a round that is run again starts from what it started from.
+    The file of a round is written before the round is known to have counted, and a run may go on from the
+    checkpoint before the last. So `load` names the round, and three files are kept: a round that is run again
+    starts from what it started from.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -143,20 +204,16 @@ class Personal:
 
     def load(self, client: int, before: int) -> Adapter:
         """The tensors of a client after its last round before the one given; none before its first."""
-        from safetensors.numpy import load_file
-
         rounds = [r for r in self._rounds(client) if r < before]
-        return load_file(self._file(client, rounds[-1])) if rounds else {}
+        return read_tensors(self._file(client, rounds[-1])) if rounds else {}
 
     def save(self, client: int, round: int, tensors: Adapter) -> None:
-        """Keep a client's tensors; drops those of two rounds ago."""
-        from safetensors.numpy import save_file
-
+        """Keep a client's tensors; drops those of three rounds ago."""
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f".{client}.{round}.part"
-        save_file(_rows_first(tensors), part)
+        write_tensors(part, tensors)
         part.replace(self._file(client, round))
-        for old in [r for r in self._rounds(client) if r < round][:-1]:
+        for old in [r for r in self._rounds(client) if r < round][:-2]:
             self._file(client, old).unlink()
 
     def save_trip(self, client: int, round: int, tensors: Adapter, weight: float) -> None:
@@ -197,15 +254,11 @@ class Merges:
 
     def append(self, change: Change) -> Change:
         """Write a merge down before anything uses it; gives it back as it was written, in float32."""
-        from safetensors.numpy import save_file
-
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self._file(len(self.changes))
         part = file.with_suffix(".part")
         written = {m: (factors.single(left), factors.single(right)) for m, (left, right) in change.items()}
-        save_file(
-            _rows_first({f"{m}/{i}": side for m, pair in written.items() for i, side in enumerate(pair)}), part
-        )
+        write_tensors(part, {f"{m}/{i}": side for m, pair in written.items() for i, side in enumerate(pair)})
         part.replace(file)
         self._add(written)
         return written
@@ -216,15 +269,13 @@ class Merges:
         Raises:
             UserError: one is missing or broken.
         """
-        from safetensors.numpy import load_file
-
         for number in range(count):
             try:
-                sides = load_file(self._file(number))
-            except Exception as error:  # safetensors raises what its parser does
+                sides = read_tensors(self._file(number))
+                modules = sorted({name.rsplit("/", 1)[0] for name in sides})
+                self._add({module: (sides[f"{module}/0"], sides[f"{module}/1"]) for module in modules})
+            except (OSError, ValueError, KeyError) as error:
                 raise UserError(f"{self._file(number)}: cannot be read ({error}); the run cannot go on") from error
-            modules = sorted({name.rsplit("/", 1)[0] for name in sides})
-            self._add({module: (sides[f"{module}/0"], sides[f"{module}/1"]) for module in modules})
 
     def bytes_since(self, count: int) -> int:
         """What a client that has the first `count` merges is sent: the rest, or the dense change if less."""

@@ -35,22 +35,42 @@ class Ledger:
         events: the privacy events so far, by client; under None those that protect whole clients.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, known: tuple[int, str] = (0, "")) -> None:
+        """Open a run folder's ledger, or start one.
+
+        Args:
+            folder: of the run.
+            known: the `position` that a checkpoint was saved with.
+
+        Raises:
+            UserError: what is there is damaged, or lacks what the checkpoint has seen.
+        """
         self.folder = folder
         self.events: dict[Holder, list[Event]] = {}
-        self._rounds: dict[int, dict[Holder, Event]] = {}
+        self._rounds: dict[tuple[int, int], dict[Holder, Event]] = {}
         self._lines, self._chain, self._size = 0, "", 0
         file = folder / "privacy.jsonl"
-        if not file.exists() and not _head(file).exists():
-            return
-        for line in (lines := _verified(file)):
-            self._note(line["round"], line["client"], Event.from_json(line))
+        lines = _verified(file) if file.exists() or _head(file).exists() else []
+        if len(lines) < known[0] or (known[0] and lines[known[0] - 1]["chain"] != known[1]):
+            raise UserError(
+                f"{file}: is not the ledger that the checkpoint was saved with, whose {known[0]} lines it should "
+                "begin with; restore the file, or start again in another folder"
+            )
+        for line in lines:
+            self._note(line["round"], line.get("attempt", 0), line["client"], Event.from_json(line))
         self._lines, self._chain = len(lines), lines[-1]["chain"] if lines else ""
         if file.exists():
             self._size = file.read_bytes().rfind(b"\n") + 1
 
-    def spend(self, round: int, events: Mapping[Holder, Event], **guarantee: Any) -> None:
-        """Record what clients spent in a round, and wait until it is on disk."""
+    def spend(self, round: int, events: Mapping[Holder, Event], attempt: int = 0, **guarantee: Any) -> None:
+        """Record what clients spent in a round, and wait until it is on disk.
+
+        Args:
+            round: from 1.
+            events: by holder.
+            attempt: at the round; from 1 where too few replied before.
+            guarantee: the terms that every line repeats.
+        """
         if not events:
             return
         terms = {**guarantee, "mechanism": MECHANISM, "neighbours": NEIGHBOURS}
@@ -59,10 +79,11 @@ class Ledger:
             _write_head(file, 0, "")  # so that a ledger without a head is one that lost it
         for client, event in events.items():
             line = {"round": round, "client": client, **event.to_json(), **terms}
+            line |= {"attempt": attempt} if attempt else {}
             self._chain = _link(self._chain, line)
             text += json.dumps({**line, "chain": self._chain}) + "\n"
             self._lines += 1
-            self._note(round, client, event)
+            self._note(round, attempt, client, event)
         with file.open("ab") as stream:
             stream.truncate(self._size)  # of what an interruption cut short
             stream.write(text.encode())
@@ -71,9 +92,9 @@ class Ledger:
         self._size += len(text.encode())
         _write_head(file, self._lines, self._chain)
 
-    def _note(self, round: int, client: Holder, event: Event) -> None:
+    def _note(self, round: int, attempt: int, client: Holder, event: Event) -> None:
         self.events.setdefault(client, []).append(event)
-        self._rounds.setdefault(round, {})[client] = event
+        self._rounds.setdefault((round, attempt), {})[client] = event
 
     def clients(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """A line per client and round."""
@@ -84,9 +105,9 @@ class Ledger:
         _append(self.folder / "metrics.jsonl", [line])
 
     @property
-    def last_round(self) -> int:
-        """The last round in which anybody spent; 0 before the first."""
-        return max(self._rounds, default=0)
+    def position(self) -> tuple[int, str]:
+        """How many lines there are, and the chain of the last; what a checkpoint remembers."""
+        return self._lines, self._chain
 
     def forget_after(self, round: int) -> None:
         """Drop the measurements of rounds after `round`, which are about to run again; never what was spent.
@@ -100,9 +121,9 @@ class Ledger:
                 part.write_text("".join(json.dumps(line) + "\n" for line in kept))
                 part.replace(file)
 
-    def spent(self, round: int) -> Mapping[Holder, Event]:
-        """What clients last spent in a round, by client."""
-        return self._rounds.get(round, {})
+    def spent(self, round: int, attempt: int = 0) -> Mapping[Holder, Event]:
+        """What clients last spent in an attempt at a round, by client."""
+        return self._rounds.get((round, attempt), {})
 
 
 def read(file: Path, torn: bool = False) -> list[dict[str, Any]]:
@@ -165,6 +186,8 @@ def _verified(file: Path, headless: bool = False) -> list[dict[str, Any]]:
             held = ("round",) if line["unit"] == "client" and line["client"] is None else ("round", "client")
             if line["unit"] not in UNITS or any(type(line[key]) is not int or line[key] < 0 for key in held):
                 raise ValueError("unit, round or client")
+            if type(line.get("attempt", 0)) is not int:
+                raise ValueError("attempt")
             Event.from_json(line)
             chain, told = _link(chain, {k: v for k, v in line.items() if k != "chain"}), line["chain"]
         except (KeyError, TypeError, ValueError, OverflowError) as error:

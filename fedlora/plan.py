@@ -172,7 +172,8 @@ class _Stage:
             FedloraError: it cannot do what the scenario asks for.
         """
         part = scenarios.Strategy(use=use, **options)
-        scenario = self.scenario.model_copy(update={"strategy": part, "rounds": rounds})
+        told = self.scenario.clients.model_copy(update={"max_norm": None})  # what a stand-in sends is no change
+        scenario = self.scenario.model_copy(update={"strategy": part, "rounds": rounds, "clients": told})
         strategy = strategies.load(use, options)
         strategies.check(strategy, scenario)
         engine = self._engine(scenario, strategy)
@@ -255,7 +256,7 @@ class _Memory(Ledger):
         super().__init__(folder)
         self.spent_by: dict[Holder, list[tuple[int, Event]]] = {}  # rounds and events of each holder
 
-    def spend(self, round: int, events: Mapping[Holder, Event], **guarantee: Any) -> None:
+    def spend(self, round: int, events: Mapping[Holder, Event], attempt: int = 0, **guarantee: Any) -> None:
         for holder, event in events.items():
             self.events.setdefault(holder, []).append(event)
             self.spent_by.setdefault(holder, []).append((round, event))
@@ -269,11 +270,11 @@ class _Loop(Loop):
     lines: list[Line] = field(default_factory=list)
     stopped: str | None = None
 
-    def _within_budget(self, round: int, instruction: Instruction) -> tuple[list[int], int]:
+    def _within_budget(self, instruction: Instruction, attempt: int) -> tuple[list[int], int]:
         asked = (self.scenario.client_privacy, self.scenario.example_privacy)
         if all(a is None or a.noise_multiplier is None for a in asked):  # calibrated: nobody passes the budget
-            return self._draw(round), 0
-        return super()._within_budget(round, instruction)
+            return self._draw(instruction.round, attempt), 0
+        return super()._within_budget(instruction, attempt)
 
     def _record(
         self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, watch: Stopwatch

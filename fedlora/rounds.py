@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from fedlora.central import CLIP_NORM, Central
 from fedlora.checkpoint import Checkpoint, Merges
 from fedlora.client import Client
 from fedlora.data import Dataset
-from fedlora.engine import Engine, Replies
+from fedlora.engine import Engine, Replies, Report
+from fedlora.engine.intake import Intake
 from fedlora.engine.worker import Setter
 from fedlora.errors import ContractError, RoundError
 from fedlora.ledger import Holder, Ledger
@@ -86,6 +88,7 @@ class Loop:
     settings: Setter
     folder: Path
     on_round: Callable[[Line], None]
+    origin: Mapping[str, Any] = field(default_factory=dict)  # the scenario and the versions, for checkpoints
     repeatable: bool = True  # whether a round that runs again draws the same noise
     stop: Callable[[], bool] = lambda: False
 
@@ -93,7 +96,7 @@ class Loop:
         """Rounds until the last, or until nobody may go on.
 
         Raises:
-            RoundError: no client of a round replied.
+            RoundError: too few clients of a round replied, in every attempt at it.
             KeyboardInterrupt: `stop` said so; `now` holds what was finished.
         """
         for round in range(now.round + 1, self.scenario.rounds + 1):
@@ -104,12 +107,11 @@ class Loop:
             kept = {n: t for n, t in now.adapter.items() if n not in instruction.adapter}
             instruction = replace(instruction, frozen=fingerprint(kept))
             instruction = self._bounded(instruction, now)
-            cohort, resting = self._within_budget(round, instruction)
-            if not cohort and (self.central is None or resting):
+            watch.lap("account")
+            if (gathered := self._gather(instruction)) is None:
                 now.last["stopped"] = f"after round {round - 1}: another would pass every client's epsilon"
                 break
-            watch.lap("account")
-            replies = self._exchange(instruction, cohort)
+            replies, resting = gathered
             watch.lap("train")
             self._catch_up(replies, now)
             before = {name: now.adapter[name] for name in self.strategy.held}
@@ -131,26 +133,56 @@ class Loop:
             self._record(round, adapter, replies, figures, now, watch)
         return now
 
-    def _exchange(self, instruction: Instruction, cohort: list[int]) -> Replies:
-        """Send, train, collect and account; then the further trips of the round, if the strategy makes any.
+    def _gather(self, instruction: Instruction) -> tuple[Replies, int] | None:
+        """The replies of a cohort, or of another while too few reply, and how many rest; None if too many do.
 
         Raises:
-            RoundError: nobody replied, or in a later trip nobody did any more.
+            RoundError: too few replied in the last attempt too.
         """
-        round, sums = instruction.round, self.strategy.partial_sums or self._summed
-        replies = self.engine.train(instruction, cohort, sums)
-        self._spend(instruction, replies)
-        if not cohort:
-            return replies
-        for trip in range(1, self.strategy.trips + 1):
+        round, told = instruction.round, self.scenario.clients
+        before: list[Report] = []
+        why = ""
+        for attempt in range(told.retries + 1):
+            cohort, resting = self._within_budget(instruction, attempt)
+            if resting and len(cohort) < told.min_replies:
+                if attempt == 0:
+                    return None
+                why += "; too few others have epsilon left"
+                break
+            replies = self._exchange(instruction, cohort, attempt)
+            count = sum(len(update.clients) for update in replies.updates)
+            if count >= told.min_replies or not cohort:
+                return Replies(replies.updates, _added(before, replies.reports)), resting
+            few = f"{count} of {len(cohort)} clients replied and {told.min_replies} must"
+            why = (
+                f"round {round}: {few if count else f'all {len(cohort)} clients failed'}; {_first_error(replies)}"
+            )
+            logger.warning("%s (attempt %d of %d)", why, attempt + 1, told.retries + 1)
+            unused = [replace(r, error=r.error or f"was not used: {few}", steps=0) for r in replies.reports]
+            before = _added(before, unused)
+        raise RoundError(why)
+
+    def _exchange(self, instruction: Instruction, cohort: list[int], attempt: int) -> Replies:
+        """Send, train, collect and account; then the further trips of the round, if the strategy makes any."""
+        sums = self.strategy.partial_sums or self._summed
+        replies = self._train(instruction, cohort, sums)
+        self._spend(instruction, replies, attempt)
+        for trip in range(2, self.strategy.trips + 1):
             if not replies.updates:
-                raise RoundError(f"round {round}: all {len(cohort)} clients failed; {_first_error(replies)}")
-            if trip < self.strategy.trips:
-                down = self.strategy.relay(trip + 1, replies.updates)
-                there = [c for update in replies.updates for c in update.clients]
-                asked = replace(instruction, adapter=down, ranked={}, trip=trip + 1)
-                replies = replies.then(self.engine.train(asked, there, sums))
+                break
+            down = self.strategy.relay(trip, replies.updates)
+            there = [c for update in replies.updates for c in update.clients]
+            asked = replace(instruction, adapter=down, ranked={}, trip=trip)
+            replies = replies.then(self._train(asked, there, sums))
         return replies
+
+    def _train(self, instruction: Instruction, cohort: list[int], sums: bool) -> Replies:
+        """What clients made of an instruction, without what may not be used."""
+        return self._intake.admit(instruction, cohort, self.engine.train(instruction, cohort, sums))
+
+    @cached_property
+    def _intake(self) -> Intake:
+        return Intake(self.scenario, self.strategy, self.data.num_examples)
 
     def _catch_up(self, replies: Replies, now: Progress) -> None:
         """Count what each client was sent to bring its base to the run's: the merges since it last took part."""
@@ -211,19 +243,19 @@ class Loop:
         released, now.clip_norm = self.central.release(instruction.round, received, updates, bound)
         return [released]
 
-    def _draw(self, round: int) -> list[int]:
-        """The cohort, ascending: from the seed and the round alone."""
+    def _draw(self, round: int, attempt: int) -> list[int]:
+        """The cohort, ascending: from the seed, the round and the attempt alone."""
         if self.central is not None:
             return self.central.cohort(round)
         told = self.scenario.clients
-        chosen = generator(self.scenario.seed, round, "cohort").choice(
-            told.total, size=told.cohort_size, replace=False
-        )
+        path = (round, "cohort", attempt) if attempt else (round, "cohort")
+        chosen = generator(self.scenario.seed, *path).choice(told.total, size=told.cohort_size, replace=False)
         return [int(c) for c in np.sort(chosen)]
 
-    def _within_budget(self, round: int, instruction: Instruction) -> tuple[list[int], int]:
+    def _within_budget(self, instruction: Instruction, attempt: int) -> tuple[list[int], int]:
         """Those of the cohort whose epsilon stays within the budget if they train, and how many do not."""
-        cohort, paid = self._draw(round), self._paid(round)
+        round = instruction.round
+        cohort, paid = self._draw(round, attempt), self._paid(round, attempt)
         whole, privacy = self.scenario.client_privacy, self.scenario.example_privacy
         if self.central is not None and whole is not None and whole.epsilon is not None:
             event = self.central.event(instruction.config[CLIP_NORM])
@@ -253,22 +285,22 @@ class Loop:
         assert privacy.epsilon is not None
         return epsilon(events, privacy.delta, privacy.accountant) > privacy.epsilon * (1 + 1e-9)
 
-    def _spend(self, instruction: Instruction, replies: Replies) -> None:
+    def _spend(self, instruction: Instruction, replies: Replies, attempt: int) -> None:
         """Put the spend on disk before what it bought is used.
 
         A round that is run again after an interruption draws the same noise over the same examples: it
         gives the same updates, and costs nothing more, unless its noise or steps are other than before, or
         the noise is nobody's to draw again.
         """
-        round, paid = instruction.round, self._paid(instruction.round)
+        round, paid = instruction.round, self._paid(instruction.round, attempt)
         for privacy, events in self._costs(instruction, replies):
             new = {holder: event for holder, event in events.items() if paid.get(holder) != event}
             terms = {"delta": privacy.delta, "unit": privacy.unit, "accountant": privacy.accountant}
-            self.ledger.spend(round, new, **terms)
+            self.ledger.spend(round, new, attempt, **terms)
 
-    def _paid(self, round: int) -> Mapping[Holder, Event]:
-        """What need not be paid again if a round runs again."""
-        return self.ledger.spent(round) if self.repeatable else {}
+    def _paid(self, round: int, attempt: int) -> Mapping[Holder, Event]:
+        """What need not be paid again if an attempt at a round runs again."""
+        return self.ledger.spent(round, attempt) if self.repeatable else {}
 
     def _costs(
         self, instruction: Instruction, replies: Replies
@@ -330,25 +362,17 @@ class Loop:
             "seconds": round_to(seconds),
             "phases": {phase: round_to(took) for phase, took in watch.phases.items()},
         }
-        self.ledger.clients(
-            {
-                "round": round,
-                "client": r.client,
-                "num_examples": r.num_examples,
-                "steps": r.steps,
-                "bytes_up": r.bytes_up,
-                "bytes_down": r.bytes_down,
-                "epsilon": spent.get(r.client),
-                "seconds": round_to(r.seconds),
-                "error": r.error,
-                **r.metrics,
-            }
-            for r in reports
-        )
+        self.ledger.clients(_line(round, report, spent.get(report.client)) for report in reports)
         self.ledger.metrics(line)
         checkpoint.save(
             self.folder / "checkpoint",
-            Checkpoint(round=round, adapter=now.adapter, strategy=self.strategy.state(), words=now.words()),
+            Checkpoint(
+                round=round,
+                adapter=now.adapter,
+                strategy=self.strategy.state(),
+                words=now.words(),
+                origin={**self.origin, "ledger": self.ledger.position},
+            ),
         )
         self.on_round(line)
 
@@ -360,11 +384,36 @@ class Loop:
         )
 
 
+def _line(round: int, report: Report, epsilon: float | None) -> Line:
+    """A client's line in `clients.jsonl`."""
+    own: Line = {
+        "round": round,
+        "client": report.client,
+        "num_examples": report.num_examples,
+        "steps": report.steps,
+        "bytes_up": report.bytes_up,
+        "bytes_down": report.bytes_down,
+        "epsilon": epsilon,
+        "seconds": round_to(report.seconds),
+        "error": report.error,
+    }
+    return {**own, **report.metrics, **own}  # no figure of a client's takes the place of one of these
+
+
 def round_to(seconds: float) -> float:
     """Seconds as a record holds them."""
     return round(seconds, 4)
 
 
+def _added(before: Sequence[Report], later: Sequence[Report]) -> list[Report]:
+    """A report for each client of several attempts: its last, with the bytes and seconds of all."""
+    found = {report.client: report for report in before}
+    for report in later:
+        had = found.get(report.client)
+        found[report.client] = report if had is None else replace(had.then(report), steps=report.steps)
+    return [found[client] for client in sorted(found)]
+
+
 def _first_error(replies: Replies) -> str:
-    bad = next(r for r in replies.reports if r.error is not None)
-    return f"client {bad.client}: {bad.error}"
+    bad = next((r for r in replies.reports if r.error is not None), None)
+    return f"client {bad.client}: {bad.error}" if bad else "none of them failed"

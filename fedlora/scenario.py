@@ -40,6 +40,9 @@ DATASETS = {
 }
 
 
+LARGEST = 2**20  # characters of a scenario
+
+
 def _number(value: object) -> object:
     if isinstance(value, bool):
         raise PydanticCustomError("number", "should be a number")
@@ -259,6 +262,10 @@ class Clients(PlugIn):
     lr: PositiveFloat = 0.1
     micro_batch_size: PositiveInt = 16  # examples in memory at once; does not change the result
     ranks: Ranks | None = None  # of each client, at most model.adapter.r; null: all have that
+    max_norm: PositiveFloat | None = None  # L2 bound on one client's change; one that moved further is refused
+    max_examples: PositiveInt | None = None  # that a client may claim where the server does not know; null: any
+    min_replies: PositiveInt = 1  # clients that must reply for a round to count
+    retries: Annotated[Int, Field(ge=0)] = 0  # of a round in which fewer did, each with another cohort
 
     @field_validator("use")
     @classmethod
@@ -274,6 +281,14 @@ class Clients(PlugIn):
         if per_round is not None and total is not None and per_round > total:
             raise PydanticCustomError("cohort", f"should be at most the {total} clients in total, not {per_round}")
         return per_round
+
+    @field_validator("min_replies")
+    @classmethod
+    def _enough(cls, least: int, info: ValidationInfo) -> int:
+        size = info.data.get("per_round") or info.data.get("total")
+        if size is not None and least > size:
+            raise PydanticCustomError("cohort", f"should be at most the {size} clients of a round, not {least}")
+        return least
 
     @property
     def cohort_size(self) -> int:
@@ -367,7 +382,7 @@ class Engine(Section):
     workers: PositiveInt | Literal["auto"] = "auto"
     threads: PositiveInt | Literal["auto"] = "auto"  # per worker
     gpus_per_worker: Annotated[Float, Field(ge=0)] = 0.0
-    deadline: PositiveFloat | None = None  # seconds that a round waits for its clients; null: as the engine does
+    deadline: PositiveFloat | None = None  # seconds that a round at sites, or a chunk of clients on Ray, may take
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of training; evaluation is in fp32
 
 
@@ -461,7 +476,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
         ScenarioError: with one line for every problem found.
     """
     try:
-        text = find(path).read_text(encoding="utf-8")
+        with (file := find(path)).open(encoding="utf-8") as stream:
+            text = stream.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise ScenarioError(f"{file}: holds more than {LARGEST} characters, which is no scenario")
     except (OSError, UnicodeDecodeError) as error:
         raise ScenarioError(f"{path}: cannot be read: {error}") from error
     return parse(text, str(path), overrides)
@@ -678,6 +696,12 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(
                 ("clients", "use"),
                 "sgd adds no noise, and a privacy section is given for each example: use dp_sgd, or drop it",
+            )
+    if clients and (privacy := sections.get("privacy")) and privacy.unit == "client":
+        if clients.min_replies > 1 or clients.retries:
+            yield Problem(
+                ("clients", "min_replies" if clients.min_replies > 1 else "retries"),
+                "unit: client holds for cohorts drawn once, however few reply: leave min_replies and retries out",
             )
     if data and clients and isinstance(data.partition, LabelShares):
         rows = len(data.partition.shares)

@@ -38,7 +38,15 @@ from fedlora.scenario import Scenario
 logger = logging.getLogger(__name__)
 
 # What a resumed run may change: how long it goes on, and what cannot change a result.
-CHANGEABLE = ("rounds", "eval_every", "trackers", "engine.kind", "engine.workers", "engine.gpus_per_worker")
+CHANGEABLE = (
+    "rounds",
+    "eval_every",
+    "trackers",
+    "engine.kind",
+    "engine.workers",
+    "engine.gpus_per_worker",
+    "engine.deadline",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +86,7 @@ def simulate(
 
     Raises:
         UserError: the input is wrong; nothing was written.
-        RoundError: no client of a round replied.
+        RoundError: too few clients of a round replied, in every attempt at it.
     """
     if not isinstance(scenario, Scenario):
         scenario = scenarios.load(scenario, overrides)
@@ -113,7 +121,21 @@ def _simulate(
 
 
 def carry_out(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, shown: Display) -> Run:
-    """Run what was prepared on an engine, from its first round, or the checkpoint's, to a finished folder."""
+    """Run what was prepared on an engine, from its first round, or the checkpoint's, to a finished folder.
+
+    Raises:
+        UserError: the input is wrong, or the disk is full or no longer to be written.
+    """
+    try:
+        return _carry_out(ready, engine, folder, resume, shown)
+    except OSError as error:
+        if not (folder / "scenario.yaml").exists():
+            raise
+        what = f"{error.filename or folder}: {error.strerror or error}"
+        raise UserError(f"{what}; what was finished is saved: mend that, and go on with --resume") from error
+
+
+def _carry_out(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, shown: Display) -> Run:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     scenario, setup = ready.scenario, ready.setup
@@ -125,18 +147,12 @@ def carry_out(ready: Prepared, engine: engines.Engine, folder: Path, resume: boo
     ready.strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
     check_strategy(ready.strategy)
     now = Progress(round=0, adapter=dict(found.initial))
+    origin = {"scenario": scenario.model_dump(mode="json"), "versions": _versions(setup.precision)}
     if resume:
-        now = _restore(folder, ready.strategy, now)
+        now, record = _restore(folder, ready, now, origin)
     else:
         _create(folder, ready)
-    record = Ledger(folder)
-    if resume:
-        if scenario.privacy is not None and record.last_round < now.round:
-            raise UserError(
-                f"{folder / 'privacy.jsonl'}: records spending until round {record.last_round}, and the "
-                f"checkpoint is of round {now.round}; restore the file, or start again in another folder"
-            )
-        record.forget_after(now.round)
+        record = Ledger(folder)
     merges = Merges(folder / "merges", found.weights)
     merges.restore(now.merges)
     for change in merges.changes:
@@ -152,6 +168,7 @@ def carry_out(ready: Prepared, engine: engines.Engine, folder: Path, resume: boo
         central=whole,
         settings=Setter(scenario, setup.noise),
         folder=folder,
+        origin=origin,
         on_round=shown.round,
         repeatable=not setup.secret,
     )
@@ -334,8 +351,15 @@ def check_folder(folder: Path, scenario: Scenario, resume: bool) -> None:
         return
     if not written.exists():
         raise UserError(f"{folder}: holds no run to resume")
-    before = scenarios.load(written).model_dump(mode="json")
-    after = scenario.model_dump(mode="json")
+    _same_run(folder, scenarios.load(written).model_dump(mode="json"), scenario.model_dump(mode="json"))
+
+
+def _same_run(folder: Path, before: Any, after: Any) -> None:
+    """Refuse to go on with another scenario, by the names of the keys that differ.
+
+    Raises:
+        UserError: with those keys.
+    """
     changed = [key for key in _differences(before, after) if key not in CHANGEABLE]
     if changed:
         raise UserError(
@@ -388,18 +412,33 @@ def _create(folder: Path, ready: Prepared) -> None:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
-def _restore(folder: Path, strategy: strategies.Strategy, first: Progress) -> Progress:
-    """Where the folder's run stands; at its start if it was stopped before any round was saved."""
-    try:
-        saved = checkpoint.load(folder / "checkpoint")
-    except UserError:
-        if any((folder / name).exists() for name in ("checkpoint", "checkpoint.old")):
-            raise
-        return first
-    if set(saved.adapter) != set(strategy.layout):
-        raise UserError(f"{folder}: its checkpoint holds another adapter than this scenario builds")
-    strategy.load_state(saved.strategy)
-    return Progress(round=saved.round, adapter=saved.adapter, **saved.words)
+def _restore(folder: Path, ready: Prepared, first: Progress, origin: Mapping[str, Any]) -> tuple[Progress, Ledger]:
+    """Where the folder's run stands, at its start if it was stopped before any round was saved; and its ledger.
+
+    Raises:
+        UserError: no checkpoint is whole, it is of another run, or the ledger lacks what it has seen.
+    """
+    now, known = first, (0, "")
+    if (saved := checkpoint.load(folder / "checkpoint")) is not None:
+        try:
+            _same_run(folder, saved.origin["scenario"], origin["scenario"])
+            if set(saved.adapter) != set(first.adapter):
+                raise UserError(f"{folder}: its checkpoint holds another adapter than this scenario builds")
+            ready.strategy.load_state(saved.strategy)
+            now = Progress(round=saved.round, adapter=saved.adapter, **saved.words)
+            known, before = tuple(saved.origin["ledger"]), dict(saved.origin["versions"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder}: its checkpoint is of another version of fedlora ({error!r})") from error
+        if moved := [
+            f"{what} {before.get(what)}, now {v}"
+            for what, v in origin["versions"].items()
+            if before.get(what) != v
+        ]:
+            logger.warning("%s: began with %s; the rest may differ in last bits", folder, "; ".join(moved))
+    record = Ledger(folder, known)
+    record.forget_after(now.round)
+    _write_text(folder / "scenario.yaml", ready.scenario.to_yaml())
+    return now, record
 
 
 def _export(engine: engines.Engine, adapter: Adapter, folder: Path, merges: Merges) -> None:
@@ -447,6 +486,11 @@ def _summary(
     if stopped is not None:
         summary["stopped"] = stopped
     return summary
+
+
+def _versions(precision: str) -> dict[str, str]:
+    """What decides the last bits of a result beside the scenario."""
+    return {**{name: version(name) for name in _VERSIONS}, "precision": precision}
 
 
 _VERSIONS = ("fedlora", "flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy")
@@ -529,8 +573,12 @@ model = PeftModel.from_pretrained(base, "adapter")
 
 
 def _write_json(file: Path, data: Any) -> None:
+    _write_text(file, json.dumps(data, indent=2) + "\n")
+
+
+def _write_text(file: Path, text: str) -> None:
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=2) + "\n")
+    part.write_text(text, encoding="utf-8")
     part.replace(file)
 
 

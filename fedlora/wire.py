@@ -4,7 +4,10 @@ A reply has the shape that Flower's own strategies expect: one ArrayRecord, and 
 `num-examples` is the weight. What else a reply tells stands in a ConfigRecord beside them.
 """
 
+import io
 import json
+import math
+import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -14,11 +17,14 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from google.protobuf.message import DecodeError
 
 from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
 from fedlora.errors import ContractError, UserError
 from fedlora.privacy import Event
 
+HEADER = 512  # bytes in which an array says what it is
+DIMENSIONS = 8  # of an array
 ARRAYS, METRICS, CONFIG, REPORT, MERGE = "arrays", "metrics", "config", "fedlora", "merge"
 WEIGHT, ROUND = "num-examples", "server-round"
 CLIENT_FAILED = 0  # flwr.app.ErrorCode.UNKNOWN
@@ -30,8 +36,32 @@ def to_arrays(adapter: Mapping[str, Tensor]) -> ArrayRecord:
 
 
 def from_arrays(arrays: ArrayRecord) -> Adapter:
-    """The tensors of an ArrayRecord, float32."""
-    return {name: np.asarray(array.numpy(), np.float32) for name, array in arrays.items()}
+    """The tensors of an ArrayRecord, float32.
+
+    Whoever sent them says how large they are: nothing is allocated that is not there.
+
+    Raises:
+        ContractError: an array is not what `numpy.save` makes of real numbers, or not of the size it names.
+    """
+    return {name: _decoded(name, array) for name, array in arrays.items()}
+
+
+def _decoded(name: str, array: Array) -> Tensor:
+    stream = io.BytesIO(array.data)
+    try:
+        if array.stype != "numpy.ndarray" or np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("another format")
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=HEADER)
+    except (ValueError, SyntaxError, TypeError, tokenize.TokenError, RecursionError) as error:
+        raise ContractError(f"{name:.100} is no array: {error!s:.100}") from error
+    body = memoryview(array.data)[stream.tell() :]
+    real = dtype.kind == "f" and dtype.itemsize <= 8
+    if not real or len(shape) > DIMENSIONS or min(shape, default=1) < 0 or shape != array.shape:
+        raise ContractError(f"{name:.100} is an array of {dtype!s:.100}, shape {shape}, and not what it says")
+    if math.prod(shape) * dtype.itemsize != len(body):
+        raise ContractError(f"{name:.100} has shape {shape}, and {len(body)} bytes")
+    flat = np.frombuffer(body, dtype)
+    return np.asarray(flat.reshape(shape, order="F" if columns_first else "C"), np.float32)
 
 
 def pack_instruction(instruction: Instruction, layout: Layout) -> RecordDict:
@@ -79,7 +109,7 @@ def pack_update(update: Update, event: Event | None = None) -> RecordDict:
 
 
 def unpack_update(message: Message, client: int) -> Update:
-    """The update in a reply.
+    """The update in a reply, whoever wrote it; what it claims is for `fedlora.engine.intake` to judge.
 
     Raises:
         ContractError: the reply lacks tensors, or its weight is no positive number.
@@ -87,7 +117,7 @@ def unpack_update(message: Message, client: int) -> Update:
     content = message.content
     metrics: dict[str, Any] = dict(next(iter(content.metric_records.values()), {}))
     weight = metrics.pop(WEIGHT, None)
-    if not isinstance(weight, int | float) or not weight > 0 or not content.array_records:
+    if not isinstance(weight, int | float) or not 0 < weight < math.inf or not content.array_records:
         raise ContractError(f"the reply of client {client} has no tensors or no positive {WEIGHT!r}")
     return Update(
         adapter=from_arrays(next(iter(content.array_records.values()))),
@@ -158,8 +188,15 @@ def to_bytes(content: RecordDict) -> bytes:
 
 
 def from_bytes(data: bytes) -> RecordDict:
-    """What `to_bytes` made."""
-    return recorddict_from_proto(ProtoRecordDict.FromString(data))
+    """What `to_bytes` made.
+
+    Raises:
+        ContractError: it did not make that.
+    """
+    try:
+        return recorddict_from_proto(ProtoRecordDict.FromString(data))
+    except (DecodeError, KeyError, TypeError, ValueError) as error:
+        raise ContractError(f"no message of Flower's: {error!s:.100}") from error
 
 
 def content_bytes(content: RecordDict) -> int:

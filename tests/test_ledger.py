@@ -56,8 +56,21 @@ def test_what_was_spent_is_read_back_exactly(tmp_path):
     again = Ledger(tmp_path)
     assert replay(tmp_path / "privacy.jsonl") == record.events == again.events
     assert record.events == {0: [LIGHT, LIGHT], 2: [HEAVY]}
-    assert (again.last_round, again.spent(1).keys(), again.spent(2).keys(), again.spent(3)) == (2, {0, 2}, {0}, {})
+    assert (again.position, again.spent(1).keys(), again.spent(2).keys(), again.spent(3)) == (
+        record.position,
+        {0, 2},
+        {0},
+        {},
+    )
     assert again.spent(2)[0] == again.events[0][-1]
+
+
+def test_a_ledger_that_a_checkpoint_has_not_seen_is_refused(tmp_path):
+    lines, chain = two_rounds(tmp_path).position
+    assert Ledger(tmp_path, (2, ledger.read(tmp_path / "privacy.jsonl")[1]["chain"])).position == (lines, chain)
+    for known in ((4, chain), (2, chain), (1, "")):
+        with pytest.raises(UserError, match=f"whose {known[0]} lines it should begin with"):
+            Ledger(tmp_path, known)
 
 
 def test_epsilon_follows_from_the_file_alone(tmp_path):
@@ -80,7 +93,7 @@ def test_units_have_an_epsilon_each(tmp_path):
 
 def test_a_fresh_ledger_has_spent_nothing(tmp_path):
     record = Ledger(tmp_path)
-    assert (record.events, record.last_round, record.spent(1)) == ({}, 0, {})
+    assert (record.events, record.position, record.spent(1)) == ({}, (0, ""), {})
     assert not list(tmp_path.iterdir())
 
 
@@ -240,7 +253,7 @@ def test_forgetting_drops_measurements_and_never_spend(tmp_path):
 
     assert ledger.read(tmp_path / "clients.jsonl") == [{"round": 1, "client": 0}, {"round": 1, "client": 1}]
     assert ledger.read(tmp_path / "metrics.jsonl") == [{"round": 1, "loss": None}]
-    assert (tmp_path / "privacy.jsonl").read_bytes() == before and record.last_round == 2
+    assert (tmp_path / "privacy.jsonl").read_bytes() == before and record.position[0] == 3
     record.metrics({"round": 2, "loss": 1.0})
     assert [line["round"] for line in ledger.read(tmp_path / "metrics.jsonl")] == [1, 2]
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".head", *[".jsonl"] * 3]

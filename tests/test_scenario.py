@@ -213,3 +213,10 @@ print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_file_that_is_far_too_large_is_not_read(tmp_path):
+    file = tmp_path / "large.yaml"
+    file.write_text("name: x\n" + "#" * 2**20)
+    with pytest.raises(ScenarioError, match=r"large\.yaml: holds more than 1048576 characters"):
+        load(file)

@@ -39,7 +39,7 @@ def run(tiny, tmp_path_factory):
 
 
 def test_the_run_folder_holds_what_it_promises(run):
-    assert {p.name for p in run.folder.iterdir()} == FILES | {"adapter", "checkpoint"}
+    assert {p.name for p in run.folder.iterdir()} == FILES | {"adapter", "checkpoint", "checkpoint.old"}
     rounds = run.rounds
     assert [line["round"] for line in rounds] == [1, 2]
     for line in rounds:
@@ -261,6 +261,40 @@ def test_resuming_continues_bit_for_bit(tiny, tmp_path):
     assert (whole.folder / "privacy.jsonl").read_text() == (done.folder / "privacy.jsonl").read_text()
 
 
+@pytest.mark.parametrize("use", ["ffa_lora", "fedsa_lora"])
+def test_a_damaged_checkpoint_costs_a_round(tiny, tmp_path, caplog, use):
+    scenario = tiny(f"strategy.use={use}", "rounds=4", "data.client_test_share=0.2")
+    whole = simulate(scenario, out=tmp_path / "whole")
+
+    class Stop(Silent):
+        def round(self, line):
+            if line["round"] == 3:
+                raise KeyboardInterrupt
+
+    folder = simulate(scenario, out=tmp_path / "cut", display=Stop()).folder
+    (folder / "checkpoint" / "adapter.safetensors").write_bytes(b"")
+    done = simulate(scenario, out=folder, resume=True)
+    assert f"{folder / 'checkpoint'}: is damaged; going on after round 2, from checkpoint.old" in caplog.text
+    assert same(adapter(whole), adapter(done)) and [line["round"] for line in done.rounds] == [1, 2, 3, 4]
+    assert (whole.folder / "privacy.jsonl").read_text() == (done.folder / "privacy.jsonl").read_text()
+
+
+def test_a_run_that_goes_on_elsewhere_says_what_is_not_as_before(tiny, tmp_path, caplog, monkeypatch):
+    made = simulate(tiny(), out=tmp_path / "run")
+    monkeypatch.setattr("fedlora.simulation.version", lambda name: "0.0.1")
+    more = simulate(tiny("rounds=3"), out=made.folder, resume=True)
+    assert "began with fedlora 0.1.0, now 0.0.1; flwr " in caplog.text
+    assert "rounds: 3\n" in (more.folder / "scenario.yaml").read_text()
+
+
+def test_a_scenario_edited_by_hand_is_not_gone_on_with(tiny, tmp_path):
+    made = simulate(tiny(), out=tmp_path / "run")
+    file = made.folder / "scenario.yaml"
+    file.write_text(file.read_text().replace("lr: 0.5", "lr: 0.25"))
+    with pytest.raises(UserError, match=r"another clients\.lr; a resumed run"):
+        simulate(tiny("clients.lr=0.25"), out=made.folder, resume=True)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_python_drops_still_ends_the_run(tiny, tmp_path, number):
     """As when it arrives in a finaliser, whose exceptions are ignored."""
@@ -317,11 +351,11 @@ def test_a_round_that_was_paid_for_runs_again_without_paying_twice(tiny, tmp_pat
 
         def record(self, round, *rest):
             if round == killed:
-                raise OSError("killed")
+                raise RuntimeError("killed")
             original(self, round, *rest)
 
         patch.setattr(Loop, "_record", record)
-        with pytest.raises(OSError, match="killed"):
+        with pytest.raises(RuntimeError, match="killed"):
             simulate(tiny(), out=tmp_path / "cut")
     with (tmp_path / "cut" / "clients.jsonl").open("a") as stream:
         stream.write('{"round": 2, "cli')  # cut short in mid-line
@@ -335,7 +369,7 @@ def test_a_checkpoint_without_its_ledger_is_not_gone_on_from(tiny, tmp_path):
     for name in ("privacy.jsonl", "privacy.head"):
         (made.folder / name).unlink()
     with pytest.raises(
-        UserError, match=r"privacy\.jsonl: records spending until round 0, and the checkpoint is of "
+        UserError, match=r"privacy\.jsonl: is not the ledger that the checkpoint was saved with, whose 8 lines"
     ):
         simulate(tiny("rounds=3"), out=made.folder, resume=True)
 
@@ -343,7 +377,12 @@ def test_a_checkpoint_without_its_ledger_is_not_gone_on_from(tiny, tmp_path):
 def test_a_round_run_again_with_other_noise_pays_again(tiny, tmp_path):
     """More rounds are calibrated to more noise: what a round cost before still counts."""
     made = simulate(tiny(), out=tmp_path / "run")
-    for name in ("checkpoint", "metrics.jsonl", "clients.jsonl"):  # as if killed before the first checkpoint
+    for name in (
+        "checkpoint",
+        "checkpoint.old",
+        "metrics.jsonl",
+        "clients.jsonl",
+    ):  # as if killed before the first checkpoint
         path = made.folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     again = simulate(tiny("rounds=3"), out=made.folder, resume=True)

@@ -1,8 +1,9 @@
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,13 +64,54 @@ def test_an_update_survives_the_wire(engine_identity):
     np.testing.assert_array_equal(got.adapter["b"], update.adapter["b"])
 
 
-@pytest.mark.parametrize("weight", [None, 0.0, -1.0])
+@pytest.mark.parametrize("weight", [None, 0.0, -1.0, float("nan"), float("inf")])
 def test_a_reply_without_a_positive_weight_is_refused(engine_identity, weight):
     content = wire.pack_update(Update(adapter=tensors("a"), weight=1.0, clients=(0,)))
     content[wire.METRICS] = MetricRecord({} if weight is None else {wire.WEIGHT: weight})
     ask = Message(content=RecordDict(), message_type="train", dst_node_id=1)
     with pytest.raises(ContractError, match="client 0"):
         wire.unpack_update(Message(content, reply_to=ask), 0)
+
+
+GOOD = Array(np.ones((2, 3), np.float32))
+
+
+def npy(array):
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=True)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (Array("float32", (2, 3), "pickle", GOOD.data), "another format"),
+        (Array("float32", (3, 2), "numpy.ndarray", GOOD.data), "not what it says"),
+        (Array("object", (1,), "numpy.ndarray", npy(np.array([{}], object))), "array of object"),
+        (Array("int64", (1,), "numpy.ndarray", npy(np.array([1]))), "array of int64"),
+        (Array("<U5", (1,), "numpy.ndarray", npy(np.array(["words"]))), "array of <U5"),
+        (Array("float32", (2, 3), "numpy.ndarray", GOOD.data[:-1]), "has shape .* and 23 bytes"),
+        (Array("float32", (2, 3), "numpy.ndarray", GOOD.data + b"x"), "has shape .* and 25 bytes"),
+        (Array("float32", (2, 3), "numpy.ndarray", b""), "is no array"),
+        (Array("float32", (2, 3), "numpy.ndarray", b"PK\x03\x04" + GOOD.data), "is no array"),  # no archives
+        (
+            Array("float32", (2**40,), "numpy.ndarray", GOOD.data.replace(b"(2, 3), }  ", b"(1099511627776,), }")),
+            "is no array|has shape",
+        ),
+    ],
+)
+def test_an_array_is_what_it_says_or_is_refused(array, words):
+    with pytest.raises(ContractError, match=words):
+        wire.from_arrays(ArrayRecord({"a": array}))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_of_real_numbers_are_read_in_either_order(dtype, order):
+    array = np.array([[1, 2, 3], [4, 5, 6]], dtype, order=order)
+    got = wire.from_arrays(ArrayRecord({"a": Array(array), "scalar": Array(np.array(2.5, dtype))}))
+    np.testing.assert_array_equal(got["a"], np.array([[1, 2, 3], [4, 5, 6]], np.float32))
+    assert got["scalar"] == np.float32(2.5) and got["a"].dtype == np.float32
 
 
 def test_a_mask_of_another_adapter_is_refused():

@@ -23,7 +23,8 @@ from fedlora.deploy import signing
 from fedlora.deploy import site as sites
 from fedlora.deploy.site import Site
 from fedlora.engine.flower import BEHIND, STRANGER
-from fedlora.engine.worker import Replies, Worker
+from fedlora.engine.intake import Replies
+from fedlora.engine.worker import Worker
 from fedlora.errors import FedloraError, SettingError
 from fedlora.ledger import Ledger
 from fedlora.privacy import Event, epsilon
@@ -321,13 +322,18 @@ class Node:
             spent = epsilon(paid, asked.delta, asked.accountant)
             if spent > asked.epsilon * (1 + 1e-9):
                 raise Refusal(f"another round would make epsilon {spent:.3f}, and {asked.epsilon:g} was promised")
-        terms = {"delta": asked.delta, "unit": "example", "accountant": asked.accountant}
+        terms: dict[str, Any] = {"delta": asked.delta, "unit": "example", "accountant": asked.accountant}
         if self.site is not None and self.site.privacy is not None and self.account is not None:
             cap = self.site.privacy
             spent = epsilon([*self.account.events.get(client, []), event], cap.delta, cap.accountant)
             if spent > cap.max_epsilon * (1 + 1e-9):
                 raise Refusal("another round would pass the epsilon that the site allows over all runs")
-            mine = {"delta": cap.delta, "unit": "example", "accountant": cap.accountant, "run": run.key}
+            mine: dict[str, Any] = {
+                "delta": cap.delta,
+                "unit": "example",
+                "accountant": cap.accountant,
+                "run": run.key,
+            }
             self.account.spend(round, {client: event}, **mine)
         run.ledger.spend(round, {client: event}, **terms)
 

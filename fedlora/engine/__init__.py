@@ -3,7 +3,8 @@
 import os
 
 from fedlora.engine.base import EVALUATION_CHUNK, Engine
-from fedlora.engine.worker import Description, Replies, Report, Setup, Worker
+from fedlora.engine.intake import Replies, Report
+from fedlora.engine.worker import Description, Setup, Worker
 from fedlora.scenario import Scenario
 
 __all__ = [
@@ -82,5 +83,6 @@ def _plain(scenario: Scenario, address: str | None) -> Engine:
         workers=workers(scenario),
         threads=threads(scenario),
         gpus_per_worker=scenario.engine.gpus_per_worker,
+        deadline=scenario.engine.deadline,
         address=address,
     )

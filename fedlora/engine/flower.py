@@ -20,7 +20,8 @@ from flwr.supercore.run import Run
 from fedlora import central, wire
 from fedlora.adapter import Adapter, Change, Instruction, Update
 from fedlora.engine.base import EVALUATION_CHUNK, Engine, summed
-from fedlora.engine.worker import Description, Replies, Report, Setup, Worker, check
+from fedlora.engine.intake import Replies, Report
+from fedlora.engine.worker import Description, Setup, Worker
 from fedlora.errors import ContractError, FedloraError, RoundError
 from fedlora.privacy import Event
 
@@ -358,7 +359,7 @@ class FlowerEngine(Engine):
         rank = scenario.clients.rank(client, scenario.seed, scenario.model.adapter.r)
         update = wire.unpack_update(reply, client)
         update = replace(update, scaling=self.description.kind.scaling(rank))
-        check(update, self.worker.expected(instruction, rank))
+        update = self.worker.intake.check(update, instruction)
         if (bound := instruction.config.get(central.CLIP_NORM)) is not None:
             central.check(update, instruction.adapter, bound)
         return update

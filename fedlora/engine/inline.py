@@ -5,7 +5,8 @@ from pathlib import Path
 
 from fedlora.adapter import Adapter, Change, Instruction
 from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks, summed
-from fedlora.engine.worker import Description, Replies, Setup, Worker
+from fedlora.engine.intake import Replies
+from fedlora.engine.worker import Description, Setup, Worker
 
 
 class InlineEngine(Engine):

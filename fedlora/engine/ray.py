@@ -2,26 +2,43 @@
 
 The round's instruction is put in the object store once. Clients go out in chunks that depend on the
 cohort alone, and come back in client order, so that a result does not depend on how many workers ran
-it. A worker that dies is replaced, and its chunk runs again.
+it. A worker that dies is replaced, and its chunk runs again. One that passes the deadline is killed and
+replaced, and the clients of its chunk have failed.
 """
 
 import importlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedlora.adapter import Adapter, Change, Instruction
 from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks, summed
-from fedlora.engine.worker import Description, Replies, Report, Setter, Setup, Worker
+from fedlora.engine.intake import Replies, Report
+from fedlora.engine.worker import Description, Setter, Setup, Worker
 from fedlora.errors import FedloraError, UserError
 from fedlora.scenario import Scenario
 
 ATTEMPTS = 3  # how often a chunk is tried before its clients count as failed
 
+POLL = 0.5  # seconds between looks at the clock, where there is a deadline
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Running:
+    """A job on a worker."""
+
+    job: int
+    worker: int
+    ready: Any  # comes when the worker has loaded, and the clock starts
+    began: float | None = None
+    late: bool = False
 
 
 class Resident:
@@ -56,9 +73,11 @@ class RayEngine(Engine):
         workers: int,
         threads: int = 1,
         gpus_per_worker: float = 0.0,
+        deadline: float | None = None,
         address: str | None = None,
     ) -> None:
         super().__init__(num_clients)
+        self.deadline = deadline
         self.num_workers, self.threads = workers, threads
         self.gpus_per_worker, self.address = gpus_per_worker, address
         self.workers: list[Any] = []
@@ -143,6 +162,7 @@ class RayEngine(Engine):
         parts = self._spread(
             [self._call("train", told, piece, partial_sums) for piece in pieces],
             lambda i, why: self._lost(instruction, pieces[i], why),
+            self.deadline,
         )
         return Replies([u for p in parts for u in p.updates], [r for p in parts for r in p.reports])
 
@@ -199,8 +219,13 @@ class RayEngine(Engine):
             ray.shutdown()
             self._mine = False
 
-    def _spread(self, jobs: Sequence[Callable[[Any], Any]], lost: Callable[[int, str], Any]) -> list[Any]:
-        """Results of all jobs in their order; each goes to a free worker, and again if that dies."""
+    def _spread(
+        self, jobs: Sequence[Callable[[Any], Any]], lost: Callable[[int, str], Any], deadline: float | None = None
+    ) -> list[Any]:
+        """Results of all jobs in their order; each goes to a free worker, and again if that dies.
+
+        One that takes longer than `deadline` seconds is lost at once: it would take as long again.
+        """
         import ray
 
         results: dict[int, Any] = {}
@@ -208,30 +233,49 @@ class RayEngine(Engine):
         again: list[int] = []
         attempts = [0] * len(jobs)
         free = list(range(len(self.workers)))
-        running: dict[Any, tuple[int, int]] = {}
+        running: dict[Any, Running] = {}
         while len(results) < len(jobs):
             while free and (job := again.pop() if again else next(waiting, None)) is not None:
-                worker = free.pop(0)
+                worker = self.workers[number := free.pop(0)]
                 attempts[job] += 1
-                running[jobs[job](self.workers[worker])] = (job, worker)
-            done, _ = ray.wait(list(running), num_returns=1)
+                ready = None if deadline is None else self._call("pid")(worker)
+                running[jobs[job](worker)] = Running(job, number, ready)
+            done, _ = ray.wait(list(running), num_returns=1, timeout=None if deadline is None else POLL)
+            if deadline is not None:
+                self._stop_late([told for reference, told in running.items() if reference not in done], deadline)
             for reference in done:
-                job, worker = running.pop(reference)
+                told = running.pop(reference)
+                job = told.job
                 try:
                     results[job] = ray.get(reference)
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause if isinstance(error.cause, FedloraError) else error from None
                 except ray.exceptions.RayError as error:
                     why = f"its worker died {attempts[job]} times ({type(error).__name__})"
-                    logger.warning("a worker died and is replaced: %s", str(error).splitlines()[0])
+                    if told.late:
+                        why = f"took longer than engine.deadline, {deadline:g} s"
+                    logger.warning(
+                        "a worker %s and is replaced", why if told.late else f"died: {str(error).splitlines()[0]}"
+                    )
                     self.replaced += 1
-                    self.workers[worker] = self._new_worker()
-                    if attempts[job] < ATTEMPTS:
+                    self.workers[told.worker] = self._new_worker()
+                    if attempts[job] < ATTEMPTS and not told.late:
                         again.append(job)
                     else:
                         results[job] = lost(job, why)
-                free.append(worker)
+                free.append(told.worker)
         return [results[i] for i in range(len(jobs))]
+
+    def _stop_late(self, running: Sequence[Running], deadline: float) -> None:
+        """Kill the workers whose jobs have run for longer than the deadline, loading not counted."""
+        import ray
+
+        for told in running:
+            if told.began is None and ray.wait([told.ready], timeout=0)[0]:
+                told.began = time.monotonic()
+            if told.began is not None and time.monotonic() - told.began > deadline and not told.late:
+                told.late = True
+                ray.kill(self.workers[told.worker])
 
     def _lost(self, instruction: Instruction, cohort: Sequence[int], why: str) -> Replies:
         """Reports of clients whose workers kept dying; what they may have spent counts."""

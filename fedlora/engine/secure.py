@@ -10,7 +10,8 @@ from fedlora import secure
 from fedlora.adapter import Adapter, Change, Instruction, Update
 from fedlora.central import WITHIN
 from fedlora.engine.base import Engine
-from fedlora.engine.worker import Description, Replies, Report, Setup
+from fedlora.engine.intake import Replies, Report
+from fedlora.engine.worker import Description, Setup
 from fedlora.errors import ContractError, RoundError
 from fedlora.seeding import generator
 

@@ -5,7 +5,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from fedlora import strategy as strategies
 from fedlora.adapter import PREFIX, Adapter, Change, Instruction, Kind, Layout, Update, fingerprint, weighted_mean
 from fedlora.checkpoint import Personal
 from fedlora.data import Dataset, Partition
+from fedlora.engine.intake import Intake, Replies, Report, check_tensors
 from fedlora.errors import ContractError
-from fedlora.privacy import Event
 from fedlora.scenario import Scenario
 
 
@@ -62,57 +62,6 @@ class Description:
     kind: Kind
     weights: Mapping[str, tuple[int, ...]]  # the shape of each layer with factors, (out, in)
     fingerprint: str  # of the first adapter, bit for bit: workers that differ must not serve one run
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What became of one client in one round.
-
-    Attributes:
-        client: its id.
-        num_examples: that it holds.
-        steps: that it took; 0 where it failed.
-        bytes_up, bytes_down: of its messages as Flower serialises them.
-        seconds: that it took.
-        event: the privacy event that it cost, also where it failed after it may have trained.
-        error: why it failed; None if it did not.
-        metrics: figures that it shares.
-    """
-
-    client: int
-    num_examples: int
-    steps: int
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-    event: Event | None = None
-    error: str | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-    def then(self, later: "Report | None") -> "Report":
-        """This report with the bytes, the seconds and the error of a later trip added."""
-        if later is None:
-            return self
-        return replace(
-            self,
-            bytes_up=self.bytes_up + later.bytes_up,
-            bytes_down=self.bytes_down + later.bytes_down,
-            seconds=self.seconds + later.seconds,
-            error=later.error,
-        )
-
-
-@dataclass(frozen=True)
-class Replies:
-    """The outcome of a round or a part of it: updates sorted by client, and one report for each client."""
-
-    updates: list[Update]
-    reports: list[Report]
-
-    def then(self, later: "Replies") -> "Replies":
-        """A round's replies after a further trip: its updates, and reports of both trips."""
-        again = {report.client: report for report in later.reports}
-        return Replies(later.updates, [report.then(again.get(report.client)) for report in self.reports])
 
 
 class Setter:
@@ -180,9 +129,9 @@ class Worker:
         """
         strategy.bind(self.task.layout, self.task.kind, self.task.initial, self.client.private)
         self.strategy, self.merged = strategy, 0
+        self.intake = Intake(self.scenario, strategy, self.dataset.num_examples)
         self.personal = Personal(personal) if personal else None
         self._fingerprints: dict[frozenset[str], str] = {}
-        self._shapes: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
 
     def describe(self) -> Description:
         """What was built."""
@@ -231,7 +180,9 @@ class Worker:
                 settings = self.settings(instruction, len(partition))
                 event, steps = self.client.spends(len(partition), settings), settings.local_steps
             update = self._answer(instruction, partition, rank)
-            check(update, self.expected(instruction, rank))
+            if update.clients != (client,):
+                raise ContractError(f"client {client} speaks for clients {update.clients}")
+            update = self.intake.check(update, instruction)
             if (bound := instruction.config.get(central.CLIP_NORM)) is not None:
                 assert self.scenario.privacy is not None
                 shares = self.scenario.privacy.share_metrics
@@ -285,20 +236,14 @@ class Worker:
             clients.Rng(secrets.randbits(63) if self.setup.secret else self.scenario.seed, round, client),
         )
         kind, layout = self.task.kind, self.task.layout
-        check(update, {name: kind.shape(layout[name], rank) for name in wanted})  # before any of it is kept
+        check_tensors(
+            update.adapter, {name: kind.shape(layout[name], rank) for name in wanted}
+        )  # before it is kept
         if instruction.keep and self.personal is not None:
             self.personal.save(client, round, {name: update.adapter[name] for name in instruction.keep})
         if strategy.trips > 1 and self.personal is not None:
             self.personal.save_trip(client, round, update.adapter, update.weight)
         return replace(update, adapter=strategy.reply(instruction, update.adapter), scaling=kind.scaling(rank))
-
-    def expected(self, instruction: Instruction, rank: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of what a client of a rank should send, found once by a dry run of the reply."""
-        key = (instruction.send, instruction.trip, rank)
-        if key not in self._shapes:
-            held = {n: np.zeros(self.task.kind.shape(s, rank), np.float32) for n, s in self.task.layout.items()}
-            self._shapes[key] = {n: t.shape for n, t in self.strategy.reply(instruction, held).items()}
-        return self._shapes[key]
 
     def _agree(self, instruction: Instruction) -> None:
         """Make sure that the tensors that did not travel are what the server has.
@@ -385,28 +330,6 @@ def kind(scenario: Scenario, strategy: strategies.Strategy) -> Kind:
     told = scenario.model.adapter
     name = strategy.kinds[0] if told.kind == "auto" else told.kind
     return adapters.KINDS[name](told.r, told.alpha, told.targets)
-
-
-def check(update: Update, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse an update that does not hold what was asked for.
-
-    Args:
-        update: of one client.
-        expected: the shape of each tensor that was asked for.
-
-    Raises:
-        ContractError: wrong names, shapes, a weight that is no positive number, or values that are not finite.
-    """
-    if set(update.adapter) != set(expected):
-        odd = sorted(set(update.adapter) ^ set(expected))[0]
-        raise ContractError(f"the update should hold exactly the tensors asked for, and differs in {odd}")
-    if not (update.weight > 0 and np.isfinite(update.weight)):
-        raise ContractError(f"an update's weight is a positive number, not {update.weight}")
-    for name, tensor in update.adapter.items():
-        if tensor.shape != expected[name]:
-            raise ContractError(f"{name} has shape {tensor.shape}, not {expected[name]}")
-        if not np.isfinite(tensor).all():
-            raise ContractError(f"{name} holds values that are not finite; a lower learning rate may help")
 
 
 def merge(updates: Sequence[Update]) -> Update:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import numpy as np
 
@@ -29,6 +30,14 @@ class Faulty(DPSGD):
                 del update.adapter[name]
             case "weight":
                 object.__setattr__(update, "weight", -1.0)
+            case "claim":
+                object.__setattr__(update, "weight", 1e9)
+            case "other":
+                object.__setattr__(update, "clients", (0,))
+            case "hang":
+                time.sleep(600)
+            case "memory":
+                np.ones(2**55)  # more than can be addressed
         return update
 
 

@@ -103,7 +103,15 @@ def test_a_client_that_raises_is_a_failure_that_says_why_and_what_it_spent(engin
 
 @pytest.mark.parametrize(
     "fault, words",
-    [("nan", "not finite"), ("shape", "has shape"), ("keys", "exactly the tensors"), ("weight", "positive")],
+    [
+        ("nan", "not finite"),
+        ("shape", "has shape"),
+        ("keys", "exactly the tensors"),
+        ("weight", "positive"),
+        ("claim", "claims to weigh 1000000000"),
+        ("other", "speaks for"),
+        ("memory", "Memory"),
+    ],
 )
 def test_an_update_that_breaks_the_contract_is_a_failure(inline, fault, words):
     replies = inline.train(instruct(inline, fail=2, fault=fault), [1, 2], partial_sums=True)

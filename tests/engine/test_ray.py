@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fedlora import ledger
 from fedlora.engine.ray import RayEngine
 from fedlora.errors import SettingError
 from fedlora.report.console import Silent
@@ -47,6 +48,25 @@ def test_merges_and_trips_are_the_same_on_many_workers_one_of_which_dies(name, t
     assert engine.replaced >= 1 and many.summary["failures"] == 0
     one, other = (load_file(run.folder / "adapter" / "adapter_model.safetensors") for run in (whole, many))
     assert one.keys() == other.keys() and all(np.array_equal(one[n], other[n]) for n in one)
+
+
+@pytest.mark.timeout(900)  # two workers load, one of them twice
+def test_a_client_that_hangs_is_stopped_counted_and_replaced(tiny, tmp_path, monkeypatch):
+    """The deadline counts from when a worker has loaded, which takes the new one longer than that."""
+    monkeypatch.setattr(
+        "fedlora.strategies.ffa_lora.FFALoRA.config", lambda self, round: HANG if round == 1 else {}
+    )
+    use = ("clients.use=tests.engine.faulty:Faulty", "engine.deadline=20", "engine.workers=2", "engine.kind=ray")
+    made = simulate(tiny(*use), out=tmp_path / "run")
+    gc.collect()
+    first, second = made.rounds
+    assert (first["clients"], first["failures"], second["clients"]) == (3, 1, 4) and first["seconds"] < 200
+    bad = made.clients[1]
+    assert bad["error"] == "took longer than engine.deadline, 20 s" and bad["epsilon"] > 0
+    assert len(made.clients) == len(ledger.read(made.folder / "privacy.jsonl")) == 8
+
+
+HANG = {"fail": 1, "fault": "hang"}
 
 
 class Killer(Silent):

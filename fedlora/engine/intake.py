@@ -1,0 +1,196 @@
+"""What comes back from clients is not trusted: the one place that says what may be aggregated.
+
+A worker passes each update through `Intake.check` before it is summed with others, and the loop passes the replies
+of every engine through `Intake.admit`. A client that is refused is a failure: counted, named with the reason in
+`clients.jsonl`, and what it may have spent stays spent.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fedlora.adapter import Adapter, Instruction, Tensor, Update
+from fedlora.errors import ContractError
+from fedlora.privacy import Event
+from fedlora.scenario import Scenario
+from fedlora.strategy import Strategy
+
+ENORMOUS = 1e12  # L2 norm of a tensor that nobody trains: products of such are still finite in float32
+FIGURES = 32  # that an update may carry
+WORDS = 500  # characters of a reason for failing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What became of one client in one round.
+
+    Attributes:
+        client: its id.
+        num_examples: that it holds.
+        steps: that it took; 0 where it failed.
+        bytes_up, bytes_down: of its messages as Flower serialises them.
+        seconds: that it took.
+        event: the privacy event that it cost, also where it failed after it may have trained.
+        error: why it failed; None if it did not.
+        metrics: figures that it shares.
+    """
+
+    client: int
+    num_examples: int
+    steps: int
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    event: Event | None = None
+    error: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def then(self, later: "Report | None") -> "Report":
+        """This report with the bytes, the seconds and the error of a later trip added."""
+        if later is None:
+            return self
+        return replace(
+            self,
+            bytes_up=self.bytes_up + later.bytes_up,
+            bytes_down=self.bytes_down + later.bytes_down,
+            seconds=self.seconds + later.seconds,
+            error=later.error,
+        )
+
+
+@dataclass(frozen=True)
+class Replies:
+    """The outcome of a round or a part of it: updates sorted by client, and one report for each client."""
+
+    updates: list[Update]
+    reports: list[Report]
+
+    def then(self, later: "Replies") -> "Replies":
+        """A round's replies after a further trip: its updates, and reports of both trips."""
+        again = {report.client: report for report in later.reports}
+        return Replies(later.updates, [report.then(again.get(report.client)) for report in self.reports])
+
+
+class Intake:
+    """Decides which updates of a run may be aggregated."""
+
+    def __init__(self, scenario: Scenario, strategy: Strategy, num_examples: Callable[[int], int]) -> None:
+        """For a run.
+
+        Args:
+            scenario: with the bounds that it sets.
+            strategy: bound to its layout.
+            num_examples: that a client holds; 0 where the server does not know.
+        """
+        self.scenario, self.strategy, self.num_examples = scenario, strategy, num_examples
+        self._shapes: dict[tuple[tuple[str, ...], int, int], dict[str, tuple[int, ...]]] = {}
+
+    def admit(self, instruction: Instruction, cohort: Sequence[int], replies: Replies) -> Replies:
+        """The replies without the updates that may not be used; the reports of their clients say why.
+
+        Args:
+            instruction: that was sent.
+            cohort: client ids that it was sent to.
+            replies: of any engine.
+
+        Raises:
+            ContractError: the engine does not say what became of a client.
+        """
+        reports = {report.client: report for report in replies.reports}
+        if lost := sorted(set(cohort) - set(reports)):
+            raise ContractError(f"the engine does not say what became of client {lost[0]}")
+        answers = Counter(client for update in replies.updates for client in update.clients)
+        updates, refused = [], {c: "was not asked" for c in reports if c not in set(cohort)}
+        for update in replies.updates:
+            try:
+                for client in update.clients:
+                    if client not in set(cohort):
+                        raise ContractError(f"client {client} was not asked")
+                    if answers[client] > 1:
+                        raise ContractError(f"client {client} answered {answers[client]} times")
+                    if reports[client].error is not None:
+                        raise ContractError(f"client {client} failed and answered all the same")
+                updates.append(self.check(update, instruction))
+            except ContractError as error:
+                refused |= dict.fromkeys(update.clients, f"{type(error).__name__}: {error}")
+        for client, why in refused.items():
+            nothing = Report(client=client, num_examples=0, steps=0, bytes_up=0, bytes_down=0, seconds=0.0)
+            told = reports.get(client, nothing)
+            reports[client] = replace(told, steps=0, error=told.error or why, metrics={})
+        short = {c: replace(r, error=r.error[:WORDS]) if r.error else r for c, r in reports.items()}
+        return Replies(updates, [short[client] for client in sorted(short)])
+
+    def check(self, update: Update, instruction: Instruction) -> Update:
+        """An update as it may be used: without the figures that are no finite numbers.
+
+        Args:
+            update: of a client, or the mean of several.
+            instruction: as the server sent it.
+
+        Raises:
+            ContractError: its tensors are not those asked for, it moved further than `clients.max_norm`, or it
+                claims to weigh more than its clients hold.
+        """
+        told = self.scenario.clients
+        rank = told.rank(update.clients[0], self.scenario.seed, self.scenario.model.adapter.r)
+        check_tensors(update.adapter, self._expected(instruction, rank))
+        self._check_weight(update)
+        if told.max_norm is not None:
+            moved = _moved(update.adapter, instruction.at(rank).adapter)
+            if moved > told.max_norm:
+                raise ContractError(f"moved by {moved:.4g}, further than clients.max_norm, {told.max_norm:g}")
+        if len(update.metrics) > FIGURES or any(len(name) > FIGURES for name in update.metrics):
+            raise ContractError(f"reports more than {FIGURES} figures, or names them at length")
+        finite = {name: float(value) for name, value in update.metrics.items() if np.isfinite(value)}
+        return update if len(finite) == len(update.metrics) else replace(update, metrics=finite)
+
+    def _check_weight(self, update: Update) -> None:
+        """Examples are claimed by the weight; held against what the server knows, or else against a bound."""
+        if not (update.weight > 0 and np.isfinite(update.weight)):
+            raise ContractError(f"an update's weight is a positive number, not {update.weight}")
+        held = [self.num_examples(client) or self.scenario.clients.max_examples for client in update.clients]
+        most = sum(number for number in held if number is not None)
+        if None not in held and update.weight > most * (1 + 1e-6):
+            raise ContractError(f"claims to weigh {update.weight:.15g}, and its examples are {most} at most")
+
+    def _expected(self, instruction: Instruction, rank: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of what a client of a rank should send, found once by a dry run of the reply."""
+        key = (instruction.send, instruction.trip, rank)
+        if key not in self._shapes:
+            kind, layout = self.strategy.kind, self.strategy.layout
+            held = {name: np.zeros(kind.shape(slot, rank), np.float32) for name, slot in layout.items()}
+            self._shapes[key] = {n: t.shape for n, t in self.strategy.reply(instruction, held).items()}
+        return self._shapes[key]
+
+
+def check_tensors(adapter: Adapter, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse tensors that are not those asked for, or that no training makes.
+
+    Args:
+        adapter: by name.
+        expected: the shape of each tensor that was asked for.
+
+    Raises:
+        ContractError: wrong names, shapes or types, or values that are not finite or enormous.
+    """
+    if set(adapter) != set(expected):
+        odd = sorted(set(adapter) ^ set(expected), key=str)[0]
+        raise ContractError(f"the update should hold exactly the tensors asked for, and differs in {odd!s:.100}")
+    for name, tensor in adapter.items():
+        if not isinstance(tensor, np.ndarray) or tensor.dtype != np.float32:
+            raise ContractError(f"{name} holds {getattr(tensor, 'dtype', type(tensor).__name__)}, not float32")
+        if tensor.shape != expected[name]:
+            raise ContractError(f"{name} has shape {tensor.shape}, not {expected[name]}")
+        if not np.isfinite(tensor).all():
+            raise ContractError(f"{name} holds values that are not finite; a lower learning rate may help")
+        if (norm := float(np.linalg.norm(tensor.astype(np.float64)))) > ENORMOUS:
+            raise ContractError(f"{name} has norm {norm:.3g}, above {ENORMOUS:g}; a lower learning rate may help")
+
+
+def _moved(adapter: Adapter, received: Mapping[str, Tensor]) -> float:
+    """L2 norm over all tensors of what a client changed; a tensor that it was not sent counts whole."""
+    return float(
+        np.sqrt(sum(float(((t.astype(np.float64) - received.get(n, 0.0)) ** 2).sum()) for n, t in adapter.items()))
+    )
