@@ -440,7 +440,8 @@ class Source(NamedTuple):
         return f"{self.file}:1"
 
 
-_SHIPPED = Path(__file__).parent / "scenarios"
+SHIPPED = Path(__file__).parent / "scenarios"
+SWEEPS = SHIPPED / "sweeps"
 
 
 class Problem(NamedTuple):
@@ -465,39 +466,29 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
     return parse(text, str(path), overrides)
 
 
-def find(path: str | Path) -> Path:
-    """The file that a path or a shipped scenario's name stands for."""
+def find(path: str | Path, folder: Path = SHIPPED) -> Path:
+    """The file that a path stands for, or the name of one that ships in `folder`."""
     file = Path(path)
     if file.exists() and not file.is_dir():
         return file
-    known = {p.stem: p for p in _SHIPPED.glob("*.yaml")}
-    if file.stem in known and file.parent.name in ("", "scenarios"):
+    known = {p.stem: p for p in folder.glob("*.yaml")}
+    if file.stem in known and file.parent.name in ("", folder.name):
         return known[file.stem]
     if file.is_dir():
-        raise ScenarioError(f"{path}: is a folder; name a scenario file")
+        raise ScenarioError(f"{path}: is a folder; name a YAML file")
     raise ScenarioError(f"{path}: no such file; {suggestion(file.stem, known)}")
 
 
-def shipped() -> dict[str, str]:
-    """The scenarios that come with fedlora, each with the first line of its comment."""
+def shipped(folder: Path = SHIPPED) -> dict[str, str]:
+    """The scenarios that come with fedlora, or its sweeps, each with the first line of its comment."""
     return {
-        p.stem: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for p in sorted(_SHIPPED.glob("*.yaml"))
+        p.stem: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for p in sorted(folder.glob("*.yaml"))
     }
 
 
 def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> Scenario:
     """`load` for text that is already in hand; `file` names it in messages."""
-    try:
-        node = yaml.compose(text, Loader=_Plain)
-    except (yaml.YAMLError, ValueError) as error:
-        mark, reason = getattr(error, "problem_mark", None), str(error).splitlines()[0]
-        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
-        raise ScenarioError(f"{file}:{line + 1}: not YAML: {getattr(error, 'problem', None) or reason}") from error
-    if not isinstance(node, yaml.MappingNode):
-        raise ScenarioError(f"{file}:1: a scenario is a mapping of keys to values, such as 'name: mine'")
-    lines: dict[KeyPath, int] = {}
-    problems: list[Problem] = []
-    raw = _construct(node, (), lines, problems)
+    raw, lines, problems = read(text, file)
     written: dict[KeyPath, str] = {}
     for override in overrides:
         _override(raw, override, written, problems)
@@ -510,6 +501,25 @@ def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> S
         raise ScenarioError(*(line.replace("\n", "\\n") for line in told))
     scenario._source = source
     return scenario
+
+
+def read(text: str, file: str) -> tuple[dict[str, Any], dict[KeyPath, int], list[Problem]]:
+    """Plain data from YAML, the line of each key, and what is wrong with single keys and values.
+
+    Raises:
+        ScenarioError: it is no mapping at all.
+    """
+    try:
+        node = yaml.compose(text, Loader=_Plain)
+    except (yaml.YAMLError, ValueError) as error:
+        mark, reason = getattr(error, "problem_mark", None), str(error).splitlines()[0]
+        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+        raise ScenarioError(f"{file}:{line + 1}: not YAML: {getattr(error, 'problem', None) or reason}") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise ScenarioError(f"{file}:1: should be a mapping of keys to values, such as 'name: mine'")
+    lines: dict[KeyPath, int] = {}
+    problems: list[Problem] = []
+    return _construct(node, (), lines, problems), lines, problems
 
 
 class _Plain(yaml.SafeLoader):

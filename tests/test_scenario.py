@@ -111,7 +111,7 @@ def test_a_key_written_twice_is_told_with_both_lines():
 
 @pytest.mark.parametrize("text", ["", "~", "hello", "- a\n- b", "3"])
 def test_a_scenario_is_a_mapping(text):
-    assert lines(text) == ["f.yaml:1: a scenario is a mapping of keys to values, such as 'name: mine'"]
+    assert lines(text) == ["f.yaml:1: should be a mapping of keys to values, such as 'name: mine'"]
 
 
 def test_every_mistake_is_reported_at_once():
@@ -193,7 +193,7 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9")
     for path, message in (
         (tmp_path / "latin.yaml", "cannot be read: 'utf-8' codec"),
-        (tmp_path, "is a folder; name a scenario file"),
+        (tmp_path, "is a folder; name a YAML file"),
         ("nonid", "no such file; did you mean 'noniid'?"),
         ("x" * 5000, "cannot be read: "),
     ):
