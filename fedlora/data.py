@@ -168,24 +168,104 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
         SettingError: a source, column, label or partition is not as the settings say.
     """
     train, test = read(data, task)
-    names: list[str] = []
-    if task == "classification":
-        assert train.labels is not None and test.labels is not None
-        names = sorted(set(train.labels))
-        if len(names) < 2:
-            raise SettingError("data", f"classification needs two labels or more, and there is only {names}")
-        if strange := sorted(set(test.labels) - set(names)):
-            raise SettingError("data", f"the test set has labels that the training set has not: {strange[:5]}")
-    key = _fingerprint(_FORMAT, task, encoding, str(data.max_length), _content(train), _content(test))
-    folder = _cached(cache_folder() / "tokens" / key, lambda to: _write(to, train, test, names, encode))
-
+    names = label_names(data, train, task)
+    _check_labels("data", test, names, "the test set has labels that the training set has not")
+    folder = _tokenised(data, task, train, test, names, encode, encoding)
     how = f"{data.partition.model_dump_json()} {data.client_test_share}"
     owners = _fingerprint(*train.owners) if train.owners else ""
-    parts = _cached(
-        folder.with_name(f"{key}-{_fingerprint(_FORMAT, how, owners, str(num_clients), str(seed))}"),
-        lambda to: _partition(to, data, _examples(folder, "train"), train.owners, num_clients, seed),
-    )
-    return Dataset.open(folder, parts)
+
+    def write(to: Path) -> None:
+        parts = split(data.partition, _examples(folder, "train").targets, train.owners, num_clients, seed)
+        _write_partitions(to, data.client_test_share, parts, seed)
+
+    key = _fingerprint(_FORMAT, how, owners, str(num_clients), str(seed))
+    return Dataset.open(folder, _cached(folder.with_name(f"{folder.name}-{key}"), write))
+
+
+def label_names(data: settings.Data, rows: Rows, task: str) -> tuple[str, ...]:
+    """The names of the classes, in order: as the settings say, or those of some rows; none for causal_lm.
+
+    Raises:
+        SettingError: there is only one, or rows have one that the settings do not name.
+    """
+    if task != "classification":
+        return ()
+    names = data.labels or tuple(sorted(set(rows.labels or ())))
+    if len(names) < 2:
+        raise SettingError("data", f"classification needs two labels or more, and there is only {list(names)}")
+    _check_labels("data.labels", rows, names, "the data has labels that it does not name")
+    return names
+
+
+def _check_labels(key: str, rows: Rows, names: Sequence[str], what: str) -> None:
+    if names and (strange := sorted(set(rows.labels or ()) - set(names))):
+        raise SettingError(key, f"{what}: {strange[:5]}")
+
+
+def read_test(data: settings.Data, task: str) -> tuple[Rows, tuple[str, ...]]:
+    """The test rows and the labels, where the training rows are elsewhere.
+
+    Raises:
+        SettingError: the source has no test rows of its own.
+    """
+    if data.files is None:
+        train, test = read(data, task)
+        return test, label_names(data, train, task)
+    if data.files.test is None:
+        raise SettingError("data.files.test", "sites keep their rows: name the server's own file to judge by")
+    test = _read_rows(data.files, "test", data.files.test, None)
+    return test, label_names(data, test, task)
+
+
+NOTHING = Rows([], [])
+
+
+def hold(
+    data: settings.Data,
+    task: str,
+    num_clients: int,
+    seed: int,
+    encode: Encode,
+    encoding: str,
+    labels: Sequence[str],
+    *,
+    train: Rows = NOTHING,
+    test: Rows = NOTHING,
+    client: int = 0,
+) -> Dataset:
+    """A dataset of which this machine holds a part: the test rows, or one client's.
+
+    Args:
+        data: how rows are cut, and what share of them a client keeps to judge by.
+        task: `classification` or `causal_lm`.
+        num_clients: of the run; all but one hold nothing here.
+        seed: of the run.
+        encode: turns rows of text into tokens.
+        encoding: a fingerprint of `encode`.
+        labels: of the run, in order.
+        train: the client's rows, in their order in its partition.
+        test: rows to judge by.
+        client: whose the training rows are.
+
+    Raises:
+        SettingError: a row has another label, or a client with rows has too few to hold any out.
+    """
+    _check_labels("data", train, labels, f"there are labels beside the run's own {list(labels)}")
+    folder = _tokenised(data, task, train, test, labels, encode, encoding)
+    parts = [np.arange(len(train.texts) if c == client else 0) for c in range(num_clients)]
+
+    def write(to: Path) -> None:
+        _write_partitions(to, data.client_test_share, parts, seed)
+
+    key = _fingerprint(_FORMAT, "held", str(data.client_test_share), str(client), str(num_clients), str(seed))
+    return Dataset.open(folder, _cached(folder.with_name(f"{folder.name}-{key}"), write))
+
+
+def _tokenised(
+    data: settings.Data, task: str, train: Rows, test: Rows, names: Sequence[str], encode: Encode, encoding: str
+) -> Path:
+    key = _fingerprint(_FORMAT, task, encoding, str(data.max_length), _content(train), _content(test), *names)
+    return _cached(cache_folder() / "tokens" / key, lambda to: _write(to, train, test, names, encode))
 
 
 def check(data: settings.Data, task: str, num_clients: int) -> None:
@@ -236,27 +316,34 @@ def _read_tweets(owner: str | None) -> Rows:
 
 
 def _read_files(files: settings.Files, owner: str | None) -> tuple[Rows, Rows | None]:
-    def rows(key: str, path: str) -> Rows:
-        table = _read_table(f"data.files.{key}", Path(path), files.columns)
+    train = _read_rows(files, "train", files.train, owner)
+    return train, (_read_rows(files, "test", files.test, None) if files.test else None)
 
-        def column(setting: str, name: str) -> list[str]:
-            if name not in table.columns:
-                known = [str(c) for c in table.columns]
-                raise SettingError(setting, f"{path} has no column {name!r}: {suggestion(name, known)}")
-            values = table[name]
-            empty = values.isna() | (values.eq("") if setting != "data.files.text" else False)
-            if empty.any():
-                at = int(np.flatnonzero(empty.to_numpy())[0]) + 1
-                raise SettingError(setting, f"{path}: row {at} has no {name!r}")
-            return [str(v) for v in values.tolist()]
 
-        return Rows(
-            column("data.files.text", files.text),
-            column("data.files.label", files.label) if files.label else None,
-            column("data.partition.column", owner) if owner and key == "train" else None,
-        )
+def _read_rows(files: settings.Files, key: str, path: str, owner: str | None) -> Rows:
+    table = _read_table(f"data.files.{key}", Path(path), files.columns)
 
-    return rows("train", files.train), (rows("test", files.test) if files.test else None)
+    def column(setting: str, name: str) -> list[str]:
+        if name not in table.columns:
+            known = [str(c) for c in table.columns]
+            raise SettingError(setting, f"{path} has no column {name!r}: {suggestion(name, known)}")
+        values = table[name]
+        empty = values.isna() | (values.eq("") if setting != "data.files.text" else False)
+        if empty.any():
+            at = int(np.flatnonzero(empty.to_numpy())[0]) + 1
+            raise SettingError(setting, f"{path}: row {at} has no {name!r}")
+        return [str(v) for v in values.tolist()]
+
+    return Rows(
+        column("data.files.text", files.text),
+        column("data.files.label", files.label) if files.label else None,
+        column("data.partition.column", owner) if owner else None,
+    )
+
+
+def read_site(files: settings.Files) -> Rows:
+    """The rows of a site's own file, `files.train`."""
+    return _read_rows(files, "train", files.train, None)
 
 
 def _read_table(key: str, path: Path, columns: Sequence[str] | None) -> Any:
@@ -347,37 +434,25 @@ def _hold_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
     return pick(False), pick(True)
 
 
-def _write(folder: Path, train: Rows, test: Rows, names: list[str], encode: Encode) -> None:
+def _write(folder: Path, train: Rows, test: Rows, names: Sequence[str], encode: Encode) -> None:
     for split, rows in (("train", train), ("test", test)):
-        encoded = encode(rows)
+        encoded = encode(rows) if rows.texts else Encoded([], [])
         lengths = np.fromiter(map(len, encoded.tokens), np.int64, len(encoded.tokens))
         np.save(folder / f"{split}.offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
         flat = np.fromiter((t for row in encoded.tokens for t in row), np.int32, int(lengths.sum()))
         np.save(folder / f"{split}.tokens.npy", flat)
         np.save(folder / f"{split}.targets.npy", np.asarray(encoded.targets, np.int64))
-    (folder / "meta.json").write_text(json.dumps({"labels": names}))
+    (folder / "meta.json").write_text(json.dumps({"labels": list(names)}))
 
 
-def _partition(
-    folder: Path,
-    data: settings.Data,
-    train: Examples,
-    owners: list[str] | None,
-    num_clients: int,
-    seed: int,
-) -> None:
-    parts = split(data.partition, train.targets, owners, num_clients, seed)
-    if (smallest := min(map(len, parts))) == 0:
-        empty = next(i for i, part in enumerate(parts) if len(part) == smallest)
-        raise SettingError(
-            "data.partition", f"client {empty} is left without examples; use fewer clients or less skew"
-        )
+def _write_partitions(folder: Path, held_share: float | None, parts: list[NDArray[np.int64]], seed: int) -> None:
+    """The rows of each client to train on, and those that it holds out."""
     held = [part[:0] for part in parts]
-    if data.client_test_share is not None:
-        if smallest < 2:
-            raise SettingError("data.client_test_share", "a client with one example has none to hold out")
+    if held_share is not None:
         for client, part in enumerate(parts):
-            count = min(max(1, round(data.client_test_share * len(part))), len(part) - 1)
+            if len(part) == 1:
+                raise SettingError("data.client_test_share", "a client with one example has none to hold out")
+            count = min(max(1, round(held_share * len(part))), len(part) - 1) if len(part) else 0
             mixed = generator(seed, "held-out", client).permutation(part)
             held[client], parts[client] = np.sort(mixed[:count]), np.sort(mixed[count:])
     for name, pieces in (("", parts), ("held_", held)):
@@ -393,7 +468,7 @@ def split(
     num_clients: int,
     seed: int,
 ) -> list[NDArray[np.int64]]:
-    """The rows of each client, by the partitioners of flwr-datasets.
+    """The rows of each client, by the partitioners of flwr-datasets; no client is left without any.
 
     Args:
         how: the partition's kind and its parameters.
@@ -407,6 +482,21 @@ def split(
     """
     if num_clients > len(targets):
         raise SettingError("clients.total", f"{num_clients} clients, and only {len(targets)} examples")
+    parts = _split(how, targets, owners, num_clients, seed)
+    if empty := [client for client, part in enumerate(parts) if not len(part)]:
+        raise SettingError(
+            "data.partition", f"client {empty[0]} is left without examples; use fewer clients or less skew"
+        )
+    return parts
+
+
+def _split(
+    how: settings.Partition,
+    targets: NDArray[np.int64],
+    owners: Sequence[str] | None,
+    num_clients: int,
+    seed: int,
+) -> list[NDArray[np.int64]]:
     if isinstance(how, settings.LabelShares):
         return _by_label_shares(how.shares, targets, num_clients, seed)
 

@@ -191,7 +191,7 @@ class _Stage:
                 engine=engine,
                 data=self.ready.data,
                 ledger=_Memory(folder),
-                central=simulation.central(scenario),
+                central=simulation.central(scenario, scenario.seed),
                 merges=Merges(folder / "merges", found.weights),
                 settings=Setter(scenario, self.setup.noise),
                 folder=folder,

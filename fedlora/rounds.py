@@ -86,6 +86,7 @@ class Loop:
     settings: Setter
     folder: Path
     on_round: Callable[[Line], None]
+    repeatable: bool = True  # whether a round that runs again draws the same noise
     stop: Callable[[], bool] = lambda: False
 
     def run(self, now: Progress) -> Progress:
@@ -222,7 +223,7 @@ class Loop:
 
     def _within_budget(self, round: int, instruction: Instruction) -> tuple[list[int], int]:
         """Those of the cohort whose epsilon stays within the budget if they train, and how many do not."""
-        cohort, paid = self._draw(round), self.ledger.spent(round)
+        cohort, paid = self._draw(round), self._paid(round)
         whole, privacy = self.scenario.client_privacy, self.scenario.example_privacy
         if self.central is not None and whole is not None and whole.epsilon is not None:
             event = self.central.event(instruction.config[CLIP_NORM])
@@ -232,7 +233,9 @@ class Loop:
             return cohort, 0
         allowed = []
         for client in cohort:
-            held = self.data.num_examples(client)
+            if not (held := self.data.num_examples(client)):  # a site, which counts for itself
+                allowed.append(client)
+                continue
             spends = self.client.spends(held, self.settings(instruction, held))
             if not self._would_pass(client, spends, paid, privacy):
                 allowed.append(client)
@@ -254,13 +257,18 @@ class Loop:
         """Put the spend on disk before what it bought is used.
 
         A round that is run again after an interruption draws the same noise over the same examples: it
-        gives the same updates, and costs nothing more, unless its noise or steps are other than before.
+        gives the same updates, and costs nothing more, unless its noise or steps are other than before, or
+        the noise is nobody's to draw again.
         """
-        round, paid = instruction.round, self.ledger.spent(instruction.round)
+        round, paid = instruction.round, self._paid(instruction.round)
         for privacy, events in self._costs(instruction, replies):
             new = {holder: event for holder, event in events.items() if paid.get(holder) != event}
             terms = {"delta": privacy.delta, "unit": privacy.unit, "accountant": privacy.accountant}
             self.ledger.spend(round, new, **terms)
+
+    def _paid(self, round: int) -> Mapping[Holder, Event]:
+        """What need not be paid again if a round runs again."""
+        return self.ledger.spent(round) if self.repeatable else {}
 
     def _costs(
         self, instruction: Instruction, replies: Replies

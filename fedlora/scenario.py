@@ -172,6 +172,7 @@ class Data(Section):
     max_length: Annotated[Int, Field(ge=2)] = 128  # tokens an example is cut to
     test_share: Annotated[Float, Field(gt=0, lt=1)] = 0.1  # held out where the source has no test set
     client_test_share: Annotated[Float, Field(gt=0, lt=1)] | None = None  # that each client keeps to judge by
+    labels: tuple[str, ...] | None = None  # in order; null: those of the data, sorted
 
     @field_validator("dataset")
     @classmethod
@@ -366,6 +367,7 @@ class Engine(Section):
     workers: PositiveInt | Literal["auto"] = "auto"
     threads: PositiveInt | Literal["auto"] = "auto"  # per worker
     gpus_per_worker: Annotated[Float, Field(ge=0)] = 0.0
+    deadline: PositiveFloat | None = None  # seconds that a round waits for its clients; null: as the engine does
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of training; evaluation is in fp32
 
 

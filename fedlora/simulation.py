@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import threading
@@ -103,66 +104,73 @@ def _simulate(
     shown: Display,
     watch: Callable[[engines.Engine], engines.Engine],
 ) -> Run:
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     shown.stage("reading and tokenising the data")
     ready = prepare(scenario)
     with contextlib.closing(watch(engines.make(scenario, address))) as engine:
         shown.stage("calibrating the noise")  # while workers import
-        setup = replace(ready.setup, noise=(noise := calibrate(scenario, ready.data)))
-        whole = central(scenario)
-        if ready.strategy.personal or ready.strategy.trips > 1:
-            setup = replace(setup, personal=folder.absolute() / "personal")
-        shown.stage("loading the model")
-        found = engine.start(setup)
-        ready.strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
-        check_strategy(ready.strategy)
-        now = Progress(round=0, adapter=dict(found.initial))
-        if resume:
-            now = _restore(folder, ready.strategy, now)
-        else:
-            _create(folder, ready)
-        record = Ledger(folder)
-        if resume:
-            if scenario.privacy is not None and record.last_round < now.round:
-                raise UserError(
-                    f"{folder / 'privacy.jsonl'}: records spending until round {record.last_round}, and the "
-                    f"checkpoint is of round {now.round}; restore the file, or start again in another folder"
-                )
-            record.forget_after(now.round)
-        merges = Merges(folder / "merges", found.weights)
-        merges.restore(now.merges)
-        for change in merges.changes:
-            engine.merge(change)
-        loop = Loop(
-            scenario=scenario,
-            strategy=ready.strategy,
-            client=ready.client,
-            engine=engine,
-            data=ready.data,
-            ledger=record,
-            merges=merges,
-            central=whole,
-            settings=Setter(scenario, noise),
-            folder=folder,
-            on_round=shown.round,
-        )
-        shown.begin(scenario, found.metric, now.round)
-        stopped = None
-        try:
-            with _stopping() as asked:
-                loop.stop = asked
-                now = loop.run(now)
-            stopped = now.last.pop("stopped", None)
-        except KeyboardInterrupt:
-            stopped = f"interrupted after round {now.round}"
-        with _undisturbed():
-            if stopped is not None and now.round and found.metric not in now.last and not ready.strategy.personal:
-                now.last.update(engine.evaluate(now.adapter))
-            _export(engine, now.adapter, folder, merges)
-            summary = _summary(ready, now, found, record, stopped)
-            _write_json(folder / "summary.json", summary)
-            _model_card(folder, ready, summary)
+        ready = replace(ready, setup=replace(ready.setup, noise=calibrate(scenario, ready.data)))
+        return carry_out(ready, engine, folder, resume, shown)
+
+
+def carry_out(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, shown: Display) -> Run:
+    """Run what was prepared on an engine, from its first round, or the checkpoint's, to a finished folder."""
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    scenario, setup = ready.scenario, ready.setup
+    whole = central(scenario, secrets.randbits(63) if setup.secret else scenario.seed)
+    if ready.strategy.personal or ready.strategy.trips > 1:
+        setup = replace(setup, personal=folder.absolute() / "personal")
+    shown.stage("loading the model")
+    found = engine.start(setup)
+    ready.strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
+    check_strategy(ready.strategy)
+    now = Progress(round=0, adapter=dict(found.initial))
+    if resume:
+        now = _restore(folder, ready.strategy, now)
+    else:
+        _create(folder, ready)
+    record = Ledger(folder)
+    if resume:
+        if scenario.privacy is not None and record.last_round < now.round:
+            raise UserError(
+                f"{folder / 'privacy.jsonl'}: records spending until round {record.last_round}, and the "
+                f"checkpoint is of round {now.round}; restore the file, or start again in another folder"
+            )
+        record.forget_after(now.round)
+    merges = Merges(folder / "merges", found.weights)
+    merges.restore(now.merges)
+    for change in merges.changes:
+        engine.merge(change)
+    loop = Loop(
+        scenario=scenario,
+        strategy=ready.strategy,
+        client=ready.client,
+        engine=engine,
+        data=ready.data,
+        ledger=record,
+        merges=merges,
+        central=whole,
+        settings=Setter(scenario, setup.noise),
+        folder=folder,
+        on_round=shown.round,
+        repeatable=not setup.secret,
+    )
+    shown.begin(scenario, found.metric, now.round)
+    stopped = None
+    try:
+        with _stopping() as asked:
+            loop.stop = asked
+            now = loop.run(now)
+        stopped = now.last.pop("stopped", None)
+    except KeyboardInterrupt:
+        stopped = f"interrupted after round {now.round}"
+    with _undisturbed():
+        if stopped is not None and now.round and found.metric not in now.last and not ready.strategy.personal:
+            now.last.update(engine.evaluate(now.adapter))
+        _export(engine, now.adapter, folder, merges)
+        summary = _summary(ready, now, found, record, stopped)
+        _write_json(folder / "summary.json", summary)
+        _model_card(folder, ready, summary)
     return Run(folder, summary)
 
 
@@ -172,6 +180,63 @@ def prepare(scenario: Scenario) -> Prepared:
     Raises:
         SettingError: a setting does not fit the data.
     """
+    data, total = scenario.data, scenario.clients.total
+    return _prepared(
+        scenario, lambda encode, key: datasets.prepare(data, scenario.task, total, scenario.seed, encode, key)
+    )
+
+
+def prepare_server(scenario: Scenario) -> Prepared:
+    """The same where clients are sites that keep their examples: the server has the test rows alone.
+
+    Raises:
+        SettingError: there are none, or the scenario asks for what sites cannot do.
+    """
+    if scenario.secure_aggregation is not None:
+        raise SettingError("secure_aggregation", "is only simulated as yet: leave it out to run on sites")
+    data, total = scenario.data, scenario.clients.total
+    test, labels = datasets.read_test(data, scenario.task)
+
+    def hold(encode: datasets.Encode, key: str) -> datasets.Dataset:
+        return datasets.hold(data, scenario.task, total, scenario.seed, encode, key, labels, test=test)
+
+    ready = _prepared(scenario, hold, labels)
+    return replace(ready, setup=replace(ready.setup, secret=True))
+
+
+def prepare_site(
+    scenario: Scenario, labels: Sequence[str], rows: datasets.Rows, client: int, **placed: Any
+) -> engines.Setup:
+    """What a site's worker needs, its noise calibrated to the rows that it holds.
+
+    Args:
+        scenario: that the server sent.
+        labels: that the server sent, in order.
+        rows: of the site's own file.
+        client: which client the site is.
+        placed: fields of `Setup` that are the site's own choice, such as `threads`.
+
+    Raises:
+        SettingError: a setting does not fit the rows.
+    """
+    data, total = scenario.data, scenario.clients.total
+
+    def hold(encode: datasets.Encode, key: str) -> datasets.Dataset:
+        return datasets.hold(
+            data, scenario.task, total, scenario.seed, encode, key, labels, train=rows, client=client
+        )
+
+    ready = _prepared(scenario, hold, labels)
+    noise = calibrate(scenario, ready.data)
+    return replace(ready.setup, noise=noise, secret=ready.client.private, **placed)
+
+
+def _prepared(
+    scenario: Scenario,
+    hold: Callable[[datasets.Encode, str], datasets.Dataset],
+    labels: Sequence[str] | None = None,
+) -> Prepared:
+    """Everything that a run needs but the noise, with what `hold` makes of the tokenizer for its data."""
     strategy = strategies.load(scenario.strategy.use, scenario.strategy.options)
     strategies.check(strategy, scenario)
     client = clients.load(scenario.clients.use, scenario.clients.options)
@@ -182,19 +247,16 @@ def prepare(scenario: Scenario) -> Prepared:
     model, data = scenario.model, scenario.data
     tokenizer = task.load_tokenizer(model.base, model.revision)
     if scenario.task == "classification":
-        labels: list[str] = []
+        names = list(labels or data.labels or ())
 
         def encode(rows: datasets.Rows) -> datasets.Encoded:
-            if not labels:  # the training rows come first, and hold every label
-                labels.extend(sorted(set(rows.labels or ())))
-            return task.encode_classification(tokenizer, rows, labels, data.max_length)
+            if not names:  # the training rows come first, and hold every label
+                names.extend(sorted(set(rows.labels or ())))
+            return task.encode_classification(tokenizer, rows, names, data.max_length)
 
     else:
         encode = partial(task.encode_causal_lm, tokenizer, max_length=data.max_length)
-    total = scenario.clients.total
-    dataset = datasets.prepare(
-        data, scenario.task, total, scenario.seed, encode, task.encoding_fingerprint(tokenizer)
-    )
+    dataset = hold(encode, task.encoding_fingerprint(tokenizer))
     setup = engines.Setup(
         scenario=scenario.model_dump(),
         dataset=dataset.folder,
@@ -214,7 +276,7 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
     told, asked = scenario.clients, scenario.example_privacy
     if asked is None:
         return None
-    sizes = sorted({data.num_examples(c) for c in range(data.num_clients)})
+    sizes = sorted({data.num_examples(c) for c in range(data.num_clients)} - {0})  # 0: held elsewhere
     if asked.delta >= 1 / sizes[-1]:
         logger.warning(
             "privacy.delta: %g is not below 1/%d, one over the examples of the largest client: at such a delta a "
@@ -235,8 +297,13 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
     return dict(zip(sizes, found, strict=True))
 
 
-def central(scenario: Scenario) -> Central | None:
-    """The server's side of client-level privacy, its noise calibrated over every round; None without."""
+def central(scenario: Scenario, seed: int) -> Central | None:
+    """The server's side of client-level privacy, its noise calibrated over every round; None without.
+
+    Args:
+        scenario: of the run.
+        seed: of cohorts and noise.
+    """
     told, asked = scenario.clients, scenario.client_privacy
     if asked is None:
         return None
@@ -250,9 +317,7 @@ def central(scenario: Scenario) -> Central | None:
     if noise is None:
         assert asked.epsilon is not None
         noise = privacy.calibrate(asked.epsilon, asked.delta, rate, scenario.rounds, asked.accountant)
-    return Central(
-        noise_multiplier=noise, sample_rate=rate, total=told.total, seed=scenario.seed, quantile=asked.quantile
-    )
+    return Central(noise_multiplier=noise, sample_rate=rate, total=told.total, seed=seed, quantile=asked.quantile)
 
 
 def _check_folder(folder: Path, scenario: Scenario, resume: bool) -> None:
@@ -314,6 +379,7 @@ def _create(folder: Path, ready: Prepared) -> None:
                     "clients": [
                         {"client": c, "num_examples": int(row.sum()), "labels": row.tolist()}
                         for c, row in enumerate(counts)
+                        if row.any()  # else nobody but its site knows
                     ],
                     "test_examples": len(ready.data.test),
                 },
@@ -366,7 +432,7 @@ def _summary(
         "neighbours": ledger.NEIGHBOURS if asked else None,
         "sampling": "poisson" if asked else None,
         "example_epsilon": _spent(record, scenario.example_privacy),
-        "privacy": _privacy_in_words(scenario, record),
+        "privacy": _privacy_in_words(ready, record),
         "seconds": round_to(now.seconds),
         "clients_per_second": round_to(now.trained / now.seconds) if now.seconds else None,
         "failures": now.failures,
@@ -398,8 +464,8 @@ def _spent(record: Ledger, asked: scenarios.Privacy | None) -> float | None:
     return max(every, default=0.0)
 
 
-def _privacy_in_words(scenario: Scenario, record: Ledger) -> str:
-    asked = scenario.privacy
+def _privacy_in_words(ready: Prepared, record: Ledger) -> str:
+    scenario, asked = ready.scenario, ready.scenario.privacy
     if asked is None:
         return "none: no gradient was clipped or noised"
     words = privacy.statement(_spent(record, asked) or 0.0, asked.delta, asked.unit, asked.accountant)
@@ -412,6 +478,8 @@ def _privacy_in_words(scenario: Scenario, record: Ledger) -> str:
         words += privacy.statement(example, asked.example.delta, "example", asked.example.accountant)
     if asked.share_metrics:
         words += "; the training losses and example counts that clients shared are not covered by it"
+    if ready.setup.secret:
+        return f"{words}; whoever added noise drew it, and the batches, from the operating system"
     return f"{words}; noise was drawn from the scenario's seed, as fits a simulation and not a deployment"
 
 
@@ -427,6 +495,7 @@ def _model_card(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> No
     first = "from fedlora.task import find_base\n" if base == "minilm" else ""
     value = summary[metric]
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    who = "sites" if ready.setup.secret else "simulated clients"
     judged = f"{summary['test_examples']} held-out examples"
     if ready.strategy.personal:
         judged = "the examples that clients hold out, by clients' own models; this adapter is what they share"
@@ -439,7 +508,7 @@ tags: [lora, federated-learning, differential-privacy, fedlora]
 # {scenario.name}
 
 A LoRA adapter (r = {config["r"]}, alpha = {config["lora_alpha"]:g}) for `{base}`, fine-tuned
-by {scenario.clients.total} simulated clients with `{scenario.strategy.use}` over {summary["rounds"]} rounds.
+by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["rounds"]} rounds.
 
 - {metric} on {judged}: {"not measured" if value is None else f"{value:.4f}"}
 - labels: {", ".join(ready.data.labels) or "none"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ class Setup:
         device: a torch device.
         noise: the calibrated noise multiplier for each number of examples; None without privacy.
         personal: folder of what stays with each client; None where nothing does.
+        secret: whether noise is drawn from the operating system and not from the scenario's seed.
     """
 
     scenario: Mapping[str, Any]
@@ -45,6 +47,7 @@ class Setup:
     device: str = "cpu"
     noise: Mapping[int, float] | None = None
     personal: Path | None = None
+    secret: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +278,7 @@ class Worker:
             received,
             partition,
             replace(settings, send=wanted),
-            clients.Rng(self.scenario.seed, round, client),
+            clients.Rng(secrets.randbits(63) if self.setup.secret else self.scenario.seed, round, client),
         )
         kind, layout = self.task.kind, self.task.layout
         check(update, {name: kind.shape(layout[name], rank) for name in wanted})  # before any of it is kept
