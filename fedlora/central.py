@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlora.adapter import Adapter, Tensor, Update
-from fedlora.errors import SettingError
+from fedlora.errors import ContractError, SettingError
 from fedlora.privacy import Event
 from fedlora.seeding import generator
 
@@ -37,15 +37,32 @@ def clip(update: Update, received: Mapping[str, Tensor], bound: float, share_met
         bound: C.
         share_metrics: whether its figures may leave all the same.
     """
-    norm = math.sqrt(
-        sum(float(((t - received[n]).astype(np.float64) ** 2).sum()) for n, t in update.adapter.items())
-    )
+    norm = _norm(update, received)
     factor = np.float32(min(1.0, bound / norm)) if norm else np.float32(1)
     return replace(
         update,
         adapter={n: received[n] + factor * (t - received[n]) for n, t in update.adapter.items()},
         weight=1.0,
         metrics={**(update.metrics if share_metrics else {}), WITHIN: float(norm <= bound)},
+    )
+
+
+def check(update: Update, received: Mapping[str, Tensor], bound: float) -> None:
+    """Make sure that a client that the server does not trust has clipped: the guarantee stands on it.
+
+    Raises:
+        ContractError: its change is larger than `bound`, or it says what cannot be.
+    """
+    if (norm := _norm(update, received)) > bound * (1 + 1e-4):
+        raise ContractError(f"a change of norm {norm:.4g} was sent, and the bound is {bound:.4g}")
+    if update.weight != 1.0 or update.metrics.get(WITHIN) not in (0.0, 1.0):
+        raise ContractError("where clients are protected whole they weigh alike and say whether they were clipped")
+
+
+def _norm(update: Update, received: Mapping[str, Tensor]) -> float:
+    """The norm of a change, over all tensors together."""
+    return math.sqrt(
+        sum(float(((t - received[n]).astype(np.float64) ** 2).sum()) for n, t in update.adapter.items())
     )
 
 

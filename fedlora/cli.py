@@ -46,6 +46,19 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--ray-address", metavar="A", help="join a running Ray cluster")
     simulate.set_defaults(command=_simulate)
 
+    submit = commands.add_parser("submit", help="run a scenario on the sites of a Flower SuperLink")
+    _scenario(submit)
+    submit.add_argument("--superlink", metavar="NAME", required=True, help="a connection in Flower's config.toml")
+    submit.add_argument("--out", metavar="DIR", help="where the run folder comes (default: runs/<its name>)")
+    submit.add_argument("--resume", metavar="NAME", help="go on with a run folder of the server")
+    submit.add_argument("--key", metavar="FILE", help="ssh key that signs the run, for sites that ask who submits")
+    submit.set_defaults(command=_submit)
+
+    split = commands.add_parser("split", help="write each client's examples and site file, to rehearse with")
+    _scenario(split)
+    split.add_argument("--out", metavar="DIR", default="sites", help="a folder to make (default: sites)")
+    split.set_defaults(command=_split)
+
     check = commands.add_parser("check", help="report everything that is wrong with a scenario")
     _scenario(check)
     check.set_defaults(command=_check)
@@ -147,6 +160,39 @@ def _simulate(arguments: argparse.Namespace) -> int:
         )
     print("\n".join(summary_lines(run.folder, run.summary)))
     return 130 if str(run.summary.get("stopped", "")).startswith("interrupted") else 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedlora import scenario
+    from fedlora.report.console import Live, summary_lines
+
+    loaded = scenario.load(arguments.scenario, arguments.overrides)
+    with Live() as display:
+        from fedlora.deploy.submit import submit
+
+        run = submit(
+            loaded,
+            arguments.superlink,
+            out=Path(arguments.out) if arguments.out else None,
+            resume=arguments.resume,
+            key=Path(arguments.key) if arguments.key else None,
+            display=display,
+        )
+    print("\n".join(summary_lines(run.folder, run.summary)))
+    return 0
+
+
+def _split(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from fedlora import scenario
+    from fedlora.deploy.split import split
+
+    for file in split(scenario.load(arguments.scenario, arguments.overrides), Path(arguments.out)):
+        print(file)
+    return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:

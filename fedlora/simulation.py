@@ -85,7 +85,7 @@ def simulate(
     elif overrides:
         raise UserError("overrides go with a scenario's file or name, not with a loaded one")
     folder = Path(out) if out else Path("runs") / f"{scenario.name}-{scenario.hash}"
-    _check_folder(folder, scenario, resume)
+    check_folder(folder, scenario, resume)
     shown = Tracked(display or default_display(), folder)
     try:
         trackers.check(scenario.trackers)
@@ -320,7 +320,7 @@ def central(scenario: Scenario, seed: int) -> Central | None:
     return Central(noise_multiplier=noise, sample_rate=rate, total=told.total, seed=seed, quantile=asked.quantile)
 
 
-def _check_folder(folder: Path, scenario: Scenario, resume: bool) -> None:
+def check_folder(folder: Path, scenario: Scenario, resume: bool) -> None:
     """Refuse to write over a run, or to go on with another one.
 
     Raises:

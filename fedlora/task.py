@@ -284,6 +284,15 @@ class Task(ABC):
             for _, full, small in self._frozen:
                 small.copy_(full)
 
+    def base_fingerprint(self) -> str:
+        """Differs where any weight that no client changes differs; of the base before any merge."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            if not _federates(name) and ".original_module." not in name:
+                digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+                digest.update(parameter.detach().float().cpu().contiguous().numpy())
+        return digest.hexdigest()[:32]
+
     def begin(self, adapter: Mapping[str, NDArray[np.float32]], train: Sequence[str]) -> list["torch.Tensor"]:
         """Make the model a client's: every tensor as first made, then `adapter`, with `train` trainable.
 

@@ -5,20 +5,21 @@ A reply has the shape that Flower's own strategies expect: one ArrayRecord, and 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.common.serde import recorddict_to_proto
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
-from fedlora.adapter import Adapter, Instruction, Layout, Tensor, Update
-from fedlora.errors import ContractError
+from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
+from fedlora.errors import ContractError, UserError
 from fedlora.privacy import Event
 
-ARRAYS, METRICS, CONFIG, REPORT = "arrays", "metrics", "config", "fedlora"
+ARRAYS, METRICS, CONFIG, REPORT, MERGE = "arrays", "metrics", "config", "fedlora", "merge"
 WEIGHT, ROUND = "num-examples", "server-round"
 CLIENT_FAILED = 0  # flwr.app.ErrorCode.UNKNOWN
 
@@ -49,8 +50,9 @@ def unpack_instruction(content: RecordDict, layout: Layout) -> Instruction:
 
     A message of a stock Flower strategy names no tensors to train: then all that it sends are.
     """
-    adapter = from_arrays(next(iter(content.array_records.values())))
-    config: dict[str, Any] = dict(next(iter(content.config_records.values()), {}))
+    arrays, words = content.array_records, content.config_records
+    adapter = from_arrays(arrays[ARRAYS] if ARRAYS in arrays else next(iter(arrays.values())))
+    config: dict[str, Any] = dict(words[CONFIG] if CONFIG in words else next(iter(words.values()), {}))
     round = int(config.pop(ROUND, 1))
     train, send = config.pop("train", None), config.pop("send", None)
     keep = config.pop("keep", None)
@@ -93,6 +95,87 @@ def unpack_update(message: Message, client: int) -> Update:
         clients=(client,),
         metrics={k: float(v) for k, v in metrics.items() if isinstance(v, int | float)},
     )
+
+
+def unpack_event(content: RecordDict) -> Event | None:
+    """The privacy event that a reply cost; None where it names none.
+
+    Raises:
+        ContractError: it is garbled.
+    """
+    told = _report(content).get("privacy")
+    return None if told is None else read_event(_json(told))
+
+
+def read_event(told: Any) -> Event | None:
+    """A privacy event from what a client wrote; None from null.
+
+    Raises:
+        ContractError: it is garbled.
+    """
+    try:
+        return None if told is None else Event.from_json(told)
+    except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:
+        raise ContractError(f"a message lacks or garbles {error} of its privacy event") from error
+
+
+def pack_words(words: Mapping[str, Any]) -> RecordDict:
+    """JSON values by name as the content of a message between the server and a site, without tensors."""
+    return RecordDict({REPORT: ConfigRecord({key: json.dumps(value) for key, value in words.items()})})
+
+
+def unpack_words(content: RecordDict) -> dict[str, Any]:
+    """What `pack_words` packed; empty where there is none of it.
+
+    Raises:
+        ContractError: a value is not JSON.
+    """
+    return {key: _json(value) for key, value in _report(content).items()}
+
+
+def pack_merges(content: RecordDict, first: int, changes: Sequence[Change]) -> None:
+    """Put merges beside an instruction, for a site that lacks them: those from number `first` on."""
+    for number, change in enumerate(changes, first):
+        sides = {f"{m}/{i}": side for m, pair in change.items() for i, side in enumerate(pair)}
+        content[f"{MERGE}-{number}"] = to_arrays(sides)
+
+
+def unpack_merges(content: RecordDict) -> dict[int, Change]:
+    """What `pack_merges` put there, by number."""
+    found: dict[int, Change] = {}
+    for key, arrays in content.array_records.items():
+        prefix, _, number = key.partition("-")
+        if prefix == MERGE and number.isdigit():
+            sides = from_arrays(arrays)
+            modules = sorted({name.rsplit("/", 1)[0] for name in sides})
+            found[int(number)] = {m: (sides[f"{m}/0"], sides[f"{m}/1"]) for m in modules}
+    return found
+
+
+def to_bytes(content: RecordDict) -> bytes:
+    """A message's content as Flower serialises it."""
+    return bytes(recorddict_to_proto(content).SerializeToString())
+
+
+def from_bytes(data: bytes) -> RecordDict:
+    """What `to_bytes` made."""
+    return recorddict_from_proto(ProtoRecordDict.FromString(data))
+
+
+def content_bytes(content: RecordDict) -> int:
+    """Bytes of a message's content as Flower serialises it."""
+    return _size(content)
+
+
+def _report(content: RecordDict) -> Mapping[str, Any]:
+    return content.config_records.get(REPORT, {})
+
+
+def _json(text: object) -> Any:
+    try:
+        return json.loads(str(text))
+    except (ValueError, RecursionError) as error:
+        raise ContractError("a message holds what is not JSON") from error
 
 
 def error_reply(to: Message, reason: str) -> Message:

@@ -46,7 +46,8 @@ class Engine(Grid):
         self._run = Run.create_empty(run_id=1)
         self._replies: dict[str, Message] = {}
         self.description: Description
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
+        if TaskIdentity._run_id is None:  # no process of a SuperLink or a SuperNode
+            TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
 
     @abstractmethod
     def start(self, setup: Setup) -> Description:

@@ -197,6 +197,10 @@ class Worker:
             fingerprint=fingerprint(self.task.initial),
         )
 
+    def base_fingerprint(self) -> str:
+        """Of the base model's own weights, before any merge."""
+        return self.task.base_fingerprint()
+
     def pid(self) -> int:
         """The process that this worker is."""
         return os.getpid()
@@ -227,7 +231,7 @@ class Worker:
                 settings = self.settings(instruction, len(partition))
                 event, steps = self.client.spends(len(partition), settings), settings.local_steps
             update = self._answer(instruction, partition, rank)
-            check(update, self._expected(instruction, rank))
+            check(update, self.expected(instruction, rank))
             if (bound := instruction.config.get(central.CLIP_NORM)) is not None:
                 assert self.scenario.privacy is not None
                 shares = self.scenario.privacy.share_metrics
@@ -288,7 +292,7 @@ class Worker:
             self.personal.save_trip(client, round, update.adapter, update.weight)
         return replace(update, adapter=strategy.reply(instruction, update.adapter), scaling=kind.scaling(rank))
 
-    def _expected(self, instruction: Instruction, rank: int) -> dict[str, tuple[int, ...]]:
+    def expected(self, instruction: Instruction, rank: int) -> dict[str, tuple[int, ...]]:
         """The shapes of what a client of a rank should send, found once by a dry run of the reply."""
         key = (instruction.send, instruction.trip, rank)
         if key not in self._shapes:

@@ -1,0 +1,44 @@
+"""Structured logs: a line of JSON for each event, from every part, with its round and its client."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+
+KEYS = ("run", "round", "client", "kind", "seconds", "epsilon", "bytes_up", "bytes_down", "failures")
+
+
+class Lines(logging.Formatter):
+    """A record as a line: `time, level, part, message`, and of `KEYS` those that the record has."""
+
+    def __init__(self, part: str) -> None:
+        """Lines of a part, such as `server` or a site's name."""
+        super().__init__()
+        self.part = part
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        told = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "part": self.part,
+            "message": record.getMessage(),
+            **{key: getattr(record, key) for key in KEYS if getattr(record, key, None) is not None},
+        }
+        if record.exc_info:
+            told["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(told)
+
+
+def start(part: str, *handlers: logging.Handler) -> None:
+    """Write fedlora's log to some handlers, as lines of a part."""
+    logger = logging.getLogger("fedlora")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = _formatted(part, handlers)
+
+
+def _formatted(part: str, handlers: Sequence[logging.Handler]) -> list[logging.Handler]:
+    for handler in handlers:
+        handler.setFormatter(Lines(part))
+    return list(handlers)

@@ -1,0 +1,333 @@
+"""A site's side of a run: introduce, account, train. It knows no sockets and no processes.
+
+What a site says to the server when it refuses is fit for the server's eyes; what is wrong with the site's own
+data stands in the site's log.
+"""
+
+import json
+import logging
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from flwr.app import RecordDict
+
+from fedlora import data, simulation, wire
+from fedlora.adapter import Instruction
+from fedlora.checkpoint import Merges
+from fedlora.deploy import signing
+from fedlora.deploy import site as sites
+from fedlora.deploy.site import Site
+from fedlora.engine.flower import BEHIND, STRANGER
+from fedlora.engine.worker import Replies, Worker
+from fedlora.errors import FedloraError, SettingError
+from fedlora.ledger import Ledger
+from fedlora.privacy import Event, epsilon
+from fedlora.scenario import Scenario
+
+logger = logging.getLogger(__name__)
+
+Words = Mapping[str, Any]
+
+
+class Refusal(FedloraError):
+    """What a site will not do, in words that the server may read."""
+
+    def __init__(self, why: str, event: Event | None = None) -> None:
+        super().__init__(why)
+        self.event = event  # what was spent all the same
+
+
+@dataclass
+class Serving:
+    """The run that a node's model is loaded for."""
+
+    words: Words  # of its introduction
+    worker: Worker
+    ledger: Ledger
+    merges: Merges
+
+    @property
+    def key(self) -> str:
+        """What its files are under."""
+        return str(self.words["run"])
+
+
+class Node:
+    """One site, or in Flower's own simulation all of them.
+
+    Attributes:
+        served: rounds that were trained and sent.
+        failed: rounds that were not.
+    """
+
+    def __init__(self, where: Path, app: Path) -> None:
+        """A node that serves nothing yet.
+
+        Args:
+            where: the site file; in Flower's simulation a folder, and clients hold the scenario's partitions.
+            app: of the Flower app, with the code that came with the run.
+
+        Raises:
+            UserError: the site file is wrong, or the site's ledger is damaged.
+        """
+        self.file, self.app = where, app
+        self.site: Site | None = None
+        self.account: Ledger | None = None
+        self.run: Serving | None = None
+        self.folder = where
+        self._read_site()
+        self.served = self.failed = 0
+
+    def _read_site(self) -> None:
+        """Read the site file, which may have changed since the last run."""
+        if self.file.is_dir():
+            return
+        before, self.site = self.site, sites.load(self.file)
+        self.folder = self.site.folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.site != before:
+            self.run = self.account = None
+        if self.site.privacy is not None and self.account is None:
+            (self.folder / "ledger").mkdir(exist_ok=True)
+            self.account = Ledger(self.folder / "ledger")
+
+    @property
+    def epsilon(self) -> float | None:
+        """What the site's examples have lost in all runs together; None where it keeps no account."""
+        if self.site is None or self.site.privacy is None or self.account is None:
+            return None
+        events, terms = self.account.events.get(self.site.client, []), self.site.privacy
+        return epsilon(events, terms.delta, terms.accountant)
+
+    def answer(self, kind: str, content: RecordDict, partition: int) -> RecordDict:
+        """Do what a message asks for.
+
+        Args:
+            kind: `query`, `train` or `evaluate`.
+            content: of the message.
+            partition: which client this is, where no site file says.
+        """
+        if kind == "query":
+            self._read_site()
+        client = partition if self.site is None else self.site.client
+        began = time.perf_counter()
+        seen: dict[str, Any] = {"client": client, "kind": kind}
+        try:
+            if kind == "query":
+                made = self._introduce(wire.unpack_words(content), client)
+            else:
+                run = self._resumed(content, client)
+                instruction = wire.unpack_instruction(content, run.worker.task.layout)
+                seen["round"] = instruction.round
+                run = self._caught_up(run, content, client)
+                made = (self._train if kind == "train" else self._judge)(run, instruction, client)
+        except Refusal as error:
+            self.failed += kind == "train"
+            logger.warning("refused: %s", error, extra=seen)
+            spent = {} if error.event is None else {"privacy": error.event.to_json()}
+            return wire.pack_words({"refused": str(error), **spent})
+        self.served += kind == "train"
+        seen |= {"seconds": round(time.perf_counter() - began, 3), "epsilon": self.epsilon}
+        logger.info("answered", extra=seen)
+        return made
+
+    # Introductions.
+
+    def _introduce(self, words: Words, client: int) -> RecordDict:
+        """Say who this is, when everything is ready to train.
+
+        Raises:
+            Refusal: the run and the site do not go together.
+        """
+        scenario = self._acceptable(words)
+        if self.run is None or {**self.run.words, "signature": None} != {**words, "signature": None}:
+            self._load(words, client)
+        run = self.run
+        assert run is not None
+        for what, mine, theirs in (
+            ("base model", run.worker.base_fingerprint(), words["base"]),
+            ("first adapter", run.worker.describe().fingerprint, words["adapter"]),
+        ):
+            if mine != theirs and not len(run.merges):
+                self.run = None
+                raise Refusal(
+                    f"its {what} is another than the server's ({mine[:8]} here, {str(theirs)[:8]} there): install "
+                    f"the same weights of {scenario.model.base} and the same torch on both sides"
+                )
+        self._keep(words)
+        held = run.worker.dataset.num_examples(client)
+        event = self._event(run, Instruction(round=1, adapter={}, train=(), send=()), client)
+        return wire.pack_words(
+            {
+                "client": client,
+                "name": self.site.name if self.site else f"partition-{client}",
+                "num_examples": held,
+                "event": None if event is None else event.to_json(),
+            }
+        )
+
+    def _acceptable(self, words: Words) -> Scenario:
+        """The scenario of an introduction, if the site's rules allow it.
+
+        Raises:
+            Refusal: they do not.
+        """
+        there, here = words.get("version"), version("fedlora")
+        if there != here:
+            raise Refusal(f"it runs fedlora {here}, and the server {there}: install one version on both sides")
+        key = words.get("run")
+        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", key):
+            raise Refusal("the run has no name that could be a folder's")
+        try:
+            scenario = Scenario.model_validate(words["scenario"])
+        except (KeyError, ValueError) as error:
+            raise Refusal("it cannot read the scenario that the server sent") from error
+        if self.site is None:
+            return scenario
+        if not isinstance(words.get("labels"), list):
+            raise Refusal("the server names no labels")
+        if why := self.site.refuses(scenario):
+            raise Refusal(why)
+        if (keys := self.site.accept.submitters) is not None and not signing.signed(
+            str(words.get("signature")), keys, words["scenario"], self.app
+        ):
+            raise Refusal("nobody whom it knows has signed this run: submit it by fedlora submit --key FILE")
+        return scenario
+
+    def _load(self, words: Words, client: int, merged: int | None = None) -> Serving:
+        """Be a worker of a run, with its ledger, and with the merges that are kept here.
+
+        Args:
+            words: of the introduction.
+            client: which client this is.
+            merged: how many merges to keep; by default all.
+
+        Raises:
+            Refusal: the data do not fit; the log says how.
+        """
+        scenario, key = Scenario.model_validate(words["scenario"]), str(words["run"])
+        folder = self.folder / "runs" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run = None
+        try:
+            if self.site is None:
+                ready = simulation.prepare(scenario)
+                noise = simulation.calibrate(scenario, ready.data)
+                setup = replace(ready.setup, noise=noise, secret=ready.client.private)
+            else:
+                rows = data.read_site(self.site.data)
+                placed = {"threads": self.site.threads, "device": self.site.device}
+                setup = simulation.prepare_site(scenario, words["labels"], rows, client, **placed)
+            worker = Worker(replace(setup, personal=folder / "personal"))
+        except SettingError as error:
+            where = scenario.located(error)
+            if self.site is not None and error.key.startswith("data."):
+                where = sites.located(self.file, error)
+            logger.error("%s", where, extra={"client": client, "run": key})
+            raise Refusal(
+                f"its data or machine do not fit the scenario ({error.key}): its log says why"
+            ) from error
+        merges = Merges(folder / "merges", worker.task.weights)
+        count = len(list((folder / "merges").glob("*.safetensors")))
+        merges.restore(count if merged is None else merged)
+        for change in merges.changes:
+            worker.merge(change)
+        self.run = Serving(words, worker, Ledger(folder), merges)
+        return self.run
+
+    def _keep(self, words: Words) -> None:
+        """Write an introduction down, so that a restart needs no other."""
+        file = self.folder / "runs" / str(words["run"]) / "run.json"
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(dict(words)))
+        part.replace(file)
+
+    def _resumed(self, content: RecordDict, client: int) -> Serving:
+        """The run that a message is about; loaded again if this process was not the one that met it.
+
+        Raises:
+            Refusal: no introduction of it is kept here.
+        """
+        key = str(wire.unpack_words(content).get("run"))
+        if self.run is not None and self.run.key == key:
+            return self.run
+        try:
+            words = json.loads((self.folder / "runs" / Path(key).name / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise Refusal(f"{STRANGER}: it knows nothing of the run {key}") from error
+        self._acceptable(words)  # the site file may be another by now
+        return self._load(words, client)
+
+    # Rounds.
+
+    def _caught_up(self, run: Serving, content: RecordDict, client: int) -> Serving:
+        """The run with the merges that its server has: those that came with the message, and none beyond.
+
+        Raises:
+            Refusal: some in between are missing.
+        """
+        count = int(wire.unpack_words(content).get("merged", 0))
+        if len(run.merges) > count:  # the server fell behind: it lost a round
+            run = self._load(run.words, client, merged=count)
+        for number, change in sorted(wire.unpack_merges(content).items()):
+            if number == len(run.merges) < count:
+                run.worker.merge(run.merges.append(change))
+        if len(run.merges) < count:
+            raise Refusal(f"{BEHIND}: it has {len(run.merges)} of {count}")
+        return run
+
+    def _train(self, run: Serving, instruction: Instruction, client: int) -> RecordDict:
+        """Pay, then train.
+
+        Raises:
+            Refusal: the site cannot afford it, or training failed.
+        """
+        event = self._event(run, instruction, client) if instruction.trip == 1 else None
+        if event is not None:
+            self._pay(run, instruction.round, client, event)
+        replies: Replies = run.worker.train(instruction, [client], partial_sums=False)
+        (report,) = replies.reports
+        if report.error is not None:
+            logger.error("%s", report.error, extra={"client": client, "round": instruction.round})
+            raise Refusal(f"training failed ({report.error.partition(':')[0]}): its log says why", event)
+        return wire.pack_update(replies.updates[0], event)
+
+    def _judge(self, run: Serving, instruction: Instruction, client: int) -> RecordDict:
+        """Loss and metric of the client's own model on the examples that it holds out."""
+        return wire.pack_words(run.worker.judge(instruction, [client]))
+
+    def _event(self, run: Serving, instruction: Instruction, client: int) -> Event | None:
+        held = run.worker.dataset.num_examples(client)
+        return run.worker.client.spends(held, run.worker.settings(instruction, held))
+
+    def _pay(self, run: Serving, round: int, client: int, event: Event) -> None:
+        """Write an event into the run's ledger and the site's, unless it would pass what either allows.
+
+        Raises:
+            Refusal: it would.
+        """
+        asked = run.worker.scenario.example_privacy
+        assert asked is not None
+        paid = [*run.ledger.events.get(client, []), event]
+        if asked.epsilon is not None:
+            spent = epsilon(paid, asked.delta, asked.accountant)
+            if spent > asked.epsilon * (1 + 1e-9):
+                raise Refusal(f"another round would make epsilon {spent:.3f}, and {asked.epsilon:g} was promised")
+        terms = {"delta": asked.delta, "unit": "example", "accountant": asked.accountant}
+        if self.site is not None and self.site.privacy is not None and self.account is not None:
+            cap = self.site.privacy
+            spent = epsilon([*self.account.events.get(client, []), event], cap.delta, cap.accountant)
+            if spent > cap.max_epsilon * (1 + 1e-9):
+                raise Refusal("another round would pass the epsilon that the site allows over all runs")
+            mine = {"delta": cap.delta, "unit": "example", "accountant": cap.accountant, "run": run.key}
+            self.account.spend(round, {client: event}, **mine)
+        run.ledger.spend(round, {client: event}, **terms)
+
+    def forget(self) -> None:
+        """Let the model go; the files stay."""
+        self.run = None

@@ -1,0 +1,156 @@
+"""What a ServerApp tells whoever submitted it: lines in its log, which Flower carries to `fedlora submit`.
+
+A SuperLink gives its users the run's log and nothing else. So the display of a run, and at its end the run folder,
+travel as lines of the log that begin with `MARK`.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fedlora.errors import UserError
+from fedlora.report.console import Display
+from fedlora.scenario import Scenario
+
+MARK = "fedlora:"
+BROUGHT = (  # of a run folder; checkpoints stay with the server
+    "scenario.yaml",
+    "metrics.jsonl",
+    "clients.jsonl",
+    "privacy.jsonl",
+    "privacy.head",
+    "partitions.json",
+    "summary.json",
+    "adapter",
+)
+_PIECE = 2**16  # characters of a folder in a line
+_MOST = 2**32  # bytes of a folder
+
+
+class Reported:
+    """A display that prints what happens as lines of the log."""
+
+    def stage(self, what: str) -> None:
+        """Something that takes a while has begun."""
+        self._say("stage", what=what)
+
+    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
+        """Rounds begin."""
+        self._say("begin", metric=metric, done=done)
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """A round has finished."""
+        self._say("round", line=dict(line))
+
+    def failed(self, why: str) -> None:
+        """The run has failed."""
+        self._say("failed", why=why)
+
+    def finished(self, folder: Path) -> None:
+        """The run has ended: here is its folder."""
+        data = _pack(folder)
+        text, digest = base64.b85encode(data).decode(), hashlib.sha256(data).hexdigest()
+        pieces = [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)]
+        for number, piece in enumerate(pieces):
+            self._say("folder", number=number, of=len(pieces), data=piece)
+        self._say("finished", name=folder.name, digest=digest)
+
+    def _say(self, event: str, **told: Any) -> None:
+        sys.stdout.write(f"{MARK}{json.dumps({'event': event, **told})}\n")  # in one piece: others write too
+        sys.stdout.flush()
+
+
+class Follower:
+    """Reads the lines again, and shows them.
+
+    Attributes:
+        failure: why the run failed; None while it has not.
+        name: of the folder that came; None before it is whole.
+    """
+
+    def __init__(self, scenario: Scenario, display: Display) -> None:
+        """Follow a run of a scenario."""
+        self.scenario, self.display = scenario, display
+        self.failure: str | None = None
+        self.name: str | None = None
+        self._pieces: dict[int, str] = {}
+        self._data = b""
+        self._shown = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has said its last word."""
+        return self.failure is not None or self.name is not None
+
+    def line(self, text: str) -> bool:
+        """Take in a line of the log; whether it was one of these. A log read twice is shown once."""
+        if not text.startswith(MARK):
+            return False
+        try:
+            told = json.loads(text.removeprefix(MARK))
+            self._take(told)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError("the run's log is damaged: look at the run folder on the server") from error
+        return True
+
+    def _take(self, told: Mapping[str, Any]) -> None:
+        match told["event"]:
+            case "stage":
+                self.display.stage(str(told["what"]))
+            case "begin" if not self._shown:
+                self.display.begin(self.scenario, str(told["metric"]), int(told["done"]))
+            case "round" if told["line"]["round"] > self._shown:
+                self._shown = told["line"]["round"]
+                self.display.round(told["line"])
+            case "failed":
+                self.failure = str(told["why"])
+            case "folder":
+                self._pieces[int(told["number"])] = str(told["data"])
+            case "finished":
+                self._data = base64.b85decode("".join(text for _, text in sorted(self._pieces.items())))
+                if hashlib.sha256(self._data).hexdigest() != told["digest"]:
+                    raise ValueError("digest")
+                self.name = str(told["name"])
+
+    def save(self, folder: Path) -> None:
+        """Write the run folder that came.
+
+        Raises:
+            UserError: it holds what no run folder does.
+        """
+        _unpack(self._data, folder)
+
+
+def _pack(folder: Path) -> bytes:
+    """What is brought back of a run folder, as a compressed archive."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:xz", preset=1) as archive:
+        for name in BROUGHT:
+            if (folder / name).exists():
+                archive.add(folder / name, arcname=name)
+    return stream.getvalue()
+
+
+def _unpack(data: bytes, folder: Path) -> None:
+    """Write an archive's files into a folder, if each is one that a run folder has."""
+    total = 0
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:xz") as archive:
+            for member in archive:
+                parts = PurePosixPath(member.name).parts
+                total += member.size
+                fits = parts and parts[0] in BROUGHT and ".." not in parts and total < _MOST
+                if not fits or not (member.isfile() or member.isdir()):
+                    raise UserError(f"the run folder that came holds {member.name!r}, which no run folder does")
+                if member.isfile() and (stream := archive.extractfile(member)) is not None:
+                    file = folder.joinpath(*parts)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(stream.read())
+    except tarfile.TarError as error:
+        raise UserError("the run folder that came is no archive") from error

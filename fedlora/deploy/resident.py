@@ -1,0 +1,213 @@
+"""The process that stays up on a node with the model in it, and how a ClientApp reaches it.
+
+Flower starts a process for each message; loading the base model in each would take longer than the training.
+So the ClientApp hands its message to this process over a Unix socket that only its owner can open. It is started
+on demand, started again if it died, and ends when nothing was asked of it for a while.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_SIZES = struct.Struct(">IQ")  # bytes of the words, bytes of the content
+_MOST_WORDS, _MOST_CONTENT = 2**20, 2**34
+_START = 120.0  # seconds that a resident may take to listen
+_IDLE = 300.0  # seconds without a request after which one ends where no site file says
+
+logger = logging.getLogger("fedlora.deploy.resident")
+
+Words = dict[str, Any]
+
+
+class Unreachable(Exception):
+    """There is no resident and none can be started; why, in words that the server may read."""
+
+
+def ask(where: Path, app: Path, words: Words, content: bytes) -> tuple[Words, bytes]:
+    """Hand a request to the node's resident, starting one if there is none.
+
+    Args:
+        where: the site file; in Flower's simulation a folder.
+        app: of the Flower app; a resident that runs another's code gives way.
+        words: of the request, JSON.
+        content: bytes of the message's content.
+
+    Returns:
+        The same of the reply.
+
+    Raises:
+        Unreachable: it cannot be started, or died of the request twice.
+    """
+    for last in (False, True):
+        try:
+            with _connected(where, app) as there:
+                _send(there, {**words, "app": str(app)}, content)
+                told, reply = _receive(there)
+        except (ConnectionError, EOFError) as error:
+            if last:
+                raise Unreachable(
+                    "its worker died of this request, and of it once more: its log says why"
+                ) from error
+            continue
+        if not told.get("other_app"):
+            return told, reply
+    raise Unreachable("its worker serves another app")
+
+
+def place(where: Path) -> Path:
+    """The socket of a node's resident, in a folder that only its owner can enter."""
+    home = Path(tempfile.gettempdir()) / f"fedlora-{os.getuid()}"
+    home.mkdir(mode=0o700, exist_ok=True)
+    if (there := home.stat()).st_uid != os.getuid() or there.st_mode & 0o077:
+        raise Unreachable(f"{home} is open to others")
+    return home / f"{hashlib.sha256(str(where.resolve()).encode()).hexdigest()[:16]}.sock"
+
+
+@contextlib.contextmanager
+def _connected(where: Path, app: Path) -> Iterator[socket.socket]:
+    """A connection to the resident."""
+    address = place(where)
+    with socket.socket(socket.AF_UNIX) as there:
+        with address.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one resident, however many ask at once
+            if there.connect_ex(str(address)):
+                _start(where, app, there, address)
+        yield there
+
+
+def _start(where: Path, app: Path, there: socket.socket, address: Path) -> None:
+    """Start a resident, and connect to it.
+
+    Raises:
+        Unreachable: it does not come up.
+    """
+    command = [sys.executable, "-m", "fedlora.deploy.resident", str(where), str(app)]
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    end = time.monotonic() + _START
+    while there.connect_ex(str(address)):
+        if child.poll() is not None:
+            raise Unreachable("its worker does not start: its log says why")
+        if time.monotonic() > end:
+            child.kill()
+            raise Unreachable(f"its worker did not listen within {_START:g} s")
+        time.sleep(0.02)
+
+
+def _send(there: socket.socket, words: Words, content: bytes) -> None:
+    text = json.dumps(words).encode()
+    there.sendall(_SIZES.pack(len(text), len(content)) + text)
+    there.sendall(content)
+
+
+def _receive(there: socket.socket) -> tuple[Words, bytes]:
+    """Words and content.
+
+    Raises:
+        EOFError: the other side has gone, or talks nonsense.
+    """
+    words, content = _SIZES.unpack(_exactly(there, _SIZES.size))
+    if words > _MOST_WORDS or content > _MOST_CONTENT:
+        raise EOFError
+    return json.loads(_exactly(there, words)), bytes(_exactly(there, content))
+
+
+def _exactly(there: socket.socket, count: int) -> bytearray:
+    data = bytearray(count)
+    view, done = memoryview(data), 0
+    while done < count:
+        if not (got := there.recv_into(view[done:])):
+            raise EOFError
+        done += got
+    return data
+
+
+def main() -> int:
+    """Serve a node until nothing was asked for a while."""
+    parser = argparse.ArgumentParser(prog="python -m fedlora.deploy.resident")
+    parser.add_argument("where", type=Path)
+    parser.add_argument("app", type=Path)
+    told = parser.parse_args()
+    from fedlora.deploy import logs
+    from fedlora.errors import UserError
+
+    sys.path.append(str(told.app))
+    logs.start("site", shown := logging.StreamHandler())
+    try:
+        return _serve(told.where, told.app, shown)
+    except UserError as error:
+        for line in error.lines:
+            logger.error("%s", line)
+        return 2
+
+
+def _serve(where: Path, app: Path, shown: logging.Handler) -> int:
+    from fedlora.deploy import logs, metrics
+    from fedlora.deploy.node import Node
+
+    node, idle = Node(where, app), _IDLE
+    logs.start(node.site.name if node.site else "sites", shown, logging.FileHandler(node.folder / "site.log"))
+    if node.site is not None:
+        idle = 60 * node.site.idle_minutes
+        if node.site.metrics_port is not None:
+            metrics.of_site(node, node.site.metrics_port)
+    address = place(where)
+    address.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as here:
+        before = os.umask(0o177)
+        here.bind(str(address))
+        os.umask(before)
+        here.listen(64)
+        here.settimeout(idle)
+        logger.info("worker %d is up", os.getpid())
+        try:
+            while True:
+                there, _ = here.accept()
+                with there:
+                    if not _answer(node, there):
+                        return 0
+        except TimeoutError:
+            logger.info("worker %d ends: nothing was asked for %g s", os.getpid(), idle)
+            return 0
+        finally:
+            address.unlink(missing_ok=True)
+
+
+def _answer(node: Any, there: socket.socket) -> bool:
+    """Serve one request; whether to go on."""
+    from fedlora import wire
+
+    try:
+        words, content = _receive(there)
+        if words["app"] != str(node.app):
+            _send(there, {"other_app": True}, b"")
+            return False
+    except (ConnectionError, EOFError):
+        return True  # who asked is gone
+    try:
+        made = node.answer(words["kind"], wire.from_bytes(content), words["partition"])
+        told, reply = {}, wire.to_bytes(made)
+    except Exception as error:
+        logger.exception("a request failed", extra={"kind": words.get("kind")})
+        told, reply = {"error": f"{type(error).__name__}: its log says more"}, b""
+    try:
+        _send(there, told, reply)
+    except ConnectionError:
+        logger.warning("who asked is gone; the reply is dropped", extra={"kind": words.get("kind")})
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

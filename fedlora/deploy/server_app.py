@@ -1,0 +1,97 @@
+"""The Flower ServerApp: the round loop of a simulation, with sites behind Flower's grid.
+
+Its run configuration: `scenario`, the name of one that ships with fedlora or the text of one; `resume`, the
+name of a run folder to go on with; `signature`, of who submitted the run. `$FEDLORA_RUNS` is where run folders
+are (default: `runs`), `$FEDLORA_METRICS_PORT` where Prometheus reads (default: nowhere).
+"""
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedlora import scenario as scenarios
+from fedlora import simulation
+from fedlora.deploy import logs
+from fedlora.deploy.report import Reported
+from fedlora.engine.flower import FlowerEngine
+from fedlora.errors import FedloraError, SettingError, UserError
+from fedlora.report.console import Display
+from fedlora.scenario import Scenario
+
+app = ServerApp()
+
+logger = logging.getLogger("fedlora.deploy.server")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run a scenario on the sites of a federation.
+
+    Raises:
+        RuntimeError: it failed; what Flower shows as the run's status.
+    """
+    logs.start("server", logging.StreamHandler())
+    shown = Reported()
+    try:
+        asked = {key: str(value) for key, value in context.run_config.items()}
+        folder = serve(grid, asked, shown, context.run_id)
+    except FedloraError as error:
+        shown.failed(str(error))
+        logger.error("%s", error)
+        raise RuntimeError(str(error)) from None
+    shown.finished(folder)
+
+
+def serve(grid: Grid, asked: dict[str, str], shown: "Display", number: int) -> Path:
+    """Run a scenario on the sites behind a grid, to its end.
+
+    Args:
+        grid: of the run.
+        asked: the run configuration.
+        shown: how it goes.
+        number: of the run, which names its folder.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: the scenario, or what the server has of data, is wrong.
+        RoundError: no site joined, or none of a round replied.
+    """
+    scenario = _scenario(asked.get("scenario", ""))
+    runs = Path(os.environ.get("FEDLORA_RUNS", "runs"))
+    if resumed := asked.get("resume"):
+        folder = runs / Path(resumed).name
+        simulation.check_folder(folder, scenario, resume=True)
+    else:
+        folder = runs / f"{scenario.name}-{scenario.hash}-{number}"
+    if port := os.environ.get("FEDLORA_METRICS_PORT"):
+        from fedlora.deploy.metrics import Exported
+
+        shown = Exported(shown, int(port))
+    try:
+        shown.stage("reading and tokenising the server's test data")
+        ready = simulation.prepare_server(scenario)
+        engine = FlowerEngine(
+            grid,
+            scenario.clients.total,
+            run=folder.name,
+            deadline=scenario.engine.deadline,
+            signature=asked.get("signature") or None,
+        )
+        with contextlib.closing(engine):
+            simulation.carry_out(ready, engine, folder, bool(resumed), shown)
+    except SettingError as error:
+        raise scenario.located(error) from error
+    return folder
+
+
+def _scenario(text: str) -> Scenario:
+    """A scenario from its text, or the name of one that ships with fedlora."""
+    if not text.strip():
+        raise UserError("scenario: is missing from the run configuration: give the name or the text of one")
+    return scenarios.parse(text) if "\n" in text.strip() else scenarios.load(text.strip())

@@ -1,0 +1,122 @@
+"""The site file: what a node brings to a run, and what it allows. No server can override it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from fedlora.errors import SettingError, UserError, suggestion
+from fedlora.privacy import Accountant
+from fedlora.scenario import (
+    Files,
+    Float,
+    Int,
+    KeyPath,
+    PositiveFloat,
+    PositiveInt,
+    Scenario,
+    Section,
+    Source,
+    read,
+)
+
+
+class Budget(Section):
+    """What the site's examples may lose in all runs together, for each of them."""
+
+    max_epsilon: PositiveFloat
+    delta: Annotated[Float, Field(gt=0, lt=1)]
+    accountant: Accountant = "pld"
+
+
+class Accept(Section):
+    """What a run must be like."""
+
+    scenarios: tuple[str, ...] | None = None  # names; null: any
+    strategies: tuple[str, ...] | None = None  # as in `strategy.use`; null: any that comes with fedlora
+    clients: tuple[str, ...] | None = None  # as in `clients.use`; null: any that comes with fedlora
+    own_code: bool = False  # whether strategies and clients may come with the run: they are programs
+    submitters: tuple[str, ...] | None = None  # ssh public keys, one of which signed the run; null: anybody
+
+
+class Site(Section):
+    """Everything about a node that is the site's own affair."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+    client: Annotated[Int, Field(ge=0)]  # which of the scenario's clients it is, from 0
+    data: Files  # `train` with its columns; the test set is the server's
+    state: Annotated[str, Field(min_length=1)]  # folder of the ledger, of what clients keep, and of logs
+    privacy: Budget | None = None  # null: trains without a guarantee of its own, if the scenario asks for none
+    accept: Accept = Accept()
+    device: str = "cpu"  # of torch
+    threads: PositiveInt = 1  # of torch
+    idle_minutes: PositiveFloat = 30.0  # after which the worker lets the model go
+    metrics_port: Annotated[Int, Field(ge=1, le=65535)] | None = None  # of a Prometheus endpoint; null: none
+
+    @property
+    def folder(self) -> Path:
+        """Where the site keeps what must outlast a restart."""
+        return Path(self.state)
+
+    def refuses(self, scenario: Scenario) -> str | None:
+        """Why the site does not take part in a scenario; None if it does."""
+        rules = self.accept
+        if rules.scenarios is not None and scenario.name not in rules.scenarios:
+            return f"it does not accept the scenario {scenario.name!r}"
+        for what, use, known in (
+            ("strategy", scenario.strategy.use, rules.strategies),
+            ("client", scenario.clients.use, rules.clients),
+        ):
+            if known is not None and use not in known:
+                return f"it does not accept the {what} {use!r}"
+            if ":" in use and not rules.own_code and not use.startswith("flwr.serverapp.strategy:"):
+                return f"it runs no code that comes with a run, such as the {what} {use!r}"
+        if self.client >= scenario.clients.total:
+            return f"it is client {self.client}, and the scenario has clients 0 to {scenario.clients.total - 1}"
+        if self.privacy is not None and scenario.example_privacy is None:
+            return "it trains under differential privacy for its examples only, and the scenario asks for none"
+        return None
+
+
+def load(path: str | Path) -> Site:
+    """Read a site file, and check all of it.
+
+    Raises:
+        UserError: with one line for every problem found.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    raw, lines, problems = read(text, str(path))
+    source = Source(str(path), lines, {})
+    told = [f"{source.where(p.path)}: {p.message}" for p in problems]
+    try:
+        site = Site.model_validate(raw)
+    except ValidationError as error:
+        for detail in error.errors():
+            key = tuple(part for part in detail["loc"])
+            told.append(f"{source.where(key)}: {_message(key, detail['type'], detail['msg'])}")
+    if told:
+        raise UserError(*dict.fromkeys(told))
+    return site
+
+
+def located(path: str | Path, error: SettingError) -> UserError:
+    """An error about data, with the file and line of the site file's setting."""
+    key = error.key.replace("data.files.", "data.")
+    _, lines, _ = read(Path(path).read_text(encoding="utf-8"), str(path))
+    place: KeyPath = tuple(key.split("."))
+    return UserError(f"{Source(str(path), lines, {}).where(place)}: {key}: {error.message}")
+
+
+def _message(key: KeyPath, kind: str, text: str) -> str:
+    name = ".".join(map(str, key))
+    if kind == "missing":
+        return f"{name} is missing"
+    if kind == "extra_forbidden":
+        owner: Any = Site
+        for part in key[:-1]:
+            owner = {"data": Files, "privacy": Budget, "accept": Accept}.get(str(part), owner)
+        return f"unknown key {name!r}: {suggestion(str(key[-1]), owner.model_fields)}"
+    return f"{name}: {text.replace('Input should', 'should')}"

@@ -1,0 +1,67 @@
+"""`fedlora split`: a scenario's partitions as the files of sites, to rehearse a deployment with."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from fedlora import data, simulation
+from fedlora.checkpoint import whole_folder
+from fedlora.errors import SettingError
+from fedlora.scenario import Scenario
+
+_SITE = """\
+# What this node brings to a run, and what it allows; see docs/deploy.md.
+name: site-{client}
+client: {client}                        # which of the scenario's clients it is
+data: {{train: {train}, text: text, label: {label}}}
+state: {state}
+privacy: {{max_epsilon: 10, delta: 1.0e-5}}  # that its examples may lose in all runs together
+accept: {{own_code: false}}
+"""
+
+
+def split(scenario: Scenario, folder: Path) -> list[Path]:
+    """Write what each client holds, in the order in which a simulation has it, and a site file for each.
+
+    Args:
+        scenario: with data that are at hand here.
+        folder: to make; client k's files are in `site-<k>`, the test rows in `test.csv`.
+
+    Returns:
+        The site files.
+
+    Raises:
+        UserError: the data cannot be read or split, or the folder is there.
+    """
+    try:
+        held = simulation.prepare(scenario).data
+        train, test = data.read(scenario.data, scenario.task)
+    except SettingError as error:
+        raise scenario.located(error) from error
+    made = []
+    with whole_folder(folder) as new:
+        _write(new / "test.csv", test, np.arange(len(test.texts)))
+        for client in range(scenario.clients.total):
+            rows = np.sort(np.concatenate([held.partition(client).rows, held.held_out(client).rows]))
+            (new / f"site-{client}").mkdir()
+            _write(new / f"site-{client}" / "train.csv", train, rows)
+            place = folder.absolute() / f"site-{client}"
+            (new / f"site-{client}" / "site.yaml").write_text(
+                _SITE.format(
+                    client=client,
+                    train=place / "train.csv",
+                    label="null" if train.labels is None else "label",
+                    state=place / "state",
+                )
+            )
+            made.append(folder / f"site-{client}" / "site.yaml")
+    return made
+
+
+def _write(file: Path, rows: data.Rows, chosen: "np.typing.NDArray[np.int64]") -> None:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["text"] if rows.labels is None else ["text", "label"])
+        for row in chosen:
+            writer.writerow([rows.texts[row]] if rows.labels is None else [rows.texts[row], rows.labels[row]])

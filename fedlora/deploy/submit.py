@@ -1,0 +1,201 @@
+"""`fedlora submit`: check a scenario, send it to a SuperLink, follow the run, bring its folder back.
+
+It speaks to the SuperLink through Flower's own command line, with the connections of Flower's configuration
+(`$FLWR_HOME/config.toml`).
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedlora import client as clients
+from fedlora import strategy as strategies
+from fedlora.checkpoint import whole_folder
+from fedlora.deploy import signing
+from fedlora.deploy.report import Follower
+from fedlora.errors import RoundError, SettingError, UserError
+from fedlora.report.console import Display
+from fedlora.run import Run
+from fedlora.scenario import Scenario
+
+_APP = """\
+[project]
+name = "fedlora-app"
+version = "0.1.0"
+description = "A run of fedlora."
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedlora"
+
+[tool.flwr.app.components]
+serverapp = "fedlora.deploy.server_app:app"
+clientapp = "fedlora.deploy.client_app:app"
+
+[tool.flwr.app.config]
+"""
+_QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+_PATIENCE = 20  # how often a log that ended too soon is asked for again
+_PAUSE = 3.0  # seconds between
+
+logger = logging.getLogger(__name__)
+
+
+def submit(
+    scenario: Scenario,
+    superlink: str,
+    *,
+    out: Path | None = None,
+    resume: str | None = None,
+    key: Path | None = None,
+    display: Display,
+) -> Run:
+    """Run a scenario on the sites of a SuperLink.
+
+    Args:
+        scenario: checked here, and sent with all its defaults.
+        superlink: the name of a connection in Flower's configuration.
+        out: the folder to bring the run back to, by default `runs/<the server's name for it>`.
+        resume: the server's name of a run to go on with.
+        key: an ssh key that signs the run, for sites that ask who submits.
+        display: shown how it goes.
+
+    Raises:
+        UserError: the scenario does not fit, or the SuperLink refused it.
+        RoundError: the run failed; the message says where its checkpoint is.
+    """
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is not an empty folder; name another with --out")
+    try:
+        strategies.check(strategies.load(scenario.strategy.use, scenario.strategy.options), scenario)
+        clients.load(scenario.clients.use, scenario.clients.options)
+    except SettingError as error:
+        raise scenario.located(error) from error
+    with tempfile.TemporaryDirectory() as folder:
+        app = Path(folder) / "fedlora-app"
+        _make(app, scenario, resume or "", key)
+        display.stage(f"sending the run to {superlink}")
+        number = _start(app, superlink)
+    try:
+        follower = _follow(number, superlink, scenario, display)
+    except KeyboardInterrupt:
+        _flwr("stop", number, superlink)
+        raise
+    if follower.failure is not None or follower.name is None:
+        why = follower.failure or f"run {number} ended without a word: flwr log {number} {superlink} --show"
+        raise RoundError(f"the run failed on the server: {why}")
+    place = out or Path("runs") / follower.name
+    with whole_folder(place) as new:
+        follower.save(new)
+    return Run.open(place)
+
+
+def _make(app: Path, scenario: Scenario, resume: str, key: Path | None) -> None:
+    """Write the Flower app of a run: its configuration, and the code of one's own that it names."""
+    app.mkdir()
+    for use in {scenario.strategy.use, scenario.clients.use}:
+        if ":" in use:
+            _copy_code(use.partition(":")[0], app)
+    sent = json.loads(json.dumps(scenario.model_dump()))  # what the server reads, and sites check the signature of
+    signature = signing.sign(key, sent, app) if key else ""
+    config = {"scenario": scenario.to_yaml(), "resume": resume, "signature": signature}
+    text = _APP + "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in config.items())
+    (app / "pyproject.toml").write_text(text, encoding="utf-8")
+
+
+def _copy_code(module: str, app: Path) -> None:
+    """Put a module that is not installed beside the app; an installed one is expected on every node."""
+    top = module.partition(".")[0]
+    found = importlib.util.find_spec(top)
+    places = [found.origin, *(found.submodule_search_locations or ())] if found else []
+    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")]
+    for place in (Path(p).resolve() for p in places if p):
+        if any(place.is_relative_to(there) for there in installed):
+            return
+        if found is None or found.submodule_search_locations is None:
+            shutil.copy(place, app / place.name)
+        elif place.is_dir():
+            shutil.copytree(
+                place, app / top, ignore=shutil.ignore_patterns("__pycache__", ".*"), dirs_exist_ok=True
+            )
+
+
+def _start(app: Path, superlink: str) -> str:
+    """Send the app; gives the number of the run.
+
+    Raises:
+        UserError: the SuperLink refused it, or cannot be reached.
+    """
+    done = _flwr("run", str(app), superlink, "--format", "json")
+    told = _json(done.stdout)
+    if done.returncode or not told.get("run-id"):
+        raise UserError(f"--superlink {superlink}: {_reason(told, done)}")
+    return str(told["run-id"])
+
+
+def _follow(number: str, superlink: str, scenario: Scenario, display: Display) -> Follower:
+    """Read the run's log until it has ended; a log that breaks off is asked for again, from its beginning."""
+    follower = Follower(scenario, display)
+    for attempt in range(_PATIENCE):
+        if attempt:
+            time.sleep(_PAUSE)
+        with subprocess.Popen(
+            [*_command(), "log", number, superlink, "--stream"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=_environment(),
+        ) as stream:
+            assert stream.stdout is not None
+            for line in stream.stdout:
+                follower.line(line.rstrip("\n"))
+        if follower.ended or (status := _status(number, superlink)) == "finished":
+            break
+        if status is not None:
+            display.stage("the log broke off; asking for it again")
+    return follower
+
+
+def _status(number: str, superlink: str) -> str | None:
+    """Whether a run is `finished`; None where the SuperLink does not answer."""
+    told = _json(_flwr("list", superlink, "--run-id", number, "--format", "json").stdout)
+    runs = told.get("runs") or [{}]
+    status = runs[0].get("status")
+    return None if status is None else str(status).partition(":")[0]
+
+
+def _reason(told: dict[str, Any], done: "subprocess.CompletedProcess[str]") -> str:
+    text = str(told.get("error-message") or done.stderr or done.stdout)
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())[:500]
+
+
+def _json(text: str) -> dict[str, Any]:
+    start = text.find("{")
+    try:
+        told = json.loads(text[start:]) if start >= 0 else {}
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _flwr(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([*_command(), *arguments], capture_output=True, text=True, env=_environment())
+
+
+def _command() -> Iterator[str]:
+    yield from (sys.executable, "-c", "from flwr.cli.app import app; app()")
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, **_QUIET}
