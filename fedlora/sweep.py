@@ -273,8 +273,13 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
     for unit, runs in spent.items():
         delta = min(deltas[unit])
         value = privacy.epsilon_of_runs(runs, delta)
-        words = f"{len(runs)} runs together, as if one {unit} were in each of them, with whoever spent most, give "
-        found[unit] = value, words + privacy.statement(value, delta, unit, "rdp")
+        many = "one run gives" if len(runs) == 1 else f"{len(runs)} runs together give"
+        found[unit] = (
+            value,
+            f"{many} ({value:.3g}, {delta:g})-differential privacy for each {unit}, as if it had been in every "
+            f"run with whoever spent most there; by Renyi DP, neighbouring datasets differing by one {unit} added "
+            "or removed",
+        )
     return found
 
 
@@ -299,10 +304,14 @@ def _tune(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tuple
         done = 0
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self.tell(trial, f"{metric} {trial.last_result[metric]:.4f}")
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self.tell(trial, "failed")
+
+        def tell(self, trial: Any, what: str) -> None:
             self.done += 1
-            words = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in trial.config.items())
-            value = (trial.last_result or {}).get(metric)
-            told(f"{self.done}  {words}: {metric} {'not measured' if value is None else f'{value:.4f}'}")
+            told(f"{self.done}  {', '.join(f'{key} {value}' for key, value in trial.config.items())}: {what}")
 
     space = {
         key: tune.grid_search(given)
@@ -340,6 +349,7 @@ def _tune(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tuple
         object_store_memory=256 * 2**20,
         runtime_env={"env_vars": environment},
     )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong in a run is told by us, in a line
     try:
         results = tune.Tuner(
             tune.with_parameters(_trial, asked=asked, folder=folder, metric=metric),
@@ -359,10 +369,13 @@ def _tune(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tuple
     finally:
         ray.shutdown()
         shutil.rmtree(folder / ".tune", ignore_errors=True)  # the run folders hold all that a resumption needs
-    return [
-        (_place(folder, asked.run(r.config)), str(r.error).strip().splitlines()[-1] if r.error else None)
-        for r in results
-    ]
+    return [(_place(folder, asked.run(r.config)), _reason(r.error) if r.error else None) for r in results]
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in a trial, without Ray's trace of it and the name of its class."""
+    last = str(error).strip().splitlines()[-1]
+    return last.partition("Error: ")[2] or last
 
 
 def _place(folder: Path, made: Scenario) -> Path:

@@ -89,24 +89,28 @@ def test_a_sweep_that_is_killed_goes_on_when_it_is_started_again(file, tmp_path)
     assert (summary["runs"], summary["ended"], summary["failed"]) == (8, 8, 0)
     assert all(run.scenario["clients"]["lr"] == 0.25 for run in runs(out))
     assert summary["accuracy"] == max(run.summary["accuracy"] for run in runs(out))
-    assert "8 runs together, as if one example were in each of them, with whoever spent most, give " in done.stdout
+    assert "Tuning on private data is not free: 8 runs together give (" in done.stdout
     assert (
         8 < summary["epsilon_total"]["example"] < 4 * 4 + 4 * 8 + 8
     )  # no less than one run's, no more than the sum
     assert not (out / ".tune").exists()
 
 
-def test_random_draws_repeat_and_early_stopping_ends_what_falls_behind(file, tmp_path):
+def test_random_draws_repeat_and_what_fails_or_falls_behind_ends_alone(file, tmp_path):
     text = file.read_text().partition("search:")[0]
     file.write_text(
-        f"{text}search: {{clients.lr: {{draw: loguniform, low: 0.0001, high: 1.0}}}}\n"
+        f"{text}search:\n  clients.lr: {{draw: loguniform, low: 0.0001, high: 1.0}}\n"
+        "  clients.batch_size: [8, 500]\n"
         "samples: 4\nseed: 4\nstop_early: {grace: 1, factor: 2}\nparallel: 1\n"
     )
     said = []
     done = sweep(file, tmp_path / "out", said.append)
     rates = {run.scenario["clients"]["lr"] for run in runs(tmp_path / "out")}
     assert len(rates) == 4 and 0.0001 <= min(rates) and max(rates) <= 1.0
-    assert done.summary["runs"] == len(said) == 4
+    assert (done.summary["runs"], done.summary["failed"], len(said)) == (4, 4, 8)
+    assert sum(line.endswith(": failed") for line in said) == 4
+    (failed,) = [note for note in done.comparison.notes if note.startswith("A run failed: ")]
+    assert "--set clients.batch_size=500: clients.batch_size: a client has 48 examples" in failed
     lengths = sorted(len(run.rounds) for run in runs(tmp_path / "out"))
     assert lengths[0] < 3 == lengths[-1]  # one was ended, one went through
     sweep(file, tmp_path / "out")
@@ -170,4 +174,4 @@ def test_what_tuning_costs_counts_whoever_spent_most_in_each_run(tiny, tmp_path)
         for line in [json.loads((run.folder / "privacy.jsonl").read_text().splitlines()[0])]
     ]  # iid: clients are alike, so that the first stands for all
     assert value == pytest.approx(privacy.epsilon(events, 1e-3, "rdp"), rel=0.05) and len(events) == 2
-    assert words.startswith("2 runs together") and "for each example" in words
+    assert words.startswith("2 runs together give (") and "for each example" in words
