@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     split = commands.add_parser("split", help="write each client's examples and site file, to rehearse with")
     _scenario(split)
     split.add_argument("--out", metavar="DIR", default="sites", help="a folder to make (default: sites)")
+    split.add_argument("--as", metavar="PATH", dest="seen_as", help="where a node sees its own folder")
     split.set_defaults(command=_split)
 
     check = commands.add_parser("check", help="report everything that is wrong with a scenario")
@@ -190,7 +191,8 @@ def _split(arguments: argparse.Namespace) -> int:
     from fedlora import scenario
     from fedlora.deploy.split import split
 
-    for file in split(scenario.load(arguments.scenario, arguments.overrides), Path(arguments.out)):
+    seen_as = Path(arguments.seen_as) if arguments.seen_as else None
+    for file in split(scenario.load(arguments.scenario, arguments.overrides), Path(arguments.out), seen_as):
         print(file)
     return 0
 

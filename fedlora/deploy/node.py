@@ -32,6 +32,7 @@ from fedlora.scenario import Scenario
 logger = logging.getLogger(__name__)
 
 Words = Mapping[str, Any]
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a run's name, which is a folder's
 
 
 class Refusal(FedloraError):
@@ -181,7 +182,7 @@ class Node:
         if there != here:
             raise Refusal(f"it runs fedlora {here}, and the server {there}: install one version on both sides")
         key = words.get("run")
-        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", key):
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
             raise Refusal("the run has no name that could be a folder's")
         try:
             scenario = Scenario.model_validate(words["scenario"])
@@ -226,7 +227,7 @@ class Node:
             worker = Worker(replace(setup, personal=folder / "personal"))
         except SettingError as error:
             where = scenario.located(error)
-            if self.site is not None and error.key.startswith("data."):
+            if self.site is not None and error.key.partition(".")[0] == "data":
                 where = sites.located(self.file, error)
             logger.error("%s", where, extra={"client": client, "run": key})
             raise Refusal(
@@ -257,7 +258,9 @@ class Node:
         if self.run is not None and self.run.key == key:
             return self.run
         try:
-            words = json.loads((self.folder / "runs" / Path(key).name / "run.json").read_text())
+            if not _KEY.fullmatch(key):
+                raise ValueError(key)
+            words = json.loads((self.folder / "runs" / key / "run.json").read_text())
         except (OSError, ValueError) as error:
             raise Refusal(f"{STRANGER}: it knows nothing of the run {key}") from error
         self._acceptable(words)  # the site file may be another by now

@@ -12,9 +12,9 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -95,13 +95,14 @@ def _start(where: Path, app: Path, there: socket.socket, address: Path) -> None:
         Unreachable: it does not come up.
     """
     command = [sys.executable, "-m", "fedlora.deploy.resident", str(where), str(app)]
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    nothing = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+    child = os.posix_spawn(sys.executable, command, os.environ, file_actions=nothing, setsid=True)
     end = time.monotonic() + _START
     while there.connect_ex(str(address)):
-        if child.poll() is not None:
+        if os.waitpid(child, os.WNOHANG)[0]:
             raise Unreachable("its worker does not start: its log says why")
         if time.monotonic() > end:
-            child.kill()
+            os.kill(child, signal.SIGKILL)
             raise Unreachable(f"its worker did not listen within {_START:g} s")
         time.sleep(0.02)
 

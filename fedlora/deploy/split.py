@@ -16,17 +16,21 @@ name: site-{client}
 client: {client}                        # which of the scenario's clients it is
 data: {{train: {train}, text: text, label: {label}}}
 state: {state}
-privacy: {{max_epsilon: 10, delta: 1.0e-5}}  # that its examples may lose in all runs together
 accept: {{own_code: false}}
 """
+_BUDGET = (
+    "privacy: {{max_epsilon: {most:g}, delta: {delta:g}}}  # what its examples may lose in all runs together\n"
+)
+_RUNS = 10  # rehearsals that a budget is for
 
 
-def split(scenario: Scenario, folder: Path) -> list[Path]:
+def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list[Path]:
     """Write what each client holds, in the order in which a simulation has it, and a site file for each.
 
     Args:
         scenario: with data that are at hand here.
         folder: to make; client k's files are in `site-<k>`, the test rows in `test.csv`.
+        seen_as: where a node sees its own `site-<k>`, such as a container's volume; by default where it is.
 
     Returns:
         The site files.
@@ -46,15 +50,12 @@ def split(scenario: Scenario, folder: Path) -> list[Path]:
             rows = np.sort(np.concatenate([held.partition(client).rows, held.held_out(client).rows]))
             (new / f"site-{client}").mkdir()
             _write(new / f"site-{client}" / "train.csv", train, rows)
-            place = folder.absolute() / f"site-{client}"
-            (new / f"site-{client}" / "site.yaml").write_text(
-                _SITE.format(
-                    client=client,
-                    train=place / "train.csv",
-                    label="null" if train.labels is None else "label",
-                    state=place / "state",
-                )
-            )
+            place = seen_as or folder.absolute() / f"site-{client}"
+            label = "null" if train.labels is None else "label"
+            text = _SITE.format(client=client, train=place / "train.csv", label=label, state=place / "state")
+            if (asked := scenario.example_privacy) is not None:
+                text += _BUDGET.format(most=_RUNS * (asked.epsilon or 10), delta=asked.delta)
+            (new / f"site-{client}" / "site.yaml").write_text(text)
             made.append(folder / f"site-{client}" / "site.yaml")
     return made
 

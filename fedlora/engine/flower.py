@@ -7,7 +7,7 @@ that were asked have answered, or at its deadline; who did not answer is found b
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -298,6 +298,7 @@ class FlowerEngine(Engine):
         if waiting:
             who = ", ".join(str(self.sites[c]) for c in sorted(waiting.values()))
             logger.warning("no reply within %g s from %s", self.deadline, who)
+        self._drop_late()
         self._overdue.update(waiting)
         return answers
 
@@ -376,10 +377,9 @@ class FlowerEngine(Engine):
         nodes = (message.metadata.dst_node_id for message in messages)
         return {i: node for i, node in zip(ids, nodes, strict=True) if i}
 
-    def _pull(self, ids: Iterable[str]) -> Iterator[Message]:
-        """The replies that are there, each once, however often its sender sent it."""
-        wanted = set(ids)
-        for reply in self.grid.pull_messages(wanted) if wanted else ():
-            if reply.metadata.reply_to_message_id in wanted:
-                wanted.discard(reply.metadata.reply_to_message_id)
-                yield reply
+    def _pull(self, ids: Iterable[str]) -> list[Message]:
+        """The replies that are there in the order of what they answer, each once however often it came."""
+        wanted = list(ids)
+        came = self.grid.pull_messages(wanted) if wanted else ()
+        replies = {reply.metadata.reply_to_message_id: reply for reply in came}
+        return [replies[i] for i in wanted if i in replies]

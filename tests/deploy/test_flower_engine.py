@@ -1,0 +1,222 @@
+"""The server's side of a deployment, against real nodes."""
+
+import json
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from safetensors.numpy import load_file
+
+from fedlora import ledger, simulate, wire
+from fedlora.deploy.node import Node
+from fedlora.errors import ContractError, RoundError, SettingError
+from tests.deploy.federation import LocalGrid
+
+
+def adapter(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def lines(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "use", ["ffa_lora", "fedex_lora", "fedsa_lora", "fedask", "flwr.serverapp.strategy:FedMedian"]
+)
+def test_sites_give_what_a_simulation_gives_bit_for_bit(sites, nodes, deployed, tiny, tmp_path, use):
+    """The same files, the same order, no noise: nothing may differ, merges, kept factors and trips included."""
+    share = ["data.client_test_share=0.2"] if use == "fedsa_lora" else []
+    scenario, files = sites(f"strategy.use={use}", *share, private=False)
+    run, engine = deployed(scenario, LocalGrid(nodes(files)))
+    plain = simulate(tiny(f"strategy.use={use}", *share, private=False), out=tmp_path / "plain")
+    one, other = adapter(run.folder), adapter(plain.folder)
+    assert set(one) == set(other) and all(np.array_equal(one[n], other[n]) for n in one)
+    assert run.summary["accuracy"] == pytest.approx(plain.summary["accuracy"], abs=1e-6)
+    assert run.summary["failures"] == 0 and engine.late == 0
+
+
+def test_a_private_run_is_accounted_for_on_both_sides(sites, nodes, deployed, tmp_path):
+    scenario, files = sites()
+    run, _ = deployed(scenario, LocalGrid(made := nodes(files)))
+    events = ledger.replay(run.folder / "privacy.jsonl")
+    assert {client: len(e) for client, e in events.items()} == {0: 2, 1: 2, 2: 2, 3: 2}
+    assert 0 < run.summary["epsilon"] <= 8.0 and "from the operating system" in run.summary["privacy"]
+    for client, node in enumerate(made.values()):
+        here = ledger.replay(node.folder / "runs" / "run-1" / "privacy.jsonl")
+        assert here == {client: events[client]} == ledger.replay(node.folder / "ledger" / "privacy.jsonl")
+        assert node.epsilon == pytest.approx(ledger.epsilon_of(node.folder / "ledger" / "privacy.jsonl"))
+
+
+def test_noise_at_sites_is_nobodys_to_repeat(sites, nodes, deployed, tmp_path):
+    scenario, files = sites("rounds=1")
+    runs = [deployed(scenario, LocalGrid(nodes(files)), tmp_path / f"run-{k}")[0] for k in (1, 2)]
+    one, other = (adapter(run.folder) for run in runs)
+    assert all((one[n] != other[n]).any() for n in one if "lora_B" in n)
+
+
+def test_a_site_that_says_nothing_is_missed_at_the_deadline_and_its_late_reply_is_dropped(sites, nodes, deployed):
+    scenario, files = sites()
+    run, engine = deployed(scenario, LocalGrid(nodes(files), late={2}), deadline=1.0)
+    told = lines(run.folder, "clients.jsonl")
+    assert [(t["round"], t["client"], t["error"]) for t in told if t["error"]] == [
+        (1, 1, "no reply within 1 s"),
+        (2, 1, "no reply within 1 s"),
+    ]
+    assert engine.late == 1  # that of round 1; that of round 2 never came
+    assert len(ledger.replay(run.folder / "privacy.jsonl")[1]) == 2  # it trained, for all the server knows
+
+
+def test_a_site_that_is_not_there_is_a_failure_and_one_that_comes_joins(sites, nodes, deployed):
+    scenario, files = sites("rounds=3")
+    made = nodes(files)
+    grid, away = LocalGrid({n: made[n] for n in (1, 2, 4)}), made[3]
+    answer = made[1].answer
+
+    def comes(kind, content, partition):
+        if kind == "train" and wire.unpack_instruction(content, made[1].run.worker.task.layout).round == 1:
+            grid.nodes[3] = away
+        return answer(kind, content, partition)
+
+    made[1].answer = comes
+    run, _ = deployed(scenario, grid)
+    missing = [t["round"] for t in lines(run.folder, "clients.jsonl") if t["client"] == 2 and t["error"]]
+    assert missing == [1] and [t["clients"] for t in run.rounds] == [3, 4, 4]
+
+
+def test_a_node_that_lost_its_process_goes_on_from_its_disk(sites, nodes, deployed, tmp_path):
+    scenario, files = sites("strategy.use=fedex_lora", "rounds=3", private=False)
+    made = nodes(files)
+    grid, count = LocalGrid(made), {"train": 0}
+    answer = made[1].answer
+
+    def dies(kind, content, partition):
+        count[kind] = count.get(kind, 0) + 1
+        if kind == "train" and count["train"] == 2:
+            grid.nodes[1] = Node(files[0], tmp_path)  # a process that was never introduced
+            return grid.nodes[1].answer(kind, content, partition)
+        return answer(kind, content, partition)
+
+    made[1].answer = dies
+    run, _ = deployed(scenario, grid)
+    whole, _ = deployed(scenario, LocalGrid(nodes(files)), tmp_path / "runs" / "whole")
+    one, other = adapter(run.folder), adapter(whole.folder)
+    assert run.summary["failures"] == 0 and all(np.array_equal(one[n], other[n]) for n in one)
+
+
+def test_a_node_that_lost_its_disk_is_introduced_again(sites, nodes, deployed, tmp_path):
+    import shutil
+
+    scenario, files = sites("strategy.use=fedex_lora", "rounds=4", private=False)
+    made = nodes(files)
+    grid, count = LocalGrid(made), {"train": 0}
+    answer = made[1].answer
+
+    def loses(kind, content, partition):
+        count["train"] += kind == "train"
+        if kind == "train" and count["train"] == 2:
+            shutil.rmtree(made[1].folder)
+            grid.nodes[1] = Node(files[0], tmp_path)
+            return grid.nodes[1].answer(kind, content, partition)
+        return answer(kind, content, partition)
+
+    made[1].answer = loses
+    run, _ = deployed(scenario, grid)
+    errors = [(t["round"], t["error"]) for t in lines(run.folder, "clients.jsonl") if t["error"]]
+    assert [round for round, _ in errors] == [2] and errors[0][1].startswith("not introduced")
+    assert [t["clients"] for t in run.rounds] == [4, 3, 4, 4]
+
+
+def test_a_resumed_run_goes_on_where_its_sites_are_ahead(sites, nodes, deployed, tiny, tmp_path):
+    """The server lost a round that the sites had folded in: they fall back with it."""
+    scenario, files = sites("strategy.use=fedex_lora", "rounds=3", private=False)
+    grid = LocalGrid(nodes(files))
+    whole, _ = deployed(scenario, LocalGrid(nodes(files)), tmp_path / "runs" / "whole")
+    import shutil
+
+    folder = tmp_path / "runs" / "run-1"
+    two = scenario.model_copy(update={"rounds": 2})
+    one = scenario.model_copy(update={"rounds": 1})
+    deployed(one, grid, folder)
+    shutil.copytree(folder, tmp_path / "after-one")
+    deployed(two, grid, folder, resume=True)
+    shutil.rmtree(folder)
+    shutil.move(tmp_path / "after-one", folder)
+    run, _ = deployed(scenario, grid, folder, resume=True)
+    a, b = adapter(run.folder), adapter(whole.folder)
+    assert all(np.array_equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda c: c.__setitem__("metrics", MetricRecord({"num-examples": -1.0})), "no positive"),
+        (lambda c: c.__setitem__("arrays", ArrayRecord()), "exactly the tensors"),
+        (lambda c: c.__setitem__("fedlora", ConfigRecord({"privacy": "{"})), "not JSON"),
+        (lambda c: c.__setitem__("fedlora", ConfigRecord({"privacy": "{}"})), "garbles"),
+    ],
+)
+def test_a_reply_that_is_not_as_asked_is_a_failure_that_is_paid_for(sites, nodes, deployed, spoil, words):
+    scenario, files = sites("rounds=1")
+
+    def altered(content):
+        if "arrays" in content:
+            spoil(content)
+        return content
+
+    run, _ = deployed(scenario, LocalGrid(nodes(files), altered={2: altered}))
+    (bad,) = [t for t in lines(run.folder, "clients.jsonl") if t["error"]]
+    assert bad["client"] == 1 and words in bad["error"]
+    assert len(ledger.replay(run.folder / "privacy.jsonl")[1]) == 1
+
+
+def test_a_client_that_did_not_clip_is_refused_where_clients_are_protected_whole(sites, nodes, deployed):
+    overrides = ("privacy.unit=client", "privacy.epsilon=50", "privacy.delta=1e-3", "clients.use=sgd", "rounds=1")
+    scenario, files = sites(*overrides)
+
+    def louder(content):
+        if "arrays" in content:
+            arrays = wire.from_arrays(content["arrays"])
+            content["arrays"] = wire.to_arrays({n: t + 100 for n, t in arrays.items()})
+        return content
+
+    run, _ = deployed(scenario, LocalGrid(nodes(files), altered={3: louder}))
+    (bad,) = [t for t in lines(run.folder, "clients.jsonl") if t["error"]]
+    assert bad["client"] == 2 and "the bound is 1" in bad["error"]
+    assert "from the operating system" in run.summary["privacy"]
+
+
+def test_nobody_is_an_error_that_says_why(sites, nodes, deployed, tmp_path):
+    scenario, files = sites(private=False)
+    for file in files:
+        file.write_text(file.read_text() + "privacy: {max_epsilon: 1, delta: 1.0e-5}\n")
+    with pytest.raises(RoundError, match=r"no site joined .*under differential privacy .*asks for none"):
+        deployed(scenario, LocalGrid(nodes(files)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_nodes_for_one_client_are_one_too_many(sites, nodes, deployed):
+    scenario, files = sites("rounds=1")
+    grid = LocalGrid({**nodes(files), 9: nodes(files[:1])[1]})
+    run, engine = deployed(scenario, grid)
+    assert run.summary["failures"] == 0 and engine.sites[0].node == 1
+    assert "is served by node 1 already" in engine._turned_away[9][1]
+
+
+def test_what_sites_cannot_do_is_said_before_anything_starts(sites):
+    from fedlora.simulation import prepare_server
+
+    scenario, _ = sites("secure_aggregation={}")
+    with pytest.raises(SettingError, match="only simulated as yet"):
+        prepare_server(scenario)
+    bare, _ = scenario.model_copy(update={"secure_aggregation": None}), None
+    files = bare.data.files.model_copy(update={"test": None})
+    with pytest.raises(SettingError, match="the server's own file"):
+        prepare_server(bare.model_copy(update={"data": bare.data.model_copy(update={"files": files})}))
+
+
+def test_a_garbled_introduction_is_a_contract_error():
+    with pytest.raises(ContractError, match="garbles"):
+        wire.read_event({"steps": "many"})
+    with pytest.raises(ContractError, match="not JSON"):
+        wire.unpack_words(type(wire.pack_words({}))({"fedlora": ConfigRecord({"a": "{"})}))

@@ -1,0 +1,167 @@
+"""A site's side: what it refuses, what it pays, what it says."""
+
+import json
+import logging
+import subprocess
+from importlib.metadata import version
+
+import pytest
+
+from fedlora import ledger, simulation, wire
+from fedlora.adapter import Instruction
+from fedlora.deploy import signing
+from fedlora.deploy.logs import Lines
+from fedlora.deploy.node import Node
+from fedlora.engine.worker import Worker
+from fedlora.strategies.ffa_lora import FFALoRA
+
+
+@pytest.fixture
+def server(sites):
+    """What a server sends: its introduction, and a round's instruction."""
+
+    def make(*overrides, private=True):
+        scenario, files = sites(*overrides, private=private)
+        ready = simulation.prepare_server(scenario)
+        worker = Worker(ready.setup)
+        words = {
+            "run": "tiny-1",
+            "scenario": json.loads(json.dumps(ready.setup.scenario)),
+            "labels": list(ready.data.labels),
+            "version": version("fedlora"),
+            "base": worker.base_fingerprint(),
+            "adapter": worker.describe().fingerprint,
+            "signature": None,
+        }
+        strategy = FFALoRA()
+        strategy.bind(worker.task.layout, worker.task.kind, worker.task.initial, private)
+
+        def train(round=1, **words):
+            told = strategy.instruct(round, worker.task.initial)
+            content = wire.pack_instruction(
+                Instruction(round=round, adapter=told.adapter, train=told.train, send=told.send),
+                worker.task.layout,
+            )
+            content[wire.REPORT] = wire.pack_words({"run": "tiny-1", "merged": 0, **words})[wire.REPORT]
+            return content
+
+        return words, files, train
+
+    return make
+
+
+@pytest.fixture
+def node(tmp_path):
+    return lambda file: Node(file, tmp_path)
+
+
+def meet(node, words):
+    return wire.unpack_words(node.answer("query", wire.pack_words(words), 0))
+
+
+def refusal(node, content, kind="train"):
+    return wire.unpack_words(node.answer(kind, content, 0)).get("refused")
+
+
+def test_introduces_itself_with_what_a_round_costs(server, node):
+    words, files, _ = server()
+    told = meet(made := node(files[1]), words)
+    assert told["client"] == 1 and told["name"] == "site-1" and told["num_examples"] > 30
+    assert told["event"]["steps"] == 2 and told["event"]["noise_multiplier"] > 0.1 and made.served == 0
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"version": "0.0.1"}, "and the server 0.0.1: install one version on both sides"),
+        ({"base": "0" * 32}, "its base model is another than the server's"),
+        ({"adapter": "0" * 16}, "its first adapter is another than the server's"),
+        ({"run": "../../etc"}, "no name that could be a folder's"),
+        ({"run": None}, "no name that could be a folder's"),
+        ({"scenario": {"name": "a"}}, "cannot read the scenario"),
+        ({"labels": None}, "names no labels"),
+        ({"labels": ["good", "other"]}, "do not fit the scenario (data): its log says why"),
+    ],
+)
+def test_refuses_what_does_not_go_together(server, node, caplog, change, why):
+    words, files, _ = server()
+    assert why in meet(made := node(files[0]), {**words, **change})["refused"]
+    assert made.run is None or "labels" not in change
+
+
+def test_what_is_wrong_with_its_data_stands_in_its_log_alone(server, node, caplog):
+    words, files, _ = server()
+    secret = files[0].parent / "train.csv"
+    secret.write_text(secret.read_text().replace(",good", ",very private"))
+    told = meet(node(files[0]), words)["refused"]
+    assert "private" not in told and "its log says why" in told
+    assert "very private" in caplog.text and "site.yaml:" in caplog.text
+
+
+def test_trains_for_those_who_signed_if_it_says_so(server, node, tmp_path):
+    words, files, _ = server()
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
+    public = (tmp_path / "key.pub").read_text().strip()
+    files[0].write_text(files[0].read_text().replace("{own_code: false}", json.dumps({"submitters": [public]})))
+    assert "nobody whom it knows has signed" in meet(node(files[0]), words)["refused"]
+    signature = signing.sign(tmp_path / "key", words["scenario"], tmp_path)
+    assert meet(node(files[0]), {**words, "signature": signature})["client"] == 0
+    other = {**words, "scenario": {**words["scenario"], "rounds": 99}, "signature": signature}
+    assert "nobody" in meet(node(files[0]), other)["refused"]
+
+
+def test_pays_before_it_trains_and_never_beyond_what_was_promised(server, node):
+    words, files, train = server()
+    meet(made := node(files[0]), words)
+    for round in (1, 2):
+        assert refusal(made, train(round)) is None
+    paid = ledger.replay(made.folder / "runs" / "tiny-1" / "privacy.jsonl")
+    assert len(paid[0]) == 2 and made.served == 2
+    assert "and 8 was promised" in refusal(made, train(3)) and made.failed == 1
+    assert ledger.replay(made.folder / "runs" / "tiny-1" / "privacy.jsonl") == paid
+    assert "and 8 was promised" in refusal(made, train(1))  # nor by asking for a round again: its noise is new
+
+
+def test_a_site_s_own_cap_holds_over_all_runs_and_restarts(server, node):
+    words, files, train = server()
+    text = files[0].read_text()
+    files[0].write_text(text.replace("max_epsilon: 80", "max_epsilon: 9"))
+    meet(made := node(files[0]), words)
+    assert [refusal(made, train(round)) for round in (1, 2)] == [None, None]
+    made = node(files[0])  # another process, another run of the same scenario
+    assert 7 < made.epsilon <= 8
+    meet(made, {**words, "run": "tiny-2"})
+    assert "pass the epsilon that the site allows over all runs" in refusal(made, train(1, run="tiny-2"))
+    assert not (made.folder / "runs" / "tiny-2" / "privacy.jsonl").exists()
+    files[0].write_text(text)  # the site allows more by now, and says so without a restart
+    meet(made, {**words, "run": "tiny-2"})
+    assert refusal(made, train(1, run="tiny-2")) is None
+
+
+def test_a_failure_that_was_paid_for_says_what_it_cost(server, node):
+    words, files, train = server()
+    meet(made := node(files[0]), words)
+    made.run.worker.client.fit = lambda *_: 1 / 0
+    told = wire.unpack_words(reply := made.answer("train", train(), 0))
+    assert told["refused"] == "training failed (ZeroDivisionError): its log says why"
+    assert wire.unpack_event(reply) == ledger.replay(made.folder / "ledger" / "privacy.jsonl")[0][0]
+
+
+def test_a_message_of_an_unknown_run_and_one_that_lacks_merges_say_so(server, node):
+    words, files, train = server(private=False)
+    meet(made := node(files[0]), words)
+    assert refusal(made, train(run="other")).startswith("not introduced")
+    assert refusal(made, train(run="../runs/tiny-1")).startswith("not introduced")
+    assert refusal(made, train(merged=2)) == "merges missing: it has 0 of 2"
+
+
+def test_a_log_line_is_json_with_round_and_client(server, node, caplog):
+    words, files, train = server()
+    with caplog.at_level(logging.INFO, logger="fedlora"):
+        made = node(files[2])
+        meet(made, words)
+        made.answer("train", train(2), 0)
+    record = next(r for r in caplog.records if getattr(r, "round", None) == 2)
+    told = json.loads(Lines("site-2").format(record))
+    assert told["part"] == "site-2" and told["client"] == 2 and told["round"] == 2 and told["kind"] == "train"
+    assert told["message"] == "answered" and 0 < told["epsilon"] < 8 and told["seconds"] > 0

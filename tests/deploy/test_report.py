@@ -1,0 +1,107 @@
+"""What travels through a run's log."""
+
+import base64
+import hashlib
+import io
+import json
+import tarfile
+
+import pytest
+
+from fedlora.deploy.report import MARK, Follower, Reported, _pack, _unpack
+from fedlora.errors import UserError
+
+ROUND = {"round": 1, "accuracy": 0.5, "epsilon": None}
+
+
+class Seen:
+    def __init__(self):
+        self.told = []
+
+    def stage(self, what):
+        self.told.append(what)
+
+    def begin(self, scenario, metric, done):
+        self.told.append((scenario.name, metric, done))
+
+    def round(self, line):
+        self.told.append(line["round"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = tmp_path / "run-1"
+    (made / "adapter").mkdir(parents=True)
+    (made / "adapter" / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 2000)
+    (made / "summary.json").write_text('{"rounds": 1}')
+    (made / "checkpoint").mkdir()
+    (made / "checkpoint" / "state.json").write_text("{}")
+    return made
+
+
+def test_a_run_is_followed_and_its_folder_comes_back_whole(tiny, folder, tmp_path, capsys):
+    told = Reported()
+    told.stage("loading")
+    told.begin(tiny(), "accuracy", 0)
+    told.round(ROUND)
+    told.finished(folder)
+    log = capsys.readouterr().out.splitlines()
+    follower, seen = Follower(tiny(), display := Seen()), []
+    for line in ["INFO: of Flower", *log[:3], *log]:  # a log that broke off is read again
+        seen.append(follower.line(line))
+    assert seen[0] is False and all(seen[1:]) and follower.ended and follower.name == "run-1"
+    assert display.told == [
+        "loading",
+        ("tiny", "accuracy", 0),
+        1,
+        "loading",
+    ]
+    follower.save(tmp_path / "came")
+    same = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "came" / same).read_bytes() == (folder / same).read_bytes()
+    assert not (tmp_path / "came" / "checkpoint").exists()  # it stays with the server
+
+
+def test_a_failure_is_told(tiny, capsys):
+    Reported().failed("no site joined")
+    follower = Follower(tiny(), Seen())
+    follower.line(capsys.readouterr().out.strip())
+    assert follower.ended and follower.failure == "no site joined"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"event": "round"}', '{"event": "finished", "digest": "x"}'])
+def test_a_damaged_log_is_a_line(tiny, text):
+    with pytest.raises(UserError, match="log is damaged"):
+        Follower(tiny(), Seen()).line(MARK + text)
+
+
+def test_a_folder_that_lost_a_piece_is_not_taken(tiny, folder, capsys):
+    Reported().finished(folder)
+    log = capsys.readouterr().out.splitlines()
+    follower = Follower(tiny(), Seen())
+    with pytest.raises(UserError, match="damaged"):
+        for line in log[1:]:
+            follower.line(line)
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("../adapter", b"0"), ("/etc/passwd", b"0"), ("other", b"0"), ("adapter", b"2")]
+)
+def test_nothing_but_a_run_folder_is_written(name, kind, tmp_path):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:xz") as archive:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, "/etc"
+        archive.addfile(member)
+    with pytest.raises(UserError, match="no run folder does"):
+        _unpack(stream.getvalue(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match="is no archive"):
+        _unpack(b"hello", tmp_path / "new")
+
+
+def test_pieces_are_what_was_packed(folder, capsys):
+    Reported().finished(folder)
+    told = [json.loads(line.removeprefix(MARK)) for line in capsys.readouterr().out.splitlines()]
+    data = base64.b85decode("".join(t["data"] for t in told if t["event"] == "folder"))
+    assert told[-1]["digest"] == hashlib.sha256(data).hexdigest() == hashlib.sha256(_pack(folder)).hexdigest()

@@ -1,0 +1,109 @@
+"""The process beside a SuperNode: started on demand, again when it dies, gone when idle; its owner's alone."""
+
+import os
+import signal
+import socket
+import stat
+import time
+from importlib.metadata import version
+
+import pytest
+
+from fedlora import wire
+from fedlora.deploy import resident
+
+HELLO = {"kind": "query", "partition": 0}
+
+
+@pytest.fixture
+def site(sites, tmp_path, monkeypatch):
+    """A site file, with its resident's socket in a folder of the test's own."""
+    monkeypatch.setattr(resident.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    _, files = sites()
+    yield files[0]
+    for pid in pids(files[0]):
+        os.kill(pid, signal.SIGKILL)
+
+
+def pids(site):
+    found = []
+    for folder in os.listdir("/proc"):
+        try:
+            with open(f"/proc/{folder}/cmdline", "rb") as stream:
+                words = stream.read().split(b"\0")
+        except OSError:
+            continue
+        if b"fedlora.deploy.resident" in words and os.fsencode(site) in words:
+            found.append(int(folder))
+    return found
+
+
+def ask(site, app, **words):
+    return resident.ask(site, app, {**HELLO, **words}, wire.to_bytes(wire.pack_words({"version": "0.0.1"})))
+
+
+def test_one_process_serves_all_requests_and_comes_back_when_it_dies(site, tmp_path):
+    for _ in range(2):
+        told, reply = ask(site, tmp_path)
+        assert told == {}
+        words = wire.unpack_words(wire.from_bytes(reply))
+        assert words["refused"] == f"it runs fedlora {version('fedlora')}, and the server 0.0.1: install one " + (
+            "version on both sides"
+        )
+    (first,) = pids(site)
+    os.kill(first, signal.SIGKILL)
+    while os.path.exists(f"/proc/{first}") and first in pids(site):
+        time.sleep(0.01)
+    assert ask(site, tmp_path)[0] == {}
+    (second,) = pids(site)
+    assert second != first
+    assert "worker" in (site.parent / "state" / "site.log").read_text()
+
+
+def test_only_its_owner_reaches_it(site, tmp_path):
+    ask(site, tmp_path)
+    address = resident.place(site)
+    assert stat.S_IMODE(address.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(address.stat().st_mode) == 0o600
+    address.parent.chmod(0o755)
+    with pytest.raises(resident.Unreachable, match="is open to others"):
+        resident.place(site)
+
+
+def test_another_app_gets_another_process(site, tmp_path):
+    ask(site, tmp_path)
+    (first,) = pids(site)
+    (tmp_path / "other").mkdir()
+    assert ask(site, tmp_path / "other")[0] == {}
+    end = time.monotonic() + 20
+    while first in pids(site) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert first not in pids(site) and len(pids(site)) == 1
+
+
+def test_it_ends_when_nothing_is_asked(site, tmp_path):
+    site.write_text(site.read_text() + "idle_minutes: 0.005\n")
+    ask(site, tmp_path)
+    end = time.monotonic() + 20
+    while pids(site) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not pids(site) and not resident.place(site).exists()
+
+
+def test_a_request_that_is_nonsense_harms_nobody(site, tmp_path):
+    ask(site, tmp_path)
+    for nonsense in (b"", b"GET / HTTP/1.1\r\n\r\n" * 4, resident._SIZES.pack(2**31, 5)):
+        with socket.socket(socket.AF_UNIX) as there:
+            there.connect(str(resident.place(site)))
+            there.sendall(nonsense)
+    told, _ = resident.ask(site, tmp_path, {**HELLO, "kind": "train"}, b"\xff")
+    assert told["error"].endswith("its log says more")
+    assert ask(site, tmp_path)[0] == {} and len(pids(site)) == 1
+
+
+def test_a_site_file_that_is_wrong_is_said_on_the_site(site, tmp_path, capfd):
+    site.write_text("name: a\n")
+    with pytest.raises(resident.Unreachable, match="does not start: its log says why"):
+        ask(site, tmp_path)
+    assert "client is missing" in capfd.readouterr().err
