@@ -82,7 +82,7 @@ def test_the_scenarios_reference_has_every_key_with_its_default():
     made = spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
     made.loader.exec_module(hooks := module_from_spec(made))
     page = hooks.on_page_markdown(PAGES["scenarios"])
-    assert hooks.MARK not in page and page.count("### ") == len(schema()["$defs"]) + 1
+    assert hooks.MARK not in page and page.count("\n### ") == len(schema()["$defs"]) + 1
     rows = page.splitlines()
     for row in (
         "| `per_round` | whole number, at least 1 or null | `null` | null: all of them |",
