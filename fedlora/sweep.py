@@ -304,7 +304,8 @@ def _tune(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tuple
         done = 0
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self.tell(trial, f"{metric} {trial.last_result[metric]:.4f}")
+            value = (trial.last_result or {}).get(metric)
+            self.tell(trial, f"{metric} {'not measured' if value is None else f'{value:.4f}'}")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self.tell(trial, "failed")

@@ -34,6 +34,7 @@ search:
   strategy.use: [ffa_lora, fedavg_lora]
   privacy.epsilon: [4, 8]
   seed: [0, 1]
+parallel: 1
 """)
     return made
 
@@ -49,7 +50,7 @@ def finished(out):
 
 def half_way(out):
     """The first line of each run that has gone some rounds, and has some to go."""
-    return {run.folder: run.rounds[0] for run in runs(out) if not run.summary and 2 <= len(run.rounds) <= 5}
+    return {run.folder: run.rounds[0] for run in runs(out) if not run.summary and 2 <= len(run.rounds) <= 4}
 
 
 def spent_in_rounds(run):
@@ -58,12 +59,13 @@ def spent_in_rounds(run):
     return sorted((line["client"], line["round"]) for line in lines)
 
 
+@pytest.mark.timeout(900)  # imports in four processes, which on a busy machine take minutes
 def test_a_sweep_that_is_killed_goes_on_when_it_is_started_again(file, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fedlora", "sweep", str(file), "--out", str(out)]
-    file.write_text(file.read_text().replace("lr: 0.25", "lr: 0.25, rounds: 8"))
+    file.write_text(file.read_text().replace("lr: 0.25", "lr: 0.25, rounds: 6"))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while (len(finished(out)) < 2 or not half_way(out)) and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
@@ -72,15 +74,15 @@ def test_a_sweep_that_is_killed_goes_on_when_it_is_started_again(file, tmp_path)
     before, begun = finished(out), half_way(out)
     assert 2 <= len(before) < 8 and begun
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert (
         len(finished(out)) == 8 and before.items() <= finished(out).items()
     )  # what was finished was not run again
     first_lines = {run.folder: run.rounds[0] for run in runs(out)}
     assert begun.items() <= first_lines.items()  # seconds and all: what was begun went on, and not from the start
-    assert [line["round"] for run in runs(out) for line in run.rounds] == [*range(1, 9)] * 8
-    assert all(spent_in_rounds(run) == sorted(product(range(4), range(1, 9))) for run in runs(out))  # none twice
+    assert [line["round"] for run in runs(out) for line in run.rounds] == [*range(1, 7)] * 8
+    assert all(spent_in_rounds(run) == sorted(product(range(4), range(1, 7))) for run in runs(out))  # none twice
 
     first = next(line for line in done.stdout.splitlines() if "ffa_lora" in line)
     assert first.startswith("ffa_lora, epsilon 4") and re.search(r"0\.\d{4} ± 0\.\d{4}", first)
@@ -96,12 +98,13 @@ def test_a_sweep_that_is_killed_goes_on_when_it_is_started_again(file, tmp_path)
     assert not (out / ".tune").exists()
 
 
+@pytest.mark.timeout(900)
 def test_random_draws_repeat_and_what_fails_or_falls_behind_ends_alone(file, tmp_path):
-    text = file.read_text().partition("search:")[0]
+    text = file.read_text().partition("search:")[0] + "parallel: 1\n"
     file.write_text(
         f"{text}search:\n  clients.lr: {{draw: loguniform, low: 0.0001, high: 1.0}}\n"
         "  clients.batch_size: [8, 500]\n"
-        "samples: 4\nseed: 4\nstop_early: {grace: 1, factor: 2}\nparallel: 1\n"
+        "samples: 4\nseed: 4\nstop_early: {grace: 1, factor: 2}\n"
     )
     said = []
     done = sweep(file, tmp_path / "out", said.append)
