@@ -18,7 +18,7 @@ from fedlora import simulation
 from fedlora.deploy import logs
 from fedlora.deploy.report import Reported
 from fedlora.engine.flower import FlowerEngine
-from fedlora.errors import FedloraError, SettingError, UserError
+from fedlora.errors import FedloraError, RoundError, SettingError, UserError
 from fedlora.report.console import Display
 from fedlora.scenario import Scenario
 
@@ -87,6 +87,10 @@ def serve(grid: Grid, asked: dict[str, str], shown: "Display", number: int) -> P
             simulation.carry_out(ready, engine, folder, bool(resumed), shown)
     except SettingError as error:
         raise scenario.located(error) from error
+    except RoundError as error:
+        if not (folder / "checkpoint").exists():
+            raise
+        raise RoundError(f"{error}; go on with fedlora submit --resume {folder.name}") from error
     return folder
 
 

@@ -92,9 +92,14 @@ def submit(
     except KeyboardInterrupt:
         _flwr("stop", number, superlink)
         raise
-    if follower.failure is not None or follower.name is None:
-        why = follower.failure or f"run {number} ended without a word: flwr log {number} {superlink} --show"
-        raise RoundError(f"the run failed on the server: {why}")
+    if follower.failure is not None:
+        raise RoundError(f"the run failed on the server: {follower.failure}")
+    if follower.name is None:
+        name = resume or f"{scenario.name}-{scenario.hash}-{number}"
+        raise RoundError(
+            f"run {number} ended without a word, as when the SuperLink was killed (flwr log {number} {superlink} "
+            f"--show); what was finished is kept: go on with --resume {name}"
+        )
     place = out or Path("runs") / follower.name
     with whole_folder(place) as new:
         follower.save(new)

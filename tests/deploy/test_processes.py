@@ -1,0 +1,164 @@
+"""A real SuperLink, real SuperNodes and `fedlora submit`, as processes of this machine; and Flower's own simulation.
+
+Minutes of process starts: marked slow. In containers, over TLS and with faults: test_compose.py.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedlora import ledger, simulate
+from fedlora.deploy.split import split
+from fedlora.run import Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def free_port():
+    with socket.socket() as there:
+        there.bind(("127.0.0.1", 0))
+        return there.getsockname()[1]
+
+
+@pytest.fixture
+def environment(tmp_path):
+    return {
+        **os.environ,
+        "FLWR_HOME": str(tmp_path / "flwr"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FEDLORA_RUNS": str(tmp_path / "server-runs"),
+        "TMPDIR": str(tmp_path),
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
+@pytest.fixture
+def scenario(tiny, tmp_path):
+    """Two sites' files, and the scenario as a file that the server can read."""
+
+    def make(*overrides, private=True):
+        made = tiny("clients.total=2", *overrides, private=private)
+        files = split(made, tmp_path / "sites")
+        test = str(tmp_path / "sites" / "test.csv")
+        there = tiny("clients.total=2", f"data.files.test={test}", *overrides, private=private)
+        (tmp_path / "there.yaml").write_text(there.to_yaml())
+        return made, tmp_path / "there.yaml", files
+
+    return make
+
+
+@pytest.fixture
+def federation(environment, tmp_path):
+    """Starts a SuperLink and a SuperNode for each site file; gives their processes."""
+    running = []
+
+    def start(name, *command, **more):
+        log = (tmp_path / f"{name}.log").open("ab")
+        running.append(
+            subprocess.Popen(
+                command, env=environment | more, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        )
+        log.close()
+        return running[-1]
+
+    def node(port, k, file):
+        home = {"FLWR_HOME": str(tmp_path / f"flwr-{k}"), "FEDLORA_SITE": str(file)}
+        link = ("--superlink", f"127.0.0.1:{port}", "--port", str(free_port()))
+        return start(f"node-{k}", "flower-supernode", "--insecure", *link, **home)
+
+    def up(files):
+        port = free_port()
+        (tmp_path / "flwr").mkdir()
+        (tmp_path / "flwr" / "config.toml").write_text(
+            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        )
+        start("link", "flower-superlink", "--insecure", "--port", str(port))
+        end = time.monotonic() + 60
+        while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < end:
+            time.sleep(0.2)
+        return port, [node(port, k, file) for k, file in enumerate(files)]
+
+    yield up, node
+    for process in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(["pkill", "-9", "-f", f"fedlora.deploy.resident {tmp_path}"])
+
+
+def submit(environment, file, out, *more):
+    command = [str(BIN / "fedlora"), "submit", str(file), "--superlink", "here", "--out", str(out), *more]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def adapter(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_submitted_run_gives_the_adapter_of_its_simulation(environment, scenario, federation, tmp_path):
+    made, file, sites = scenario(private=False)
+    federation[0](sites)
+    done = submit(environment, file, tmp_path / "came")
+    out, error = done.communicate(timeout=600)
+    assert done.returncode == 0, error
+    assert "accuracy" in out and str(tmp_path / "came") in out
+    one, other = adapter(tmp_path / "came"), adapter(simulate(made, out=tmp_path / "plain").folder)
+    assert all(np.array_equal(one[n], other[n]) for n in other)
+    assert Run.open(tmp_path / "came").summary["failures"] == 0
+
+
+def test_a_site_killed_in_mid_round_costs_that_round_one_reply(environment, scenario, federation, tmp_path):
+    """Its node and its worker die by SIGKILL while it trains; it comes back, with its ledger."""
+    _, file, sites = scenario("rounds=4", "engine.deadline=20", "clients.local_steps=4")
+    up, node = federation
+    port, nodes = up(sites)
+    done = submit(environment, file, tmp_path / "came")
+    paid = sites[1].parent / "state" / "ledger" / "privacy.jsonl"
+    end = time.monotonic() + 300
+    while not paid.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    subprocess.run(["pkill", "-9", "-f", f"fedlora.deploy.resident {sites[1]}"], check=True)
+    os.killpg(nodes[1].pid, signal.SIGKILL)
+    before = paid.read_bytes()
+    node(port, 1, sites[1])
+    _, error = done.communicate(timeout=600)
+    assert done.returncode == 0, error
+    run = Run.open(tmp_path / "came")
+    assert [line["round"] for line in run.rounds] == [1, 2, 3, 4]
+    assert run.rounds[0]["clients"] == 1 and run.rounds[0]["failures"] == 1
+    assert run.rounds[-1]["clients"] == 2 and run.rounds[0]["seconds"] < 60
+    assert paid.read_bytes().startswith(before)
+    trained = sum(line["client"] == 1 and line["error"] is None for line in run.clients)
+    assert len(ledger.replay(paid)[1]) == 1 + trained
+
+
+def test_flower_s_own_simulation_runs_the_app(environment, tiny, tmp_path):
+    text = tiny("clients.total=2", "rounds=1", "engine.deadline=300", private=False).to_yaml()
+    text = text.replace("    test: null", f"    test: {tiny().data.files.train}")
+    (tmp_path / "config.toml").write_text(f"scenario = {json.dumps(text)}\n")
+    ports = ("--federation-config", "num-supernodes=2", "--run-config", str(tmp_path / "config.toml"), "--stream")
+    command = [str(BIN / "flwr"), "run", str(ROOT / "docker" / "app"), "local", *ports]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
+    try:
+        (folder,) = (tmp_path / "server-runs").iterdir()
+        assert Run.open(folder).rounds[0]["clients"] == 2, done.stdout[-3000:]
+        assert '"event": "finished"' in done.stdout
+    finally:
+        subprocess.run(["pkill", "-9", "-f", f"fedlora.deploy.resident {tmp_path}"])
+        subprocess.run(["pkill", "-f", "flower-superlink.*--simulation"])
