@@ -210,11 +210,12 @@ def sweep(
         raise UserError(*dict.fromkeys(failed))
     comparison = Comparison([Run.open(place) for place in places])
     metric, runs = comparison.metric, [run for run in map(Run.open, places) if run.ended]
-    spent = total_epsilon([place.parent for place in (folder / "runs").glob("*/privacy.jsonl")])
-    comparison.notes[:0] = [
-        *(f"Tuning on private data is not free: {words}." for _, words in spent.values()),
-        *dict.fromkeys(failed),
-    ]
+    costs = total_epsilon(every := [file.parent for file in (folder / "runs").glob("*/scenario.yaml")])
+    cost = [words for _, words in costs.values()]
+    if free := sum(not Run.open(place).scenario.get("privacy") for place in every):
+        cost.append(f"{free} runs had no privacy at all, and nothing bounds what they tell")
+    comparison.notes[:0] = [f"Tuning on private data is not free: {words}." for words in cost]
+    comparison.notes += dict.fromkeys(failed)
     best = max(
         (run for run in runs if final(run) is not None),
         key=lambda run: (final(run) or 0.0) * (1 if METRICS[metric] else -1),
@@ -227,8 +228,8 @@ def sweep(
         "failed": len(failed),
         "best": str(best.folder) if best else None,
         metric: final(best) if best else None,
-        "epsilon_total": {unit: value for unit, (value, _) in spent.items()},
-        "privacy": [words for _, words in spent.values()] or ["none: no gradient was clipped or noised"],
+        "epsilon_total": {unit: value for unit, (value, _) in costs.items()},
+        "privacy": cost,
     }
     save(comparison.html(), folder / "comparison.html")
     (folder / "sweep.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -247,6 +248,7 @@ def _open(folder: Path, asked: Sweep) -> None:
             before = Sweep.model_validate(yaml.safe_load(written.read_text()))
             if before.model_copy(update={"parallel": asked.parallel}) != asked:
                 raise UserError(f"{folder}: holds another sweep; name another folder with --out")
+            return
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         written.write_text(yaml.safe_dump(asked.model_dump(), sort_keys=False))
     except OSError as error:
@@ -256,14 +258,16 @@ def _open(folder: Path, asked: Sweep) -> None:
 
 
 def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
-    """What runs together spent, by the unit that is protected, and what it means in words.
+    """What the runs in some folders spent together, by the unit that is protected, and what it means in words.
 
-    Counted are all runs that a sweep's folder holds: those that were stopped or failed spent as well.
+    Those that were stopped early or failed spent as well; those without privacy are passed over.
     """
     spent: dict[str, list[list[list[privacy.Event]]]] = {}
     deltas: dict[str, list[float]] = {}
-    for folder in folders:
-        events = ledger.replay(file := folder / "privacy.jsonl")
+    for file in (folder / "privacy.jsonl" for folder in folders):
+        if not file.exists():
+            continue
+        events = ledger.replay(file)
         for line in ledger.read(file, torn=True):
             deltas.setdefault(line["unit"], []).append(line["delta"])
         for unit in {"client" if holder is None else "example" for holder in events}:

@@ -167,8 +167,8 @@ def test_what_tuning_costs_counts_whoever_spent_most_in_each_run(tiny, tmp_path)
 
     plain = simulate(tiny("rounds=1", private=False), out=tmp_path / "plain")
     private = [simulate(tiny("rounds=1", f"seed={s}"), out=tmp_path / f"{s}") for s in (1, 2)]
-    assert not (plain.folder / "privacy.jsonl").exists() and total_epsilon([]) == {}
-    value, words = total_epsilon([run.folder for run in private])["example"]
+    assert total_epsilon([plain.folder]) == {}
+    value, words = total_epsilon([run.folder for run in (plain, *private)])["example"]
     events = [
         privacy.Event(
             noise_multiplier=line["noise_multiplier"], sample_rate=line["sample_rate"], steps=2, clip_norm=1
