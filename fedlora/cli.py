@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(command=_compare)
 
+    sweep = commands.add_parser("sweep", help="many runs of a scenario: grids, random draws, early stopping")
+    sweep.add_argument("sweep", metavar="SWEEP", help="a YAML file; started again, it goes on where it was")
+    sweep.add_argument("--out", metavar="DIR", help="folder of its runs (default: sweeps/<name>)")
+    sweep.set_defaults(command=_sweep)
+
     export = commands.add_parser("export", help="copy a run's adapter, or merge it into its base")
     export.add_argument("run", metavar="RUN", help="a run folder")
     export.add_argument("--out", metavar="DIR", help="a folder to make (default: <run>-adapter or <run>-merged)")
@@ -115,8 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     account.add_argument("run", metavar="RUN", help="a run folder, or a privacy.jsonl")
     account.set_defaults(command=_ledger)
 
-    listing = commands.add_parser("list", help="strategies, clients, datasets and scenarios, a line each")
-    listing.add_argument("what", nargs="?", choices=["strategies", "clients", "datasets", "scenarios"])
+    listing = commands.add_parser("list", help="strategies, clients, datasets, scenarios and sweeps, a line each")
+    listing.add_argument("what", nargs="?", choices=["strategies", "clients", "datasets", "scenarios", "sweeps"])
     listing.set_defaults(command=_list)
     return parser
 
@@ -262,6 +267,16 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    from functools import partial
+
+    from fedlora.sweep import sweep
+
+    done = sweep(arguments.sweep, arguments.out, told=partial(print, file=sys.stderr, flush=True))
+    print("\n".join(done.lines()))
+    return 1 if done.summary["failed"] else 0
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -350,11 +365,12 @@ def _ledger(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     from fedlora import plugins, scenario
 
-    tables = {
+    tables: dict[str, Callable[[], dict[str, str]]] = {
         "strategies": _strategies,
         "clients": lambda: {n: plugins.summary("clients", n) for n in plugins.names("clients")},
         "datasets": lambda: scenario.DATASETS,
         "scenarios": scenario.shipped,
+        "sweeps": lambda: scenario.shipped(scenario.SWEEPS),
     }
     for what in [arguments.what] if arguments.what else tables:
         if not arguments.what:

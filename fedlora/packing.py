@@ -5,7 +5,8 @@ must keep the examples apart: queries, keys and values are laid out as a small p
 products, and what comes out is a row again. All around the body sees an ordinary padded batch.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -139,22 +140,36 @@ class Packing:
         """
         self.rows: Mapping[int, Segments] = {}
         self._body, self._before, self._first = body, body.config._attn_implementation, first_position
-        hooks: list[Callable[[], Any]] = [lambda: body.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        self._hooks: list[Callable[[], Any]] = [
+            lambda: body.register_forward_pre_hook(self._enter, with_kwargs=True)
+        ]
         if cut:
             last = body.encoder.layer[-1].attention.output
-            hooks.append(lambda: last.register_forward_pre_hook(self._cut))
+            self._hooks.append(lambda: last.register_forward_pre_hook(self._cut))
         if unpack:
-            hooks.append(lambda: body.register_forward_hook(self._leave))
+            self._hooks.append(lambda: body.register_forward_hook(self._leave))
             if (pooler := getattr(body, "pooler", None)) is not None:
-                hooks.append(lambda: pooler.register_forward_pre_hook(self._pool))
-        self._handles = [hook() for hook in hooks]
-        body.set_attn_implementation(NAME)
+                self._hooks.append(lambda: pooler.register_forward_pre_hook(self._pool))
+        self._set()
+
+    def _set(self) -> None:
+        self._handles = [hook() for hook in self._hooks]
+        self._body.set_attn_implementation(NAME)
 
     def remove(self) -> None:
         """Let the body run on padded batches again."""
         for handle in self._handles:
             handle.remove()
         self._body.set_attn_implementation(self._before)
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Padded batches for a while: a model that writes token by token keeps what it has seen, and no rows."""
+        self.remove()
+        try:
+            yield
+        finally:
+            self._set()
 
     def segments(self, tensor: "torch.Tensor") -> Segments | None:
         """The examples in a row of the last pass; None for what holds its examples in the first dimension.

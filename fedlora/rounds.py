@@ -338,7 +338,8 @@ class Loop:
         shared = [r for r in reports if "train_loss" in r.metrics]
         up, down = sum(r.bytes_up for r in reports), sum(r.bytes_down for r in reports)
         if figures["loss"] is not None:
-            now.last.update({key: figures[key] for key in ("loss", self.engine.description.metric)})
+            measured = ("loss", self.engine.description.metric, "exact_match")
+            now.last.update({key: figures[key] for key in measured if key in figures})
         now.round, now.adapter, now.merges = round, adapter, len(self.merges)
         now.failures, now.trained = now.failures + failed, now.trained + len(reports) - failed
         now.bytes_up, now.bytes_down = now.bytes_up + up, now.bytes_down + down

@@ -90,6 +90,11 @@ class Run:
             return "unfinished"
         return "stopped" if "stopped" in self.summary else "finished"
 
+    @property
+    def ended(self) -> bool:
+        """Whether its figures are those of its scenario: it neither goes on, nor was killed or interrupted."""
+        return self.state != "unfinished" and not str(self.summary.get("stopped", "")).startswith("interrupted")
+
     def remarks(self) -> list[str]:
         """What a reader has to know before trusting the figures, a sentence for each."""
         said = []

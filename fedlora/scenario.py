@@ -6,6 +6,7 @@ what to write instead. Beneath this module functions take plain values, never th
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -364,6 +365,23 @@ class SecureAggregation(Section):
     survivors: Annotated[Float, Field(gt=0.5, le=1)] = 0.66  # share of the clients that must not drop out
 
 
+class ExactMatch(Section):
+    """For causal_lm: answers that the model writes out itself, by greedy decoding, held to those given."""
+
+    examples: PositiveInt = 32  # of the test set, the first ones; each takes seconds on a CPU
+    max_new_tokens: PositiveInt = 256
+    pattern: str | None = None  # what to compare: the last match of this regular expression; null: all of the text
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise PydanticCustomError("pattern", f"{pattern!r} is not a regular expression: {error}") from error
+        return pattern
+
+
 class Strategy(PlugIn):
     """How the server turns updates into the next adapter."""
 
@@ -400,6 +418,7 @@ class Scenario(Section):
     strategy: Strategy
     rounds: PositiveInt
     eval_every: PositiveInt = 1
+    exact_match: ExactMatch | None = None  # judge a causal_lm by its own words too
     engine: Engine = Engine()
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # where the figures of each round go too
 
@@ -457,7 +476,8 @@ class Source(NamedTuple):
         return f"{self.file}:1"
 
 
-_SHIPPED = Path(__file__).parent / "scenarios"
+SHIPPED = Path(__file__).parent / "scenarios"
+SWEEPS = SHIPPED / "sweeps"
 
 
 class Problem(NamedTuple):
@@ -485,23 +505,23 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
     return parse(text, str(path), overrides)
 
 
-def find(path: str | Path) -> Path:
-    """The file that a path or a shipped scenario's name stands for."""
+def find(path: str | Path, folder: Path = SHIPPED) -> Path:
+    """The file that a path stands for, or the name of one that ships in `folder`."""
     file = Path(path)
     if file.exists() and not file.is_dir():
         return file
-    known = {p.stem: p for p in _SHIPPED.glob("*.yaml")}
-    if file.stem in known and file.parent.name in ("", "scenarios"):
+    known = {p.stem: p for p in folder.glob("*.yaml")}
+    if file.stem in known and file.parent.name in ("", folder.name):
         return known[file.stem]
     if file.is_dir():
-        raise ScenarioError(f"{path}: is a folder; name a scenario file")
+        raise ScenarioError(f"{path}: is a folder; name a YAML file")
     raise ScenarioError(f"{path}: no such file; {suggestion(file.stem, known)}")
 
 
-def shipped() -> dict[str, str]:
-    """The scenarios that come with fedlora, each with the first line of its comment."""
+def shipped(folder: Path = SHIPPED) -> dict[str, str]:
+    """The scenarios that come with fedlora, or its sweeps, each with the first line of its comment."""
     return {
-        p.stem: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for p in sorted(_SHIPPED.glob("*.yaml"))
+        p.stem: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for p in sorted(folder.glob("*.yaml"))
     }
 
 
@@ -722,6 +742,10 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
     if data and task and (data.dataset == "gsm8k") != (task == "causal_lm") and data.dataset:
         fit = "classification" if task == "causal_lm" else "causal_lm"
         yield Problem(("data", "dataset"), f"{data.dataset} is for task: {fit}, and the task is {task}")
+    if sections.get("exact_match") and task == "classification":
+        yield Problem(("exact_match",), "a classifier writes no answers: drop it, or use task: causal_lm")
+    if sections.get("exact_match") and task == "causal_lm" and data and data.files and data.files.label is None:
+        yield Problem(("data", "files", "label"), "exact_match needs the name of the column of answers")
     if model and task == "causal_lm" and model.pooler == "trained":
         yield Problem(("model", "pooler"), "a causal language model has no pooler")
 
@@ -760,7 +784,7 @@ def _explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
     else:
         message = _PLAINER.get(kind, detail["msg"].replace("Input should", "should"))
     shown = "" if isinstance(here, dict) else f", not {here!r}"
-    own = kind in ("unknown", "source", "cohort", "target", "shares")
+    own = kind in ("unknown", "source", "cohort", "target", "shares", "pattern")
     return Problem(tuple(path), f"{key}: {message}{'' if own else shown}")
 
 

@@ -483,6 +483,8 @@ def _summary(
         "versions": {name: version(name) for name in _VERSIONS},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    if scenario.exact_match is not None:
+        summary["exact_match"] = now.last.get("exact_match")
     if stopped is not None:
         summary["stopped"] = stopped
     return summary

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ Precision = Literal["fp32", "bf16"]
 Batch = dict[str, "torch.Tensor"]
 
 _EVALUATION_TOKENS = 1024  # padded tokens of an evaluation batch: small enough for a core's cache
+_ANSWERS = 8  # that are written at once
 _RAGGED = (24, 13, 5, 2)  # tokens of the examples on which packing is checked
 _TOLERANCE = 1e-4  # of packed logits against padded ones, relative to the largest
 
@@ -501,9 +503,53 @@ class CausalLM(Task):
         return {"loss": float(losses.sum()), "tokens": float(scored.sum())}
 
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Mean loss of a token, and its exponential."""
+        """Mean loss of a token, its exponential, and the share of answers that match where some were written."""
         loss = sums["loss"] / max(sums["tokens"], 1.0)
-        return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
+        told = {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
+        return told | ({"exact_match": sums["matched"] / sums["asked"]} if "asked" in sums else {})
+
+    def match(
+        self, tokenizer: Any, examples: Examples, rows: NDArray[np.int64], max_new_tokens: int, pattern: str | None
+    ) -> dict[str, float]:
+        """Write the completion of each prompt, by greedy decoding, with the adapter that is in the model.
+
+        An example whose own answer was cut by `max_length` before the pattern matches counts as missed.
+
+        Args:
+            tokenizer: of the base model.
+            examples: prompts and completions.
+            rows: the examples to ask.
+            max_new_tokens: that an answer may have.
+            pattern: the last match of it is compared, its first group if it has one; None: all of the text.
+
+        Returns:
+            Sums of the answers that `asked` and `matched`.
+        """
+        import torch
+
+        told = []
+        with torch.inference_mode(), self.packing.away() if self.packing else contextlib.nullcontext():
+            for start in range(0, len(rows), _ANSWERS):
+                chunk = [examples.row(int(row)) for row in rows[start : start + _ANSWERS]]
+                starts = examples.targets[rows[start : start + _ANSWERS]]
+                width = int(starts.max())
+                ids = np.full((len(chunk), width), self.pad, np.int64)
+                mask = np.zeros((len(chunk), width), np.int64)
+                for i, (tokens, end) in enumerate(zip(chunk, starts, strict=True)):
+                    ids[i, width - end :] = tokens[:end]
+                    mask[i, width - end :] = 1
+                made = self.model.generate(
+                    input_ids=torch.from_numpy(ids).to(self.device),
+                    attention_mask=torch.from_numpy(mask).to(self.device),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=self.pad,
+                )[:, width:]
+                for tokens, end, said in zip(chunk, starts, made.cpu().numpy(), strict=True):
+                    pair = (tokenizer.decode(part, skip_special_tokens=True) for part in (tokens[end:], said))
+                    told.append([_answer(text, pattern) for text in pair])
+        return {"asked": float(len(told)), "matched": float(sum(a is not None and a == b for a, b in told))}
 
 
 TASKS: Mapping[str, type[Task]] = {"classification": Classification, "causal_lm": CausalLM}
@@ -608,6 +654,14 @@ def quietly() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _answer(text: str, pattern: str | None) -> str | None:
+    """What of a completion is compared; None where the pattern does not match."""
+    if pattern is None:
+        return text.strip()
+    found = list(re.finditer(pattern, text))
+    return found[-1].group(1 if found[-1].re.groups else 0).strip() if found else None
 
 
 def _is_head(model: Any, name: str, module: Any) -> bool:

@@ -70,12 +70,24 @@ def test_an_exported_adapter_is_the_runs(made, tmp_path):
 
 
 def test_a_causal_model_completes(tiny, tiny_lm, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     made = simulate(
         tiny("task=causal_lm", f"model.base={tiny_lm}", "model.adapter.targets=[q_proj, v_proj]", "rounds=1"),
         out=tmp_path / "lm",
     )
     (told,) = predict(made, ["a prompt"], max_new_tokens=4)
     assert told.probability is None and isinstance(told.answer, str)
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_lm), str(made.folder / "adapter"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    asked = tokenizer("a prompt\n", return_tensors="pt")
+    written = model.generate(
+        input_ids=asked["input_ids"], attention_mask=asked["attention_mask"], max_new_tokens=4, do_sample=False
+    )
+    said = tokenizer.decode(written[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert said.strip() == told.answer  # by peft and transformers alone
 
 
 def test_the_commands(made, tmp_path, capsys):

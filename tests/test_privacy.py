@@ -221,3 +221,25 @@ def test_many_noise_multipliers_follow_from_a_few(monkeypatch):
         event = privacy.Event(noise_multiplier=noise, sample_rate=rate, steps=50, clip_norm=1.0)
         assert 6 * 0.98 < privacy.epsilon([event], 1e-5, "rdp") <= 6
         assert noise == pytest.approx(privacy.calibrate(6.0, 1e-5, rate, 50, "rdp"), rel=5e-3)
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0.8, 2), st.sampled_from([0.1, 1.0]), st.integers(10, 50)), min_size=1, max_size=3
+    )
+)
+@settings(max_examples=10, deadline=None)
+def test_runs_that_one_holder_took_part_in_cost_what_they_cost_together(parts):
+    events = [event(*part) for part in parts]
+    together = privacy.epsilon_of_runs([[[one]] for one in events], DELTA)
+    assert together == pytest.approx(epsilon(events, DELTA, "rdp"), rel=0.02)
+    assert together == pytest.approx(privacy.epsilon_of_runs([[events]], DELTA))
+
+
+def test_over_runs_whoever_spent_most_counts():
+    """The example may have been the first holder's in one run and the second's in the other."""
+    little, much = [event(4.0, 0.1, 10)], [event(1.0, 0.1, 10)]
+    assert privacy.epsilon_of_runs([[little, much], [much, little]], DELTA) == pytest.approx(
+        epsilon(2 * much, DELTA, "rdp"), rel=0.02
+    )
+    assert privacy.epsilon_of_runs([], DELTA) == privacy.epsilon_of_runs([[[]], []], DELTA) == 0

@@ -26,7 +26,7 @@ LAYERS = [
     {"engine"},
     {"rounds"},
     {"simulation"},
-    {"plan", "export", "schema"},
+    {"plan", "export", "schema", "sweep"},
     {"audit", "scaffold"},
     {"cli"},
     {"__main__"},
@@ -36,7 +36,7 @@ HEAVY = {
     "flwr": {"engine", "secure", "wire", "strategy"},
     "cryptography": {"secure"},
     "opacus": {"audit", "clients", "privacy"},
-    "ray": {"engine"},
+    "ray": {"engine", "sweep"},
     "flwr_datasets": {"data"},
 }
 

@@ -88,6 +88,8 @@ def test_defaults_are_filled_in():
         ("clients: {total: 4, use: dp_sgd}", "f.yaml:3: dp_sgd needs a privacy section, such as 'privacy: {eps"),
         ("privacy: {epsilon: 6, delta: 1.0e-5}", "f.yaml:3: sgd adds no noise, and a privacy section is given"),
         ("data: {dataset: gsm8k}", "f.yaml:2: gsm8k is for task: causal_lm, and the task is classification"),
+        ("exact_match: {}", "f.yaml:6: a classifier writes no answers: drop it, or use task: causal_lm"),
+        ("exact_match: {pattern: '('}", "f.yaml:6: exact_match.pattern: '(' is not a regular expression: missing"),
         (DATA % "{kind: label_shares, shares: [[1],[1],[1]]}", "3 rows of shares do not divide 4 clients: write"),
         # YAML itself
         ("clients: {total: 4, total: 5}", "f.yaml:3: clients.total is written twice, first on line 3"),
@@ -193,7 +195,7 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9")
     for path, message in (
         (tmp_path / "latin.yaml", "cannot be read: 'utf-8' codec"),
-        (tmp_path, "is a folder; name a scenario file"),
+        (tmp_path, "is a folder; name a YAML file"),
         ("nonid", "no such file; did you mean 'noniid'?"),
         ("x" * 5000, "cannot be read: "),
     ):

@@ -188,6 +188,15 @@ def test_a_causal_model_runs_in_the_same_shape(tiny, tiny_lm, tmp_path):
     assert made.summary["bytes_up_head"] == 0
 
 
+@pytest.mark.parametrize("pattern, share", [("^", 1.0), ("no such words", 0.0)])
+def test_a_causal_model_is_judged_by_its_own_words_where_asked(tiny, tiny_lm, tmp_path, pattern, share):
+    lm = ("task=causal_lm", f"model.base={tiny_lm}", "model.adapter.targets=[q_proj, k_proj, v_proj, o_proj]")
+    asked = f"exact_match={{examples: 3, max_new_tokens: 2, pattern: '{pattern}'}}"
+    made = simulate(tiny(*lm, asked, "eval_every=2"), out=tmp_path / "lm")
+    assert [line.get("exact_match") for line in made.rounds] == [None, share]
+    assert made.summary["exact_match"] == share and made.summary["perplexity"] > 1
+
+
 @pytest.mark.parametrize("use", ["FedAdam", "FedMedian", "FedProx"])
 def test_flowers_own_strategies_run_by_name(tiny, tmp_path, use):
     options = ["strategy.proximal_mu=0.1"] if use == "FedProx" else []

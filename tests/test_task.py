@@ -192,3 +192,60 @@ def test_classification_encoding(tiny_base):
     tokenizer = task.load_tokenizer(tiny_base)
     encoded = task.encode_classification(tokenizer, Rows(["a b c d e f", "g"], ["good", "bad"]), LABELS, 5)
     assert [len(t) for t in encoded.tokens] == [5, 3] and encoded.targets == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "text, pattern, expected",
+    [
+        (" seven \n", None, "seven"),
+        ("so 3 * 4 = 12\n#### 12", r"#### *(-?[0-9]+)", "12"),
+        ("first 5, then 7", r"[0-9]+", "7"),
+        ("I do not know", r"#### *([0-9]+)", None),
+    ],
+)
+def test_what_of_an_answer_is_compared(text, pattern, expected):
+    assert task._answer(text, pattern) == expected
+
+
+def test_answers_are_written_as_plain_transformers_writes_them_and_compared(tiny_lm):
+    """Eleven prompts of unequal lengths; some are given the model's own answer, which then matches."""
+    from transformers import AutoModelForCausalLM
+
+    lm, tokenizer = load(tiny_lm, "causal_lm", targets=("q_proj", "v_proj")), task.load_tokenizer(tiny_lm)
+    plain, rng = AutoModelForCausalLM.from_pretrained(tiny_lm).eval(), np.random.default_rng(2)
+    prompts = [rng.integers(1000, 3000, n) for n in (3, 9, 5, 4, 7, 6, 8, 2, 5, 3, 4)]
+    own = [
+        plain.generate(
+            input_ids=torch.tensor(p)[None],
+            attention_mask=torch.ones(1, len(p)),
+            max_new_tokens=4,
+            do_sample=False,
+        )[0, len(p) :].numpy()
+        for p in prompts
+    ]
+    given = [answer if i % 2 else answer[::-1] for i, answer in enumerate(own)]
+    same = sum(tokenizer.decode(a) == tokenizer.decode(b) for a, b in zip(own, given, strict=True))
+    data = examples([np.concatenate(pair) for pair in zip(prompts, given, strict=True)], [len(p) for p in prompts])
+    before = lm.evaluate({}, data, np.arange(11))
+    assert lm.packing is not None and 5 <= same < 11
+    assert lm.match(tokenizer, data, np.arange(11), 4, None) == {"asked": 11, "matched": same}
+    assert lm.evaluate({}, data, np.arange(11)) == before  # rows again
+    assert lm.figures({"loss": 2.0, "tokens": 1.0, "asked": 4.0, "matched": 3.0})["exact_match"] == 0.75
+
+
+def test_a_chat_template_frames_one_dialogue_and_the_answer_alone_is_scored(tiny_lm):
+    tokenizer = task.load_tokenizer(tiny_lm)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[CLS] {{ m['role'] }} {{ m['content'] }} [SEP]{% endfor %}"
+        "{% if add_generation_prompt %} assistant{% endif %}"
+    )
+    encoded = task.encode_causal_lm(tokenizer, Rows(["two plus two", "one"], ["four", "five"]), max_length=32)
+    said = [
+        (tokenizer.decode(t[:s]), tokenizer.decode(t[s:]))
+        for t, s in zip(encoded.tokens, encoded.targets, strict=True)
+    ]
+    assert [answer.replace(" ", "") for _, answer in said] == [
+        f"{w}{tokenizer.eos_token or ''}" for w in ("four", "five")
+    ]
+    assert all(prompt.count("user") == prompt.count("assistant") == 1 for prompt, _ in said)
+    assert "two plus two" in said[0][0] and "two plus two" not in said[1][0]

@@ -260,8 +260,18 @@ class Worker:
 
     def evaluate(self, adapter: Adapter, start: int, stop: int) -> dict[str, float]:
         """Sums of the metric over test examples `start` to `stop`."""
+        from fedlora.task import CausalLM, load_tokenizer
+
         self.task.become()
-        return self.task.evaluate(adapter, self.dataset.test, np.arange(start, stop))
+        rows, test, asked = np.arange(start, stop), self.dataset.test, self.scenario.exact_match
+        sums = self.task.evaluate(adapter, test, rows)
+        if asked and start < asked.examples and isinstance(self.task, CausalLM):
+            model = self.scenario.model
+            tokenizer = load_tokenizer(model.base, model.revision)
+            sums |= self.task.match(
+                tokenizer, test, rows[rows < asked.examples], asked.max_new_tokens, asked.pattern
+            )
+        return sums
 
     def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
         """Sums over clients of the figures of each one's own model on the examples that it holds out.

@@ -94,7 +94,7 @@ class Comparison:
             other = run.metric != self.metric or _judged_by(run) != _judged_by(unique[0])
             if other:
                 self.notes.append(f"{run.folder.name}: measured on other data or by another metric; not compared.")
-            (others if other or _cut_short(run) else kept).append(run)
+            (others if other or not run.ended else kept).append(run)
         labels = _labels(unique)
         self.groups, self.apart = _grouped(kept, labels), _grouped(others, labels)
 
@@ -233,11 +233,6 @@ def spread(values: Sequence[float]) -> str:
         return "not measured"
     mean = f"{statistics.fmean(values):.4f}"
     return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
-
-
-def _cut_short(run: Run) -> bool:
-    """Whether it still runs, was killed or was interrupted: its figures are not those of its scenario."""
-    return run.state == "unfinished" or str(run.summary.get("stopped", "")).startswith("interrupted")
 
 
 def _judged_by(run: Run) -> tuple[Any, ...]:

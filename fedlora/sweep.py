@@ -1,0 +1,409 @@
+"""`fedlora sweep`: many runs of one scenario on Ray Tune, and what looking for the best of them cost.
+
+Each trial is a run in a folder named after its settings. So a sweep that was killed goes on when it is started
+again: finished runs are read, interrupted ones resume from their checkpoint, and random draws repeat, because
+they come from the sweep's seed.
+"""
+
+import fcntl
+import itertools
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from fedlora import ledger, privacy, scenario
+from fedlora.errors import ScenarioError, UserError, suggestion
+from fedlora.report.comparison import Comparison, final
+from fedlora.report.console import Silent
+from fedlora.report.page import save
+from fedlora.run import METRICS, Run
+from fedlora.scenario import Float, Int, PositiveInt, Scenario, Section
+from fedlora.simulation import simulate
+from fedlora.task import TASKS
+
+_CHECKED = 1000  # points of the grid that are checked before the first run starts
+
+Settings = Mapping[str, Any]  # of one run, by dotted key
+
+
+class Draw(Section):
+    """Values drawn anew for each sample."""
+
+    draw: Literal["uniform", "loguniform", "randint"]  # randint: low is in, high is out
+    low: Float
+    high: Float
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low >= self.high or (self.draw == "loguniform" and self.low <= 0):
+            least = "0 < low < high" if self.draw == "loguniform" else "low < high"
+            raise PydanticCustomError("draw", f"{self.draw} needs {least}, such as low: 0.1, high: 10")
+        return self
+
+
+class StopEarly(Section):
+    """End runs that fall behind (ASHA, Li et al., 2020, https://arxiv.org/abs/1810.05934)."""
+
+    grace: PositiveInt = 1  # rounds that each run gets
+    factor: Annotated[Int, Field(ge=2)] = 3  # one run in so many goes on at each rung
+
+
+Values = Annotated[
+    Annotated[list[Any], Tag("grid")] | Annotated[Draw, Tag("random")],
+    Discriminator(lambda given: "grid" if isinstance(given, list) else "random"),
+]
+
+
+class Sweep(Section):
+    """What to try."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+    scenario: str  # a file, or the name of one that ships with fedlora
+    settings: dict[str, Any] = Field(default_factory=dict)  # the same in every run, such as  rounds: 10
+    search: dict[str, Values] = Field(min_length=1)  # a list is a grid: every one of its values
+    samples: PositiveInt = 1  # draws of what is random, each with the whole grid
+    seed: Int = 0  # of the draws
+    stop_early: StopEarly | None = None
+    parallel: PositiveInt | Literal["auto"] = "auto"  # runs at once, each in a process of its own; auto: the cores
+
+    @field_validator("search", mode="before")
+    @classmethod
+    def _lists(cls, search: object) -> object:
+        for key, given in search.items() if isinstance(search, dict) else ():
+            if given == [] or not isinstance(given, list | dict):
+                raise PydanticCustomError(
+                    "search",
+                    f"{key} should be a list of values, or {{draw: uniform, low: 0.1, high: 1}}, not {given!r}",
+                )
+        return search
+
+    @model_validator(mode="after")
+    def _drawn(self) -> Self:
+        if self.samples > 1 and all(isinstance(given, list) for given in self.search.values()):
+            raise PydanticCustomError("samples", "samples draws anew what is random, and nothing is: leave it out")
+        return self
+
+    def points(self) -> Iterator[Settings]:
+        """Every point of the grid; what is random at its lower end."""
+        values = [given if isinstance(given, list) else [given.low] for given in self.search.values()]
+        for point in itertools.product(*values):
+            yield dict(zip(self.search, point, strict=True))
+
+    def run(self, point: Settings) -> Scenario:
+        """The scenario of a run, which stays in its own process.
+
+        Raises:
+            ScenarioError: the settings do not describe one.
+        """
+        return scenario.load(
+            self.scenario,
+            [
+                *(f"{key}={json.dumps(v)}" for key, v in (self.settings | dict(point)).items()),
+                "engine.kind=inline",
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A sweep that has come to its end.
+
+    Attributes:
+        folder: where its runs, `comparison.html` and `sweep.json` are.
+        comparison: of its runs.
+        summary: what `sweep.json` holds.
+    """
+
+    folder: Path
+    comparison: Comparison
+    summary: Mapping[str, Any]
+
+    def lines(self) -> list[str]:
+        """What a terminal shows."""
+        made = self.comparison
+        return [
+            *(*made.table().text(""), "", *made.legend(), *made.notes),
+            f"best: {self.summary['best'] or 'none was measured'}",
+            f"page: {self.folder / 'comparison.html'}",
+        ]
+
+
+def load(file: str | Path) -> Sweep:
+    """Read a sweep and check all of it, with every point of its grid.
+
+    Args:
+        file: a path, or the name of a sweep that ships with fedlora.
+
+    Raises:
+        ScenarioError: with one line for every problem.
+    """
+    try:
+        text = scenario.find(file, scenario.SWEEPS).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScenarioError(f"{file}: cannot be read: {error}") from error
+    raw, lines, problems = scenario.read(text, str(file))
+    source = scenario.Source(str(file), lines, {})
+    if problems:
+        raise ScenarioError(*(f"{source.where(p.path)}: {p.message}" for p in problems))
+    try:
+        made = Sweep.model_validate(raw)
+    except ValidationError as error:
+        raise ScenarioError(*(_told(source, detail["loc"], detail) for detail in error.errors())) from error
+    found: dict[str, None] = {}
+    for point in itertools.islice(made.points(), _CHECKED):
+        try:
+            made.run(point)
+        except ScenarioError as error:
+            for line in error.lines:
+                for key, section in [*((k, "settings") for k in made.settings), *((k, "search") for k in point)]:
+                    if line.startswith(f"--set {key}="):
+                        line = f"{source.where((section, key))}: {line.removeprefix('--set ')}"
+                found[line] = None
+    if found:
+        raise ScenarioError(*found)
+    return made
+
+
+def _told(source: scenario.Source, path: tuple[str | int, ...], detail: Any) -> str:
+    """One of pydantic's errors as a line."""
+    path = tuple(part for part in path if part not in ("grid", "random"))
+    what = detail["msg"].replace("Input should", "should")
+    if detail["type"] == "extra_forbidden":
+        sections: dict[str, type[Section]] = {"stop_early": StopEarly, "search": Draw}
+        owner = sections[str(path[0])] if len(path) > 1 else Sweep
+        what = f"unknown key {path[-1]!r}: {suggestion(str(path[-1]), owner.model_fields)}"
+    if detail["type"] == "missing":
+        what = "is missing"
+    return f"{source.where(path)}: {'.'.join(map(str, path)) or 'sweep'}: {what}"
+
+
+def sweep(
+    file: str | Path, out: str | Path | None = None, told: Callable[[str], None] = lambda line: None
+) -> Outcome:
+    """Run a sweep to its end, or go on with one.
+
+    Args:
+        file: of the sweep, or the name of one that ships with fedlora.
+        out: the folder, by default `sweeps/<name>`.
+        told: is given a line after each run.
+
+    Raises:
+        UserError: the sweep is wrong, or the folder holds another one.
+    """
+    asked = load(file)
+    folder = Path(out or Path("sweeps") / asked.name).absolute()
+    _open(folder, asked)
+    found = _tune(asked, folder, told)
+    places = dict.fromkeys(place for place, _ in found if (place / "scenario.yaml").exists())
+    failed = [f"A run failed: {error}." for _, error in found if error]
+    if not places:
+        raise UserError(*dict.fromkeys(failed))
+    comparison = Comparison([Run.open(place) for place in places])
+    metric, runs = comparison.metric, [run for run in map(Run.open, places) if run.ended]
+    costs = total_epsilon(every := [file.parent for file in (folder / "runs").glob("*/scenario.yaml")])
+    cost = [words for _, words in costs.values()]
+    if free := sum(not Run.open(place).scenario.get("privacy") for place in every):
+        cost.append(f"{free} runs had no privacy at all, and nothing bounds what they tell")
+    comparison.notes[:0] = [f"Tuning on private data is not free: {words}." for words in cost]
+    comparison.notes += dict.fromkeys(failed)
+    best = max(
+        (run for run in runs if final(run) is not None),
+        key=lambda run: (final(run) or 0.0) * (1 if METRICS[metric] else -1),
+        default=None,
+    )
+    summary = {
+        "sweep": asked.name,
+        "runs": len(places),
+        "ended": len(runs),
+        "failed": len(failed),
+        "best": str(best.folder) if best else None,
+        metric: final(best) if best else None,
+        "epsilon_total": {unit: value for unit, (value, _) in costs.items()},
+        "privacy": cost,
+    }
+    save(comparison.html(), folder / "comparison.html")
+    (folder / "sweep.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return Outcome(folder, comparison, summary)
+
+
+def _open(folder: Path, asked: Sweep) -> None:
+    """Make the sweep's folder, or make sure that it is this sweep's.
+
+    Raises:
+        UserError: it is another's, or cannot be written.
+    """
+    written = folder / "sweep.yaml"
+    try:
+        if written.exists():
+            before = Sweep.model_validate(yaml.safe_load(written.read_text()))
+            if before.model_copy(update={"parallel": asked.parallel}) != asked:
+                raise UserError(f"{folder}: holds another sweep; name another folder with --out")
+            return
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        written.write_text(yaml.safe_dump(asked.model_dump(), sort_keys=False))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    except (ValidationError, yaml.YAMLError) as error:
+        raise UserError(f"{written}: is damaged; name another folder with --out") from error
+
+
+def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
+    """What the runs in some folders spent together, by the unit that is protected, and what it means in words.
+
+    Those that were stopped early or failed spent as well; those without privacy are passed over.
+    """
+    spent: dict[str, list[list[list[privacy.Event]]]] = {}
+    deltas: dict[str, list[float]] = {}
+    for file in (folder / "privacy.jsonl" for folder in folders):
+        if not file.exists():
+            continue
+        events = ledger.replay(file)
+        for line in ledger.read(file, torn=True):
+            deltas.setdefault(line["unit"], []).append(line["delta"])
+        for unit in {"client" if holder is None else "example" for holder in events}:
+            held = [e for holder, e in events.items() if (holder is None) is (unit == "client")]
+            spent.setdefault(unit, []).append(held)
+    found = {}
+    for unit, runs in spent.items():
+        delta = min(deltas[unit])
+        value = privacy.epsilon_of_runs(runs, delta)
+        many = "one run gives" if len(runs) == 1 else f"{len(runs)} runs together give"
+        found[unit] = (
+            value,
+            f"{many} ({value:.3g}, {delta:g})-differential privacy for each {unit}, as if it had been in every "
+            f"run with whoever spent most there; by Renyi DP, neighbouring datasets differing by one {unit} added "
+            "or removed",
+        )
+    return found
+
+
+def _tune(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tuple[Path, str | None]]:
+    """Let Ray Tune run every trial.
+
+    Returns:
+        Each one's run folder, and what went wrong in it.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # all but the one that Tune itself reads
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends a sweep as it ends a run
+    import ray
+    from ray import tune
+    from ray.tune.logger import JsonLoggerCallback
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search import BasicVariantGenerator
+
+    class Told(tune.Callback):  # type: ignore[misc]
+        done = 0
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            value = (trial.last_result or {}).get(metric)
+            self.tell(trial, f"{metric} {'not measured' if value is None else f'{value:.4f}'}")
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self.tell(trial, "failed")
+
+        def tell(self, trial: Any, what: str) -> None:
+            self.done += 1
+            told(f"{self.done}  {', '.join(f'{key} {value}' for key, value in trial.config.items())}: {what}")
+
+    space = {
+        key: tune.grid_search(given)
+        if isinstance(given, list)
+        else tune.randint(int(given.low), int(given.high))
+        if given.draw == "randint"
+        else getattr(tune, given.draw)(given.low, given.high)
+        for key, given in asked.search.items()
+    }
+    points = [asked.run(point) for point in itertools.islice(asked.points(), _CHECKED)]
+    metric = TASKS[points[0].task].metric
+    scheduler = asked.stop_early and ASHAScheduler(
+        time_attr="round",
+        max_t=max(point.rounds for point in points),
+        grace_period=asked.stop_early.grace,
+        reduction_factor=asked.stop_early.factor,
+    )
+    cores = len(os.sched_getaffinity(0)) if asked.parallel == "auto" else asked.parallel
+    path = os.pathsep.join(p or os.getcwd() for p in sys.path)  # one's own strategies are found there too
+    environment = {
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a scenario stay what they are
+        "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # so that the process of a run that was ended early serves on
+    }
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    ray.init(
+        address="local",
+        num_cpus=cores,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        logging_level=logging.ERROR,
+        object_store_memory=256 * 2**20,
+        runtime_env={"env_vars": environment},
+    )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong in a run is told by us, in a line
+    try:
+        results = tune.Tuner(
+            tune.with_parameters(_trial, asked=asked, folder=folder, metric=metric),
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric=metric,
+                mode="max" if METRICS[metric] else "min",
+                num_samples=asked.samples,
+                scheduler=scheduler,
+                search_alg=BasicVariantGenerator(random_state=asked.seed),
+                reuse_actors=True,  # what a process has imported serves the next run too
+            ),
+            run_config=tune.RunConfig(
+                name=".tune", storage_path=str(folder), verbose=0, callbacks=[Told(), JsonLoggerCallback()]
+            ),
+        ).fit()
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder / ".tune", ignore_errors=True)  # the run folders hold all that a resumption needs
+    return [(_place(folder, asked.run(r.config)), _reason(r.error) if r.error else None) for r in results]
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in a trial, without Ray's trace of it and the name of its class."""
+    last = str(error).strip().splitlines()[-1]
+    return last.partition("Error: ")[2] or last
+
+
+def _place(folder: Path, made: Scenario) -> Path:
+    return folder / "runs" / f"{made.name}-{made.hash}"
+
+
+def _trial(config: Settings, asked: Sweep, folder: Path, metric: str) -> None:
+    """One run, or the rest of it, in a process of Ray's."""
+    from ray import tune
+
+    made = asked.run(config)
+    place = _place(folder, made)
+
+    class Told(Silent):
+        def round(self, line: Mapping[str, Any]) -> None:
+            if line.get(metric) is not None:
+                tune.report({metric: line[metric], "round": line["round"]})
+
+    with (place.parent / f".{place.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a trial of a sweep that was killed may live for a moment
+        begun = (place / "scenario.yaml").exists()
+        if begun:
+            for line in Run.open(place).rounds:
+                Told().round(line)
+        if not begun or not Run.open(place).ended:
+            simulate(made, out=place, resume=begun, display=Told())

@@ -1,0 +1,102 @@
+"""The site's pages: every command parses, every snippet runs, every setting is real."""
+
+import re
+import shlex
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedlora import scenario, sweep
+from fedlora.cli import _parser, main
+from fedlora.schema import schema
+
+ROOT = Path(__file__).parents[2]
+PAGES = {file.stem: file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.S | re.M)
+
+
+def test_every_page_is_on_the_site():
+    told = (ROOT / "mkdocs.yml").read_text()
+    assert {f"{name}.md" for name in PAGES} == set(re.findall(r"[a-z]+\.md", told))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_parses_and_names_real_settings(page):
+    """In blocks, as `$ fedlora ...`, and between backticks."""
+    found = re.findall(r"^\$ (fedlora .*)$|`(fedlora [a-z]+ [^`]+)`", PAGES[page], re.M)
+    for command in ("".join(pair) for pair in found):
+        told = _parser().parse_args(shlex.split(command)[1:])
+        if getattr(told, "scenario", None) in scenario.shipped():
+            scenario.load(told.scenario, told.overrides)
+        if getattr(told, "sweep", None):
+            sweep.load(told.sweep)
+
+
+@pytest.fixture
+def small(tiny_yaml, tmp_path, monkeypatch):
+    """An empty folder to work in, where `smoke` is as small as tests are."""
+    (file := tmp_path / "smoke.yaml").write_text(tiny_yaml)
+    real = scenario.load
+    monkeypatch.setattr(scenario, "load", lambda path, told=(): real(file if path == "smoke" else path, told))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def test_the_quickstart_runs_from_top_to_bottom(small, tmp_path, capsys):
+    commands = re.findall(r"^\$ fedlora (.*)$", PAGES["index"], re.M)
+    assert len(commands) == 8
+    for command in commands:
+        assert main(shlex.split(command)) == 0, f"{command}: {capsys.readouterr()}"
+    assert (tmp_path / "here" / "runs" / "first" / "report.html").exists()
+    assert (tmp_path / "here" / "adapter" / "adapter_config.json").exists()
+    (code,) = blocks("index", "python")
+    exec(code, {})
+    assert "num_examples" in capsys.readouterr().out
+
+
+def test_the_python_of_the_concepts_runs(small):
+    names: dict = {}
+    for code in blocks("concepts", "python"):
+        exec(code, names)
+    assert names["run"].summary["rounds"] == 1
+
+
+@pytest.mark.parametrize("page", ["concepts", "scenarios", "privacy"])
+def test_the_settings_on_a_page_are_real(page):
+    whole = {"name": "x", "data": {"dataset": "tweets"}, "clients": {"total": 20}, "rounds": 1}
+    for block in blocks(page, "yaml"):
+        scenario.parse(yaml.safe_dump({**whole, "strategy": {"use": "ffa_lora"}, **yaml.safe_load(block)}))
+
+
+def test_the_sweep_on_its_page_is_sound(tmp_path):
+    (file := tmp_path / "rates.yaml").write_text(blocks("sweeps", "yaml")[0])
+    assert sweep.load(file).parallel == 2
+
+
+def test_the_scenarios_reference_has_every_key_with_its_default():
+    made = spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    made.loader.exec_module(hooks := module_from_spec(made))
+    page = hooks.on_page_markdown(PAGES["scenarios"])
+    assert hooks.MARK not in page and page.count("\n### ") == len(schema()["$defs"]) + 1
+    rows = page.splitlines()
+    for row in (
+        "| `per_round` | whole number, at least 1 or null | `null` | null: all of them |",
+        "| `delta` | number, above 0, below 1 | *needed* |  |",
+        '| `head` | `trained`, `frozen` | `"trained"` | '
+        "the classification head: trained and sent, or left random |",
+        "| `adapter` | [Adapter](#adapter) | see there |  |",
+    ):
+        assert row in rows
+    for name, section in vars(scenario).items():
+        if (
+            isinstance(section, type)
+            and issubclass(section, scenario.Section | scenario.PlugIn)
+            and f"### {name}\n" in page
+        ):
+            own = page.partition(f"### {name}\n")[2].partition("###")[0]
+            assert all(f"| `{key}` |" in own for key in section.model_fields), name

@@ -1,0 +1,184 @@
+"""Sweeps on a real Ray Tune: a small grid, killed once and started again; random draws; what tuning costs."""
+
+import gc
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+
+import pytest
+
+from fedlora import privacy, scenario
+from fedlora.cli import main
+from fedlora.errors import UserError
+from fedlora.run import Run
+from fedlora.sweep import _reason, load, sweep, total_epsilon
+
+# Ray's processes outlive the objects that stand for them.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+@pytest.fixture
+def file(tiny, tmp_path):
+    """Two strategies, two epsilons, two seeds."""
+    (tmp_path / "tiny.yaml").write_text(tiny("rounds=3").to_yaml())
+    made = tmp_path / "sweep.yaml"
+    made.write_text(f"""name: small
+scenario: {tmp_path / "tiny.yaml"}
+settings: {{clients.lr: 0.25}}
+search:
+  strategy.use: [ffa_lora, fedavg_lora]
+  privacy.epsilon: [4, 8]
+  seed: [0, 1]
+parallel: 1
+""")
+    return made
+
+
+def runs(out):
+    return [Run.open(file.parent) for file in sorted((out / "runs").glob("*/scenario.yaml"))]
+
+
+def finished(out):
+    """When each run that ended wrote its summary."""
+    return {f.parent.name: f.stat().st_mtime_ns for f in (out / "runs").glob("*/summary.json")}
+
+
+def half_way(out):
+    """The first line of each run that has gone some rounds, and has some to go."""
+    return {run.folder: run.rounds[0] for run in runs(out) if not run.summary and 2 <= len(run.rounds) <= 4}
+
+
+def spent_in_rounds(run):
+    """Rounds in which each client paid, by its ledger."""
+    lines = [json.loads(text) for text in (run.folder / "privacy.jsonl").read_text().splitlines()]
+    return sorted((line["client"], line["round"]) for line in lines)
+
+
+@pytest.mark.timeout(900)  # imports in four processes, which on a busy machine take minutes
+def test_a_sweep_that_is_killed_goes_on_when_it_is_started_again(file, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fedlora", "sweep", str(file), "--out", str(out)]
+    file.write_text(file.read_text().replace("lr: 0.25", "lr: 0.25, rounds: 6"))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while (len(finished(out)) < 2 or not half_way(out)) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    before, begun = finished(out), half_way(out)
+    assert 2 <= len(before) < 8 and begun
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert (
+        len(finished(out)) == 8 and before.items() <= finished(out).items()
+    )  # what was finished was not run again
+    first_lines = {run.folder: run.rounds[0] for run in runs(out)}
+    assert begun.items() <= first_lines.items()  # seconds and all: what was begun went on, and not from the start
+    assert [line["round"] for run in runs(out) for line in run.rounds] == [*range(1, 7)] * 8
+    assert all(spent_in_rounds(run) == sorted(product(range(4), range(1, 7))) for run in runs(out))  # none twice
+
+    first = next(line for line in done.stdout.splitlines() if "ffa_lora" in line)
+    assert first.startswith("ffa_lora, epsilon 4") and re.search(r"0\.\d{4} ± 0\.\d{4}", first)
+    assert '"low"' in (out / "comparison.html").read_text()  # the edge of an error band
+    summary = json.loads((out / "sweep.json").read_text())
+    assert (summary["runs"], summary["ended"], summary["failed"]) == (8, 8, 0)
+    assert all(run.scenario["clients"]["lr"] == 0.25 for run in runs(out))
+    assert summary["accuracy"] == max(run.summary["accuracy"] for run in runs(out))
+    assert "Tuning on private data is not free: 8 runs together give (" in done.stdout
+    assert (
+        8 < summary["epsilon_total"]["example"] < 4 * 4 + 4 * 8 + 8
+    )  # no less than one run's, no more than the sum
+    assert not (out / ".tune").exists()
+
+
+@pytest.mark.timeout(900)
+def test_random_draws_repeat_and_early_stopping_ends_what_falls_behind(file, tmp_path):
+    text = file.read_text().partition("search:")[0] + "parallel: 1\n"
+    file.write_text(
+        f"{text}search: {{clients.lr: {{draw: loguniform, low: 0.0001, high: 1.0}}}}\n"
+        "samples: 4\nseed: 4\nstop_early: {grace: 1, factor: 2}\n"
+    )
+    said = []
+    done = sweep(file, tmp_path / "out", said.append)
+    rates = {run.scenario["clients"]["lr"] for run in runs(tmp_path / "out")}
+    assert len(rates) == 4 and 0.0001 <= min(rates) and max(rates) <= 1.0
+    assert (done.summary["runs"], done.summary["failed"], len(said)) == (4, 0, 4)
+    lengths = sorted(len(run.rounds) for run in runs(tmp_path / "out"))
+    assert lengths[0] < 3 == lengths[-1]  # one was ended, one went through
+    sweep(file, tmp_path / "out")
+    assert {run.scenario["clients"]["lr"] for run in runs(tmp_path / "out")} == rates
+    with pytest.raises(UserError, match="holds another sweep"):
+        file.write_text(file.read_text().replace("seed: 4", "seed: 5"))
+        sweep(file, tmp_path / "out")
+    gc.collect()  # while its warnings are still let pass
+
+
+@pytest.mark.parametrize(
+    "old, new, line, words",
+    [
+        ("name: small", "name: small\nnothing: 1", 2, "unknown key 'nothing': "),
+        ("name: small", "name: small\nstop_early: {grac: 1}", 2, "did you mean 'grace'?"),
+        ("seed: [0, 1]", "seed: 3", 4, "seed should be a list of values"),
+        ("seed: [0, 1]", "seed: []", 4, "seed should be a list of values"),
+        ("seed: [0, 1]", "clients.lr: {draw: normal, low: 0, high: 1}", 7, "'uniform', 'loguniform' or 'randint'"),
+        ("seed: [0, 1]", "clients.lr: {draw: loguniform, low: 0, high: 1}", 7, "needs 0 < low < high"),
+        ("seed: [0, 1]", "clients.lr: {draw: uniform, low: 1}", 7, "search.clients.lr.high: is missing"),
+        ("seed: [0, 1]", "seed: [0, -1]", 7, "seed: should be greater than or equal to 0, not -1"),
+        ("seed: [0, 1]", "sed: [0]", 7, "did you mean 'seed'?"),
+        ("fedavg_lora", "fedavg_lra", 5, "did you mean 'fedavg_lora'?"),
+        ("clients.lr: 0.25", "clients.lr: -1", 3, "clients.lr: should be greater than 0"),
+        ("name: small", "name: small\nsamples: 2", 1, "nothing is: leave it out"),
+        ("name: small", "name: [", 3, "not YAML"),
+        ("seed: [0, 1]", "seed: [0, 1]\n  seed: [2]", 8, "is written twice, first on line 7"),
+    ],
+)
+def test_slips_are_told_by_line_before_anything_is_written(file, tmp_path, old, new, line, words, capsys):
+    file.write_text(file.read_text().replace(old, new))
+    assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert words in told and f"{file}:{line}: " in told and len(told.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_failed_in_a_run_is_told_without_rays_trace_of_it():
+    error = RuntimeError(
+        "ray::train() (pid=1)\n  File x\nfedlora.errors.UserError: --set a=1: a: too high; lower it"
+    )
+    assert _reason(error) == "--set a=1: a: too high; lower it"
+    assert _reason(RuntimeError("the worker died")) == "the worker died"
+
+
+def test_a_sweep_that_is_not_there_is_told_with_those_that_are(capsys):
+    assert main(["sweep", "epsilom"]) == 2
+    assert capsys.readouterr().err == "epsilom: no such file; did you mean 'epsilon'?\n"
+
+
+@pytest.mark.parametrize("name", scenario.shipped(scenario.SWEEPS))
+def test_the_shipped_sweeps_are_sound_and_say_how_long_they_take(name):
+    made = load(name)
+    assert made.name == name and "minutes" in (scenario.SWEEPS / f"{name}.yaml").read_text()
+
+
+def test_what_tuning_costs_counts_whoever_spent_most_in_each_run(tiny, tmp_path):
+    from fedlora import simulate
+
+    plain = simulate(tiny("rounds=1", private=False), out=tmp_path / "plain")
+    private = [simulate(tiny("rounds=1", f"seed={s}"), out=tmp_path / f"{s}") for s in (1, 2)]
+    assert total_epsilon([plain.folder]) == {}
+    value, words = total_epsilon([run.folder for run in (plain, *private)])["example"]
+    events = [
+        privacy.Event(
+            noise_multiplier=line["noise_multiplier"], sample_rate=line["sample_rate"], steps=2, clip_norm=1
+        )
+        for run in private
+        for line in [json.loads((run.folder / "privacy.jsonl").read_text().splitlines()[0])]
+    ]  # iid: clients are alike, so that the first stands for all
+    assert value == pytest.approx(privacy.epsilon(events, 1e-3, "rdp"), rel=0.05) and len(events) == 2
+    assert words.startswith("2 runs together give (") and "for each example" in words
