@@ -26,15 +26,15 @@ LAYERS = [
     {"engine"},
     {"rounds"},
     {"simulation"},
-    {"plan", "export", "schema", "sweep"},
+    {"plan", "export", "schema", "sweep", "deploy"},
     {"audit", "scaffold"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 HEAVY = {
-    "flwr": {"engine", "secure", "wire", "strategy"},
-    "cryptography": {"secure"},
+    "flwr": {"deploy", "engine", "secure", "wire", "strategy"},
+    "cryptography": {"deploy", "secure"},
     "opacus": {"audit", "clients", "privacy"},
     "ray": {"engine", "sweep"},
     "flwr_datasets": {"data"},
