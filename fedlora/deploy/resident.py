@@ -25,6 +25,8 @@ from typing import Any
 _SIZES = struct.Struct(">IQ")  # bytes of the words, bytes of the content
 _MOST_WORDS, _MOST_CONTENT = 2**20, 2**34
 _START = 120.0  # seconds that a resident may take to listen
+_PAUSE = 0.02  # seconds between two looks for one
+_HERE = b"!"  # its first byte to whoever it takes in
 _IDLE = 300.0  # seconds without a request after which one ends where no site file says
 
 logger = logging.getLogger("fedlora.deploy.resident")
@@ -51,20 +53,21 @@ def ask(where: Path, app: Path, words: Words, content: bytes) -> tuple[Words, by
     Raises:
         Unreachable: it cannot be started, or died of the request twice.
     """
-    for last in (False, True):
+    died, end = 0, time.monotonic() + _START
+    while time.monotonic() < end or died:
         try:
             with _connected(where, app) as there:
                 _send(there, {**words, "app": str(app)}, content)
                 told, reply = _receive(there)
         except (ConnectionError, EOFError) as error:
-            if last:
-                raise Unreachable(
-                    "its worker died of this request, and of it once more: its log says why"
-                ) from error
+            if died:
+                raise Unreachable("its worker died of this request, twice: its log says why") from error
+            died += 1
             continue
         if not told.get("other_app"):
             return told, reply
-    raise Unreachable("its worker serves another app")
+        time.sleep(_PAUSE)  # it ends now
+    raise Unreachable("its worker serves another app and does not end")
 
 
 def place(where: Path) -> Path:
@@ -88,32 +91,40 @@ def home() -> Path:
 @contextlib.contextmanager
 def _connected(where: Path, app: Path) -> Iterator[socket.socket]:
     """A connection to the resident."""
-    address = place(where)
-    with socket.socket(socket.AF_UNIX) as there:
-        with address.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one resident, however many ask at once
-            if there.connect_ex(str(address)):
-                _start(where, app, there, address)
+    address, child = place(where), 0
+    end = time.monotonic() + _START
+    with address.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one resident, however many ask at once
+        while (there := _taken_in(address)) is None:
+            child = child or _start(where, app)
+            if os.waitpid(child, os.WNOHANG)[0]:
+                raise Unreachable("its worker does not start: its log says why")
+            if time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+                raise Unreachable(f"its worker did not listen within {_START:g} s")
+            time.sleep(_PAUSE)
+    with there:
         yield there
 
 
-def _start(where: Path, app: Path, there: socket.socket, address: Path) -> None:
-    """Start a resident, and connect to it.
+def _taken_in(address: Path) -> socket.socket | None:
+    """A connection that the resident has taken in; None where there is none, or one that ends."""
+    there = socket.socket(socket.AF_UNIX)
+    try:
+        there.connect(str(address))
+        if there.recv(len(_HERE)) == _HERE:
+            return there
+    except OSError:
+        pass
+    there.close()
+    return None
 
-    Raises:
-        Unreachable: it does not come up.
-    """
+
+def _start(where: Path, app: Path) -> int:
+    """Start a resident; gives its process id."""
     command = [sys.executable, "-m", "fedlora.deploy.resident", str(where), str(app)]
     nothing = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
-    child = os.posix_spawn(sys.executable, command, os.environ, file_actions=nothing, setsid=True)
-    end = time.monotonic() + _START
-    while there.connect_ex(str(address)):
-        if os.waitpid(child, os.WNOHANG)[0]:
-            raise Unreachable("its worker does not start: its log says why")
-        if time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)
-            raise Unreachable(f"its worker did not listen within {_START:g} s")
-        time.sleep(0.02)
+    return os.posix_spawn(sys.executable, command, os.environ, file_actions=nothing, setsid=True)
 
 
 def _send(there: socket.socket, words: Words, content: bytes) -> None:
@@ -200,6 +211,7 @@ def _answer(node: Any, there: socket.socket) -> bool:
     from fedlora import wire
 
     try:
+        there.sendall(_HERE)
         words, content = _receive(there)
         if words["app"] != str(node.app):
             _send(there, {"other_app": True}, b"")
