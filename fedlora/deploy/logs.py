@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-KEYS = ("run", "round", "client", "kind", "seconds", "epsilon", "bytes_up", "bytes_down", "failures")
+KEYS = ("run", "round", "client", "kind", "seconds", "trained", "epsilon")
 
 
 class Lines(logging.Formatter):

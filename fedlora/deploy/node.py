@@ -65,6 +65,7 @@ class Node:
     Attributes:
         served: rounds that were trained and sent.
         failed: rounds that were not.
+        trained: seconds that the last of them trained.
     """
 
     def __init__(self, where: Path, app: Path) -> None:
@@ -83,7 +84,7 @@ class Node:
         self.run: Serving | None = None
         self.folder = where
         self._read_site()
-        self.served = self.failed = 0
+        self.served, self.failed, self.trained = 0, 0, 0.0
 
     def _read_site(self) -> None:
         """Read the site file, which may have changed since the last run."""
@@ -134,6 +135,8 @@ class Node:
             spent = {} if error.event is None else {"privacy": error.event.to_json()}
             return wire.pack_words({"refused": str(error), **spent})
         self.served += kind == "train"
+        if kind == "train":
+            seen["trained"] = round(self.trained, 3)
         seen |= {"seconds": round(time.perf_counter() - began, 3), "epsilon": self.epsilon}
         logger.info("answered", extra=seen)
         return made
@@ -296,6 +299,7 @@ class Node:
             self._pay(run, instruction.round, client, event)
         replies: Replies = run.worker.train(instruction, [client], partial_sums=False)
         (report,) = replies.reports
+        self.trained = report.seconds
         if report.error is not None:
             logger.error("%s", report.error, extra={"client": client, "round": instruction.round})
             raise Refusal(f"training failed ({report.error.partition(':')[0]}): its log says why", event)

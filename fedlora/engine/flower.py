@@ -374,9 +374,9 @@ class FlowerEngine(Engine):
     # Messages.
 
     def _send(self, contents: Mapping[int, tuple[str, RecordDict]]) -> dict[str, int]:
-        """Push a message to each node; gives the node by message."""
+        """Push a message to each node, which lapses when nobody waits for its reply; gives the node by message."""
         messages = [
-            Message(content, node, kind, ttl=self.deadline + self.join, group_id="")
+            Message(content, node, kind, ttl=self.deadline + (self.join if kind == "query" else 0), group_id="")
             for node, (kind, content) in contents.items()
         ]
         ids = list(self.grid.push_messages(messages))
