@@ -347,7 +347,7 @@ class FlowerEngine(Engine):
         site.merged = len(self.merges)
         shown = {k: v for k, v in update.metrics.items() if k != central.WITHIN}
         steps = self.worker.scenario.clients.local_steps if instruction.trip == 1 else 0
-        return update, replace(report, steps=steps, event=event, metrics=shown)
+        return update, replace(report, steps=steps, event=event or spends, metrics=shown)
 
     def _checked(self, instruction: Instruction, client: int, reply: Message) -> Update:
         """The update in a reply.

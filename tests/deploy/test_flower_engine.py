@@ -170,6 +170,19 @@ def test_a_reply_that_is_not_as_asked_is_a_failure_that_is_paid_for(sites, nodes
     assert len(ledger.replay(run.folder / "privacy.jsonl")[1]) == 1
 
 
+def test_a_reply_that_names_no_cost_is_paid_for_all_the_same(sites, nodes, deployed):
+    scenario, files = sites("rounds=1")
+
+    def silent(content):
+        if "arrays" in content:
+            del content["fedlora"]
+        return content
+
+    run, _ = deployed(scenario, LocalGrid(nodes(files), altered={2: silent}))
+    events = ledger.replay(run.folder / "privacy.jsonl")
+    assert run.summary["failures"] == 0 and len(events[1]) == 1 and events[1][0].steps == 2
+
+
 def test_a_client_that_did_not_clip_is_refused_where_clients_are_protected_whole(sites, nodes, deployed):
     overrides = ("privacy.unit=client", "privacy.epsilon=50", "privacy.delta=1e-3", "clients.use=sgd", "rounds=1")
     scenario, files = sites(*overrides)
