@@ -98,6 +98,7 @@ def test_a_sweep_that_is_killed_goes_on_when_it_is_started_again(file, tmp_path)
     assert not (out / ".tune").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_random_draws_repeat_and_early_stopping_ends_what_falls_behind(file, tmp_path):
     text = file.read_text().partition("search:")[0] + "parallel: 1\n"

@@ -50,6 +50,7 @@ def test_merges_and_trips_are_the_same_on_many_workers_one_of_which_dies(name, t
     assert one.keys() == other.keys() and all(np.array_equal(one[n], other[n]) for n in one)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # two workers load, one of them twice
 def test_a_client_that_hangs_is_stopped_counted_and_replaced(tiny, tmp_path, monkeypatch):
     """The deadline counts from when a worker has loaded, which takes the new one longer than that."""
