@@ -340,7 +340,3 @@ class Node:
             }
             self.account.spend(round, {client: event}, **mine)
         run.ledger.spend(round, {client: event}, **terms)
-
-    def forget(self) -> None:
-        """Let the model go; the files stay."""
-        self.run = None

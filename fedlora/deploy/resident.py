@@ -221,7 +221,7 @@ def _answer(node: Any, there: socket.socket) -> bool:
     try:
         made = node.answer(words["kind"], wire.from_bytes(content), words["partition"])
         told, reply = {}, wire.to_bytes(made)
-    except Exception as error:
+    except Exception as error:  # whatever a request trips over, the worker stays up
         logger.exception("a request failed", extra={"kind": words.get("kind")})
         told, reply = {"error": f"{type(error).__name__}: its log says more"}, b""
     try:

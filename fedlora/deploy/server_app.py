@@ -46,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
     shown.finished(folder)
 
 
-def serve(grid: Grid, asked: dict[str, str], shown: "Display", number: int) -> Path:
+def serve(grid: Grid, asked: dict[str, str], shown: Display, number: int) -> Path:
     """Run a scenario on the sites behind a grid, to its end.
 
     Args:

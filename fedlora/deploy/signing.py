@@ -52,7 +52,7 @@ def signed(signature: str, keys: Iterable[str], scenario: Mapping[str, Any], app
     for text in keys:
         try:
             key = load_ssh_public_key(text.encode())
-        except Exception as error:
+        except Exception as error:  # as above
             raise UserError(f"accept.submitters: {text:.30}... is no ssh public key: {error}") from error
         if not isinstance(key, Ed25519PublicKey):
             raise UserError(f"accept.submitters: {text:.30}... is not an Ed25519 key")

@@ -6,7 +6,6 @@ It speaks to the SuperLink through Flower's own command line, with the connectio
 
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -14,7 +13,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +46,6 @@ clientapp = "fedlora.deploy.client_app:app"
 _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 _PATIENCE = 20  # how often a log that ended too soon is asked for again
 _PAUSE = 3.0  # seconds between
-
-logger = logging.getLogger(__name__)
 
 
 def submit(
@@ -198,8 +194,8 @@ def _flwr(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([*_command(), *arguments], capture_output=True, text=True, env=_environment())
 
 
-def _command() -> Iterator[str]:
-    yield from (sys.executable, "-c", "from flwr.cli.app import app; app()")
+def _command() -> list[str]:
+    return [sys.executable, "-c", "from flwr.cli.app import app; app()"]
 
 
 def _environment() -> dict[str, str]:

@@ -19,9 +19,10 @@ from flwr.supercore.run import Run
 
 from fedlora import central, wire
 from fedlora.adapter import Adapter, Change, Instruction, Update
-from fedlora.engine.base import EVALUATION_CHUNK, Engine, summed
+from fedlora.engine.base import Engine, summed
+from fedlora.engine.inline import InlineEngine
 from fedlora.engine.intake import Replies, Report
-from fedlora.engine.worker import Description, Setup, Worker
+from fedlora.engine.worker import Description, Setup
 from fedlora.errors import ContractError, FedloraError, RoundError
 from fedlora.privacy import Event
 
@@ -101,8 +102,9 @@ class FlowerEngine(Engine):
         Raises:
             RoundError: none came.
         """
-        self.worker = Worker(setup)
-        self.description = self.worker.describe()
+        self.here = InlineEngine(self.num_clients)
+        self.description = self.here.start(setup)
+        self.worker = self.here.worker
         self._hello = wire.pack_words(
             {
                 "run": self.key,
@@ -142,11 +144,7 @@ class FlowerEngine(Engine):
 
     def evaluate(self, adapter: Adapter) -> dict[str, float]:
         """Loss and metric on the server's test set."""
-        count = self.description.test_examples
-        starts = range(0, count, EVALUATION_CHUNK)
-        return self.worker.figures(
-            summed(self.worker.evaluate(adapter, a, min(a + EVALUATION_CHUNK, count)) for a in starts)
-        )
+        return self.here.evaluate(adapter)
 
     def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
         """Means over the sites that answer of the figures of each one's own model.
@@ -171,12 +169,12 @@ class FlowerEngine(Engine):
 
     def merge(self, change: Change) -> None:
         """Fold a change into the base here; sites get it beside their next instruction."""
-        self.worker.merge(change)
+        self.here.merge(change)
         self.merges.append(change)
 
     def export(self, adapter: Adapter, folder: Path, merged: Change | None = None) -> None:
         """Write the adapter."""
-        self.worker.export(adapter, folder, merged)
+        self.here.export(adapter, folder, merged)
 
     def close(self) -> None:
         """Nothing to let go: sites drop an idle run by themselves."""
