@@ -74,22 +74,22 @@ class Ledger:
         if not events:
             return
         terms = {**guarantee, "mechanism": MECHANISM, "neighbours": NEIGHBOURS}
-        file, text = self.folder / "privacy.jsonl", ""
+        file, text, chain = self.folder / "privacy.jsonl", "", self._chain
         if not self._lines:
             _write_head(file, 0, "")  # so that a ledger without a head is one that lost it
         for client, event in events.items():
             line = {"round": round, "client": client, **event.to_json(), **terms}
             line |= {"attempt": attempt} if attempt else {}
-            self._chain = _link(self._chain, line)
-            text += json.dumps({**line, "chain": self._chain}) + "\n"
-            self._lines += 1
-            self._note(round, attempt, client, event)
+            chain = _link(chain, line)
+            text += json.dumps({**line, "chain": chain}) + "\n"
         with file.open("ab") as stream:
             stream.truncate(self._size)  # of what an interruption cut short
             stream.write(text.encode())
             stream.flush()
             os.fsync(stream.fileno())
-        self._size += len(text.encode())
+        for client, event in events.items():  # on disk, and not before: a full disk may have room again
+            self._note(round, attempt, client, event)
+        self._size, self._lines, self._chain = self._size + len(text.encode()), self._lines + len(events), chain
         _write_head(file, self._lines, self._chain)
 
     def _note(self, round: int, attempt: int, client: Holder, event: Event) -> None:

@@ -1,6 +1,7 @@
 """What tests share: an offline world, a tiny real BERT, and scenarios small enough for a second."""
 
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -136,3 +137,11 @@ def build(tiny):
         return made[key]
 
     return worker
+
+
+@pytest.fixture
+def largest_file():
+    """Sets how large a file may grow, which the kernel refuses as it does a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -65,6 +65,20 @@ def test_what_was_spent_is_read_back_exactly(tmp_path):
     assert again.spent(2)[0] == again.events[0][-1]
 
 
+def test_what_a_full_disk_did_not_take_was_not_spent_and_the_next_line_follows(tmp_path, largest_file):
+    """As at a site, whose worker stays up and may find room again."""
+    record = two_rounds(tmp_path)
+    before = record.position
+    for room in (10, 600):  # the head of 35 bytes does not fit, or half of the next line does
+        largest_file(room)
+        with pytest.raises(OSError, match="File too large"):
+            record.spend(3, {0: HEAVY, 2: HEAVY}, **TERMS)
+        largest_file()
+        assert record.position == before and record.events == {0: [LIGHT, LIGHT], 2: [HEAVY]}
+    record.spend(3, {0: HEAVY, 2: HEAVY}, **TERMS)
+    assert Ledger(tmp_path).events == record.events == {0: [LIGHT, LIGHT, HEAVY], 2: [HEAVY, HEAVY]}
+
+
 def test_a_ledger_that_a_checkpoint_has_not_seen_is_refused(tmp_path):
     lines, chain = two_rounds(tmp_path).position
     assert Ledger(tmp_path, (2, ledger.read(tmp_path / "privacy.jsonl")[1]["chain"])).position == (lines, chain)

@@ -84,6 +84,29 @@ def test_a_site_that_is_not_there_is_a_failure_and_one_that_comes_joins(sites, n
     assert missing == [1] and [t["clients"] for t in run.rounds] == [3, 4, 4]
 
 
+def test_a_full_disk_at_a_site_costs_its_replies_until_there_is_room(sites, nodes, deployed, largest_file):
+    """It cannot pay, so it does not train; its worker stays up, and its ledgers go on whole."""
+    scenario, files = sites("rounds=4")
+    made = nodes(files)
+    answer = made[3].answer
+
+    def full(kind, content, partition):
+        asked = kind == "train" and wire.unpack_instruction(content, made[3].run.worker.task.layout).round
+        largest_file(*([100] if asked in (2, 3) else []))
+        try:
+            return answer(kind, content, partition)
+        finally:
+            largest_file()
+
+    made[3].answer = full
+    run, _ = deployed(scenario, LocalGrid(made))
+    errors = [(t["round"], t["client"], t["error"]) for t in lines(run.folder, "clients.jsonl") if t["error"]]
+    assert errors == [(2, 2, "OSError"), (3, 2, "OSError")] and [t["clients"] for t in run.rounds] == [4, 3, 3, 4]
+    own = [made[3].folder / folder / "privacy.jsonl" for folder in ("ledger", "runs/run-1")]
+    assert [len(ledger.replay(file)[2]) for file in own] == [2, 2]
+    assert len(ledger.replay(run.folder / "privacy.jsonl")[2]) == 4  # it trained, for all the server knows
+
+
 def test_a_node_that_lost_its_process_goes_on_from_its_disk(sites, nodes, deployed, tmp_path):
     scenario, files = sites("strategy.use=fedex_lora", "rounds=3", private=False)
     made = nodes(files)

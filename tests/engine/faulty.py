@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -38,7 +39,18 @@ class Faulty(DPSGD):
                 time.sleep(600)
             case "memory":
                 np.ones(2**55)  # more than can be addressed
+            case "greed" if not (done := Path(str(settings.config["done"]))).exists():
+                done.touch()  # once is enough
+                (Path(str(settings.config["group"])) / "cgroup.procs").write_text(str(os.getpid()))
+                np.ones(2**25)  # 256 MiB, of 64
         return update
+
+
+class Broken(DPSGD):
+    """Fails at every client."""
+
+    def fit(self, task, adapter, partition, settings, rng):
+        raise RuntimeError("gone")
 
 
 class Flaky(DPSGD):

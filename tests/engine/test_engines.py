@@ -1,9 +1,11 @@
 """One contract over every engine, on a tiny real model; Ray starts once, with two workers."""
 
+import contextlib
 import gc
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,6 +133,32 @@ def test_a_dead_worker_is_replaced_and_nothing_is_lost(ray, inline):
     replies = ray.train(instruct(ray), range(4), partial_sums=False)
     assert bits(replies.updates) == bits(inline.train(instruct(inline), range(4), partial_sums=False).updates)
     assert ray.replaced >= 1 and len(set(ray.pids())) == 2
+
+
+@pytest.fixture
+def cramped():
+    """A control group of the kernel's, of version 1 or 2, with room for 64 MiB."""
+    for file in ("memory/fedlora/memory.limit_in_bytes", "fedlora/memory.max"):
+        folder = (limit := Path("/sys/fs/cgroup") / file).parent
+        with contextlib.suppress(OSError):
+            folder.mkdir()
+        if limit.exists() and os.access(limit, os.W_OK):
+            limit.write_text(str(64 * 2**20))
+            break
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    else:
+        pytest.skip("no control group can be made here")
+    yield folder
+    folder.rmdir()
+
+
+def test_a_worker_that_the_kernel_kills_for_want_of_memory_is_replaced(ray, inline, cramped, tmp_path):
+    before = ray.replaced
+    greed = {"fail": 2, "fault": "greed", "group": str(cramped), "done": str(tmp_path / "done")}
+    replies = ray.train(instruct(ray, **greed), range(4), partial_sums=False)
+    assert bits(replies.updates) == bits(inline.train(instruct(inline), range(4), partial_sums=False).updates)
+    assert ray.replaced == before + 1 and (tmp_path / "done").exists()
 
 
 def test_a_client_that_kills_its_worker_each_time_is_a_failure(ray):

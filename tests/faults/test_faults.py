@@ -1,6 +1,5 @@
 """Faults while a run goes on, each a real one: it goes on too, or stops by one line and can be gone on with."""
 
-import resource
 import time
 
 import pytest
@@ -27,14 +26,6 @@ class After(Silent):
     def round(self, line):
         if line["round"] == self.at:
             self.do()
-
-
-@pytest.fixture
-def largest_file():
-    """Sets how large a file may grow, which the kernel refuses as it does a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("use", ["ffa_lora", "fedex_lora"])
