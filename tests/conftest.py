@@ -119,6 +119,19 @@ def tiny(tiny_yaml):
     return make
 
 
+@pytest.fixture
+def small(tiny_yaml, tmp_path, monkeypatch):
+    """An empty folder to work in, where the scenarios that ship are as small as tests are."""
+    from fedlora import scenario
+
+    (file := tmp_path / "small.yaml").write_text(tiny_yaml)
+    real, shipped = scenario.load, scenario.shipped()
+    monkeypatch.setattr(scenario, "load", lambda path, told=(): real(file if path in shipped else path, told))
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    return here
+
+
 @pytest.fixture(scope="session")
 def build(tiny):
     """Makes the worker of a tiny scenario."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fedlora import Update, scenario
-from fedlora.cli import _parser
+from fedlora.cli import _parser, main
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -20,6 +20,23 @@ def test_every_fedlora_command_parses_and_names_real_settings():
         told = _parser().parse_args(shlex.split(command.strip())[1:])
         if getattr(told, "scenario", None) and told.scenario != "my.yaml":
             scenario.load(ROOT / told.scenario if "/" in told.scenario else told.scenario, told.overrides)
+
+
+def test_every_command_about_your_own_data_runs(small, tiny_base, tiny_yaml, reviews, capsys):
+    """On a tiny model and few rows; audits, sweeps and sites have commands in tests of their own."""
+    (small / "my.yaml").write_text(tiny_yaml)
+    (small / "roberta-base").symlink_to(tiny_base)
+    rows = reviews.read_text().replace("text,label", "question,kind")
+    for name in ("a.csv", "b.csv"):
+        (small / name).write_text(rows)
+    for name in ("runs/a", "runs/b", "runs/noniid-<hash>"):
+        assert main(["simulate", "noniid", "--set", "rounds=1", "--out", name]) == 0
+    block = re.search(r"^```\n(fedlora check my.yaml.*?)^```", TEXT, re.S | re.M).group(1)
+    commands = [shlex.split(line, comments=True)[1:] for line in block.replace("<hash>", "'<hash>'").splitlines()]
+    assert len(commands) >= 13
+    for command in commands:
+        if command[0] not in ("audit", "sweep", "submit"):
+            assert main(command) == 0, f"{command}: {capsys.readouterr()}"
 
 
 def test_ci_installs_and_tests_as_the_readme_says():

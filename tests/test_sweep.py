@@ -121,6 +121,33 @@ def test_random_draws_repeat_and_early_stopping_ends_what_falls_behind(file, tmp
     gc.collect()  # while its warnings are still let pass
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_runs_that_fail_are_told_and_counted_and_cost_what_they_spent(file, tmp_path, capsys):
+    """The comparison is made of the others; where none is left, that is an error of a line each."""
+    text = file.read_text().partition("search:")[0] + "parallel: 1\n"
+    broken = "tests.engine.faulty:Broken"
+    file.write_text(f"{text}search: {{clients.use: [dp_sgd, '{broken}'], seed: [0, 1]}}\n")
+    out = tmp_path / "out"
+    assert main(["sweep", str(file), "--out", str(out)]) == 1
+    told = capsys.readouterr()
+    assert [line.rpartition(": ")[2] for line in told.err.splitlines()].count("failed") == 2
+    why = "A run failed: round 1: all 4 clients failed; client 0: RuntimeError: gone."
+    assert told.out.count(why) == 1 and why in (out / "comparison.html").read_text()
+    summary = json.loads((out / "sweep.json").read_text())
+    assert (summary["runs"], summary["ended"], summary["failed"]) == (4, 2, 2)
+    every = [run.folder for run in runs(out)]
+    ended = [run.folder for run in runs(out) if run.ended]
+    assert summary["epsilon_total"]["example"] == total_epsilon(every)["example"][0]
+    assert summary["epsilon_total"]["example"] > total_epsilon(ended)["example"][0]  # they may have trained
+    assert Run.open(summary["best"]).ended
+
+    file.write_text(f"{text}search: {{clients.use: ['{broken}'], seed: [0, 1]}}\n")
+    assert main(["sweep", str(file), "--out", str(tmp_path / "none")]) == 2
+    assert "round 1: all 4 clients failed" in capsys.readouterr().err
+    gc.collect()  # while its warnings are still let pass
+
+
 @pytest.mark.parametrize(
     "old, new, line, words",
     [

@@ -37,16 +37,6 @@ def test_every_command_parses_and_names_real_settings(page):
             sweep.load(told.sweep)
 
 
-@pytest.fixture
-def small(tiny_yaml, tmp_path, monkeypatch):
-    """An empty folder to work in, where `smoke` is as small as tests are."""
-    (file := tmp_path / "smoke.yaml").write_text(tiny_yaml)
-    real = scenario.load
-    monkeypatch.setattr(scenario, "load", lambda path, told=(): real(file if path == "smoke" else path, told))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-
-
 def test_the_quickstart_runs_from_top_to_bottom(small, tmp_path, capsys):
     commands = re.findall(r"^\$ fedlora (.*)$", PAGES["index"], re.M)
     assert len(commands) == 8
@@ -57,6 +47,21 @@ def test_the_quickstart_runs_from_top_to_bottom(small, tmp_path, capsys):
     (code,) = blocks("index", "python")
     exec(code, {})
     assert "num_examples" in capsys.readouterr().out
+
+
+def test_every_command_on_the_other_pages_runs(small, capsys):
+    """But for those of minutes: audits, sweeps and sites have commands in tests of their own."""
+    assert main(["simulate", "smoke", "--out", "runs/first"]) == 0
+    (small / "sweeps" / "epsilon" / "runs").mkdir(parents=True)
+    (small / "sweeps" / "epsilon" / "runs" / "one").symlink_to(small / "runs" / "first")
+    ran = set()
+    for page in PAGES.keys() - {"index", "strategies"}:
+        for pair in re.findall(r"^\$ fedlora (.*)$|`fedlora ([a-z]+ [^`]+)`", PAGES[page], re.M):
+            command = "".join(pair).replace("RUN", "runs/first").replace("runs/*", "runs/one")
+            if command.split()[0] not in ("audit", "sweep", "submit"):
+                assert main(shlex.split(command)) == 0, f"{command}: {capsys.readouterr()}"
+                ran.add(command)
+    assert {"ledger runs/first", "compare sweeps/epsilon/runs/one", "check gsm8k", "simulate sites"} < ran
 
 
 def test_the_python_of_the_concepts_runs(small):
