@@ -15,7 +15,7 @@ def test_every_dependency_is_locked_within_its_bounds():
     locked = dict(re.findall(r"^([\w.-]+)(?:\[[\w,-]+\])?==(\S+)", text, flags=re.M))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for line in [*project["dependencies"], *extras["demo"], *extras["dev"]]:
+    for line in [*project["dependencies"], *extras["demo"], *extras["docs"], *extras["dev"]]:
         asked = Requirement(line)
         if (name := canonicalize_name(asked.name)) != "fedlora":
             assert asked.specifier.contains(locked[name]), line
