@@ -18,6 +18,7 @@ from fedlora.client import Client
 from fedlora.data import Dataset
 from fedlora.engine import Engine, Replies, Report
 from fedlora.engine.intake import Intake
+from fedlora.engine.transport import Transport
 from fedlora.engine.worker import Setter
 from fedlora.errors import ContractError, RoundError
 from fedlora.ledger import Holder, Ledger
@@ -380,9 +381,8 @@ class Loop:
     def _head_bytes(self, round: int) -> int:
         layout = self.strategy.layout
         sent = set(self.strategy.trains(round, layout)) & set(self.strategy.sends(round, layout))
-        return wire.tensor_bytes(
-            sorted(n for n in sent if layout[n].role == "head" and layout[n].trainable), layout
-        )
+        heads = sorted(n for n in sent if layout[n].role == "head" and layout[n].trainable)
+        return wire.tensor_bytes(heads, layout, Transport(self.scenario, self.strategy).up)
 
 
 def _line(round: int, report: Report, epsilon: float | None) -> Line:

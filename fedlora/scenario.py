@@ -365,6 +365,26 @@ class SecureAggregation(Section):
     survivors: Annotated[Float, Field(gt=0.5, le=1)] = 0.66  # share of the clients that must not drop out
 
 
+class Rounded(Section):
+    """Numbers of fewer bits, rounded up or down by chance so that the mean is right."""
+
+    kind: Literal["fp16", "bf16", "int8", "int4"]  # 2, 2, 1 and 1/2 bytes a number, where plain ones take 4
+
+
+class TopK(Section):
+    """The largest numbers of each tensor; a client keeps what it left out, and adds it to what it sends next."""
+
+    kind: Literal["top_k"]
+    share: Annotated[Float, Field(ge=0.001, le=1)] = 0.1  # of the numbers; each takes 8 bytes
+
+
+class Compression(Section):
+    """What travels in fewer bytes; clients send their change, noise included, and the server's own stays exact."""
+
+    up: Annotated[Rounded | TopK, Field(discriminator="kind")] | None = None  # int8 costs hardly any accuracy
+    down: Rounded | None = None  # the adapter itself, whose rounding all clients share: fp16 is safe, int4 is not
+
+
 class ExactMatch(Section):
     """For causal_lm: answers that the model writes out itself, by greedy decoding, held to those given."""
 
@@ -415,6 +435,7 @@ class Scenario(Section):
     clients: Clients
     privacy: Privacy | None = None
     secure_aggregation: SecureAggregation | None = None
+    compression: Compression | None = None
     strategy: Strategy
     rounds: PositiveInt
     eval_every: PositiveInt = 1
@@ -433,6 +454,11 @@ class Scenario(Section):
     def client_privacy(self) -> Privacy | None:
         """The guarantee for each client, which the server gives; None where there is none."""
         return self.privacy if self.privacy is not None and self.privacy.unit == "client" else None
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether clients keep what compression left out, to send it later."""
+        return self.compression is not None and isinstance(self.compression.up, TopK)
 
     _source: "Source" = PrivateAttr(default_factory=lambda: Source("scenario", {}, {}))
 
@@ -723,6 +749,11 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
                 ("clients", "min_replies" if clients.min_replies > 1 else "retries"),
                 "unit: client holds for cohorts drawn once, however few reply: leave min_replies and retries out",
             )
+    if sections.get("secure_aggregation") and (asked := sections.get("compression")) and asked.up is not None:
+        yield Problem(
+            ("compression", "up"),
+            "secure aggregation sends whole numbers of its own: leave compression.up out; down may stay",
+        )
     if data and clients and isinstance(data.partition, LabelShares):
         rows = len(data.partition.shares)
         if clients.total % rows:
@@ -775,7 +806,8 @@ def _explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         given = detail["ctx"].get("tag")
         known = [tag.strip("'") for tag in str(detail["ctx"].get("expected_tags", "")).split(", ")]
-        known = known if given else _kinds(Ranks if path[-1] == "ranks" else Partition)
+        unions = {"ranks": Ranks, "partition": Partition}
+        known = known if given or path[-1] not in unions else _kinds(unions[str(path[-1])])
         what = f"unknown kind {given!r}: {suggestion(str(given), known)}"
         what = what if given else f"needs a kind, one of {', '.join(known)}"
         return Problem((*path, "kind"), f"{key}: {what}")

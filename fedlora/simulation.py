@@ -140,7 +140,7 @@ def _carry_out(ready: Prepared, engine: engines.Engine, folder: Path, resume: bo
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     scenario, setup = ready.scenario, ready.setup
     whole = central(scenario, secrets.randbits(63) if setup.secret else scenario.seed)
-    if ready.strategy.personal or ready.strategy.trips > 1:
+    if ready.strategy.personal or ready.strategy.trips > 1 or scenario.feeds_back:
         setup = replace(setup, personal=folder.absolute() / "personal")
     shown.stage("loading the model")
     found = engine.start(setup)

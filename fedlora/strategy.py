@@ -411,6 +411,13 @@ def check(strategy: Strategy, scenario: "Scenario") -> None:
             raise SettingError(
                 "strategy.use", f"secure aggregation gives sums, and {use} needs each update; take one of {can}"
             )
+    if scenario.feeds_back and not (strategy.trips == 1 and (strategy.linear or isinstance(strategy, Stock))):
+        can = _those(lambda cls: cls.linear and cls.trips == 1)
+        raise SettingError(
+            "compression.up",
+            f"what top_k leaves out is added to a later change, and {use} is no mean of changes: take one of "
+            f"{can} or of Flower's own, or another kind",
+        )
     kind = scenario.model.adapter.kind
     if kind not in ("auto", *strategy.kinds):
         can = _those(lambda cls: kind in cls.kinds)

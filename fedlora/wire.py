@@ -19,24 +19,35 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from google.protobuf.message import DecodeError
 
+from fedlora import compression
 from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
+from fedlora.compression import Codec
 from fedlora.errors import ContractError, UserError
 from fedlora.privacy import Event
 
 HEADER = 512  # bytes in which an array says what it is
 DIMENSIONS = 8  # of an array
+PACKED = "fedlora."  # before the kind of a packed array, in the place where Flower names a serialiser
 ARRAYS, METRICS, CONFIG, REPORT, MERGE = "arrays", "metrics", "config", "fedlora", "merge"
 WEIGHT, ROUND = "num-examples", "server-round"
 CLIENT_FAILED = 0  # flwr.app.ErrorCode.UNKNOWN
 
 
-def to_arrays(adapter: Mapping[str, Tensor]) -> ArrayRecord:
-    """The tensors as an ArrayRecord, float32."""
-    return ArrayRecord({n: Array(np.ascontiguousarray(t, np.float32)) for n, t in adapter.items()})
+Packing = tuple[Codec, np.random.Generator]
+"""How to write tensors in fewer bytes, and what the rounding is drawn from."""
+
+
+def to_arrays(adapter: Mapping[str, Tensor], packing: Packing | None = None) -> ArrayRecord:
+    """The tensors as an ArrayRecord: float32 as NumPy writes it, or packed."""
+    if packing is None:
+        return ArrayRecord({n: Array(np.ascontiguousarray(t, np.float32)) for n, t in adapter.items()})
+    codec, rng = packing
+    kind = f"{PACKED}{codec.kind}"
+    return ArrayRecord({n: Array("float32", t.shape, kind, codec.encode(t, rng)) for n, t in adapter.items()})
 
 
 def from_arrays(arrays: ArrayRecord) -> Adapter:
-    """The tensors of an ArrayRecord, float32.
+    """The tensors of an ArrayRecord, float32, packed or not.
 
     Whoever sent them says how large they are: nothing is allocated that is not there.
 
@@ -47,6 +58,13 @@ def from_arrays(arrays: ArrayRecord) -> Adapter:
 
 
 def _decoded(name: str, array: Array) -> Tensor:
+    if array.stype.startswith(PACKED):
+        try:
+            if len(array.shape) > DIMENSIONS or min(array.shape, default=1) < 0:
+                raise ValueError(f"shape {array.shape}")
+            return compression.decode(array.stype.removeprefix(PACKED), array.data, array.shape)
+        except ValueError as error:
+            raise ContractError(f"{name:.100} is no packed array: {error!s:.100}") from error
     stream = io.BytesIO(array.data)
     try:
         if array.stype != "numpy.ndarray" or np.lib.format.read_magic(stream) != (1, 0):
@@ -64,7 +82,7 @@ def _decoded(name: str, array: Array) -> Tensor:
     return np.asarray(flat.reshape(shape, order="F" if columns_first else "C"), np.float32)
 
 
-def pack_instruction(instruction: Instruction, layout: Layout) -> RecordDict:
+def pack_instruction(instruction: Instruction, layout: Layout, packing: Packing | None = None) -> RecordDict:
     """An instruction as the content of a message."""
     config = ConfigRecord(dict(instruction.config))
     config[ROUND], config["frozen"] = instruction.round, instruction.frozen
@@ -72,7 +90,7 @@ def pack_instruction(instruction: Instruction, layout: Layout) -> RecordDict:
     config["send"] = _mask(instruction.send, layout)
     config["keep"] = _mask(instruction.keep, layout)
     config["draw"], config["trip"] = instruction.draw, instruction.trip
-    return RecordDict({ARRAYS: to_arrays(instruction.adapter), CONFIG: config})
+    return RecordDict({ARRAYS: to_arrays(instruction.adapter, packing), CONFIG: config})
 
 
 def unpack_instruction(content: RecordDict, layout: Layout) -> Instruction:
@@ -99,10 +117,10 @@ def unpack_instruction(content: RecordDict, layout: Layout) -> Instruction:
     )
 
 
-def pack_update(update: Update, event: Event | None = None) -> RecordDict:
+def pack_update(update: Update, event: Event | None = None, packing: Packing | None = None) -> RecordDict:
     """An update as the content of a reply, with the privacy event that it cost."""
     metrics = MetricRecord({WEIGHT: update.weight, **{k: float(v) for k, v in update.metrics.items()}})
-    content = RecordDict({ARRAYS: to_arrays(update.adapter), METRICS: metrics})
+    content = RecordDict({ARRAYS: to_arrays(update.adapter, packing), METRICS: metrics})
     if event is not None:
         content[REPORT] = ConfigRecord({"privacy": json.dumps(event.to_json())})
     return content
@@ -220,25 +238,25 @@ def error_reply(to: Message, reason: str) -> Message:
     return Message(Error(CLIENT_FAILED, reason), reply_to=to)
 
 
-def instruction_bytes(instruction: Instruction, layout: Layout) -> int:
+def instruction_bytes(instruction: Instruction, layout: Layout, codec: Codec | None = None) -> int:
     """Bytes of an instruction as Flower serialises it."""
     empty = replace(instruction, adapter={}, ranked={})
-    return _size(pack_instruction(empty, layout)) + _arrays_bytes(_shapes(instruction.adapter))
+    return _size(pack_instruction(empty, layout)) + _arrays_bytes(_shapes(instruction.adapter), codec)
 
 
-def update_bytes(update: Update, event: Event | None = None) -> int:
+def update_bytes(update: Update, event: Event | None = None, codec: Codec | None = None) -> int:
     """Bytes of an update as Flower serialises it."""
-    return _words_bytes(tuple(update.metrics), event) + _arrays_bytes(_shapes(update.adapter))
+    return _words_bytes(tuple(update.metrics), event) + _arrays_bytes(_shapes(update.adapter), codec)
 
 
-def tensor_bytes(names: Iterable[str], layout: Layout) -> int:
+def tensor_bytes(names: Iterable[str], layout: Layout, codec: Codec | None = None) -> int:
     """Bytes that the named tensors add to a message."""
-    return arrays_bytes({name: layout[name].shape for name in names})
+    return arrays_bytes({name: layout[name].shape for name in names}, codec)
 
 
-def arrays_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Bytes that float32 tensors of these shapes add to a message."""
-    return _arrays_bytes(tuple(shapes.items()))
+def arrays_bytes(shapes: Mapping[str, tuple[int, ...]], codec: Codec | None = None) -> int:
+    """Bytes that tensors of these shapes add to a message."""
+    return _arrays_bytes(tuple(shapes.items()), codec)
 
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -257,9 +275,10 @@ def _words_bytes(metrics: tuple[str, ...], event: Event | None) -> int:
 
 
 @lru_cache(maxsize=256)
-def _arrays_bytes(shapes: Shapes) -> int:
+def _arrays_bytes(shapes: Shapes, codec: Codec | None = None) -> int:
     """What tensors of these shapes add to a message: measured once on zeros, as size is all that counts."""
-    record = to_arrays({name: np.zeros(shape, np.float32) for name, shape in shapes})
+    packing = None if codec is None else (codec, np.random.default_rng(0))
+    record = to_arrays({name: np.zeros(shape, np.float32) for name, shape in shapes}, packing)
     return _size(RecordDict({ARRAYS: record})) - _size(RecordDict({ARRAYS: ArrayRecord()}))
 
 

@@ -59,6 +59,9 @@ def test_each_strategy_runs_as_planned(tiny, tmp_path, strategy):
         ((CLIENTS, "clients.use=sgd", "clients.per_round=2"), False),
         ((f"{CLIENTS[:-1]}, example: {{epsilon: 8, delta: 1.0e-3}}}}",), True),
         (("clients.ranks={kind: list, values: [4, 2]}", "strategy.use=flexlora"), True),
+        (("compression={up: {kind: int4}, down: {kind: fp16}}", "strategy.use=flora"), False),
+        (("compression={up: {kind: top_k, share: 0.1}}",), True),
+        ((CLIENTS, "clients.use=sgd", "compression={up: {kind: int8}, down: {kind: bf16}}"), False),
     ],
 )
 def test_other_scenarios_run_as_planned(tiny, tmp_path, overrides, private):

@@ -15,7 +15,7 @@ aggregation_error load simulate weighted_mean""".split()
 
 # From the bottom up; a module imports from its own layer or from those before it.
 LAYERS = [
-    {"errors", "seeding", "factors"},
+    {"compression", "errors", "seeding", "factors"},
     {"plugins"},
     {"scenario"},
     {"adapter", "data", "packing", "privacy", "secure", "task"},

@@ -23,7 +23,6 @@ from fedlora.deploy import signing
 from fedlora.deploy import site as sites
 from fedlora.deploy.site import Site
 from fedlora.engine.flower import BEHIND, STRANGER
-from fedlora.engine.intake import Replies
 from fedlora.engine.worker import Worker
 from fedlora.errors import FedloraError, SettingError
 from fedlora.ledger import Ledger
@@ -297,13 +296,12 @@ class Node:
         event = self._event(run, instruction, client) if instruction.trip == 1 else None
         if event is not None:
             self._pay(run, instruction.round, client, event)
-        replies: Replies = run.worker.train(instruction, [client], partial_sums=False)
-        (report,) = replies.reports
+        update, report = run.worker.fit(instruction, client)
         self.trained = report.seconds
-        if report.error is not None:
+        if update is None:
             logger.error("%s", report.error, extra={"client": client, "round": instruction.round})
-            raise Refusal(f"training failed ({report.error.partition(':')[0]}): its log says why", event)
-        return wire.pack_update(replies.updates[0], event)
+            raise Refusal(f"training failed ({str(report.error).partition(':')[0]}): its log says why", event)
+        return wire.pack_update(update, event, run.worker.transport.packing_up(instruction, client))
 
     def _judge(self, run: Serving, instruction: Instruction, client: int) -> RecordDict:
         """Loss and metric of the client's own model on the examples that it holds out."""

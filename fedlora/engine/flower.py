@@ -127,10 +127,14 @@ class FlowerEngine(Engine):
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
         """Ask the sites of a round, and wait for them until its deadline."""
         self._gather(0.0, lambda: True)  # whoever came since
-        told, model, seed = self.worker.scenario.clients, self.worker.scenario.model, self.worker.scenario.seed
-        asked = {c: instruction.at(told.rank(c, seed, model.adapter.r)) for c in cohort}
-        began = time.monotonic()
-        contents = {c: self._content(asked[c], self.sites[c]) for c in cohort if c in self.sites}
+        ranks = {c: self._rank(c) for c in cohort}
+        asked = {c: instruction.at(ranks[c]) for c in cohort}
+        began, transport = time.monotonic(), self.worker.transport
+        contents = {
+            c: self._content(asked[c], self.sites[c], transport.packing_down(asked[c], ranks[c]))
+            for c in cohort
+            if c in self.sites
+        }
         updates, reports = [], []
         answers = self._ask("train", contents)
         for client in cohort:
@@ -152,11 +156,8 @@ class FlowerEngine(Engine):
         Raises:
             RoundError: none does.
         """
-        told, model, seed = self.worker.scenario.clients, self.worker.scenario.model, self.worker.scenario.seed
         contents = {
-            c: self._content(instruction.at(told.rank(c, seed, model.adapter.r)), self.sites[c])
-            for c in cohort
-            if c in self.sites
+            c: self._content(instruction.at(self._rank(c)), self.sites[c]) for c in cohort if c in self.sites
         }
         figures = []
         for reply, _ in self._ask("evaluate", contents).values():
@@ -275,9 +276,13 @@ class FlowerEngine(Engine):
 
     # Rounds.
 
-    def _content(self, instruction: Instruction, site: Site) -> RecordDict:
+    def _rank(self, client: int) -> int:
+        scenario = self.worker.scenario
+        return scenario.clients.rank(client, scenario.seed, scenario.model.adapter.r)
+
+    def _content(self, instruction: Instruction, site: Site, packing: wire.Packing | None = None) -> RecordDict:
         """An instruction for a site, with the run that it is about and the merges that the site lacks."""
-        content = wire.pack_instruction(instruction, self.description.layout)
+        content = wire.pack_instruction(instruction, self.description.layout, packing)
         words = {"run": self.key, "merged": len(self.merges)}
         content[wire.REPORT] = wire.pack_words(words)[wire.REPORT]
         wire.pack_merges(content, site.merged, self.merges[site.merged :])
@@ -353,10 +358,9 @@ class FlowerEngine(Engine):
         Raises:
             ContractError: it is not what was asked for.
         """
-        scenario = self.worker.scenario
-        rank = scenario.clients.rank(client, scenario.seed, scenario.model.adapter.r)
         update = wire.unpack_update(reply, client)
-        update = replace(update, scaling=self.description.kind.scaling(rank))
+        update = replace(update, scaling=self.description.kind.scaling(self._rank(client)))
+        update = self.worker.transport.arrived(update, instruction)
         update = self.worker.intake.check(update, instruction)
         if (bound := instruction.config.get(central.CLIP_NORM)) is not None:
             central.check(update, instruction.adapter, bound)

@@ -19,6 +19,7 @@ from fedlora.adapter import PREFIX, Adapter, Change, Instruction, Kind, Layout, 
 from fedlora.checkpoint import Personal
 from fedlora.data import Dataset, Partition
 from fedlora.engine.intake import Intake, Replies, Report, check_tensors
+from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError
 from fedlora.scenario import Scenario
 
@@ -131,6 +132,7 @@ class Worker:
         self.strategy, self.merged = strategy, 0
         self.intake = Intake(self.scenario, strategy, self.dataset.num_examples)
         self.personal = Personal(personal) if personal else None
+        self.transport = Transport(self.scenario, strategy, Personal(personal / "left_out") if personal else None)
         self._fingerprints: dict[frozenset[str], str] = {}
 
     def describe(self) -> Description:
@@ -156,19 +158,44 @@ class Worker:
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
         """Run clients one after another; one that raises is a report with an error, never silence."""
-        told, model, seed = self.scenario.clients, self.scenario.model, self.scenario.seed
-        ranks = [told.rank(client, seed, model.adapter.r) for client in cohort]
+        ranks = [self._rank(client) for client in cohort]
         asked = {rank: instruction.at(rank) for rank in set(ranks)}
-        down = {rank: wire.instruction_bytes(asked[rank], self.task.layout) for rank in asked}
+        received = {rank: self.transport.received(asked[rank], rank) for rank in asked}
+        down = {rank: self._bytes_down(asked[rank]) for rank in asked}
         updates, reports = [], []
         for client, rank in zip(cohort, ranks, strict=True):
-            update, report = self._fit(asked[rank], client, rank, down[rank])
+            update, report = self._fit(received[rank], client, rank, down[rank])
+            if update is not None and self.transport.used:
+                try:
+                    update = self.transport.arrived(self.transport.passed(update, asked[rank]), asked[rank])
+                    update = self.intake.check(update, asked[rank])
+                except ContractError as error:
+                    update = None
+                    report = replace(report, steps=0, error=f"{type(error).__name__}: {error}", metrics={})
             reports.append(report)
             if update is not None:
                 updates.append(update)
         if partial_sums and len(updates) > 1:
             updates = [merge(updates)]
         return Replies(updates, reports)
+
+    def _rank(self, client: int) -> int:
+        return self.scenario.clients.rank(client, self.scenario.seed, self.scenario.model.adapter.r)
+
+    def _bytes_down(self, instruction: Instruction) -> int:
+        return wire.instruction_bytes(instruction, self.task.layout, self.transport.down)
+
+    def fit(self, instruction: Instruction, client: int) -> tuple[Update | None, Report]:
+        """Run one client.
+
+        Args:
+            instruction: as the client received it.
+            client: its id.
+
+        Returns:
+            What it sends, as `Transport.outgoing` has it; None where it failed. And what became of it.
+        """
+        return self._fit(instruction, client, self._rank(client), self._bytes_down(instruction))
 
     def _fit(self, instruction: Instruction, client: int, rank: int, down: int) -> tuple[Update | None, Report]:
         began = time.perf_counter()
@@ -187,6 +214,7 @@ class Worker:
                 assert self.scenario.privacy is not None
                 shares = self.scenario.privacy.share_metrics
                 update = central.clip(update, instruction.adapter, bound, shares)
+            update = self.transport.outgoing(update, instruction)
         except Exception as error:  # a client is anybody's code
             return None, Report(
                 client=client,
@@ -202,7 +230,7 @@ class Worker:
             client=client,
             num_examples=len(partition),
             steps=steps,
-            bytes_up=wire.update_bytes(update, event),
+            bytes_up=wire.update_bytes(update, event, self.transport.up),
             bytes_down=down,
             seconds=time.perf_counter() - began,
             event=event,
@@ -280,10 +308,9 @@ class Worker:
             instruction: with the tensors that the server holds after a round, for every rank.
             cohort: client ids.
         """
-        told = self.scenario.clients
         sums: dict[str, float] = {}
         for client in cohort:
-            rank = told.rank(client, self.scenario.seed, self.scenario.model.adapter.r)
+            rank = self._rank(client)
             adapter = instruction.at(rank).adapter
             if instruction.keep and self.personal is not None:
                 adapter = {**adapter, **self.personal.load(client, before=instruction.round + 1)}

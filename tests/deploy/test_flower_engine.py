@@ -36,6 +36,30 @@ def test_sites_give_what_a_simulation_gives_bit_for_bit(sites, nodes, deployed, 
     assert run.summary["failures"] == 0 and engine.late == 0
 
 
+@pytest.mark.parametrize(
+    "use, up, down",
+    [
+        ("ffa_lora", "{kind: int4}", "{kind: int8}"),
+        ("fedavg_lora", "{kind: top_k, share: 0.2}", "null"),
+        ("fedask", "{kind: bf16}", "{kind: fp16}"),
+        ("flwr.serverapp.strategy:FedMedian", "{kind: int8}", "{kind: fp16}"),
+    ],
+)
+def test_compressed_sites_give_what_a_simulation_gives_bit_for_bit(
+    sites, nodes, deployed, tiny, tmp_path, use, up, down
+):
+    told = (f"strategy.use={use}", f"compression={{up: {up}, down: {down}}}")
+    scenario, files = sites(*told, private=False)
+    run, _ = deployed(scenario, LocalGrid(nodes(files)))
+    plain = simulate(tiny(*told, private=False), out=tmp_path / "plain")
+    one, other = adapter(run.folder), adapter(plain.folder)
+    assert set(one) == set(other) and all(np.array_equal(one[n], other[n]) for n in one)
+    assert run.summary["failures"] == 0
+    for here, there in zip(run.clients, plain.clients, strict=True):  # a message to a site names its run too
+        assert here["bytes_up"] == pytest.approx(there["bytes_up"], abs=6)
+        assert 0 < here["bytes_down"] - there["bytes_down"] < 200
+
+
 def test_a_private_run_is_accounted_for_on_both_sides(sites, nodes, deployed, tmp_path):
     scenario, files = sites()
     run, _ = deployed(scenario, LocalGrid(made := nodes(files)))
