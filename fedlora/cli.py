@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep = commands.add_parser("sweep", help="many runs of a scenario: grids, random draws, early stopping")
     sweep.add_argument("sweep", metavar="SWEEP", help="a YAML file; started again, it goes on where it was")
     sweep.add_argument("--out", metavar="DIR", help="folder of its runs (default: sweeps/<name>)")
+    _overrides(sweep)
     sweep.set_defaults(command=_sweep)
 
     export = commands.add_parser("export", help="copy a run's adapter, or merge it into its base")
@@ -128,6 +129,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _scenario(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("scenario", metavar="SCENARIO", help="a YAML file, or the name of one that ships here")
+    _overrides(parser)
+
+
+def _overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", metavar="a.b=v", action="append", default=[], dest="overrides", help="override a setting"
     )
@@ -272,7 +277,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     from fedlora.sweep import sweep
 
-    done = sweep(arguments.sweep, arguments.out, told=partial(print, file=sys.stderr, flush=True))
+    told = partial(print, file=sys.stderr, flush=True)
+    done = sweep(arguments.sweep, arguments.out, told, arguments.overrides)
     print("\n".join(done.lines()))
     return 1 if done.summary["failed"] else 0
 

@@ -536,19 +536,47 @@ def find(path: str | Path, folder: Path = SHIPPED) -> Path:
     file = Path(path)
     if file.exists() and not file.is_dir():
         return file
-    known = {p.stem: p for p in folder.glob("*.yaml")}
-    if file.stem in known and file.parent.name in ("", folder.name):
-        return known[file.stem]
+    known = _shipped(folder)
+    if (name := file.with_suffix("").as_posix().rpartition(f"{folder.name}/")[2]) in known:
+        return known[name]
     if file.is_dir():
         raise ScenarioError(f"{path}: is a folder; name a YAML file")
-    raise ScenarioError(f"{path}: no such file; {suggestion(file.stem, known)}")
+    raise ScenarioError(f"{path}: no such file; {suggestion(name, known)}")
 
 
 def shipped(folder: Path = SHIPPED) -> dict[str, str]:
     """The scenarios that come with fedlora, or its sweeps, each with the first line of its comment."""
     return {
-        p.stem: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for p in sorted(folder.glob("*.yaml"))
+        name: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, p in _shipped(folder).items()
     }
+
+
+def _shipped(folder: Path) -> dict[str, Path]:
+    """Files by name: those of a subfolder, such as `paper/sst2`, after those of the folder itself."""
+    files = [p for p in sorted(folder.rglob("*.yaml")) if folder == SWEEPS or not p.is_relative_to(SWEEPS)]
+    names = {p.relative_to(folder).with_suffix("").as_posix(): p for p in files}
+    return dict(sorted(names.items(), key=lambda pair: ("/" in pair[0], pair[0])))
+
+
+def values(overrides: Sequence[str]) -> dict[str, Any]:
+    """What `a.b=value` overrides say, by key.
+
+    Raises:
+        ScenarioError: one is not written so.
+    """
+    told: dict[str, Any] = {}
+    for override in overrides:
+        said: Any = {}
+        written: dict[KeyPath, str] = {}
+        problems: list[Problem] = []
+        _override(said, override, written, problems)
+        if problems:
+            raise ScenarioError(f"--set {override}: {problems[0].message}")
+        (path,) = written
+        for part in path:
+            said = said[part]
+        told[".".join(path)] = said
+    return told
 
 
 def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> Scenario:

@@ -70,7 +70,8 @@ class Sweep(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
     scenario: str  # a file, or the name of one that ships with fedlora
     settings: dict[str, Any] = Field(default_factory=dict)  # the same in every run, such as  rounds: 10
-    search: dict[str, Values] = Field(min_length=1)  # a list is a grid: every one of its values
+    # A list is a grid, every one of its values; of keys joined by commas, a list of lists, a value for each key.
+    search: dict[str, Values] = Field(min_length=1)
     samples: PositiveInt = 1  # draws of what is random, each with the whole grid
     seed: Int = 0  # of the draws
     stop_early: StopEarly | None = None
@@ -85,6 +86,11 @@ class Sweep(Section):
                     "search",
                     f"{key} should be a list of values, or {{draw: uniform, low: 0.1, high: 1}}, not {given!r}",
                 )
+            count = len(_keys(key))
+            if count > 1 and not (
+                isinstance(given, list) and all(isinstance(v, list) and len(v) == count for v in given)
+            ):
+                raise PydanticCustomError("search", f"{key} should be a list of lists, each of {count} values")
         return search
 
     @model_validator(mode="after")
@@ -105,13 +111,24 @@ class Sweep(Section):
         Raises:
             ScenarioError: the settings do not describe one.
         """
+        settings = self.settings | spread_out(point)
         return scenario.load(
-            self.scenario,
-            [
-                *(f"{key}={json.dumps(v)}" for key, v in (self.settings | dict(point)).items()),
-                "engine.kind=inline",
-            ],
+            self.scenario, [*(f"{key}={json.dumps(v)}" for key, v in settings.items()), "engine.kind=inline"]
         )
+
+
+def _keys(key: str) -> list[str]:
+    """The settings that a key of the search stands for."""
+    return [part.strip() for part in key.split(",")]
+
+
+def spread_out(point: Settings) -> dict[str, Any]:
+    """A point of the search by single settings."""
+    single: dict[str, Any] = {}
+    for key, value in point.items():
+        keys = _keys(key)
+        single.update(zip(keys, value, strict=True) if len(keys) > 1 else [(key, value)])
+    return single
 
 
 @dataclass(frozen=True)
@@ -138,11 +155,12 @@ class Outcome:
         ]
 
 
-def load(file: str | Path) -> Sweep:
+def load(file: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read a sweep and check all of it, with every point of its grid.
 
     Args:
         file: a path, or the name of a sweep that ships with fedlora.
+        overrides: `a.b=value`, which join its `settings`.
 
     Raises:
         ScenarioError: with one line for every problem.
@@ -159,14 +177,20 @@ def load(file: str | Path) -> Sweep:
         made = Sweep.model_validate(raw)
     except ValidationError as error:
         raise ScenarioError(*(_told(source, detail["loc"], detail) for detail in error.errors())) from error
+    given = scenario.values(overrides)
+    written = [
+        *(("settings", key) for key in made.settings.keys() - given),
+        *(("search", key) for key in made.search),
+    ]
+    made = made.model_copy(update={"settings": made.settings | given})
     found: dict[str, None] = {}
     for point in itertools.islice(made.points(), _CHECKED):
         try:
             made.run(point)
         except ScenarioError as error:
             for line in error.lines:
-                for key, section in [*((k, "settings") for k in made.settings), *((k, "search") for k in point)]:
-                    if line.startswith(f"--set {key}="):
+                for section, key in written:
+                    if line.startswith(tuple(f"--set {k}=" for k in _keys(key))):
                         line = f"{source.where((section, key))}: {line.removeprefix('--set ')}"
                 found[line] = None
     if found:
@@ -188,7 +212,10 @@ def _told(source: scenario.Source, path: tuple[str | int, ...], detail: Any) -> 
 
 
 def sweep(
-    file: str | Path, out: str | Path | None = None, told: Callable[[str], None] = lambda line: None
+    file: str | Path,
+    out: str | Path | None = None,
+    told: Callable[[str], None] = lambda line: None,
+    overrides: Sequence[str] = (),
 ) -> Outcome:
     """Run a sweep to its end, or go on with one.
 
@@ -196,11 +223,12 @@ def sweep(
         file: of the sweep, or the name of one that ships with fedlora.
         out: the folder, by default `sweeps/<name>`.
         told: is given a line after each run.
+        overrides: `a.b=value`, the same in every run.
 
     Raises:
         UserError: the sweep is wrong, or the folder holds another one.
     """
-    asked = load(file)
+    asked = load(file, overrides)
     folder = Path(out or Path("sweeps") / asked.name).absolute()
     _open(folder, asked)
     found = _tune(asked, folder, told)
@@ -316,7 +344,8 @@ def _tune(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tuple
 
         def tell(self, trial: Any, what: str) -> None:
             self.done += 1
-            told(f"{self.done}  {', '.join(f'{key} {value}' for key, value in trial.config.items())}: {what}")
+            point = ", ".join(f"{key} {json.dumps(value)}" for key, value in spread_out(trial.config).items())
+            told(f"{self.done}  {point}: {what}")
 
     space = {
         key: tune.grid_search(given)

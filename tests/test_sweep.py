@@ -165,6 +165,14 @@ def test_runs_that_fail_are_told_and_counted_and_cost_what_they_spent(file, tmp_
         ("name: small", "name: small\nsamples: 2", 1, "nothing is: leave it out"),
         ("name: small", "name: [", 3, "not YAML"),
         ("seed: [0, 1]", "seed: [0, 1]\n  seed: [2]", 8, "is written twice, first on line 7"),
+        ("seed: [0, 1]", "seed, rounds: [0, 1]", 4, "seed, rounds should be a list of lists, each of 2 values"),
+        ("seed: [0, 1]", "seed, rounds: [[0, 1], [1]]", 4, "a list of lists, each of 2 values"),
+        (
+            "seed: [0, 1]",
+            "seed, rounds: [[0, 1], [1, 0]]",
+            7,
+            "rounds: should be greater than or equal to 1, not 0",
+        ),
     ],
 )
 def test_slips_are_told_by_line_before_anything_is_written(file, tmp_path, old, new, line, words, capsys):
@@ -173,6 +181,36 @@ def test_slips_are_told_by_line_before_anything_is_written(file, tmp_path, old, 
     told = capsys.readouterr().err
     assert words in told and f"{file}:{line}: " in told and len(told.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_joined_by_commas_move_together(file):
+    text = file.read_text().replace(
+        "strategy.use: [ffa_lora, fedavg_lora]",
+        """strategy.use, model.adapter.r:
+    - [fedavg_lora, 2]
+    - [ffa_lora, 4]""",
+    )
+    file.write_text(
+        text.replace(
+            "privacy.epsilon: [4, 8]",
+            """privacy, clients.use:
+    - [null, sgd]
+    - [{epsilon: 4, delta: 0.001}, dp_sgd]""",
+        )
+    )
+    made = [run for sweep in [load(file)] for run in map(sweep.run, sweep.points())]
+    assert [(m.strategy.use, m.model.adapter.r) for m in made] == [("fedavg_lora", 2)] * 4 + [("ffa_lora", 4)] * 4
+    assert [m.privacy and m.privacy.epsilon for m in made] == [None, None, 4, 4] * 2
+
+
+def test_what_is_set_from_the_command_line_is_the_same_in_every_run(file, tmp_path, capsys):
+    made = load(file, ["clients.lr=0.5", "data.max_length=9"])
+    assert {(run.clients.lr, run.data.max_length) for run in map(made.run, made.points())} == {(0.5, 9)}
+    command = ["sweep", str(file), "--out", str(tmp_path / "out")]
+    assert main([*command, "--set", "clients.lr=-1"]) == 2 and main([*command, "--set", "clients.lr"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("--set clients.lr=-1: clients.lr: should be greater than 0")
+    assert told[1].startswith("--set clients.lr: overrides read 'key.subkey=value'")
 
 
 def test_what_failed_in_a_run_is_told_without_rays_trace_of_it():
@@ -191,7 +229,7 @@ def test_a_sweep_that_is_not_there_is_told_with_those_that_are(capsys):
 @pytest.mark.parametrize("name", scenario.shipped(scenario.SWEEPS))
 def test_the_shipped_sweeps_are_sound_and_say_how_long_they_take(name):
     made = load(name)
-    assert made.name == name and "minutes" in (scenario.SWEEPS / f"{name}.yaml").read_text()
+    assert made.name == name.rpartition("/")[2] and "minutes" in (scenario.SWEEPS / f"{name}.yaml").read_text()
 
 
 def test_what_tuning_costs_counts_whoever_spent_most_in_each_run(tiny, tmp_path):
