@@ -1,0 +1,216 @@
+"""The studies of docs/evidence.md: run a sweep, keep its figures as committed data, draw from those alone.
+
+    python benchmarks/evidence.py reduced --set "data.files={train: sst2-train.tsv, text: sentence, label: label}"
+    python benchmarks/evidence.py reduced --no-runs    # tables and figures again, out of docs/evidence/reduced.csv
+
+A sweep of `scenarios/sweeps/paper` that was interrupted goes on when the command is given again. Each run is a line
+of `docs/evidence/<sweep>.csv`: what the sweep varies, the hash of its scenario, its seed, and what came out.
+
+How learning rates are chosen: every method has the same grid and the same seeds, and the whole grid is printed. "Best"
+is the rate with the highest mean accuracy over seeds, judged by the figures that it was chosen by, which flatters.
+"Blind" is what counts: for each seed the rate is chosen by the other seeds, and what it gives on this one is taken.
+"""
+
+import argparse
+import csv
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+from fedlora import sweep as sweeps
+from fedlora.report.comparison import spread
+from fedlora.report.tables import Table
+from fedlora.run import Run
+
+DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = ("accuracy", "loss", "bytes_up", "bytes_down", "epsilon", "aggregation_error", "seconds", "precision")
+RATE, SEED, METHOD = "lr", "seed", "strategy"
+NAMES = {"fedavg_lora": "LoRA", "ffa_lora": "FFA-LoRA"}
+
+Row = Mapping[str, str]
+Cell = Mapping[float, Mapping[str, Row]]  # the runs of a configuration, by learning rate and seed
+
+
+def run(name: str, overrides: Sequence[str], out: Path) -> None:
+    """Bring the sweep to its end."""
+    done = sweeps.sweep(f"paper/{name}", out, lambda line: print(line, flush=True), overrides)
+    print("\n".join(done.lines()))
+
+
+def collect(name: str, overrides: Sequence[str], out: Path) -> None:
+    """A line for each run of the sweep that has ended."""
+    asked, rows = sweeps.load(f"paper/{name}", overrides), []
+    for point in asked.points():
+        made = asked.run(point)
+        folder = out / "runs" / f"{made.name}-{made.hash}"
+        if not folder.exists() or not (ended := Run.open(folder)).ended:
+            continue
+        told = {**ended.rounds[-1], **ended.summary}
+        told |= {way: ended.summary[f"{way}_total"] for way in ("bytes_up", "bytes_down")}
+        settings = {_word(key): _cell(value) for key, value in sweeps.spread_out(point).items()}
+        rows.append({"hash": made.hash, **settings, **{key: _cell(told.get(key)) for key in RESULTS}})
+    with (DOCS / "evidence" / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _word(key: str) -> str:
+    """The name of a column."""
+    return {"strategy.use": METHOD, "clients.use": "trains"}.get(key, key.rpartition(".")[2])
+
+
+def _cell(value: Any) -> str:
+    """A setting or a figure; of a whole section the number that it is about."""
+    if isinstance(value, dict):
+        value = value.get("epsilon", value.get("shares", value.get("alpha", value["kind"] if "kind" in value else "")))
+    return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def read(name: str) -> tuple[list[str], dict[tuple[str, ...], Cell]]:
+    """The runs of a sweep by what it varies beside rate and seed."""
+    with (DOCS / "evidence" / f"{name}.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    keys = [k for k in rows[0] if k not in ("hash", "trains", RATE, SEED, *RESULTS)]
+    keys.sort(key=lambda key: key == METHOD)
+    cells: dict[tuple[str, ...], Any] = {}
+    for row in rows:
+        cell = cells.setdefault(tuple(row[key] for key in keys), {})
+        cell.setdefault(float(row[RATE]), {})[row[SEED]] = row
+    return keys, cells
+
+
+def _accuracies(runs: Mapping[str, Row], *, but: str | None = None) -> list[float]:
+    return [float(row["accuracy"]) for seed, row in runs.items() if seed != but]
+
+
+def best(cell: Cell, but: str | None = None) -> float:
+    """The learning rate with the highest mean accuracy, over all seeds or all but one; the lower of equals."""
+    return max(sorted(cell), key=lambda rate: statistics.fmean(_accuracies(cell[rate], but=but) or [0.0]))
+
+
+def blind(cell: Cell) -> list[float]:
+    """For each seed, the accuracy at the rate that the other seeds choose."""
+    seeds = sorted(set.intersection(*(set(runs) for runs in cell.values())))
+    return [float(cell[best(cell, but=s)][s]["accuracy"]) for s in seeds] if len(seeds) > 1 else []
+
+
+def table(name: str) -> Table:
+    """A row for each configuration, the whole grid at its end."""
+    keys, cells = read(name)
+    rates = sorted({rate for cell in cells.values() for rate in cell})
+    rows = []
+    for place, cell in cells.items():
+        at = best(cell)
+        chosen = list(cell[at].values())
+        rows.append(
+            [
+                *(NAMES.get(word, word) for word in place),
+                f"{at:g}",
+                spread(_accuracies(cell[at])),
+                spread(blind(cell)),
+                f"{statistics.fmean(float(row['loss']) for row in chosen):.3f}",
+                f"{float(chosen[0]['bytes_up']) / 1e6:.2f}",
+                str(len(chosen)),
+                *(spread(_accuracies(cell[rate])) if rate in cell else "-" for rate in rates),
+            ]
+        )
+    head = [*keys, "best lr", "accuracy at it", "blind", "loss", "MB up", "seeds", *(f"lr {rate:g}" for rate in rates)]
+    return Table(head, rows, frozenset(range(len(keys))))
+
+
+def figures(name: str) -> dict[str, alt.Chart | alt.LayerChart | alt.FacetChart]:
+    """Accuracy by what the sweep varies; over the grid of rates; and, for LoRA, against its aggregation error."""
+    keys, cells = read(name)
+    axis = keys[0]
+    points, grid, errors = [], [], []
+    for place, cell in cells.items():
+        about = {**dict(zip(keys, place, strict=True)), "method": _method(keys, place)}
+        values = blind(cell) or _accuracies(cell[best(cell)])
+        points.append({**about, **_band(values)})
+        grid += [{**about, "lr": rate, **_band(_accuracies(runs))} for rate, runs in cell.items()]
+        errors += [
+            {**about, "error": float(row["aggregation_error"]), "accuracy": float(row["accuracy"]), "lr": rate}
+            for rate, runs in cell.items()
+            for row in runs.values()
+            if row["aggregation_error"] != "none"
+        ]
+    order = list(dict.fromkeys(row[axis] for row in points))
+    made = {
+        name: _bars(points, alt.X(f"{axis}:N", sort=order, title=axis, axis=alt.Axis(labelAngle=0))),
+        f"{name}-rates": _bars(grid, alt.X("lr:Q", scale=alt.Scale(type="log"), title="learning rate"), lines=True)
+        .properties(width=170, height=180)
+        .facet(alt.Facet(f"{axis}:N", sort=order, title=axis), columns=4),
+    }
+    if errors:
+        made[f"{name}-error"] = (
+            alt.Chart(alt.Data(values=errors))
+            .mark_point(filled=True, size=45)
+            .encode(
+                x=alt.X("error:Q", title="aggregation error of the last round, of the true average", scale=alt.Scale(type="log")),
+                y=alt.Y("accuracy:Q", scale=alt.Scale(zero=False)),
+                color=alt.Color(f"{axis}:N", sort=order, title=axis),
+            )
+            .properties(width=420, height=230)
+        )
+    return made
+
+
+def _method(keys: Sequence[str], place: Sequence[str]) -> str:
+    """The method, with what sets it apart beside the first of the keys."""
+    words = dict(zip(keys[1:], place[1:], strict=True))
+    name = words.pop(METHOD, "")
+    return ", ".join([NAMES.get(name, name), *(f"{key} {value}" for key, value in words.items())])
+
+
+def _band(values: Sequence[float]) -> dict[str, float]:
+    mean, sd = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"accuracy": mean, "low": mean - sd, "high": mean + sd}
+
+
+def _bars(rows: Sequence[Mapping[str, Any]], x: alt.X, lines: bool = False) -> alt.LayerChart:
+    """Means with bars of one standard deviation, a colour for each method."""
+    colour = alt.Color("method:N", sort=None, legend=alt.Legend(title=None, orient="top"))
+    base = alt.Chart(alt.Data(values=list(rows))).encode(x=x, color=colour)
+    if not lines:
+        base = base.encode(xOffset=alt.XOffset("method:N", sort=None))
+    y = alt.Y("accuracy:Q", scale=alt.Scale(zero=False))
+    layers = [base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title="accuracy"), y2="high:Q")]
+    layers += [base.mark_point(filled=True, size=60).encode(y=y), *([base.mark_line().encode(y=y)] if lines else [])]
+    return alt.LayerChart(layer=layers, width=420, height=230)
+
+
+def draw(name: str) -> None:
+    """Write the figures, and put the table between its marks in docs/evidence.md."""
+    for file, chart in figures(name).items():
+        (DOCS / "evidence" / f"{file}.svg").write_text(vl_convert.vegalite_to_svg(chart.to_json()))
+    page, mark = DOCS / "evidence.md", f"<!-- table: {name} -->\n"
+    before, _, rest = page.read_text().partition(mark)
+    if rest:
+        after = rest.partition("\n\n")[2]
+        page.write_text(f"{before}{mark}{table(name).markdown()}\n\n{after}")
+
+
+def main() -> None:
+    """Run what is missing of a sweep, keep it, and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", help="of scenarios/sweeps/paper, such as reduced")
+    parser.add_argument("--set", metavar="a.b=v", action="append", default=[], dest="overrides")
+    parser.add_argument("--out", type=Path, help="folder of its runs (default: sweeps/<sweep>)")
+    parser.add_argument("--no-runs", action="store_true", help="collect and draw what is there")
+    given = parser.parse_args()
+    out = given.out or Path("sweeps") / given.sweep
+    if not given.no_runs:
+        run(given.sweep, given.overrides, out)
+    if out.exists():
+        collect(given.sweep, given.overrides, out)
+    draw(given.sweep)
+    print("\n".join(table(given.sweep).text("")))
+
+
+if __name__ == "__main__":
+    main()
