@@ -3,12 +3,13 @@
     python benchmarks/evidence.py reduced --set "data.files={train: sst2-train.tsv, text: sentence, label: label}"
     python benchmarks/evidence.py reduced --no-runs    # tables and figures again, out of docs/evidence/reduced.csv
 
-A sweep of `scenarios/sweeps/paper` that was interrupted goes on when the command is given again. Each run is a line
-of `docs/evidence/<sweep>.csv`: what the sweep varies, the hash of its scenario, its seed, and what came out.
+A sweep of `scenarios/sweeps/paper` that was interrupted goes on when the command is given again. Each run is a
+line of `docs/evidence/<sweep>.csv`: what the sweep varies, its scenario's hash, its seed, and what came out.
 
-How learning rates are chosen: every method has the same grid and the same seeds, and the whole grid is printed. "Best"
-is the rate with the highest mean accuracy over seeds, judged by the figures that it was chosen by, which flatters.
-"Blind" is what counts: for each seed the rate is chosen by the other seeds, and what it gives on this one is taken.
+How learning rates are chosen: every method has the same grid and the same seeds, and the whole grid is printed.
+"Best" is the rate with the highest mean accuracy over seeds, judged by the figures that it was chosen by, which
+flatters. "Blind" is what counts: for each seed the rate is chosen by the other seeds, and its accuracy on this
+one is taken.
 """
 
 import argparse
@@ -67,7 +68,9 @@ def _word(key: str) -> str:
 def _cell(value: Any) -> str:
     """A setting or a figure; of a whole section the number that it is about."""
     if isinstance(value, dict):
-        value = value.get("epsilon", value.get("shares", value.get("alpha", value["kind"] if "kind" in value else "")))
+        value = value.get(
+            "epsilon", value.get("shares", value.get("alpha", value["kind"] if "kind" in value else ""))
+        )
     return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -119,7 +122,16 @@ def table(name: str) -> Table:
                 *(spread(_accuracies(cell[rate])) if rate in cell else "-" for rate in rates),
             ]
         )
-    head = [*keys, "best lr", "accuracy at it", "blind", "loss", "MB up", "seeds", *(f"lr {rate:g}" for rate in rates)]
+    head = [
+        *keys,
+        "best lr",
+        "accuracy at it",
+        "blind",
+        "loss",
+        "MB up",
+        "seeds",
+        *(f"lr {rate:g}" for rate in rates),
+    ]
     return Table(head, rows, frozenset(range(len(keys))))
 
 
@@ -151,7 +163,11 @@ def figures(name: str) -> dict[str, alt.Chart | alt.LayerChart | alt.FacetChart]
             alt.Chart(alt.Data(values=errors))
             .mark_point(filled=True, size=45)
             .encode(
-                x=alt.X("error:Q", title="aggregation error of the last round, of the true average", scale=alt.Scale(type="log")),
+                x=alt.X(
+                    "error:Q",
+                    title="aggregation error of the last round, of the true average",
+                    scale=alt.Scale(type="log"),
+                ),
                 y=alt.Y("accuracy:Q", scale=alt.Scale(zero=False)),
                 color=alt.Color(f"{axis}:N", sort=order, title=axis),
             )
@@ -180,7 +196,10 @@ def _bars(rows: Sequence[Mapping[str, Any]], x: alt.X, lines: bool = False) -> a
         base = base.encode(xOffset=alt.XOffset("method:N", sort=None))
     y = alt.Y("accuracy:Q", scale=alt.Scale(zero=False))
     layers = [base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title="accuracy"), y2="high:Q")]
-    layers += [base.mark_point(filled=True, size=60).encode(y=y), *([base.mark_line().encode(y=y)] if lines else [])]
+    layers += [
+        base.mark_point(filled=True, size=60).encode(y=y),
+        *([base.mark_line().encode(y=y)] if lines else []),
+    ]
     return alt.LayerChart(layer=layers, width=420, height=230)
 
 

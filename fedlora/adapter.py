@@ -109,7 +109,7 @@ class Kind(Protocol):
     def r(self) -> int:
         """The server's rank."""
 
-    def wrap(self, model: Any, heads: Sequence[str], task_type: str) -> Any:
+    def wrap(self, model: Any, heads: Sequence[str], task_type: str | None) -> Any:
         """The model with the adapter in it, as a `peft.PeftModel`."""
 
     def role(self, name: str) -> str:
@@ -154,7 +154,7 @@ class Lora:
         """B and A of each layer."""
         return {layout[b].module: (adapter[b], adapter[a]) for b, a in pairs(layout)}
 
-    def wrap(self, model: Any, heads: Sequence[str], task_type: str) -> Any:
+    def wrap(self, model: Any, heads: Sequence[str], task_type: str | None) -> Any:
         """Put factors beside every linear layer whose name ends in one of the targets.
 
         Raises:
@@ -222,7 +222,7 @@ class LoraXS(Lora):
 
     ordinary: ClassVar[bool] = False
 
-    def wrap(self, model: Any, heads: Sequence[str], task_type: str) -> Any:
+    def wrap(self, model: Any, heads: Sequence[str], task_type: str | None) -> Any:
         """As LoRA, with R between A and B."""
         import torch
 

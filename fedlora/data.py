@@ -36,20 +36,24 @@ HUB_DATASETS = {
 }
 
 
+Input = str | tuple[str, str] | bytes
+"""A text, a pair of texts, or an image as its file holds it."""
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Text rows of one split before tokenisation."""
+    """Rows of one split before they are encoded."""
 
-    texts: list[str]
+    texts: Sequence[Input]
     labels: list[str] | None  # class names, or completions for causal_lm
     owners: list[str] | None = None  # the natural partition's column
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised rows, in the order of the rows."""
+    """Encoded rows, in the order of the rows."""
 
-    tokens: list[list[int]]
+    tokens: Sequence[Sequence[int] | NDArray[np.uint8]]  # or the pixels of an image, channels first
     targets: list[int]  # the class, or for causal_lm how many leading tokens are not scored
 
 
@@ -58,17 +62,17 @@ Encode = Callable[[Rows], Encoded]
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised examples, memory-mapped. Row i holds `tokens[offsets[i]:offsets[i + 1]]`."""
+    """Encoded examples, memory-mapped. Row i holds `tokens[offsets[i]:offsets[i + 1]]`."""
 
-    tokens: NDArray[np.int32]  # (total tokens,)
+    tokens: NDArray[np.int32 | np.uint8]  # (total tokens,), or all pixels
     offsets: NDArray[np.int64]  # (rows + 1,)
     targets: NDArray[np.int64]  # (rows,)
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def row(self, index: int) -> NDArray[np.int32]:
-        """The tokens of one example."""
+    def row(self, index: int) -> NDArray[np.int32 | np.uint8]:
+        """The tokens, or the pixels, of one example."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -158,7 +162,7 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
 
     Args:
         data: what to read and how to split it.
-        task: `classification` or `causal_lm`.
+        task: of the scenario.
         num_clients: partitions to make.
         seed: of the partition. The test set does not depend on it.
         encode: turns rows of text into tokens.
@@ -188,7 +192,7 @@ def label_names(data: settings.Data, rows: Rows, task: str) -> tuple[str, ...]:
     Raises:
         SettingError: there is only one, or rows have one that the settings do not name.
     """
-    if task != "classification":
+    if task == "causal_lm":
         return ()
     names = data.labels or tuple(sorted(set(rows.labels or ())))
     if len(names) < 2:
@@ -237,7 +241,7 @@ def hold(
 
     Args:
         data: how rows are cut, and what share of them a client keeps to judge by.
-        task: `classification` or `causal_lm`.
+        task: of the scenario.
         num_clients: of the run; all but one hold nothing here.
         seed: of the run.
         encode: turns rows of text into tokens.
@@ -335,10 +339,18 @@ def _read_rows(files: settings.Files, key: str, path: str, owner: str | None) ->
         return [str(v) for v in values.tolist()]
 
     return Rows(
-        column("data.files.text", files.text),
+        _inputs(files.text, lambda name: column("data.files.text", name)),
         column("data.files.label", files.label) if files.label else None,
         column("data.partition.column", owner) if owner else None,
     )
+
+
+def _inputs(names: str | tuple[str, ...], column: Callable[[str], list[str]]) -> list[Input]:
+    """The texts of a column, or the pairs of two."""
+    if isinstance(names, str):
+        return [*column(names)]
+    first, second = map(column, names)
+    return [*zip(first, second, strict=True)]
 
 
 def read_site(files: settings.Files) -> Rows:
@@ -382,7 +394,10 @@ def _read_hub(hub: settings.Hub, owner: str | None) -> tuple[Rows, Rows | None]:
     def rows(key: str, split: str) -> Rows:
         try:
             with quiet_hub():
-                table = datasets.load_dataset(hub.path, hub.config, revision=hub.revision, split=split)
+                if (Path(hub.path) / "dataset_dict.json").exists():
+                    table = datasets.load_from_disk(hub.path)[split]
+                else:
+                    table = datasets.load_dataset(hub.path, hub.config, revision=hub.revision, split=split)
         except Exception as error:  # whatever the Hub, the network or the cache raise
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SettingError(
@@ -399,13 +414,26 @@ def _read_hub(hub: settings.Hub, owner: str | None) -> tuple[Rows, Rows | None]:
             named = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
             return [named(v) for v in table[name]]
 
+        def inputs(name: str) -> list[Any]:
+            if isinstance(table.features.get(name), datasets.Image):
+                return _files_of(table, name)
+            return column("data.hub.text", name)
+
         return Rows(
-            column("data.hub.text", hub.text),
+            _inputs(hub.text, inputs),
             column("data.hub.label", hub.label),
             column("data.partition.column", owner) if owner and key == "train" else None,
         )
 
     return rows("train", hub.train), (rows("test", hub.test) if hub.test else None)
+
+
+def _files_of(table: Any, name: str) -> list[bytes]:
+    """Each image of a column as its file holds it, not decoded."""
+    import datasets
+
+    held = table.cast_column(name, datasets.Image(decode=False))[name]
+    return [image["bytes"] or Path(image["path"]).read_bytes() for image in held]
 
 
 @contextlib.contextmanager
@@ -423,10 +451,10 @@ def quiet_hub() -> Iterator[None]:
 def _hold_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
     """Split off a test set by a hash of each text: the same for every seed, and equal texts stay together."""
     limit = int(share * 2**32)
-    held = [int.from_bytes(hashlib.sha1(t.encode()).digest()[:4], "big") < limit for t in rows.texts]
+    held = [int.from_bytes(hashlib.sha1(_raw(t)).digest()[:4], "big") < limit for t in rows.texts]
 
     def pick(test: bool) -> Rows:
-        def keep(column: list[str] | None) -> list[str] | None:
+        def keep(column: Sequence[Any] | None) -> list[Any] | None:
             return None if column is None else [v for v, h in zip(column, held, strict=True) if h is test]
 
         return Rows(keep(rows.texts) or [], keep(rows.labels), keep(rows.owners))
@@ -439,7 +467,10 @@ def _write(folder: Path, train: Rows, test: Rows, names: Sequence[str], encode: 
         encoded = encode(rows) if rows.texts else Encoded([], [])
         lengths = np.fromiter(map(len, encoded.tokens), np.int64, len(encoded.tokens))
         np.save(folder / f"{split}.offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
-        flat = np.fromiter((t for row in encoded.tokens for t in row), np.int32, int(lengths.sum()))
+        if rows.texts and isinstance(encoded.tokens[0], np.ndarray):
+            flat = np.concatenate(encoded.tokens)
+        else:
+            flat = np.fromiter((t for row in encoded.tokens for t in row), np.int32, int(lengths.sum()))
         np.save(folder / f"{split}.tokens.npy", flat)
         np.save(folder / f"{split}.targets.npy", np.asarray(encoded.targets, np.int64))
     (folder / "meta.json").write_text(json.dumps({"labels": list(names)}))
@@ -592,10 +623,18 @@ def _content(rows: Rows) -> str:
     return _fingerprint(*rows.texts, "\0labels", *(rows.labels or ()))
 
 
-def _fingerprint(*parts: str) -> str:
+def _raw(part: Input) -> bytes:
+    """An input as bytes; no two are alike."""
+    if isinstance(part, tuple):
+        first, second = map(_raw, part)
+        return len(first).to_bytes(8, "big") + first + second
+    return part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")
+
+
+def _fingerprint(*parts: Input) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        encoded = part.encode("utf-8", "surrogatepass")
+        encoded = _raw(part)
         digest.update(len(encoded).to_bytes(8, "big") + encoded)
     return digest.hexdigest()[:16]
 

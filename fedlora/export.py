@@ -53,7 +53,7 @@ def export(run: Run, out: Path, merge: bool = False) -> Path:
         return Path(shutil.copytree(source, out))
     model, tokenizer = _load(run)
     card = (source / "README.md").read_text(encoding="utf-8")
-    how = _MERGED.format(auto=_auto(run).__name__, folder=out.name)
+    how = _MERGED.format(auto=task.model_class(_task(run)).__name__, folder=out.name)
     card = re.sub(r"```python\n.*?```\n", lambda _: how, card, flags=re.S)
     card = card.replace("library_name: peft\n", "library_name: transformers\nbase_model_relation: merge\n")
     with task.quietly():
@@ -82,20 +82,23 @@ def push(folder: Path, repository: str) -> str:
 
 
 def predict(run: Run, texts: Sequence[str], max_new_tokens: int = 64) -> list[Answer]:
-    """What a run's model makes of texts, one after another: a label, or a completion.
+    """What a run's model makes of texts, one after another: a label, or a completion; of images by their files.
 
     Raises:
-        UserError: the run has no adapter, or its base model cannot be loaded.
+        UserError: the run has no adapter, its base model cannot be loaded, or it judges pairs of texts.
     """
     import torch
 
     adapter = _adapter(run)
+    source = run.scenario.get("data", {})
+    if any(isinstance((source.get(key) or {}).get("text"), list) for key in ("hub", "files")):
+        raise UserError(f"{run.folder}: its model judges pairs of texts, which predict does not take")
     model, tokenizer = _load(run, adapter)
     model.eval()
     answers = []
     for text in texts:
         with torch.inference_mode():
-            if run.scenario.get("task") == "causal_lm":
+            if _task(run) == "causal_lm":
                 (tokens,) = task.prompts(tokenizer, [text])
                 made = model.generate(
                     input_ids=torch.tensor([tokens]),
@@ -106,14 +109,24 @@ def predict(run: Run, texts: Sequence[str], max_new_tokens: int = 64) -> list[An
                 said = tokenizer.decode(made[0, len(tokens) :], skip_special_tokens=True)
                 answers.append(Answer(text, said.strip(), None))
                 continue
-            length = run.scenario.get("data", {}).get("max_length")
-            batch = tokenizer(text, return_tensors="pt", truncation=True, max_length=length)
-            shares = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.softmax(
-                -1
-            )[0]
+            if _task(run) == "image_classification":
+                batch = {"pixel_values": tokenizer(_picture(text), return_tensors="pt")["pixel_values"]}
+            else:
+                cut = tokenizer(text, return_tensors="pt", truncation=True, max_length=source.get("max_length"))
+                batch = {key: cut[key] for key in ("input_ids", "attention_mask")}
+            shares = model(**batch).logits.softmax(-1)[0]
         best = int(shares.argmax())
         answers.append(Answer(text, _labels(run)[best], float(shares[best])))
     return answers
+
+
+def _picture(file: str) -> Any:
+    from PIL import Image
+
+    try:
+        return Image.open(file).convert("RGB")
+    except OSError as error:
+        raise UserError(f"{file}: holds no image that can be read") from error
 
 
 def _adapter(run: Run) -> Path:
@@ -129,27 +142,27 @@ def _labels(run: Run) -> list[str]:
     return labels
 
 
-def _auto(run: Run) -> Any:
-    """The class of transformers that the base is."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    return AutoModelForCausalLM if run.scenario.get("task") == "causal_lm" else AutoModelForSequenceClassification
+def _task(run: Run) -> str:
+    return str(run.scenario.get("task", "classification"))
 
 
 def _load(run: Run, adapter: Path | None = None) -> tuple[Any, Any]:
-    """The base with the adapter in it, in float32, and the tokenizer."""
+    """The base with the adapter in it, in float32, and the tokenizer or image processor."""
     from peft import PeftModel
 
     asked = run.scenario.get("model", {})
     base, revision = str(asked.get("base")), asked.get("revision")
     named: dict[str, Any] = {}
-    if run.scenario.get("task") != "causal_lm":
+    if _task(run) != "causal_lm":
         labels = _labels(run)
         named = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     try:
-        tokenizer = task.load_tokenizer(base, revision)
+        if _task(run) == "image_classification":
+            tokenizer, named["ignore_mismatched_sizes"] = task.load_processor(base, revision), True
+        else:
+            tokenizer = task.load_tokenizer(base, revision)
         with task.quietly():
-            model = _auto(run).from_pretrained(
+            model = task.model_class(_task(run)).from_pretrained(
                 task.find_base(base), revision=revision or "main", dtype="float32", **named
             )
             return PeftModel.from_pretrained(model, str(adapter or run.folder / "adapter")), tokenizer

@@ -76,20 +76,24 @@ class Model(Section):
 
     base: Annotated[str, Field(min_length=1)] = "minilm"  # "minilm", a local path or a Hub id
     revision: str | None = None  # of a Hub id: branch, tag or commit
+    quantize: Literal["8bit", "4bit"] | None = None  # hold the frozen weights so, by bitsandbytes on a GPU
     adapter: Adapter = Adapter()
     head: Literal["trained", "frozen"] = "trained"  # the classification head: trained and sent, or left random
     pooler: Literal["trained", "frozen"] = "frozen"  # the encoder's pooler, where it has one
 
 
-class Hub(Section):
-    """A dataset of the Hugging Face Hub."""
+Columns = str | Annotated[tuple[str, ...], Field(min_length=2, max_length=2)]
 
-    path: str
+
+class Hub(Section):
+    """A dataset of the Hugging Face Hub, or in a folder that the datasets library reads."""
+
+    path: str  # a Hub id, a folder of images or parquet files, or what `save_to_disk` wrote
     config: str | None = None
     revision: str | None = None
     train: str = "train"
     test: str | None = "test"  # null: hold out `data.test_share` of the training rows
-    text: str = "text"
+    text: Columns = "text"  # two of them for pairs, such as [premise, hypothesis]; for images the column of images
     label: str = "label"
 
 
@@ -98,7 +102,7 @@ class Files(Section):
 
     train: str
     test: str | None = None  # null: hold out `data.test_share` of the training rows
-    text: str = "text"  # for causal_lm: the prompt, or the whole text where `label` is null
+    text: Columns = "text"  # for causal_lm: the prompt, or the whole text where `label` is null; two for pairs
     label: str | None = "label"  # for causal_lm: the completion
     columns: tuple[str, ...] | None = None  # names of the columns of a csv or tsv file without a header
 
@@ -429,7 +433,7 @@ class Scenario(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
-    task: Literal["classification", "causal_lm"] = "classification"
+    task: Literal["classification", "causal_lm", "image_classification"] = "classification"
     model: Model = Model()
     data: Data
     clients: Clients
@@ -567,12 +571,11 @@ def values(overrides: Sequence[str]) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for override in overrides:
         said: Any = {}
-        written: dict[KeyPath, str] = {}
         problems: list[Problem] = []
-        _override(said, override, written, problems)
+        _override(said, override, {}, problems)
         if problems:
             raise ScenarioError(f"--set {override}: {problems[0].message}")
-        (path,) = written
+        path = override.partition("=")[0].strip().split(".")
         for part in path:
             said = said[part]
         told[".".join(path)] = said
@@ -798,15 +801,29 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
             )
     if data and task == "classification" and data.files and data.files.label is None:
         yield Problem(("data", "files", "label"), "classification needs the name of the column of labels")
-    if data and task and (data.dataset == "gsm8k") != (task == "causal_lm") and data.dataset:
-        fit = "classification" if task == "causal_lm" else "causal_lm"
+    if (
+        data
+        and task
+        and data.dataset
+        and (fit := "causal_lm" if data.dataset == "gsm8k" else "classification") != task
+    ):
         yield Problem(("data", "dataset"), f"{data.dataset} is for task: {fit}, and the task is {task}")
-    if sections.get("exact_match") and task == "classification":
+    if data and task == "image_classification" and data.files:
+        yield Problem(("data", "files"), "rows of text hold no images: name a folder of them as data.hub.path")
+    if data and task in ("causal_lm", "image_classification"):
+        source = "hub" if data.hub else "files"
+        if (named := data.hub or data.files) and not isinstance(named.text, str):
+            yield Problem(
+                ("data", source, "text"), f"pairs of columns are for classification, and the task is {task}"
+            )
+    if sections.get("exact_match") and task != "causal_lm" and task:
         yield Problem(("exact_match",), "a classifier writes no answers: drop it, or use task: causal_lm")
     if sections.get("exact_match") and task == "causal_lm" and data and data.files and data.files.label is None:
         yield Problem(("data", "files", "label"), "exact_match needs the name of the column of answers")
     if model and task == "causal_lm" and model.pooler == "trained":
         yield Problem(("model", "pooler"), "a causal language model has no pooler")
+    if model and model.quantize and task == "image_classification":
+        yield Problem(("model", "quantize"), "is for language models: leave it out")
 
 
 def _explain(section: str, detail: ErrorDetails, raw: object) -> Problem:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -262,18 +261,20 @@ def _prepared(
     if not client.private and scenario.example_privacy is not None:
         raise SettingError("clients.use", f"{scenario.clients.use} adds no noise, and a privacy section is given")
     model, data = scenario.model, scenario.data
-    tokenizer = task.load_tokenizer(model.base, model.revision)
-    if scenario.task == "classification":
-        names = list(labels or data.labels or ())
+    images = scenario.task == "image_classification"
+    reader = (task.load_processor if images else task.load_tokenizer)(model.base, model.revision)
+    names = list(labels or data.labels or ())
 
-        def encode(rows: datasets.Rows) -> datasets.Encoded:
-            if not names:  # the training rows come first, and hold every label
-                names.extend(sorted(set(rows.labels or ())))
-            return task.encode_classification(tokenizer, rows, names, data.max_length)
+    def encode(rows: datasets.Rows) -> datasets.Encoded:
+        if scenario.task == "causal_lm":
+            return task.encode_causal_lm(reader, rows, data.max_length)
+        if not names:  # the training rows come first, and hold every label
+            names.extend(sorted(set(rows.labels or ())))
+        if images:
+            return task.encode_images(reader, rows, names)
+        return task.encode_classification(reader, rows, names, data.max_length)
 
-    else:
-        encode = partial(task.encode_causal_lm, tokenizer, max_length=data.max_length)
-    dataset = hold(encode, task.encoding_fingerprint(tokenizer))
+    dataset = hold(encode, task.encoding_fingerprint(reader))
     setup = engines.Setup(
         scenario=scenario.model_dump(),
         dataset=dataset.folder,
@@ -533,10 +534,10 @@ def _model_card(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> No
     """The README beside the adapter: what it is and how to load it."""
     scenario = ready.scenario
     base, metric = scenario.model.base, next(k for k in METRICS if k in summary)
-    if scenario.task == "classification":
-        auto, extra = "AutoModelForSequenceClassification", f", num_labels={len(ready.data.labels)}"
-    else:
-        auto, extra = "AutoModelForCausalLM", ""
+    auto = task.model_class(scenario.task).__name__
+    extra = f", num_labels={len(ready.data.labels)}" if ready.data.labels else ""
+    if scenario.task == "image_classification":
+        extra += ", ignore_mismatched_sizes=True"
     where = f'find_base("{base}")' if base == "minilm" else f'"{base}"'
     first = "from fedlora.task import find_base\n" if base == "minilm" else ""
     value = summary[metric]

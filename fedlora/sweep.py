@@ -31,6 +31,7 @@ from fedlora.scenario import Float, Int, PositiveInt, Scenario, Section
 from fedlora.simulation import simulate
 from fedlora.task import TASKS
 
+_GRID = "grid"  # the points of the grid are one axis to Ray Tune, so that they run in the order of the file
 _CHECKED = 1000  # points of the grid that are checked before the first run starts
 
 Settings = Mapping[str, Any]  # of one run, by dotted key
@@ -344,17 +345,16 @@ def _tune(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tuple
 
         def tell(self, trial: Any, what: str) -> None:
             self.done += 1
-            point = ", ".join(f"{key} {json.dumps(value)}" for key, value in spread_out(trial.config).items())
+            point = ", ".join(
+                f"{key} {json.dumps(value)}" for key, value in spread_out(_point(trial.config)).items()
+            )
             told(f"{self.done}  {point}: {what}")
 
-    space = {
-        key: tune.grid_search(given)
-        if isinstance(given, list)
-        else tune.randint(int(given.low), int(given.high))
-        if given.draw == "randint"
-        else getattr(tune, given.draw)(given.low, given.high)
-        for key, given in asked.search.items()
-    }
+    drawn = {key: given for key, given in asked.search.items() if not isinstance(given, list)}
+    space = {_GRID: tune.grid_search([{k: v for k, v in p.items() if k not in drawn} for p in asked.points()])}
+    for key, given in drawn.items():
+        least, most = (int(given.low), int(given.high)) if given.draw == "randint" else (given.low, given.high)
+        space[key] = getattr(tune, given.draw)(least, most)
     points = [asked.run(point) for point in itertools.islice(asked.points(), _CHECKED)]
     metric = TASKS[points[0].task].metric
     scheduler = asked.stop_early and ASHAScheduler(
@@ -403,13 +403,18 @@ def _tune(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tuple
     finally:
         ray.shutdown()
         shutil.rmtree(folder / ".tune", ignore_errors=True)  # the run folders hold all that a resumption needs
-    return [(_place(folder, asked.run(r.config)), _reason(r.error) if r.error else None) for r in results]
+    return [(_place(folder, asked.run(_point(r.config))), _reason(r.error) if r.error else None) for r in results]
 
 
 def _reason(error: Exception) -> str:
     """What went wrong in a trial, without Ray's trace of it and the name of its class."""
     last = str(error).strip().splitlines()[-1]
     return last.partition("Error: ")[2] or last
+
+
+def _point(config: Settings) -> Settings:
+    """What a trial of Ray's stands for."""
+    return {**config[_GRID], **{key: value for key, value in config.items() if key != _GRID}}
 
 
 def _place(folder: Path, made: Scenario) -> Path:
@@ -420,7 +425,7 @@ def _trial(config: Settings, asked: Sweep, folder: Path, metric: str) -> None:
     """One run, or the rest of it, in a process of Ray's."""
     from ray import tune
 
-    made = asked.run(config)
+    made = asked.run(_point(config))
     place = _place(folder, made)
 
     class Told(Silent):

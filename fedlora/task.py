@@ -1,12 +1,14 @@
 """What is learnt: a base model with an adapter in it, and what one example's loss and metric are.
 
 A `Task` holds the one resident model of a worker. Clients swap adapter tensors in and out of it in
-place; nothing is loaded or wrapped again. `Classification` and `CausalLM` hold what differs.
+place; nothing is loaded or wrapped again. `Classification`, `CausalLM` and `ImageClassification` hold
+what differs.
 """
 
 import contextlib
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -35,6 +37,7 @@ Batch = dict[str, "torch.Tensor"]
 
 _EVALUATION_TOKENS = 1024  # padded tokens of an evaluation batch: small enough for a core's cache
 _ANSWERS = 8  # that are written at once
+_IMAGES = 32  # of an evaluation batch
 _RAGGED = (24, 13, 5, 2)  # tokens of the examples on which packing is checked
 _TOLERANCE = 1e-4  # of packed logits against padded ones, relative to the largest
 
@@ -89,18 +92,57 @@ def load_tokenizer(base: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def encoding_fingerprint(tokenizer: Any) -> str:
-    """Differs where the tokenizer would cut a text in another way."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))
+def encoding_fingerprint(reader: Any) -> str:
+    """Differs where a tokenizer would cut a text, or an image processor an image, in another way."""
+    if not hasattr(reader, "get_vocab"):
+        text = reader.to_json_string()
+    else:
+        backend = getattr(reader, "backend_tokenizer", None)
+        text = backend.to_str() if backend else repr(sorted(reader.get_vocab().items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def encode_classification(tokenizer: Any, rows: Rows, labels: Sequence[str], max_length: int) -> Encoded:
-    """Each text cut to `max_length` tokens; the target is the number of its label."""
-    number = {label: i for i, label in enumerate(labels)}
+    """Each text, or pair of texts, cut to `max_length` tokens; the target is the number of its label."""
     tokens = tokenizer(rows.texts, truncation=True, max_length=max_length)["input_ids"]
-    return Encoded(tokens, [number[label] for label in rows.labels or ()])
+    return Encoded(tokens, _numbers(rows, labels))
+
+
+def load_processor(base: str, revision: str | None = None) -> Any:
+    """What cuts images to the size that a base model sees, on PIL.
+
+    Raises:
+        SettingError: there is none, or its files are broken.
+    """
+    from transformers import AutoImageProcessor
+
+    path = find_base(base)
+    with _loading(base, path, "image processor"):
+        return AutoImageProcessor.from_pretrained(path, revision=revision or "main", backend="pil")
+
+
+def encode_images(processor: Any, rows: Rows, labels: Sequence[str]) -> Encoded:
+    """Each image in colour, at the model's size, as bytes (3, height, width) in a row; brightness is scaled later.
+
+    Raises:
+        SettingError: a row is no image.
+    """
+    from PIL import Image
+
+    pixels = []
+    for at, held in enumerate(rows.texts):
+        try:
+            image = Image.open(io.BytesIO(held if isinstance(held, bytes) else b"")).convert("RGB")
+        except OSError as error:
+            raise SettingError("data.hub.text", f"row {at} holds no image: name the column of images") from error
+        made = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+        pixels.append(np.asarray(made).round().clip(0, 255).astype(np.uint8).ravel())
+    return Encoded(pixels, _numbers(rows, labels))
+
+
+def _numbers(rows: Rows, labels: Sequence[str]) -> list[int]:
+    number = {label: i for i, label in enumerate(labels)}
+    return [number[label] for label in rows.labels or ()]
 
 
 def encode_causal_lm(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
@@ -116,7 +158,7 @@ def encode_causal_lm(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
         return Encoded([ids + end for ids in plain], [0] * len(plain))
     answers = tokenizer(rows.labels, add_special_tokens=False)["input_ids"]
     tokens, starts = [], []
-    for prompt, answer in zip(prompts(tokenizer, rows.texts), answers, strict=True):
+    for prompt, answer in zip(prompts(tokenizer, [str(t) for t in rows.texts]), answers, strict=True):
         answer = (answer + end)[: max_length - 1]
         prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
         tokens.append(prompt + answer)
@@ -142,7 +184,7 @@ class Task(ABC):
         packing: of the examples of a batch into one row without padding; None where the model does not allow it.
     """
 
-    task_type: str
+    task_type: str | None  # of peft
     pools: bool  # whether the head reads a padded batch, or each token by itself
     metric: str  # the name of the figure that `evaluate` is about
     higher_is_better: bool
@@ -258,17 +300,29 @@ class Task(ABC):
                 layer.scaling["default"] = self.kind.scaling(rank)
 
     def weight(self, module: str) -> "torch.Tensor":
-        """The frozen weight of a layer with factors, (out, in), with what was merged into it."""
+        """The frozen weight of a layer with factors, (out, in), with what was merged into it.
+
+        Raises:
+            SettingError: it is held in a few bits.
+        """
         from transformers.pytorch_utils import Conv1D
 
         base = self._layers[module].get_base_layer()
         weight: torch.Tensor = base.weight
+        if not weight.is_floating_point():
+            raise SettingError("model.quantize", "this strategy reads or changes the frozen weights: leave it out")
         return weight.T if isinstance(base, Conv1D) else weight
 
     @property
     def weights(self) -> dict[str, tuple[int, ...]]:
         """The shape of each layer with factors, (out, in)."""
-        return {module: tuple(self.weight(module).shape) for module in self._layers}
+        from transformers.pytorch_utils import Conv1D
+
+        bases = {module: layer.get_base_layer() for module, layer in self._layers.items()}
+        return {
+            module: (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
+            for module, base in bases.items()
+        }
 
     def merge(self, change: adapters.Change) -> None:
         """Add a change to the frozen weights, for good.
@@ -366,12 +420,15 @@ class Task(ABC):
         sums: dict[str, float] = {}
         with torch.inference_mode():
             while len(order):
-                longest = examples.lengths(order[-1:])[0]
-                chunk = order[-max(1, int(_EVALUATION_TOKENS // longest)) :]
+                chunk = order[-self.at_once(int(examples.lengths(order[-1:])[0])) :]
                 for key, value in self.score(self.batch(examples, chunk)).items():
                     sums[key] = sums.get(key, 0.0) + value
                 order = order[: -len(chunk)]
         return sums
+
+    def at_once(self, longest: int) -> int:
+        """Examples of a batch of evaluation, of which the longest has so many tokens."""
+        return max(1, _EVALUATION_TOKENS // longest)
 
     def _pack(self, max_length: int) -> Packing | None:
         """Pack if it changes no logit of a small ragged batch; else batches stay padded, like lengths together."""
@@ -409,7 +466,8 @@ class Task(ABC):
 
         halves = []
         for name, module in self.model.named_modules():
-            if isinstance(module, torch.nn.Linear) and "lora_" not in name and "modules_to_save" not in name:
+            # Only what is held in full: layers of bitsandbytes are subclasses.
+            if type(module) is torch.nn.Linear and "lora_" not in name and "modules_to_save" not in name:
                 for parameter in module.parameters(recurse=False):
                     halves.append((parameter, parameter.data, parameter.data.to(torch.bfloat16)))
         return halves
@@ -424,7 +482,7 @@ class Task(ABC):
 class Classification(Task):
     """Sequence classification: cross-entropy and accuracy."""
 
-    task_type = "SEQ_CLS"
+    task_type: str | None = "SEQ_CLS"
     metric = "accuracy"
     higher_is_better = True
     pools = True
@@ -552,7 +610,52 @@ class CausalLM(Task):
         return {"asked": float(len(told)), "matched": float(sum(a is not None and a == b for a, b in told))}
 
 
-TASKS: Mapping[str, type[Task]] = {"classification": Classification, "causal_lm": CausalLM}
+class ImageClassification(Classification):
+    """Classification of images, as channels of bytes; all of one size, so that nothing is packed or padded."""
+
+    task_type = None
+    shape: tuple[int, int, int]  # channels, height and width
+    scale: tuple[float, "torch.Tensor", "torch.Tensor"]  # of brightness, then mean and deviation of each channel
+
+    def sees(self, processor: Any) -> None:
+        """Take on the size and the scale of brightness of a base model's image processor."""
+        import torch
+
+        blank = np.zeros((8, 8, 3), np.uint8)
+        self.shape = processor(blank, return_tensors="np")["pixel_values"].shape[1:]
+        told = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
+        mean, deviation = (torch.tensor(t, device=self.device).view(-1, 1, 1) for t in told)
+        self.scale = (processor.rescale_factor if processor.do_rescale else 1.0, mean, deviation)
+
+    def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
+        """`pixel_values` (examples, channels, height, width), `targets` (examples,), on the device."""
+        import torch
+
+        pixels = np.stack([examples.row(int(row)).reshape(self.shape) for row in rows])
+        factor, mean, deviation = self.scale
+        return {
+            "pixel_values": (torch.from_numpy(pixels).to(self.device) * factor - mean) / deviation,
+            "targets": torch.from_numpy(np.ascontiguousarray(examples.targets[rows])).to(self.device),
+        }
+
+    def logits(self, batch: Batch) -> "torch.Tensor":
+        """Of each image, (examples, labels)."""
+        logits: torch.Tensor = self.model(pixel_values=batch["pixel_values"]).logits.float()
+        return logits
+
+    def at_once(self, longest: int) -> int:
+        """Thirty-two, whatever their size."""
+        return _IMAGES
+
+    def _pack(self, max_length: int) -> Packing | None:
+        return None
+
+
+TASKS: Mapping[str, type[Task]] = {
+    "classification": Classification,
+    "causal_lm": CausalLM,
+    "image_classification": ImageClassification,
+}
 
 
 def load(
@@ -565,6 +668,7 @@ def load(
     head: str = "trained",
     pooler: str = "frozen",
     revision: str | None = None,
+    quantize: Literal["8bit", "4bit"] | None = None,
     device: str = "cpu",
     precision: Precision = "fp32",
     max_length: int = 128,
@@ -577,24 +681,27 @@ def load(
         SettingError: the model cannot be had, is broken, or does not fit the settings.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
-    path, cls = find_base(base), TASKS[task]
+    path, cls, auto = find_base(base), TASKS[task], model_class(task)
     # On a CPU the backward pass of torch's fused attention takes nearly half of a step on short text.
     attention = "eager" if device == "cpu" and max_length <= 256 else "sdpa"
-    tokenizer = load_tokenizer(base, revision)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    pad, processor = 0, None
+    if task == "image_classification":
+        processor = load_processor(base, revision)
+    else:
+        tokenizer = load_tokenizer(base, revision)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    held = _quantization(quantize, device)
     with _loading(base, path, "model"):
         config = AutoConfig.from_pretrained(path, revision=revision or "main")
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)  # an update must not depend on how its batch was cut
         config.use_cache = False
-        if config.pad_token_id is None:
+        if processor is None and config.pad_token_id is None:
             config.pad_token_id = pad
-        auto = AutoModelForCausalLM
-        if task == "classification":
-            auto = AutoModelForSequenceClassification
+        if task != "causal_lm":
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
         missing: Iterable[str] = ()
@@ -609,10 +716,12 @@ def load(
                 dtype="float32",
                 attn_implementation=attention,
                 output_loading_info=True,
+                ignore_mismatched_sizes=processor is not None,  # of a head for other labels, which is drawn anew
+                **held,
             )
-            missing = report["missing_keys"]
+            missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     heads: dict[str, bool] = {}
-    if task == "classification":
+    if task != "causal_lm":
         heads = {n: head == "trained" for n, m in model.named_children() if _is_head(model, n, m)}
         if pooler == "trained":
             body = getattr(model, model.base_model_prefix, None)
@@ -622,9 +731,51 @@ def load(
     fresh = [n for n in missing if not any(_under(n, head) for head in heads)]
     if fresh:
         raise SettingError("model.base", f"{base} lacks weights that this task needs, such as {sorted(fresh)[0]}")
-    return cls(
+    made = cls(
         model, kind, heads=heads, seed=seed, device=device, precision=precision, pad=pad, max_length=max_length
     )
+    if isinstance(made, ImageClassification):
+        made.sees(processor)
+    return made
+
+
+def model_class(task: str) -> Any:
+    """The class of transformers whose models learn a task."""
+    import transformers
+
+    return {
+        "classification": transformers.AutoModelForSequenceClassification,
+        "causal_lm": transformers.AutoModelForCausalLM,
+        "image_classification": transformers.AutoModelForImageClassification,
+    }[task]
+
+
+def _quantization(quantize: str | None, device: str) -> dict[str, Any]:
+    """What `from_pretrained` needs to hold frozen linear layers in 8 or 4 bits.
+
+    Raises:
+        SettingError: that cannot be had here.
+    """
+    import torch
+
+    if quantize is None or device == "meta":
+        return {}
+    if device == "cpu" or not torch.cuda.is_available():
+        raise SettingError(
+            "model.quantize", "needs a GPU: set engine.gpus_per_worker: 1 where there is one, or null"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SettingError("model.quantize", "needs bitsandbytes: pip install 'fedlora[quantize]'")
+    from transformers import BitsAndBytesConfig
+
+    told = BitsAndBytesConfig(
+        load_in_8bit=quantize == "8bit",
+        load_in_4bit=quantize == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": told, "device_map": {"": device}}
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import pytest
 
 from fedlora.data import Rows, read
 from fedlora.errors import SettingError
-from fedlora.scenario import Data, Files, Natural
+from fedlora.scenario import Data, Files, Hub, Natural
 from tests.test_data import error_of, source
 
 TEXTS = ["plain", 'with, comma and "quotes"', "007", "NA", "", "äöü 字 🙂", "two\nlines", "null"]
@@ -177,3 +177,33 @@ def test_a_row_without_a_label_is_named(name, tmp_path):
     )
     with pytest.raises(SettingError, match="row 2 has no 'label'"):
         read(source(tmp_path / name), "classification")
+
+
+def test_two_columns_make_pairs(tmp_path):
+    (tmp_path / "a.csv").write_text("one,two,label\nIt rains.,It is wet.,yes\nIt rains.,It is dry.,no\n")
+    train, test = read(source(tmp_path / "a.csv", text=("one", "two")), "classification")
+    assert train == test == Rows([("It rains.", "It is wet."), ("It rains.", "It is dry.")], ["yes", "no"])
+    error = error_of(source(tmp_path / "a.csv", text=("one", "tow")))
+    assert error.key == "data.files.text" and "has no column 'tow': did you mean 'two'?" in error.message
+
+
+def test_pairs_are_encoded_as_two_segments_of_one_example(tiny_base):
+    from fedlora.task import encode_classification, load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_base)
+    pair, alone = ("it rains", "it is wet"), "it rains it is wet"
+    joined, single = (
+        encode_classification(tokenizer, Rows([text], ["a"]), ("a", "b"), 32).tokens[0] for text in (pair, alone)
+    )
+    assert tokenizer.decode(joined) == "[CLS] it rains [SEP] it is wet [SEP]"
+    assert len(joined) == len(single) + 1
+
+
+def test_a_folder_of_the_datasets_library_reads_as_the_hub_does(tmp_path):
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    held = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    DatasetDict({"train": held, "test": held}).save_to_disk(str(tmp_path / "saved"))
+    train, test = read(Data(hub=Hub(path=str(tmp_path / "saved"))), "classification")
+    assert train == test == Rows(["a", "b"], ["yes", "no"])

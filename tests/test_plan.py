@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import ledger, plugins
+from fedlora import ledger, plugins, scenario
 from fedlora.cli import main
 from fedlora.errors import UserError
 from fedlora.plan import plan
 from fedlora.report.console import plan_lines
 from fedlora.run import Run
-from fedlora.simulation import simulate
+from fedlora.simulation import calibrate, prepare, simulate
 
 SKEWED = ("data.partition={kind: dirichlet, alpha: 1.0, min_examples: 12}", "rounds=3", "seed=5")
 CLIENTS = "privacy={unit: client, epsilon: 8, delta: 1.0e-2, clip_norm: 0.5}"
@@ -212,3 +212,35 @@ def test_a_wrong_setting_is_one_line(tiny, tmp_path):
     with pytest.raises(UserError, match=r"^--set clients.batch_size=100: clients.batch_size: "):
         plan(tiny("clients.batch_size=100"))
     assert main(["plan", str(Path(tmp_path) / "none.yaml")]) == 2
+
+
+@pytest.mark.parametrize("epsilon, noise", [(6, 0.99), (3, 1.51), (1, 3.69)])
+def test_the_noise_of_the_paper_comes_out_of_its_scenario_without_the_hub(tiny_base, tmp_path, epsilon, noise):
+    """A third of SST-2's 67,349 examples each. RoBERTa and the sentences have no part in it: stand-ins do."""
+    rows = [f"{'good' if i % 2 else 'bad'},{i % 2}" for i in range(67349)]
+    for name, count in (("train", len(rows)), ("test", 20)):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *rows[:count]]) + "\n")
+    files = f"{{train: {tmp_path / 'train.csv'}, test: {tmp_path / 'test.csv'}}}"
+    paper = scenario.load(
+        "paper/sst2",
+        [
+            f"model.base={tiny_base}",
+            f"data.files={files}",
+            "data.partition.kind=iid",
+            f"privacy.epsilon={epsilon}",
+            "engine={kind: inline}",
+        ],
+    )
+    ready = prepare(paper)
+    assert [ready.data.num_examples(c) for c in range(3)] == [22450, 22450, 22449]
+    found = calibrate(paper, ready.data)
+    assert max(found.values()) == pytest.approx(noise, abs=0.005)
+    assert (paper.rounds, paper.clients.local_steps, paper.clients.batch_size) == (1000, 10, 200)
+
+
+def test_a_plan_of_the_papers_scenario_tells_its_noise(tiny_base, reviews):
+    """All of plan, on few examples and rounds."""
+    named = [f"model.base={tiny_base}", f"data.files={{train: {reviews}}}", "data.partition.kind=iid"]
+    fewer = ["clients.batch_size=8", "rounds=2", "engine={kind: inline}"]
+    told = plan(scenario.load("paper/sst2", named + fewer))
+    assert told.epsilon <= 6 and told.noise_multiplier > 0.5 and told.clients_total == 3

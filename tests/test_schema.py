@@ -10,7 +10,8 @@ import yaml
 from fedlora.cli import main
 from fedlora.schema import schema
 
-SCENARIOS = sorted((Path(__file__).parent.parent / "scenarios").glob("*.yaml"))
+SCENARIOS = sorted((Path(__file__).parent.parent / "scenarios").glob("**/*.yaml"))
+SCENARIOS = [file for file in SCENARIOS if "sweeps" not in file.parts]
 GOOD = {
     "name": "x",
     "data": {"dataset": "tweets"},

@@ -41,6 +41,8 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
     try:
         held = simulation.prepare(scenario).data
         train, test = data.read(scenario.data, scenario.task)
+        if not isinstance(train.texts[0], str):
+            raise SettingError("data", "only rows of one text and its label can be written as files of sites")
     except SettingError as error:
         raise scenario.located(error) from error
     made = []

@@ -114,6 +114,7 @@ class Worker:
             head=model.head,
             pooler=model.pooler,
             revision=model.revision,
+            quantize=model.quantize,
             device=setup.device,
             max_length=self.scenario.data.max_length,
             precision="bf16" if setup.precision == "bf16" else "fp32",
