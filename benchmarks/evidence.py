@@ -66,11 +66,11 @@ def _word(key: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A setting or a figure; of a whole section the number that it is about."""
+    """A setting or a figure; of a privacy section its epsilon, of shares of labels the largest."""
     if isinstance(value, dict):
-        value = value.get(
-            "epsilon", value.get("shares", value.get("alpha", value["kind"] if "kind" in value else ""))
-        )
+        value = value["epsilon"]
+    if isinstance(value, list):
+        value = max(share for row in value for share in row)
     return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -78,8 +78,13 @@ def read(name: str) -> tuple[list[str], dict[tuple[str, ...], Cell]]:
     """The runs of a sweep by what it varies beside rate and seed."""
     with (DOCS / "evidence" / f"{name}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    keys = [k for k in rows[0] if k not in ("hash", "trains", RATE, SEED, *RESULTS)]
-    keys.sort(key=lambda key: key == METHOD)
+    keys: list[str] = []
+    for key in rows[0]:
+        if key not in ("hash", RATE, SEED, METHOD, *RESULTS):
+            told = {tuple(row[k] for k in [*keys, key]) for row in rows}
+            if len(told) > len({place[:-1] for place in told}):  # else it follows from those before
+                keys.append(key)
+    keys.append(METHOD)
     cells: dict[tuple[str, ...], Any] = {}
     for row in rows:
         cell = cells.setdefault(tuple(row[key] for key in keys), {})

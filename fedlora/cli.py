@@ -381,8 +381,9 @@ def _list(arguments: argparse.Namespace) -> int:
     for what in [arguments.what] if arguments.what else tables:
         if not arguments.what:
             print(f"{what}:")
-        for name, line in tables[what]().items():
-            print(f"  {name:<14} {line}")
+        wide = max(14, *map(len, table := tables[what]()))
+        for name, line in table.items():
+            print(f"  {name:<{wide}} {line}")
     return 0
 
 

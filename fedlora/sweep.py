@@ -6,6 +6,7 @@ they come from the sweep's seed.
 """
 
 import fcntl
+import gc
 import itertools
 import json
 import logging
@@ -441,3 +442,4 @@ def _trial(config: Settings, asked: Sweep, folder: Path, metric: str) -> None:
                 Told().round(line)
         if not begun or not Run.open(place).ended:
             simulate(made, out=place, resume=begun, display=Told())
+            gc.collect()  # a model of half a gigabyte is held by cycles, and this process serves the next run
