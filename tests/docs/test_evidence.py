@@ -1,0 +1,73 @@
+"""The page of evidence is what its data say."""
+
+import csv
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from fedlora import scenario, sweep
+
+ROOT = Path(__file__).parents[2]
+KEPT = sorted((ROOT / "docs" / "evidence").glob("*.csv"))
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    made = spec_from_file_location("evidence", ROOT / "benchmarks" / "evidence.py")
+    made.loader.exec_module(module := module_from_spec(made))
+    return module
+
+
+def cell(**rates):
+    """Runs by learning rate, from the accuracy of each seed."""
+    return {
+        float(rate[1:]): {str(seed): {"accuracy": str(value)} for seed, value in enumerate(values)}
+        for rate, values in rates.items()
+    }
+
+
+def test_a_rate_is_chosen_by_the_other_seeds_and_judged_on_this_one(evidence):
+    """Rate 1 has mean 0.7, rate 2 0.667. Without seed 0 rate 2 is better, without 1 or 2 rate 1 is."""
+    runs = cell(r1=[0.9, 0.6, 0.6], r2=[0.5, 0.8, 0.7])
+    assert evidence.best(runs) == 1 and evidence.best(runs, but="0") == 2
+    assert evidence.blind(runs) == [0.5, 0.6, 0.6]
+    assert evidence.blind(cell(r1=[0.9])) == []  # one seed has no others
+
+
+def test_of_equal_rates_the_lower_is_taken(evidence):
+    assert evidence.best(cell(r4=[0.5], r2=[0.5])) == 2
+
+
+def test_what_follows_from_another_setting_is_no_column(evidence, tmp_path, monkeypatch):
+    (tmp_path / "evidence").mkdir()
+    (tmp_path / "evidence" / "rank.csv").write_text(
+        "hash,seed,r,alpha,strategy,lr,accuracy\na,0,2,2,ffa_lora,1,0.5\nb,0,8,8,ffa_lora,1,0.6\n"
+    )
+    monkeypatch.setattr(evidence, "DOCS", tmp_path)
+    keys, cells = evidence.read("rank")
+    assert keys == ["r", "strategy"] and list(cells) == [("2", "ffa_lora"), ("8", "ffa_lora")]
+
+
+@pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
+def test_the_page_has_the_table_that_the_data_make(evidence, file):
+    assert evidence.table(file.stem).markdown() in (ROOT / "docs" / "evidence.md").read_text()
+    rows = list(csv.DictReader(file.open()))
+    assert all(float(row["accuracy"]) <= 1 and row["hash"] for row in rows)
+    assert len({tuple(v for k, v in row.items() if k in rows[0] and k in ("hash",)) for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
+def test_what_was_run_is_what_the_sweep_asks_for(file):
+    """Every run of the data is a point of the sweep that ships."""
+    asked = sweep.load(f"paper/{file.stem}")
+    points = [sweep.spread_out(point) for point in asked.points()]
+    known = {(p["seed"], p["clients.lr"], p["strategy.use"]) for p in points}
+    for row in csv.DictReader(file.open()):
+        assert (int(row["seed"]), float(row["lr"]), row["strategy"]) in known
+
+
+def test_every_sweep_of_the_paper_is_on_the_page():
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    names = [n.removeprefix("paper/") for n in scenario.shipped(scenario.SWEEPS) if n.startswith("paper/")]
+    assert len(names) > 5 and all(f"`{name}`" in page or f"evidence.py {name}" in page for name in names)
