@@ -52,9 +52,9 @@ def test_what_follows_from_another_setting_is_no_column(evidence, tmp_path, monk
 @pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
 def test_the_page_has_the_table_that_the_data_make(evidence, file):
     assert evidence.table(file.stem).markdown() in (ROOT / "docs" / "evidence.md").read_text()
-    rows = list(csv.DictReader(file.open()))
+    rows = list(csv.DictReader(file.read_text().splitlines()))
     assert all(float(row["accuracy"]) <= 1 and row["hash"] for row in rows)
-    assert len({tuple(v for k, v in row.items() if k in rows[0] and k in ("hash",)) for row in rows}) == len(rows)
+    assert len({row["hash"] for row in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
@@ -63,7 +63,7 @@ def test_what_was_run_is_what_the_sweep_asks_for(file):
     asked = sweep.load(f"paper/{file.stem}")
     points = [sweep.spread_out(point) for point in asked.points()]
     known = {(p["seed"], p["clients.lr"], p["strategy.use"]) for p in points}
-    for row in csv.DictReader(file.open()):
+    for row in csv.DictReader(file.read_text().splitlines()):
         assert (int(row["seed"]), float(row["lr"]), row["strategy"]) in known
 
 
