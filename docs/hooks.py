@@ -20,7 +20,7 @@ def reference() -> Iterator[str]:
     order = ["Scenario"]
     for name in order:  # grows while it is read
         section = whole if name == "Scenario" else whole["$defs"][name]
-        order += [other for other in _named(section["properties"]) if other not in order]
+        order += [other for other in dict.fromkeys(_named(section["properties"])) if other not in order]
         yield from ("", f"### {name}", "", section.get("description", ""), "")
         yield from ("| key | what it may be | default | |", "|---|---|---|---|")
         for key, told in section["properties"].items():
