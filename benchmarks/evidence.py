@@ -28,7 +28,16 @@ from fedlora.report.tables import Table
 from fedlora.run import Run
 
 DOCS = Path(__file__).parents[1] / "docs"
-RESULTS = ("accuracy", "loss", "bytes_up", "bytes_down", "epsilon", "aggregation_error", "seconds", "precision")
+RESULTS = (
+    "accuracy",
+    "loss",
+    "bytes_up",
+    "bytes_down",
+    "epsilon_spent",
+    "aggregation_error",
+    "seconds",
+    "precision",
+)
 RATE, SEED, METHOD = "lr", "seed", "strategy"
 NAMES = {"fedavg_lora": "LoRA", "ffa_lora": "FFA-LoRA"}
 
@@ -52,6 +61,7 @@ def collect(name: str, overrides: Sequence[str], out: Path) -> None:
             continue
         told = {**ended.rounds[-1], **ended.summary}
         told |= {way: ended.summary[f"{way}_total"] for way in ("bytes_up", "bytes_down")}
+        told["epsilon_spent"] = ended.summary["epsilon"]
         settings = {_word(key): _cell(value) for key, value in sweeps.spread_out(point).items()}
         rows.append({"hash": made.hash, **settings, **{key: _cell(told.get(key)) for key in RESULTS}})
     with (DOCS / "evidence" / f"{name}.csv").open("w", newline="") as file:
@@ -62,7 +72,8 @@ def collect(name: str, overrides: Sequence[str], out: Path) -> None:
 
 def _word(key: str) -> str:
     """The name of a column."""
-    return {"strategy.use": METHOD, "clients.use": "trains"}.get(key, key.rpartition(".")[2])
+    told = {"strategy.use": METHOD, "clients.use": "trains", "privacy": "epsilon", "data.partition.shares": "skew"}
+    return told.get(key, key.rpartition(".")[2])
 
 
 def _cell(value: Any) -> str:
@@ -157,9 +168,12 @@ def figures(name: str) -> dict[str, alt.Chart | alt.LayerChart | alt.FacetChart]
             if row["aggregation_error"] != "none"
         ]
     order = list(dict.fromkeys(row[axis] for row in points))
+    rates = sorted({row["lr"] for row in grid})
+    scale = alt.Scale(type="log", nice=False, padding=12)
+    rate = alt.X("lr:Q", scale=scale, title="learning rate", axis=alt.Axis(values=rates, format="~g"))
     made = {
         name: _bars(points, alt.X(f"{axis}:N", sort=order, title=axis, axis=alt.Axis(labelAngle=0))),
-        f"{name}-rates": _bars(grid, alt.X("lr:Q", scale=alt.Scale(type="log"), title="learning rate"), lines=True)
+        f"{name}-rates": _bars(grid, rate, lines=True)
         .properties(width=170, height=180)
         .facet(alt.Facet(f"{axis}:N", sort=order, title=axis), columns=4),
     }
