@@ -22,6 +22,7 @@ FEW = 3  # seeds from which a difference is tested
 _ASIDE = ("name", "seed", "engine", "trackers")  # what may differ within a group
 _FIRST = "strategy.use"  # in a label
 _NONE = "-"
+_OFF, _ON = object(), object()
 
 
 @dataclass
@@ -246,10 +247,25 @@ def _labels(runs: Sequence[Run]) -> dict[Path, str]:
     """The settings that differ between runs, in words; equal for runs that differ by their seed alone."""
     flat = {run.folder: dict(_leaves({k: v for k, v in run.scenario.items() if k not in _ASIDE})) for run in runs}
     keys = sorted({key for leaves in flat.values() for key in leaves}, key=lambda key: (key != _FIRST, key))
+    values = {key: {folder: _told(leaves, key) for folder, leaves in flat.items()} for key in keys}
     varied = [
-        key for key in keys if len({json.dumps(leaves.get(key), default=str) for leaves in flat.values()}) > 1
+        key for key in keys if len({json.dumps(v, default=str) for v in values[key].values() if v is not _OFF}) > 1
     ]
-    return {f: ", ".join(_word(key, leaves.get(key)) for key in varied or [_FIRST]) for f, leaves in flat.items()}
+    found = {}
+    for folder in flat:
+        words = [_word(key, v) for key in varied if (v := values[key][folder]) is not _OFF and v is not _ON]
+        found[folder] = ", ".join(words) or _word(_FIRST, values[_FIRST][folder])
+    return found
+
+
+def _told(leaves: Mapping[str, Any], key: str) -> Any:
+    """A setting of a run: `_OFF` if it belongs to a section that is null, `_ON` for a section that is not."""
+    if key in leaves:
+        return leaves[key]
+    if any(name.startswith(f"{key}.") for name in leaves):
+        return _ON
+    parts = key.split(".")
+    return _OFF if any(".".join(parts[:end]) in leaves for end in range(1, len(parts))) else None
 
 
 def _grouped(runs: Sequence[Run], labels: Mapping[Path, str]) -> list[Group]:

@@ -46,6 +46,17 @@ def cells(made, label):
     return dict(zip(table.head, row, strict=True))
 
 
+def test_runs_without_privacy_are_named_so_and_the_others_by_their_epsilon(folder):
+    private = [
+        folder(f"e{e}", 0.6, privacy={"epsilon": e, "delta": 1e-5, "unit": "example"}, epsilon=e)
+        for e in (3.0, 6.0)
+    ]
+    labels = [g.label for g in Comparison([folder("none", 0.7, privacy=None), *private]).groups]
+    assert labels == ["privacy -", "epsilon 3", "epsilon 6"]
+    (none, one) = Comparison([folder("free", 0.7, privacy=None), private[0]]).groups
+    assert (none.label, one.label) == ("privacy -", "ffa_lora")
+
+
 def test_seeds_are_averaged_and_configurations_named_by_what_differs(folder):
     made = Comparison(
         [
