@@ -223,14 +223,17 @@ def _bars(rows: Sequence[Mapping[str, Any]], x: alt.X, lines: bool = False) -> a
 
 
 def draw(name: str) -> None:
-    """Write the figures, and put the table between its marks in docs/evidence.md."""
+    """Write the figures, and put them and the table between their marks in docs/evidence.md."""
+    links = []
     for file, chart in figures(name).items():
         (DOCS / "evidence" / f"{file}.svg").write_text(vl_convert.vegalite_to_svg(chart.to_json()))
-    page, mark = DOCS / "evidence.md", f"<!-- table: {name} -->\n"
+        links.append(f"![{file}](evidence/{file}.svg)")
+    page, mark, end = DOCS / "evidence.md", f"<!-- table: {name} -->\n", "<!-- end -->"
     before, _, rest = page.read_text().partition(mark)
     if rest:
-        after = rest.partition("\n\n")[2]
-        page.write_text(f"{before}{mark}{table(name).markdown()}\n\n{after}")
+        after = rest.partition(end)[2]
+        made = "\n\n".join([table(name).markdown(), *links])
+        page.write_text(f"{before}{mark}{made}\n\n{end}{after}")
 
 
 def main() -> None:
