@@ -7,17 +7,23 @@ example i over all trained tensors together
 
 The batch may be empty: the noise is added all the same. Large batches pass through the model in
 micro-batches, which changes nothing in the sum.
+
+`per_layer` clips the gradient of each of the L trained tensors by itself, to C / sqrt(L): together they stay
+within C.
+With `quantile` C starts each round at `clip_norm` and moves after each step (`fedlora.privacy.Quantile`).
 """
 
 import logging
+import math
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedlora.adapter import Adapter, Update
 from fedlora.client import Client, Rng, Settings, moved, pull_towards, resting, smooth
 from fedlora.data import Partition
 from fedlora.errors import ContractError, SettingError
-from fedlora.privacy import Event
+from fedlora.privacy import Event, Quantile
 
 if TYPE_CHECKING:
     import torch
@@ -29,15 +35,36 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True)
 class DPSGD(Client):
-    """Clips each example, noises the sum; weighs all clients alike, so that no count leaves."""
+    """Clips each example, noises the sum; weighs all clients alike, so that no count leaves.
+
+    Attributes:
+        per_layer: clip each trained tensor by itself; helps where one tensor's gradients outweigh the others'.
+        quantile: of the examples' norms, in (0, 1), that the bound moves towards in a round; None: it is fixed.
+    """
 
     private = True
+    per_layer: bool = False
+    quantile: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantile is not None and not 0 < self.quantile < 1:
+            raise ValueError(f"quantile lies between 0 and 1, not at {self.quantile!r}")
+        if self.quantile is not None and self.per_layer:
+            raise ValueError("per_layer goes with a fixed bound: leave quantile out")
 
     def spends(self, num_examples: int, settings: Settings) -> Event:
-        """`local_steps` steps at `batch_size / n`."""
+        """`local_steps` steps at `batch_size / n`; where the bound adapts, sum and count together."""
         if settings.noise_multiplier is None or settings.clip_norm is None:
             raise ContractError("dp_sgd was given no noise multiplier or clip norm")
+        if self.quantile is not None and settings.batch_size <= 10 * settings.noise_multiplier:
+            raise SettingError(
+                "clients.quantile",
+                f"batches of {settings.batch_size} are too small for a bound that adapts: at noise multiplier "
+                f"{settings.noise_multiplier:.3g} they take more than {10 * settings.noise_multiplier:.0f}; "
+                "leave it out",
+            )
         return Event(
             noise_multiplier=settings.noise_multiplier,
             sample_rate=settings.batch_size / num_examples,
@@ -48,13 +75,12 @@ class DPSGD(Client):
     def fit(self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng) -> Update:
         """Train; the training loss stays here unless `share_metrics` lets it out."""
         import torch
-        from opacus.optimizers import DPOptimizer
 
         event = self.spends(len(partition), settings)
         parameters = task.begin(adapter, settings.train)
         _hook(task, settings.train)
         received = [p.detach().clone() for p in parameters]
-        optimizer = DPOptimizer(
+        optimizer = self._optimizer(
             torch.optim.SGD(parameters, lr=settings.lr),
             noise_multiplier=event.noise_multiplier,
             max_grad_norm=event.clip_norm,
@@ -104,6 +130,47 @@ class DPSGD(Client):
             clients=(partition.client,),
             metrics={"train_loss": float(loss_sum) / max(taken, 1)} | odd if shared else {},
         )
+
+    def _optimizer(self, inner: "torch.optim.Optimizer", *, max_grad_norm: float, **told: Any) -> Any:
+        """Opacus's optimiser that clips as asked."""
+        from opacus.optimizers import DPOptimizer, DPPerLayerOptimizer
+
+        if self.quantile is not None:
+            return _adaptive(inner, self.quantile, max_grad_norm=max_grad_norm, **told)
+        if not self.per_layer:
+            return DPOptimizer(inner, max_grad_norm=max_grad_norm, **told)
+        count = len(inner.param_groups[0]["params"])
+        return DPPerLayerOptimizer(inner, max_grad_norm=[max_grad_norm / math.sqrt(count)] * count, **told)
+
+
+def _adaptive(inner: "torch.optim.Optimizer", quantile: float, *, noise_multiplier: float, **told: Any) -> Any:
+    """An optimiser whose bound moves after each step.
+
+    Not Opacus's own for this: it divides the count by how many examples a batch really has, which nobody may
+    know, fails on an empty batch and forgets the count between micro-batches.
+    """
+    import torch
+    from opacus.optimizers import DPOptimizer
+
+    class Adaptive(DPOptimizer):  # type: ignore[misc]
+        max_grad_norm: float
+        count = 0.0  # of examples within the bound, in terms of +-1/2
+
+        def clip_and_accumulate(self) -> None:
+            norms = torch.stack([g.flatten(1).norm(dim=1) for g in self.grad_samples], 1).norm(dim=1)
+            self.count += float((norms <= self.max_grad_norm).sum()) - len(norms) / 2
+            super().clip_and_accumulate()
+
+        def add_noise(self) -> None:
+            super().add_noise()
+            noise = torch.normal(
+                0.0, moves.count_noise, (1,), generator=self.generator, device=self.generator.device
+            )
+            self.max_grad_norm = moves.moved(self.max_grad_norm, self.count + float(noise))
+            self.count = 0.0
+
+    moves = Quantile(quantile=quantile, expected=told["expected_batch_size"], noise_multiplier=noise_multiplier)
+    return Adaptive(inner, noise_multiplier=moves.sum_noise, **told)
 
 
 def noise_stream(event: Event) -> str:

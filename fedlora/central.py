@@ -9,6 +9,11 @@ Dividing by n and not by the number that came keeps the sensitivity at C / n (Mc
 https://arxiv.org/abs/1710.06963). Where C adapts (Andrew et al., 2021, https://arxiv.org/abs/1905.03871) each
 client also sends whether its norm was within C, the noised share of those moves C towards a quantile of the
 norms, and both noises together cost what a single z would.
+
+Where clients share the noise out (`secure_aggregation.noise: shared`), each of the m that are asked for a masked
+change adds N(0, (z C)^2 I / m) to it. Of those h send; the server adds the rest, a part 1 - h / m of the variance,
+so that what a round releases carries z all the same. The server itself sees the sum before that, under the noise
+of the clients alone: `Central.seen` is what that costs.
 """
 
 import math
@@ -19,13 +24,14 @@ import numpy as np
 
 from fedlora.adapter import Adapter, Tensor, Update
 from fedlora.errors import ContractError, SettingError
-from fedlora.privacy import Event
+from fedlora.privacy import Event, Quantile
 from fedlora.seeding import generator
 
 CLIP_NORM = "clip-norm"  # in the words to the clients of a round: clip the change that you send to it
 WITHIN = "within-clip-norm"  # in an update: 1 where nothing had to be clipped; their mean where summed
-
-_STEP = 0.2  # of log C for each round, times how far the share is from the quantile (Andrew et al., 2021)
+SUM_NOISE = "sum-noise"  # in the words: add your share of this noise, over the bound, to the change
+COUNT_NOISE = "count-noise"  # in the words, where C adapts: and of this to whether it was within the bound
+CARRIED = "carried-noise"  # in an update: which part of the noise's variance clients have added
 
 
 def clip(update: Update, received: Mapping[str, Tensor], bound: float, share_metrics: bool) -> Update:
@@ -76,6 +82,7 @@ class Central:
         total: how many clients there are.
         seed: what cohorts and noise are drawn from; a simulation's, not for deployment.
         quantile: of the norms, which C adapts to; None: C is fixed.
+        shared: whether clients share the noise out.
     """
 
     noise_multiplier: float
@@ -83,9 +90,10 @@ class Central:
     total: int
     seed: int
     quantile: float | None = None
+    shared: bool = False
 
     def __post_init__(self) -> None:
-        if self.quantile is not None and 2 * self._count_noise <= self.noise_multiplier:
+        if self.adapts and not self.adapts.enough:
             raise SettingError(
                 "privacy.quantile",
                 f"{self.expected:g} clients a round are too few for a bound that adapts: at noise multiplier "
@@ -98,20 +106,25 @@ class Central:
         return self.sample_rate * self.total
 
     @property
-    def _count_noise(self) -> float:
-        """Standard deviation of the noise on the count of clients within the bound, as the paper has it."""
-        return self.expected / 20
+    def adapts(self) -> Quantile | None:
+        """How C moves; None where it is fixed."""
+        if self.quantile is None:
+            return None
+        return Quantile(quantile=self.quantile, expected=self.expected, noise_multiplier=self.noise_multiplier)
 
     @property
     def sum_noise(self) -> float:
-        """Standard deviation of the noise on the sum over C.
+        """Standard deviation of the noise on the sum over C."""
+        return self.adapts.sum_noise if self.adapts else self.noise_multiplier
 
-        `(z^-2 - (2 sigma_b)^-2)^-1/2`: with the noise sigma_b on the count, whose terms are +-1/2, one release
-        under z. Without a count it is z.
-        """
-        if self.quantile is None:
-            return self.noise_multiplier
-        return float((self.noise_multiplier**-2 - (2 * self._count_noise) ** -2) ** -0.5)
+    def words(self, clip_norm: float) -> dict[str, float]:
+        """What the clients of a round are told."""
+        told = {CLIP_NORM: clip_norm}
+        if self.shared:
+            told[SUM_NOISE] = self.sum_noise
+        if self.adapts:
+            told[COUNT_NOISE] = self.adapts.count_noise if self.shared else 0.0
+        return told
 
     def cohort(self, round: int) -> list[int]:
         """The clients of a round, ascending; may be none."""
@@ -124,6 +137,17 @@ class Central:
             noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=1, clip_norm=clip_norm
         )
 
+    def seen(self, clip_norm: float, carried: float, rounding: float) -> Event:
+        """What a round costs one who is in the sum, from the server that sees it: as if sent without being drawn.
+
+        Args:
+            clip_norm: C.
+            carried: part of the noise's variance that is in the sum and that the server cannot take off.
+            rounding: how much longer than C a change may get when it is rounded.
+        """
+        noise = self.noise_multiplier * math.sqrt(carried) / (1 + rounding / clip_norm)
+        return Event(noise_multiplier=noise, sample_rate=1.0, steps=1, clip_norm=clip_norm)
+
     def release(
         self, round: int, received: Mapping[str, Tensor], updates: Sequence[Update], clip_norm: float
     ) -> tuple[Update, float]:
@@ -135,7 +159,9 @@ class Central:
             updates: clipped, perhaps summed on the way; none where nobody was drawn.
             clip_norm: C.
         """
-        std = self.sum_noise * clip_norm
+        carried = sum(u.metrics.get(CARRIED, 0.0) for u in updates)
+        rest = math.sqrt(max(1.0 - carried, 0.0))
+        std = self.sum_noise * clip_norm * rest
         noise = generator(self.seed, round, "server noise", repr(std))  # other noise is drawn afresh
         mean: Adapter = {}
         for name in sorted(received):
@@ -147,8 +173,7 @@ class Central:
             mean[name] = (start + change / self.expected).astype(np.float32)
         clients = tuple(c for u in updates for c in u.clients)
         released = Update(adapter=mean, weight=1.0, clients=clients)
-        if self.quantile is None:
+        if self.adapts is None:
             return released, clip_norm
-        count = sum(u.weight * (u.metrics[WITHIN] - 0.5) for u in updates) + noise.normal(0.0, self._count_noise)
-        share = count / self.expected + 0.5
-        return released, clip_norm * math.exp(-_STEP * (share - self.quantile))
+        count = sum(u.weight * (u.metrics[WITHIN] - 0.5) for u in updates)
+        return released, self.adapts.moved(clip_norm, count + noise.normal(0.0, self.adapts.count_noise * rest))

@@ -364,7 +364,8 @@ def _ledger(arguments: argparse.Namespace) -> int:
     for unit, line in first.items():
         for accountant in get_args(privacy.Accountant):
             spent = ledger.epsilon_of(file, unit, accountant)
-            print(f"  {accountant}  {privacy.statement(spent, line['delta'], unit, accountant)}")
+            said = privacy.statement(spent, line["delta"], unit, accountant, line.get("honest", 1.0))
+            print(f"  {accountant}  {said}")
     return 0
 
 

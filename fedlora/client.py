@@ -115,6 +115,22 @@ def load(use: str, options: Mapping[str, Any]) -> Client:
     return client
 
 
+def check_kept(client: Client) -> None:
+    """Make sure that a client keeps no optimiser that has learnt something: it would carry it to the next client.
+
+    Raises:
+        ContractError: it does.
+    """
+    from torch.optim import Optimizer
+
+    for name, value in vars(client).items():
+        if isinstance(value, Optimizer) and value.state:
+            raise ContractError(
+                f"{type(client).__name__} keeps an optimiser in {name!r}, whose state carries what one client's "
+                "examples taught it to the next: make it anew in fit"
+            )
+
+
 def pull_towards(
     parameters: "list[torch.Tensor]", received: "list[torch.Tensor]", config: Mapping[str, Any]
 ) -> None:

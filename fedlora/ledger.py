@@ -16,16 +16,29 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from fedlora.errors import UserError
-from fedlora.privacy import Accountant, Event, epsilon
+from fedlora.privacy import FROM_SERVER, Accountant, Event, epsilon
 
 MECHANISM = "poisson_subsampled_gaussian"
 NEIGHBOURS = "add_or_remove_one"
-UNITS = ("example", "client")
+SILENT = "one_sends_nothing"  # how the runs of unit client_from_server differ
+UNITS = ("example", "client", FROM_SERVER)
 
-Holder = int | None  # whose budget it is: a client's, for its examples, or None: the server's, for its clients
+
+class Whole(NamedTuple):
+    """A client as a whole, which the server sees in sums that carry its share of the noise."""
+
+    client: int
+
+
+Holder = int | None | Whole  # whose budget: a client's, for its examples; None: the server's, for its clients
+
+
+def neighbours(unit: str) -> str:
+    """How the datasets or runs differ that a guarantee of a unit cannot tell apart."""
+    return SILENT if unit == FROM_SERVER else NEIGHBOURS
 
 
 class Ledger:
@@ -57,7 +70,7 @@ class Ledger:
                 "begin with; restore the file, or start again in another folder"
             )
         for line in lines:
-            self._note(line["round"], line.get("attempt", 0), line["client"], Event.from_json(line))
+            self._note(line["round"], line.get("attempt", 0), _holder(line), Event.from_json(line))
         self._lines, self._chain = len(lines), lines[-1]["chain"] if lines else ""
         if file.exists():
             self._size = file.read_bytes().rfind(b"\n") + 1
@@ -73,11 +86,12 @@ class Ledger:
         """
         if not events:
             return
-        terms = {**guarantee, "mechanism": MECHANISM, "neighbours": NEIGHBOURS}
+        terms = {**guarantee, "mechanism": MECHANISM, "neighbours": neighbours(guarantee["unit"])}
         file, text, chain = self.folder / "privacy.jsonl", "", self._chain
         if not self._lines:
             _write_head(file, 0, "")  # so that a ledger without a head is one that lost it
-        for client, event in events.items():
+        for holder, event in events.items():
+            client = holder.client if isinstance(holder, Whole) else holder
             line = {"round": round, "client": client, **event.to_json(), **terms}
             line |= {"attempt": attempt} if attempt else {}
             chain = _link(chain, line)
@@ -87,8 +101,8 @@ class Ledger:
             stream.write(text.encode())
             stream.flush()
             os.fsync(stream.fileno())
-        for client, event in events.items():  # on disk, and not before: a full disk may have room again
-            self._note(round, attempt, client, event)
+        for holder, event in events.items():  # on disk, and not before: a full disk may have room again
+            self._note(round, attempt, holder, event)
         self._size, self._lines, self._chain = self._size + len(text.encode()), self._lines + len(events), chain
         _write_head(file, self._lines, self._chain)
 
@@ -155,14 +169,14 @@ def read(file: Path, torn: bool = False) -> list[dict[str, Any]]:
 
 
 def replay(file: Path) -> dict[Holder, list[Event]]:
-    """The privacy events of every client, and under None those of the server, from `privacy.jsonl` alone.
+    """The privacy events of every holder of a budget, from `privacy.jsonl` alone.
 
     Raises:
         UserError: a line is damaged, edited, missing or of another mechanism.
     """
     events: dict[Holder, list[Event]] = {}
     for line in _verified(file, headless=True):
-        events.setdefault(line["client"], []).append(Event.from_json(line))
+        events.setdefault(_holder(line), []).append(Event.from_json(line))
     return events
 
 
@@ -180,7 +194,7 @@ def _verified(file: Path, headless: bool = False) -> list[dict[str, Any]]:
     lines = [] if head is not None and not file.exists() else read(file, torn=True)
     chain, number = "", 0
     for number, line in enumerate(lines, 1):
-        if line.get("mechanism") != MECHANISM or line.get("neighbours") != NEIGHBOURS:
+        if line.get("mechanism") != MECHANISM or line.get("neighbours") != neighbours(str(line.get("unit"))):
             raise UserError(f"{file}:{number}: an event of another mechanism; it cannot be accounted for here")
         try:
             held = ("round",) if line["unit"] == "client" and line["client"] is None else ("round", "client")
@@ -211,6 +225,11 @@ def _verified(file: Path, headless: bool = False) -> list[dict[str, Any]]:
             "again in another folder"
         )
     return lines
+
+
+def _holder(line: Mapping[str, Any]) -> Holder:
+    client: int | None = line["client"]
+    return Whole(client) if line["unit"] == FROM_SERVER and client is not None else client
 
 
 def _link(chain: str, line: Mapping[str, Any]) -> str:
@@ -265,7 +284,7 @@ def epsilon_of(file: Path, unit: str = "example", accountant: Accountant | None 
         if not fine or (line["unit"] == unit and (delta, named) != (first["delta"], first["accountant"])):
             raise UserError(f"{file}:{number}: delta or accountant is damaged, or not as in the first line")
         if line["unit"] == unit:
-            events.setdefault(line["client"], []).append(Event.from_json(line))
+            events.setdefault(_holder(line), []).append(Event.from_json(line))
     return max(
         (epsilon(e, first["delta"], accountant or first["accountant"]) for e in events.values()), default=0.0
     )

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedlora import central, plugins, privacy, simulation, task
 from fedlora import engine as engines
-from fedlora import plugins, privacy, simulation, task
 from fedlora import scenario as scenarios
 from fedlora import strategy as strategies
 from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
@@ -57,6 +57,7 @@ class Plan:
         parameters: numbers in the base model, and those that clients train, in the adapter and in the head.
         epsilon, delta, unit: at the end, for each example (the largest over clients) or for each client;
             None without privacy.
+        server_epsilon: for each client from the server that sees sums; None where clients share no noise out.
         noise_multiplier: the largest over clients, or the server's; None without privacy.
         groups: clients by the number of examples that they hold, with what that means for the privacy of examples.
         alternatives: bytes and parameters under each built-in strategy, or the `problem` that it has;
@@ -77,6 +78,7 @@ class Plan:
     bytes_down_total: int
     parameters: Mapping[str, int]
     epsilon: float | None
+    server_epsilon: float | None
     delta: float | None
     unit: str | None
     noise_multiplier: float | None
@@ -130,6 +132,7 @@ def _plan(scenario: Scenario) -> Plan:
         bytes_down_total=sum(line["bytes_down"] for line in lines),
         parameters=parameters,
         epsilon=lines[-1]["epsilon"] if epsilons else None,
+        server_epsilon=simulation.server_epsilon(scenario, real.ledger.events),
         delta=asked.delta if asked else None,
         unit=asked.unit if asked else None,
         noise_multiplier=real.central.noise_multiplier if real.central else max(noise.values()) if noise else None,
@@ -217,6 +220,13 @@ class _Stage:
 
 class _Engine(InlineEngine):
     """Nothing is evaluated, and the base stays as it is."""
+
+    def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
+        replies = super().train(instruction, cohort, partial_sums)
+        if central.SUM_NOISE not in instruction.config:
+            return replies
+        full = {central.CARRIED: 1.0}  # nobody drops out
+        return Replies([replace(u, metrics={**u.metrics, **full}) for u in replies.updates], replies.reports)
 
     def evaluate(self, adapter: Adapter) -> dict[str, float]:
         return {"loss": 0.0, self.description.metric: 0.0}
@@ -416,6 +426,10 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
     if asked is None:
         if whole is None:
             yield "There is no privacy section: updates can reveal what clients hold."
+        elif scenario.shares_noise:
+            yield "From the server, which knows who is in a sum, clients have the epsilon of server_epsilon alone."
+        elif scenario.secure_aggregation is not None:
+            yield "The server sees each round's sum without noise: the guarantee is from all others."
         else:
             yield "The server sees each client's update without noise: the guarantee is from all others."
         return

@@ -266,6 +266,44 @@ def calibrations(
     return noise
 
 
+@dataclass(frozen=True, kw_only=True)
+class Quantile:
+    """A clipping bound that moves towards a quantile of the norms (Andrew et al., 2021, arXiv 1905.03871).
+
+    Each that is clipped also counts +1/2 if its norm was within the bound C, and -1/2 if not. With noise of
+    standard deviation sigma_b = n / 20 on that count, `C <- C exp(-0.2 (count / n + 1/2 - quantile))`. Sum and
+    count together cost what one release under `noise_multiplier` does: `z_sum^-2 + (2 sigma_b)^-2 = z^-2`.
+
+    Attributes:
+        quantile: to move towards.
+        expected: n, how many are clipped on average; never how many were.
+        noise_multiplier: z.
+    """
+
+    quantile: float
+    expected: float
+    noise_multiplier: float
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are so many that the count leaves noise for the sum: more than 10 z."""
+        return 2 * self.count_noise > self.noise_multiplier
+
+    @property
+    def count_noise(self) -> float:
+        """Standard deviation of the noise on the count."""
+        return self.expected / 20
+
+    @property
+    def sum_noise(self) -> float:
+        """Standard deviation of the noise on the sum over C."""
+        return float((self.noise_multiplier**-2 - (2 * self.count_noise) ** -2) ** -0.5)
+
+    def moved(self, bound: float, count: float) -> float:
+        """The next bound after a noised count."""
+        return bound * math.exp(-0.2 * (count / self.expected + 0.5 - self.quantile))
+
+
 _WORDS = {
     "pld": "privacy loss distributions (dp-accounting)",
     "prv": "privacy random variables (Opacus)",
@@ -273,8 +311,24 @@ _WORDS = {
 }
 
 
-def terms(unit: str, accountant: Accountant) -> str:
-    """Under which neighbouring relation, by which accountant and sampling an epsilon holds."""
+FROM_SERVER = "client_from_server"  # the unit of what the noise that clients share out promises each of them
+
+
+def terms(unit: str, accountant: Accountant, honest: float = 1.0) -> str:
+    """Under which neighbouring relation, by which accountant and sampling an epsilon holds.
+
+    Args:
+        unit: `example`, `client` or `FROM_SERVER`.
+        accountant: that gave it.
+        honest: share of the clients in a sum whose noise the server does not learn; for `FROM_SERVER`.
+    """
+    if unit == FROM_SERVER:
+        return (
+            "from the server, which follows the protocol and sees each round's sum and who is in it; neighbouring "
+            "runs differ in that one client sends nothing; the largest over clients, by "
+            f"{_WORDS[accountant]}, assuming no sampling, that of those who sent {honest:.0%} keep their noise to "
+            "themselves, and that rounded noise adds up to a Gaussian"
+        )
     largest = "the largest over clients, " if unit == "example" else ""
     return (
         f"neighbouring datasets differ by one {unit} added or removed; {largest}by {_WORDS[accountant]}, "
@@ -282,6 +336,8 @@ def terms(unit: str, accountant: Accountant) -> str:
     )
 
 
-def statement(epsilon: float, delta: float, unit: str, accountant: Accountant) -> str:
-    """What an epsilon means, in one sentence."""
-    return f"({epsilon:.3g}, {delta:g})-differential privacy for each {unit}, {terms(unit, accountant)}"
+def statement(epsilon: float, delta: float, unit: str, accountant: Accountant, honest: float = 1.0) -> str:
+    """What an epsilon means, in one sentence; the arguments as in `terms`."""
+    who = "client" if unit == FROM_SERVER else unit
+    said = terms(unit, accountant, honest)
+    return f"({epsilon:.3g}, {delta:g})-differential privacy for each {who}, {said}"

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import checkpoint, wire
+from fedlora import checkpoint, secure, wire
 from fedlora.adapter import Adapter, Change, Instruction, Update, fingerprint
-from fedlora.central import CLIP_NORM, Central
+from fedlora.central import CARRIED, CLIP_NORM, Central
 from fedlora.checkpoint import Checkpoint, Merges
 from fedlora.client import Client
 from fedlora.data import Dataset
@@ -21,8 +21,8 @@ from fedlora.engine.intake import Intake
 from fedlora.engine.transport import Transport
 from fedlora.engine.worker import Setter
 from fedlora.errors import ContractError, RoundError
-from fedlora.ledger import Holder, Ledger
-from fedlora.privacy import Event, epsilon
+from fedlora.ledger import Holder, Ledger, Whole
+from fedlora.privacy import FROM_SERVER, Event, epsilon
 from fedlora.scenario import Privacy, Scenario
 from fedlora.seeding import generator
 from fedlora.strategy import Merged, Strategy
@@ -152,7 +152,7 @@ class Loop:
                 break
             replies = self._exchange(instruction, cohort, attempt)
             count = sum(len(update.clients) for update in replies.updates)
-            if count >= told.min_replies or not cohort:
+            if count >= told.min_replies or len(cohort) < self._least:
                 return Replies(replies.updates, _added(before, replies.reports)), resting
             few = f"{count} of {len(cohort)} clients replied and {told.min_replies} must"
             why = (
@@ -222,6 +222,11 @@ class Loop:
         return [int(c) for c in np.sort(chosen)]
 
     @property
+    def _least(self) -> int:
+        """The clients of a cohort that something can come of; a Poisson cohort may be smaller."""
+        return secure.LEAST if self.central is not None and self.scenario.secure_aggregation is not None else 1
+
+    @property
     def _summed(self) -> bool:
         """Whether the server may see no more of the updates than their sum."""
         return self.central is not None or self.scenario.secure_aggregation is not None
@@ -233,7 +238,7 @@ class Loop:
         if now.clip_norm is None:
             assert self.scenario.privacy is not None
             now.clip_norm = self.scenario.privacy.clip_norm
-        return replace(instruction, config={**instruction.config, CLIP_NORM: now.clip_norm})
+        return replace(instruction, config={**instruction.config, **self.central.words(now.clip_norm)})
 
     def _released(self, instruction: Instruction, updates: list[Update], now: Progress) -> list[Update]:
         """What the strategy may see: the updates, or where clients are protected whole their noised mean."""
@@ -294,23 +299,33 @@ class Loop:
         the noise is nobody's to draw again.
         """
         round, paid = instruction.round, self._paid(instruction.round, attempt)
-        for privacy, events in self._costs(instruction, replies):
+        for terms, events in self._costs(instruction, replies):
             new = {holder: event for holder, event in events.items() if paid.get(holder) != event}
-            terms = {"delta": privacy.delta, "unit": privacy.unit, "accountant": privacy.accountant}
             self.ledger.spend(round, new, attempt, **terms)
 
     def _paid(self, round: int, attempt: int) -> Mapping[Holder, Event]:
         """What need not be paid again if an attempt at a round runs again."""
         return self.ledger.spent(round, attempt) if self.repeatable else {}
 
-    def _costs(
-        self, instruction: Instruction, replies: Replies
-    ) -> Iterator[tuple[Privacy, Mapping[Holder, Event]]]:
-        """What a round costs whom, for each guarantee."""
+    def _costs(self, instruction: Instruction, replies: Replies) -> Iterator[tuple[Line, Mapping[Holder, Event]]]:
+        """What a round costs whom, and on which terms, for each guarantee."""
+
+        def terms(privacy: Privacy) -> Line:
+            return {"delta": privacy.delta, "unit": privacy.unit, "accountant": privacy.accountant}
+
         if (example := self.scenario.example_privacy) is not None:
-            yield example, {r.client: r.event for r in replies.reports if r.event}
-        if self.central is not None and (whole := self.scenario.client_privacy) is not None:
-            yield whole, {None: self.central.event(instruction.config[CLIP_NORM])}
+            yield terms(example), {r.client: r.event for r in replies.reports if r.event}
+        if self.central is None or (whole := self.scenario.client_privacy) is None:
+            return
+        bound = instruction.config[CLIP_NORM]
+        yield terms(whole), {None: self.central.event(bound)}
+        asked = self.scenario.secure_aggregation
+        if asked is not None and asked.noise == "shared":
+            longer = secure.rounding(sum(instruction.adapter[n].size for n in instruction.send), asked.range)
+            for update in replies.updates:
+                seen = self.central.seen(bound, asked.honest * update.metrics[CARRIED], longer)
+                shared = {"unit": FROM_SERVER, "honest": asked.honest}
+                yield terms(whole) | shared, {Whole(client): seen for client in update.clients}
 
     def _check(self, before: Mapping[str, Any], after: Mapping[str, Any], merge: Change) -> None:
         what = type(self.strategy).__name__

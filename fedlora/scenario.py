@@ -367,6 +367,10 @@ class SecureAggregation(Section):
 
     range: PositiveFloat = 1.0  # that a number may change by in a round; one that changes by more fails its client
     survivors: Annotated[Float, Field(gt=0.5, le=1)] = 0.66  # share of the clients that must not drop out
+    noise: Literal["server", "shared"] = "server"  # shared: unit client, each adds its share before it masks
+    honest: Annotated[Float, Field(gt=0, le=1)] = (
+        1.0  # share of those who send that keep their noise to themselves
+    )
 
 
 class Rounded(Section):
@@ -463,6 +467,11 @@ class Scenario(Section):
     def feeds_back(self) -> bool:
         """Whether clients keep what compression left out, to send it later."""
         return self.compression is not None and isinstance(self.compression.up, TopK)
+
+    @property
+    def shares_noise(self) -> bool:
+        """Whether clients add the noise that protects them whole."""
+        return self.secure_aggregation is not None and self.secure_aggregation.noise == "shared"
 
     _source: "Source" = PrivateAttr(default_factory=lambda: Source("scenario", {}, {}))
 
@@ -785,6 +794,19 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
             ("compression", "up"),
             "secure aggregation sends whole numbers of its own: leave compression.up out; down may stay",
         )
+    if (asked := sections.get("secure_aggregation")) and asked.noise == "shared" and "privacy" in sections:
+        if (privacy := sections["privacy"]) is None or privacy.unit == "example":
+            yield Problem(
+                ("secure_aggregation", "noise"),
+                "shared noise protects whole clients: set privacy.unit: client, or leave it out",
+            )
+        if clients and clients.max_norm:
+            yield Problem(
+                ("clients", "max_norm"),
+                "a sum that carries noise says nothing of norms: leave it out, clip_norm bounds",
+            )
+    elif asked and asked.honest != 1:
+        yield Problem(("secure_aggregation", "honest"), "goes with noise: shared")
     if data and clients and isinstance(data.partition, LabelShares):
         rows = len(data.partition.shares)
         if clients.total % rows:

@@ -16,7 +16,7 @@ Masks here are ChaCha20 keystreams. The server is taken to follow the protocol a
 import hashlib
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,9 +26,16 @@ from fedlora.errors import ContractError, RoundError
 
 Vector = NDArray[np.uint32]  # modulo 2^32
 Keys = tuple[bytes, bytes]  # the public keys of a client: for masks, and for the shares sent to it
+Parts = Mapping[str, Mapping[int, bytes]]  # of a message of the protocol: what it tells, and of which client
+Exchange = Callable[[str, Mapping[int, Parts]], Mapping[int, Parts]]  # asks clients; the parts of who answered
 
-BITS = 20  # of a number in the sum: 2^12 clients fit
+BITS = 20  # of a number in the sum
+MOST = 2**12  # clients whose numbers fit into a sum
+LEAST = 3  # clients of a sum: one alone would show itself, two would show each other
+FINE = 8.0  # steps of the grid in the standard deviation of noise, at least
 MOST_NEIGHBOURS = 32  # beyond so many clients each one has only these, as SecAgg+ has it
+
+KEYS, SHARES, MASKED, REVEAL = "keys", "shares", "masked", "reveal"  # the exchanges of a round
 
 
 def quantise(values: NDArray[np.floating], largest: float, rng: np.random.Generator) -> Vector:
@@ -43,6 +50,35 @@ def quantise(values: NDArray[np.floating], largest: float, rng: np.random.Genera
     down = np.floor(steps)
     rounded: Vector = (down + (rng.random(len(steps)) < steps - down)).astype(np.int64).astype(np.uint32)
     return rounded
+
+
+def noise(stds: NDArray[np.float64], largest: float, rng: np.random.Generator) -> Vector:
+    """Gaussian noise in whole steps of the grid, to be added to what was rounded before.
+
+    The sum of several such is taken for a Gaussian of their joint variance in whole steps. With eight steps to a
+    standard deviation the two differ by less than e^-1000 (Kairouz et al., 2021, Theorem 1,
+    https://arxiv.org/abs/2102.06387, has it for the discrete Gaussian).
+
+    Args:
+        stds: the standard deviation of each number.
+        largest: the range of the grid.
+        rng: to draw from.
+
+    Raises:
+        ContractError: the grid is too coarse for the noise.
+    """
+    steps = stds * (2 ** (BITS - 1) / largest)
+    if len(steps) and (least := float(steps.min())) < FINE:
+        raise ContractError(
+            f"noise of {least:.2g} steps is too little for the grid: lower secure_aggregation.range, or add more"
+        )
+    drawn: Vector = np.rint(rng.normal(0.0, steps)).astype(np.int64).astype(np.uint32)
+    return drawn
+
+
+def rounding(size: int, largest: float) -> float:
+    """How much longer a vector of `size` numbers may get, in L2 norm, when it is rounded to the grid."""
+    return math.sqrt(size) * largest / float(2 ** (BITS - 1))
 
 
 def dequantise(total: Vector, largest: float) -> NDArray[np.float64]:
@@ -81,7 +117,7 @@ class Member:
         self._around: Mapping[int, Keys] = {}
         self._held: dict[int, tuple[bytes, bytes]] = {}
         self._threshold = 0
-        self._unmasked = False
+        self._masked = self._unmasked = False
 
     def share(self, around: Mapping[int, Keys], threshold: int) -> dict[int, bytes]:
         """For each neighbour, encrypted for it alone, its shares of this client's seed and mask key.
@@ -113,10 +149,17 @@ class Member:
         Args:
             vector: x_k.
             sealed: what those neighbours shared with this client, by neighbour.
+
+        Raises:
+            ContractError: asked a second time, for two vectors under one mask would show their difference; or
+                what came is not of those neighbours, or of too few.
         """
         from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt
         from flwr.common.secure_aggregation.secaggplus_utils import share_keys_plaintext_separate
 
+        if self._masked:
+            raise ContractError("the server asks for a second vector under the same masks")
+        self._masked = True
         for other, text in sealed.items():
             source, to, seed, key = share_keys_plaintext_separate(decrypt(self._secret_with(other, 1), text))
             if (source, to) != (other, self.name):
@@ -136,10 +179,29 @@ class Member:
         Raises:
             ContractError: both are asked for of one client, or a second time, or for too few who sent.
         """
-        if self._unmasked or set(sent) & set(dropped) or len(sent) < self._threshold:
+        strange = not set(sent) <= set(self._held)
+        if self._unmasked or strange or set(sent) & set(dropped) or len(sent) < self._threshold:
             raise ContractError("the server asks for shares that would show a single client's update")
         self._unmasked = True
         return {m: self._held[m][0] for m in sent} | {m: self._held[m][1] for m in dropped if m in self._held}
+
+    def answer(self, what: str, told: Parts, vector: Callable[[], Vector], share: float) -> Parts:
+        """What this client says in an exchange.
+
+        Args:
+            what: the exchange.
+            told: by the server.
+            vector: x_k, had when it is about to be masked.
+            share: of the neighbours that must stay.
+        """
+        if what == KEYS:
+            return {"mask": {self.name: self.keys[0]}, "share": {self.name: self.keys[1]}}
+        if what == SHARES:
+            around = {o: (key, told["share"][o]) for o, key in told["mask"].items()}
+            return {"sealed": self.share(around, threshold(len(around), share))}
+        if what == MASKED:
+            return {"masked": {self.name: self.mask(vector(), told["sealed"]).astype("<u4").tobytes()}}
+        return {"shares": self.reveal(told["sent"], told["dropped"])}
 
     def _secret_with(self, other: int, which: int) -> bytes:
         return _agree((self._mask_key, self._share_key)[which], self._around[other][which])
@@ -187,6 +249,94 @@ class Collector:
                 stream = _stream(_agree(key, self.keys[other][0]), len(total))
                 total = total - stream if member < other else total + stream
         return total
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What the server learns of a round.
+
+    Attributes:
+        total: the sum of the vectors of those who sent.
+        members: who was asked to mask, ascending.
+        sent: who did, and is in the sum.
+    """
+
+    total: Vector
+    members: tuple[int, ...]
+    sent: tuple[int, ...]
+
+
+def check(what: str, client: int, told: Parts, made: Parts, size: int) -> None:
+    """Make sure that an answer is whole, so that one client's nonsense cannot stop the others.
+
+    Args:
+        what: the exchange.
+        client: who answered.
+        told: what it was told.
+        made: what it answered.
+        size: numbers in a vector.
+
+    Raises:
+        ContractError: it is not.
+    """
+    from flwr.supercore.primitives.asymmetric import bytes_to_public_key
+
+    try:
+        if what == KEYS:
+            whole = all(bytes_to_public_key(made[key][client]) for key in ("mask", "share"))
+        elif what == SHARES:
+            whole = set(made["sealed"]) == set(told["mask"]) - {client}
+        elif what == MASKED:
+            whole = len(made["masked"][client]) == 4 * size
+        else:
+            whole = set(told["sent"]) <= set(made["shares"]) <= {*told["sent"], *told["dropped"]}
+    except (KeyError, ValueError, TypeError) as error:
+        raise ContractError(f"its answer in the exchange of {what} lacks or garbles {error!s:.100}") from error
+    if not whole:
+        raise ContractError(f"its answer in the exchange of {what} is not what was asked for")
+
+
+def collect(exchange: Exchange, cohort: Sequence[int], rng: np.random.Generator, share: float) -> Sum:
+    """The server's side: four exchanges, each with those who answered the one before.
+
+    Args:
+        exchange: with clients, wherever they are; it gives whole answers alone.
+        cohort: their ids.
+        rng: deals the neighbours out.
+        share: of the clients that must stay from the first exchange to the last.
+
+    Raises:
+        RoundError: too few stayed; nothing is learnt then but that.
+    """
+    said = exchange(KEYS, {c: {} for c in cohort})
+    keys = {c: (p["mask"][c], p["share"][c]) for c, p in sorted(said.items())}
+    if len(keys) < LEAST:
+        raise RoundError(f"{len(keys)} clients are there for secure aggregation: a sum takes {LEAST} at least")
+    around = neighbours([*keys], rng)
+    needed = threshold(len(next(iter(around.values()))), share)
+    asked: dict[int, Parts] = {
+        c: {"mask": {o: keys[o][0] for o in others}, "share": {o: keys[o][1] for o in others}}
+        for c, others in around.items()
+    }
+    sealed = {c: p["sealed"] for c, p in sorted(exchange(SHARES, asked).items())}
+    around = {c: [o for o in around[c] if o in sealed] for c in sealed}
+    everybody = dict.fromkeys(sealed, b"")
+    asked = {
+        c: {"sealed": {o: sealed[o][c] for o in others if o != c}, "members": everybody}
+        for c, others in around.items()
+    }
+    texts = {c: p["masked"][c] for c, p in sorted(exchange(MASKED, asked).items())}
+    masked = {c: np.frombuffer(text, "<u4").astype(np.uint32) for c, text in texts.items()}
+    asked = {
+        c: {"sent": {o: b"" for o in there if o in masked}, "dropped": {o: b"" for o in there if o not in masked}}
+        for c, there in around.items()
+        if c in masked and sum(o in masked for o in there) >= needed
+    }
+    if len(masked) < 2 or not asked:
+        raise RoundError(f"{len(masked)} of {len(keys)} clients sent: too many dropped out")
+    shares = {c: p["shares"] for c, p in exchange(REVEAL, asked).items()}
+    total = Collector(around, keys, needed).total(masked, shares)
+    return Sum(total, tuple(sealed), tuple(masked))
 
 
 def _agree(key: object, public: bytes) -> bytes:

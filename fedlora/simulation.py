@@ -208,8 +208,6 @@ def prepare_server(scenario: Scenario) -> Prepared:
     Raises:
         SettingError: there are none, or the scenario asks for what sites cannot do.
     """
-    if scenario.secure_aggregation is not None:
-        raise SettingError("secure_aggregation", "is only simulated as yet: leave it out to run on sites")
     data, total = scenario.data, scenario.clients.total
     test, labels = datasets.read_test(data, scenario.task)
 
@@ -335,7 +333,14 @@ def central(scenario: Scenario, seed: int) -> Central | None:
     if noise is None:
         assert asked.epsilon is not None
         noise = privacy.calibrate(asked.epsilon, asked.delta, rate, scenario.rounds, asked.accountant)
-    return Central(noise_multiplier=noise, sample_rate=rate, total=told.total, seed=seed, quantile=asked.quantile)
+    return Central(
+        noise_multiplier=noise,
+        sample_rate=rate,
+        total=told.total,
+        seed=seed,
+        quantile=asked.quantile,
+        shared=scenario.shares_noise,
+    )
 
 
 def check_folder(folder: Path, scenario: Scenario, resume: bool) -> None:
@@ -469,9 +474,10 @@ def _summary(
         "delta": asked.delta if asked else None,
         "privacy_unit": asked.unit if asked else None,
         "accountant": asked.accountant if asked else None,
-        "neighbours": ledger.NEIGHBOURS if asked else None,
+        "neighbours": ledger.neighbours(asked.unit) if asked else None,
         "sampling": "poisson" if asked else None,
         "example_epsilon": _spent(record, scenario.example_privacy),
+        "server_epsilon": server_epsilon(scenario, record.events),
         "privacy": _privacy_in_words(ready, record),
         "seconds": round_to(now.seconds),
         "clients_per_second": round_to(now.trained / now.seconds) if now.seconds else None,
@@ -503,10 +509,23 @@ def _spent(record: Ledger, asked: scenarios.Privacy | None) -> float | None:
     """The largest epsilon over those who hold a budget for a guarantee; None without one."""
     if asked is None:
         return None
+    holder = type(None) if asked.unit == "client" else int
     every = (
         privacy.epsilon(events, asked.delta, asked.accountant)
-        for holder, events in record.events.items()
-        if (holder is None) is (asked.unit == "client")
+        for held, events in record.events.items()
+        if isinstance(held, holder)
+    )
+    return max(every, default=0.0)
+
+
+def server_epsilon(scenario: Scenario, events: Mapping[ledger.Holder, Sequence[privacy.Event]]) -> float | None:
+    """The largest epsilon over clients from the server that sees their sums; None where they share no noise."""
+    if not scenario.shares_noise or (asked := scenario.client_privacy) is None:
+        return None
+    every = (
+        privacy.epsilon(spent, asked.delta, asked.accountant)
+        for held, spent in events.items()
+        if isinstance(held, ledger.Whole)
     )
     return max(every, default=0.0)
 
@@ -519,6 +538,10 @@ def _privacy_in_words(ready: Prepared, record: Ledger) -> str:
     if asked.unit == "client":
         seen = "the sum of the clipped updates" if scenario.secure_aggregation else "each clipped update"
         words += f", from whoever sees the models but not from the server, which sees {seen}"
+    if (whole := server_epsilon(scenario, record.events)) is not None and scenario.secure_aggregation is not None:
+        honest = scenario.secure_aggregation.honest
+        words += " under the clients' noise; "
+        words += privacy.statement(whole, asked.delta, privacy.FROM_SERVER, asked.accountant, honest)
     if asked.example is not None:
         example = _spent(record, asked.example) or 0.0
         words += "; at the same time, from the server too, "

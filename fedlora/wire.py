@@ -24,11 +24,14 @@ from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
 from fedlora.compression import Codec
 from fedlora.errors import ContractError, UserError
 from fedlora.privacy import Event
+from fedlora.secure import Parts
 
 HEADER = 512  # bytes in which an array says what it is
 DIMENSIONS = 8  # of an array
 PACKED = "fedlora."  # before the kind of a packed array, in the place where Flower names a serialiser
 ARRAYS, METRICS, CONFIG, REPORT, MERGE = "arrays", "metrics", "config", "fedlora", "merge"
+SECURE = "secure"
+PARTS = ("mask", "share", "sealed", "members", "masked", "sent", "dropped", "shares")  # of the exchanges
 WEIGHT, ROUND = "num-examples", "server-round"
 CLIENT_FAILED = 0  # flwr.app.ErrorCode.UNKNOWN
 
@@ -198,6 +201,32 @@ def unpack_merges(content: RecordDict) -> dict[int, Change]:
             modules = sorted({name.rsplit("/", 1)[0] for name in sides})
             found[int(number)] = {m: (sides[f"{m}/0"], sides[f"{m}/1"]) for m in modules}
     return found
+
+
+def pack_parts(parts: Parts) -> RecordDict:
+    """What one side says in an exchange of secure aggregation, as the content of a message."""
+    return RecordDict(
+        {
+            SECURE: ConfigRecord(
+                {f"{what}/{client}": value for what, of in parts.items() for client, value in of.items()}
+            )
+        }
+    )
+
+
+def unpack_parts(content: RecordDict) -> dict[str, dict[int, bytes]]:
+    """What `pack_parts` packed.
+
+    Raises:
+        ContractError: it did not pack that.
+    """
+    parts: dict[str, dict[int, bytes]] = {what: {} for what in PARTS}
+    for key, value in content.config_records.get(SECURE, {}).items():
+        what, _, client = key.partition("/")
+        if what not in parts or not client.isdecimal() or not isinstance(value, bytes):
+            raise ContractError(f"a message of secure aggregation holds {key!r:.100}")
+        parts[what][int(client)] = value
+    return parts
 
 
 def to_bytes(content: RecordDict) -> bytes:

@@ -85,16 +85,38 @@ def test_all_that_the_server_is_told_takes_no_single_mask_off():
 def test_shares_travel_encrypted_for_their_receiver_alone():
     from cryptography.fernet import InvalidToken
 
-    told, _, members = play(random_vectors(4))
+    members, sealed = shared()
     with pytest.raises(InvalidToken):
-        members[3].mask(np.zeros(1, np.uint32), {0: told["sealed"][0][1]})  # client 1's, given to client 3
+        members[3].mask(np.zeros(1, np.uint32), {0: sealed[0][1]})  # client 1's, given to client 3
+
+
+def shared(count=4):
+    """Members that have shared their keys and not yet masked, and the shares."""
+    members = {n: Member(n) for n in range(count)}
+    keys = {n: m.keys for n, m in members.items()}
+    return members, {n: m.share(keys, 3) for n, m in members.items()}
+
+
+def test_a_second_vector_under_the_same_masks_would_show_a_difference_and_is_refused():
+    members, sealed = shared()
+    told = {o: sealed[o][0] for o in (1, 2, 3)}
+    members[0].mask(np.zeros(1, np.uint32), told)
+    with pytest.raises(ContractError, match="second vector under the same masks"):
+        members[0].mask(np.ones(1, np.uint32), told)
+
+
+def test_shares_of_strangers_are_not_revealed():
+    members, sealed = shared()
+    members[0].mask(np.zeros(1, np.uint32), {o: sealed[o][0] for o in (1, 2, 3)})
+    with pytest.raises(ContractError, match="single client"):
+        members[0].reveal([0, 1, 2, 3, 9], [])
 
 
 def test_shares_under_another_clients_name_are_refused():
     from flwr.common.secure_aggregation.crypto.symmetric_encryption import encrypt
     from flwr.common.secure_aggregation.secaggplus_utils import share_keys_plaintext_concat
 
-    _, _, members = play(random_vectors(4))
+    members, _ = shared()
     forged = encrypt(members[1]._secret_with(0, 1), share_keys_plaintext_concat(2, 0, b"seed", b"key"))
     with pytest.raises(ContractError, match="shares of client 2 for 0 came as those of 1"):
         members[0].mask(np.zeros(1, np.uint32), {1: forged})

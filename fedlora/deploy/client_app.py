@@ -7,7 +7,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedlora import wire
+from fedlora import secure, wire
 from fedlora.deploy import resident
 
 SITE = "FEDLORA_SITE"  # names the site file of a node; so does `site` in the SuperNode's configuration
@@ -43,3 +43,5 @@ def _app() -> Path:
 
 for kind in (app.query, app.train, app.evaluate):
     kind()(_answer)
+for exchange in (secure.KEYS, secure.SHARES, secure.REVEAL):  # `MASKED` is asked for with the training
+    app.query(exchange)(_answer)

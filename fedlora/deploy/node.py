@@ -7,6 +7,7 @@ data stands in the site's log.
 import json
 import logging
 import re
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,17 +15,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import RecordDict
 
-from fedlora import data, simulation, wire
-from fedlora.adapter import Instruction
+from fedlora import data, secure, simulation, wire
+from fedlora.adapter import Instruction, Update
 from fedlora.checkpoint import Merges
 from fedlora.deploy import signing
 from fedlora.deploy import site as sites
 from fedlora.deploy.site import Site
+from fedlora.engine import secure as masking
 from fedlora.engine.flower import BEHIND, STRANGER
 from fedlora.engine.worker import Worker
-from fedlora.errors import FedloraError, SettingError
+from fedlora.errors import ContractError, FedloraError, SettingError
 from fedlora.ledger import Ledger
 from fedlora.privacy import Event, epsilon
 from fedlora.scenario import Scenario
@@ -51,6 +54,7 @@ class Serving:
     worker: Worker
     ledger: Ledger
     merges: Merges
+    member: tuple[object, secure.Member] | None = None  # its part in secure aggregation, with the round
 
     @property
     def key(self) -> str:
@@ -124,10 +128,16 @@ class Node:
                 made = self._introduce(wire.unpack_words(content), client)
             else:
                 run = self._resumed(content, client)
+                if kind.startswith("query."):
+                    return self._exchange(run, kind.partition(".")[2], content, client)
                 instruction = wire.unpack_instruction(content, run.worker.task.layout)
                 seen["round"] = instruction.round
                 run = self._caught_up(run, content, client)
-                made = (self._train if kind == "train" else self._judge)(run, instruction, client)
+                made = (
+                    self._train(run, instruction, content, client)
+                    if kind == "train"
+                    else self._judge(run, instruction, client)
+                )
         except Refusal as error:
             self.failed += kind == "train"
             logger.warning("refused: %s", error, extra=seen)
@@ -287,12 +297,15 @@ class Node:
             raise Refusal(f"{BEHIND}: it has {len(run.merges)} of {count}")
         return run
 
-    def _train(self, run: Serving, instruction: Instruction, client: int) -> RecordDict:
-        """Pay, then train.
+    def _train(self, run: Serving, instruction: Instruction, content: RecordDict, client: int) -> RecordDict:
+        """Pay, then train; where the scenario says so, mask what is sent.
 
         Raises:
-            Refusal: the site cannot afford it, or training failed.
+            Refusal: the site cannot afford it, holds no masks, or training failed.
         """
+        masked = run.worker.scenario.secure_aggregation is not None
+        if masked:
+            self._member(run, instruction.round)
         event = self._event(run, instruction, client) if instruction.trip == 1 else None
         if event is not None:
             self._pay(run, instruction.round, client, event)
@@ -301,7 +314,61 @@ class Node:
         if update is None:
             logger.error("%s", report.error, extra={"client": client, "round": instruction.round})
             raise Refusal(f"training failed ({str(report.error).partition(':')[0]}): its log says why", event)
-        return wire.pack_update(update, event, run.worker.transport.packing_up(instruction, client))
+        transport = run.worker.transport
+        if not masked:
+            return wire.pack_update(update, event, transport.packing_up(instruction, client))
+        trained = (instruction, transport.arrived(update, instruction))
+        made = self._exchange(run, secure.MASKED, content, client, trained)
+        spent = {} if event is None else {"privacy": event.to_json()}
+        return RecordDict({**made, **wire.pack_words(spent)})
+
+    def _exchange(
+        self,
+        run: Serving,
+        what: str,
+        content: RecordDict,
+        client: int,
+        trained: tuple[Instruction, Update] | None = None,
+    ) -> RecordDict:
+        """The site's part in an exchange of secure aggregation; its secrets are in memory alone, for one round.
+
+        Raises:
+            Refusal: it holds no secrets of this round, or the server asks for what would show its update.
+        """
+        asked, parts = run.worker.scenario.secure_aggregation, wire.unpack_parts(content)
+        if asked is None or what not in (secure.KEYS, secure.SHARES, secure.MASKED, secure.REVEAL):
+            raise Refusal(f"this run has no exchange of {what}")
+        round = trained[0].round if trained else wire.unpack_words(content).get("round")
+        if what == secure.KEYS:
+            run.member = (round, secure.Member(client))
+        member = self._member(run, round)
+
+        def vector() -> secure.Vector:
+            members = parts["members"]
+            if trained is None or client not in members or len(members) > run.worker.scenario.clients.total:
+                raise ContractError("the server names members that cannot be")
+
+            def draws(_: str) -> np.random.Generator:
+                return np.random.default_rng(secrets.randbits(128))  # nobody's to draw again
+
+            return masking.to_vector(*trained, len(members), asked.range, draws)
+
+        try:
+            return wire.pack_parts(member.answer(what, parts, vector, asked.survivors))
+        except ContractError as error:
+            raise Refusal(str(error), None if trained is None else self._event(run, trained[0], client)) from error
+
+    def _member(self, run: Serving, round: object) -> secure.Member:
+        """The site's secrets for a round.
+
+        Raises:
+            Refusal: it has none.
+        """
+        if run.member is None or run.member[0] != round:
+            raise Refusal(
+                "it has no masks for this round: its worker was started anew, or it was not asked for keys"
+            )
+        return run.member[1]
 
     def _judge(self, run: Serving, instruction: Instruction, client: int) -> RecordDict:
         """Loss and metric of the client's own model on the examples that it holds out."""

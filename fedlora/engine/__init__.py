@@ -68,7 +68,7 @@ def make(scenario: Scenario, address: str | None = None) -> Engine:
         return _plain(scenario, address)
     from fedlora.engine.secure import SecureEngine
 
-    return SecureEngine(_plain(scenario, address), seed=scenario.seed, largest=asked.range, share=asked.survivors)
+    return SecureEngine(_plain(scenario, address), seed=scenario.seed, asked=asked)
 
 
 def _plain(scenario: Scenario, address: str | None) -> Engine:

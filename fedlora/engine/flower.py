@@ -17,14 +17,16 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedlora import central, wire
+from fedlora import central, secure, wire
 from fedlora.adapter import Adapter, Change, Instruction, Update
+from fedlora.engine import secure as masking
 from fedlora.engine.base import Engine, summed
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.intake import Replies, Report
 from fedlora.engine.worker import Description, Setup
 from fedlora.errors import ContractError, FedloraError, RoundError
 from fedlora.privacy import Event
+from fedlora.seeding import generator
 
 DEADLINE = 600.0  # seconds that a round waits for its sites, unless the scenario says
 JOIN = 300.0  # seconds that a run waits for all its sites at its start
@@ -127,6 +129,8 @@ class FlowerEngine(Engine):
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
         """Ask the sites of a round, and wait for them until its deadline."""
         self._gather(0.0, lambda: True)  # whoever came since
+        if self.worker.scenario.secure_aggregation is not None:
+            return self._train_masked(instruction, cohort)
         ranks = {c: self._rank(c) for c in cohort}
         asked = {c: instruction.at(ranks[c]) for c in cohort}
         began, transport = time.monotonic(), self.worker.transport
@@ -318,19 +322,70 @@ class FlowerEngine(Engine):
             self.late += 1
             logger.warning("a reply came after its round had ended, and is dropped (%d so far)", self.late)
 
+    def _train_masked(self, instruction: Instruction, cohort: Sequence[int]) -> Replies:
+        """The same where sites mask what they send: four exchanges, of which the third asks them to train."""
+        scenario = self.worker.scenario
+        assert scenario.secure_aggregation is not None
+        reports = {client: self._report(client) for client in cohort}
+        for client in set(cohort) - set(self.sites):
+            reports[client] = replace(reports[client], error="its site is not connected")
+
+        def exchange(what: str, told: Mapping[int, secure.Parts]) -> dict[int, secure.Parts]:
+            contents: dict[int, RecordDict] = {}
+            made: dict[int, secure.Parts] = {}
+            began = time.monotonic()
+            for client, parts in told.items():
+                if client not in self.sites:
+                    continue
+                content = wire.pack_words({"run": self.key, "round": instruction.round})
+                if what == secure.MASKED:
+                    packing = self.worker.transport.packing_down(instruction, self._rank(client))
+                    content = self._content(instruction, self.sites[client], packing)
+                contents[client] = RecordDict({**content, **wire.pack_parts(parts)})
+            answers = self._ask("train" if what == secure.MASKED else f"query.{what}", contents)
+            for client, content in contents.items():
+                reply, seconds = answers.get(client, (None, time.monotonic() - began))
+                report = reports[client]
+                report = replace(report, seconds=report.seconds + seconds)
+                report = replace(report, bytes_down=report.bytes_down + wire.content_bytes(content))
+                site = self.sites[client]
+                spends = site.event if what == secure.MASKED else report.event
+                try:
+                    if reply is None:
+                        raise ContractError(f"no reply within {self.deadline:g} s")
+                    if reply.has_error():
+                        raise ContractError(reply.error.reason)
+                    report = replace(report, bytes_up=report.bytes_up + wire.content_bytes(reply.content))
+                    if refused := wire.unpack_words(reply.content).get("refused"):
+                        spends = wire.unpack_event(reply.content) or report.event
+                        self._forget(site, str(refused))
+                        raise ContractError(str(refused))
+                    parts = wire.unpack_parts(reply.content)
+                    secure.check(what, client, told[client], parts, masking.size(instruction))
+                    if what == secure.MASKED:
+                        spends, site.merged = wire.unpack_event(reply.content) or spends, len(self.merges)
+                        report = replace(report, steps=scenario.clients.local_steps)
+                    made[client] = parts
+                except ContractError as error:
+                    report = replace(report, error=str(error))
+                reports[client] = replace(report, event=spends)
+            return made
+
+        rng = generator(scenario.seed, instruction.round, "neighbours")
+        return masking.replies(instruction, exchange, reports, scenario.secure_aggregation, rng)
+
+    def _report(self, client: int) -> Report:
+        """Of a client that nothing is known of as yet."""
+        site = self.sites.get(client)
+        held = site.num_examples if site else 0
+        return Report(client=client, num_examples=held, steps=0, bytes_up=0, bytes_down=0, seconds=0.0)
+
     def _read(
         self, instruction: Instruction, client: int, reply: Message | None, down: int, seconds: float
     ) -> tuple[Update | None, Report]:
         """A client's update, if it is as it should be, and what became of the client."""
         site = self.sites.get(client)
-        report = Report(
-            client=client,
-            num_examples=site.num_examples if site else 0,
-            steps=0,
-            bytes_up=0,
-            bytes_down=down,
-            seconds=seconds,
-        )
+        report = replace(self._report(client), bytes_down=down, seconds=seconds)
         spends = site.event if site and instruction.trip == 1 else None  # where it may have trained all the same
         if site is None:
             return None, replace(report, error="its site is not connected")

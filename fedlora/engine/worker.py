@@ -264,6 +264,7 @@ class Worker:
             replace(settings, send=wanted),
             clients.Rng(secrets.randbits(63) if self.setup.secret else self.scenario.seed, round, client),
         )
+        clients.check_kept(self.client)
         kind, layout = self.task.kind, self.task.layout
         check_tensors(
             update.adapter, {name: kind.shape(layout[name], rank) for name in wanted}

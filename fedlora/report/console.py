@@ -203,6 +203,10 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
             f"  privacy   epsilon {plan['epsilon']:.3f} at delta {plan['delta']:g} for each {plan['unit']}; "
             f"noise multiplier up to {plan['noise_multiplier']:g}"
         )
+    if plan["server_epsilon"] is not None:
+        lines.append(
+            f"            from the server, which sees sums, epsilon {plan['server_epsilon']:.3f} if all stay"
+        )
     if plan["seconds"] is None:
         lines.append("  estimate  no time and memory: the base model's weights, or a GPU, are not at hand")
     else:

@@ -266,13 +266,10 @@ def test_two_nodes_for_one_client_are_one_too_many(sites, nodes, deployed):
 def test_what_sites_cannot_do_is_said_before_anything_starts(sites):
     from fedlora.simulation import prepare_server
 
-    scenario, _ = sites("secure_aggregation={}")
-    with pytest.raises(SettingError, match="only simulated as yet"):
-        prepare_server(scenario)
-    bare, _ = scenario.model_copy(update={"secure_aggregation": None}), None
-    files = bare.data.files.model_copy(update={"test": None})
+    scenario, _ = sites()
+    files = scenario.data.files.model_copy(update={"test": None})
     with pytest.raises(SettingError, match="the server's own file"):
-        prepare_server(bare.model_copy(update={"data": bare.data.model_copy(update={"files": files})}))
+        prepare_server(scenario.model_copy(update={"data": scenario.data.model_copy(update={"files": files})}))
 
 
 def test_a_garbled_introduction_is_a_contract_error():

@@ -154,6 +154,44 @@ def test_a_site_killed_in_mid_round_costs_that_round_one_reply(environment, scen
     assert len(ledger.replay(paid)[1]) == 1 + trained
 
 
+MASKED = ("clients.total=3", "secure_aggregation={range: 2.0, survivors: 0.66}")
+
+
+def test_sites_that_mask_what_they_send_give_the_mean_of_their_simulation(
+    environment, scenario, federation, tmp_path
+):
+    made, file, sites = scenario(*MASKED, private=False)
+    federation[0](sites)
+    done = submit(environment, file, tmp_path / "came")
+    _, error = done.communicate(timeout=600)
+    assert done.returncode == 0, error
+    plain = made.model_copy(update={"secure_aggregation": None})
+    one, other = adapter(tmp_path / "came"), adapter(simulate(plain, out=tmp_path / "plain").folder)
+    for name in other:
+        np.testing.assert_allclose(one[name], other[name], rtol=0, atol=1e-4)
+    assert Run.open(tmp_path / "came").summary["failures"] == 0
+
+
+def test_a_masking_site_killed_while_it_trains_leaves_the_sum_of_the_others(
+    environment, scenario, federation, tmp_path
+):
+    """Its keys are shared, its masks are in the others' vectors: they help to take them off."""
+    _, file, sites = scenario(*MASKED, "rounds=1", "engine.deadline=30", "clients.local_steps=4")
+    _, nodes = federation[0](sites)
+    done = submit(environment, file, tmp_path / "came")
+    paid = sites[1].parent / "state" / "ledger" / "privacy.jsonl"
+    end = time.monotonic() + 300
+    while not paid.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    subprocess.run(["pkill", "-9", "-f", f"fedlora.deploy.resident {sites[1]}"], check=True)
+    os.killpg(nodes[1].pid, signal.SIGKILL)
+    _, error = done.communicate(timeout=600)
+    assert done.returncode == 0, error
+    run = Run.open(tmp_path / "came")
+    assert run.rounds[0]["clients"] == 2 and run.rounds[0]["failures"] == 1
+    assert len(ledger.replay(tmp_path / "came" / "privacy.jsonl")[1]) == 1  # it may have trained
+
+
 def test_flower_s_own_simulation_runs_the_app(environment, tiny, tmp_path):
     text = tiny("clients.total=2", "rounds=1", "engine.deadline=300", private=False).to_yaml()
     text = text.replace("    test: null", f"    test: {tiny().data.files.train}")

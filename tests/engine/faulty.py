@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fedlora.adapter import Update
 from fedlora.clients.dp_sgd import DPSGD
+from fedlora.clients.sgd import SGD
 
 
 class Faulty(DPSGD):
@@ -60,3 +62,18 @@ class Flaky(DPSGD):
         if str(partition.client) in str(settings.config.get("lose", "")).split(","):
             raise RuntimeError("gone")
         return super().fit(task, adapter, partition, settings, rng)
+
+
+class Leaky(SGD):
+    """Keeps its optimiser, whose momentum one client hands on to the next."""
+
+    optimizer = None
+
+    def fit(self, task, adapter, partition, settings, rng):
+        import torch
+
+        parameters = task.begin(adapter, settings.train)
+        self.optimizer = self.optimizer or torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+        task.losses(task.batch(partition.examples, partition.rows[:2])).sum().backward()
+        self.optimizer.step()
+        return Update(adapter=task.read(settings.send), weight=1.0, clients=(partition.client,))

@@ -18,7 +18,8 @@ from fedlora.adapter import Instruction, fingerprint
 from fedlora.engine.base import chunks
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.ray import RayEngine
-from fedlora.simulation import calibrate, prepare
+from fedlora.errors import RoundError
+from fedlora.simulation import calibrate, prepare, simulate
 from fedlora.strategies.fedavg_lora import FedAvgLoRA
 from fedlora.strategies.ffa_lora import FFALoRA
 
@@ -126,6 +127,12 @@ def test_a_client_whose_a_is_another_refuses(inline):
     assert not replies.updates and all("not the server's" in r.error for r in replies.reports)
     kept = {n: t for n, t in inline.description.initial.items() if ".lora_A." in n}
     assert len(inline.train(replace(told, frozen=fingerprint(kept)), [0], partial_sums=True).updates) == 1
+
+
+def test_a_client_that_hands_its_optimiser_on_to_the_next_is_refused(tiny, tmp_path):
+    scenario = tiny("clients.use=tests.engine.faulty:Leaky", private=False)
+    with pytest.raises(RoundError, match="Leaky keeps an optimiser in 'optimizer'"):
+        simulate(scenario, out=tmp_path / "run")
 
 
 def test_a_dead_worker_is_replaced_and_nothing_is_lost(ray, inline):

@@ -4,17 +4,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import chi2
 
+from fedlora import central, ledger, secure
 from fedlora import engine as engines
-from fedlora import secure
-from fedlora.adapter import Instruction, weighted_mean
+from fedlora.adapter import Instruction, Update, weighted_mean
 from fedlora.engine.inline import InlineEngine
-from fedlora.engine.secure import SecureEngine
-from fedlora.errors import RoundError, UserError
+from fedlora.engine.secure import SecureEngine, mean, to_vector
+from fedlora.errors import ContractError, RoundError, UserError
+from fedlora.scenario import SecureAggregation
 from fedlora.simulation import calibrate, prepare, simulate
 from fedlora.strategies.ffa_lora import FFALoRA
 
 TWENTY = ("clients.total=20", "clients.batch_size=4", "clients.use=tests.engine.faulty:Flaky")
+ASKED = SecureAggregation(range=2.0, survivors=0.7)
 MASKED = "secure_aggregation={range: 2.0, survivors: 0.7}"
 
 
@@ -42,7 +45,7 @@ def test_the_mean_is_the_plain_one_to_quantisation(plain, lost, monkeypatch):
     )
     told = instruct(plain, lose=lost)
     expected = plain.train(told, range(20), partial_sums=False)
-    guarded = SecureEngine(plain, seed=3, largest=2.0, share=0.7)
+    guarded = SecureEngine(plain, seed=3, asked=ASKED)
     guarded.description = plain.description
     replies = guarded.train(told, range(20), partial_sums=True)
 
@@ -61,7 +64,7 @@ def test_the_mean_is_the_plain_one_to_quantisation(plain, lost, monkeypatch):
 
 
 def test_too_many_dropouts_end_the_round(plain):
-    guarded = SecureEngine(plain, seed=3, largest=2.0, share=0.7)
+    guarded = SecureEngine(plain, seed=3, asked=ASKED)
     guarded.description = plain.description
     replies = guarded.train(instruct(plain, lose=",".join(map(str, range(7)))), range(20), partial_sums=True)
     assert not replies.updates and "too many dropped out" in replies.reports[19].error
@@ -102,3 +105,127 @@ def test_strategies_that_need_each_update_are_refused(tiny, tmp_path, use):
 def test_it_goes_around_whichever_engine_runs_the_clients(tiny):
     made = engines.make(tiny(MASKED))
     assert isinstance(made, SecureEngine) and isinstance(made.inner, InlineEngine)
+
+
+# Noise that clients share out.
+
+SHARED = (
+    "clients.use=sgd",
+    "rounds=3",
+    "privacy={unit: client, noise_multiplier: 2.0, delta: 1.0e-2, clip_norm: 0.5}",
+    "secure_aggregation={range: 1.0, noise: shared, honest: 0.75}",
+)
+
+
+def asked_for_noise(size=20_000, **more):
+    held = {"w": np.zeros(size, np.float32)}
+    told = {central.CLIP_NORM: 0.5, central.SUM_NOISE: 2.0, **more}
+    return Instruction(round=1, adapter=held, train=("w",), send=("w",), config=told)
+
+
+def vectors(instruction, members, change=0.0, within=1.0):
+    update = Update(
+        adapter={"w": instruction.adapter["w"] + np.float32(change)},
+        weight=1.0,
+        clients=(0,),
+        metrics={central.WITHIN: within},
+    )
+    rng = np.random.default_rng(1)
+    return [to_vector(instruction, update, members, 1.0, lambda _: rng) for _ in range(members)]
+
+
+def test_noise_of_all_members_adds_up_to_the_stated_one_and_the_server_adds_what_dropouts_did_not():
+    """z C = 1, of ten members; of seven that stay 0.7 of the variance. Chi-square at one in a million."""
+    instruction = asked_for_noise()
+    every = vectors(instruction, 10)
+    whole = central.Central(noise_multiplier=2.0, sample_rate=0.5, total=20, seed=1, shared=True)
+    for stayed in (10, 7):
+        total = sum(every[:stayed], np.zeros(20_000, np.uint32))
+        made = mean(instruction, secure.Sum(total, tuple(range(10)), tuple(range(stayed))), 1.0)
+        assert made.metrics == {central.CARRIED: stayed / 10} and made.weight == stayed
+        for noised, variance in ((made.adapter["w"] * stayed, stayed / 10), (released(whole, made) * 10, 1.0)):
+            low, high = chi2.ppf([5e-7, 1 - 5e-7], noised.size)
+            assert low < float((noised.astype(np.float64) ** 2).sum()) / variance < high
+
+
+def released(whole, update):
+    return whole.release(1, {"w": np.zeros(20_000, np.float32)}, [update], 0.5)[0].adapter["w"]
+
+
+def test_the_count_of_a_bound_that_adapts_carries_its_noise_too():
+    """Of 100 members all were within: their mean is 1, under noise of 5 clients on the sum."""
+    instruction = asked_for_noise(size=10, **{central.COUNT_NOISE: 5.0})
+    drawn = []
+    for k in range(60):
+        rng = np.random.default_rng(k)
+        update = Update(adapter=dict(instruction.adapter), weight=1.0, clients=(0,), metrics={central.WITHIN: 1.0})
+        parts = [to_vector(instruction, update, 100, 1.0, lambda _, rng=rng: rng) for _ in range(100)]
+        made = mean(
+            instruction, secure.Sum(sum(parts, np.zeros(11, np.uint32)), tuple(range(100)), tuple(range(100))), 1.0
+        )
+        drawn.append(100 * (made.metrics[central.WITHIN] - 1))
+    assert 0.6 < np.std(drawn) / 5 < 1.5 and abs(np.mean(drawn)) < 5 * 5 / 60**0.5
+
+
+def test_without_a_bound_that_adapts_nobody_says_whether_it_was_clipped():
+    """The server would see that count without noise."""
+    assert [len(v) for v in vectors(asked_for_noise(size=10), 2)] == [10, 10]
+
+
+def test_a_grid_too_coarse_for_the_noise_and_a_sum_that_does_not_fit_are_refused():
+    with pytest.raises(
+        ContractError, match=r"noise of \d.* steps is too little .* lower secure_aggregation\.range"
+    ):
+        vectors(asked_for_noise(**{central.SUM_NOISE: 1e-5}), 10)
+    with pytest.raises(ContractError, match=r"does not fit: raise secure_aggregation\.range"):
+        vectors(asked_for_noise(**{central.SUM_NOISE: 2000.0}), 10)
+
+
+def test_what_the_server_sees_is_accounted_for_by_who_stayed():
+    """Nine of ten stayed, three in four of them keep their noise to themselves, rounding lengthens 0.5 by 0.01."""
+    whole = central.Central(noise_multiplier=2.0, sample_rate=0.5, total=20, seed=1, shared=True)
+    event = whole.seen(0.5, 0.75 * 0.9, 0.01)
+    assert event.noise_multiplier == pytest.approx(2.0 * 0.675**0.5 / 1.02)
+    assert (event.sample_rate, event.steps, event.clip_norm) == (1.0, 1, 0.5)
+
+
+def test_rounding_lengthens_a_change_by_no_more_than_is_accounted_for():
+    values = np.random.default_rng(2).normal(0, 1e-6, 1000)
+    for seed in range(20):
+        made = secure.dequantise(secure.quantise(values, 1.0, np.random.default_rng(seed)), 1.0)
+        assert np.linalg.norm(made - values) <= secure.rounding(1000, 1.0)
+
+
+def test_a_run_with_shared_noise_has_two_epsilons_and_the_ledger_alone_gives_both(tiny, tmp_path, capsys):
+    from dp_accounting import GaussianDpEvent
+    from dp_accounting.pld import PLDAccountant
+
+    from fedlora.cli import main
+    from fedlora.plan import plan
+
+    run = simulate(tiny(*SHARED), out=tmp_path / "run")
+    file = run.folder / "privacy.jsonl"
+    events = ledger.replay(file)
+    seen = {holder.client: spent for holder, spent in events.items() if isinstance(holder, ledger.Whole)}
+    assert set(seen) == {0, 1, 2, 3} and all(len(spent) == 3 for spent in seen.values()) and len(events[None]) == 3
+    (z,) = {event.noise_multiplier for spent in seen.values() for event in spent}
+    assert 1.72 < z < 2 * 0.75**0.5  # but for rounding
+    again = PLDAccountant()
+    again.compose(GaussianDpEvent(z), 3)
+    assert run.summary["server_epsilon"] == pytest.approx(again.get_epsilon(1e-2), rel=0.01)
+    assert run.summary["server_epsilon"] > run.summary["epsilon"]
+    said = "from the server, which follows the protocol and sees each round's sum"
+    assert said in run.summary["privacy"] and "of those who sent 75% keep" in run.summary["privacy"]
+    assert plan(tiny(*SHARED)).server_epsilon == pytest.approx(run.summary["server_epsilon"], rel=1e-6)
+    assert main(["ledger", str(run.folder)]) == 0
+    assert capsys.readouterr().out.count(said) == 3  # by every accountant
+
+
+def test_shared_noise_goes_with_clients_protected_whole(tiny):
+    for wrong, words in (
+        (["secure_aggregation={noise: shared}"], "set privacy.unit: client"),
+        ([*SHARED, "clients.max_norm=1"], "says nothing of norms"),
+        (["secure_aggregation={honest: 0.5}"], "goes with noise: shared"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tiny(*wrong)

@@ -1,0 +1,227 @@
+"""Secure aggregation over real nodes: what comes out is the mean, and what the server is told shows nobody."""
+
+import json
+
+import numpy as np
+import pytest
+from flwr.common.secure_aggregation.crypto.shamir import combine_shares
+
+from fedlora import ledger, secure, wire
+from fedlora.adapter import Instruction, weighted_mean
+from fedlora.deploy.node import Node
+from fedlora.engine import Worker
+from fedlora.errors import RoundError
+from tests.deploy.federation import LocalGrid
+
+MASKED = "secure_aggregation={range: 2.0, survivors: 0.66}"
+
+
+class Recorded(LocalGrid):
+    """Keeps all that nodes answer, and lets some of them fail in an exchange.
+
+    Attributes:
+        came: kind, node and content of every answer.
+        fails: the nodes that fail, by kind.
+    """
+
+    came: list
+    fails: dict
+
+    def __init__(self, nodes, fails=()):
+        super().__init__(nodes)
+        self.came, self.fails = [], dict(fails)
+        for number, node in nodes.items():
+            self._record(number, node)
+
+    def _record(self, number, node):
+        answer = node.answer
+
+        def recorded(kind, content, partition):
+            if number in self.fails.get(kind, ()):
+                raise ConnectionError("the site is gone")
+            made = answer(kind, content, partition)
+            self.came.append((kind, number, wire.from_bytes(wire.to_bytes(made))))
+            return made
+
+        node.answer = recorded
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What clients trained, by client: the server never sees it, the test does."""
+    made, train = {}, Worker.train
+
+    def watch(worker, instruction, cohort, partial_sums):
+        replies = train(worker, instruction, cohort, partial_sums)
+        for update in replies.updates:
+            made[update.clients[0]] = (instruction, update)
+        return replies
+
+    monkeypatch.setattr(Worker, "train", watch)
+    return made
+
+
+def lines(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def change(instruction, update):
+    return np.concatenate([(update.adapter[n] - instruction.adapter[n]).ravel() for n in instruction.send])
+
+
+def test_twenty_sites_of_which_five_drop_out_give_the_plain_mean_and_show_nobody(sites, nodes, deployed, trained):
+    """One goes before it shares its keys, four before they send, and one that sent says no more."""
+    scenario, files = sites(MASKED, "clients.total=20", "clients.batch_size=4", "rounds=1", private=False)
+    grid = Recorded(nodes(files), {"query.shares": {3}, "train": {1, 7, 12, 20}, "query.reveal": {5}})
+    run, engine = deployed(scenario, grid)
+
+    gone = {2, 0, 6, 11, 19}  # node k is client k - 1
+    told = {t["client"]: t["error"] for t in lines(run.folder, "clients.jsonl")}
+    assert {client for client, error in told.items() if error} == gone
+    sent = {client: trained[client] for client in sorted(set(range(20)) - gone)}
+    expected = weighted_mean([update for _, update in sent.values()])
+    (instruction, _) = sent[1]
+    weights = {update.weight for _, update in sent.values()}
+    assert len(weights) > 1 or weights == {9.0}
+    alike = {n: np.mean([u.adapter[n] for _, u in sent.values()], axis=0) for n in expected}
+    summed = engine_adapter(run)
+    for name in instruction.send:
+        np.testing.assert_allclose(summed[name], alike[name], rtol=0, atol=2.0 / 2**19 + 1e-6)
+
+    # All that reached the server.
+    words = b"".join(wire.to_bytes(content) for _, _, content in grid.came)
+    assert not any(content.array_records or content.metric_records for _, _, content in grid.came)
+    shares = {n - 1: wire.unpack_parts(c)["shares"] for kind, n, c in grid.came if kind == "query.reveal"}
+    assert len(shares) == 14
+    for kind, number, content in grid.came:
+        if kind != "train":
+            continue
+        client = number - 1
+        plain = change(*trained[client])
+        assert all(tensor.tobytes() not in words for tensor in trained[client][1].adapter.values())
+        vector = np.frombuffer(wire.unpack_parts(content)["masked"][client], "<u4")
+        seed = combine_shares([held[client] for held in shares.values()])
+        for seen in (vector, vector - secure._stream(seed, len(vector))):  # and with the mask that it learns off
+            assert abs(np.corrcoef(plain, seen.view(np.int32).astype(float))[0, 1]) < 5 / len(plain) ** 0.5
+    for held in shares.values():  # nobody's two secrets are both told
+        assert set(held) == {client for client in range(20) if client != 2}
+    assert engine.late == 0
+
+
+def engine_adapter(run):
+    from fedlora import checkpoint
+
+    return checkpoint.load(run.folder / "checkpoint").adapter
+
+
+def test_a_private_run_is_paid_for_by_who_trained(sites, nodes, deployed):
+    scenario, files = sites("secure_aggregation={survivors: 0.6}")
+    grid = Recorded(made := nodes(files), {"query.shares": {1}})
+    run, _ = deployed(scenario, grid)
+    events = ledger.replay(run.folder / "privacy.jsonl")
+    assert {client: len(spent) for client, spent in events.items()} == {1: 2, 2: 2, 3: 2}  # client 0 never trained
+    assert made[1].epsilon == 0 and made[2].epsilon > 0
+    assert run.summary["bytes_up_total"] > 0 and [t["clients"] for t in run.rounds] == [3, 3]
+
+
+def test_clients_share_the_noise_out_over_sites(sites, nodes, deployed, trained):
+    """The sum carries noise of standard deviation z C = 10, of which each of four sites adds a share."""
+    whole = "privacy={unit: client, noise_multiplier: 20.0, delta: 1.0e-2, clip_norm: 0.5}"
+    scenario, files = sites(whole, "clients.use=sgd", "rounds=1", "secure_aggregation={range: 1.0, noise: shared}")
+    run, _ = deployed(scenario, grid := Recorded(nodes(files)))
+    seen = [event for holder, spent in ledger.replay(run.folder / "privacy.jsonl").items() for event in spent
+            if isinstance(holder, ledger.Whole)]  # fmt: skip
+    assert len(seen) == 4 and all(19.5 < event.noise_multiplier < 20 for event in seen)
+    assert run.summary["server_epsilon"] > 0 and "from the server, which follows" in run.summary["privacy"]
+    instruction = trained[0][0]
+    plain = sum(change(*made) for made in trained.values())
+    after = engine_adapter(run)
+    moved = np.concatenate([(after[n] - instruction.adapter[n]).ravel() for n in instruction.send]) * 4 - plain
+    assert abs(moved.std() / 10 - 1) < 6 / (2 * len(moved)) ** 0.5  # z C = 10
+    assert not any(content.metric_records for _, _, content in grid.came)
+
+
+def test_a_site_whose_worker_died_between_two_exchanges_has_dropped_out(sites, nodes, deployed, tmp_path):
+    scenario, files = sites(MASKED, "rounds=2", private=False)
+    made = nodes(files)
+    grid, answer = LocalGrid(made), made[1].answer
+
+    def dies(kind, content, partition):
+        if kind == "train":
+            grid.nodes[1] = Node(files[0], tmp_path)
+            return grid.nodes[1].answer(kind, content, partition)
+        return answer(kind, content, partition)
+
+    made[1].answer = dies
+    run, _ = deployed(scenario, grid)
+    errors = [(t["round"], t["client"], t["error"]) for t in lines(run.folder, "clients.jsonl") if t["error"]]
+    assert [e[:2] for e in errors] == [(1, 0)] and "no masks for this round" in errors[0][2]
+    assert [t["clients"] for t in run.rounds] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "fails, words",
+    [
+        ({"query.keys": {1, 2}}, "2 clients are there for secure aggregation: a sum takes 3"),
+        ({"train": {1, 2, 3}}, "1 of 4 clients sent: too many dropped out"),
+        ({"query.reveal": {1, 2}}, "2 of the 3 shares of client 0 came: too many dropped out"),
+    ],
+)
+def test_too_few_are_a_failed_round_and_no_sum(sites, nodes, deployed, fails, words):
+    scenario, files = sites(MASKED, private=False)
+    with pytest.raises(RoundError, match=words):
+        deployed(scenario, Recorded(nodes(files), fails))
+
+
+@pytest.mark.parametrize(
+    "kind, spoil, words",
+    [
+        ("query.keys", lambda parts: {"mask": {1: b"no key"}, "share": {1: b"no key"}}, "keys lacks or garbles"),
+        ("query.shares", lambda parts: {"sealed": {}}, "shares is not what was asked for"),
+        ("train", lambda parts: {"masked": {1: parts["masked"][1][:-4]}}, "masked is not what was asked for"),
+        ("query.shares", lambda parts: {"strange": {0: b""}}, "holds 'strange/0'"),
+    ],
+)
+def test_an_answer_that_is_not_whole_drops_its_site_alone(sites, nodes, deployed, kind, spoil, words):
+    scenario, files = sites(MASKED, "rounds=1", private=False)
+    made = nodes(files)
+    answer = made[2].answer
+
+    def spoiled(asked, content, partition):
+        reply = answer(asked, content, partition)
+        return wire.pack_parts(spoil(wire.unpack_parts(reply))) if asked == kind else reply
+
+    made[2].answer = spoiled
+    run, _ = deployed(scenario, LocalGrid(made))
+    (bad,) = [t for t in lines(run.folder, "clients.jsonl") if t["error"]]
+    assert bad["client"] == 1 and words in bad["error"] and run.rounds[0]["clients"] == 3
+
+
+def test_a_site_sends_nothing_that_is_not_masked_and_masks_once(sites, nodes, deployed):
+    """A server that asks for an update by itself, or for a second one under the same masks, gets none."""
+    scenario, files = sites(MASKED, "rounds=1", private=False)
+    grid = Recorded(made := nodes(files))
+    asked = []
+    answer = made[1].answer
+
+    def keeps(kind, content, partition):
+        asked.append((kind, content))
+        return answer(kind, content, partition)
+
+    made[1].answer = keeps
+    deployed(scenario, grid)
+    train = next(content for kind, content in asked if kind == "train")
+
+    def refused(kind, content):
+        return wire.unpack_words(made[1].answer(kind, content, 0)).get("refused", "")
+
+    assert "second vector under the same masks" in refused("train", train)
+    later = wire.unpack_instruction(train, made[1].run.worker.task.layout)
+    again = wire.pack_instruction(Instruction(**{**vars(later), "round": 2}), made[1].run.worker.task.layout)
+    again[wire.REPORT] = train[wire.REPORT]
+    assert "no masks for this round" in refused("train", again)
+    words = wire.pack_words({"run": "run-1", "round": 1})
+    assert "no exchange of nothing" in refused("query.nothing", words)
+    reveal = wire.pack_parts({"sent": {0: b"", 1: b""}, "dropped": {2: b"", 3: b""}})
+    reveal[wire.REPORT] = words[wire.REPORT]
+    assert "single client" in refused("query.reveal", reveal)
