@@ -56,7 +56,7 @@ def noise(stds: NDArray[np.float64], largest: float, rng: np.random.Generator) -
     """Gaussian noise in whole steps of the grid, to be added to what was rounded before.
 
     The sum of several such is taken for a Gaussian of their joint variance in whole steps. With eight steps to a
-    standard deviation the two differ by less than e^-1000 (Kairouz et al., 2021, Theorem 1,
+    standard deviation the two differ by less than e^-600 (Kairouz et al., 2021, Theorem 1,
     https://arxiv.org/abs/2102.06387, has it for the discrete Gaussian).
 
     Args:

@@ -20,6 +20,7 @@ from flwr.app import RecordDict
 
 from fedlora import data, secure, simulation, wire
 from fedlora.adapter import Instruction, Update
+from fedlora.central import SUM_NOISE
 from fedlora.checkpoint import Merges
 from fedlora.deploy import signing
 from fedlora.deploy import site as sites
@@ -301,11 +302,18 @@ class Node:
         """Pay, then train; where the scenario says so, mask what is sent.
 
         Raises:
-            Refusal: the site cannot afford it, holds no masks, or training failed.
+            Refusal: the site cannot afford it, holds no masks, would add less noise than was promised, or
+                training failed.
         """
-        masked = run.worker.scenario.secure_aggregation is not None
+        scenario = run.worker.scenario
+        masked = scenario.secure_aggregation is not None
         if masked:
             self._member(run, instruction.round)
+        whole = simulation.central(scenario, seed=0) if scenario.shares_noise else None
+        if whole and float(instruction.config.get(SUM_NOISE, 0.0)) < whole.sum_noise * (1 - 1e-9):
+            raise Refusal(
+                f"the server asks for less noise than the scenario's {whole.sum_noise:.4g} times the bound"
+            )
         event = self._event(run, instruction, client) if instruction.trip == 1 else None
         if event is not None:
             self._pay(run, instruction.round, client, event)

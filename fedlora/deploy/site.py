@@ -36,6 +36,9 @@ class Accept(Section):
     strategies: tuple[str, ...] | None = None  # as in `strategy.use`; null: any that comes with fedlora
     clients: tuple[str, ...] | None = None  # as in `clients.use`; null: any that comes with fedlora
     own_code: bool = False  # whether strategies and clients may come with the run: they are programs
+    masked_only: bool = (
+        False  # whether a run must have `secure_aggregation`: nobody sees the site's update by itself
+    )
     submitters: tuple[str, ...] | None = None  # ssh public keys, one of which signed the run; null: anybody
 
 
@@ -71,6 +74,8 @@ class Site(Section):
                 return f"it does not accept the {what} {use!r}"
             if ":" in use and not rules.own_code and not use.startswith("flwr.serverapp.strategy:"):
                 return f"it runs no code that comes with a run, such as the {what} {use!r}"
+        if rules.masked_only and scenario.secure_aggregation is None:
+            return "it sends masked updates only, and the scenario has no secure_aggregation"
         if self.client >= scenario.clients.total:
             return f"it is client {self.client}, and the scenario has clients 0 to {scenario.clients.total - 1}"
         if self.privacy is not None and scenario.example_privacy is None:

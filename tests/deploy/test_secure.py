@@ -141,6 +141,25 @@ def test_clients_share_the_noise_out_over_sites(sites, nodes, deployed, trained)
     assert not any(content.metric_records for _, _, content in grid.came)
 
 
+def test_a_site_adds_no_less_noise_than_its_scenario_says(sites, nodes, deployed):
+    whole = "privacy={unit: client, noise_multiplier: 20.0, delta: 1.0e-2, clip_norm: 0.5}"
+    scenario, files = sites(whole, "clients.use=sgd", "rounds=1", "secure_aggregation={range: 1.0, noise: shared}")
+    made = nodes(files)
+    answer = made[1].answer
+
+    def less(kind, content, partition):
+        if kind == "train":
+            assert content["config"]["sum-noise"] == 20.0
+            content["config"]["sum-noise"] = 19.0
+        return answer(kind, content, partition)
+
+    made[1].answer = less
+    run, _ = deployed(scenario, LocalGrid(made))
+    (bad,) = [t for t in lines(run.folder, "clients.jsonl") if t["error"]]
+    assert bad["client"] == 0 and "less noise than the scenario's 20 times" in bad["error"]
+    assert run.rounds[0]["clients"] == 3
+
+
 def test_a_site_whose_worker_died_between_two_exchanges_has_dropped_out(sites, nodes, deployed, tmp_path):
     scenario, files = sites(MASKED, "rounds=2", private=False)
     made = nodes(files)

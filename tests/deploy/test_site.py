@@ -86,6 +86,8 @@ def test_an_error_about_data_names_the_line_of_the_site_file(read, tmp_path):
             "runs no code that comes with a run, such as the client 'lab.mine:Mine'",
         ),
         ("accept: {own_code: true}", ["strategy.use=lab.mine:Mine"], None),
+        ("accept: {masked_only: true}", [], "sends masked updates only"),
+        ("accept: {masked_only: true}", ["secure_aggregation={}"], None),
         ("", ["strategy.use=flwr.serverapp.strategy:FedAdam"], None),
         ("", ["clients.total=1"], "is client 1, and the scenario has clients 0 to 0"),
         ("privacy: {max_epsilon: 1, delta: 1.0e-5}", ["privacy=null", "clients.use=sgd"], "asks for none"),

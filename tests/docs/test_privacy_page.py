@@ -1,0 +1,55 @@
+"""The privacy page keeps to its figures and to the code's."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from fedlora import privacy, scenario, secure
+
+PAGE = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
+ROWS = re.findall(r"^\| ([^|]+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\w+) \| (\d+) \|$", PAGE, re.M)
+AUDITED = scenario.load("audit")
+
+
+def test_the_audit_table_has_the_true_client_and_each_seeded_fault():
+    assert [row[0] for row in ROWS] == [
+        "`dp_sgd` as it is",
+        "no noise",
+        "a tenth of the noise",
+        "a fresh accountant each round",
+    ]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_an_audit_s_verdict_follows_from_its_figures(row):
+    _, _, claimed, server, model, verdict, seconds = row
+    refuted = max(float(server), float(model)) > float(claimed)
+    assert verdict == ("refuted" if refuted else "stands") == ("stands" if row == ROWS[0] else "refuted")
+    assert int(seconds) < 600
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_the_claims_are_what_the_scenario_s_ledger_says(row):
+    """Clients of 95 tweets; a fresh accountant has noise for one round, and claims that."""
+    told, asked = AUDITED.clients, AUDITED.privacy
+    assert f"four clients of {95} tweets" in PAGE and told.total == 4
+    rate, fresh = told.batch_size / 95, "fresh" in row[0]
+    rounds = 1 if fresh else AUDITED.rounds
+    assert int(row[1]) == (120 if fresh else AUDITED.rounds)
+    noise = privacy.calibrate(asked.epsilon, asked.delta, rate, rounds * told.local_steps)
+    event = privacy.Event(noise_multiplier=noise, sample_rate=rate, steps=rounds, clip_norm=asked.clip_norm)
+    assert float(row[2]) == pytest.approx(privacy.epsilon([event], asked.delta), abs=0.06)
+
+
+def test_what_it_says_of_secure_aggregation_are_the_code_s_constants():
+    for said in (
+        f"`range` / 2^{secure.BITS - 1}",
+        f"Up to {secure.MOST:,} clients",
+        f"{['', 'one', 'two', 'three'][secure.LEAST]} clients at least",
+        f"{['eight'][int(secure.FINE) - 8]} steps to a standard deviation",
+    ):
+        assert said in PAGE
+    worst = -2 * math.pi**2 * secure.FINE**2 / 2  # of the exponents in the paper's Theorem 1: k / (k + 1) = 1/2
+    assert worst < -600
