@@ -49,15 +49,14 @@ class Recorded(LocalGrid):
 @pytest.fixture
 def trained(monkeypatch):
     """What clients trained, by client: the server never sees it, the test does."""
-    made, train = {}, Worker.train
+    made, fit = {}, Worker.fit
 
-    def watch(worker, instruction, cohort, partial_sums):
-        replies = train(worker, instruction, cohort, partial_sums)
-        for update in replies.updates:
-            made[update.clients[0]] = (instruction, update)
-        return replies
+    def watch(worker, instruction, client):
+        update, report = fit(worker, instruction, client)
+        made[client] = (instruction, update)
+        return update, report
 
-    monkeypatch.setattr(Worker, "train", watch)
+    monkeypatch.setattr(Worker, "fit", watch)
     return made
 
 
