@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 os.environ.update(
-    HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", RAY_USAGE_STATS_ENABLED="0"
+    HF_HUB_OFFLINE="1",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # Ray's workers would wait for the tests beside them
 )
 
 
