@@ -8,11 +8,14 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +144,7 @@ def _start(app: Path, superlink: str) -> str:
     done = _flwr("run", str(app), superlink, "--format", "json")
     told = _json(done.stdout)
     if done.returncode or not told.get("run-id"):
-        raise UserError(f"--superlink {superlink}: {_reason(told, done)}")
+        raise UserError(f"--superlink {superlink}: {_reason(told, done)}{_certificate(superlink)}")
     return str(told["run-id"])
 
 
@@ -179,6 +182,26 @@ def _status(number: str, superlink: str) -> str | None:
 def _reason(told: dict[str, Any], done: "subprocess.CompletedProcess[str]") -> str:
     text = str(told.get("error-message") or done.stderr or done.stdout)
     return " ".join(line.strip() for line in text.splitlines() if line.strip())[:500]
+
+
+def _certificate(superlink: str) -> str:
+    """What is wrong with the certificate that a SuperLink shows, as Flower does not tell; empty if nothing is."""
+    home = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")
+    try:
+        told = tomllib.loads((home / "config.toml").read_text())["superlink"][superlink]
+        host, _, port = str(told["address"]).rpartition(":")
+        context = ssl.create_default_context(cafile=told["root-certificates"])
+        with (
+            socket.create_connection((host, int(port)), timeout=5) as plain,
+            context.wrap_socket(plain, server_hostname=host),
+        ):
+            return ""
+    except ssl.SSLCertVerificationError as error:
+        return (
+            f" Its certificate is not to be trusted: {error.verify_message}; docs/deploy.md says how to renew it"
+        )
+    except (OSError, KeyError, TypeError, ValueError):
+        return ""
 
 
 def _json(text: str) -> dict[str, Any]:

@@ -1,7 +1,13 @@
 """What is sent to a SuperLink, and what is checked before."""
 
+import contextlib
+import datetime
+import ipaddress
 import json
+import socketserver
+import ssl
 import sys
+import threading
 import tomllib
 
 import pytest
@@ -75,6 +81,54 @@ def test_an_unknown_superlink_is_a_line(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"--superlink nowhere: .*nowhere"):
         submit(tiny(), "nowhere", display=Silent())
+
+
+def certificates(folder, days):
+    """A CA and a certificate of 127.0.0.1 by it that ends in so many days, as files."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    now, keys = datetime.datetime.now(datetime.UTC), [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+    names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, n)]) for n in ("CA", "superlink")]
+    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    for number, (file, end) in enumerate((("ca.crt", 9), ("server.crt", days))):
+        made = (
+            x509.CertificateBuilder(names[0], names[number], keys[number].public_key(), number + 1)
+            .not_valid_before(now - datetime.timedelta(9))
+            .not_valid_after(now + datetime.timedelta(end))
+            .add_extension(x509.BasicConstraints(number == 0, None), critical=True)
+            .add_extension(here, critical=False)
+            .sign(keys[0], hashes.SHA256())
+        )
+        (folder / file).write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / "server.key").write_bytes(keys[1].private_bytes(serialization.Encoding.PEM, *form))
+
+
+@pytest.mark.parametrize(("days", "words"), [(-1, "not to be trusted: certificate has expired"), (1, None)])
+def test_an_expired_certificate_is_told_as_such(tiny, tmp_path, monkeypatch, days, words):
+    """A server that shows its certificate and then hangs up: Flower says of both that it is unavailable."""
+    certificates(tmp_path, days)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
+
+    class Shows(socketserver.BaseRequestHandler):
+        def handle(self):
+            with contextlib.suppress(OSError), context.wrap_socket(self.request, server_side=True):
+                pass
+
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Shows) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        there = {"address": f"127.0.0.1:{server.server_address[1]}", "root-certificates": str(tmp_path / "ca.crt")}
+        lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in there.items())
+        (tmp_path / "config.toml").write_text(f'[superlink]\ndefault = "here"\n[superlink.here]\n{lines}')
+        with pytest.raises(UserError, match="--superlink here: ") as told:
+            submit(tiny(), "here", display=Silent())
+        server.shutdown()
+    assert "\n" not in str(told.value) and ("certificate" in str(told.value)) == (words is not None)
+    assert words is None or words in str(told.value)
 
 
 def test_a_folder_that_is_not_empty_is_not_written_over(tiny, tmp_path):
