@@ -135,7 +135,7 @@ def stacks(
         .encode(
             x=alt.X(f"{x[0]}:O", title=x[1], axis=alt.Axis(labelOverlap=True, labelAngle=0)),
             y=alt.Y(f"{y[0]}:Q", title=y[1], stack=True),
-            color=alt.Color(f"{part}:N", sort=list(order), legend=alt.Legend(title=None, orient="top")),
+            color=alt.Color(f"{part}:N", sort=list(order), legend=alt.Legend(title=None, orient="top", columns=3)),
             tooltip=_hover(rows),
         )
         .properties(width="container", height=230)

@@ -42,7 +42,7 @@ def html(run: Run) -> str:
     made.notices(run.remarks())
     made.key_figures(_key_figures(run))
     found = charts.figures(run)
-    made.section("What was learnt", made.figures(found["learning"]) or "<p>Nothing was measured yet.</p>")
+    made.section("What was learnt", made.figures(found["learning"]) or "<p>No round was measured yet.</p>")
     made.section("What privacy it keeps", *_privacy(run), made.figures(found["privacy"]))
     made.section("Who took part", *_clients(run), made.figures(found["clients"]), *_failures(run))
     made.section("What it cost", made.figures(found["cost"]) or "<p>No round is recorded yet.</p>")

@@ -128,7 +128,7 @@ def test_a_run_that_has_only_begun_has_a_page(copy):
         if file.name != "scenario.yaml":
             file.rename(run.folder.parent / file.name)
     page = single.html(Run.open(run.folder))
-    assert "0 of 3 rounds are recorded" in page and "<figure " not in page and "Nothing was measured yet" in page
+    assert "0 of 3 rounds are recorded" in page and "<figure " not in page and "No round was measured yet" in page
 
 
 def test_the_command_writes_into_the_folder_or_where_it_is_told(copy, tmp_path, capsys):
