@@ -316,7 +316,8 @@ def _watch(arguments: argparse.Namespace) -> int:
 
     with Live(Console(), shown=True) as display:
         run = follow(Run.open(arguments.run), display)
-    print("\n".join(summary_lines(run.folder, run.summary)))
+    if run.summary:
+        print("\n".join(summary_lines(run.folder, run.summary)))
     return 0
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Line = dict[str, Any]
 
+INTRODUCTION = "run.json"  # what a server told a site about a run
 METRICS: Mapping[str, bool] = {cls.metric: cls.higher_is_better for cls in TASKS.values()}
 """What a run may be judged by, and whether more of it is better."""
 
@@ -89,6 +90,11 @@ class Run:
         if not self.summary or (rounds and rounds[-1]["round"] > self.summary.get("rounds", 0)):
             return "unfinished"
         return "stopped" if "stopped" in self.summary else "finished"
+
+    @property
+    def at_site(self) -> bool:
+        """Whether this is what a site keeps of a run that a server drives: it has no summary at its end."""
+        return (self.folder / INTRODUCTION).exists()
 
     @property
     def ended(self) -> bool:

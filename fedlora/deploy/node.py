@@ -27,10 +27,12 @@ from fedlora.deploy import site as sites
 from fedlora.deploy.site import Site
 from fedlora.engine import secure as masking
 from fedlora.engine.flower import BEHIND, STRANGER
+from fedlora.engine.intake import Report
 from fedlora.engine.worker import Worker
 from fedlora.errors import ContractError, FedloraError, SettingError
 from fedlora.ledger import Ledger
 from fedlora.privacy import Event, epsilon
+from fedlora.run import INTRODUCTION
 from fedlora.scenario import Scenario
 
 logger = logging.getLogger(__name__)
@@ -256,8 +258,9 @@ class Node:
         return self.run
 
     def _keep(self, words: Words) -> None:
-        """Write an introduction down, so that a restart needs no other."""
-        file = self.folder / "runs" / str(words["run"]) / "run.json"
+        """Write an introduction down, so that a restart needs no other, and the scenario for people."""
+        file = self.folder / "runs" / str(words["run"]) / INTRODUCTION
+        file.with_name("scenario.yaml").write_text(Scenario.model_validate(words["scenario"]).to_yaml())
         part = file.with_suffix(".part")
         part.write_text(json.dumps(dict(words)))
         part.replace(file)
@@ -274,7 +277,7 @@ class Node:
         try:
             if not _KEY.fullmatch(key):
                 raise ValueError(key)
-            words = json.loads((self.folder / "runs" / key / "run.json").read_text())
+            words = json.loads((self.folder / "runs" / key / INTRODUCTION).read_text())
         except (OSError, ValueError) as error:
             raise Refusal(f"{STRANGER}: it knows nothing of the run {key}") from error
         self._acceptable(words)  # the site file may be another by now
@@ -315,10 +318,11 @@ class Node:
                 f"the server asks for less noise than the scenario's {whole.sum_noise:.4g} times the bound"
             )
         event = self._event(run, instruction, client) if instruction.trip == 1 else None
-        if event is not None:
-            self._pay(run, instruction.round, client, event)
+        spent = None if event is None else self._pay(run, instruction.round, client, event)
         update, report = run.worker.fit(instruction, client)
         self.trained = report.seconds
+        if self.site is not None and instruction.trip == 1:
+            run.ledger.metrics(_line(run, report, instruction.round, spent))
         if update is None:
             logger.error("%s", report.error, extra={"client": client, "round": instruction.round})
             raise Refusal(f"training failed ({str(report.error).partition(':')[0]}): its log says why", event)
@@ -386,19 +390,20 @@ class Node:
         held = run.worker.dataset.num_examples(client)
         return run.worker.client.spends(held, run.worker.settings(instruction, held))
 
-    def _pay(self, run: Serving, round: int, client: int, event: Event) -> None:
+    def _pay(self, run: Serving, round: int, client: int, event: Event) -> float:
         """Write an event into the run's ledger and the site's, unless it would pass what either allows.
+
+        Returns:
+            The epsilon of the run with it.
 
         Raises:
             Refusal: it would.
         """
         asked = run.worker.scenario.example_privacy
         assert asked is not None
-        paid = [*run.ledger.events.get(client, []), event]
-        if asked.epsilon is not None:
-            spent = epsilon(paid, asked.delta, asked.accountant)
-            if spent > asked.epsilon * (1 + 1e-9):
-                raise Refusal(f"another round would make epsilon {spent:.3f}, and {asked.epsilon:g} was promised")
+        paid = epsilon([*run.ledger.events.get(client, []), event], asked.delta, asked.accountant)
+        if asked.epsilon is not None and paid > asked.epsilon * (1 + 1e-9):
+            raise Refusal(f"another round would make epsilon {paid:.3f}, and {asked.epsilon:g} was promised")
         terms: dict[str, Any] = {"delta": asked.delta, "unit": "example", "accountant": asked.accountant}
         if self.site is not None and self.site.privacy is not None and self.account is not None:
             cap = self.site.privacy
@@ -413,3 +418,20 @@ class Node:
             }
             self.account.spend(round, {client: event}, **mine)
         run.ledger.spend(round, {client: event}, **terms)
+        return paid
+
+
+def _line(run: Serving, report: Report, round: int, spent: float | None) -> dict[str, Any]:
+    """A round as a site saw it, which `fedlora watch` shows; what was learnt only the server can tell."""
+    return {
+        "round": round,
+        "clients": int(report.error is None),
+        "failures": int(report.error is not None),
+        "loss": None,
+        "train_loss": None,
+        run.worker.task.metric: None,
+        "bytes_up": report.bytes_up,
+        "bytes_down": report.bytes_down,
+        "epsilon": spent,
+        "seconds": report.seconds,
+    }

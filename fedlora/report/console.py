@@ -164,7 +164,7 @@ class Live:
 
 
 def follow(run: Run, display: Live, pause: float = 0.5) -> Run:
-    """Show a run's rounds as they are written, until it has ended; gives it with its summary.
+    """Show a run's rounds as they are written, until it has ended; gives it with its summary, if it has one.
 
     Raises:
         UserError: its scenario cannot be read by this version.
@@ -173,7 +173,9 @@ def follow(run: Run, display: Live, pause: float = 0.5) -> Run:
     told = 0
     while True:
         run = Run.open(run.folder)
-        ended, lines = run.state != "unfinished", run.rounds
+        lines = run.rounds
+        last = bool(lines) and lines[-1]["round"] == run.scenario.get("rounds")
+        ended = run.state != "unfinished" or (run.at_site and last)
         for line in lines[told:]:
             display.round(line)
         told = len(lines)

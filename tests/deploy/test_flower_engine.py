@@ -8,6 +8,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from safetensors.numpy import load_file
 
 from fedlora import ledger, simulate, wire
+from fedlora.cli import main
 from fedlora.deploy.node import Node
 from fedlora.errors import ContractError, RoundError, SettingError
 from tests.deploy.federation import LocalGrid
@@ -70,6 +71,17 @@ def test_a_private_run_is_accounted_for_on_both_sides(sites, nodes, deployed, tm
         here = ledger.replay(node.folder / "runs" / "run-1" / "privacy.jsonl")
         assert here == {client: events[client]} == ledger.replay(node.folder / "ledger" / "privacy.jsonl")
         assert node.epsilon == pytest.approx(ledger.epsilon_of(node.folder / "ledger" / "privacy.jsonl"))
+
+
+def test_a_site_watches_its_own_rounds(sites, nodes, deployed, capsys, monkeypatch):
+    scenario, files = sites()
+    run, _ = deployed(scenario, LocalGrid(made := nodes(files)))
+    monkeypatch.setenv("COLUMNS", "120")
+    own = made[2].folder / "runs" / "run-1"
+    assert main(["watch", str(own)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "/2 " in line]
+    spent = [t["epsilon"] for t in lines(run.folder, "clients.jsonl") if t["client"] == 1]
+    assert [(row[0], row[1], row[-3]) for row in rows] == [(f"{r}/2", "1", f"{spent[r - 1]:.3f}") for r in (1, 2)]
 
 
 def test_noise_at_sites_is_nobodys_to_repeat(sites, nodes, deployed, tmp_path):
