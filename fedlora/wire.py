@@ -242,7 +242,7 @@ def from_bytes(data: bytes) -> RecordDict:
     """
     try:
         return recorddict_from_proto(ProtoRecordDict.FromString(data))
-    except (DecodeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, DecodeError, KeyError, TypeError, ValueError) as error:  # what Flower trips over
         raise ContractError(f"no message of Flower's: {error!s:.100}") from error
 
 

@@ -125,3 +125,11 @@ def engine_identity():
     from flwr.supercore.task_identity import TaskIdentity
 
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
+
+
+def test_a_record_whose_value_holds_nothing_is_no_message():
+    """Found by `tests.faults.guided`: Flower's own reader trips over it."""
+    proto = recorddict_to_proto(wire.pack_words({"run": "a"}))
+    proto.items[0].config_record.items[0].value.Clear()
+    with pytest.raises(ContractError, match=r"^no message of Flower's: "):
+        wire.from_bytes(proto.SerializeToString())
