@@ -318,11 +318,11 @@ class Node:
                 f"the server asks for less noise than the scenario's {whole.sum_noise:.4g} times the bound"
             )
         event = self._event(run, instruction, client) if instruction.trip == 1 else None
-        spent = None if event is None else self._pay(run, instruction.round, client, event)
+        paid = None if event is None else self._pay(run, instruction.round, client, event)
         update, report = run.worker.fit(instruction, client)
         self.trained = report.seconds
         if self.site is not None and instruction.trip == 1:
-            run.ledger.metrics(_line(run, report, instruction.round, spent))
+            run.ledger.metrics(_line(run, report, instruction.round, paid))
         if update is None:
             logger.error("%s", report.error, extra={"client": client, "round": instruction.round})
             raise Refusal(f"training failed ({str(report.error).partition(':')[0]}): its log says why", event)

@@ -146,7 +146,7 @@ def stacks(
 def points(
     rows: Sequence[Row], x: tuple[str, str], y: tuple[str, str], series: str, *, front: str
 ) -> alt.LayerChart:
-    """Points told apart by shape and colour, and a line through those where `front` is true."""
+    """Points told apart by shape and colour, each on a bar from `low` to `high`, a line where `front` is true."""
     base = alt.Chart(data(rows)).encode(
         x=alt.X(f"{x[0]}:Q", title=x[1], scale=alt.Scale(zero=False, padding=24), axis=alt.Axis(grid=False)),
         y=alt.Y(f"{y[0]}:Q", title=y[1], scale=alt.Scale(zero=False, padding=16)),
@@ -162,7 +162,10 @@ def points(
         color=alt.Color(f"{series}:N", sort=None, legend=legend),
         shape=alt.Shape(f"{series}:N", sort=None, legend=legend),
     )
-    return alt.LayerChart(layer=[best, dots], width="container", height=260)
+    bars = base.mark_rule(strokeWidth=2, opacity=0.6).encode(
+        y=alt.Y("low:Q", title=y[1]), y2="high:Q", color=alt.Color(f"{series}:N", sort=None, legend=legend)
+    )
+    return alt.LayerChart(layer=[best, bars, dots], width="container", height=260)
 
 
 def metric_by_round(run: Run) -> alt.LayerChart:

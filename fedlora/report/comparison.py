@@ -46,6 +46,11 @@ class Group:
         """The mean of `final`."""
         return statistics.fmean(values) if (values := self.final()) else None
 
+    def edge(self, side: int) -> float:
+        """One end of the bar around the mean: a sample standard deviation over seeds below (-1) or above (+1)."""
+        values = self.final()
+        return statistics.fmean(values) + side * (statistics.stdev(values) if len(values) > 1 else 0.0)
+
     def total(self, key: str) -> float:
         """The mean over runs of a figure summed over rounds."""
         return statistics.fmean(sum(line.get(key) or 0 for line in run.rounds) for run in self.runs)
@@ -192,11 +197,16 @@ class Comparison:
                     "run": g.label,
                     x: costs[g.label][1] / (1e6 if cost == "bytes" else 1),
                     metric: g.mean,
+                    "low": g.edge(-1),
+                    "high": g.edge(+1),
                     "front": g.label in best,
                 }
                 for g in known
             ]
-            note = "One point for each configuration; the dashed line joins those that none beats in both."
+            note = (
+                "One point for each configuration, its bar a standard deviation over seeds each way; the dashed "
+                "line joins those that none beats in both."
+            )
             chart = charts.points(points, (x, title), (metric, metric), "run", front="front")
             found.append(Figure(f"{metric.capitalize()} against {x}", note, chart))
         return found

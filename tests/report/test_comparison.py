@@ -149,6 +149,14 @@ def test_curves_have_a_band_where_there_are_seeds(folder):
     assert rows[1]["megabytes"] == pytest.approx(6.0)
 
 
+def test_points_have_a_bar_where_there_are_seeds(folder):
+    made = Comparison([folder("a0", 0.60), folder("a1", 0.64, seed=1), folder("b", 0.5, use="rolora")])
+    spec = made.figures()[-1].chart.to_dict()
+    rows = spec["datasets"][spec["data"]["name"]]
+    edges = [(row["low"], row["high"]) for row in rows]  # 0.62 less and more 0.04 / sqrt 2
+    assert edges == [pytest.approx((0.5917, 0.6483), abs=1e-4), (0.5, 0.5)]
+
+
 def test_where_figures_are_sent_sets_no_run_apart(folder):
     made = Comparison([folder("a", 0.6), folder("b", 0.7, seed=1, trackers=["tensorboard"])])
     assert [(g.label, len(g.runs)) for g in made.groups] == [("ffa_lora", 2)]
