@@ -24,12 +24,12 @@ SIZES = {"0.1 MB": 3, "3 MB": 80}  # ranks; MiniLM's queries and values take 36,
 
 
 class Idle(Client):
-    """Sends back what it received."""
+    """Sends back what it received, as arrays of its own: nothing that serialises may send one for many."""
 
     def fit(self, task: Task, adapter: Adapter, partition: Partition, settings: Settings, rng: Rng) -> Update:
         """Nothing is trained."""
         return Update(
-            adapter={name: adapter[name] for name in settings.send},
+            adapter={name: adapter[name][...] for name in settings.send},
             weight=float(len(partition)),
             clients=(partition.client,),
         )

@@ -307,27 +307,72 @@ def fingerprint(adapter: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+class Sum:
+    """A running sum of updates, each times its weight, in the order they are added; it holds one adapter."""
+
+    def __init__(self) -> None:
+        self.first: Update | None = None
+        self.total: Adapter = {}
+        self.weight = 0.0
+        self.clients: list[int] = []
+        self.metrics: dict[str, float] = {}
+        self._part: Adapter = {}
+
+    def add(self, update: Update) -> None:
+        """One more; only the first is held on to.
+
+        Raises:
+            ContractError: it has other tensors than those before it.
+        """
+        if self.first is None:
+            self.first = update
+            self.metrics = {name: update.weight * value for name, value in update.metrics.items()}
+        else:
+            if self.first.adapter.keys() != update.adapter.keys():
+                raise ContractError(f"clients {update.clients} sent other tensors than those before them")
+            if not self.total:
+                weight = np.float32(self.first.weight)
+                self.total = {name: tensor * weight for name, tensor in self.first.adapter.items()}
+                self._part = {name: np.empty_like(tensor) for name, tensor in self.total.items()}
+            weight = np.float32(update.weight)
+            for name, tensor in update.adapter.items():
+                self.total[name] += np.multiply(tensor, weight, out=self._part[name])
+            shared = self.metrics.keys() & update.metrics.keys()
+            self.metrics = {k: self.metrics[k] + update.weight * update.metrics[k] for k in shared}
+        self.weight += update.weight
+        self.clients += update.clients
+
+    def mean(self) -> Adapter:
+        """`sum_k w_k x_k / sum_k w_k` for every tensor; of one update a copy, bit for bit.
+
+        Raises:
+            ContractError: nothing was added, or weights do not sum to something positive.
+        """
+        if self.first is None or not self.weight > 0:
+            raise ContractError("no update to average, or weights that do not sum to something positive")
+        if not self.total:
+            return {name: tensor.copy() for name, tensor in self.first.adapter.items()}
+        return {name: tensor / np.float32(self.weight) for name, tensor in self.total.items()}
+
+    def updates(self) -> list[Update]:
+        """What was added as one update that stands for all of it, or none where nothing was."""
+        if self.first is None or not self.total:
+            return [self.first] if self.first else []
+        metrics = {name: self.metrics[name] / self.weight for name in sorted(self.metrics)}
+        clients = tuple(self.clients)
+        return [replace(self.first, adapter=self.mean(), weight=self.weight, clients=clients, metrics=metrics)]
+
+
 def weighted_mean(updates: Iterable[Update]) -> Adapter:
     """`sum_k w_k x_k / sum_k w_k` for every tensor, in the order given.
 
     Raises:
         ContractError: there is no update, weights do not sum to something positive, or keys differ.
     """
-    total: Adapter = {}
-    weight = 0.0
+    total = Sum()
     for update in updates:
-        if total and total.keys() != update.adapter.keys():
-            raise ContractError(f"clients {update.clients} sent other tensors than those before them")
-        for name, tensor in update.adapter.items():
-            part = tensor * np.float32(update.weight)
-            if name in total:
-                total[name] += part
-            else:
-                total[name] = part
-        weight += update.weight
-    if not weight > 0:
-        raise ContractError("no update to average, or weights that do not sum to something positive")
-    return {name: tensor / np.float32(weight) for name, tensor in total.items()}
+        total.add(update)
+    return total.mean()
 
 
 def pairs(layout: Layout) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from fedlora.errors import UserError
-from fedlora.privacy import FROM_SERVER, Accountant, Event, epsilon
+from fedlora.privacy import FROM_SERVER, Accountant, Event, added, epsilon
 
 MECHANISM = "poisson_subsampled_gaussian"
 NEIGHBOURS = "add_or_remove_one"
@@ -34,6 +34,7 @@ class Whole(NamedTuple):
 
 
 Holder = int | None | Whole  # whose budget: a client's, for its examples; None: the server's, for its clients
+Events = tuple[Event, ...]  # of one holder, as `privacy.added` puts them together
 
 
 def neighbours(unit: str) -> str:
@@ -45,7 +46,8 @@ class Ledger:
     """What was spent and sent, as it happens.
 
     Attributes:
-        events: the privacy events so far, by client; under None those that protect whole clients.
+        events: the privacy events so far, by client; under None those that protect whole clients. Those on
+            equal terms stand together, so that memory does not grow with the rounds.
     """
 
     def __init__(self, folder: Path, known: tuple[int, str] = (0, "")) -> None:
@@ -59,8 +61,8 @@ class Ledger:
             UserError: what is there is damaged, or lacks what the checkpoint has seen.
         """
         self.folder = folder
-        self.events: dict[Holder, list[Event]] = {}
-        self._rounds: dict[tuple[int, int], dict[Holder, Event]] = {}
+        self.events: dict[Holder, Events] = {}
+        self._unseen: dict[tuple[int, int], dict[Holder, Event]] = {}
         self._lines, self._chain, self._size = 0, "", 0
         file = folder / "privacy.jsonl"
         lines = _verified(file) if file.exists() or _head(file).exists() else []
@@ -69,8 +71,11 @@ class Ledger:
                 f"{file}: is not the ledger that the checkpoint was saved with, whose {known[0]} lines it should "
                 "begin with; restore the file, or start again in another folder"
             )
-        for line in lines:
-            self._note(line["round"], line.get("attempt", 0), _holder(line), Event.from_json(line))
+        for number, line in enumerate(lines):
+            holder, event = _holder(line), Event.from_json(line)
+            self._note(holder, event)
+            if number >= known[0]:  # of a round that runs again
+                self._unseen.setdefault((line["round"], line.get("attempt", 0)), {})[holder] = event
         self._lines, self._chain = len(lines), lines[-1]["chain"] if lines else ""
         if file.exists():
             self._size = file.read_bytes().rfind(b"\n") + 1
@@ -102,13 +107,12 @@ class Ledger:
             stream.flush()
             os.fsync(stream.fileno())
         for holder, event in events.items():  # on disk, and not before: a full disk may have room again
-            self._note(round, attempt, holder, event)
+            self._note(holder, event)
         self._size, self._lines, self._chain = self._size + len(text.encode()), self._lines + len(events), chain
         _write_head(file, self._lines, self._chain)
 
-    def _note(self, round: int, attempt: int, client: Holder, event: Event) -> None:
-        self.events.setdefault(client, []).append(event)
-        self._rounds.setdefault((round, attempt), {})[client] = event
+    def _note(self, client: Holder, event: Event) -> None:
+        self.events[client] = added(self.events.get(client, ()), event)
 
     def clients(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """A line per client and round."""
@@ -136,8 +140,8 @@ class Ledger:
                 part.replace(file)
 
     def spent(self, round: int, attempt: int = 0) -> Mapping[Holder, Event]:
-        """What clients last spent in an attempt at a round, by client."""
-        return self._rounds.get((round, attempt), {})
+        """What clients had spent, when the ledger was opened, in an attempt at a round that runs again."""
+        return self._unseen.get((round, attempt), {})
 
 
 def read(file: Path, torn: bool = False) -> list[dict[str, Any]]:
@@ -275,7 +279,7 @@ def epsilon_of(file: Path, unit: str = "example", accountant: Accountant | None 
     Raises:
         UserError: a line is damaged, or was spent on other terms than the first of its unit.
     """
-    events: dict[Holder, list[Event]] = {}
+    events: dict[Holder, Events] = {}
     first: Mapping[str, Any] = {}
     for number, line in enumerate(_verified(file, headless=True), 1):
         delta, named = line.get("delta"), line.get("accountant")
@@ -284,7 +288,8 @@ def epsilon_of(file: Path, unit: str = "example", accountant: Accountant | None 
         if not fine or (line["unit"] == unit and (delta, named) != (first["delta"], first["accountant"])):
             raise UserError(f"{file}:{number}: delta or accountant is damaged, or not as in the first line")
         if line["unit"] == unit:
-            events.setdefault(_holder(line), []).append(Event.from_json(line))
+            holder = _holder(line)
+            events[holder] = added(events.get(holder, ()), Event.from_json(line))
     return max(
         (epsilon(e, first["delta"], accountant or first["accountant"]) for e in events.values()), default=0.0
     )

@@ -268,7 +268,7 @@ class _Memory(Ledger):
 
     def spend(self, round: int, events: Mapping[Holder, Event], attempt: int = 0, **guarantee: Any) -> None:
         for holder, event in events.items():
-            self.events.setdefault(holder, []).append(event)
+            self.events[holder] = privacy.added(self.events.get(holder, ()), event)
             self.spent_by.setdefault(holder, []).append((round, event))
 
 
@@ -353,7 +353,7 @@ def _groups(scenario: Scenario, data: Dataset, noise: Mapping[int, float] | None
                 "sample_rate": min(scenario.clients.batch_size / size, 1.0),
                 "noise_multiplier": noise[size],
                 "epsilon": max(
-                    privacy.epsilon(loop.ledger.events.get(c, []), asked.delta, asked.accountant) for c in clients
+                    privacy.epsilon(loop.ledger.events.get(c, ()), asked.delta, asked.accountant) for c in clients
                 ),
             }
         groups.append(line)

@@ -269,14 +269,18 @@ class Loop:
                 return [], self.scenario.clients.total
         if privacy is None or privacy.epsilon is None:
             return cohort, 0
-        allowed = []
-        for client in cohort:
+        fits: dict[Any, bool] = {}  # clients that hold equally much and spent the same fare alike
+
+        def may(client: int) -> bool:
             if not (held := self.data.num_examples(client)):  # a site, which counts for itself
-                allowed.append(client)
-                continue
-            spends = self.client.spends(held, self.settings(instruction, held))
-            if not self._would_pass(client, spends, paid, privacy):
-                allowed.append(client)
+                return True
+            key = (held, self.ledger.events.get(client), paid.get(client))
+            if key not in fits:
+                spends = self.client.spends(held, self.settings(instruction, held))
+                fits[key] = not self._would_pass(client, spends, paid, privacy)
+            return fits[key]
+
+        allowed = [client for client in cohort if may(client)]
         if resting := sorted(set(cohort) - set(allowed)):
             names = ", ".join(map(str, resting))
             logger.warning("round %d: another round would pass the epsilon of clients %s; they rest", round, names)
@@ -287,7 +291,7 @@ class Loop:
     ) -> bool:
         """Whether a budget's epsilon would be passed by an event, unless it is paid already."""
         more = [event] if event and paid.get(holder) != event else []
-        events = [*self.ledger.events.get(holder, []), *more]
+        events = [*self.ledger.events.get(holder, ()), *more]
         assert privacy.epsilon is not None
         return epsilon(events, privacy.delta, privacy.accountant) > privacy.epsilon * (1 + 1e-9)
 
@@ -346,7 +350,7 @@ class Loop:
         """Count, write the lines of the round, save."""
         privacy, whole, reports = self.scenario.example_privacy, self.scenario.client_privacy, replies.reports
         spent = {
-            r.client: epsilon(self.ledger.events.get(r.client, []), privacy.delta, privacy.accountant)
+            r.client: epsilon(self.ledger.events.get(r.client, ()), privacy.delta, privacy.accountant)
             for r in reports
             if privacy is not None
         }
@@ -366,7 +370,7 @@ class Loop:
         loss = sum(r.metrics["train_loss"] for r in shared) / len(shared) if shared else None
         now.last["epsilon"] = max([now.last.get("epsilon") or 0.0, *spent.values()]) if privacy else None
         if whole is not None:
-            now.last["epsilon"] = epsilon(self.ledger.events.get(None, []), whole.delta, whole.accountant)
+            now.last["epsilon"] = epsilon(self.ledger.events.get(None, ()), whole.delta, whole.accountant)
         line: Line = {
             "round": round,
             "clients": len(reports) - failed,

@@ -110,7 +110,7 @@ class Node:
         """What the site's examples have lost in all runs together; None where it keeps no account."""
         if self.site is None or self.site.privacy is None or self.account is None:
             return None
-        events, terms = self.account.events.get(self.site.client, []), self.site.privacy
+        events, terms = self.account.events.get(self.site.client, ()), self.site.privacy
         return epsilon(events, terms.delta, terms.accountant)
 
     def answer(self, kind: str, content: RecordDict, partition: int) -> RecordDict:
@@ -401,13 +401,13 @@ class Node:
         """
         asked = run.worker.scenario.example_privacy
         assert asked is not None
-        paid = epsilon([*run.ledger.events.get(client, []), event], asked.delta, asked.accountant)
+        paid = epsilon([*run.ledger.events.get(client, ()), event], asked.delta, asked.accountant)
         if asked.epsilon is not None and paid > asked.epsilon * (1 + 1e-9):
             raise Refusal(f"another round would make epsilon {paid:.3f}, and {asked.epsilon:g} was promised")
         terms: dict[str, Any] = {"delta": asked.delta, "unit": "example", "accountant": asked.accountant}
         if self.site is not None and self.site.privacy is not None and self.account is not None:
             cap = self.site.privacy
-            spent = epsilon([*self.account.events.get(client, []), event], cap.delta, cap.accountant)
+            spent = epsilon([*self.account.events.get(client, ()), event], cap.delta, cap.accountant)
             if spent > cap.max_epsilon * (1 + 1e-9):
                 raise Refusal("another round would pass the epsilon that the site allows over all runs")
             mine: dict[str, Any] = {

@@ -14,17 +14,35 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora import wire
-from fedlora.adapter import Adapter, Change, Instruction
+from fedlora.adapter import Adapter, Change, Instruction, Sum
 from fedlora.engine.intake import Replies
 from fedlora.engine.worker import Description, Setup
 
 EVALUATION_CHUNK = 256  # test examples: fixed, so that sums do not depend on the number of workers
 
 
-def chunks(cohort: Sequence[int]) -> list[Sequence[int]]:
-    """A cohort in pieces that depend on its size alone, so that partial sums do not depend on the workers."""
-    size = max(1, len(cohort) // 64)
+def chunks(cohort: Sequence[int], most: int | None = None) -> list[Sequence[int]]:
+    """A cohort in pieces that depend on its size alone, so that partial sums do not depend on the workers.
+
+    Args:
+        cohort: client ids.
+        most: clients of a piece, where nothing is summed over it; None: as many as it takes to make 64.
+    """
+    size = max(1, min(len(cohort) // 64, most or len(cohort)))
     return [cohort[i : i + size] for i in range(0, len(cohort), size)]
+
+
+def gathered(parts: Iterable[Replies], partial_sums: bool) -> Replies:
+    """The replies of all pieces, in their order; with `partial_sums` summed as they come, and none is kept."""
+    total, updates, reports = Sum(), [], []
+    for part in parts:
+        reports += part.reports
+        if not partial_sums:
+            updates += part.updates
+            continue
+        for update in part.updates:
+            total.add(update)
+    return Replies(total.updates() if partial_sums else updates, reports)
 
 
 def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:

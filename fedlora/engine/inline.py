@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.adapter import Adapter, Change, Instruction
-from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks, summed
+from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks, gathered, summed
 from fedlora.engine.intake import Replies
 from fedlora.engine.worker import Description, Setup, Worker
 
@@ -20,8 +20,8 @@ class InlineEngine(Engine):
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
         """Run the clients in order, in the chunks that other engines make."""
-        parts = [self.worker.train(instruction, chunk, partial_sums) for chunk in chunks(cohort)]
-        return Replies([u for p in parts for u in p.updates], [r for p in parts for r in p.reports])
+        parts = (self.worker.train(instruction, chunk, partial_sums) for chunk in chunks(cohort))
+        return gathered(parts, partial_sums)
 
     def evaluate(self, adapter: Adapter) -> dict[str, float]:
         """Loss and metric on the test set."""

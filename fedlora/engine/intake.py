@@ -99,14 +99,15 @@ class Intake:
             ContractError: the engine does not say what became of a client.
         """
         reports = {report.client: report for report in replies.reports}
-        if lost := sorted(set(cohort) - set(reports)):
+        asked = set(cohort)
+        if lost := sorted(asked - set(reports)):
             raise ContractError(f"the engine does not say what became of client {lost[0]}")
         answers = Counter(client for update in replies.updates for client in update.clients)
-        updates, refused = [], {c: "was not asked" for c in reports if c not in set(cohort)}
+        updates, refused = [], {c: "was not asked" for c in reports if c not in asked}
         for update in replies.updates:
             try:
                 for client in update.clients:
-                    if client not in set(cohort):
+                    if client not in asked:
                         raise ContractError(f"client {client} was not asked")
                     if answers[client] > 1:
                         raise ContractError(f"client {client} answered {answers[client]} times")
@@ -183,6 +184,9 @@ def check_tensors(adapter: Adapter, expected: Mapping[str, tuple[int, ...]]) -> 
             raise ContractError(f"{name} holds {getattr(tensor, 'dtype', type(tensor).__name__)}, not float32")
         if tensor.shape != expected[name]:
             raise ContractError(f"{name} has shape {tensor.shape}, not {expected[name]}")
+        flat = tensor.reshape(-1)
+        if np.einsum("i,i->", flat, flat) < 0.5 * ENORMOUS**2:  # all is well; `@` may start threads for this
+            continue
         if not np.isfinite(tensor).all():
             raise ContractError(f"{name} holds values that are not finite; a lower learning rate may help")
         if (norm := float(np.linalg.norm(tensor.astype(np.float64)))) > ENORMOUS:

@@ -15,7 +15,7 @@ from fedlora import adapter as adapters
 from fedlora import central, factors, wire
 from fedlora import client as clients
 from fedlora import strategy as strategies
-from fedlora.adapter import PREFIX, Adapter, Change, Instruction, Kind, Layout, Update, fingerprint, weighted_mean
+from fedlora.adapter import PREFIX, Adapter, Change, Instruction, Kind, Layout, Sum, Update, fingerprint
 from fedlora.checkpoint import Personal
 from fedlora.data import Dataset, Partition
 from fedlora.engine.intake import Intake, Replies, Report, check_tensors
@@ -163,7 +163,7 @@ class Worker:
         asked = {rank: instruction.at(rank) for rank in set(ranks)}
         received = {rank: self.transport.received(asked[rank], rank) for rank in asked}
         down = {rank: self._bytes_down(asked[rank]) for rank in asked}
-        updates, reports = [], []
+        total, updates, reports = Sum(), [], []
         for client, rank in zip(cohort, ranks, strict=True):
             update, report = self._fit(received[rank], client, rank, down[rank])
             if update is not None and self.transport.used:
@@ -174,11 +174,13 @@ class Worker:
                     update = None
                     report = replace(report, steps=0, error=f"{type(error).__name__}: {error}", metrics={})
             reports.append(report)
-            if update is not None:
+            if update is None:
+                continue
+            if partial_sums:
+                total.add(update)
+            else:
                 updates.append(update)
-        if partial_sums and len(updates) > 1:
-            updates = [merge(updates)]
-        return Replies(updates, reports)
+        return Replies(total.updates() if partial_sums else updates, reports)
 
     def _rank(self, client: int) -> int:
         return self.scenario.clients.rank(client, self.scenario.seed, self.scenario.model.adapter.r)
@@ -369,16 +371,3 @@ def kind(scenario: Scenario, strategy: strategies.Strategy) -> Kind:
     told = scenario.model.adapter
     name = strategy.kinds[0] if told.kind == "auto" else told.kind
     return adapters.KINDS[name](told.r, told.alpha, told.targets)
-
-
-def merge(updates: Sequence[Update]) -> Update:
-    """Several updates as one that stands for all of them."""
-    weight = sum(u.weight for u in updates)
-    shared = set.intersection(*(set(u.metrics) for u in updates))
-    return Update(
-        adapter=weighted_mean(updates),
-        weight=weight,
-        clients=tuple(c for u in updates for c in u.clients),
-        scaling=updates[0].scaling,
-        metrics={k: sum(u.weight * u.metrics[k] for u in updates) / weight for k in sorted(shared)},
-    )
