@@ -1,7 +1,8 @@
 """Datasets become partitions: read once, tokenised once, memory-mapped, shared by every worker.
 
 What is on disk is flat: one array of tokens, one of offsets, one of targets, and for the partitions one
-array of row numbers and one of offsets. A client is a slice, never a Python object.
+array of row numbers and one of offsets; or nothing but the seed, where clients draw their examples. A client is
+a slice or a draw, never a Python object.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +26,7 @@ from fedlora import scenario as settings
 from fedlora.errors import SettingError, suggestion
 from fedlora.seeding import derive, generator
 
+_DRAWN = "drawn.json"  # in the place of a partition's arrays
 _FORMAT = "1"  # raise it when what is cached changes its meaning
 
 # Named datasets that live on the Hub. gsm8k has `question` and `answer`, the prompt and its completion.
@@ -93,34 +95,13 @@ class Partition:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """Everything that a run learns from and is judged on."""
+class Stored:
+    """Who holds what, memory-mapped: client i holds `rows[offsets[i]:offsets[i + 1]]`."""
 
-    folder: Path
-    partition_folder: Path
-    train: Examples
-    test: Examples
-    labels: tuple[str, ...]  # class names in order; empty for causal_lm
     rows: NDArray[np.int64]  # row numbers of all partitions, one after another
     offsets: NDArray[np.int64]  # (clients + 1,)
     held_rows: NDArray[np.int64]  # row numbers that clients hold out, one client after another
     held_offsets: NDArray[np.int64]  # (clients + 1,)
-
-    @classmethod
-    def open(cls, folder: Path, partition_folder: Path) -> Self:
-        """Map what `prepare` wrote; reads nothing yet."""
-        meta = json.loads((folder / "meta.json").read_text())
-        return cls(
-            folder=folder,
-            partition_folder=partition_folder,
-            train=_examples(folder, "train"),
-            test=_examples(folder, "test"),
-            labels=tuple(meta["labels"]),
-            rows=_map(partition_folder / "rows.npy"),
-            offsets=_map(partition_folder / "offsets.npy"),
-            held_rows=_map(partition_folder / "held_rows.npy"),
-            held_offsets=_map(partition_folder / "held_offsets.npy"),
-        )
 
     @property
     def num_clients(self) -> int:
@@ -131,23 +112,97 @@ class Dataset:
         """Examples that a client trains on."""
         return int(self.offsets[client + 1] - self.offsets[client])
 
+    def of(self, client: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The rows that a client trains on, and those that it holds out."""
+        trained = self.rows[self.offsets[client] : self.offsets[client + 1]]
+        return trained, self.held_rows[self.held_offsets[client] : self.held_offsets[client + 1]]
+
+    def sizes(self) -> dict[int, int]:
+        """How many clients train on each number of examples, from the fewest."""
+        sizes, clients = np.unique(np.diff(self.offsets), return_counts=True)
+        return dict(zip(sizes.tolist(), clients.tolist(), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Who holds what, drawn from `(seed, client)` whenever it is asked for: nothing is kept for each client.
+
+    No client holds an example twice. Different clients may hold the same one.
+    """
+
+    num_clients: int
+    examples: int  # of each client
+    held: int  # of them held out
+    total: int  # examples that there are
+    seed: int
+
+    def num_examples(self, client: int) -> int:
+        """Examples that a client trains on."""
+        return self.examples - self.held
+
+    def of(self, client: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The rows that a client trains on, and those that it holds out."""
+        rows = generator(self.seed, "partition", client).choice(self.total, self.examples, replace=False)
+        return np.sort(rows[self.held :]), np.sort(rows[: self.held])
+
+    def sizes(self) -> dict[int, int]:
+        """How many clients train on each number of examples."""
+        return {self.examples - self.held: self.num_clients}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Everything that a run learns from and is judged on."""
+
+    folder: Path
+    partition_folder: Path
+    train: Examples
+    test: Examples
+    labels: tuple[str, ...]  # class names in order; empty for causal_lm
+    holdings: Stored | Drawn
+
+    @classmethod
+    def open(cls, folder: Path, partition_folder: Path) -> Self:
+        """Map what `prepare` wrote; reads nothing yet."""
+        meta = json.loads((folder / "meta.json").read_text())
+        drawn, names = partition_folder / _DRAWN, ("rows", "offsets", "held_rows", "held_offsets")
+        return cls(
+            folder=folder,
+            partition_folder=partition_folder,
+            train=_examples(folder, "train"),
+            test=_examples(folder, "test"),
+            labels=tuple(meta["labels"]),
+            holdings=Drawn(**json.loads(drawn.read_text()))
+            if drawn.exists()
+            else Stored(*(_map(partition_folder / f"{name}.npy") for name in names)),
+        )
+
+    @property
+    def num_clients(self) -> int:
+        """Clients that hold examples."""
+        return self.holdings.num_clients
+
+    def num_examples(self, client: int) -> int:
+        """Examples that a client trains on."""
+        return self.holdings.num_examples(client)
+
+    def sizes(self) -> dict[int, int]:
+        """How many clients train on each number of examples, from the fewest."""
+        return self.holdings.sizes()
+
     def partition(self, client: int) -> Partition:
         """One client's examples to train on."""
-        return Partition(client, self.train, self.rows[self.offsets[client] : self.offsets[client + 1]])
+        return Partition(client, self.train, self.holdings.of(client)[0])
 
     def held_out(self, client: int) -> Partition:
         """The examples that a client keeps to judge its own model by; none without `data.client_test_share`."""
-        start, stop = self.held_offsets[client : client + 2]
-        return Partition(client, self.train, self.held_rows[start:stop])
+        return Partition(client, self.train, self.holdings.of(client)[1])
 
-    def histograms(self) -> NDArray[np.int64]:
-        """How many examples of each label each client holds, (clients, labels)."""
-        counts = np.zeros((self.num_clients, max(len(self.labels), 1)), np.int64)
-        for client in range(self.num_clients):
-            targets = self.train.targets[self.partition(client).rows] if self.labels else None
-            size = self.num_examples(client)
-            counts[client] = size if targets is None else np.bincount(targets, minlength=len(self.labels))
-        return counts
+    def histogram(self, client: int) -> NDArray[np.int64]:
+        """How many examples of each label a client trains on, (labels,)."""
+        if not self.labels:
+            return np.array([self.num_examples(client)])
+        return np.bincount(self.train.targets[self.partition(client).rows], minlength=len(self.labels))
 
 
 def cache_folder() -> Path:
@@ -179,7 +234,12 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
     owners = _fingerprint(*train.owners) if train.owners else ""
 
     def write(to: Path) -> None:
-        parts = split(data.partition, _examples(folder, "train").targets, train.owners, num_clients, seed)
+        targets = _examples(folder, "train").targets
+        if isinstance(data.partition, settings.Sampled):
+            drawn = draw(data.partition, len(targets), data.client_test_share, num_clients, seed)
+            (to / _DRAWN).write_text(json.dumps(asdict(drawn)))
+            return
+        parts = split(data.partition, targets, train.owners, num_clients, seed)
         _write_partitions(to, data.client_test_share, parts, seed)
 
     key = _fingerprint(_FORMAT, how, owners, str(num_clients), str(seed))
@@ -281,7 +341,9 @@ def check(data: settings.Data, task: str, num_clients: int) -> None:
     if data.files is None and data.dataset != "tweets":
         return
     train, _ = read(data, task)
-    if num_clients > len(train.texts):
+    if isinstance(data.partition, settings.Sampled):
+        draw(data.partition, len(train.texts), data.client_test_share, num_clients, 0)
+    elif num_clients > len(train.texts):
         raise SettingError("clients.total", f"{num_clients} clients, and only {len(train.texts)} examples")
 
 
@@ -481,15 +543,33 @@ def _write_partitions(folder: Path, held_share: float | None, parts: list[NDArra
     held = [part[:0] for part in parts]
     if held_share is not None:
         for client, part in enumerate(parts):
-            if len(part) == 1:
-                raise SettingError("data.client_test_share", "a client with one example has none to hold out")
-            count = min(max(1, round(held_share * len(part))), len(part) - 1) if len(part) else 0
+            count = _held_count(held_share, len(part)) if len(part) else 0
             mixed = generator(seed, "held-out", client).permutation(part)
             held[client], parts[client] = np.sort(mixed[:count]), np.sort(mixed[count:])
     for name, pieces in (("", parts), ("held_", held)):
         ends = np.cumsum([len(piece) for piece in pieces])
         np.save(folder / f"{name}rows.npy", np.concatenate(pieces).astype(np.int64))
         np.save(folder / f"{name}offsets.npy", np.concatenate([[0], ends]).astype(np.int64))
+
+
+def _held_count(share: float, examples: int) -> int:
+    """How many of its examples a client holds out: one at least, and not all."""
+    if examples == 1:
+        raise SettingError("data.client_test_share", "a client with one example has none to hold out")
+    return min(max(1, round(share * examples)), examples - 1)
+
+
+def draw(how: settings.Sampled, total: int, held_share: float | None, num_clients: int, seed: int) -> Drawn:
+    """The holdings of clients that draw their examples.
+
+    Raises:
+        SettingError: there are fewer examples than each should hold, or none is left to train on.
+    """
+    if how.examples > total:
+        what = f"{how.examples} different ones for each client, and there are {total}; lower it"
+        raise SettingError("data.partition.examples", what)
+    held = 0 if held_share is None else _held_count(held_share, how.examples)
+    return Drawn(num_clients=num_clients, examples=how.examples, held=held, total=total, seed=seed)
 
 
 def split(
@@ -530,19 +610,19 @@ def _split(
 ) -> list[NDArray[np.int64]]:
     if isinstance(how, settings.LabelShares):
         return _by_label_shares(how.shares, targets, num_clients, seed)
+    order = generator(seed, "partition").permutation(len(targets))
+    if isinstance(how, settings.Iid):  # as IidPartitioner cuts them, at once
+        return [np.sort(part) for part in np.array_split(order, num_clients)]
 
     import datasets
     from flwr_datasets import partitioner as flwr
 
-    order = generator(seed, "partition").permutation(len(targets))
     partition_seed = derive(seed, "partitioner") % 2**32
     columns: dict[str, Any] = {"row": order, "label": targets[order]}
     if isinstance(how, settings.Natural):
         assert owners is not None
         columns["owner"] = [owners[row] for row in order]
     match how:
-        case settings.Iid():
-            made = flwr.IidPartitioner(num_clients)
         case settings.Dirichlet():
             made = flwr.DirichletPartitioner(
                 num_clients, "label", how.alpha, min_partition_size=how.min_examples, seed=partition_seed

@@ -42,6 +42,7 @@ LARGE_RATE = 0.1  # share of a client's examples in one step, from which samplin
 WEAK = 10.0  # epsilon from which reviewers ask what it still protects
 _EPSILONS = 100  # evaluations of epsilon in a table by round, some 50 ms each
 _STEPS = 3  # that are timed
+_LOOKED_AT = 10_000  # clients among which the median one is tried
 _LONG = 40  # rounds of an alternative that are rehearsed; of more, the rest is as the second half of these
 
 
@@ -115,8 +116,8 @@ def _plan(scenario: Scenario) -> Plan:
     stage = _Stage(scenario, setup, ready, cost.metrics if cost else _expected_metrics(scenario))
     real = stage.rehearse(scenario.strategy.use, scenario.strategy.options, scenario.rounds)
     asked = scenario.privacy
-    held: list[Holder] = [None] if scenario.client_privacy else [*range(scenario.clients.total)]
-    spent = {h: real.ledger.spent_by[h] for h in held if h in real.ledger.spent_by}
+    whole = scenario.client_privacy is not None
+    spent = {h: events for h, events in real.ledger.spent_by.items() if (h is None) is whole}
     epsilons, each = _epsilons(spent, len(real.lines), asked)
     lines = [line | epsilons.get(line["round"], {}) for line in real.lines]
     groups = _groups(scenario, ready.data, noise, real)
@@ -343,18 +344,18 @@ def _epsilons(
 def _groups(scenario: Scenario, data: Dataset, noise: Mapping[int, float] | None, loop: _Loop) -> list[Line]:
     """Clients that hold equally many examples, from the fewest; without privacy only how many they are."""
     asked, groups = scenario.example_privacy, []
-    holders: dict[int, list[int]] = {}
-    for client in range(data.num_clients):
-        holders.setdefault(data.num_examples(client), []).append(client)
-    for size, clients in sorted(holders.items()):
-        line: Line = {"num_examples": size, "clients": len(clients)}
+    most: dict[int, float] = {}  # epsilon, by the number of examples
+    for client, events in loop.ledger.events.items():
+        if asked is not None and client is not None:
+            size, spent = data.num_examples(client), privacy.epsilon(events, asked.delta, asked.accountant)
+            most[size] = max(most.get(size, 0.0), spent)
+    for size, clients in data.sizes().items():
+        line: Line = {"num_examples": size, "clients": clients}
         if asked is not None and noise is not None:
             line |= {
                 "sample_rate": min(scenario.clients.batch_size / size, 1.0),
                 "noise_multiplier": noise[size],
-                "epsilon": max(
-                    privacy.epsilon(loop.ledger.events.get(c, ()), asked.delta, asked.accountant) for c in clients
-                ),
+                "epsilon": most.get(size, 0.0),
             }
         groups.append(line)
     return groups
@@ -387,8 +388,8 @@ def _try(setup: Setup, ready: simulation.Prepared) -> _Cost:
     """Time a few steps of the client with the median number of examples, and a piece of the test set."""
     worker, data = Worker(setup), ready.data
     told = worker.scenario.clients
-    by_size = sorted(range(data.num_clients), key=data.num_examples)
-    median = by_size[len(by_size) // 2]
+    typical = statistics.median_high([data.num_examples(c) for c in range(min(data.num_clients, _LOOKED_AT))])
+    median = next(c for c in range(data.num_clients) if data.num_examples(c) == typical)
     batch = min(told.batch_size, 2 * told.micro_batch_size)
     ranks = told.possible_ranks(worker.scenario.model.adapter.r)
     instruction = worker.strategy.instruct(1, dict(worker.task.initial), ranks)

@@ -165,8 +165,15 @@ class LabelShares(Section):
         return shares
 
 
+class Sampled(Section):
+    """Each client draws its examples from all, none twice; others may hold them too. For any number of clients."""
+
+    kind: Literal["sampled"]
+    examples: PositiveInt  # that each client holds, its own test examples among them
+
+
 Partition = Annotated[
-    Iid | Dirichlet | Pathological | Shards | Size | Natural | LabelShares, Field(discriminator="kind")
+    Iid | Dirichlet | Pathological | Shards | Size | Natural | LabelShares | Sampled, Field(discriminator="kind")
 ]
 
 

@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedlora import checkpoint, ledger, privacy, task
 from fedlora import client as clients
 from fedlora import data as datasets
@@ -33,6 +35,8 @@ from fedlora.report.trackers import Tracked
 from fedlora.rounds import Loop, Progress, round_to
 from fedlora.run import METRICS, Run
 from fedlora.scenario import Scenario
+
+SHOWN = 1000  # clients in `partitions.json`, at most
 
 logger = logging.getLogger(__name__)
 
@@ -292,7 +296,7 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
     told, asked = scenario.clients, scenario.example_privacy
     if asked is None:
         return None
-    sizes = sorted({data.num_examples(c) for c in range(data.num_clients)} - {0})  # 0: held elsewhere
+    sizes = sorted(data.sizes().keys() - {0})  # 0: held elsewhere
     if asked.delta >= 1 / sizes[-1]:
         logger.warning(
             "privacy.delta: %g is not below 1/%d, one over the examples of the largest client: at such a delta a "
@@ -401,21 +405,25 @@ def _create(folder: Path, ready: Prepared) -> None:
     try:
         with whole_folder(folder) as new:
             (new / "scenario.yaml").write_text(ready.scenario.to_yaml())
-            counts = ready.data.histograms()
-            _write_json(
-                new / "partitions.json",
-                {
-                    "labels": list(ready.data.labels),
-                    "clients": [
-                        {"client": c, "num_examples": int(row.sum()), "labels": row.tolist()}
-                        for c, row in enumerate(counts)
-                        if row.any()  # else nobody but its site knows
-                    ],
-                    "test_examples": len(ready.data.test),
-                },
-            )
+            _write_json(new / "partitions.json", _partitions(ready.data))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def _partitions(data: datasets.Dataset) -> dict[str, Any]:
+    """Who holds what; of very many clients as many as a picture can show, evenly chosen."""
+    total = data.num_clients
+    counts = {int(c): data.histogram(int(c)) for c in np.linspace(0, total - 1, min(total, SHOWN)).round()}
+    return {
+        "labels": list(data.labels),
+        "clients_total": total,
+        "clients": [
+            {"client": c, "num_examples": int(row.sum()), "labels": row.tolist()}
+            for c, row in counts.items()
+            if row.any()  # else nobody but its site knows
+        ],
+        "test_examples": len(data.test),
+    }
 
 
 def _restore(folder: Path, ready: Prepared, first: Progress, origin: Mapping[str, Any]) -> tuple[Progress, Ledger]:

@@ -9,7 +9,7 @@ import pytest
 from fedlora import data
 from fedlora.data import Dataset, Encoded, Rows, prepare, read
 from fedlora.errors import SettingError
-from fedlora.scenario import Data, Files, LabelShares, Natural
+from fedlora.scenario import Data, Files, LabelShares, Natural, Sampled
 
 
 def source(path: Path, **more) -> Data:
@@ -63,7 +63,7 @@ def test_what_is_prepared_is_what_was_read(table, cache):
     assert [len(p) for p in parts] == [made.num_examples(k) for k in range(4)] == [100] * 4
     assert sorted(np.concatenate([p.rows for p in parts]).tolist()) == list(range(400))
     again = Dataset.open(made.folder, made.partition_folder)
-    np.testing.assert_array_equal(again.rows, made.rows)
+    np.testing.assert_array_equal(again.holdings.rows, made.holdings.rows)
 
 
 def test_a_histogram_by_hand(tmp_path, cache):
@@ -71,15 +71,16 @@ def test_a_histogram_by_hand(tmp_path, cache):
     how = Natural(kind="natural", column="site")
     config = source(tmp_path / "a.csv").model_copy(update={"partition": how})
     made = prepare(config, "classification", 2, 0, Encoder(), "e")
-    np.testing.assert_array_equal(made.histograms(), [[1, 2, 0], [0, 1, 1]])
+    np.testing.assert_array_equal([made.histogram(0), made.histogram(1)], [[1, 2, 0], [0, 1, 1]])
+    assert made.sizes() == {2: 1, 3: 1}
     bare = config.model_copy(update={"files": config.files.model_copy(update={"label": None})})
     unlabelled = prepare(bare, "causal_lm", 2, 0, lambda rows: Encoded([[1]] * 5, [0] * 5), "e")
-    np.testing.assert_array_equal(unlabelled.histograms(), [[3], [2]])
+    np.testing.assert_array_equal([unlabelled.histogram(0), unlabelled.histogram(1)], [[3], [2]])
 
 
 def test_tokens_are_mapped_from_disk_and_not_read_into_memory(table, cache):
     made = prepare(source(table), "classification", 4, 0, Encoder(), "e")
-    for array in (made.train.tokens, made.train.targets, made.train.offsets, made.rows):
+    for array in (made.train.tokens, made.train.targets, made.train.offsets, made.holdings.rows):
         assert isinstance(array.base, np.memmap) and not array.flags.writeable
     assert made.folder.is_relative_to(cache) and made.partition_folder.is_relative_to(cache)
 
@@ -161,3 +162,35 @@ def test_a_client_without_rows_is_refused(tmp_path, cache):
     config = source(tmp_path / "a.csv").model_copy(update={"partition": how})
     with pytest.raises(SettingError, match="client 0 is left without examples; use fewer clients or less skew"):
         prepare(config, "classification", 2, 0, Encoder(), "e")
+
+
+def drawn(table, clients, examples, seed=0, **more):
+    how = {"partition": Sampled(kind="sampled", examples=examples), **more}
+    return prepare(source(table).model_copy(update=how), "classification", clients, seed, Encoder(), "e")
+
+
+def test_a_million_clients_draw_their_examples_and_nothing_is_kept_for_them(table, cache):
+    made = drawn(table, 1_000_000, 5)
+    assert made.num_clients == 1_000_000 and made.sizes() == {5: 1_000_000} and made.num_examples(999_999) == 5
+    assert [file.name for file in made.partition_folder.iterdir()] == ["drawn.json"]
+    rows = made.partition(999_999).rows
+    assert len(set(rows.tolist())) == 5 and rows.max() < len(made.train) and sorted(rows) == list(rows)
+    assert np.array_equal(rows, drawn(table, 1_000_000, 5).partition(999_999).rows)
+    assert not np.array_equal(rows, made.partition(0).rows)
+    assert not np.array_equal(rows, drawn(table, 1_000_000, 5, seed=1).partition(999_999).rows)
+
+
+def test_drawn_examples_that_a_client_holds_out_are_not_trained_on(table, cache):
+    """A fifth of 10 is 2."""
+    made = drawn(table, 3, 10, client_test_share=0.2)
+    for client in range(3):
+        trained, held = set(made.partition(client).rows.tolist()), set(made.held_out(client).rows.tolist())
+        assert (len(trained), len(held)) == (8, 2) and not trained & held and made.num_examples(client) == 8
+
+
+def test_no_client_draws_more_examples_than_there_are(table, cache):
+    with pytest.raises(
+        SettingError, match=r"different ones for each client, and there are \d+; lower it"
+    ) as caught:
+        drawn(table, 3, 1000)
+    assert caught.value.key == "data.partition.examples"

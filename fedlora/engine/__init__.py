@@ -80,7 +80,7 @@ def _plain(scenario: Scenario, address: str | None) -> Engine:
 
     return RayEngine(
         scenario.clients.total,
-        workers=workers(scenario),
+        workers=None if address and scenario.engine.workers == "auto" else workers(scenario),
         threads=threads(scenario),
         gpus_per_worker=scenario.engine.gpus_per_worker,
         deadline=scenario.engine.deadline,

@@ -2,22 +2,29 @@
 
 The round's instruction is put in the object store once. Clients go out in chunks that depend on the
 cohort alone, and come back in client order, so that a result does not depend on how many workers ran
-it. A worker that dies is replaced, and its chunk runs again. One that passes the deadline is killed and
-replaced, and the clients of its chunk have failed.
+it. A worker that dies is replaced, and its chunk runs again; where a node went with it the others go on
+alone until there is room for the new one. One that passes the deadline is killed and replaced, and the clients
+of its chunk have failed.
+
+On a cluster workers are spread over the nodes. Each loads the base from a path or the Hub as its own node has it;
+the tokenised data, and what stays with clients, are read where this machine put them, in folders that all share.
 """
 
 import importlib
 import logging
 import os
+import platform
+import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedlora.adapter import Adapter, Change, Instruction
-from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks, summed
+from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks, gathered, summed
 from fedlora.engine.intake import Replies, Report
 from fedlora.engine.worker import Description, Setter, Setup, Worker
 from fedlora.errors import FedloraError, UserError
@@ -26,6 +33,12 @@ from fedlora.scenario import Scenario
 ATTEMPTS = 3  # how often a chunk is tried before its clients count as failed
 
 POLL = 0.5  # seconds between looks at the clock, where there is a deadline
+
+PATIENCE = 120.0  # seconds that a run waits for any worker, where all have died and are replaced
+
+SILENCE = 15.0  # seconds for which a cluster's head may not answer; Ray itself ends this process after 60
+
+REPLY_BYTES = 64 * 2**20  # of a chunk whose updates are not summed: what the object store holds for each worker
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +49,7 @@ class Running:
 
     job: int
     worker: int
-    ready: Any  # comes when the worker has loaded, and the clock starts
-    began: float | None = None
+    began: float
     late: bool = False
 
 
@@ -53,24 +65,55 @@ class Resident:
             importlib.import_module(module)
         self.worker: Worker | None = None
 
-    def call(self, setup: Setup, merges: Sequence[Any], method: str, *arguments: Any) -> Any:
-        """The result of a worker's method, on the base with all merges so far in it."""
+    def call(self, setup: Sequence[Any], merges: Sequence[Any], method: str, *arguments: Any) -> Any:
+        """The result of a worker's method, on the base with all merges so far in it.
+
+        Args:
+            setup: a reference to it, inside a sequence so that it is fetched once and not for each call.
+            merges: references to them.
+            method: of `Worker`, or of this class.
+            arguments: of the method.
+
+        Raises:
+            UserError: a folder that all nodes share is not here.
+        """
         import ray
 
-        self.worker = self.worker or Worker(setup)
+        if self.worker is None:
+            told: Setup = ray.get(setup[0])
+            _shared(told.dataset, told.partitions)
+            self.worker = Worker(told)
+        if method == "train" and (personal := self.worker.setup.personal) is not None:
+            _shared(personal.parent)
         for reference in merges[self.worker.merged :]:
             self.worker.merge(ray.get(reference))
-        return getattr(self.worker, method)(*arguments)
+        return getattr(self if method == "exported" else self.worker, method)(*arguments)
+
+    def exported(self, adapter: Adapter, merged: Change | None) -> dict[str, bytes]:
+        """The files that an export writes, by name: the run's folder may be on another machine."""
+        assert self.worker is not None
+        with tempfile.TemporaryDirectory() as name:
+            self.worker.export(adapter, folder := Path(name) / "adapter", merged)
+            return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def _shared(*folders: Path) -> None:
+    for folder in folders:
+        if not folder.exists():
+            raise UserError(
+                f"{folder}: is not on {platform.node()}, a node of the cluster: let FEDLORA_CACHE and --out name "
+                "folders that all nodes share"
+            )
 
 
 class RayEngine(Engine):
-    """`workers` actors, each with a resident model."""
+    """`workers` actors, each with a resident model; None: as many as the cluster has cores for."""
 
     def __init__(
         self,
         num_clients: int,
         *,
-        workers: int,
+        workers: int | None,
         threads: int = 1,
         gpus_per_worker: float = 0.0,
         deadline: float | None = None,
@@ -78,15 +121,17 @@ class RayEngine(Engine):
     ) -> None:
         super().__init__(num_clients)
         self.deadline = deadline
-        self.num_workers, self.threads = workers, threads
+        self.threads = threads
         self.gpus_per_worker, self.address = gpus_per_worker, address
         self.workers: list[Any] = []
         self.merges: list[Any] = []
         self.replaced = 0
+        self._coming: dict[Any, int] = {}  # calls that return when a replaced worker has loaded
         self._mine = False
-        self._connect()
+        self._heard = 0.0  # when the cluster's head last answered
+        self._connect(workers)
 
-    def _connect(self) -> None:
+    def _connect(self, workers: int | None) -> None:
         """Start Ray or join a cluster, and start the actors; their loading goes on in the background."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -99,7 +144,7 @@ class RayEngine(Engine):
                 {"address": self.address}
                 if self.address
                 else {
-                    "num_cpus": max(self.num_workers * self.threads, 1),
+                    "num_cpus": max((workers or 1) * self.threads, 1),
                     "include_dashboard": False,
                     "object_store_memory": 512 * 2**20,
                 }
@@ -108,13 +153,16 @@ class RayEngine(Engine):
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise UserError(f"cannot reach Ray at {self.address or 'this machine'}: {error}") from error
-        needs = {"CPU": self.num_workers * self.threads, "GPU": self.num_workers * self.gpus_per_worker}
-        for what, need in needs.items():
-            if need > (has := ray.cluster_resources().get(what, 0)):
+        there = ray.cluster_resources()
+        if workers is None:
+            workers = max(1, min(int(there.get("CPU", 0)) // self.threads, self.num_clients))
+        for what, need in {"CPU": workers * self.threads, "GPU": workers * self.gpus_per_worker}.items():
+            if need > (has := there.get(what, 0)):
                 raise UserError(
-                    f"{self.num_workers} workers need {need:g} {what}s, and Ray has {has:g}: lower engine.workers"
+                    f"{workers} workers need {need:g} {what}s, and Ray has {has:g}: lower engine.workers"
                 )
-        self.workers = [self._new_worker() for _ in range(self.num_workers)]
+        self._heard = time.monotonic()
+        self.workers = [self._new_worker() for _ in range(workers)]
 
     def _new_worker(self) -> Any:
         import ray
@@ -133,6 +181,7 @@ class RayEngine(Engine):
             num_cpus=self.threads,
             num_gpus=self.gpus_per_worker,
             max_restarts=0,
+            scheduling_strategy="SPREAD",
             runtime_env={"env_vars": environment},
         )
         return remote.remote()
@@ -141,7 +190,8 @@ class RayEngine(Engine):
         """Let the workers build, and make sure that they built the same."""
         import ray
 
-        self.setup, self._setup = setup, ray.put(setup)
+        self.setup = replace(setup, dataset=setup.dataset.absolute(), partitions=setup.partitions.absolute())
+        self._setup = [ray.put(self.setup)]
         asked = [self._call("describe")(worker) for worker in self.workers]
         descriptions = [self._get(reference) for reference in asked]
         if len({d.fingerprint for d in descriptions}) != 1:
@@ -157,14 +207,15 @@ class RayEngine(Engine):
         """Run the clients wherever a worker is free."""
         import ray
 
-        pieces = chunks(cohort)
+        size = sum(tensor.nbytes for tensor in instruction.adapter.values())
+        pieces = chunks(cohort, None if partial_sums else max(1, REPLY_BYTES // max(size, 1)))
         told = ray.put(instruction)  # one broadcast
         parts = self._spread(
             [self._call("train", told, piece, partial_sums) for piece in pieces],
             lambda i, why: self._lost(instruction, pieces[i], why),
             self.deadline,
         )
-        return Replies([u for p in parts for u in p.updates], [r for p in parts for r in p.reports])
+        return gathered(parts if partial_sums else map(_own, parts), partial_sums)
 
     def evaluate(self, adapter: Adapter) -> dict[str, float]:
         """Loss and metric on the test set."""
@@ -180,7 +231,8 @@ class RayEngine(Engine):
             [self._call("evaluate", told, a, min(a + EVALUATION_CHUNK, count)) for a in starts],
             lost,
         )
-        figures: dict[str, float] = self._get(self._call("figures", summed(parts))(self.workers[0]))
+        figures: dict[str, float]
+        (figures,) = self._spread([self._call("figures", summed(parts))], lost)
         return figures
 
     def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
@@ -206,7 +258,11 @@ class RayEngine(Engine):
         def lost(_: int, why: str) -> None:
             raise FedloraError(f"the adapter could not be exported: {why}")
 
-        self._spread([self._call("export", adapter, folder, merged)], lost)
+        files: dict[str, bytes]
+        (files,) = self._spread([self._call("exported", adapter, merged)], lost)
+        folder.mkdir(parents=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
 
     def close(self) -> None:
         """End the actors, and Ray if it was started here."""
@@ -221,10 +277,13 @@ class RayEngine(Engine):
 
     def _spread(
         self, jobs: Sequence[Callable[[Any], Any]], lost: Callable[[int, str], Any], deadline: float | None = None
-    ) -> list[Any]:
+    ) -> Iterator[Any]:
         """Results of all jobs in their order; each goes to a free worker, and again if that dies.
 
         One that takes longer than `deadline` seconds is lost at once: it would take as long again.
+
+        Raises:
+            FedloraError: no worker is left.
         """
         import ray
 
@@ -232,48 +291,92 @@ class RayEngine(Engine):
         waiting: Iterator[int] = iter(range(len(jobs)))
         again: list[int] = []
         attempts = [0] * len(jobs)
-        free = list(range(len(self.workers)))
+        free = [n for n in range(len(self.workers)) if n not in self._coming.values()]
         running: dict[Any, Running] = {}
-        while len(results) < len(jobs):
+        due, idle = 0, time.monotonic()
+        while due < len(jobs):
             while free and (job := again.pop() if again else next(waiting, None)) is not None:
-                worker = self.workers[number := free.pop(0)]
+                number = free.pop(0)
                 attempts[job] += 1
-                ready = None if deadline is None else self._call("pid")(worker)
-                running[jobs[job](worker)] = Running(job, number, ready)
-            done, _ = ray.wait(list(running), num_returns=1, timeout=None if deadline is None else POLL)
+                running[jobs[job](self.workers[number])] = Running(job, number, time.monotonic())
+            if due in results:
+                yield results.pop(due)
+                due += 1
+                continue
+            idle = time.monotonic() if running else idle
+            look = None if deadline is None and running and self.address is None else POLL
+            done, _ = ray.wait([*running, *self._coming], num_returns=1, timeout=look)
+            self._look_for_head()
+            if time.monotonic() - idle > PATIENCE:
+                raise FedloraError("no worker is left, and Ray has room for none: see `ray status`")
             if deadline is not None:
                 self._stop_late([told for reference, told in running.items() if reference not in done], deadline)
             for reference in done:
-                told = running.pop(reference)
-                job = told.job
+                told = running.pop(reference, None)
                 try:
-                    results[job] = ray.get(reference)
+                    result = ray.get(reference)
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause if isinstance(error.cause, FedloraError) else error from None
                 except ray.exceptions.RayError as error:
-                    why = f"its worker died {attempts[job]} times ({type(error).__name__})"
-                    if told.late:
-                        why = f"took longer than engine.deadline, {deadline:g} s"
+                    number = self._coming.pop(reference) if told is None else told.worker
+                    late = told is not None and told.late
                     logger.warning(
-                        "a worker %s and is replaced", why if told.late else f"died: {str(error).splitlines()[0]}"
+                        "a worker %s and is replaced",
+                        f"took longer than engine.deadline, {deadline:g} s,"
+                        if late
+                        else f"died: {str(error).splitlines()[0]}",
                     )
-                    self.replaced += 1
-                    self.workers[told.worker] = self._new_worker()
-                    if attempts[job] < ATTEMPTS and not told.late:
-                        again.append(job)
+                    self._replace(number)
+                    if told is None:
+                        continue
+                    if attempts[told.job] < ATTEMPTS and not late:
+                        again.append(told.job)
+                        continue
+                    why = f"its worker died {attempts[told.job]} times ({type(error).__name__})"
+                    results[told.job] = lost(
+                        told.job, f"took longer than engine.deadline, {deadline:g} s" if late else why
+                    )
+                else:
+                    if told is None:
+                        free.append(self._coming.pop(reference))
                     else:
-                        results[job] = lost(job, why)
-                free.append(told.worker)
-        return [results[i] for i in range(len(jobs))]
+                        free.append(told.worker)
+                        results[told.job] = result
+
+    def _look_for_head(self) -> None:
+        """Make sure that the head of a joined cluster is there.
+
+        Raises:
+            UserError: it has not answered for a while.
+        """
+        import ray
+
+        if self.address is None or (now := time.monotonic()) - self._heard < 1.0:
+            return
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=1.0).close()
+            self._heard = now
+        except OSError as error:
+            if now - self._heard > SILENCE:
+                self.workers, self._mine = [], False  # there is nobody to let go
+                raise UserError(
+                    f"the head of the Ray cluster at {self.address} is gone ({error.strerror or error}); what was "
+                    "finished is saved: start a cluster, and go on with --resume"
+                ) from error
+
+    def _replace(self, number: int) -> None:
+        """Another worker for one that died; it is given work when it has loaded."""
+        self.replaced += 1
+        self.workers[number] = self._new_worker()
+        self._coming[self._call("pid")(self.workers[number])] = number
 
     def _stop_late(self, running: Sequence[Running], deadline: float) -> None:
-        """Kill the workers whose jobs have run for longer than the deadline, loading not counted."""
+        """Kill the workers whose jobs have run for longer than the deadline."""
         import ray
 
         for told in running:
-            if told.began is None and ray.wait([told.ready], timeout=0)[0]:
-                told.began = time.monotonic()
-            if told.began is not None and time.monotonic() - told.began > deadline and not told.late:
+            if time.monotonic() - told.began > deadline and not told.late:
                 told.late = True
                 ray.kill(self.workers[told.worker])
 
@@ -318,3 +421,9 @@ class RayEngine(Engine):
             raise error.cause if isinstance(error.cause, FedloraError) else error from None
         except ray.exceptions.RayError as error:
             raise FedloraError(f"a worker died while it started: {str(error).splitlines()[0]}") from error
+
+
+def _own(replies: Replies) -> Replies:
+    """Replies with tensors of their own, so that the object store need not hold a whole round's."""
+    updates = [replace(u, adapter={n: t.copy() for n, t in u.adapter.items()}) for u in replies.updates]
+    return Replies(updates, replies.reports)

@@ -268,6 +268,8 @@ class Worker:
         )
         clients.check_kept(self.client)
         kind, layout = self.task.kind, self.task.layout
+        if plain and not instruction.keep:  # all of it is sent, and checked when it comes in
+            return replace(update, scaling=kind.scaling(rank))
         check_tensors(
             update.adapter, {name: kind.shape(layout[name], rank) for name in wanted}
         )  # before it is kept
