@@ -167,6 +167,7 @@ class Intake:
         return self._shapes[key]
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def check_tensors(adapter: Adapter, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse tensors that are not those asked for, or that no training makes.
 
