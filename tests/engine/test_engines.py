@@ -214,6 +214,6 @@ def test_chunks_depend_on_the_cohort_alone(count, sizes):
     ],
 )
 def test_auto_runs_small_work_here_and_other_work_on_ray(tiny, monkeypatch, overrides, kind):
-    monkeypatch.setattr(RayEngine, "_connect", lambda self: None)
+    monkeypatch.setattr(RayEngine, "_connect", lambda self, workers: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     assert type(engines.make(tiny("engine.kind=auto", *overrides))) is kind
