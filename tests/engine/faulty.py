@@ -77,3 +77,13 @@ class Leaky(SGD):
         task.losses(task.batch(partition.examples, partition.rows[:2])).sum().backward()
         self.optimizer.step()
         return Update(adapter=task.read(settings.send), weight=1.0, clients=(partition.client,))
+
+
+class Slow(DPSGD):
+    """Writes the file that `mark` names, and takes two seconds, where the strategy names one."""
+
+    def fit(self, task, adapter, partition, settings, rng):
+        if mark := settings.config.get("mark"):
+            Path(str(mark)).touch()
+            time.sleep(2)
+        return super().fit(task, adapter, partition, settings, rng)
