@@ -4,7 +4,7 @@
     python benchmarks/population.py --flat [--clients 10000] [--rounds 20] [--private]
 
 The first trains the same cohort size out of populations of each size, each in a process of its own, in turns, and
-prints for each the median round, what a round writes on disk counted in, and the most memory that the process held.
+prints for each the median round, the writing of its records counted in, and the most memory that it held.
 With `--flat` idle clients reply, and what the process held at most in each round is printed: it should not grow.
 """
 
