@@ -12,7 +12,8 @@ from scipy.stats import chi2
 
 from fedlora.adapter import Update
 from fedlora.central import WITHIN, Central, clip
-from fedlora.engine.worker import merge
+from fedlora.engine import Replies
+from fedlora.engine.base import gathered
 from fedlora.errors import SettingError
 
 RECEIVED = {"a": np.array([1.0, 2.0], np.float32), "b": np.array([[0.0]], np.float32)}
@@ -44,7 +45,7 @@ def test_the_sum_is_divided_by_the_expected_cohort_and_not_by_who_came():
     updates = [sent(2, 0, 0, weight=1.0), sent(0, 4, 0, client=1, weight=1.0)]
     released, bound = QUIET.release(1, RECEIVED, updates, 1.0)
     assert change(released) == pytest.approx([0.5, 1, 0], abs=1e-6) and bound == 1.0
-    summed, _ = QUIET.release(1, RECEIVED, [merge(updates)], 1.0)
+    summed, _ = QUIET.release(1, RECEIVED, gathered([Replies(updates, [])], True).updates, 1.0)
     assert change(summed) == pytest.approx([0.5, 1, 0], abs=1e-6)
     nobody, _ = QUIET.release(1, RECEIVED, [], 1.0)
     assert change(nobody) == pytest.approx([0, 0, 0], abs=1e-6)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fedlora import checkpoint, plugins, strategy
 from fedlora.adapter import KINDS, Slot, Update, initial, weighted_mean
-from fedlora.engine.worker import merge
+from fedlora.engine import Replies
+from fedlora.engine.base import gathered
 from fedlora.errors import SettingError
 from fedlora.scenario import parse
 from fedlora.strategy import Merged
@@ -32,6 +33,11 @@ def layout_of(kind):
         if frozen:
             slots.append(Slot(f"{module}.core", (R, R), "core", module))
     return {s.name: s for s in [*slots, Slot("head", (3, 5), "head", "head")]}
+
+
+def of_all(updates):
+    """Updates summed into one, as workers do."""
+    return gathered([Replies(updates, [])], True).updates
 
 
 @dataclass
@@ -275,7 +281,7 @@ def test_what_may_be_summed_on_the_way_gives_the_same(world):
         return
     members = world.members(5)
     whole = world.meaning(world.play(members))
-    summed = world.meaning(world.play(members, change=lambda u: [merge(u[:2]), merge(u[2:])]))
+    summed = world.meaning(world.play(members, change=lambda u: [*of_all(u[:2]), *of_all(u[2:])]))
     for name, tensor in whole.items():
         np.testing.assert_allclose(summed[name], tensor, rtol=1e-4, atol=1e-5)
 
