@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapter import Lora, Slot, Update, aggregation_error, initial, pairs, weighted_mean
+from fedlora.adapter import Lora, Slot, Sum, Update, aggregation_error, initial, pairs, weighted_mean
 from fedlora.errors import ContractError
 
 LAYOUT = {
@@ -49,6 +51,26 @@ def test_equal_updates_average_to_themselves_whatever_their_weights(seed, count)
     value = rng.normal(size=7).astype(np.float32)
     mean = weighted_mean([update(value, float(w)) for w in rng.integers(1, 1000, count)])
     np.testing.assert_allclose(mean["w"], value, rtol=1e-6)
+
+
+def test_a_sum_stands_for_all_that_was_added():
+    """Losses (1 * 1 + 3 * 2) / 4; what only one of them tells is left out."""
+    one, other = update([1, 2], 1.0), update([4, 8], 3.0)
+    total = Sum()
+    assert total.updates() == []
+    total.add(replace(one, clients=(4,), metrics={"train_loss": 1.0, "own": 5.0}))
+    assert total.updates()[0].adapter is one.adapter
+    total.add(replace(other, clients=(7,), metrics={"train_loss": 2.0}))
+    (whole,) = total.updates()
+    assert (whole.clients, whole.weight, whole.metrics) == ((4, 7), 4.0, {"train_loss": 1.75})
+    np.testing.assert_array_equal(whole.adapter["w"], [(1 + 12) / 4, (2 + 24) / 4])
+
+
+def test_the_mean_of_one_update_is_a_copy_of_it():
+    """0.1 * 3 / 3 is not 0.1 in float32 for every weight; it must be here."""
+    one = update(np.float32([0.1, 0.7]), 3.3)
+    mean = weighted_mean([one])
+    assert np.array_equal(mean["w"], one.adapter["w"]) and mean["w"] is not one.adapter["w"]
 
 
 def test_weighted_mean_leaves_the_updates_alone():

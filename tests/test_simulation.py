@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora import ledger
+from fedlora import ledger, simulation
 from fedlora.errors import RoundError, UserError
 from fedlora.report.console import Silent, summary_lines
 from fedlora.simulation import calibrate, prepare, simulate
@@ -54,6 +54,22 @@ def test_the_run_folder_holds_what_it_promises(run):
     partitions = json.loads((run.folder / "partitions.json").read_text())
     assert partitions["labels"] == ["bad", "good"]
     assert [sum(c["labels"]) for c in partitions["clients"]] == [c["num_examples"] for c in partitions["clients"]]
+
+
+def test_of_very_many_clients_partitions_shows_some(tiny, monkeypatch):
+    monkeypatch.setattr(simulation, "SHOWN", 3)
+    drawn = ("data.partition={kind: sampled, examples: 9}", "clients.total=1000001", "clients.per_round=2")
+    told = simulation._partitions(prepare(tiny(*drawn)).data)
+    assert [c["client"] for c in told["clients"]] == [0, 500_000, 1_000_000] and told["clients_total"] == 1_000_001
+    assert all(sum(c["labels"]) == c["num_examples"] == 9 for c in told["clients"])
+
+
+def test_a_million_clients_of_which_two_train(tiny, tmp_path):
+    """Privately: noise is calibrated for the one size that there is."""
+    drawn = ("data.partition={kind: sampled, examples: 9}", "clients.total=1000000", "clients.per_round=2")
+    made = simulate(tiny(*drawn), out=tmp_path / "run")
+    assert made.summary["rounds"] == 2 and made.summary["failures"] == 0 and 0 < made.summary["epsilon"] <= 8
+    assert sum(file.stat().st_size for file in made.folder.rglob("*") if file.is_file()) < 2**20
 
 
 def test_the_summary_adds_up(run):

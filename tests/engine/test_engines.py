@@ -203,6 +203,11 @@ def test_chunks_depend_on_the_cohort_alone(count, sizes):
     assert {len(p) for p in parts} == sizes and [c for p in parts for c in p] == list(range(count))
 
 
+def test_chunks_that_are_not_summed_may_be_bounded():
+    assert [len(piece) for piece in chunks(range(1000), 10)] == [10] * 100
+    assert [len(piece) for piece in chunks(range(4), 10)] == [1] * 4
+
+
 @pytest.mark.parametrize(
     "overrides, kind",
     [

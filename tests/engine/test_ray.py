@@ -4,15 +4,18 @@ import contextlib
 import gc
 import os
 import signal
+import socket
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from fedlora import ledger
-from fedlora.engine.ray import RayEngine
-from fedlora.errors import SettingError
+from fedlora.engine.ray import SILENCE, RayEngine, _shared
+from fedlora.errors import SettingError, UserError
 from fedlora.report.console import Silent
 from fedlora.simulation import prepare, simulate
 
@@ -30,6 +33,30 @@ def test_a_worker_that_cannot_load_says_why(tiny, tmp_path):
     finally:
         engine.close()
         gc.collect()  # while its warnings are still let pass
+
+
+def test_a_cluster_whose_head_is_silent_for_too_long_ends_the_run(monkeypatch):
+    monkeypatch.setattr(RayEngine, "_connect", lambda self, workers: None)
+    engine = RayEngine(4, workers=1, address="there:6379")
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        head.listen()
+        at = f"127.0.0.1:{head.getsockname()[1]}"
+        monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address=at))
+        engine._look_for_head()
+        assert time.monotonic() - engine._heard < 1
+    engine._heard = heard = time.monotonic() - SILENCE + 5
+    engine._look_for_head()  # refused, but not for long
+    assert engine._heard == heard
+    engine._heard = time.monotonic() - SILENCE
+    with pytest.raises(UserError, match=r"the head of the Ray cluster at there:6379 is gone .*with --resume$"):
+        engine._look_for_head()
+
+
+def test_a_node_without_the_shared_folders_says_so(tmp_path):
+    _shared(tmp_path)
+    with pytest.raises(UserError, match=r"gone: is not on .*let FEDLORA_CACHE and --out name folders that all"):
+        _shared(tmp_path, tmp_path / "gone")
 
 
 @pytest.mark.parametrize("name", ["flora", "fedask"])
