@@ -128,7 +128,8 @@ class RayEngine(Engine):
         self.replaced = 0
         self._coming: dict[Any, int] = {}  # calls that return when a replaced worker has loaded
         self._mine = False
-        self._heard = 0.0  # when the cluster's head last answered
+        self._looked = 0.0  # for the cluster's head, when last
+        self._silent: float | None = None  # since when it has not answered
         self._connect(workers)
 
     def _connect(self, workers: int | None) -> None:
@@ -161,7 +162,6 @@ class RayEngine(Engine):
                 raise UserError(
                     f"{workers} workers need {need:g} {what}s, and Ray has {has:g}: lower engine.workers"
                 )
-        self._heard = time.monotonic()
         self.workers = [self._new_worker() for _ in range(workers)]
 
     def _new_worker(self) -> Any:
@@ -307,7 +307,7 @@ class RayEngine(Engine):
             look = None if deadline is None and running and self.address is None else POLL
             done, _ = ray.wait([*running, *self._coming], num_returns=1, timeout=look)
             self._look_for_head()
-            if time.monotonic() - idle > PATIENCE:
+            if not running and time.monotonic() - idle > PATIENCE:
                 raise FedloraError("no worker is left, and Ray has room for none: see `ray status`")
             if deadline is not None:
                 self._stop_late([told for reference, told in running.items() if reference not in done], deadline)
@@ -351,14 +351,16 @@ class RayEngine(Engine):
         """
         import ray
 
-        if self.address is None or (now := time.monotonic()) - self._heard < 1.0:
+        if self.address is None or (now := time.monotonic()) - self._looked < 1.0:
             return
+        self._looked = now
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
         try:
             socket.create_connection((host, int(port)), timeout=1.0).close()
-            self._heard = now
+            self._silent = None
         except OSError as error:
-            if now - self._heard > SILENCE:
+            self._silent = self._silent or now
+            if now - self._silent > SILENCE:
                 self.workers, self._mine = [], False  # there is nobody to let go
                 raise UserError(
                     f"the head of the Ray cluster at {self.address} is gone ({error.strerror or error}); what was "
