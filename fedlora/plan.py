@@ -346,7 +346,7 @@ def _groups(scenario: Scenario, data: Dataset, noise: Mapping[int, float] | None
     asked, groups = scenario.example_privacy, []
     most: dict[int, float] = {}  # epsilon, by the number of examples
     for client, events in loop.ledger.events.items():
-        if asked is not None and client is not None:
+        if asked is not None and isinstance(client, int):
             size, spent = data.num_examples(client), privacy.epsilon(events, asked.delta, asked.accountant)
             most[size] = max(most.get(size, 0.0), spent)
     for size, clients in data.sizes().items():
