@@ -23,6 +23,7 @@ from fedlora.adapter import Adapter, Update
 from fedlora.client import Client, Rng, Settings, moved, pull_towards, resting, smooth
 from fedlora.data import Partition
 from fedlora.errors import ContractError, SettingError
+from fedlora.lowrank import by_example
 from fedlora.privacy import Event, Quantile
 
 if TYPE_CHECKING:
@@ -183,12 +184,14 @@ def noise_stream(event: Event) -> str:
 
 
 def _hook(task: "Task", train: tuple[str, ...]) -> None:
-    """Opacus's per-example gradients on the layers of the trained tensors.
+    """Per-example gradients: of low-rank layers by themselves, of other trained layers by Opacus.
 
     The hooks stay while the same tensors train. What a client that failed in the middle of a pass left
     in them is cleared away.
     """
     from torch.nn.modules.batchnorm import _BatchNorm
+
+    task.low_rank.singly = True
 
     for module in task.model.modules():
         for name in ("activations", "max_batch_len"):
@@ -225,17 +228,14 @@ def _hooks(task: "Task") -> None:
         """For each example `sum_t g_t x_t^T` over its tokens, in float32, and without padding anything."""
         if (lies := segments(backprops)) is None:
             return of_batch(layer, activations, backprops)  # type: ignore[no-any-return]
-        gradients, inputs = (torch.split(x[0].float(), lies.lengths) for x in (backprops, activations[0]))
         found = {}
         if layer.weight.requires_grad:
-            wide = layer.in_features >= layer.out_features  # products are quicker with the long side last
-            left, right = (gradients, inputs) if wide else (inputs, gradients)
-            products = backprops.new_empty((len(left), left[0].shape[1], right[0].shape[1]), dtype=torch.float32)
-            for product, one, other in zip(products, left, right, strict=True):
-                torch.mm(one.t(), other, out=product)
-            found[layer.weight] = products if wide else products.transpose(1, 2)
+            sides = (backprops[0], activations[0][0])
+            wide = layer.in_features >= layer.out_features
+            made = by_example(*(sides if wide else sides[::-1]), lies)
+            found[layer.weight] = made if wide else made.transpose(1, 2)
         if layer.bias is not None and layer.bias.requires_grad:
-            found[layer.bias] = torch.stack([g.sum(0) for g in gradients])
+            found[layer.bias] = torch.stack([g.sum(0) for g in backprops[0].float().split(lies.lengths)])
         return found
 
     class Hooks(GradSampleHooks):  # type: ignore[misc]
@@ -294,9 +294,10 @@ def _make_safe(parameters: "list[torch.Tensor]") -> int:
         if not isinstance(sample, torch.Tensor):
             raise ContractError("a trained tensor has no per-example gradient: it took no part in the loss")
         samples.append(sample.float())  # (examples, *shape)
-    finite = torch.stack([torch.isfinite(s.flatten(1).sum(1)) for s in samples]).all(0)  # (examples,)
+    finite = torch.isfinite(torch.stack([s.flatten(1).sum(1) for s in samples])).all(0)  # (examples,)
+    left_out = int((~finite).sum())
     for parameter, sample in zip(parameters, samples, strict=True):
-        if not bool(finite.all()):
+        if left_out:
             sample[~finite] = 0.0
         parameter.grad_sample = sample  # type: ignore[attr-defined]
-    return int((~finite).sum())
+    return left_out

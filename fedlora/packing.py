@@ -8,7 +8,7 @@ products, and what comes out is a row again. All around the body sees an ordinar
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from fedlora.errors import ContractError
@@ -56,6 +56,35 @@ class Segments:
         lengths: list[int] = self.mask.sum(1).tolist()
         return lengths
 
+    @cached_property
+    def first(self) -> "torch.Tensor":
+        """The first token of each example in the row, (examples,)."""
+        return (self.positions[0] == 0).nonzero()[:, 0]
+
+    def heads(self, count: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """Where the heads of tokens, (tokens * heads), lie in a batch of (examples * heads, longest).
+
+        Returns:
+            For each cell of the batch the head of a token, that of the first one for padding; and the cell of
+            each head of a token.
+        """
+        import torch
+
+        if count not in self._heads:
+            examples, longest = self.mask.shape
+            tokens = self.mask.new_zeros(self.mask.numel(), dtype=self.cells.dtype)
+            tokens[self.cells] = torch.arange(len(self.cells), device=self.mask.device)
+            head = torch.arange(count, device=self.mask.device)
+            there = (tokens.view(examples, 1, longest) * count + head[:, None]).flatten()
+            example, place = self.cells // longest, self.cells % longest
+            back = ((example[:, None] * count + head) * longest + place[:, None]).flatten()
+            self._heads[count] = there, back
+        return self._heads[count]
+
+    @cached_property
+    def _heads(self) -> dict[int, tuple["torch.Tensor", "torch.Tensor"]]:
+        return {}
+
     def bias(self, causal: bool) -> "torch.Tensor":
         """What is added to attention scores: 0 or -inf, (examples, 1, 1 or longest, longest)."""
         return self._causal if causal else self._bidirectional
@@ -91,7 +120,7 @@ def attention(
 
     Args:
         module: the attention layer; its `is_causal` holds where the argument does not say.
-        query: (1, heads, tokens, width).
+        query: (1, heads, tokens, width), or of the first token of each example alone.
         key: (1, key heads, tokens, width); each serves `heads / key heads` queries.
         value: as `key`.
         attention_mask: none is made for a row.
@@ -100,21 +129,90 @@ def attention(
         is_causal: whether a token sees only those before it.
 
     Returns:
-        (1, tokens, heads, width), and no attention weights.
+        (1, tokens, heads, width) as queried, and no attention weights.
     """
     import torch
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    asked = segments if query.shape[2] == key.shape[2] else Segments(segments.mask[:, :1])
+    if query.device.type == "cpu" and segments.mask.shape[1] <= _SHORT:
+        rows = (x.transpose(1, 2).reshape(-1, x.shape[3]) for x in (query, key, value))  # (tokens * heads, width)
+        out = _function().apply(*rows, asked, segments, causal, scale)
+        return out.view(1, query.shape[2], query.shape[1], -1), None
     bias = segments.bias(causal).to(query.dtype)
-    q, k, v = (segments.batch(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
-    if (groups := q.shape[1] // k.shape[1]) > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    if q.device.type == "cpu" and q.shape[2] <= _SHORT:
-        scores = torch.matmul(q, k.transpose(2, 3)) * (q.shape[3] ** -0.5 if scaling is None else scaling) + bias
-        out = torch.matmul(scores.softmax(-1), v)  # (examples, heads, longest, width)
-    else:
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling)
-    return segments.row(out.transpose(1, 2)), None
+    q = asked.batch(query.transpose(1, 2)).transpose(1, 2)
+    k, v = (segments.batch(x.transpose(1, 2)).transpose(1, 2) for x in (key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return asked.row(out.transpose(1, 2)), None
+
+
+_attend: Any = None
+
+
+def _function() -> Any:
+    """Short attention as autograd sees it, with one copy into the batch and one out; made once, when torch is there."""
+    global _attend
+    if _attend is not None:
+        return _attend
+    import torch
+
+    class Attend(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            asked: Segments,
+            seen: Segments,
+            causal: bool,
+            scale: float,
+        ) -> torch.Tensor:
+            """Heads of tokens, (tokens * heads, width)."""
+            width, heads = query.shape[1], len(key) // len(seen.cells)
+            (there, ctx.back), (over, ctx.over) = asked.heads(heads), seen.heads(heads)
+            q = query.index_select(0, there).view(-1, asked.mask.shape[1], width).mul_(scale)
+            k, v = (x.index_select(0, over).view(-1, seen.mask.shape[1], width) for x in (key, value))
+            bias = seen.bias(causal).to(q.dtype).repeat_interleave(heads, 0)[:, 0]
+            scores = torch.baddbmm(bias, q, k.transpose(1, 2))  # (examples * heads, asked, seen)
+            p = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+            ctx.save_for_backward(q, k, v, p)
+            ctx.scale = scale
+            return torch.bmm(p, v).view(-1, width).index_select(0, ctx.back)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+            """Padding asks nothing, so that its gradients are zero; those of the three inputs."""
+            q, k, v, p = ctx.saved_tensors
+            width = gradient.shape[1]
+            g = gradient.new_zeros((q.shape[0] * q.shape[1], width)).index_copy_(0, ctx.back, gradient).view_as(q)
+            dq = dk = dv = None
+            if ctx.needs_input_grad[2]:
+                dv = torch.bmm(p.transpose(1, 2), g).view(-1, width).index_select(0, ctx.over)
+            if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+                ds = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), p, -1, p.dtype)
+                if ctx.needs_input_grad[0]:
+                    dq = torch.bmm(ds, k).view(-1, width).index_select(0, ctx.back).mul_(ctx.scale)
+                if ctx.needs_input_grad[1]:
+                    dk = torch.bmm(ds.transpose(1, 2), q).view(-1, width).index_select(0, ctx.over)
+            return dq, dk, dv, None, None, None, None
+
+    _attend = Attend
+    return Attend
+
+
+class _Replaced:
+    """Another `forward` of a module, until it is removed."""
+
+    def __init__(self, module: Any, forward: Callable[..., Any]) -> None:
+        self._module, module.forward = module, forward
+
+    def remove(self) -> None:
+        """Put the module's own back."""
+        del self._module.forward
 
 
 class Packing:
@@ -132,7 +230,7 @@ class Packing:
             body: a transformers model without its head.
             unpack: whether what enters the body's pooler, and what leaves the body, is a padded batch again.
             first_position: the position id of an example's first token.
-            cut: whether the last layer goes on with the first token of each example alone, after attention:
+            cut: whether the last layer asks for the first token of each example alone, and goes on with it:
                 a classifier that pools there reads no other.
 
         Raises:
@@ -144,8 +242,9 @@ class Packing:
             lambda: body.register_forward_pre_hook(self._enter, with_kwargs=True)
         ]
         if cut:
-            last = body.encoder.layer[-1].attention.output
-            self._hooks.append(lambda: last.register_forward_pre_hook(self._cut))
+            last = body.encoder.layer[-1].attention
+            self._hooks.append(lambda: _Replaced(last.self, partial(self._ask_first, last.self)))
+            self._hooks.append(lambda: last.output.register_forward_pre_hook(self._cut))
         if unpack:
             self._hooks.append(lambda: body.register_forward_hook(self._leave))
             if (pooler := getattr(body, "pooler", None)) is not None:
@@ -193,11 +292,18 @@ class Packing:
         changed = {"input_ids": row, "attention_mask": None, "segments": segments}
         return (), {**kwargs, **changed, "position_ids": segments.positions + self._first}
 
-    def _cut(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _ask_first(self, layer: Any, row: "torch.Tensor", *_: object, **told: Any) -> tuple["torch.Tensor", None]:
+        """Self-attention of a BERT-like layer for the first token of each example."""
         (whole,) = self.rows.values()
-        first = (whole.positions[0] == 0).nonzero()[:, 0]
-        self.rows = {len(first): Segments(whole.mask[:, :1]), **self.rows}
-        return tuple(row.index_select(1, first) for row in args)
+        self.rows = {len(whole.first): Segments(whole.mask[:, :1]), **self.rows}
+        sides = (layer.query(row.index_select(1, whole.first)), layer.key(row), layer.value(row))
+        heads = (x.unflatten(-1, (layer.num_attention_heads, -1)).transpose(1, 2) for x in sides)
+        out, _none = attention(layer, *heads, None, segments=whole, scaling=layer.scaling, is_causal=layer.is_causal)
+        return out.flatten(2), None
+
+    def _cut(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        answer, row = args
+        return answer, row.index_select(1, self.rows[row.shape[1]].first)
 
     def _pool(self, pooler: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self._padded(args[0]), *args[1:])

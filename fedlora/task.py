@@ -27,6 +27,7 @@ from fedlora import adapter as adapters
 from fedlora.adapter import Adapter, Layout, Slot
 from fedlora.data import Encoded, Examples, Rows, quiet_hub
 from fedlora.errors import ContractError, SettingError
+from fedlora.lowrank import LowRank
 from fedlora.packing import NAME, Packing, Segments, attention
 
 if TYPE_CHECKING:
@@ -239,6 +240,7 @@ class Task(ABC):
         self._start = self.initial
         self.write(self.initial)
         self.packing = self._pack(max_length) if self._weights else None
+        self.low_rank = LowRank(self.model, lambda tensor: self.packing.segments(tensor) if self.packing else None)
         self._frozen = self._halve() if precision == "bf16" else []
         self._in_half = False
 
@@ -360,6 +362,7 @@ class Task(ABC):
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in train)
             parameter.grad = None
+        self.low_rank.singly = False
         self._use_half(self.precision == "bf16")
         self.model.train()  # Opacus's hooks only work in this mode; dropout is off all the same
         return [self._parameters[name] for name in train]
