@@ -96,15 +96,13 @@ class DPSGD(Client):
                 parameter.requires_grad_(name not in still)
             moving = [p for p in parameters if p.requires_grad]
             rows = partition.rows[batches.random(len(partition)) < event.sample_rate]
-            count = -(-len(rows) // settings.micro_batch_size)
-            for i, (batch, _) in enumerate(
-                task.micro_batches(partition.examples, rows, settings.micro_batch_size)
-            ):
+            parts = list(task.micro_batches(partition.examples, rows, settings.micro_batch_size))
+            for i, (batch, _) in enumerate(parts):
                 optimizer.zero_grad(set_to_none=True)
                 loss_sum += _backward(task, batch)
                 dropped += _make_safe(moving)
                 _fill(parameters, len(batch["targets"]))
-                if i < count - 1:
+                if i < len(parts) - 1:
                     optimizer.signal_skip_step()
                     optimizer.step()
             if not len(rows):
@@ -235,7 +233,7 @@ def _hooks(task: "Task") -> None:
             made = by_example(*(sides if wide else sides[::-1]), lies)
             found[layer.weight] = made if wide else made.transpose(1, 2)
         if layer.bias is not None and layer.bias.requires_grad:
-            found[layer.bias] = torch.stack([g.sum(0) for g in backprops[0].float().split(lies.lengths)])
+            found[layer.bias] = torch.stack([g.sum(0) for g in torch.split(backprops[0].float(), lies.lengths)])
         return found
 
     class Hooks(GradSampleHooks):  # type: ignore[misc]

@@ -31,7 +31,7 @@ class Settings:
         local_steps: optimiser steps.
         batch_size: examples in a step; under Poisson sampling the expected number.
         lr: learning rate.
-        micro_batch_size: examples in memory at once.
+        micro_batch_size: about how many examples are in memory at once: at most half as many again.
         noise_multiplier: standard deviation of the noise over `clip_norm`; None without privacy.
         clip_norm: L2 bound on one example's gradient; None without privacy.
         share_metrics: whether figures computed from private examples may leave a private client.

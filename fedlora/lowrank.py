@@ -10,7 +10,7 @@ Where a private client asks for them, the sums are taken over the tokens of each
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def by_example(left: "torch.Tensor", right: "torch.Tensor", lies: "Segments") ->
 
     left, right = left.float(), right.float()
     made = left.new_empty((len(lies.lengths), left.shape[1], right.shape[1]))
-    for product, one, other in zip(made, left.t().split(lies.lengths, 1), right.split(lies.lengths), strict=True):
+    sides = torch.split(left.t(), lies.lengths, 1), torch.split(right, lies.lengths)
+    for product, one, other in zip(made, *sides, strict=True):
         torch.mm(one, other, out=product)
     return made
 
@@ -78,11 +79,9 @@ def _plain(model: Any) -> Iterator[Any]:
                 yield module
 
 
+@cache
 def _function() -> Any:
-    """The product as autograd sees it; made once, when torch is there."""
-    global _Product
-    if _Product is not None:
-        return _Product
+    """The product as autograd sees it."""
     import torch
 
     class Product(torch.autograd.Function):
@@ -129,11 +128,7 @@ def _function() -> Any:
                     db = (inner.t() @ flat).mul_(ctx.scaling).t().to(b.dtype)
             return dx, None, None, da, db, None, None
 
-    _Product = Product
     return Product
-
-
-_Product: Any = None
 
 
 def _add(parameter: Any, sample: "torch.Tensor") -> None:

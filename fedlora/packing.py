@@ -8,7 +8,7 @@ products, and what comes out is a row again. All around the body sees an ordinar
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from fedlora.errors import ContractError
@@ -149,14 +149,9 @@ def attention(
     return asked.row(out.transpose(1, 2)), None
 
 
-_attend: Any = None
-
-
+@cache
 def _function() -> Any:
-    """Short attention as autograd sees it, with one copy into the batch and one out; made once, when torch is there."""
-    global _attend
-    if _attend is not None:
-        return _attend
+    """Short attention as autograd sees it, with one copy into the batch and one out."""
     import torch
 
     class Attend(torch.autograd.Function):
@@ -200,7 +195,6 @@ def _function() -> Any:
                     dk = torch.bmm(ds.transpose(1, 2), q).view(-1, width).index_select(0, ctx.over)
             return dq, dk, dv, None, None, None, None
 
-    _attend = Attend
     return Attend
 
 
@@ -292,14 +286,14 @@ class Packing:
         changed = {"input_ids": row, "attention_mask": None, "segments": segments}
         return (), {**kwargs, **changed, "position_ids": segments.positions + self._first}
 
-    def _ask_first(self, layer: Any, row: "torch.Tensor", *_: object, **told: Any) -> tuple["torch.Tensor", None]:
+    def _ask_first(self, layer: Any, row: "torch.Tensor", **_: object) -> tuple["torch.Tensor", None]:
         """Self-attention of a BERT-like layer for the first token of each example."""
         (whole,) = self.rows.values()
         self.rows = {len(whole.first): Segments(whole.mask[:, :1]), **self.rows}
         sides = (layer.query(row.index_select(1, whole.first)), layer.key(row), layer.value(row))
-        heads = (x.unflatten(-1, (layer.num_attention_heads, -1)).transpose(1, 2) for x in sides)
-        out, _none = attention(layer, *heads, None, segments=whole, scaling=layer.scaling, is_causal=layer.is_causal)
-        return out.flatten(2), None
+        q, k, v = (x.unflatten(-1, (layer.num_attention_heads, -1)).transpose(1, 2) for x in sides)
+        told = {"scaling": layer.scaling, "is_causal": layer.is_causal}
+        return attention(layer, q, k, v, None, segments=whole, **told)[0].flatten(2), None
 
     def _cut(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         answer, row = args

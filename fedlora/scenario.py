@@ -272,7 +272,7 @@ class Clients(PlugIn):
     local_steps: PositiveInt = 10
     batch_size: PositiveInt = 32  # under DP the expected size of a Poisson batch
     lr: PositiveFloat = 0.1
-    micro_batch_size: PositiveInt = 16  # examples in memory at once; does not change the result
+    micro_batch_size: PositiveInt = 16  # about how many examples are in memory at once; does not change the result
     ranks: Ranks | None = None  # of each client, at most model.adapter.r; null: all have that
     max_norm: PositiveFloat | None = None  # L2 bound on one client's change; one that moved further is refused
     max_examples: PositiveInt | None = None  # that a client may claim where the server does not know; null: any

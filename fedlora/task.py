@@ -380,13 +380,16 @@ class Task(ABC):
         return whole
 
     def micro_batches(
-        self, examples: Examples, rows: NDArray[np.int64], limit: int
+        self, examples: Examples, rows: NDArray[np.int64], size: int
     ) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
-        """`rows` in batches of at most `limit`, like lengths together so that little is padding."""
+        """`rows` in equal batches of about `size`, like lengths together so that little is padding.
+
+        A Poisson batch is often a few more than expected: that is one pass and not two.
+        """
         order = rows[np.argsort(examples.lengths(rows), kind="stable")]
-        for start in range(0, len(order), limit):
-            chunk = order[start : start + limit]
-            yield self.batch(examples, chunk), chunk
+        for chunk in np.array_split(order, max(1, round(len(order) / size))):
+            if len(chunk):
+                yield self.batch(examples, chunk), chunk
 
     def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
         """`input_ids` and `attention_mask` (examples, longest), `targets` (examples,), on the device."""
@@ -464,16 +467,18 @@ class Task(ABC):
         return None
 
     def _halve(self) -> list[tuple[Any, "torch.Tensor", "torch.Tensor"]]:
-        """bfloat16 copies of the frozen linear layers, so that autocast does not cast them at each pass."""
+        """bfloat16 copies of all frozen tensors, so that a pass casts neither weights nor what is between."""
         import torch
 
-        halves = []
+        quantised = not all(p.is_floating_point() for p in self.model.parameters())
+        halves = {}
         for name, module in self.model.named_modules():
-            # Only what is held in full: layers of bitsandbytes are subclasses.
-            if type(module) is torch.nn.Linear and "lora_" not in name and "modules_to_save" not in name:
-                for parameter in module.parameters(recurse=False):
-                    halves.append((parameter, parameter.data, parameter.data.to(torch.bfloat16)))
-        return halves
+            # Beside quantised layers, which cast by themselves, only what is held in full.
+            if "lora_" not in name and "modules_to_save" not in name and "original_module" not in name:
+                if not quantised or type(module) is torch.nn.Linear:
+                    for parameter in module.parameters(recurse=False):
+                        halves[id(parameter)] = (parameter, parameter.data, parameter.data.to(torch.bfloat16))
+        return list(halves.values())
 
     def _use_half(self, half: bool) -> None:
         if half is not self._in_half:

@@ -55,9 +55,11 @@ def test_an_examples_loss_does_not_depend_on_its_batch(tiny_task, ragged):
 
 
 def test_micro_batches_hold_each_row_once_and_like_lengths_together(tiny_task, ragged):
-    parts = list(tiny_task.micro_batches(ragged, np.array([5, 1, 3, 0]), 3))
-    assert [rows.tolist() for _, rows in parts] == [[0, 5, 3], [1]]
-    assert parts[0][0]["input_ids"].shape == (3, 5)
+    parts = list(tiny_task.micro_batches(ragged, np.array([5, 1, 3, 0]), 2))
+    assert [rows.tolist() for _, rows in parts] == [[0, 5], [3, 1]]
+    assert parts[0][0]["input_ids"].shape == (2, 4)
+    sizes = [[len(part) for _, part in tiny_task.micro_batches(ragged, np.arange(n), 4)] for n in (0, 5, 6)]
+    assert sizes == [[], [5], [3, 3]]
 
 
 def test_begin_leaves_nothing_of_the_client_before(tiny_task):
