@@ -140,6 +140,7 @@ class Lora:
     r: int
     alpha: float
     targets: tuple[str, ...]
+    layers: tuple[int, ...] | None = None  # of the model, from 0, that have targets; None: all
 
     def scaling(self, rank: int | None = None) -> float:
         """`alpha / rank`."""
@@ -158,7 +159,7 @@ class Lora:
         """Put factors beside every linear layer whose name ends in one of the targets.
 
         Raises:
-            SettingError: a target matches no linear layer.
+            SettingError: a target matches no linear layer, or one of the layers is not there.
         """
         import torch
         from peft import LoraConfig, get_peft_model
@@ -169,17 +170,21 @@ class Lora:
         layers = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
         layers = [n for n in layers if n not in inside]
         for target in self.targets:
-            if not any(name == target or name.endswith(f".{target}") for name in layers):
+            if not any(_ends(name, (target,)) for name in layers):
                 known = sorted({name.rsplit(".", 1)[-1] for name in layers})
                 raise SettingError(
                     "model.adapter.targets",
                     f"{target!r} matches no linear layer of the model; its layers are {known}",
                 )
+        for layer in self.layers or ():
+            if not any(f".{layer}." in f".{name}" and _ends(name, self.targets) for name in layers):
+                raise SettingError("model.adapter.layers", f"no layer {layer} with targets; the first is 0")
         config = LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # peft multiplies by it, so a float is right
             lora_dropout=0.0,
             target_modules=list(self.targets),
+            layers_to_transform=None if self.layers is None else list(self.layers),
             exclude_modules=inside or None,
             modules_to_save=list(heads) or None,
             task_type=task_type,
@@ -209,6 +214,10 @@ class Lora:
         elif slot.role == "head" and tensor.dim() > 1:
             tensor.normal_(0.0, 0.02, generator=generator)
         return tensor
+
+
+def _ends(name: str, targets: Sequence[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 @dataclass(frozen=True)

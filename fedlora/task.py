@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 
 from fedlora import adapter as adapters
 from fedlora.adapter import Adapter, Layout, Slot
-from fedlora.data import Encoded, Examples, Rows, quiet_hub
+from fedlora.data import Encoded, Examples, Partition, Rows, quiet_hub
 from fedlora.errors import ContractError, SettingError
 from fedlora.lowrank import LowRank
 from fedlora.packing import NAME, Packing, Segments, attention
+from fedlora.prefix import Prefix, below
 
 if TYPE_CHECKING:
     import torch
@@ -239,14 +240,22 @@ class Task(ABC):
         self.initial = adapters.initial(kind, self.layout, seed, weights=self._weights)
         self._start = self.initial
         self.write(self.initial)
+        self.prefix: Prefix | None = None
         self.packing = self._pack(max_length) if self._weights else None
         self.low_rank = LowRank(self.model, lambda tensor: self.packing.segments(tensor) if self.packing else None)
+        self.prefix = self._below()
         self._frozen = self._halve() if precision == "bf16" else []
         self._in_half = False
 
     @abstractmethod
     def logits(self, batch: Batch) -> "torch.Tensor":
         """What losses are made of, float32: (examples, labels), or (scored tokens, vocabulary)."""
+
+    def _run(self, batch: Batch, **told: Any) -> Any:
+        """What the model makes of a batch."""
+        if self.prefix is not None:
+            self.prefix.row = batch.get("prefix")
+        return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **told)
 
     @abstractmethod
     def losses(self, batch: Batch) -> "torch.Tensor":
@@ -392,7 +401,10 @@ class Task(ABC):
                 yield self.batch(examples, chunk), chunk
 
     def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
-        """`input_ids` and `attention_mask` (examples, longest), `targets` (examples,), on the device."""
+        """`input_ids` and `attention_mask` (examples, longest), `targets` (examples,), on the device.
+
+        Of examples that are known above the frozen layers `prefix` too, (1, tokens, width).
+        """
         import torch
 
         width = int(examples.lengths(rows).max())
@@ -403,7 +415,10 @@ class Task(ABC):
             ids[i, : len(tokens)] = tokens
             mask[i, : len(tokens)] = 1
         arrays = {"input_ids": ids, "attention_mask": mask, "targets": examples.targets[rows]}
-        return {key: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for key, v in arrays.items()}
+        batch = {key: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for key, v in arrays.items()}
+        if self.prefix is not None and (row := self.prefix.find(examples, rows)) is not None:
+            batch["prefix"] = row
+        return batch
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -466,6 +481,37 @@ class Task(ABC):
         logger.warning("this model gives other results without padding: examples are padded, not packed")
         return None
 
+    def _below(self) -> Prefix | None:
+        """The layers below the lowest factors, if there are any and the model packs."""
+        base = self.model.get_base_model()
+        name = base.base_model_prefix
+        blocks = below(getattr(base, name), f"{name}.", list(self._layers)) if self.packing else []
+        return Prefix(blocks) if blocks else None
+
+    @contextlib.contextmanager
+    def knowing(self, partition: Partition, passes: int, size: int) -> Iterator[None]:
+        """Pass a client's examples through the layers that never change once, for as long as it trains.
+
+        Args:
+            partition: the client's examples.
+            passes: how many examples it will train on, again and again those it has: with fewer than it holds
+                there is nothing to win.
+            size: about how many examples are in memory at once.
+        """
+        import torch
+
+        if self.prefix is None or passes < len(partition):
+            yield
+            return
+
+        def run(rows: NDArray[np.int64]) -> None:
+            self.begin({}, ())
+            with torch.no_grad(), self.autocast():
+                self.logits(self.batch(partition.examples, rows))
+
+        with self.prefix.of(partition, run, size):
+            yield
+
     def _halve(self) -> list[tuple[Any, "torch.Tensor", "torch.Tensor"]]:
         """bfloat16 copies of all frozen tensors, so that a pass casts neither weights nor what is between."""
         import torch
@@ -497,7 +543,7 @@ class Classification(Task):
 
     def logits(self, batch: Batch) -> "torch.Tensor":
         """Of each example, (examples, labels)."""
-        out = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        out = self._run(batch)
         logits: torch.Tensor = out.logits.float()
         return logits
 
@@ -541,12 +587,12 @@ class CausalLM(Task):
 
     def logits(self, batch: Batch) -> "torch.Tensor":
         """Of the tokens before scored ones, (scored tokens, vocabulary)."""
-        ids, mask, scored = batch["input_ids"], batch["attention_mask"], self._scored(batch)
+        mask, scored = batch["attention_mask"], self._scored(batch)
         if self.packing is None:
-            return self.model(input_ids=ids, attention_mask=mask).logits[:, :-1][scored].float()  # type: ignore[no-any-return]
+            return self._run(batch).logits[:, :-1][scored].float()  # type: ignore[no-any-return]
         places = mask.flatten().cumsum(0).view_as(mask) - 1  # of each token in the row
         kept = places[:, :-1][scored]
-        logits: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=kept).logits[0]
+        logits: torch.Tensor = self._run(batch, logits_to_keep=kept).logits[0]
         self.packing.rows = {len(kept): Segments(scored), **self.packing.rows}
         return logits.float()
 

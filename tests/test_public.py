@@ -18,7 +18,7 @@ LAYERS = [
     {"compression", "errors", "seeding", "factors"},
     {"plugins"},
     {"scenario"},
-    {"adapter", "data", "packing", "privacy", "secure", "task"},
+    {"adapter", "data", "lowrank", "packing", "prefix", "privacy", "secure", "task"},
     {"wire"},
     {"central", "client", "strategy"},
     {"checkpoint", "ledger"},

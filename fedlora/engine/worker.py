@@ -262,13 +262,10 @@ class Worker:
         settings = self.settings(instruction, len(partition))
         wanted = tuple(sorted({*settings.send, *instruction.keep} if plain else self.task.layout))
         self.task.become(rank, instruction.draw)
-        update = self.client.fit(
-            self.task,
-            received,
-            partition,
-            replace(settings, send=wanted),
-            clients.Rng(secrets.randbits(63) if self.setup.secret else self.scenario.seed, round, client),
-        )
+        rng = clients.Rng(secrets.randbits(63) if self.setup.secret else self.scenario.seed, round, client)
+        passes = settings.local_steps * settings.batch_size
+        with self.task.knowing(partition, passes, settings.micro_batch_size):
+            update = self.client.fit(self.task, received, partition, replace(settings, send=wanted), rng)
         clients.check_kept(self.client)
         kind, layout = self.task.kind, self.task.layout
         if plain and not instruction.keep:  # all of it is sent, and checked when it comes in
@@ -383,4 +380,4 @@ def kind(scenario: Scenario, strategy: strategies.Strategy) -> Kind:
     """The kind of adapter that a scenario and its strategy ask for."""
     told = scenario.model.adapter
     name = strategy.kinds[0] if told.kind == "auto" else told.kind
-    return adapters.KINDS[name](told.r, told.alpha, told.targets)
+    return adapters.KINDS[name](told.r, told.alpha, told.targets, told.layers)
