@@ -8,16 +8,23 @@ one process, and take turns. Rates are per second of the process's CPU time, so 
 counts as little as it can; the median of the ratios of the pairs is printed.
 
     python benchmarks/training_efficiency.py [--pairs 8] [--clients 20] [--steps 4 10] [--batch-size 16 64]
-        [--data FILE --text NAME --label NAME] [--max-length 64] [--threads 1]
+        [--data FILE --text NAME --label NAME] [--max-length 64] [--threads 1] [--even] [--layers 4 5]
+
+With --even each text is many joined, all cut to the same number of tokens: there is no padding to save. With
+--layers both loops have factors in those layers alone, and what lies below is computed once for each example,
+if a client trains on at least as many examples in a round as it holds: see --examples.
 """
 
 import argparse
+import csv
 import functools
 import itertools
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -34,8 +41,34 @@ def main() -> None:
     parser.add_argument("--label", default="label")
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--even", action="store_true", help="texts of one length")
+    parser.add_argument("--layers", type=int, nargs="+", help="that have factors, from 0; by default all")
+    parser.add_argument("--examples", type=int, help="that a client holds; by default its share of all")
     told = parser.parse_args()
-    print(f"{told.data or 'tweets'}, {told.clients} clients, {told.threads} thread(s), {told.pairs} pairs")
+    shape = f"{' of one length' if told.even else ''}, layers {told.layers or 'all'}"
+    print(f"{told.data or 'tweets'}{shape}, {told.clients} clients, {told.threads} thread(s), {told.pairs} pairs")
+    with tempfile.TemporaryDirectory() as folder:
+        if told.even or told.examples:
+            _write(told, Path(folder) / "texts.csv")
+        _tables(told)
+
+
+def _write(told: argparse.Namespace, file: Path) -> None:
+    """As many texts as asked for, each joined with those after it where all should be of one length."""
+    from fedlora import data, scenario
+
+    rows, _ = data.read(scenario.parse(_scenario(told, 1, 1, False, "fp32")).data, "classification")
+    count = told.clients * told.examples * 10 // 9 + 10 if told.examples else 4000  # a tenth is held out
+    joined = told.max_length if told.even else 1
+    with file.open("w", newline="") as stream:
+        lines = csv.writer(stream)
+        lines.writerow(["text", "label"])
+        for i, label in enumerate((rows.labels or [])[:count]):
+            lines.writerow([" ".join(itertools.islice(itertools.cycle(rows.texts), i, i + joined)), label])
+    told.data, told.text, told.label = str(file), "text", "label"
+
+
+def _tables(told: argparse.Namespace) -> None:
     print(
         f"{'steps x batch':>14} {'private':>8} {'precision':>10} {'plain/s':>8} {'simulated/s':>12} {'ratio':>6}",
         end="",
@@ -77,7 +110,7 @@ def _scenario(told: argparse.Namespace, steps: int, size: int, private: bool, pr
         data = f'files: {{train: "{told.data}", text: {told.text}, label: {told.label}}}'
     return f"""
 name: training-efficiency
-model: {{base: minilm, adapter: {{r: 8, alpha: 8, targets: [query, value]}}}}
+model: {{base: minilm, adapter: {{r: 8, alpha: 8, targets: [query, value], layers: {told.layers or "null"}}}}}
 data: {{{data}, partition: {{kind: iid}}, max_length: {told.max_length}}}
 clients: {{total: {told.clients}, use: {client}, local_steps: {steps}, batch_size: {size}, lr: 0.1}}
 privacy: {"{noise_multiplier: 1.0, delta: 1.0e-5}" if private else "null"}
@@ -125,7 +158,9 @@ def _plain(told: argparse.Namespace, steps: int, size: int) -> tuple[Callable[[]
     torch.set_num_threads(told.threads)
     data = prepare(scenario.parse(_scenario(told, steps, size, False, "fp32"))).data
     base = AutoModelForSequenceClassification.from_pretrained(find_base("minilm"), num_labels=len(data.labels))
-    config = LoraConfig(r=8, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS")
+    config = LoraConfig(
+        r=8, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS", layers_to_transform=told.layers
+    )
     model = get_peft_model(base, config).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     examples = data.train

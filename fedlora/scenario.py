@@ -69,8 +69,9 @@ class Adapter(Section):
     r: PositiveInt = 8  # the rank; with `clients.ranks` the server's, and the highest
     alpha: PositiveFloat = 8.0  # the change of a weight is alpha / r * B @ A
     targets: tuple[str, ...] = Field(default=("query", "value"), min_length=1)
-    # With upper layers alone, such as [4, 5] of 6, what is below is computed once for each example: quicker steps.
-    layers: tuple[Annotated[Int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)  # from 0; null: all
+    layers: tuple[Annotated[Int, Field(ge=0)], ...] | None = (
+        None  # that have targets, from 0; null: all. Upper ones alone, as [4, 5] of 6, train quicker
+    )
 
 
 class Model(Section):
