@@ -81,6 +81,7 @@ class Instruction:
         ranked: what clients of a rank below the server's receive instead of `adapter`, by rank.
         draw: which draw of the seed the tensors that are not sent down start from; 0 is the first.
         trip: from 1; in the later trips of a round clients answer about what they trained in the first.
+        steps: how many local steps a client takes that takes fewer than the scenario says; simulated worlds only.
     """
 
     round: int
@@ -93,6 +94,7 @@ class Instruction:
     ranked: Mapping[int, Adapter] = field(default_factory=dict)
     draw: int = 0
     trip: int = 1
+    steps: Mapping[int, int] = field(default_factory=dict)
 
     def at(self, rank: int) -> "Instruction":
         """The same as a client of that rank gets it."""

@@ -27,6 +27,7 @@ from fedlora.errors import UserError
 
 _MANIFEST = "manifest.json"
 _FILES = {"adapter.safetensors", "strategy.safetensors", "state.json"}
+_UNDER_WAY = "under_way/"  # before the names of such tensors, beside the strategy's
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Checkpoint:
         round: the last one that finished.
         adapter: every tensor of the layout.
         strategy: what `Strategy.state` gave: arrays and JSON values by name.
+        under_way: tensors of updates that have not arrived yet, where rounds are not in step.
         words: JSON values of the loop, such as the totals so far.
         origin: what it belongs to, as JSON values: the resolved scenario, the versions, the ledger's position.
     """
@@ -48,6 +50,7 @@ class Checkpoint:
     strategy: Mapping[str, Any]
     words: Mapping[str, Any]
     origin: Mapping[str, Any] = field(default_factory=dict)
+    under_way: Adapter = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -66,7 +69,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "origin": dict(checkpoint.origin),
     }
     write_tensors(new / "adapter.safetensors", checkpoint.adapter)
-    write_tensors(new / "strategy.safetensors", arrays)
+    under_way = {f"{_UNDER_WAY}{name}": tensor for name, tensor in checkpoint.under_way.items()}
+    write_tensors(new / "strategy.safetensors", {**arrays, **under_way})
     _write(new / "state.json", json.dumps(state).encode())
     sums = {p.name: _digest(p) for p in sorted(new.iterdir())}
     _write(new / _MANIFEST, json.dumps(sums).encode())
@@ -114,12 +118,15 @@ def _whole(folder: Path) -> Checkpoint | None:
         words, origin, values = (dict(state[key]) for key in ("words", "origin", "strategy"))
         if type(state["round"]) is not int:
             return None
+        arrays = read_tensors(folder / "strategy.safetensors")
+        under_way = {n: arrays.pop(n) for n in list(arrays) if n.startswith(_UNDER_WAY)}
         return Checkpoint(
             round=state["round"],
             adapter=read_tensors(folder / "adapter.safetensors"),
-            strategy={**values, **read_tensors(folder / "strategy.safetensors")},
+            strategy={**values, **arrays},
             words=words,
             origin=origin,
+            under_way={name.removeprefix(_UNDER_WAY): tensor for name, tensor in under_way.items()},
         )
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None

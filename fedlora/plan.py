@@ -31,7 +31,8 @@ from fedlora.engine.worker import Setter, Worker, kind
 from fedlora.errors import FedloraError, SettingError
 from fedlora.ledger import Holder, Ledger
 from fedlora.privacy import Event
-from fedlora.rounds import Line, Loop, Progress, Stopwatch
+from fedlora.progress import Line, Progress, Stopwatch
+from fedlora.rounds import Loop
 from fedlora.scenario import Scenario
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Plan:
         groups: clients by the number of examples that they hold, with what that means for the privacy of examples.
         alternatives: bytes and parameters under each built-in strategy, or the `problem` that it has;
             `exact` is false where only the first of many rounds were rehearsed.
+        virtual_seconds: that the rounds take in the simulated world; None without one.
         seconds: of the rounds, estimated; None where the model could not be tried here.
         memory_bytes: of a process that trains, estimated; None likewise.
         workers: processes that train side by side.
@@ -85,6 +87,7 @@ class Plan:
     noise_multiplier: float | None
     groups: Sequence[Line]
     alternatives: Sequence[Line]
+    virtual_seconds: float | None
     seconds: float | None
     memory_bytes: int | None
     workers: int
@@ -139,6 +142,7 @@ def _plan(scenario: Scenario) -> Plan:
         noise_multiplier=real.central.noise_multiplier if real.central else max(noise.values()) if noise else None,
         groups=groups,
         alternatives=[_alternative(name, stage) for name in plugins.names("strategies")],
+        virtual_seconds=lines[-1].get("virtual_seconds") if lines else None,
         seconds=cost.run(scenario, lines, workers) + each * len(lines) if cost else None,
         memory_bytes=cost.memory_bytes if cost else None,
         workers=workers,
@@ -281,21 +285,23 @@ class _Loop(Loop):
     lines: list[Line] = field(default_factory=list)
     stopped: str | None = None
 
-    def _within_budget(self, instruction: Instruction, attempt: int) -> tuple[list[int], int]:
+    def _within_budget(self, instruction: Instruction, cohort: list[int], attempt: int) -> tuple[list[int], int]:
         asked = (self.scenario.client_privacy, self.scenario.example_privacy)
         if all(a is None or a.noise_multiplier is None for a in asked):  # calibrated: nobody passes the budget
-            return self._draw(instruction.round, attempt), 0
-        return super()._within_budget(instruction, attempt)
+            return cohort, 0
+        return super()._within_budget(instruction, cohort, attempt)
 
     def _record(
         self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, watch: Stopwatch
     ) -> None:
         now.round, now.adapter, now.merges = round, adapter, len(self.merges)
         reports = replies.reports
-        if failed := next((r.error for r in reports if r.error), None):
+        if failed := next((r.error for r in reports if r.error and not r.late), None):
             raise SettingError("strategy.use", failed)
         sizes = {f"bytes_{way}": sum(getattr(r, f"bytes_{way}") for r in reports) for way in ("up", "down")}
-        self.lines.append({"round": round, "clients": len(reports), **sizes})
+        late = sum(r.late for r in reports)
+        clock = {"late": late, "virtual_seconds": now.virtual_seconds} if self._pace else {}
+        self.lines.append({"round": round, "clients": len(reports) - late, **sizes, **clock})
 
 
 def _alternative(name: str, stage: _Stage) -> Line:

@@ -1,10 +1,9 @@
 """The round loop: sample, send, collect, account, aggregate, evaluate, record, save."""
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,9 @@ from fedlora.engine.transport import Transport
 from fedlora.engine.worker import Setter
 from fedlora.errors import ContractError, RoundError
 from fedlora.ledger import Holder, Ledger, Whole
+from fedlora.pace import Pace
 from fedlora.privacy import FROM_SERVER, Event, epsilon
+from fedlora.progress import Line, Progress, Stopwatch
 from fedlora.scenario import Privacy, Scenario
 from fedlora.seeding import generator
 from fedlora.strategy import Merged, Strategy
@@ -30,48 +31,6 @@ from fedlora.strategy import Merged, Strategy
 JUDGED = 100  # clients whose own models are evaluated, at most
 
 logger = logging.getLogger(__name__)
-
-Line = dict[str, Any]
-
-
-@dataclass
-class Progress:
-    """How far a run is; what a checkpoint keeps."""
-
-    round: int
-    adapter: Adapter
-    bytes_up: int = 0
-    bytes_up_head: int = 0
-    bytes_down: int = 0
-    failures: int = 0
-    trained: int = 0  # clients that trained, over all rounds
-    seconds: float = 0.0
-    last: Line = field(default_factory=dict)  # the last loss and metric measured
-    merges: int = 0  # that are in the base
-    clip_norm: float | None = None  # of the next round, where clients are protected whole
-    merges_seen: dict[str, int] = field(default_factory=dict)  # how many of them each client was sent
-
-    def words(self) -> dict[str, Any]:
-        """All but the tensors."""
-        return {k: v for k, v in vars(self).items() if k not in ("round", "adapter")}
-
-
-class Stopwatch:
-    """Where the time of a round goes.
-
-    Attributes:
-        phases: seconds by the name of the phase.
-    """
-
-    def __init__(self) -> None:
-        self.phases: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """What passed since the last call was spent on `phase`."""
-        now = time.perf_counter()
-        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._last
-        self._last = now
 
 
 @dataclass(kw_only=True)
@@ -109,10 +68,10 @@ class Loop:
             instruction = replace(instruction, frozen=fingerprint(kept))
             instruction = self._bounded(instruction, now)
             watch.lap("account")
-            if (gathered := self._gather(instruction)) is None:
+            if (gathered := self._gather(instruction, now)) is None:
                 now.last["stopped"] = f"after round {round - 1}: another would pass every client's epsilon"
                 break
-            replies, resting = gathered
+            replies, noted = gathered
             watch.lap("train")
             self._catch_up(replies, now)
             before = {name: now.adapter[name] for name in self.strategy.held}
@@ -130,30 +89,33 @@ class Loop:
             if not self._summed:
                 figures |= self.strategy.diagnose(before, updates, after, made.base)
             watch.lap("diagnose")
-            figures["resting"] = resting
-            self._record(round, adapter, replies, figures, now, watch)
+            self._record(round, adapter, replies, figures | noted, now, watch)
         return now
 
-    def _gather(self, instruction: Instruction) -> tuple[Replies, int] | None:
+    def _gather(self, instruction: Instruction, now: Progress) -> tuple[Replies, Line] | None:
         """The replies of a cohort, or of another while too few reply, and how many rest; None if too many do.
 
         Raises:
             RoundError: too few replied in the last attempt too.
         """
+        if self._pace is not None and not self._pace.in_step:
+            return self._pace.arrivals(
+                instruction, now, partial(self._may_train, instruction), self._train_and_spend
+            )
         round, told = instruction.round, self.scenario.clients
         before: list[Report] = []
         why = ""
         for attempt in range(told.retries + 1):
-            cohort, resting = self._within_budget(instruction, attempt)
+            cohort, resting = self._within_budget(instruction, self._draw(round, attempt, now), attempt)
             if resting and len(cohort) < told.min_replies:
                 if attempt == 0:
                     return None
                 why += "; too few others have epsilon left"
                 break
-            replies = self._exchange(instruction, cohort, attempt)
+            replies = self._exchange(instruction, cohort, attempt, now)
             count = sum(len(update.clients) for update in replies.updates)
             if count >= told.min_replies or len(cohort) < self._least:
-                return Replies(replies.updates, _added(before, replies.reports)), resting
+                return Replies(replies.updates, _added(before, replies.reports)), {"resting": resting}
             few = f"{count} of {len(cohort)} clients replied and {told.min_replies} must"
             why = (
                 f"round {round}: {few if count else f'all {len(cohort)} clients failed'}; {_first_error(replies)}"
@@ -163,10 +125,14 @@ class Loop:
             before = _added(before, unused)
         raise RoundError(why)
 
-    def _exchange(self, instruction: Instruction, cohort: list[int], attempt: int) -> Replies:
+    def _exchange(self, instruction: Instruction, cohort: list[int], attempt: int, now: Progress) -> Replies:
         """Send, train, collect and account; then the further trips of the round, if the strategy makes any."""
         sums = self.strategy.partial_sums or self._summed
-        replies = self._train(instruction, cohort, sums)
+        if self._pace is not None:
+            race = self._pace.race(instruction, cohort, now, partial(self._missed, now))
+            replies = race.told(self._train(race.instruction, race.used, sums))
+        else:
+            replies = self._train(instruction, cohort, sums)
         self._spend(instruction, replies, attempt)
         for trip in range(2, self.strategy.trips + 1):
             if not replies.updates:
@@ -181,18 +147,45 @@ class Loop:
         """What clients made of an instruction, without what may not be used."""
         return self._intake.admit(instruction, cohort, self.engine.train(instruction, cohort, sums))
 
+    def _train_and_spend(self, instruction: Instruction, cohort: list[int], lost: list[Report]) -> Replies:
+        """The same where rounds are not in step, with the reports of clients that will not arrive."""
+        replies = self._train(instruction, cohort, sums=False)
+        replies = Replies(replies.updates, [*replies.reports, *lost])
+        self._spend(instruction, replies, attempt=0)
+        return replies
+
     @cached_property
     def _intake(self) -> Intake:
         return Intake(self.scenario, self.strategy, self.data.num_examples)
+
+    @cached_property
+    def _pace(self) -> Pace | None:
+        """The virtual clock of a simulated world; None without one."""
+        if self.scenario.world is None:
+            return None
+
+        def spends(instruction: Instruction, client: int) -> Event | None:
+            held = self.data.num_examples(client)
+            return self.client.spends(held, self.settings(instruction, held, client))
+
+        return Pace(
+            scenario=self.scenario, strategy=self.strategy, data=self.data, intake=self._intake, spends=spends
+        )
 
     def _catch_up(self, replies: Replies, now: Progress) -> None:
         """Count what each client was sent to bring its base to the run's: the merges since it last took part."""
         if not self.merges:
             return
         for i, report in enumerate(replies.reports):
-            missed = self.merges.bytes_since(now.merges_seen.get(str(report.client), 0))
+            if report.late:  # counted by its world; it may not have them, and is sent them again
+                continue
+            missed = self._missed(now, report.client)
             replies.reports[i] = replace(report, bytes_down=report.bytes_down + missed)
             now.merges_seen[str(report.client)] = len(self.merges)
+
+    def _missed(self, now: Progress, client: int) -> int:
+        """Bytes of the merges since a client last took part."""
+        return self.merges.bytes_since(now.merges_seen.get(str(client), 0)) if self.merges else 0
 
     def _figures(self, round: int, adapter: Adapter) -> Line:
         """Loss and metric after a round, and those of clients' own models where they hold examples out."""
@@ -249,19 +242,25 @@ class Loop:
         released, now.clip_norm = self.central.release(instruction.round, received, updates, bound)
         return [released]
 
-    def _draw(self, round: int, attempt: int) -> list[int]:
-        """The cohort, ascending: from the seed, the round and the attempt alone."""
+    def _draw(self, round: int, attempt: int, now: Progress) -> list[int]:
+        """The cohort, ascending: from the seed, the round and the attempt alone, and in a world from the clock."""
         if self.central is not None:
-            return self.central.cohort(round)
+            cohort = self.central.cohort(round)
+            return cohort if self._pace is None else self._pace.present(cohort, now)
+        if self._pace is not None:
+            return self._pace.draw(now, round, attempt)
         told = self.scenario.clients
         path = (round, "cohort", attempt) if attempt else (round, "cohort")
         chosen = generator(self.scenario.seed, *path).choice(told.total, size=told.cohort_size, replace=False)
         return [int(c) for c in np.sort(chosen)]
 
-    def _within_budget(self, instruction: Instruction, attempt: int) -> tuple[list[int], int]:
+    def _may_train(self, instruction: Instruction, client: int) -> bool:
+        return self._within_budget(instruction, [client], attempt=0)[1] == 0
+
+    def _within_budget(self, instruction: Instruction, cohort: list[int], attempt: int) -> tuple[list[int], int]:
         """Those of the cohort whose epsilon stays within the budget if they train, and how many do not."""
         round = instruction.round
-        cohort, paid = self._draw(round, attempt), self._paid(round, attempt)
+        paid = self._paid(round, attempt)
         whole, privacy = self.scenario.client_privacy, self.scenario.example_privacy
         if self.central is not None and whole is not None and whole.epsilon is not None:
             event = self.central.event(instruction.config[CLIP_NORM])
@@ -354,16 +353,17 @@ class Loop:
             for r in reports
             if privacy is not None
         }
-        failed = sum(r.error is not None for r in reports)
+        late = sum(r.late for r in reports)
+        failed = sum(r.error is not None for r in reports) - late
         shared = [r for r in reports if "train_loss" in r.metrics]
         up, down = sum(r.bytes_up for r in reports), sum(r.bytes_down for r in reports)
         if figures["loss"] is not None:
             measured = ("loss", self.engine.description.metric, "exact_match")
             now.last.update({key: figures[key] for key in measured if key in figures})
         now.round, now.adapter, now.merges = round, adapter, len(self.merges)
-        now.failures, now.trained = now.failures + failed, now.trained + len(reports) - failed
+        now.failures, now.trained = now.failures + failed, now.trained + len(reports) - failed - late
         now.bytes_up, now.bytes_down = now.bytes_up + up, now.bytes_down + down
-        now.bytes_up_head += (len(reports) - failed) * self._head_bytes(round)
+        now.bytes_up_head += (len(reports) - failed - late) * self._head_bytes(round)
         watch.lap("account")
         seconds = sum(watch.phases.values())
         now.seconds += seconds
@@ -373,13 +373,14 @@ class Loop:
             now.last["epsilon"] = epsilon(self.ledger.events.get(None, ()), whole.delta, whole.accountant)
         line: Line = {
             "round": round,
-            "clients": len(reports) - failed,
+            "clients": len(reports) - failed - late,
             "failures": failed,
             **figures,
             "train_loss": loss,
             "bytes_up": up,
             "bytes_down": down,
             "epsilon": now.last["epsilon"],
+            **({"late": late, "virtual_seconds": round_to(now.virtual_seconds)} if self._pace else {}),
             "seconds": round_to(seconds),
             "phases": {phase: round_to(took) for phase, took in watch.phases.items()},
         }
@@ -392,6 +393,7 @@ class Loop:
                 adapter=now.adapter,
                 strategy=self.strategy.state(),
                 words=now.words(),
+                under_way=now.tensors(),
                 origin={**self.origin, "ledger": self.ledger.position},
             ),
         )
@@ -417,6 +419,8 @@ def _line(round: int, report: Report, epsilon: float | None) -> Line:
         "seconds": round_to(report.seconds),
         "error": report.error,
     }
+    if report.virtual_seconds is not None:
+        own["virtual_seconds"] = round_to(report.virtual_seconds)
     return {**own, **report.metrics, **own}  # no figure of a client's takes the place of one of these
 
 

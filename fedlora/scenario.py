@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -243,27 +243,16 @@ class RankShares(Section):
 
 
 class Tier(Section):
-    """A kind of device."""
+    """A kind of device; each client draws its own from the seed."""
 
     share: Annotated[Float, Field(gt=0, le=1)]  # of the clients
-    rank: PositiveInt
+    rank: PositiveInt | None = None  # of its factors; null: model.adapter.r
+    seconds_per_example: PositiveFloat = 0.05  # in a world: that a step takes for each example of its batch
+    megabits_down: PositiveFloat = 50.0  # in a world: a second
+    megabits_up: PositiveFloat = 10.0  # in a world: a second
 
 
-class RankTiers(Section):
-    """Each client draws a device from the seed, which gives its rank."""
-
-    kind: Literal["tiers"]
-    tiers: dict[str, Tier] = Field(min_length=1)  # by name, such as {phone: {share: 0.8, rank: 4}}
-
-    @field_validator("tiers")
-    @classmethod
-    def _whole(cls, tiers: dict[str, Tier]) -> dict[str, Tier]:
-        if abs(sum(tier.share for tier in tiers.values()) - 1) > 1e-6:
-            raise PydanticCustomError("shares", "shares should sum to 1")
-        return tiers
-
-
-Ranks = Annotated[RankList | RankShares | RankTiers, Field(discriminator="kind")]
+Ranks = Annotated[RankList | RankShares, Field(discriminator="kind")]
 
 
 class Clients(PlugIn):
@@ -277,6 +266,7 @@ class Clients(PlugIn):
     lr: PositiveFloat = 0.1
     micro_batch_size: PositiveInt = 16  # about how many examples are in memory at once; does not change the result
     ranks: Ranks | None = None  # of each client, at most model.adapter.r; null: all have that
+    tiers: dict[str, Tier] | None = None  # kinds of device by name, such as {phone: {share: 0.8, rank: 4}, ...}
     max_norm: PositiveFloat | None = None  # L2 bound on one client's change; one that moved further is refused
     max_examples: PositiveInt | None = None  # that a client may claim where the server does not know; null: any
     min_replies: PositiveInt = 1  # clients that must reply for a round to count
@@ -305,43 +295,64 @@ class Clients(PlugIn):
             raise PydanticCustomError("cohort", f"should be at most the {size} clients of a round, not {least}")
         return least
 
+    @field_validator("tiers")
+    @classmethod
+    def _whole(cls, tiers: dict[str, Tier] | None, info: ValidationInfo) -> dict[str, Tier] | None:
+        if tiers is not None and abs(sum(tier.share for tier in tiers.values()) - 1) > 1e-6:
+            raise PydanticCustomError("shares", "shares should sum to 1")
+        if tiers is not None and info.data.get("ranks") is not None:
+            raise PydanticCustomError("shares", "give each tier its rank, or clients their ranks, not both")
+        return tiers
+
     @property
     def cohort_size(self) -> int:
         """Clients in each round."""
         return self.per_round or self.total
 
+    def tier(self, client: int, seed: int) -> Tier | None:
+        """A client's kind of device; None where there are no kinds."""
+        if self.tiers is None:
+            return None
+        return _drawn([(tier, tier.share) for tier in self.tiers.values()], generator(seed, client, "tier"))
+
     def rank(self, client: int, seed: int, default: int) -> int:
         """The rank of a client's factors."""
+        if (tier := self.tier(client, seed)) is not None:
+            return tier.rank or default
         match self.ranks:
             case RankList(values=values):
                 return values[client % len(values)]
             case RankShares(shares=shares):
-                table = list(shares.items())
-            case RankTiers(tiers=tiers):
-                table = [(tier.rank, tier.share) for tier in tiers.values()]
-            case _:
-                return default
-        drawn, least = generator(seed, client, "rank").random(), 0.0
-        for rank, share in table:
-            least += share
-            if drawn < least:
-                return rank
-        return table[-1][0]
+                return _drawn(list(shares.items()), generator(seed, client, "rank"))
+        return default
 
     def possible_ranks(self, default: int) -> list[int]:
         """Every rank that a client may have, ascending."""
+        if self.tiers is not None:
+            return sorted({tier.rank or default for tier in self.tiers.values()})
         match self.ranks:
             case RankList(values=values):
                 return sorted(set(values))
             case RankShares(shares=shares):
                 return sorted(shares)
-            case RankTiers(tiers=tiers):
-                return sorted({tier.rank for tier in tiers.values()})
         return [default]
 
     def unequal_ranks(self, default: int) -> bool:
         """Whether any client may have another rank than the server."""
         return self.possible_ranks(default) != [default]
+
+
+Item = TypeVar("Item")
+
+
+def _drawn(table: Sequence[tuple[Item, float]], rng: Any) -> Item:
+    """One of the items, by their shares."""
+    drawn, least = rng.random(), 0.0
+    for item, share in table:
+        least += share
+        if drawn < least:
+            return item
+    return table[-1][0]
 
 
 class Privacy(Section):
@@ -396,11 +407,58 @@ class TopK(Section):
     share: Annotated[Float, Field(ge=0.001, le=1)] = 0.1  # of the numbers; each takes 8 bytes
 
 
+Packed = Annotated[Rounded | TopK, Field(discriminator="kind")]
+
+
 class Compression(Section):
     """What travels in fewer bytes; clients send their change, noise included, and the server's own stays exact."""
 
-    up: Annotated[Rounded | TopK, Field(discriminator="kind")] | None = None  # int8 costs hardly any accuracy
+    up: Packed | None = None  # int8 costs hardly any accuracy
     down: Rounded | None = None  # the adapter itself, whose rounding all clients share: fp16 is safe, int4 is not
+
+
+class Diurnal(Section):
+    """Clients are there by the hour, each by a coin of its own whose chance follows the time of day."""
+
+    kind: Literal["diurnal"]
+    low: Annotated[Float, Field(ge=0, le=1)] = 0.05  # the chance at the worst hour
+    high: Annotated[Float, Field(gt=0, le=1)] = 0.5  # and at the best: phones that charge at night
+    peak_hour: Annotated[Float, Field(ge=0, lt=24)] = 2.0  # the best hour; a run begins at midnight
+
+
+class Markov(Section):
+    """Clients come and go, each by itself, for times that are exponential."""
+
+    kind: Literal["markov"]
+    on: PositiveFloat = 1800.0  # seconds that one stays, on average
+    off: PositiveFloat = 5400.0  # seconds that one is away, on average
+
+
+class Trace(Section):
+    """When clients are there, from a csv file with the columns client, start and end, a row for each stay."""
+
+    kind: Literal["trace"]
+    file: str
+    period: PositiveFloat | None = None  # seconds after which the trace begins again; null: its last end
+
+
+Availability = Annotated[Diurnal | Markov | Trace, Field(discriminator="kind")]
+
+
+class World(Section):
+    """Devices on a virtual clock: how long rounds would take, who is late, who is not there (docs: Devices)."""
+
+    deadline: PositiveFloat | None = None  # virtual seconds that a client has; a round ends then without it
+    over_select: Annotated[Float, Field(ge=1)] = (
+        1.0  # asked for each client needed; the first count, the rest is lost
+    )
+    partial_work: bool = False  # let slow clients send the local steps that they manage by the deadline
+    dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0  # the chance that a client vanishes in the middle
+    spread: Annotated[Float, Field(ge=0)] = 0.0  # of a device's speed from round to round: sigma of its logarithm
+    availability: Availability | None = None  # null: always
+    concurrency: PositiveInt | None = (
+        None  # clients under way at once, each per_round updates make a new adapter (FedBuff); null: in step
+    )
 
 
 class ExactMatch(Section):
@@ -454,6 +512,7 @@ class Scenario(Section):
     privacy: Privacy | None = None
     secure_aggregation: SecureAggregation | None = None
     compression: Compression | None = None
+    world: World | None = None
     strategy: Strategy
     rounds: PositiveInt
     eval_every: PositiveInt = 1
@@ -817,6 +876,8 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
             )
     elif asked and asked.honest != 1:
         yield Problem(("secure_aggregation", "honest"), "goes with noise: shared")
+    if (world := sections.get("world")) and clients:
+        yield from _worldly(world, clients, sections)
     if data and clients and isinstance(data.partition, LabelShares):
         rows = len(data.partition.shares)
         if clients.total % rows:
@@ -858,6 +919,31 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("model", "quantize"), "is for language models: leave it out")
 
 
+def _worldly(world: World, clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """What a world cannot be."""
+    whole = (privacy := sections.get("privacy")) and privacy.unit == "client"
+    if sections.get("secure_aggregation"):
+        yield Problem(("secure_aggregation",), "goes with no world: what masks cost who is late is not simulated")
+    if world.deadline is None and world.partial_work:
+        yield Problem(("world", "partial_work"), "is by a deadline: set world.deadline")
+    if world.concurrency is None:
+        if world.deadline is None and (world.dropout or world.availability):
+            yield Problem(("world",), "a round would wait for clients that are gone: set world.deadline")
+        if whole and world.over_select > 1:
+            yield Problem(
+                ("world", "over_select"),
+                "a client more would move another out of a round, which unit: client does not cover: leave it out",
+            )
+        return
+    for key, given in (("min_replies", clients.min_replies > 1), ("retries", clients.retries > 0)):
+        if given:
+            yield Problem(("clients", key), "is about rounds in step: leave it out, or world.concurrency")
+    if world.over_select > 1:
+        yield Problem(("world", "over_select"), "is about rounds in step: leave it out, or world.concurrency")
+    if whole:
+        yield Problem(("world", "concurrency"), "unit: client holds for cohorts that are drawn: leave it out")
+
+
 def _explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
     """One pydantic error as a line that names the key as it is written in the file."""
     path: list[str | int] = [section]
@@ -883,7 +969,7 @@ def _explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         given = detail["ctx"].get("tag")
         known = [tag.strip("'") for tag in str(detail["ctx"].get("expected_tags", "")).split(", ")]
-        unions = {"ranks": Ranks, "partition": Partition}
+        unions = {"ranks": Ranks, "partition": Partition, "up": Packed, "availability": Availability}
         known = known if given or path[-1] not in unions else _kinds(unions[str(path[-1])])
         what = f"unknown kind {given!r}: {suggestion(str(given), known)}"
         what = what if given else f"needs a kind, one of {', '.join(known)}"

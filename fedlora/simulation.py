@@ -29,10 +29,11 @@ from fedlora.checkpoint import Merges, whole_folder
 from fedlora.engine.worker import Setter
 from fedlora.errors import SettingError, UserError
 from fedlora.ledger import Ledger
+from fedlora.progress import Progress
 from fedlora.report import trackers
 from fedlora.report.console import Display, default_display
 from fedlora.report.trackers import Tracked
-from fedlora.rounds import Loop, Progress, round_to
+from fedlora.rounds import Loop, round_to
 from fedlora.run import METRICS, Run
 from fedlora.scenario import Scenario
 
@@ -212,6 +213,8 @@ def prepare_server(scenario: Scenario) -> Prepared:
     Raises:
         SettingError: there are none, or the scenario asks for what sites cannot do.
     """
+    if scenario.world is not None:
+        raise SettingError("world", "is of simulated devices: leave it out to run on sites")
     data, total = scenario.data, scenario.clients.total
     test, labels = datasets.read_test(data, scenario.task)
 
@@ -439,7 +442,7 @@ def _restore(folder: Path, ready: Prepared, first: Progress, origin: Mapping[str
             if set(saved.adapter) != set(first.adapter):
                 raise UserError(f"{folder}: its checkpoint holds another adapter than this scenario builds")
             ready.strategy.load_state(saved.strategy)
-            now = Progress(round=saved.round, adapter=saved.adapter, **saved.words)
+            now = Progress.restored(saved)
             known, before = tuple(saved.origin["ledger"]), dict(saved.origin["versions"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{folder}: its checkpoint is of another version of fedlora ({error!r})") from error
@@ -498,6 +501,8 @@ def _summary(
         "versions": {name: version(name) for name in _VERSIONS},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    if scenario.world is not None:
+        summary["virtual_seconds"] = round_to(now.virtual_seconds)
     if scenario.exact_match is not None:
         summary["exact_match"] = now.last.get("exact_match")
     if stopped is not None:

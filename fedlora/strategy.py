@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlora import plugins, task, wire
-from fedlora.adapter import Adapter, Change, Instruction, Kind, Layout, Lora, Update, aggregation_error
+from fedlora.adapter import Adapter, Change, Instruction, Kind, Layout, Lora, Slot, Update, aggregation_error
 from fedlora.errors import ContractError, SettingError
 
 if TYPE_CHECKING:
@@ -418,6 +418,14 @@ def check(strategy: Strategy, scenario: "Scenario") -> None:
             f"what top_k leaves out is added to a later change, and {use} is no mean of changes: take one of "
             f"{can} or of Flower's own, or another kind",
         )
+    if scenario.world is not None and strategy.trips > 1:
+        raise SettingError("world", f"{use} makes {strategy.trips} trips in a round, and devices here make one")
+    if scenario.world is not None and scenario.world.concurrency is not None and not _at_any_time(strategy):
+        can = _those(lambda cls: _at_any_time(cls()))
+        raise SettingError(
+            "world.concurrency",
+            f"updates to older adapters go into a mean of changes, which {use} does not take; take one of {can}",
+        )
     kind = scenario.model.adapter.kind
     if kind not in ("auto", *strategy.kinds):
         can = _those(lambda cls: kind in cls.kinds)
@@ -433,6 +441,13 @@ def check(strategy: Strategy, scenario: "Scenario") -> None:
             f"{use} takes r singular vectors of a weight, and those of {scenario.model.base} are {width} wide: "
             f"take at most {width}; any r go {can}",
         )
+
+
+def _at_any_time(strategy: Strategy) -> bool:
+    """Whether updates of several rounds have one mean: it is linear, and each round is about the same tensors."""
+    layout = {name: Slot(name, (1, 1), name, "x") for name in ("A", "B", "core", "head")}
+    first, second = ([*map(set, (strategy.trains(r, layout), strategy.sends(r, layout)))] for r in (1, 2))
+    return strategy.linear and strategy.trips == 1 and first == second and strategy.draw(1) == strategy.draw(2)
 
 
 def _those(test: Any) -> str:

@@ -36,6 +36,8 @@ class Report:
         event: the privacy event that it cost, also where it failed after it may have trained.
         error: why it failed; None if it did not.
         metrics: figures that it shares.
+        virtual_seconds: that its way took in a simulated world; None elsewhere.
+        late: whether that world, and no fault, is why its update is not used.
     """
 
     client: int
@@ -47,6 +49,8 @@ class Report:
     event: Event | None = None
     error: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    virtual_seconds: float | None = None
+    late: bool = False
 
     def then(self, later: "Report | None") -> "Report":
         """This report with the bytes, the seconds and the error of a later trip added."""
@@ -137,7 +141,7 @@ class Intake:
         """
         told = self.scenario.clients
         rank = told.rank(update.clients[0], self.scenario.seed, self.scenario.model.adapter.r)
-        check_tensors(update.adapter, self._expected(instruction, rank))
+        check_tensors(update.adapter, self.expected(instruction, rank))
         self._check_weight(update)
         if told.max_norm is not None:
             moved = _moved(update.adapter, instruction.at(rank).adapter)
@@ -157,7 +161,7 @@ class Intake:
         if None not in held and update.weight > most * (1 + 1e-6):
             raise ContractError(f"claims to weigh {update.weight:.15g}, and its examples are {most} at most")
 
-    def _expected(self, instruction: Instruction, rank: int) -> dict[str, tuple[int, ...]]:
+    def expected(self, instruction: Instruction, rank: int) -> dict[str, tuple[int, ...]]:
         """The shapes of what a client of a rank should send, found once by a dry run of the reply."""
         key = (instruction.send, instruction.trip, rank)
         if key not in self._shapes:

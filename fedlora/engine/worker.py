@@ -73,14 +73,14 @@ class Setter:
     def __init__(self, scenario: Scenario, noise: Mapping[int, float] | None) -> None:
         self.scenario, self.noise = scenario, noise
 
-    def __call__(self, instruction: Instruction, num_examples: int) -> clients.Settings:
-        """The settings of a client that holds `num_examples`."""
+    def __call__(self, instruction: Instruction, num_examples: int, client: int | None = None) -> clients.Settings:
+        """The settings of a client that holds `num_examples`; which one matters where some take fewer steps."""
         told, privacy = self.scenario.clients, self.scenario.example_privacy
         return clients.Settings(
             round=instruction.round,
             train=instruction.train,
             send=instruction.send,
-            local_steps=told.local_steps,
+            local_steps=told.local_steps if client is None else instruction.steps.get(client, told.local_steps),
             batch_size=told.batch_size,
             lr=told.lr,
             micro_batch_size=told.micro_batch_size,
@@ -210,7 +210,7 @@ class Worker:
         try:
             if instruction.trip == 1:
                 self._agree(instruction)
-                settings = self.settings(instruction, len(partition))
+                settings = self.settings(instruction, len(partition), partition.client)
                 event, steps = self.client.spends(len(partition), settings), settings.local_steps
             update = self._answer(instruction, partition, rank)
             if update.clients != (client,):
@@ -259,7 +259,7 @@ class Worker:
         if instruction.keep and self.personal is not None:
             received = {**received, **self.personal.load(client, before=round)}
         plain = type(strategy).reply is strategies.Strategy.reply
-        settings = self.settings(instruction, len(partition))
+        settings = self.settings(instruction, len(partition), partition.client)
         wanted = tuple(sorted({*settings.send, *instruction.keep} if plain else self.task.layout))
         self.task.become(rank, instruction.draw)
         rng = clients.Rng(secrets.randbits(63) if self.setup.secret else self.scenario.seed, round, client)
