@@ -13,6 +13,7 @@ from fedlora.errors import RoundError, UserError
 from fedlora.pace import Pace
 from fedlora.plan import plan
 from fedlora.progress import UnderWay
+from fedlora.report.console import plan_lines, summary_lines
 from fedlora.simulation import simulate
 from fedlora.world import Journey
 
@@ -123,6 +124,9 @@ def test_a_plan_tells_the_bytes_and_the_virtual_time(tiny, tmp_path, told):
     assert [[a[k] for k in keys] for a in planned.rounds] == [[b[k] for k in keys] for b in run.rounds]
     assert planned.virtual_seconds == pytest.approx(run.summary["virtual_seconds"], abs=1e-3)
     assert planned.epsilon == pytest.approx(run.summary["epsilon"], rel=1e-9)
+    hours = f"{run.summary['virtual_seconds'] / 3600:.2f} virtual hours"
+    assert any(hours in line for line in plan_lines(planned.to_json()))
+    assert any(hours in line for line in summary_lines(run.folder, run.summary))
 
 
 @pytest.mark.parametrize(
@@ -147,3 +151,32 @@ def test_where_nobody_comes_the_run_says_so(tiny, tmp_path):
         world = f"world={{deadline: 9, availability: {{kind: trace, file: {file}}}{more}}}"
         with pytest.raises(RoundError, match="nobody came within 7 days of virtual time"):
             simulate(tiny(world), out=tmp_path / f"run{len(more)}")
+
+
+def test_clients_protected_whole_are_drawn_by_coins_among_those_that_are_there(tiny, tmp_path):
+    whole = ("privacy={unit: client, epsilon: 8, delta: 1.0e-2, clip_norm: 0.5}", "clients.use=sgd")
+    world = "world={deadline: 2, availability: {kind: markov, on: 2000, off: 2000}}"
+    told = (*whole, world, *TEN, "compression={up: {kind: int8}}", "rounds=3")
+    run, plain = (
+        simulate(tiny(*told), out=tmp_path / "run"),
+        simulate(tiny(*told, "world=null"), out=tmp_path / "all"),
+    )
+    assert run.summary["epsilon"] == plain.summary["epsilon"]  # the rate is an upper bound
+    asked = [{(c["round"], c["client"]) for c in r.clients} for r in (run, plain)]
+    assert asked[0] < asked[1] and any(c["error"] == "late" for c in run.clients)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("world", [BUFFERED, CROWD])
+def test_nothing_depends_on_who_runs_the_clients(tiny, tmp_path, world):
+    told = (world, *TEN, "compression={up: {kind: top_k, share: 0.2}, down: {kind: int8}}", "rounds=3")
+    runs = [
+        simulate(
+            tiny(*told, f"engine.kind={kind}", f"engine.workers={workers}"), out=tmp_path / f"{kind}{workers}"
+        )
+        for kind, workers in (("inline", 1), ("ray", 1), ("ray", 2))
+    ]
+    assert same(final(runs[0]), final(runs[1])) and same(final(runs[0]), final(runs[2]))
+    lines = [[{**c, "seconds": 0} for c in run.clients] for run in runs]
+    assert lines[0] == lines[1] == lines[2]

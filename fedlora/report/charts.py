@@ -187,7 +187,13 @@ def _measured(run: Run) -> list[Row]:
     metric, lines = run.metric, run.rounds
     sent = accumulate(line.get("bytes_up", 0) + line.get("bytes_down", 0) for line in lines)
     return [
-        {"round": line["round"], "megabytes": total / 1e6, metric: line[metric], "loss": line.get("loss")}
+        {
+            "round": line["round"],
+            "megabytes": total / 1e6,
+            metric: line[metric],
+            "loss": line.get("loss"),
+            **({"hours": line["virtual_seconds"] / 3600} if "virtual_seconds" in line else {}),
+        }
         for line, total in zip(lines, sent, strict=True)
         if line.get(metric) is not None
     ]
@@ -202,6 +208,10 @@ def _learning(run: Run) -> Sequence[Figure]:
         found.append(
             Figure(f"{metric.capitalize()} by megabyte", "The same against all that was sent so far.", chart)
         )
+        if "hours" in rows[-1]:
+            chart = lines(rows, ("hours", "virtual hours"), (metric, metric))
+            note = "The same by the clock of the simulated devices."
+            found.append(Figure(f"{metric.capitalize()} by virtual hour", note, chart))
     losses = [
         {"round": line["round"], "set": label, "loss": line[key]}
         for key, label in (("loss", "test"), ("train_loss", "training"))

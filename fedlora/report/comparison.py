@@ -56,6 +56,13 @@ class Group:
         return statistics.fmean(sum(line.get(key) or 0 for line in run.rounds) for run in self.runs)
 
     @property
+    def hours(self) -> float | None:
+        """The mean over runs of the virtual hours that the simulated devices took; None without a world."""
+        ends = [run.rounds[-1].get("virtual_seconds") for run in self.runs if run.rounds]
+        known = [end / 3600 for end in ends if end is not None]
+        return statistics.fmean(known) if known else None
+
+    @property
     def epsilon(self) -> float | None:
         """The largest that any of its runs spent."""
         spent = [line["epsilon"] for run in self.runs for line in run.rounds if line.get("epsilon") is not None]
@@ -139,7 +146,13 @@ class Comparison:
         head = ("configuration", "seeds", self.metric, "difference", "p", "MB up", "MB down", "epsilon", "minutes")
         rows = [self._row(group) for group in self.groups]
         rows += [[f"({row[0]})", *row[1:]] for row in map(self._row, self.apart)]
-        return Table((*head, "front"), rows, frozenset({0}))
+        made = Table((*head, "front"), rows, frozenset({0}))
+        hours = [group.hours for group in (*self.groups, *self.apart)]
+        if any(hours):
+            cells = [_NONE if h is None else f"{h:.2f}" for h in hours]
+            rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
+            made = Table((*made.head, "virtual hours"), rows, made.left)
+        return made
 
     def _row(self, group: Group) -> list[str]:
         test = self.tests.get(group.label) if group in self.groups else None
@@ -179,7 +192,10 @@ class Comparison:
             many = any(len(g.runs) > 1 for g in self.groups)
             note = "Mean over seeds; the band is one standard deviation." if many else "One seed each."
             band = ("low", "high") if many else None
-            for x, title in (("round", "round"), ("megabytes", "megabytes, up and down")):
+            axes = [("round", "round"), ("megabytes", "megabytes, up and down")]
+            if all("hours" in row for row in rows):
+                axes.append(("hours", "virtual hours, of the simulated devices"))
+            for x, title in axes:
                 chart = charts.lines(
                     rows, (x, title), (metric, metric), series="run", band=band, whole=x == "round"
                 )
@@ -337,20 +353,24 @@ def _front(costs: Mapping[str, tuple[float, ...]]) -> set[str]:
 
 def _curve(group: Group, metric: str) -> Iterator[Row]:
     """Mean and spread of the metric over runs, in the rounds that all of them measured."""
-    measured: dict[int, list[tuple[float, float]]] = {}
+    measured: dict[int, list[tuple[float, float, float | None]]] = {}
     for run in group.runs:
         sent = accumulate(line.get("bytes_up", 0) + line.get("bytes_down", 0) for line in run.rounds)
         for line, total in zip(run.rounds, sent, strict=True):
             if line.get(metric) is not None:
-                measured.setdefault(line["round"], []).append((total / 1e6, line[metric]))
+                measured.setdefault(line["round"], []).append(
+                    (total / 1e6, line[metric], line.get("virtual_seconds"))
+                )
     for round, found in sorted(measured.items()):
         if len(found) == len(group.runs):
-            mean = statistics.fmean(value for _, value in found)
-            around = statistics.stdev(value for _, value in found) if len(found) > 1 else 0.0
+            mean = statistics.fmean(value for _, value, _ in found)
+            around = statistics.stdev(value for _, value, _ in found) if len(found) > 1 else 0.0
+            clocks = [clock / 3600 for _, _, clock in found if clock is not None]
             yield {
                 "run": group.label,
                 "round": round,
-                "megabytes": statistics.fmean(total for total, _ in found),
+                "megabytes": statistics.fmean(total for total, _, _ in found),
+                **({"hours": statistics.fmean(clocks)} if len(clocks) == len(found) else {}),
                 metric: mean,
                 "low": mean - around,
                 "high": mean + around,

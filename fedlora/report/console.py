@@ -200,6 +200,11 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         f"  bytes     up {size(plan['bytes_up_total'])}, down {size(plan['bytes_down_total'])}; in round 1 "
         f"up {size(rounds[0]['bytes_up'])}, down {size(rounds[0]['bytes_down'])}; all clients together",
     ]
+    if plan["virtual_seconds"] is not None:
+        late = sum(line["late"] for line in rounds)
+        lines.append(
+            f"  devices   {plan['virtual_seconds'] / 3600:.2f} virtual hours; {late} clients late or gone"
+        )
     if private:
         lines.append(
             f"  privacy   epsilon {plan['epsilon']:.3f} at delta {plan['delta']:g} for each {plan['unit']}; "
@@ -269,6 +274,8 @@ def summary_lines(folder: object, summary: Mapping[str, Any]) -> list[str]:
         f"  folder   {folder}",
         f"  adapter  {folder}/adapter",
     ]
+    if "virtual_seconds" in summary:
+        lines.insert(2, f"  devices  {summary['virtual_seconds'] / 3600:.2f} virtual hours")
     if "stopped" in summary:
         lines.insert(1, f"  stopped  {summary['stopped']}; go on with --resume")
     return lines

@@ -71,7 +71,7 @@ def test_the_python_of_the_concepts_runs(small):
     assert names["run"].summary["rounds"] == 1
 
 
-@pytest.mark.parametrize("page", ["concepts", "scenarios", "privacy"])
+@pytest.mark.parametrize("page", ["concepts", "scenarios", "privacy", "devices"])
 def test_the_settings_on_a_page_are_real(page):
     whole = {"name": "x", "data": {"dataset": "tweets"}, "clients": {"total": 20}, "rounds": 1}
     for block in blocks(page, "yaml"):

@@ -8,6 +8,7 @@ from scipy import stats
 
 from fedlora.cli import main
 from fedlora.errors import UserError
+from fedlora.report import single
 from fedlora.report.comparison import Comparison
 from fedlora.run import Run
 
@@ -17,7 +18,17 @@ def folder(tmp_path):
     """Writes a run folder: two rounds, the metric measured after each, 1 MB up and 2 MB down in each."""
 
     def write(
-        name, accuracy, *, use="ffa_lora", seed=0, mb=1.0, epsilon=None, metric="accuracy", ended=True, **more
+        name,
+        accuracy,
+        *,
+        use="ffa_lora",
+        seed=0,
+        mb=1.0,
+        epsilon=None,
+        metric="accuracy",
+        ended=True,
+        clock=None,
+        **more,
     ):
         made = tmp_path / name
         made.mkdir()
@@ -28,6 +39,8 @@ def folder(tmp_path):
             {"round": r, metric: value, "bytes_up": mb * 1e6, "bytes_down": 2e6, "epsilon": epsilon, "seconds": 30}
             for r, value in ((1, accuracy - 0.1), (2, accuracy))
         ]
+        if clock is not None:
+            lines = [line | {"virtual_seconds": clock * line["round"], "late": 1} for line in lines]
         (made / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (made / "clients.jsonl").touch()
         if ended:
@@ -185,3 +198,18 @@ def test_the_command_prints_a_table_and_writes_a_page(folder, tmp_path, capsys, 
     assert capsys.readouterr().out.startswith(first) and "<figure " in (tmp_path / "c.html").read_text()
     assert main(["compare", runs[0], str(tmp_path / "none"), "--out", str(tmp_path / "d.html")]) == 2
     assert not (tmp_path / "d.html").exists()
+
+
+def test_where_devices_have_a_clock_the_metric_stands_by_virtual_hours(folder):
+    runs = [folder("a", 0.6, clock=3600.0), folder("b", 0.7, use="fedavg_lora", clock=1800.0)]
+    made = Comparison(runs)
+    assert (
+        cells(made, "ffa_lora")["virtual hours"] == "2.00"
+        and cells(made, "fedavg_lora")["virtual hours"] == "1.00"
+    )
+    assert "Accuracy by hour" in [figure.title for figure in made.figures()]
+    plain = Comparison([*runs, folder("c", 0.5, use="flora")])
+    assert cells(plain, "flora")["virtual hours"] == "-"
+    assert "Accuracy by hour" not in [figure.title for figure in plain.figures()]
+    page = single.html(runs[0])
+    assert "Accuracy by virtual hour" in page and "2.00 h" in page and "2 were late or vanished" in page
