@@ -36,6 +36,7 @@ from fedlora.report.trackers import Tracked
 from fedlora.rounds import Loop, round_to
 from fedlora.run import METRICS, Run
 from fedlora.scenario import Scenario
+from fedlora.world import World
 
 SHOWN = 1000  # clients in `partitions.json`, at most
 
@@ -265,6 +266,8 @@ def _prepared(
         raise SettingError("clients.use", f"{scenario.clients.use} needs a privacy section")
     if not client.private and scenario.example_privacy is not None:
         raise SettingError("clients.use", f"{scenario.clients.use} adds no noise, and a privacy section is given")
+    if scenario.world is not None:
+        World(scenario)  # reads its trace
     model, data = scenario.model, scenario.data
     images = scenario.task == "image_classification"
     reader = (task.load_processor if images else task.load_tokenizer)(model.base, model.revision)

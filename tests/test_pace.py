@@ -138,11 +138,32 @@ def test_a_plan_tells_the_bytes_and_the_virtual_time(tiny, tmp_path, told):
         ),
         (("world={concurrency: 2}", "strategy.use=flexlora"), "take one of"),
         (("world={}", "strategy.use=fedask"), "makes 2 trips"),
+        (
+            ("world={deadline: 9, availability: {kind: trace, file: none.csv}}",),
+            "world.availability.file: none.csv: is no table",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(tiny, tmp_path, told, words):
     with pytest.raises(UserError, match=words):
         simulate(tiny(*told), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_round_tried_again_counts_who_was_late_before_by_how_it_ended(tiny, tmp_path):
+    """Three of four must arrive by a deadline that one in two passes: some rounds take a second try."""
+    told = ("world={deadline: 0.9, spread: 0.3}", "clients.min_replies=3", "clients.retries=9", "clients.total=8")
+    tiers = "clients.tiers={one: {share: 1, seconds_per_example: 0.05}}"
+    run = simulate(
+        tiny(*told, tiers, "clients.per_round=4", "rounds=4", "seed=1", private=False), out=tmp_path / "run"
+    )
+    for line in run.rounds:
+        mine = [c["error"] for c in run.clients if c["round"] == line["round"]]
+        assert (
+            line["clients"] == mine.count(None) >= 3
+            and line["late"] + line["failures"] == len(mine) - line["clients"]
+        )
+    assert max(sum(c["round"] == line["round"] for c in run.clients) for line in run.rounds) > 4
 
 
 def test_where_nobody_comes_the_run_says_so(tiny, tmp_path):

@@ -62,6 +62,8 @@ class Report:
             bytes_down=self.bytes_down + later.bytes_down,
             seconds=self.seconds + later.seconds,
             error=later.error,
+            virtual_seconds=later.virtual_seconds,
+            late=later.late,
         )
 
 
