@@ -96,6 +96,8 @@ class Worker:
 
     def __init__(self, setup: Setup) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(cache, "64")  # rows have a length of their own each: at 1,024, gigabytes in time
         import torch
 
         from fedlora import task
