@@ -413,8 +413,8 @@ Packed = Annotated[Rounded | TopK, Field(discriminator="kind")]
 class Compression(Section):
     """What travels in fewer bytes; clients send their change, noise included, and the server's own stays exact."""
 
-    up: Packed | None = None  # int8 costs hardly any accuracy
-    down: Rounded | None = None  # the adapter itself, whose rounding all clients share: fp16 is safe, int4 is not
+    up: Packed | None = None  # int8 is a quarter of the bytes; judge its cost by a run without
+    down: Rounded | None = None  # the adapter itself, whose rounding all clients share: prefer fp16 to fewer bits
 
 
 class Diurnal(Section):
