@@ -1000,7 +1000,9 @@ def _fields(path: Sequence[str | int], raw: object) -> Iterable[str]:
     here: Any = {path[0]: raw}
     for part in path:
         here = here.get(part, {}) if isinstance(here, dict) else {}
-        options = list(_sections(cls.model_fields[str(part)].annotation))
+        field = cls.model_fields.get(str(part))
+        if not (options := list(_sections(field.annotation)) if field else []):
+            continue  # a name of the user's own, such as a tier's
         kind = here.get("kind") if isinstance(here, dict) else None
         cls = next((c for c in options if "kind" in c.model_fields and kind in _literals(c)), options[0])
     return cls.model_fields

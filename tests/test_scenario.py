@@ -56,6 +56,14 @@ def test_defaults_are_filled_in():
         ("model:\n  adapter:\n    rr: 4", "f.yaml:8: unknown key 'rr' in model.adapter: did you mean 'r'?"),
         ("clients: {total: 4, per_rond: 2}", "f.yaml:3: unknown key 'per_rond' in clients: did you mean 'per_r"),
         ("clients: {use: sgd}", "f.yaml:3: clients.total is missing"),
+        (
+            "clients: {total: 4, tiers: {old: {share: 1, rnk: 2}}}",
+            "unknown key 'rnk' in clients.tiers.old: did you mean 'rank'?",
+        ),
+        (
+            "clients: {total: 4, tiers: {share: {share: 1, rnk: 2}}}",
+            "'rnk' in clients.tiers.share: did you mean 'rank'?",
+        ),
         (DATA % "{kind: dirichlet, alpha: 1, apha: 2}", "'apha' in data.partition: did you mean 'alpha'?"),
         # misspelt names
         ("data: {dataset: tweet}", "f.yaml:2: data.dataset: unknown dataset 'tweet': did you mean 'tweets'?"),
