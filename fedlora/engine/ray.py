@@ -145,6 +145,7 @@ class RayEngine(Engine):
                 {"address": self.address}
                 if self.address
                 else {
+                    "address": "local",  # and not whatever cluster runs here
                     "num_cpus": max((workers or 1) * self.threads, 1),
                     "include_dashboard": False,
                     "object_store_memory": 512 * 2**20,
