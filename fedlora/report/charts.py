@@ -162,8 +162,10 @@ def points(
         color=alt.Color(f"{series}:N", sort=None, legend=legend),
         shape=alt.Shape(f"{series}:N", sort=None, legend=legend),
     )
-    bars = base.mark_rule(strokeWidth=2, opacity=0.6).encode(
-        y=alt.Y("low:Q", title=y[1]), y2="high:Q", color=alt.Color(f"{series}:N", sort=None, legend=legend)
+    bars = base.mark_rule(
+        strokeWidth=2, color="gray", opacity=0.6
+    ).encode(  # of one colour, or it has a legend of its own
+        y=alt.Y("low:Q", title=y[1]), y2="high:Q"
     )
     return alt.LayerChart(layer=[best, bars, dots], width="container", height=260)
 
