@@ -23,13 +23,8 @@ def ready(tiny):
     """Makes all that a round needs, for a strategy."""
 
     def make(name):
-        drawn = (
-            "data.partition={kind: sampled, examples: 16}",
-            f"clients.total={CLIENTS}",
-            "clients.local_steps=1",
-        )
         held = "data.client_test_share=0.2"
-        made = prepare(tiny(f"strategy.use={name}", "model.adapter.kind=auto", held, *drawn))
+        made = prepare(tiny(f"strategy.use={name}", "model.adapter.kind=auto", held, *DRAWN))
         return replace(made, setup=replace(made.setup, noise=calibrate(made.scenario, made.data)))
 
     return make
