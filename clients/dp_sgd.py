@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedlora.adapter import Adapter, Update
-from fedlora.client import Client, Rng, Settings, moved, pull_towards, resting, smooth
+from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_towards, resting, smooth
 from fedlora.data import Partition
 from fedlora.errors import ContractError, SettingError
 from fedlora.lowrank import by_example
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class DPSGD(Client):
+class DPSGD(Stepwise):
     """Clips each example, noises the sum; weighs all clients alike, so that no count leaves.
 
     Attributes:
@@ -73,7 +73,9 @@ class DPSGD(Client):
             clip_norm=settings.clip_norm,
         )
 
-    def fit(self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng) -> Update:
+    def passes(
+        self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng
+    ) -> Passes[Update]:
         """Train; the training loss stays here unless `share_metrics` lets it out."""
         import torch
 
@@ -99,7 +101,7 @@ class DPSGD(Client):
             parts = list(task.micro_batches(partition.examples, rows, settings.micro_batch_size))
             for i, (batch, _) in enumerate(parts):
                 optimizer.zero_grad(set_to_none=True)
-                loss_sum += _backward(task, batch)
+                loss_sum += yield Pass(batch, singly=True)
                 dropped += _make_safe(moving)
                 _fill(parameters, len(batch["targets"]))
                 if i < len(parts) - 1:
@@ -129,6 +131,10 @@ class DPSGD(Client):
             clients=(partition.client,),
             metrics={"train_loss": float(loss_sum) / max(taken, 1)} | odd if shared else {},
         )
+
+    def backward(self, task: "Task", asked: Pass) -> "torch.Tensor":
+        """Leave the gradient of each example; the sum of the losses."""
+        return _backward(task, asked.batch)
 
     def _optimizer(self, inner: "torch.optim.Optimizer", *, max_grad_norm: float, **told: Any) -> Any:
         """Opacus's optimiser that clips as asked."""
@@ -198,6 +204,8 @@ def _hook(task: "Task", train: tuple[str, ...]) -> None:
         if hasattr(parameter, "_forward_counter"):
             parameter._forward_counter, parameter.grad_sample = 0, None
             vars(parameter).pop("_current_grad_sample", None)
+    if not task.own:  # layers of fused clients make them all
+        return
     if vars(task.model).get("fedlora_hooked") == train:
         return
     for handle in getattr(task.model, "autograd_grad_sample_hooks", ()):  # of tensors that trained before

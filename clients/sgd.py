@@ -5,17 +5,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedlora.adapter import Adapter, Update
-from fedlora.client import Client, Rng, Settings, moved, pull_towards, resting, smooth
+from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_towards, resting, smooth
 from fedlora.data import Partition
 
 if TYPE_CHECKING:
     from fedlora.task import Task
 
 
-class SGD(Client):
+class SGD(Stepwise):
     """`local_steps` of SGD over shuffled passes; weighs by its number of examples."""
 
-    def fit(self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng) -> Update:
+    def passes(
+        self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng
+    ) -> Passes[Update]:
         """Train; `train_loss` is the mean loss of an example over all steps."""
         import torch
 
@@ -34,10 +36,7 @@ class SGD(Client):
             for name, parameter in zip(settings.train, parameters, strict=True):
                 parameter.requires_grad_(name not in still)
             for batch, _ in task.micro_batches(partition.examples, rows, settings.micro_batch_size):
-                with task.autocast():
-                    loss = task.losses(batch).sum() / size
-                loss.backward()  # type: ignore[no-untyped-call]
-                loss_sum += loss.detach()
+                loss_sum += yield Pass(batch, over=size)
             pull_towards(parameters, received, settings.config)
             smooth(task, dict(zip(settings.train, parameters, strict=True)), settings.config)
             optimizer.step()

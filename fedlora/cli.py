@@ -209,7 +209,7 @@ def _check(arguments: argparse.Namespace) -> int:
     loaded = scenario.load(arguments.scenario, arguments.overrides)
     checks = (
         lambda: strategy.check(strategy.load(loaded.strategy.use, loaded.strategy.options), loaded),
-        lambda: client.load(loaded.clients.use, loaded.clients.options),
+        lambda: client.check_fused(client.load(loaded.clients.use, loaded.clients.options), loaded.engine.fused),
         lambda: task.find_base(loaded.model.base),
         lambda: data.check(loaded.data, loaded.task, loaded.clients.total),
     )

@@ -1,9 +1,9 @@
 """The Client contract: train in a resident model, return an update."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from fedlora.seeding import derive, generator
 if TYPE_CHECKING:
     import torch
 
-    from fedlora.task import Task
+    from fedlora.task import Batch, Task
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,71 @@ class Client(ABC):
         Returns:
             The tensors named by `settings.send`, and a weight that may leave the client.
         """
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A micro-batch that a client wants passed through the model, forward and back.
+
+    Attributes:
+        batch: as `Task.batch` makes it.
+        over: what the sum of its losses is divided by.
+        singly: whether gradients are asked for by example, in `grad_sample`, and not summed in `grad`.
+    """
+
+    batch: "Batch"
+    over: int = 1
+    singly: bool = False
+
+
+Passes = Generator[Pass, "torch.Tensor", T]
+"""Work that asks for passes: it is sent the loss of each, and finds the gradients on its parameters."""
+
+
+class Stepwise(Client):
+    """A client that asks for its passes, so that several clients can share each (`engine.fused`).
+
+    Its loop is one and the same, whether it passes alone or beside others. Where `fit` is another, clients train
+    one after another.
+    """
+
+    @abstractmethod
+    def passes(
+        self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng
+    ) -> Passes[Update]:
+        """As `fit`, with a `yield Pass(...)` wherever it wants one; between two, others may use the task."""
+
+    def fit(self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng) -> Update:
+        """Train alone."""
+        passes = self.passes(task, adapter, partition, settings, rng)
+        try:
+            asked = next(passes)
+            while True:
+                asked = passes.send(self.backward(task, asked))
+        except StopIteration as end:
+            update: Update = end.value
+            return update
+
+    def backward(self, task: "Task", asked: Pass) -> "torch.Tensor":
+        """Leave the gradients of one pass; its loss."""
+        with task.autocast():
+            loss = task.losses(asked.batch).sum() / asked.over
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+
+def check_fused(client: Client, fused: int) -> None:
+    """Make sure that clients can share passes where a scenario asks for it.
+
+    Raises:
+        SettingError: they train by a `fit` of their own.
+    """
+    if fused > 1 and not (isinstance(client, Stepwise) and type(client).fit is Stepwise.fit):
+        raise SettingError(
+            "engine.fused",
+            f"{type(client).__name__} trains by a fit of its own, and so one client after another: leave this "
+            "out, or give it `passes` as fedlora.client.Stepwise has them",
+        )
 
 
 def load(use: str, options: Mapping[str, Any]) -> Client:

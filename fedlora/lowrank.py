@@ -26,13 +26,15 @@ class LowRank:
     """The layers of a model that run this way.
 
     Attributes:
+        layers: themselves.
+        find: how the examples lie in a tensor of the last pass.
         singly: whether backward passes leave `grad_sample`, (examples, *shape) in float32, in place of `grad`.
     """
 
     def __init__(self, model: Any, find: Find) -> None:
         """Take over every layer with plain factors beside a plain linear layer; the others stay as they are."""
-        self.singly, self._find = False, find
-        for layer in _plain(model):
+        self.singly, self.find, self.layers = False, find, list(_plain(model))
+        for layer in self.layers:
             layer.forward = partial(self._forward, layer)
 
     def _forward(self, layer: Any, x: "torch.Tensor") -> "torch.Tensor":
@@ -44,7 +46,7 @@ class LowRank:
         """`by_example`, where `whole` is the gradient in the shape that says where the examples are."""
         import torch
 
-        if (lies := self._find(whole)) is None:
+        if (lies := self.find(whole)) is None:
             left, right = (x.float().view(len(whole), -1, x.shape[-1]) for x in (left, right))
             return torch.bmm(left.transpose(1, 2), right)
         return by_example(left, right, lies)
@@ -118,9 +120,9 @@ def _function() -> Any:
             a, b = ctx.factors
             if ctx.layers.singly:
                 if ctx.needs_input_grad[3]:
-                    _add(a, ctx.layers.samples(gradient, left, x))
+                    add_sample(a, ctx.layers.samples(gradient, left, x))
                 if ctx.needs_input_grad[4]:
-                    _add(b, ctx.layers.samples(gradient, inner * ctx.scaling, flat).transpose(1, 2))
+                    add_sample(b, ctx.layers.samples(gradient, inner * ctx.scaling, flat).transpose(1, 2))
             else:
                 if ctx.needs_input_grad[3]:
                     da = (left.t() @ x).to(a.dtype)
@@ -131,7 +133,7 @@ def _function() -> Any:
     return Product
 
 
-def _add(parameter: Any, sample: "torch.Tensor") -> None:
-    """A layer that a pass goes through twice has two terms."""
+def add_sample(parameter: Any, sample: "torch.Tensor") -> None:
+    """Leave per-example gradients: a layer that a pass goes through twice has two terms."""
     before = getattr(parameter, "grad_sample", None)
     parameter.grad_sample = sample if before is None else before + sample

@@ -65,14 +65,15 @@ class Segments:
         """Where the heads of tokens, (tokens * heads), lie in a batch of (examples * heads, longest).
 
         Returns:
-            For each cell of the batch the head of a token, that of the first one for padding; and the cell of
-            each head of a token.
+            For each cell of the batch the head of a token, that of the example's first for padding; and the cell
+            of each head of a token.
         """
         import torch
 
         if count not in self._heads:
             examples, longest = self.mask.shape
-            tokens = self.mask.new_zeros(self.mask.numel(), dtype=self.cells.dtype)
+            # Padding holds a token of its own example: 0 times what is not finite would reach the others.
+            tokens = self.first.repeat_interleave(longest)
             tokens[self.cells] = torch.arange(len(self.cells), device=self.mask.device)
             head = torch.arange(count, device=self.mask.device)
             there = (tokens.view(examples, 1, longest) * count + head[:, None]).flatten()
@@ -215,6 +216,7 @@ class Packing:
     Attributes:
         rows: how the examples of the last pass lie in its rows, by the length of the row. There is more than
             one where a row was cut to some of its tokens; rows of one length hold the same tokens.
+        cut: the same of what the next pass will cut its row to behind the body.
     """
 
     def __init__(self, body: Any, *, unpack: bool, first_position: int = 0, cut: bool = False) -> None:
@@ -231,6 +233,7 @@ class Packing:
             AttributeError: the layers of the body are not where `cut` looks for them.
         """
         self.rows: Mapping[int, Segments] = {}
+        self.cut: Mapping[int, Segments] = {}
         self._body, self._before, self._first = body, body.config._attn_implementation, first_position
         self._hooks: list[Callable[[], Any]] = [
             lambda: body.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -282,7 +285,7 @@ class Packing:
         mask = kwargs.get("attention_mask")
         segments = Segments(ids.new_ones(ids.shape).bool() if mask is None else mask.bool())
         row = segments.row(ids)
-        self.rows = {row.shape[1]: segments}
+        self.rows, self.cut = {**self.cut, row.shape[1]: segments}, {}
         changed = {"input_ids": row, "attention_mask": None, "segments": segments}
         return (), {**kwargs, **changed, "position_ids": segments.positions + self._first}
 

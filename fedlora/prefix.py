@@ -44,7 +44,7 @@ class Prefix:
         """Stand in for the blocks below the lowest factors, in their order."""
         self.row: torch.Tensor | None = None
         self._kept: OrderedDict[int, Kept] = OrderedDict()
-        self._now: Kept | None = None
+        self._now: list[Kept] = []
         self._filling = False
         for block in blocks:
             block.forward = partial(self._block, block.forward, block is blocks[-1])
@@ -65,22 +65,21 @@ class Prefix:
             self._kept[partition.client] = kept
             while sum(k.size for k in self._kept.values()) > LIMIT:
                 self._kept.popitem(last=False)
-        self._now = kept
+            self._now.append(kept)
         try:
             yield
         finally:
-            self._now = self.row = None
+            self._now = [other for other in self._now if other is not kept]
+            self.row = None
 
     def find(self, examples: "Examples", rows: NDArray[np.int64]) -> "torch.Tensor | None":
         """The tokens of some examples in one row, if they are the client's."""
         import torch
 
-        if self._now is None or examples is not self._now.partition.examples:
-            return None
-        known = self._now.rows
-        if any(int(row) not in known for row in rows):
-            return None
-        return torch.cat([known[int(row)] for row in rows])[None]
+        for kept in self._now:
+            if examples is kept.partition.examples and all(int(row) in kept.rows for row in rows):
+                return torch.cat([kept.rows[int(row)] for row in rows])[None]
+        return None
 
     def _fill(self, partition: "Partition", run: Callable[[NDArray[np.int64]], Any], size: int) -> Kept | None:
         """All of a client's examples; None where they take more than the limit."""

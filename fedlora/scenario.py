@@ -490,11 +490,12 @@ class Strategy(PlugIn):
 
 
 class Engine(Section):
-    """Where clients run. Nothing here but `threads` and `precision` can change a result."""
+    """Where clients run. Nothing here but `threads`, `fused` and `precision` can change a result."""
 
     kind: Literal["auto", "inline", "ray"] = "auto"
     workers: PositiveInt | Literal["auto"] = "auto"
     threads: PositiveInt | Literal["auto"] = "auto"  # per worker
+    fused: PositiveInt = 1  # clients that share a worker's passes; for small batches on a large GPU, try 4 to 8
     gpus_per_worker: Annotated[Float, Field(ge=0)] = 0.0
     deadline: PositiveFloat | None = None  # seconds that a round at sites, or a chunk of clients on Ray, may take
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of training; evaluation is in fp32

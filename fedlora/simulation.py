@@ -262,6 +262,7 @@ def _prepared(
     strategy = strategies.load(scenario.strategy.use, scenario.strategy.options)
     strategies.check(strategy, scenario)
     client = clients.load(scenario.clients.use, scenario.clients.options)
+    clients.check_fused(client, scenario.engine.fused)
     if client.private and scenario.example_privacy is None:
         raise SettingError("clients.use", f"{scenario.clients.use} needs a privacy section")
     if not client.private and scenario.example_privacy is not None:

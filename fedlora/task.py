@@ -184,6 +184,7 @@ class Task(ABC):
         layout: every tensor that could federate, by name.
         initial: the adapter that the seed stands for, at the full rank.
         packing: of the examples of a batch into one row without padding; None where the model does not allow it.
+        own: whether the tensors that `begin` and `read` are about are the model's own.
     """
 
     task_type: str | None  # of peft
@@ -223,6 +224,7 @@ class Task(ABC):
         self.device = torch.device(device)
         self.model.to(self.device)
         self._parameters = {_public(n): p for n, p in self.model.named_parameters() if _federates(n)}
+        self.own = True
         self.layout: Layout = {
             name: Slot(
                 name,
@@ -290,6 +292,20 @@ class Task(ABC):
     def read(self, names: Sequence[str]) -> Adapter:
         """Copies of the named tensors, float32."""
         return {n: self._parameters[n].detach().float().cpu().numpy().copy() for n in names}
+
+    @property
+    def parameters(self) -> Mapping[str, "torch.nn.Parameter"]:
+        """The tensors at hand, of every slot of the layout."""
+        return self._parameters
+
+    @contextlib.contextmanager
+    def holding(self, parameters: dict[str, "torch.nn.Parameter"]) -> Iterator[None]:
+        """Let `begin`, `write` and `read` be about other tensors than the model's own for a while."""
+        before, self._parameters, self.own = self._parameters, parameters, False
+        try:
+            yield
+        finally:
+            self._parameters, self.own = before, True
 
     def become(self, rank: int | None = None, draw: int = 0) -> None:
         """Take on a client's rank, and a draw of first values, for what `begin` does next.
@@ -419,6 +435,22 @@ class Task(ABC):
         if self.prefix is not None and (row := self.prefix.find(examples, rows)) is not None:
             batch["prefix"] = row
         return batch
+
+    def join(self, batches: Sequence[Batch]) -> Batch:
+        """Batches as one, of their examples one after another."""
+        import torch
+
+        shared = [key for key in batches[0] if all(key in batch for batch in batches)]
+        width = max(batch["input_ids"].shape[1] for batch in batches) if "input_ids" in shared else 0
+        joined: Batch = {}
+        for key in shared:
+            parts = [batch[key] for batch in batches]
+            if key in ("input_ids", "attention_mask"):
+                filler = self.pad if key == "input_ids" else 0
+                pad = torch.nn.functional.pad
+                parts = [pad(part, (0, width - part.shape[1]), value=filler) for part in parts]
+            joined[key] = torch.cat(parts, dim=1 if key == "prefix" else 0)
+        return joined
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -592,8 +624,8 @@ class CausalLM(Task):
             return self._run(batch).logits[:, :-1][scored].float()  # type: ignore[no-any-return]
         places = mask.flatten().cumsum(0).view_as(mask) - 1  # of each token in the row
         kept = places[:, :-1][scored]
+        self.packing.cut = {len(kept): Segments(scored)}
         logits: torch.Tensor = self._run(batch, logits_to_keep=kept).logits[0]
-        self.packing.rows = {len(kept): Segments(scored), **self.packing.rows}
         return logits.float()
 
     def _token_losses(self, batch: Batch) -> tuple["torch.Tensor", "torch.Tensor"]:

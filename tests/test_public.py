@@ -20,7 +20,7 @@ LAYERS = [
     {"scenario"},
     {"adapter", "data", "lowrank", "packing", "prefix", "privacy", "secure", "task", "world"},
     {"wire"},
-    {"central", "client", "strategy"},
+    {"central", "client", "fused", "strategy"},
     {"checkpoint", "ledger"},
     {"run", "report"},
     {"engine"},

@@ -21,14 +21,16 @@ from fedlora.engine.worker import Description, Setup
 EVALUATION_CHUNK = 256  # test examples: fixed, so that sums do not depend on the number of workers
 
 
-def chunks(cohort: Sequence[int], most: int | None = None) -> list[Sequence[int]]:
+def chunks(cohort: Sequence[int], most: int | None = None, fused: int = 1) -> list[Sequence[int]]:
     """A cohort in pieces that depend on its size alone, so that partial sums do not depend on the workers.
 
     Args:
         cohort: client ids.
         most: clients of a piece, where nothing is summed over it; None: as many as it takes to make 64.
+        fused: clients that share a worker's passes; a piece is made of whole groups of them.
     """
     size = max(1, min(len(cohort) // 64, most or len(cohort)))
+    size = -(-size // fused) * fused
     return [cohort[i : i + size] for i in range(0, len(cohort), size)]
 
 

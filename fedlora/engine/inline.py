@@ -20,7 +20,8 @@ class InlineEngine(Engine):
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
         """Run the clients in order, in the chunks that other engines make."""
-        parts = (self.worker.train(instruction, chunk, partial_sums) for chunk in chunks(cohort))
+        pieces = chunks(cohort, fused=self.worker.scenario.engine.fused)
+        parts = (self.worker.train(instruction, piece, partial_sums) for piece in pieces)
         return gathered(parts, partial_sums)
 
     def evaluate(self, adapter: Adapter) -> dict[str, float]:

@@ -209,7 +209,8 @@ class RayEngine(Engine):
         import ray
 
         size = sum(tensor.nbytes for tensor in instruction.adapter.values())
-        pieces = chunks(cohort, None if partial_sums else max(1, REPLY_BYTES // max(size, 1)))
+        most = None if partial_sums else max(1, REPLY_BYTES // max(size, 1))
+        pieces = chunks(cohort, most, self.setup.scenario["engine"]["fused"])
         told = ray.put(instruction)  # one broadcast
         parts = self._spread(
             [self._call("train", told, piece, partial_sums) for piece in pieces],

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from fedlora.data import Dataset, Partition
 from fedlora.engine.intake import Intake, Replies, Report, check_tensors
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError
+from fedlora.fused import Fused
 from fedlora.scenario import Scenario
 
 
@@ -124,6 +125,7 @@ class Worker:
             max_length=self.scenario.data.max_length,
             precision="bf16" if setup.precision == "bf16" else "fp32",
         )
+        self.fused = Fused(self.task) if self.scenario.engine.fused > 1 else None
         self.settings = Setter(self.scenario, setup.noise)
         self.serve(strategy, setup.personal)
 
@@ -163,14 +165,13 @@ class Worker:
         return os.getpid()
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
-        """Run clients one after another; one that raises is a report with an error, never silence."""
+        """Run clients in their order; one that raises is a report with an error, never silence."""
         ranks = [self._rank(client) for client in cohort]
         asked = {rank: instruction.at(rank) for rank in set(ranks)}
         received = {rank: self.transport.received(asked[rank], rank) for rank in asked}
         down = {rank: self._bytes_down(asked[rank]) for rank in asked}
         total, updates, reports = Sum(), [], []
-        for client, rank in zip(cohort, ranks, strict=True):
-            update, report = self._fit(received[rank], client, rank, down[rank])
+        for rank, (update, report) in zip(ranks, self._fits(cohort, ranks, received, down), strict=True):
             if update is not None and self.transport.used:
                 try:
                     update = self.transport.arrived(self.transport.passed(update, asked[rank]), asked[rank])
@@ -186,6 +187,32 @@ class Worker:
             else:
                 updates.append(update)
         return Replies(total.updates() if partial_sums else updates, reports)
+
+    def _fits(
+        self,
+        cohort: Sequence[int],
+        ranks: Sequence[int],
+        received: Mapping[int, Instruction],
+        down: Mapping[int, int],
+    ) -> Iterator[tuple[Update | None, Report]]:
+        """What becomes of each client, in their order.
+
+        Of as many in a row as `engine.fused` says those of one rank share their passes, whoever fails beside them:
+        who shares with whom depends on the cohort alone.
+        """
+        if self.fused is None:
+            for client, rank in zip(cohort, ranks, strict=True):
+                yield self._alone(received[rank], client, rank, down[rank])
+            return
+        size = self.scenario.engine.fused
+        for start in range(0, len(cohort), size):
+            group = range(start, min(start + size, len(cohort)))
+            made: dict[int, tuple[Update | None, Report]] = {}
+            for rank in {ranks[i] for i in group}:
+                mine = [i for i in group if ranks[i] == rank]
+                fits = [self._fit(received[rank], cohort[i], rank, down[rank], len(mine)) for i in mine]
+                made |= zip(mine, self.fused.run(rank, fits), strict=True)
+            yield from (made[i] for i in group)
 
     def _rank(self, client: int) -> int:
         return self.scenario.clients.rank(client, self.scenario.seed, self.scenario.model.adapter.r)
@@ -203,9 +230,29 @@ class Worker:
         Returns:
             What it sends, as `Transport.outgoing` has it; None where it failed. And what became of it.
         """
-        return self._fit(instruction, client, self._rank(client), self._bytes_down(instruction))
+        return self._alone(instruction, client, self._rank(client), self._bytes_down(instruction))
 
-    def _fit(self, instruction: Instruction, client: int, rank: int, down: int) -> tuple[Update | None, Report]:
+    def _alone(self, *told: Any) -> tuple[Update | None, Report]:
+        """`_fit` of a client that asks for no passes: it makes them itself."""
+        try:
+            next(self._fit(*told))
+        except StopIteration as end:
+            made: tuple[Update | None, Report] = end.value
+            return made
+        raise AssertionError("a client alone asks for no passes")
+
+    def _fit(
+        self, instruction: Instruction, client: int, rank: int, down: int, sharing: int = 0
+    ) -> clients.Passes[tuple[Update | None, Report]]:
+        """Run one client.
+
+        Args:
+            instruction: as the client received it.
+            client: its id.
+            rank: its rank.
+            down: bytes of the instruction.
+            sharing: clients that share passes, which then are asked for; 0: it makes its own.
+        """
         began = time.perf_counter()
         partition = self.dataset.partition(client)
         event, steps = None, 0
@@ -214,7 +261,7 @@ class Worker:
                 self._agree(instruction)
                 settings = self.settings(instruction, len(partition), partition.client)
                 event, steps = self.client.spends(len(partition), settings), settings.local_steps
-            update = self._answer(instruction, partition, rank)
+            update = yield from self._answer(instruction, partition, rank, sharing)
             if update.clients != (client,):
                 raise ContractError(f"client {client} speaks for clients {update.clients}")
             update = self.intake.check(update, instruction)
@@ -230,7 +277,7 @@ class Worker:
                 steps=0,
                 bytes_up=0,
                 bytes_down=down,
-                seconds=time.perf_counter() - began,
+                seconds=(time.perf_counter() - began) / max(sharing, 1),
                 event=event,  # it may have trained: what it meant to spend counts
                 error=f"{type(error).__name__}: {error}",
             )
@@ -240,12 +287,14 @@ class Worker:
             steps=steps,
             bytes_up=wire.update_bytes(update, event, self.transport.up),
             bytes_down=down,
-            seconds=time.perf_counter() - began,
+            seconds=(time.perf_counter() - began) / max(sharing, 1),
             event=event,
             metrics={k: v for k, v in update.metrics.items() if k != central.WITHIN},
         )
 
-    def _answer(self, instruction: Instruction, partition: Partition, rank: int) -> Update:
+    def _answer(
+        self, instruction: Instruction, partition: Partition, rank: int, sharing: int
+    ) -> clients.Passes[Update]:
         """What a client sends in a trip: it trains in the first, and answers from what it kept in the others."""
         client, round, strategy = partition.client, instruction.round, self.strategy
         if instruction.trip > 1:
@@ -267,7 +316,11 @@ class Worker:
         rng = clients.Rng(secrets.randbits(63) if self.setup.secret else self.scenario.seed, round, client)
         passes = settings.local_steps * settings.batch_size
         with self.task.knowing(partition, passes, settings.micro_batch_size):
-            update = self.client.fit(self.task, received, partition, replace(settings, send=wanted), rng)
+            told = (self.task, received, partition, replace(settings, send=wanted), rng)
+            if sharing and isinstance(self.client, clients.Stepwise):
+                update = yield from self.client.passes(*told)
+            else:
+                update = self.client.fit(*told)
         clients.check_kept(self.client)
         kind, layout = self.task.kind, self.task.layout
         if plain and not instruction.keep:  # all of it is sent, and checked when it comes in

@@ -203,6 +203,12 @@ def test_chunks_depend_on_the_cohort_alone(count, sizes):
     assert {len(p) for p in parts} == sizes and [c for p in parts for c in p] == list(range(count))
 
 
+def test_chunks_are_made_of_whole_groups_of_fused_clients():
+    assert [len(piece) for piece in chunks(range(10), fused=4)] == [4, 4, 2]
+    assert {len(piece) for piece in chunks(range(64 * 15), fused=4)} == {16}
+    assert {len(piece) for piece in chunks(range(1200), 10, fused=4)} == {12}
+
+
 def test_chunks_that_are_not_summed_may_be_bounded():
     assert [len(piece) for piece in chunks(range(1000), 10)] == [10] * 100
     assert [len(piece) for piece in chunks(range(4), 10)] == [1] * 4

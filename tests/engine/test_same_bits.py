@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fedlora import plugins
-from fedlora.engine.base import gathered
+from fedlora.engine.base import chunks, gathered
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.ray import RayEngine
 from fedlora.engine.worker import Worker
@@ -50,6 +50,20 @@ def test_the_bits_do_not_depend_on_which_worker_served_whom_before(name, ready):
     whole = gathered([one.train(instruction, piece, sums) for piece in pieces], sums)
     parts = [(other, one)[i % 2].train(instruction, pieces[i], sums) for i in (2, 1, 0)]
     assert len(whole.reports) == 9 and not any(report.error for report in whole.reports)
+    assert bits(gathered(reversed(parts), sums)) == bits(whole)
+
+
+def test_the_bits_of_fused_clients_do_not_depend_on_how_many_workers_there_are(tiny):
+    """One worker for all chunks, in order, and two that take turns from the end."""
+    made = prepare(tiny("engine.fused=3", "clients.total=8"))
+    made = replace(made, setup=replace(made.setup, noise=calibrate(made.scenario, made.data)))
+    inline, other = InlineEngine(8), Worker(made.setup)
+    instruction, sums = told(made, inline.start(made.setup))
+    whole = inline.train(instruction, range(8), sums)
+    pieces = chunks(range(8), fused=3)
+    assert sums and [len(piece) for piece in pieces] == [3, 3, 2]
+    parts = [(other, inline.worker)[i % 2].train(instruction, pieces[i], sums) for i in (2, 1, 0)]
+    assert not any(report.error for report in whole.reports)
     assert bits(gathered(reversed(parts), sums)) == bits(whole)
 
 
