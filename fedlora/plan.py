@@ -155,7 +155,7 @@ def _can_train(scenario: Scenario) -> bool:
     """Whether a client can be tried here: the weights are on this machine, and a GPU if one is asked for."""
     import torch
 
-    gpu = not scenario.engine.gpus_per_worker or torch.cuda.is_available()
+    gpu = scenario.engine.gpus_per_worker in (0, "auto") or torch.cuda.is_available()
     return gpu and task.at_hand(scenario.model.base, scenario.model.revision)
 
 

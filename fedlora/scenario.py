@@ -496,7 +496,9 @@ class Engine(Section):
     workers: PositiveInt | Literal["auto"] = "auto"
     threads: PositiveInt | Literal["auto"] = "auto"  # per worker
     fused: PositiveInt = 1  # clients that share a worker's passes; for small batches on a large GPU, try 4 to 8
-    gpus_per_worker: Annotated[Float, Field(ge=0)] = 0.0
+    gpus_per_worker: Annotated[Float, Field(ge=0, le=1)] | Literal["auto"] = (
+        0.0  # 0.5: two share one; auto: GPUs where there are any, shared by as many workers as they hold
+    )
     deadline: PositiveFloat | None = None  # seconds that a round at sites, or a chunk of clients on Ray, may take
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of training; evaluation is in fp32
 

@@ -119,7 +119,8 @@ def _simulate(
 ) -> Run:
     shown.stage("reading and tokenising the data")
     ready = prepare(scenario)
-    with contextlib.closing(watch(engines.make(scenario, address))) as engine:
+    stop = signal.default_int_handler
+    with _signals(stop), contextlib.closing(watch(engines.make(scenario, address))) as engine:
         shown.stage("calibrating the noise")  # while workers import
         ready = replace(ready, setup=replace(ready.setup, noise=calibrate(scenario, ready.data)))
         return carry_out(ready, engine, folder, resume, shown)
@@ -152,7 +153,7 @@ def _carry_out(ready: Prepared, engine: engines.Engine, folder: Path, resume: bo
     ready.strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
     check_strategy(ready.strategy)
     now = Progress(round=0, adapter=dict(found.initial))
-    origin = {"scenario": scenario.model_dump(mode="json"), "versions": _versions(setup.precision)}
+    origin = {"scenario": scenario.model_dump(mode="json"), "versions": _versions(found)}
     if resume:
         now, record = _restore(folder, ready, now, origin)
     else:
@@ -289,8 +290,8 @@ def _prepared(
         dataset=dataset.folder,
         partitions=dataset.partition_folder,
         threads=engines.threads(scenario),
-        precision=engines.precision(scenario),
-        device="cuda" if scenario.engine.gpus_per_worker else "cpu",
+        precision=scenario.engine.precision,
+        device=engines.device(scenario),
     )
     return Prepared(scenario=scenario, strategy=strategy, client=client, data=dataset, setup=setup)
 
@@ -499,7 +500,8 @@ def _summary(
         "failures": now.failures,
         "seed": scenario.seed,
         "hash": scenario.hash,
-        "precision": ready.setup.precision,
+        "precision": found.precision,
+        "device": found.device,
         "threads": ready.setup.threads,
         "test_examples": found.test_examples,
         "versions": {name: version(name) for name in _VERSIONS},
@@ -514,9 +516,9 @@ def _summary(
     return summary
 
 
-def _versions(precision: str) -> dict[str, str]:
+def _versions(found: engines.Description) -> dict[str, str]:
     """What decides the last bits of a result beside the scenario."""
-    return {**{name: version(name) for name in _VERSIONS}, "precision": precision}
+    return {**{name: version(name) for name in _VERSIONS}, "precision": found.precision, "device": found.device}
 
 
 _VERSIONS = ("fedlora", "flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy")

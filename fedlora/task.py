@@ -421,8 +421,6 @@ class Task(ABC):
 
         Of examples that are known above the frozen layers `prefix` too, (1, tokens, width).
         """
-        import torch
-
         width = int(examples.lengths(rows).max())
         ids = np.full((len(rows), width), self.pad, np.int64)
         mask = np.zeros((len(rows), width), np.int64)
@@ -431,7 +429,7 @@ class Task(ABC):
             ids[i, : len(tokens)] = tokens
             mask[i, : len(tokens)] = 1
         arrays = {"input_ids": ids, "attention_mask": mask, "targets": examples.targets[rows]}
-        batch = {key: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for key, v in arrays.items()}
+        batch = {key: self.place(array) for key, array in arrays.items()}
         if self.prefix is not None and (row := self.prefix.find(examples, rows)) is not None:
             batch["prefix"] = row
         return batch
@@ -451,6 +449,15 @@ class Task(ABC):
                 parts = [pad(part, (0, width - part.shape[1]), value=filler) for part in parts]
             joined[key] = torch.cat(parts, dim=1 if key == "prefix" else 0)
         return joined
+
+    def place(self, array: NDArray[Any]) -> "torch.Tensor":
+        """An array on the device; to a GPU while that is still at work, from memory that does not move."""
+        import torch
+
+        made = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type != "cuda":
+            return made.to(self.device)
+        return made.pin_memory().to(self.device, non_blocking=True)
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -683,8 +690,8 @@ class CausalLM(Task):
                     ids[i, width - end :] = tokens[:end]
                     mask[i, width - end :] = 1
                 made = self.model.generate(
-                    input_ids=torch.from_numpy(ids).to(self.device),
-                    attention_mask=torch.from_numpy(mask).to(self.device),
+                    input_ids=self.place(ids),
+                    attention_mask=self.place(mask),
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     use_cache=True,
@@ -715,13 +722,11 @@ class ImageClassification(Classification):
 
     def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
         """`pixel_values` (examples, channels, height, width), `targets` (examples,), on the device."""
-        import torch
-
         pixels = np.stack([examples.row(int(row)).reshape(self.shape) for row in rows])
         factor, mean, deviation = self.scale
         return {
-            "pixel_values": (torch.from_numpy(pixels).to(self.device) * factor - mean) / deviation,
-            "targets": torch.from_numpy(np.ascontiguousarray(examples.targets[rows])).to(self.device),
+            "pixel_values": (self.place(pixels) * factor - mean) / deviation,
+            "targets": self.place(examples.targets[rows]),
         }
 
     def logits(self, batch: Batch) -> "torch.Tensor":

@@ -1,7 +1,6 @@
 """Where clients run; each engine is a Flower `Grid`."""
 
-import os
-
+from fedlora.engine import hardware
 from fedlora.engine.base import EVALUATION_CHUNK, Engine
 from fedlora.engine.intake import Replies, Report
 from fedlora.engine.worker import Description, Setup, Worker
@@ -15,9 +14,9 @@ __all__ = [
     "Report",
     "Setup",
     "Worker",
+    "device",
     "in_process",
     "make",
-    "precision",
     "threads",
     "workers",
 ]
@@ -30,26 +29,17 @@ def threads(scenario: Scenario) -> int:
     return 1 if scenario.engine.threads == "auto" else scenario.engine.threads
 
 
-def precision(scenario: Scenario) -> str:
-    """The precision of training: bfloat16 where the hardware multiplies it, unless asked otherwise."""
-    if scenario.engine.precision != "auto":
-        return scenario.engine.precision
-    if scenario.engine.gpus_per_worker:
-        return "bf16"
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as stream:
-            flags = next((line.split() for line in stream if line.startswith("flags")), [])
-    except OSError:
-        return "fp32"
-    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "fp32"
+def device(scenario: Scenario) -> str:
+    """The torch device that workers are asked to use."""
+    asked = scenario.engine.gpus_per_worker
+    return asked if asked == "auto" else "cuda" if asked else "cpu"
 
 
 def workers(scenario: Scenario) -> int:
     """Workers of an engine that may have several: as many as there are cores for, unless asked."""
     if scenario.engine.workers != "auto":
         return scenario.engine.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores // threads(scenario), 1), scenario.clients.cohort_size)
+    return min(max(hardware.cores() // threads(scenario), 1), scenario.clients.cohort_size)
 
 
 def in_process(scenario: Scenario) -> bool:
@@ -78,11 +68,14 @@ def _plain(scenario: Scenario, address: str | None) -> Engine:
         return InlineEngine(scenario.clients.total)
     from fedlora.engine.ray import RayEngine
 
+    told = scenario.engine
+    by_room = told.workers == "auto" and (address or told.gpus_per_worker)
     return RayEngine(
         scenario.clients.total,
-        workers=None if address and scenario.engine.workers == "auto" else workers(scenario),
+        workers=None if by_room else workers(scenario),
+        cohort=scenario.clients.cohort_size,
         threads=threads(scenario),
-        gpus_per_worker=scenario.engine.gpus_per_worker,
+        gpus_per_worker=told.gpus_per_worker,
         deadline=scenario.engine.deadline,
         address=address,
     )

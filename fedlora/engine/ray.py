@@ -14,20 +14,23 @@ import importlib
 import logging
 import os
 import platform
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedlora.adapter import Adapter, Change, Instruction
+from fedlora.engine import hardware
 from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks, gathered, summed
 from fedlora.engine.intake import Replies, Report
 from fedlora.engine.worker import Description, Setter, Setup, Worker
-from fedlora.errors import FedloraError, UserError
+from fedlora.errors import FedloraError, SettingError, UserError
 from fedlora.scenario import Scenario
 
 ATTEMPTS = 3  # how often a chunk is tried before its clients count as failed
@@ -87,7 +90,12 @@ class Resident:
             _shared(personal.parent)
         for reference in merges[self.worker.merged :]:
             self.worker.merge(ray.get(reference))
-        return getattr(self if method == "exported" else self.worker, method)(*arguments)
+        return getattr(self if method in ("exported", "measured") else self.worker, method)(*arguments)
+
+    def measured(self) -> hardware.Measured:
+        """What the worker takes of its GPU."""
+        assert self.worker is not None
+        return hardware.measure(self.worker)
 
     def exported(self, adapter: Adapter, merged: Change | None) -> dict[str, bytes]:
         """The files that an export writes, by name: the run's folder may be on another machine."""
@@ -107,22 +115,28 @@ def _shared(*folders: Path) -> None:
 
 
 class RayEngine(Engine):
-    """`workers` actors, each with a resident model; None: as many as the cluster has cores for."""
+    """`workers` actors, each with a resident model; None: as many as there is room for.
+
+    With `gpus_per_worker` `auto` a first one measures what it takes of a GPU, and the others are packed by that.
+    """
 
     def __init__(
         self,
         num_clients: int,
         *,
         workers: int | None,
+        cohort: int | None = None,
         threads: int = 1,
-        gpus_per_worker: float = 0.0,
+        gpus_per_worker: float | Literal["auto"] = 0.0,
         deadline: float | None = None,
         address: str | None = None,
     ) -> None:
         super().__init__(num_clients)
         self.deadline = deadline
-        self.threads = threads
-        self.gpus_per_worker, self.address = gpus_per_worker, address
+        self.threads, self.cohort = threads, cohort or num_clients
+        self.packs = gpus_per_worker == "auto"
+        self.gpus_per_worker = 1.0 if gpus_per_worker == "auto" else gpus_per_worker
+        self.address = address
         self.workers: list[Any] = []
         self.merges: list[Any] = []
         self.replaced = 0
@@ -130,7 +144,11 @@ class RayEngine(Engine):
         self._mine = False
         self._looked = 0.0  # for the cluster's head, when last
         self._silent: float | None = None  # since when it has not answered
-        self._connect(workers)
+        try:
+            self._connect(workers)
+        except FedloraError:
+            self.close()
+            raise
 
     def _connect(self, workers: int | None) -> None:
         """Start Ray or join a cluster, and start the actors; their loading goes on in the background."""
@@ -146,24 +164,72 @@ class RayEngine(Engine):
                 if self.address
                 else {
                     "address": "local",  # and not whatever cluster runs here
-                    "num_cpus": max((workers or 1) * self.threads, 1),
+                    "num_cpus": workers * self.threads if workers else max(hardware.cores(), self.threads),
                     "include_dashboard": False,
                     "object_store_memory": 512 * 2**20,
                 }
             )
+            before = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise UserError(f"cannot reach Ray at {self.address or 'this machine'}: {error}") from error
-        there = ray.cluster_resources()
-        if workers is None:
-            workers = max(1, min(int(there.get("CPU", 0)) // self.threads, self.num_clients))
-        for what, need in {"CPU": workers * self.threads, "GPU": workers * self.gpus_per_worker}.items():
-            if need > (has := there.get(what, 0)):
-                raise UserError(
-                    f"{workers} workers need {need:g} {what}s, and Ray has {has:g}: lower engine.workers"
-                )
-        self.workers = [self._new_worker() for _ in range(workers)]
+            finally:
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, before)  # Ray's own prints where it was in the code
+        held = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self._nodes = [hardware.Node(int(has.get("GPU", 0)), int(has.get("CPU", 0))) for has in held]
+        gpus = sum(node.gpus for node in self._nodes)
+        if self.packs and not gpus:
+            self.packs, self.gpus_per_worker = False, 0.0
+        if self.gpus_per_worker and not gpus:
+            raise SettingError("engine.gpus_per_worker", f"asks for a GPU, and Ray finds none: {hardware.INSTEAD}")
+        self._asked = workers
+        self.workers = [self._new_worker() for _ in range(1 if self.packs else self._fitting(workers))]
+
+    def _fitting(self, workers: int | None) -> int:
+        """The workers to start, where it is known what each takes.
+
+        Raises:
+            SettingError: Ray has no place for them, and would wait for one.
+        """
+        each, needs = 0, f"{self.threads} cores"
+        if self.gpus_per_worker:
+            each, needs = hardware.held(self.gpus_per_worker), f"{needs} and {self.gpus_per_worker:g} of a GPU"
+        there = hardware.room(self._nodes, each, self.threads)
+        if (wanted := workers or max(1, min(there, self.cohort))) > there:
+            also = " or engine.gpus_per_worker" if each else " or engine.threads"
+            raise SettingError(
+                "engine.workers",
+                f"{wanted} workers of {needs} each do not fit: Ray has room for {there}; lower it{also}",
+            )
+        return wanted
+
+    def _pack(self) -> None:
+        """Start as many workers as the GPUs hold, by what the first takes of one.
+
+        Raises:
+            SettingError: not one fits, or the GPUs are not alike.
+        """
+        import ray
+
+        kinds = [n.split(":", 1)[1] for n in ray.cluster_resources() if n.startswith("accelerator_type:")]
+        if len(kinds) > 1:
+            raise SettingError(
+                "engine.gpus_per_worker",
+                f"auto measures one GPU, and there are several kinds, {', '.join(sorted(kinds))}: write a number",
+            )
+        workers, share = hardware.pack(
+            self._measure(), self._nodes, threads=self.threads, cohort=self.cohort, workers=self._asked
+        )
+        if share < 1:  # it took a whole GPU
+            ray.kill(self.workers.pop())
+        self.gpus_per_worker = share
+        self.workers += [self._new_worker() for _ in range(workers - len(self.workers))]
+
+    def _measure(self) -> hardware.Measured:
+        found: hardware.Measured = self._get(self._call("measured")(self.workers[0]))
+        return found
 
     def _new_worker(self) -> Any:
         import ray
@@ -191,13 +257,23 @@ class RayEngine(Engine):
         """Let the workers build, and make sure that they built the same."""
         import ray
 
-        self.setup = replace(setup, dataset=setup.dataset.absolute(), partitions=setup.partitions.absolute())
-        self._setup = [ray.put(self.setup)]
+        setup = replace(setup, dataset=setup.dataset.absolute(), partitions=setup.partitions.absolute())
+        if setup.device == "auto":
+            setup = replace(setup, device="cuda" if self.gpus_per_worker else "cpu")
+        self.setup, self._setup = setup, [ray.put(setup)]
+        if self.packs:
+            self._pack()
         asked = [self._call("describe")(worker) for worker in self.workers]
         descriptions = [self._get(reference) for reference in asked]
         if len({d.fingerprint for d in descriptions}) != 1:
             raise FedloraError("workers drew different adapters from one seed: their torch versions differ")
+        if len({d.precision for d in descriptions}) != 1:
+            raise SettingError(
+                "engine.precision", "not all workers' hardware multiplies bfloat16: write fp32 or bf16"
+            )
         self.description = descriptions[0]
+        self.setup = replace(setup, precision=self.description.precision)
+        self._setup = [ray.put(self.setup)]  # for those that come later
         return self.description
 
     def pids(self) -> list[int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora import adapter as adapters
 from fedlora import central, factors, wire
@@ -19,7 +20,8 @@ from fedlora import client as clients
 from fedlora import strategy as strategies
 from fedlora.adapter import PREFIX, Adapter, Change, Instruction, Kind, Layout, Sum, Update, fingerprint
 from fedlora.checkpoint import Personal
-from fedlora.data import Dataset, Partition
+from fedlora.data import Dataset, Examples, Partition
+from fedlora.engine import hardware
 from fedlora.engine.intake import Intake, Replies, Report, check_tensors
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError
@@ -36,8 +38,8 @@ class Setup:
         dataset: folder of the tokenised examples.
         partitions: folder of the partition.
         threads: of torch.
-        precision: `fp32` or `bf16`.
-        device: a torch device.
+        precision: `fp32`, `bf16`, or `auto`: as the worker finds its device.
+        device: a torch device, or `auto`: a GPU where there is one.
         noise: the calibrated noise multiplier for each number of examples; None without privacy.
         personal: folder of what stays with each client; None where nothing does.
         secret: whether noise is drawn from the operating system and not from the scenario's seed.
@@ -66,6 +68,8 @@ class Description:
     kind: Kind
     weights: Mapping[str, tuple[int, ...]]  # the shape of each layer with factors, (out, in)
     fingerprint: str  # of the first adapter, bit for bit: workers that differ must not serve one run
+    device: str  # that it is on: `cpu` or `cuda`
+    precision: str  # of training
 
 
 class Setter:
@@ -105,26 +109,28 @@ class Worker:
 
         torch.set_num_threads(setup.threads)
         _keep_memory()
-        self.setup = setup
+        device = hardware.device(setup.device)
+        self.setup = setup = replace(setup, device=device, precision=hardware.precision(setup.precision, device))
         self.scenario = Scenario.model_validate(setup.scenario)
         self.dataset = Dataset.open(setup.dataset, setup.partitions)
         model, told = self.scenario.model, self.scenario.clients
         self.client = clients.load(told.use, told.options)
         strategy = strategies.load(self.scenario.strategy.use, self.scenario.strategy.options)
-        self.task = task.load(
-            self.scenario.task,
-            model.base,
-            kind(self.scenario, strategy),
-            labels=self.dataset.labels,
-            seed=self.scenario.seed,
-            head=model.head,
-            pooler=model.pooler,
-            revision=model.revision,
-            quantize=model.quantize,
-            device=setup.device,
-            max_length=self.scenario.data.max_length,
-            precision="bf16" if setup.precision == "bf16" else "fp32",
-        )
+        with hardware.on_gpu("a worker"):
+            self.task = task.load(
+                self.scenario.task,
+                model.base,
+                kind(self.scenario, strategy),
+                labels=self.dataset.labels,
+                seed=self.scenario.seed,
+                head=model.head,
+                pooler=model.pooler,
+                revision=model.revision,
+                quantize=model.quantize,
+                device=setup.device,
+                max_length=self.scenario.data.max_length,
+                precision="bf16" if setup.precision == "bf16" else "fp32",
+            )
         self.fused = Fused(self.task) if self.scenario.engine.fused > 1 else None
         self.settings = Setter(self.scenario, setup.noise)
         self.serve(strategy, setup.personal)
@@ -154,6 +160,8 @@ class Worker:
             kind=self.task.kind,
             weights=self.task.weights,
             fingerprint=fingerprint(self.task.initial),
+            device=self.setup.device,
+            precision=self.setup.precision,
         )
 
     def base_fingerprint(self) -> str:
@@ -279,7 +287,7 @@ class Worker:
                 bytes_down=down,
                 seconds=(time.perf_counter() - began) / max(sharing, 1),
                 event=event,  # it may have trained: what it meant to spend counts
-                error=f"{type(error).__name__}: {error}",
+                error=hardware.reason(error),
             )
         return update, Report(
             client=client,
@@ -333,6 +341,33 @@ class Worker:
         if strategy.trips > 1 and self.personal is not None:
             self.personal.save_trip(client, round, update.adapter, update.weight)
         return replace(update, adapter=strategy.reply(instruction, update.adapter), scaling=kind.scaling(rank))
+
+    def rehearse(self) -> None:
+        """A step on the longest examples, as many at once as there may be, and an evaluation of such."""
+        told, ranks = self.scenario.clients, self.scenario.clients.possible_ranks(self.scenario.model.adapter.r)
+        at_once = (3 * told.micro_batch_size - 1) // 2  # `Task.micro_batches` gives less than half as many again
+        if not self.client.private:
+            at_once = min(at_once, told.batch_size)
+        longest = _longest(self.dataset.train, at_once)
+        rows = np.tile(longest, -(-told.batch_size // len(longest)))
+        instruction = self.strategy.instruct(1, dict(self.task.initial), ranks)
+        noise = {len(rows): max(self.settings.noise.values())} if self.settings.noise else None
+        settings = replace(
+            Setter(self.scenario, noise)(instruction, len(rows)),
+            local_steps=1,
+            batch_size=len(rows),  # every one of them, for a private client too
+            micro_batch_size=len(longest),
+        )
+        partition = Partition(0, self.dataset.train, rows)
+        self.task.become(ranks[-1], instruction.draw)
+        with hardware.on_gpu("a step"):
+            with self.task.knowing(partition, len(rows), len(longest)):
+                received = instruction.at(ranks[-1]).adapter
+                self.client.fit(self.task, received, partition, settings, clients.Rng(self.scenario.seed, 0, 0))
+            self.task.become()
+            test = self.dataset.test
+            width = int(test.lengths(_longest(test, 1))[0])
+            self.task.evaluate(self.task.initial, test, _longest(test, self.task.at_once(width)))
 
     def _agree(self, instruction: Instruction) -> None:
         """Make sure that the tensors that did not travel are what the server has.
@@ -421,6 +456,10 @@ class Worker:
         config.save_pretrained(str(folder))
         whole = {n: np.ascontiguousarray(t) for n, t in tensors.items()}
         save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _longest(examples: Examples, count: int) -> NDArray[np.int64]:
+    return np.argsort(examples.lengths(np.arange(len(examples))), kind="stable")[-count:]
 
 
 def _keep_memory() -> None:
