@@ -121,8 +121,8 @@ def pack(
     if workers is not None and workers > there:
         raise SettingError(
             "engine.workers",
-            f"{workers} of {_gib(found.worker)} do not fit: a GPU has {_gib(found.free)}, and memory and cores are "
-            f"there for {there}; lower it, or clients.micro_batch_size",
+            f"{workers} of {_gib(found.worker)} do not fit: a GPU has {_gib(found.free)}, and memory and cores "
+            f"suffice for {there}; lower it, or clients.micro_batch_size",
         )
     wanted = workers or min(there, cohort)
     return wanted, share(next(n for n in range(1, most + 1) if room(nodes, n, threads) >= wanted))

@@ -53,7 +53,7 @@ def test_workers_are_packed_by_memory_cores_and_clients(free, worker, nodes, thr
     "free, worker, nodes, threads, workers, key, line",
     [
         (8, 9, [Node(1, 16)], 1, None, "clients.micro_batch_size", "takes 9 GiB, and 8 GiB .* or data.max_length"),
-        (80, 10, [Node(1, 16)], 1, 8, "engine.workers", "8 of 10 GiB do not fit: .* 80 GiB .* for 7; lower it"),
+        (80, 10, [Node(1, 16)], 1, 8, "engine.workers", "8 of 10 GiB do not fit: .* 80 GiB, .* for 7; lower it"),
         (80, 10, [Node(1, 2)], 1, 3, "engine.workers", "for 2; lower it"),
         (80, 10, [Node(1, 2)], 4, None, "engine.threads", "no node with a GPU has 4 cores"),
     ],
