@@ -1,8 +1,8 @@
 """Clients per hour on a GPU: one worker, several that share it, and as many as `auto` packs.
 
 The clients of MiniLM on tweets take 4 steps of 16 in LoRA r 8, a hundred a round; rounds are timed from drawing
-the cohort to the checkpoint, and the median of the steady ones is printed. Where the engine fuses clients, a worker
-that does stands beside one that does not. Without a GPU: one line.
+the cohort to the checkpoint, and the median of the steady ones is printed. Where the engine fuses clients, a
+worker that does stands beside one that does not. Without a GPU: one line.
 
     python benchmarks/gpu.py [--workers 1 2 4] [--rounds 8] [--private]
 """

@@ -174,6 +174,8 @@ class RayEngine(Engine):
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise UserError(f"cannot reach Ray at {self.address or 'this machine'}: {error}") from error
+            except SystemExit as stop:  # what Ray makes of a SIGTERM while it starts
+                raise KeyboardInterrupt from stop
             finally:
                 if threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGTERM, before)  # Ray's own prints where it was in the code

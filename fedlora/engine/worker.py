@@ -342,6 +342,7 @@ class Worker:
             self.personal.save_trip(client, round, update.adapter, update.weight)
         return replace(update, adapter=strategy.reply(instruction, update.adapter), scaling=kind.scaling(rank))
 
+    @hardware.on_gpu("a step")
     def rehearse(self) -> None:
         """A step on the longest examples, as many at once as there may be, and an evaluation of such."""
         told, ranks = self.scenario.clients, self.scenario.clients.possible_ranks(self.scenario.model.adapter.r)
@@ -358,16 +359,15 @@ class Worker:
             batch_size=len(rows),  # every one of them, for a private client too
             micro_batch_size=len(longest),
         )
-        partition = Partition(0, self.dataset.train, rows)
+        partition = Partition(-1, self.dataset.train, rows)  # no client's
         self.task.become(ranks[-1], instruction.draw)
-        with hardware.on_gpu("a step"):
-            with self.task.knowing(partition, len(rows), len(longest)):
-                received = instruction.at(ranks[-1]).adapter
-                self.client.fit(self.task, received, partition, settings, clients.Rng(self.scenario.seed, 0, 0))
-            self.task.become()
-            test = self.dataset.test
-            width = int(test.lengths(_longest(test, 1))[0])
-            self.task.evaluate(self.task.initial, test, _longest(test, self.task.at_once(width)))
+        received, rng = instruction.at(ranks[-1]).adapter, clients.Rng(self.scenario.seed, 0, 0)
+        with self.task.knowing(partition, len(rows), len(longest)):
+            self.client.fit(self.task, received, partition, settings, rng)
+        self.task.become()
+        test = self.dataset.test
+        width = int(test.lengths(_longest(test, 1))[0])
+        self.task.evaluate(self.task.initial, test, _longest(test, self.task.at_once(width)))
 
     def _agree(self, instruction: Instruction) -> None:
         """Make sure that the tensors that did not travel are what the server has.
@@ -382,6 +382,7 @@ class Worker:
         if instruction.frozen not in ("", self._fingerprints[sent]):
             raise ContractError("the tensors that stay frozen are not the server's: another seed, base or torch")
 
+    @hardware.on_gpu("the test set")
     def evaluate(self, adapter: Adapter, start: int, stop: int) -> dict[str, float]:
         """Sums of the metric over test examples `start` to `stop`."""
         from fedlora.task import CausalLM, load_tokenizer
