@@ -363,7 +363,11 @@ class Worker:
         self.task.become(ranks[-1], instruction.draw)
         received, rng = instruction.at(ranks[-1]).adapter, clients.Rng(self.scenario.seed, 0, 0)
         with self.task.knowing(partition, len(rows), len(longest)):
-            self.client.fit(self.task, received, partition, settings, rng)
+            one = (self.task, received, partition, settings, rng)
+            if self.fused is not None and isinstance(self.client, clients.Stepwise):
+                self.fused.run(ranks[-1], [self.client.passes(*one) for _ in range(self.scenario.engine.fused)])
+            else:
+                self.client.fit(*one)
         self.task.become()
         test = self.dataset.test
         width = int(test.lengths(_longest(test, 1))[0])

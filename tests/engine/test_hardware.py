@@ -125,6 +125,14 @@ def test_a_rehearsal_takes_the_longest_at_once_and_leaves_nothing_behind(private
     )
 
 
+def test_a_rehearsal_of_fused_clients_passes_the_examples_of_all_at_once(build, monkeypatch):
+    worker = build("engine.fused=3", private=False)
+    seen, join = [], worker.task.join
+    monkeypatch.setattr(worker.task, "join", lambda batches: seen.append(len(batches)) or join(batches))
+    worker.rehearse()
+    assert seen == [3]
+
+
 @pytest.mark.parametrize("supported, made", [(True, "bf16"), (False, "fp32")])
 def test_auto_is_bfloat16_on_a_gpu_that_multiplies_it(supported, made, monkeypatch):
     def answer(including_emulation):
