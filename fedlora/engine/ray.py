@@ -16,10 +16,12 @@ import os
 import platform
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +44,11 @@ PATIENCE = 120.0  # seconds that a run waits for any worker, where all have died
 SILENCE = 15.0  # seconds for which a cluster's head may not answer; Ray itself ends this process after 60
 
 REPLY_BYTES = 64 * 2**20  # of a chunk whose updates are not summed: what the object store holds for each worker
+
+LAST_WORDS = (
+    "fedlora: the run's process ended without a word, as it does where all of Ray dies on its machine; what was "
+    "finished is saved: go on with --resume"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +149,7 @@ class RayEngine(Engine):
         self.replaced = 0
         self._coming: dict[Any, int] = {}  # calls that return when a replaced worker has loaded
         self._mine = False
+        self._closed: Callable[[], object] = lambda: None
         self._looked = 0.0  # for the cluster's head, when last
         self._silent: float | None = None  # since when it has not answered
         try:
@@ -158,7 +166,7 @@ class RayEngine(Engine):
         import ray
 
         if not ray.is_initialized():
-            self._mine = True
+            self._mine, self._closed = True, _witness(self)
             options: dict[str, Any] = (
                 {"address": self.address}
                 if self.address
@@ -354,6 +362,7 @@ class RayEngine(Engine):
         if self._mine:
             ray.shutdown()
             self._mine = False
+        self._closed()
 
     def _spread(
         self, jobs: Sequence[Callable[[Any], Any]], lost: Callable[[int, str], Any], deadline: float | None = None
@@ -503,6 +512,17 @@ class RayEngine(Engine):
             raise error.cause if isinstance(error.cause, FedloraError) else error from None
         except ray.exceptions.RayError as error:
             raise FedloraError(f"a worker died while it started: {str(error).splitlines()[0]}") from error
+
+
+def _witness(engine: object) -> Callable[[], object]:
+    """A process that says a line if this one ends at once: Ray's core ends it so, and no hook of Python's runs.
+
+    Returns:
+        Lets it go; so do the end of the engine and an orderly end of this process.
+    """
+    told = ["sh", "-c", 'read -r closed || echo "$0" >&2', LAST_WORDS]
+    witness = subprocess.Popen(told, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    return weakref.finalize(engine, witness.communicate, b"closed\n")
 
 
 def _own(replies: Replies) -> Replies:

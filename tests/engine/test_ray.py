@@ -5,6 +5,8 @@ import gc
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedlora import ledger
-from fedlora.engine.ray import SILENCE, RayEngine, _shared
+from fedlora.engine.ray import LAST_WORDS, SILENCE, RayEngine, _shared
 from fedlora.errors import SettingError, UserError
 from fedlora.report.console import Silent
 from fedlora.simulation import prepare, simulate
@@ -51,6 +53,13 @@ def test_a_cluster_whose_head_is_silent_for_too_long_ends_the_run(monkeypatch):
     engine._looked, engine._silent = 0.0, time.monotonic() - SILENCE - 1
     with pytest.raises(UserError, match=r"the head of the Ray cluster at there:6379 is gone .*with --resume$"):
         engine._look_for_head()
+
+
+@pytest.mark.parametrize("end, said", [("os._exit(1)", f"{LAST_WORDS}\n"), ("raise SystemExit(1)", "")])
+def test_a_process_that_ray_ends_at_once_leaves_a_line(end, said):
+    code = f"import os; from fedlora.engine import ray; engine = lambda: None; ray._witness(engine); {end}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr == said
 
 
 def test_a_node_without_the_shared_folders_says_so(tmp_path):
