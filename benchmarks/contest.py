@@ -168,7 +168,7 @@ class Contender:
     def _watch(self) -> None:
         while self.process.poll() is None:
             self.peak = max(self.peak, tree_mib(self.process.pid))
-            time.sleep(1.0)
+            time.sleep(5.0)  # the kernel takes its time to count
 
 
 def tree_mib(root: int) -> float:
@@ -257,6 +257,7 @@ def arguments(*contenders: str) -> Any:
         "--accuracy", type=int, nargs="*", metavar="SEED", help="the final accuracy of these seeds instead"
     )
     parser.add_argument("--rounds", type=int, default=30, help="with --accuracy")
+    parser.add_argument("--only", nargs="+", choices=contenders, default=contenders, help="these contenders")
     parser.add_argument("--lr", type=float, default=0.5)
     parser.add_argument("--run", choices=contenders, help="be that contender")
     parser.add_argument("--seed", type=int, default=0)
@@ -276,6 +277,7 @@ def main(file: str, told: Any, others: Mapping[str, Sequence[str]]) -> None:
         options = ["--rounds", str(rounds), "--seed", str(seed), "--lr", str(told.lr), "--run"]
         ours = {name: [sys.executable, file, *options, name] for name in ("fedlora auto", "fedlora fp32")}
         commands = {**ours, **{name: [*command, *options, name] for name, command in others.items()}}
+        commands = {name: command for name, command in commands.items() if name in told.only}
         if told.accuracy:
             print(f"seed {seed}, {rounds} rounds")
             learn(commands, rounds)
