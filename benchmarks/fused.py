@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fedlora import scenario
-from fedlora.engine import Worker, precision
+from fedlora.engine import Worker
 from fedlora.engine.base import chunks
 from fedlora.simulation import calibrate, prepare
 
@@ -70,7 +70,7 @@ def _round(told: argparse.Namespace, private: bool, width: int) -> Callable[[], 
     settings += [f"engine.precision={told.precision}", f"engine.gpus_per_worker={int(told.device == 'cuda')}"]
     ready = prepare(scenario.parse(SCENARIO, overrides=[*settings, *(PRIVATE if private else ())]))
     noise = calibrate(ready.scenario, ready.data)
-    worker = Worker(replace(ready.setup, noise=noise, precision=precision(ready.scenario)))
+    worker = Worker(replace(ready.setup, noise=noise))
     instruction = worker.strategy.instruct(1, dict(worker.task.initial))
     pieces = chunks(range(told.clients), fused=width)
     clock = time.perf_counter if told.device == "cuda" else time.process_time

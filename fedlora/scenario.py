@@ -495,7 +495,7 @@ class Engine(Section):
     kind: Literal["auto", "inline", "ray"] = "auto"
     workers: PositiveInt | Literal["auto"] = "auto"
     threads: PositiveInt | Literal["auto"] = "auto"  # per worker
-    fused: PositiveInt = 1  # clients that share a worker's passes; for small batches on a large GPU, try 4 to 8
+    fused: PositiveInt = 1  # clients that share a worker's passes; try 4 where batches are small and memory is not
     gpus_per_worker: Annotated[Float, Field(ge=0, le=1)] | Literal["auto"] = (
         0.0  # 0.5: two share one; auto: GPUs where there are any, shared by as many workers as they hold
     )
