@@ -20,6 +20,7 @@ import csv
 import functools
 import itertools
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -44,28 +45,35 @@ def main() -> None:
     parser.add_argument("--even", action="store_true", help="texts of one length")
     parser.add_argument("--layers", type=int, nargs="+", help="that have factors, from 0; by default all")
     parser.add_argument("--examples", type=int, help="that a client holds; by default its share of all")
+    parser.set_defaults(test=None)
     told = parser.parse_args()
     shape = f"{' of one length' if told.even else ''}, layers {told.layers or 'all'}"
     print(f"{told.data or 'tweets'}{shape}, {told.clients} clients, {told.threads} thread(s), {told.pairs} pairs")
     with tempfile.TemporaryDirectory() as folder:
         if told.even or told.examples:
-            _write(told, Path(folder) / "texts.csv")
+            _write(told, Path(folder))
         _tables(told)
 
 
-def _write(told: argparse.Namespace, file: Path) -> None:
+def _write(told: argparse.Namespace, folder: Path) -> None:
     """As many texts as asked for, each joined with those after it where all should be of one length."""
     from fedlora import data, scenario
 
-    rows, _ = data.read(scenario.parse(_scenario(told, 1, 1, False, "fp32")).data, "classification")
-    count = told.clients * told.examples * 10 // 9 + 10 if told.examples else 4000  # a tenth is held out
+    count = told.clients * told.examples if told.examples else 4000
     joined = told.max_length if told.even else 1
-    with file.open("w", newline="") as stream:
-        lines = csv.writer(stream)
-        lines.writerow(["text", "label"])
-        for i, label in enumerate((rows.labels or [])[:count]):
-            lines.writerow([" ".join(itertools.islice(itertools.cycle(rows.texts), i, i + joined)), label])
-    told.data, told.text, told.label = str(file), "text", "label"
+    for split, rows in zip(
+        ("train", "test"),
+        data.read(scenario.parse(_scenario(told, 1, 1, False, "fp32")).data, "classification"),
+        strict=True,
+    ):
+        order = random.Random(0).sample(range(len(rows.texts)), min(count, len(rows.texts)))
+        with (folder / f"{split}.csv").open("w", newline="") as stream:
+            lines = csv.writer(stream)
+            lines.writerow(["text", "label"])
+            for i in order:
+                text = " ".join(itertools.islice(itertools.cycle(rows.texts), i, i + joined))
+                lines.writerow([text, (rows.labels or [])[i]])
+    told.data, told.test, told.text, told.label = str(folder / "train.csv"), folder / "test.csv", "text", "label"
 
 
 def _tables(told: argparse.Namespace) -> None:
@@ -107,7 +115,8 @@ def _compare(told: argparse.Namespace, steps: int, size: int) -> None:
 def _scenario(told: argparse.Namespace, steps: int, size: int, private: bool, precision: str) -> str:
     client, data = "dp_sgd" if private else "sgd", "dataset: tweets"
     if told.data:
-        data = f'files: {{train: "{told.data}", text: {told.text}, label: {told.label}}}'
+        test = f'"{told.test}"' if told.test else "null"
+        data = f'files: {{train: "{told.data}", test: {test}, text: {told.text}, label: {told.label}}}'
     return f"""
 name: training-efficiency
 model: {{base: minilm, adapter: {{r: 8, alpha: 8, targets: [query, value], layers: {told.layers or "null"}}}}}
