@@ -1,6 +1,7 @@
 """The JSON Schema of scenarios, for editors that complete and check YAML.
 
-Its descriptions are the docstrings of the sections and the comments beside their keys in `fedlora.scenario`.
+Its descriptions are the docstrings of the sections and the comments beside their keys in
+`fedlora.scenario.sections`.
 """
 
 import ast
@@ -9,20 +10,21 @@ import io
 import tokenize
 from typing import Any
 
-from fedlora import plugins, scenario
+from fedlora import plugins
+from fedlora.scenario import sections as settings
 
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
 def schema() -> dict[str, Any]:
     """A scenario's JSON Schema, draft 2020-12."""
-    made: dict[str, Any] = _bounded(scenario.Scenario.model_json_schema())
+    made: dict[str, Any] = _bounded(settings.Scenario.model_json_schema())
     made = {"$schema": "https://json-schema.org/draft/2020-12/schema", **made, "title": "fedlora scenario"}
     sections = {**made["$defs"], "Scenario": made}
     for section, key, comment in _comments():
         if key in sections.get(section, {}).get("properties", {}):
             sections[section]["properties"][key]["description"] = comment
-    sections["Data"]["properties"]["dataset"]["examples"] = sorted(scenario.DATASETS)
+    sections["Data"]["properties"]["dataset"]["examples"] = sorted(settings.DATASETS)
     for section, kind in (("Strategy", "strategies"), ("Clients", "clients")):
         use = sections[section]["properties"]["use"]
         use["anyOf"] = [
@@ -41,7 +43,7 @@ def _bounded(node: Any) -> Any:
 
 def _comments() -> list[tuple[str, str, str]]:
     """Section, key and the comment on its line, for each key that has one."""
-    text = inspect.getsource(scenario)
+    text = inspect.getsource(settings)
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(text).readline)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from fedlora import scenario
 from fedlora.simulation import simulate
 
-FOLDER = Path(scenario.__file__).parent / "scenarios"
+FOLDER = scenario.SHIPPED
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,168 @@
+"""What is wrong with a scenario: section by section, then what only shows across sections."""
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedlora import plugins
+from fedlora.errors import suggestion
+from fedlora.scenario.explain import explain
+from fedlora.scenario.keys import Problem
+from fedlora.scenario.sections import Clients, LabelShares, PlugIn, Scenario, Strategy, World
+
+
+def validate(raw: dict[str, Any]) -> tuple[Scenario | None, list[Problem]]:
+    """Check each section by itself, so that one mistake hides no other, then what spans sections."""
+    problems: list[Problem] = []
+    sections: dict[str, Any] = {}
+    for name, field in Scenario.model_fields.items():
+        if name not in raw and not field.is_required():
+            sections[name] = field.get_default(call_default_factory=True)
+        elif name not in raw:
+            problems.append(Problem((), f"{name!r} is missing: {_HELP[name]}"))
+        else:
+            annotation: Any = field.annotation
+            if field.metadata:
+                annotation = Annotated[annotation, *field.metadata]
+            try:
+                sections[name] = TypeAdapter[Any](annotation).validate_python(raw[name])
+            except ValidationError as error:
+                problems += [explain(name, detail, raw[name]) for detail in error.errors()]
+    for key in raw:
+        if key not in Scenario.model_fields:
+            problems.append(Problem((key,), f"unknown key {key!r}: {suggestion(key, Scenario.model_fields)}"))
+    for name, cls in (("clients", Clients), ("strategy", Strategy)):
+        problems += _slips(name, raw.get(name), cls)
+    problems += _across(sections)
+    return (Scenario(**sections) if not problems else None), problems
+
+
+_HELP = {
+    "name": "a word for the run, such as 'name: mine'",
+    "data": "say what to learn from, such as 'data: {dataset: tweets}'",
+    "clients": "say how many there are, such as 'clients: {total: 10}'",
+    "strategy": f"say how to aggregate, one of {', '.join(plugins.names('strategies'))}",
+    "rounds": "say how many, such as 'rounds: 10'",
+}
+
+
+def _slips(name: str, section: object, cls: type[PlugIn]) -> Iterator[Problem]:
+    """Keys of a built-in's section that are nearly a key of its own: not what its class has for options."""
+    if not isinstance(section, dict) or ":" in str(section.get("use")):
+        return
+    for key in section:
+        if key not in cls.model_fields and get_close_matches(key, cls.model_fields, cutoff=0.8):
+            yield Problem((name, key), f"unknown key {key!r} in {name}: {suggestion(key, cls.model_fields)}")
+
+
+def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """What only shows when two sections are read together."""
+    clients, data = sections.get("clients"), sections.get("data")
+    task, model = sections.get("task"), sections.get("model")
+    if clients and "privacy" in sections:
+        privacy = sections["privacy"]
+        example = privacy if privacy is None or privacy.unit == "example" else privacy.example
+        if example is None and clients.use == "dp_sgd":
+            yield Problem(
+                ("clients", "use"),
+                "dp_sgd needs a privacy section, such as 'privacy: {epsilon: 6, delta: 1.0e-5}', or use: sgd"
+                if privacy is None
+                else "dp_sgd protects examples, and privacy has unit: client: add privacy.example, or use: sgd",
+            )
+        if example is not None and clients.use == "sgd":
+            yield Problem(
+                ("clients", "use"),
+                "sgd adds no noise, and a privacy section is given for each example: use dp_sgd, or drop it",
+            )
+    if clients and (privacy := sections.get("privacy")) and privacy.unit == "client":
+        if clients.min_replies > 1 or clients.retries:
+            yield Problem(
+                ("clients", "min_replies" if clients.min_replies > 1 else "retries"),
+                "unit: client holds for cohorts drawn once, however few reply: leave min_replies and retries out",
+            )
+    if sections.get("secure_aggregation") and (asked := sections.get("compression")) and asked.up is not None:
+        yield Problem(
+            ("compression", "up"),
+            "secure aggregation sends whole numbers of its own: leave compression.up out; down may stay",
+        )
+    if (asked := sections.get("secure_aggregation")) and asked.noise == "shared" and "privacy" in sections:
+        if (privacy := sections["privacy"]) is None or privacy.unit == "example":
+            yield Problem(
+                ("secure_aggregation", "noise"),
+                "shared noise protects whole clients: set privacy.unit: client, or leave it out",
+            )
+        if clients and clients.max_norm:
+            yield Problem(
+                ("clients", "max_norm"),
+                "a sum that carries noise says nothing of norms: leave it out, clip_norm bounds",
+            )
+    elif asked and asked.honest != 1:
+        yield Problem(("secure_aggregation", "honest"), "goes with noise: shared")
+    if (world := sections.get("world")) and clients:
+        yield from _worldly(world, clients, sections)
+    if data and clients and isinstance(data.partition, LabelShares):
+        rows = len(data.partition.shares)
+        if clients.total % rows:
+            yield Problem(
+                ("data", "partition", "shares"),
+                f"{rows} rows of shares do not divide {clients.total} clients: write a multiple of {rows}",
+            )
+    if data and task == "causal_lm":
+        by_label = {"dirichlet", "pathological", "shards", "label_shares"}
+        if data.partition.kind in by_label:
+            yield Problem(
+                ("data", "partition", "kind"),
+                f"{data.partition.kind} splits by label, and causal_lm has none: use iid, size or natural",
+            )
+    if data and task == "classification" and data.files and data.files.label is None:
+        yield Problem(("data", "files", "label"), "classification needs the name of the column of labels")
+    if (
+        data
+        and task
+        and data.dataset
+        and (fit := "causal_lm" if data.dataset == "gsm8k" else "classification") != task
+    ):
+        yield Problem(("data", "dataset"), f"{data.dataset} is for task: {fit}, and the task is {task}")
+    if data and task == "image_classification" and data.files:
+        yield Problem(("data", "files"), "rows of text hold no images: name a folder of them as data.hub.path")
+    if data and task in ("causal_lm", "image_classification"):
+        source = "hub" if data.hub else "files"
+        if (named := data.hub or data.files) and not isinstance(named.text, str):
+            yield Problem(
+                ("data", source, "text"), f"pairs of columns are for classification, and the task is {task}"
+            )
+    if sections.get("exact_match") and task != "causal_lm" and task:
+        yield Problem(("exact_match",), "a classifier writes no answers: drop it, or use task: causal_lm")
+    if sections.get("exact_match") and task == "causal_lm" and data and data.files and data.files.label is None:
+        yield Problem(("data", "files", "label"), "exact_match needs the name of the column of answers")
+    if model and task == "causal_lm" and model.pooler == "trained":
+        yield Problem(("model", "pooler"), "a causal language model has no pooler")
+    if model and model.quantize and task == "image_classification":
+        yield Problem(("model", "quantize"), "is for language models: leave it out")
+
+
+def _worldly(world: World, clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """What a world cannot be."""
+    whole = (privacy := sections.get("privacy")) and privacy.unit == "client"
+    if sections.get("secure_aggregation"):
+        yield Problem(("secure_aggregation",), "goes with no world: what masks cost who is late is not simulated")
+    if world.deadline is None and world.partial_work:
+        yield Problem(("world", "partial_work"), "is by a deadline: set world.deadline")
+    if world.concurrency is None:
+        if world.deadline is None and (world.dropout or world.availability):
+            yield Problem(("world",), "a round would wait for clients that are gone: set world.deadline")
+        if whole and world.over_select > 1:
+            yield Problem(
+                ("world", "over_select"),
+                "a client more would move another out of a round, which unit: client does not cover: leave it out",
+            )
+        return
+    for key, given in (("min_replies", clients.min_replies > 1), ("retries", clients.retries > 0)):
+        if given:
+            yield Problem(("clients", key), "is about rounds in step: leave it out, or world.concurrency")
+    if world.over_select > 1:
+        yield Problem(("world", "over_select"), "is about rounds in step: leave it out, or world.concurrency")
+    if whole:
+        yield Problem(("world", "concurrency"), "unit: client holds for cohorts that are drawn: leave it out")

@@ -1,0 +1,86 @@
+"""How a mistake that pydantic found is told: the key as it is written, what is wrong, what to write instead."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from fedlora.errors import suggestion
+from fedlora.scenario.keys import Problem, dotted
+from fedlora.scenario.sections import Availability, Packed, Partition, Ranks, Scenario
+
+
+def explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
+    """One pydantic error as a line that names the key as it is written in the file."""
+    path: list[str | int] = [section]
+    here: Any = raw
+    for part in detail["loc"]:
+        if isinstance(here, dict) and part not in here and part == here.get("kind"):
+            continue  # pydantic's name for a branch of a union, not a key
+        inside = isinstance(here, dict) and part in here
+        inside = inside or (isinstance(here, list) and isinstance(part, int) and part < len(here))
+        if not inside and detail["type"] != "missing":
+            break
+        path.append(part)
+        here = here[part] if inside else None
+    key, kind = dotted(path), detail["type"]
+    if kind == "extra_forbidden":
+        known = _fields(path[:-1], raw)
+        return Problem(
+            tuple(path),
+            f"unknown key {path[-1]!r} in {dotted(path[:-1])}: {suggestion(str(path[-1]), known)}",
+        )
+    if kind == "missing":
+        return Problem(tuple(path[:-1]), f"{key} is missing")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        given = detail["ctx"].get("tag")
+        known = [tag.strip("'") for tag in str(detail["ctx"].get("expected_tags", "")).split(", ")]
+        unions = {"ranks": Ranks, "partition": Partition, "up": Packed, "availability": Availability}
+        known = known if given or path[-1] not in unions else _kinds(unions[str(path[-1])])
+        what = f"unknown kind {given!r}: {suggestion(str(given), known)}"
+        what = what if given else f"needs a kind, one of {', '.join(known)}"
+        return Problem((*path, "kind"), f"{key}: {what}")
+    if kind == "value_error":
+        message = str(detail["ctx"]["error"])
+    else:
+        message = _PLAINER.get(kind, detail["msg"].replace("Input should", "should"))
+    shown = "" if isinstance(here, dict) else f", not {here!r}"
+    own = kind in ("unknown", "source", "cohort", "target", "shares", "pattern")
+    return Problem(tuple(path), f"{key}: {message}{'' if own else shown}")
+
+
+_PLAINER = {
+    "model_type": "should be a mapping of keys to values",
+    "model_attributes_type": "should be a mapping of keys to values",
+    "tuple_type": "should be a list",
+}
+
+
+def _kinds(union: Any) -> list[str]:
+    return [str(get_args(c.model_fields["kind"].annotation)[0]) for c in get_args(get_args(union)[0])]
+
+
+def _fields(path: Sequence[str | int], raw: object) -> Iterable[str]:
+    """The keys that the section at `path` knows."""
+    cls: type[BaseModel] = Scenario
+    here: Any = {path[0]: raw}
+    for part in path:
+        here = here.get(part, {}) if isinstance(here, dict) else {}
+        field = cls.model_fields.get(str(part))
+        if not (options := list(_sections(field.annotation)) if field else []):
+            continue  # a name of the user's own, such as a tier's
+        kind = here.get("kind") if isinstance(here, dict) else None
+        cls = next((c for c in options if "kind" in c.model_fields and kind in _literals(c)), options[0])
+    return cls.model_fields
+
+
+def _literals(cls: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(cls.model_fields["kind"].annotation)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections(argument)

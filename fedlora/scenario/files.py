@@ -1,0 +1,75 @@
+"""A scenario from its file, by path or by the name of one that ships with fedlora."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedlora.errors import ScenarioError, suggestion
+from fedlora.scenario.checks import validate
+from fedlora.scenario.keys import KeyPath, Source
+from fedlora.scenario.reading import apply, read
+from fedlora.scenario.sections import Scenario
+
+SHIPPED = Path(__file__).parents[1] / "scenarios"
+SWEEPS = SHIPPED / "sweeps"
+LARGEST = 2**20  # characters of a scenario
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
+    """Read a scenario file, apply `a.b=value` overrides, and check all of it.
+
+    `path` may be the bare name of a scenario that ships with fedlora, such as `noniid`.
+
+    Raises:
+        ScenarioError: with one line for every problem found.
+    """
+    try:
+        with (file := find(path)).open(encoding="utf-8") as stream:
+            text = stream.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise ScenarioError(f"{file}: holds more than {LARGEST} characters, which is no scenario")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScenarioError(f"{path}: cannot be read: {error}") from error
+    return parse(text, str(path), overrides)
+
+
+def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> Scenario:
+    """`load` for text that is already in hand; `file` names it in messages."""
+    raw, lines, problems = read(text, file)
+    written: dict[KeyPath, str] = {}
+    for override in overrides:
+        apply(override, raw, written, problems)
+    scenario, found = validate(raw)
+    unread = {p.path for p in problems if p.path}
+    problems += (p for p in found if p.path not in unread)
+    source = Source(file, lines, written)
+    if problems or scenario is None:
+        told = (f"{source.where(p.path)}: {p.message}" for p in problems)
+        raise ScenarioError(*(line.replace("\n", "\\n") for line in told))
+    return scenario.written_in(source)
+
+
+def find(path: str | Path, folder: Path = SHIPPED) -> Path:
+    """The file that a path stands for, or the name of one that ships in `folder`."""
+    file = Path(path)
+    if file.exists() and not file.is_dir():
+        return file
+    known = _shipped(folder)
+    if (name := file.with_suffix("").as_posix().rpartition(f"{folder.name}/")[2]) in known:
+        return known[name]
+    if file.is_dir():
+        raise ScenarioError(f"{path}: is a folder; name a YAML file")
+    raise ScenarioError(f"{path}: no such file; {suggestion(name, known)}")
+
+
+def shipped(folder: Path = SHIPPED) -> dict[str, str]:
+    """The scenarios that come with fedlora, or its sweeps, each with the first line of its comment."""
+    return {
+        name: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, p in _shipped(folder).items()
+    }
+
+
+def _shipped(folder: Path) -> dict[str, Path]:
+    """Files by name: those of a subfolder, such as `paper/sst2`, after those of the folder itself."""
+    files = [p for p in sorted(folder.rglob("*.yaml")) if folder == SWEEPS or not p.is_relative_to(SWEEPS)]
+    names = {p.relative_to(folder).with_suffix("").as_posix(): p for p in files}
+    return dict(sorted(names.items(), key=lambda pair: ("/" in pair[0], pair[0])))
