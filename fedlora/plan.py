@@ -22,6 +22,7 @@ from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora import strategy as strategies
 from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
+from fedlora.budget import Budget
 from fedlora.checkpoint import Merges
 from fedlora.client import Client, Rng, Settings
 from fedlora.data import Dataset, Partition
@@ -191,19 +192,27 @@ class _Stage:
         vars(strategy)["diagnose"] = lambda *told: {}  # how far averages are off says nothing of stand-ins
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
+            ledger, whole = _Memory(folder), simulation.central(scenario, scenario.seed)
             worker.client = real
             worker.serve(strategies.load(use, options), folder)
             worker.client = _StandIn(real, self.metrics, found.layout)
+            budget = _Budget(
+                scenario=scenario,
+                client=real,
+                settings=Setter(scenario, self.setup.noise),
+                data=self.ready.data,
+                central=whole,
+                ledger=ledger,
+            )
             loop = _Loop(
                 scenario=scenario,
                 strategy=strategy,
-                client=real,
                 engine=engine,
                 data=self.ready.data,
-                ledger=_Memory(folder),
-                central=simulation.central(scenario, scenario.seed),
+                budget=budget,
+                ledger=ledger,
+                central=whole,
                 merges=Merges(folder / "merges", found.weights),
-                settings=Setter(scenario, self.setup.noise),
                 folder=folder,
                 on_round=lambda line: None,
             )
@@ -278,6 +287,16 @@ class _Memory(Ledger):
             self.spent_by.setdefault(holder, []).append((round, event))
 
 
+class _Budget(Budget):
+    """Where noise is calibrated to a budget nobody passes it."""
+
+    def within(self, instruction: Instruction, cohort: list[int], attempt: int = 0) -> tuple[list[int], int]:
+        asked = (self.scenario.client_privacy, self.scenario.example_privacy)
+        if all(a is None or a.noise_multiplier is None for a in asked):
+            return cohort, 0
+        return super().within(instruction, cohort, attempt)
+
+
 @dataclass(kw_only=True)
 class _Loop(Loop):
     """The round loop without a disk."""
@@ -285,12 +304,6 @@ class _Loop(Loop):
     ledger: _Memory
     lines: list[Line] = field(default_factory=list)
     stopped: str | None = None
-
-    def _within_budget(self, instruction: Instruction, cohort: list[int], attempt: int) -> tuple[list[int], int]:
-        asked = (self.scenario.client_privacy, self.scenario.example_privacy)
-        if all(a is None or a.noise_multiplier is None for a in asked):  # calibrated: nobody passes the budget
-            return cohort, 0
-        return super()._within_budget(instruction, cohort, attempt)
 
     def _record(
         self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, watch: Stopwatch

@@ -1,7 +1,7 @@
 """The round loop: sample, send, collect, account, aggregate, evaluate, record, save."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,20 +11,18 @@ import numpy as np
 
 from fedlora import checkpoint, secure, wire
 from fedlora.adapter import Adapter, Change, Instruction, Update, fingerprint
-from fedlora.central import CARRIED, CLIP_NORM, Central
+from fedlora.budget import Budget
+from fedlora.central import CLIP_NORM, Central
 from fedlora.checkpoint import Checkpoint, Merges
-from fedlora.client import Client
 from fedlora.data import Dataset
 from fedlora.engine import Engine, Replies, Report
 from fedlora.engine.intake import Intake
 from fedlora.engine.transport import Transport
-from fedlora.engine.worker import Setter
 from fedlora.errors import ContractError, RoundError
-from fedlora.ledger import Holder, Ledger, Whole
+from fedlora.ledger import Ledger
 from fedlora.pace import Pace
-from fedlora.privacy import FROM_SERVER, Event, epsilon
 from fedlora.progress import Line, Progress, Stopwatch
-from fedlora.scenario import Privacy, Scenario
+from fedlora.scenario import Scenario
 from fedlora.seeding import generator
 from fedlora.strategy import Merged, Strategy
 
@@ -39,17 +37,15 @@ class Loop:
 
     scenario: Scenario
     strategy: Strategy
-    client: Client
     engine: Engine
     data: Dataset
+    budget: Budget
     ledger: Ledger
     merges: Merges
     central: Central | None
-    settings: Setter
     folder: Path
     on_round: Callable[[Line], None]
     origin: Mapping[str, Any] = field(default_factory=dict)  # the scenario and the versions, for checkpoints
-    repeatable: bool = True  # whether a round that runs again draws the same noise
     stop: Callable[[], bool] = lambda: False
 
     def run(self, now: Progress) -> Progress:
@@ -99,14 +95,13 @@ class Loop:
             RoundError: too few replied in the last attempt too.
         """
         if self._pace is not None and not self._pace.in_step:
-            return self._pace.arrivals(
-                instruction, now, partial(self._may_train, instruction), self._train_and_spend
-            )
+            may_train = partial(self.budget.allows, instruction)
+            return self._pace.arrivals(instruction, now, may_train, self._train_and_spend)
         round, told = instruction.round, self.scenario.clients
         before: list[Report] = []
         why = ""
         for attempt in range(told.retries + 1):
-            cohort, resting = self._within_budget(instruction, self._draw(round, attempt, now), attempt)
+            cohort, resting = self.budget.within(instruction, self._draw(round, attempt, now), attempt)
             if resting and len(cohort) < told.min_replies:
                 if attempt == 0:
                     return None
@@ -134,7 +129,7 @@ class Loop:
             replies = race.told(self._train(race.instruction, race.used, sums))
         else:
             replies = self._train(instruction, cohort, sums)
-        self._spend(instruction, replies, attempt)
+        self.budget.spend(instruction, replies, attempt)
         for trip in range(2, self.strategy.trips + 1):
             if not replies.updates:
                 break
@@ -152,7 +147,7 @@ class Loop:
         """The same where rounds are not in step, with the reports of clients that will not arrive."""
         replies = self._train(instruction, cohort, sums=False)
         replies = Replies(replies.updates, [*replies.reports, *lost])
-        self._spend(instruction, replies, attempt=0)
+        self.budget.spend(instruction, replies)
         return replies
 
     @cached_property
@@ -164,13 +159,12 @@ class Loop:
         """The virtual clock of a simulated world; None without one."""
         if self.scenario.world is None:
             return None
-
-        def spends(instruction: Instruction, client: int) -> Event | None:
-            held = self.data.num_examples(client)
-            return self.client.spends(held, self.settings(instruction, held, client))
-
         return Pace(
-            scenario=self.scenario, strategy=self.strategy, data=self.data, intake=self._intake, spends=spends
+            scenario=self.scenario,
+            strategy=self.strategy,
+            data=self.data,
+            intake=self._intake,
+            spends=self.budget.event,
         )
 
     def _catch_up(self, replies: Replies, now: Progress) -> None:
@@ -255,82 +249,6 @@ class Loop:
         chosen = generator(self.scenario.seed, *path).choice(told.total, size=told.cohort_size, replace=False)
         return [int(c) for c in np.sort(chosen)]
 
-    def _may_train(self, instruction: Instruction, client: int) -> bool:
-        return self._within_budget(instruction, [client], attempt=0)[1] == 0
-
-    def _within_budget(self, instruction: Instruction, cohort: list[int], attempt: int) -> tuple[list[int], int]:
-        """Those of the cohort whose epsilon stays within the budget if they train, and how many do not."""
-        round = instruction.round
-        paid = self._paid(round, attempt)
-        whole, privacy = self.scenario.client_privacy, self.scenario.example_privacy
-        if self.central is not None and whole is not None and whole.epsilon is not None:
-            event = self.central.event(instruction.config[CLIP_NORM])
-            if self._would_pass(None, event, paid, whole):
-                return [], self.scenario.clients.total
-        if privacy is None or privacy.epsilon is None:
-            return cohort, 0
-        fits: dict[Any, bool] = {}  # clients that hold equally much and spent the same fare alike
-
-        def may(client: int) -> bool:
-            if not (held := self.data.num_examples(client)):  # a site, which counts for itself
-                return True
-            key = (held, self.ledger.events.get(client), paid.get(client))
-            if key not in fits:
-                spends = self.client.spends(held, self.settings(instruction, held))
-                fits[key] = not self._would_pass(client, spends, paid, privacy)
-            return fits[key]
-
-        allowed = [client for client in cohort if may(client)]
-        if resting := sorted(set(cohort) - set(allowed)):
-            names = ", ".join(map(str, resting))
-            logger.warning("round %d: another round would pass the epsilon of clients %s; they rest", round, names)
-        return allowed, len(cohort) - len(allowed)
-
-    def _would_pass(
-        self, holder: Holder, event: Event | None, paid: Mapping[Holder, Event], privacy: Privacy
-    ) -> bool:
-        """Whether a budget's epsilon would be passed by an event, unless it is paid already."""
-        more = [event] if event and paid.get(holder) != event else []
-        events = [*self.ledger.events.get(holder, ()), *more]
-        assert privacy.epsilon is not None
-        return epsilon(events, privacy.delta, privacy.accountant) > privacy.epsilon * (1 + 1e-9)
-
-    def _spend(self, instruction: Instruction, replies: Replies, attempt: int) -> None:
-        """Put the spend on disk before what it bought is used.
-
-        A round that is run again after an interruption draws the same noise over the same examples: it
-        gives the same updates, and costs nothing more, unless its noise or steps are other than before, or
-        the noise is nobody's to draw again.
-        """
-        round, paid = instruction.round, self._paid(instruction.round, attempt)
-        for terms, events in self._costs(instruction, replies):
-            new = {holder: event for holder, event in events.items() if paid.get(holder) != event}
-            self.ledger.spend(round, new, attempt, **terms)
-
-    def _paid(self, round: int, attempt: int) -> Mapping[Holder, Event]:
-        """What need not be paid again if an attempt at a round runs again."""
-        return self.ledger.spent(round, attempt) if self.repeatable else {}
-
-    def _costs(self, instruction: Instruction, replies: Replies) -> Iterator[tuple[Line, Mapping[Holder, Event]]]:
-        """What a round costs whom, and on which terms, for each guarantee."""
-
-        def terms(privacy: Privacy) -> Line:
-            return {"delta": privacy.delta, "unit": privacy.unit, "accountant": privacy.accountant}
-
-        if (example := self.scenario.example_privacy) is not None:
-            yield terms(example), {r.client: r.event for r in replies.reports if r.event}
-        if self.central is None or (whole := self.scenario.client_privacy) is None:
-            return
-        bound = instruction.config[CLIP_NORM]
-        yield terms(whole), {None: self.central.event(bound)}
-        asked = self.scenario.secure_aggregation
-        if asked is not None and asked.noise == "shared":
-            longer = secure.rounding(sum(instruction.adapter[n].size for n in instruction.send), asked.range)
-            for update in replies.updates:
-                seen = self.central.seen(bound, asked.honest * update.metrics[CARRIED], longer)
-                shared = {"unit": FROM_SERVER, "honest": asked.honest}
-                yield terms(whole) | shared, {Whole(client): seen for client in update.clients}
-
     def _check(self, before: Mapping[str, Any], after: Mapping[str, Any], merge: Change) -> None:
         what = type(self.strategy).__name__
         for module, sides in merge.items():
@@ -349,11 +267,7 @@ class Loop:
     ) -> None:
         """Count, write the lines of the round, save."""
         privacy, whole, reports = self.scenario.example_privacy, self.scenario.client_privacy, replies.reports
-        spent = {
-            r.client: epsilon(self.ledger.events.get(r.client, ()), privacy.delta, privacy.accountant)
-            for r in reports
-            if privacy is not None
-        }
+        spent = {r.client: self.budget.spent(r.client, privacy) for r in reports} if privacy else {}
         late = sum(r.late for r in reports)
         failed = sum(r.error is not None for r in reports) - late
         shared = [r for r in reports if "train_loss" in r.metrics]
@@ -371,7 +285,7 @@ class Loop:
         loss = sum(r.metrics["train_loss"] for r in shared) / len(shared) if shared else None
         now.last["epsilon"] = max([now.last.get("epsilon") or 0.0, *spent.values()]) if privacy else None
         if whole is not None:
-            now.last["epsilon"] = epsilon(self.ledger.events.get(None, ()), whole.delta, whole.accountant)
+            now.last["epsilon"] = self.budget.spent(None, whole)
         line: Line = {
             "round": round,
             "clients": len(reports) - failed - late,

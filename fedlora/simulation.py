@@ -24,6 +24,7 @@ from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora import strategy as strategies
 from fedlora.adapter import Adapter
+from fedlora.budget import Budget
 from fedlora.central import Central
 from fedlora.checkpoint import Merges, whole_folder
 from fedlora.engine.worker import Setter
@@ -163,20 +164,27 @@ def _carry_out(ready: Prepared, engine: engines.Engine, folder: Path, resume: bo
     merges.restore(now.merges)
     for change in merges.changes:
         engine.merge(change)
+    budget = Budget(
+        scenario=scenario,
+        client=ready.client,
+        settings=Setter(scenario, setup.noise),
+        data=ready.data,
+        central=whole,
+        ledger=record,
+        repeatable=not setup.secret,
+    )
     loop = Loop(
         scenario=scenario,
         strategy=ready.strategy,
-        client=ready.client,
         engine=engine,
         data=ready.data,
+        budget=budget,
         ledger=record,
         merges=merges,
         central=whole,
-        settings=Setter(scenario, setup.noise),
         folder=folder,
         origin=origin,
         on_round=shown.round,
-        repeatable=not setup.secret,
     )
     shown.begin(scenario, found.metric, now.round)
     stopped = None

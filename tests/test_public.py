@@ -24,7 +24,7 @@ LAYERS = [
     {"checkpoint", "ledger"},
     {"run", "report"},
     {"engine"},
-    {"pace", "progress", "rounds"},
+    {"budget", "pace", "progress", "rounds"},
     {"simulation"},
     {"plan", "export", "schema", "sweep", "deploy"},
     {"audit", "scaffold"},
