@@ -3,9 +3,8 @@
     python benchmarks/against_pfl.py --venv DIR [--pairs 8] [--lr 0.5] [--accuracy 0 1 2 --rounds 30]
 
 pfl asks for older packages, so it lives in a virtual environment of its own. It is made in DIR if it is not there:
-pfl and what only it needs from the package index, the rest borrowed from this environment. It runs as two
-processes of one thread by torchrun, as it is made to be spread. The workload and the way of timing are
-in `contest.py`.
+pfl and what only it needs from the package index, the rest borrowed from this environment. It runs in one process
+with torch's threads on all cores. The workload and the way of timing are in `contest.py`.
 """
 
 import subprocess
@@ -21,8 +20,8 @@ CONTENDERS = ("fedlora auto", "fedlora fp32", "pfl")
 PACKAGES = ("pfl==0.6.0", "multiprocess>=0.70.15,<0.71", "prv-accountant>=0.2,<0.3", "dp-accounting>=0.4,<0.6")
 
 
-def command(folder: Path) -> list[str]:
-    """What runs pfl, in a virtual environment that is made where there is none."""
+def environment(folder: Path) -> str:
+    """The interpreter of pfl's virtual environment."""
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
@@ -30,7 +29,7 @@ def command(folder: Path) -> list[str]:
         ours = [path for path in sys.path if path.endswith("site-packages")]
         root = str(Path(__file__).parents[1])
         next(folder.glob("lib/*/site-packages")).joinpath("borrowed.pth").write_text("\n".join([*ours, root]))
-    return [str(python), "-m", "torch.distributed.run", "--nproc-per-node", "2", "--", __file__]
+    return str(python)
 
 
 def run(rounds: int, seed: int, lr: float) -> None:
@@ -45,7 +44,6 @@ def run(rounds: int, seed: int, lr: float) -> None:
     from pfl.data.federated_dataset import FederatedDataset
     from pfl.data.sampling import get_user_sampler
     from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
-    from pfl.internal.ops.pytorch_ops import distributed
     from pfl.metrics import Metrics, Weighted
     from pfl.model.pytorch import PyTorchModel
 
@@ -80,9 +78,7 @@ def run(rounds: int, seed: int, lr: float) -> None:
         ) -> tuple[bool, Any]:
             last = central_iteration == rounds - 1
             score = contest.accuracy(model.pytorch_model.inner, data.test) if last else 0.0
-            (tokens,) = distributed.all_reduce([torch.tensor(float(sum(seen)))])
-            if distributed.global_rank == 0:
-                contest.turn(float(tokens), accuracy=score)
+            contest.turn(sum(seen), accuracy=score)
             seen.clear()
             return False, Metrics()
 
@@ -117,7 +113,7 @@ def main(arguments: Sequence[str]) -> None:
     if told.run is None:
         if told.venv is None:
             parser.error("--venv says where pfl's virtual environment is or will be")
-        contest.main(__file__, told, {"pfl": command(told.venv)})
+        contest.main(__file__, told, {"pfl": [environment(told.venv), __file__]})
     elif told.run.startswith("fedlora"):
         contest.fedlora(told.rounds, told.seed, told.lr, told.run.split()[1])
     else:
