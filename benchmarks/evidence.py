@@ -46,7 +46,11 @@ Cell = Mapping[float, Mapping[str, Row]]  # the runs of a configuration, by lear
 
 
 def run(name: str, overrides: Sequence[str], out: Path) -> None:
-    """Bring the sweep to its end."""
+    """Bring the sweep to its end; what another one beside it has run is not run again."""
+    if not (held := out / "runs").exists():
+        (out.parent / "runs").mkdir(parents=True, exist_ok=True)
+        out.mkdir(exist_ok=True)
+        held.symlink_to(Path("..") / "runs")
     done = sweeps.sweep(f"paper/{name}", out, lambda line: print(line, flush=True), overrides)
     print("\n".join(done.lines()))
 
@@ -241,10 +245,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", help="of scenarios/sweeps/paper, such as reduced")
     parser.add_argument("--set", metavar="a.b=v", action="append", default=[], dest="overrides")
-    parser.add_argument("--out", type=Path, help="folder of its runs (default: sweeps/<sweep>)")
+    parser.add_argument("--out", type=Path, help="its folder (default: sweeps/paper/<sweep>)")
     parser.add_argument("--no-runs", action="store_true", help="collect and draw what is there")
     given = parser.parse_args()
-    out = given.out or Path("sweeps") / given.sweep
+    out = given.out or Path("sweeps") / "paper" / given.sweep
     if not given.no_runs:
         run(given.sweep, given.overrides, out)
     if out.exists():

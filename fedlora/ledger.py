@@ -127,14 +127,18 @@ class Ledger:
         """How many lines there are, and the chain of the last; what a checkpoint remembers."""
         return self._lines, self._chain
 
-    def forget_after(self, round: int) -> None:
+    def forget_after(self, round: int, judged: int | None = None) -> None:
         """Drop the measurements of rounds after `round`, which are about to run again; never what was spent.
 
         A last line that an interruption cut short is one of them.
+
+        Args:
+            round: the last whose clients' lines are kept.
+            judged: the last whose own line is; by default the same.
         """
-        for name in ("clients.jsonl", "metrics.jsonl"):
+        for name, last in (("clients.jsonl", round), ("metrics.jsonl", round if judged is None else judged)):
             if (file := self.folder / name).exists():
-                kept = [line for line in read(file, torn=True) if line["round"] <= round]
+                kept = [line for line in read(file, torn=True) if line["round"] <= last]
                 part = file.with_suffix(".part")
                 part.write_text("".join(json.dumps(line) + "\n" for line in kept))
                 part.replace(file)

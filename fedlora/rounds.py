@@ -47,6 +47,7 @@ class Loop:
     on_round: Callable[[Line], None]
     origin: Mapping[str, Any] = field(default_factory=dict)  # the scenario and the versions, for checkpoints
     stop: Callable[[], bool] = lambda: False
+    _beside: Callable[[], Mapping[str, float]] | None = None  # gives the figures of `Progress.unjudged`
 
     def run(self, now: Progress) -> Progress:
         """Rounds until the last, or until nobody may go on.
@@ -55,6 +56,15 @@ class Loop:
             RoundError: too few clients of a round replied, in every attempt at it.
             KeyboardInterrupt: `stop` said so; `now` holds what was finished.
         """
+        try:
+            self._rounds(now)
+        except (RoundError, KeyboardInterrupt):
+            self._judge(now)
+            raise
+        self._judge(now)
+        return now
+
+    def _rounds(self, now: Progress) -> None:
         for round in range(now.round + 1, self.scenario.rounds + 1):
             if self.stop():
                 raise KeyboardInterrupt
@@ -69,6 +79,8 @@ class Loop:
                 break
             replies, noted = gathered
             watch.lap("train")
+            self._judge(now)
+            watch.lap("evaluate")
             self._catch_up(replies, now)
             before = {name: now.adapter[name] for name in self.strategy.held}
             updates = self._released(instruction, replies.updates, now)
@@ -86,7 +98,6 @@ class Loop:
                 figures |= self.strategy.diagnose(before, updates, after, made.base)
             watch.lap("diagnose")
             self._record(round, adapter, replies, figures | noted, now, watch)
-        return now
 
     def _gather(self, instruction: Instruction, now: Progress) -> tuple[Replies, Line] | None:
         """The replies of a cohort, or of another while too few reply, and how many rest; None if too many do.
@@ -187,8 +198,13 @@ class Loop:
         metric = self.engine.description.metric
         if round % self.scenario.eval_every and round != self.scenario.rounds:
             return {"loss": None, metric: None}
+        judges = self.scenario.data.client_test_share is not None
+        if round < self.scenario.rounds and not self.strategy.personal and not judges:
+            if (beside := self.engine.beside(adapter)) is not None:
+                self._beside = beside
+                return {"loss": None, metric: None}
         figures = {} if self.strategy.personal else dict(self.engine.evaluate(adapter))
-        if self.scenario.data.client_test_share is not None:
+        if judges:
             told = self.strategy.instruct(round, adapter, self._ranks)
             local = self.engine.judge(told, self._judged)
             figures |= {f"local_{key}": value for key, value in local.items()}
@@ -272,9 +288,6 @@ class Loop:
         failed = sum(r.error is not None for r in reports) - late
         shared = [r for r in reports if "train_loss" in r.metrics]
         up, down = sum(r.bytes_up for r in reports), sum(r.bytes_down for r in reports)
-        if figures["loss"] is not None:
-            measured = ("loss", self.engine.description.metric, "exact_match")
-            now.last.update({key: figures[key] for key in measured if key in figures})
         now.round, now.adapter, now.merges = round, adapter, len(self.merges)
         now.failures, now.trained = now.failures + failed, now.trained + len(reports) - failed - late
         now.bytes_up, now.bytes_down = now.bytes_up + up, now.bytes_down + down
@@ -300,7 +313,10 @@ class Loop:
             "phases": {phase: round_to(took) for phase, took in watch.phases.items()},
         }
         self.ledger.clients(_line(round, report, spent.get(report.client)) for report in reports)
-        self.ledger.metrics(line)
+        if self._beside is None:
+            self._measure(line, now)
+        else:
+            now.unjudged = line
         checkpoint.save(
             self.folder / "checkpoint",
             Checkpoint(
@@ -312,7 +328,24 @@ class Loop:
                 origin={**self.origin, "ledger": self.ledger.position},
             ),
         )
+        if now.unjudged is None:
+            self.on_round(line)
+
+    def _judge(self, now: Progress) -> None:
+        """Write the line of a round that was evaluated beside the next, or would have been but for an interruption."""
+        if (line := now.unjudged) is None:
+            return
+        line |= self.engine.evaluate(now.adapter) if self._beside is None else self._beside()
+        self._beside = now.unjudged = None
+        self._measure(line, now)
         self.on_round(line)
+
+    def _measure(self, line: Line, now: Progress) -> None:
+        """Write the line of a round, and remember what was measured."""
+        if line["loss"] is not None:
+            measured = ("loss", self.engine.description.metric, "exact_match")
+            now.last.update({key: line[key] for key in measured if key in line})
+        self.ledger.metrics(line)
 
     def _head_bytes(self, round: int) -> int:
         layout = self.strategy.layout

@@ -466,7 +466,7 @@ def _restore(folder: Path, ready: Prepared, first: Progress, origin: Mapping[str
         ]:
             logger.warning("%s: began with %s; the rest may differ in last bits", folder, "; ".join(moved))
     record = Ledger(folder, known)
-    record.forget_after(now.round)
+    record.forget_after(now.round, judged=now.round - (now.unjudged is not None))
     _write_text(folder / "scenario.yaml", ready.scenario.to_yaml())
     return now, record
 

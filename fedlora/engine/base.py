@@ -5,7 +5,7 @@ The round loop calls `train`. Flower's own `Strategy.start` works on an engine t
 
 import uuid
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from flwr.app import DEFAULT_TTL, Message, RecordDict
@@ -90,6 +90,14 @@ class Engine(Grid):
     @abstractmethod
     def evaluate(self, adapter: Adapter) -> dict[str, float]:
         """Loss and metric on the test set."""
+
+    def beside(self, adapter: Adapter) -> Callable[[], dict[str, float]] | None:
+        """Evaluate beside the next call of `train`, where something would stand idle meanwhile.
+
+        Returns:
+            Gives what `evaluate` would, and ends the wait for it; None where nothing will be idle.
+        """
+        return None
 
     @abstractmethod
     def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:

@@ -8,6 +8,7 @@ that were asked have answered, or at its deadline; who did not answer is found b
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -97,6 +98,7 @@ class FlowerEngine(Engine):
         self._asked: dict[str, int] = {}  # introductions under way: the node by message
         self._turned_away: dict[int, tuple[float, str]] = {}  # nodes that would not serve: since when, and why
         self._overdue: set[str] = set()
+        self._evaluations = ThreadPoolExecutor(1)
 
     def start(self, setup: Setup) -> Description:
         """Load the model here, and wait for the sites.
@@ -154,6 +156,10 @@ class FlowerEngine(Engine):
         """Loss and metric on the server's test set."""
         return self.here.evaluate(adapter)
 
+    def beside(self, adapter: Adapter) -> Callable[[], dict[str, float]]:
+        """The server's own model is idle while sites train."""
+        return self._evaluations.submit(self.here.evaluate, adapter).result
+
     def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
         """Means over the sites that answer of the figures of each one's own model.
 
@@ -182,7 +188,8 @@ class FlowerEngine(Engine):
         self.here.export(adapter, folder, merged)
 
     def close(self) -> None:
-        """Nothing to let go: sites drop an idle run by themselves."""
+        """Let an evaluation end; sites drop an idle run by themselves."""
+        self._evaluations.shutdown()
 
     # The grid itself, for Flower's own strategies.
 

@@ -11,6 +11,7 @@ the tokenised data, and what stays with clients, are read where this machine put
 """
 
 import importlib
+import itertools
 import logging
 import os
 import platform
@@ -22,7 +23,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,8 @@ ATTEMPTS = 3  # how often a chunk is tried before its clients count as failed
 POLL = 0.5  # seconds between looks at the clock, where there is a deadline
 
 PATIENCE = 120.0  # seconds that a run waits for any worker, where all have died and are replaced
+
+IDLE = 0.1  # of what workers could do in a round: as much must stay idle for evaluation to go beside it
 
 SILENCE = 15.0  # seconds for which a cluster's head may not answer; Ray itself ends this process after 60
 
@@ -61,6 +64,14 @@ class Running:
     worker: int
     began: float
     late: bool = False
+
+
+@dataclass
+class Beside:
+    """An evaluation that the next round takes along."""
+
+    jobs: Sequence[Callable[[Any], Any]]
+    parts: list[dict[str, float]] | None = None  # of the sums, when they are there
 
 
 class Resident:
@@ -148,6 +159,7 @@ class RayEngine(Engine):
         self.merges: list[Any] = []
         self.replaced = 0
         self._coming: dict[Any, int] = {}  # calls that return when a replaced worker has loaded
+        self._beside: Beside | None = None
         self._mine = False
         self._closed: Callable[[], object] = lambda: None
         self._looked = 0.0  # for the cluster's head, when last
@@ -291,36 +303,64 @@ class RayEngine(Engine):
         return [self._get(self._call("pid")(worker)) for worker in self.workers]
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
-        """Run the clients wherever a worker is free."""
+        """Run the clients wherever a worker is free, and then what is to be evaluated beside them."""
         import ray
 
         size = sum(tensor.nbytes for tensor in instruction.adapter.values())
         most = None if partial_sums else max(1, REPLY_BYTES // max(size, 1))
         pieces = chunks(cohort, most, self.setup.scenario["engine"]["fused"])
         told = ray.put(instruction)  # one broadcast
-        parts = self._spread(
-            [self._call("train", told, piece, partial_sums) for piece in pieces],
-            lambda i, why: self._lost(instruction, pieces[i], why),
+        beside, self._beside = self._beside, None
+
+        def lost(job: int, why: str) -> Any:
+            return self._lost(instruction, pieces[job], why) if job < len(pieces) else _not_evaluated(job, why)
+
+        results = self._spread(
+            [
+                *(self._call("train", told, piece, partial_sums) for piece in pieces),
+                *(beside.jobs if beside else ()),
+            ],
+            lost,
             self.deadline,
+            timed=len(pieces),
         )
-        return gathered(parts if partial_sums else map(_own, parts), partial_sums)
+        parts = itertools.islice(results, len(pieces))
+        replies = gathered(parts if partial_sums else map(_own, parts), partial_sums)
+        if beside:
+            beside.parts = list(results)
+        return replies
 
     def evaluate(self, adapter: Adapter) -> dict[str, float]:
         """Loss and metric on the test set."""
+        return self._figures(self._spread(self._evaluation(adapter), _not_evaluated))
+
+    def beside(self, adapter: Adapter) -> Callable[[], dict[str, float]] | None:
+        """At the end of a round workers have nothing left to do where its pieces do not go up in them."""
+        pieces = len(chunks(range(self.cohort), fused=self.setup.scenario["engine"]["fused"]))
+        idle = -pieces % len(self.workers)
+        if idle < IDLE * (pieces + idle):
+            return None
+        made = self._beside = Beside(self._evaluation(adapter))
+
+        def figures() -> dict[str, float]:
+            if made.parts is None:  # no round has taken it along
+                self._beside, made.parts = None, list(self._spread(made.jobs, _not_evaluated))
+            return self._figures(made.parts)
+
+        return figures
+
+    def _evaluation(self, adapter: Adapter) -> list[Callable[[Any], Any]]:
+        """The pieces of an evaluation."""
         import ray
 
         told, count = ray.put(adapter), self.description.test_examples
         starts = range(0, count, EVALUATION_CHUNK)
+        return [self._call("evaluate", told, a, min(a + EVALUATION_CHUNK, count)) for a in starts]
 
-        def lost(_: int, why: str) -> dict[str, float]:
-            raise FedloraError(f"the test set could not be evaluated: {why}")
-
-        parts = self._spread(
-            [self._call("evaluate", told, a, min(a + EVALUATION_CHUNK, count)) for a in starts],
-            lost,
-        )
+    def _figures(self, parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+        """What the pieces of an evaluation come to."""
         figures: dict[str, float]
-        (figures,) = self._spread([self._call("figures", summed(parts))], lost)
+        (figures,) = self._spread([self._call("figures", summed(parts))], _not_evaluated)
         return figures
 
     def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
@@ -365,11 +405,16 @@ class RayEngine(Engine):
         self._closed()
 
     def _spread(
-        self, jobs: Sequence[Callable[[Any], Any]], lost: Callable[[int, str], Any], deadline: float | None = None
+        self,
+        jobs: Sequence[Callable[[Any], Any]],
+        lost: Callable[[int, str], Any],
+        deadline: float | None = None,
+        timed: int = 0,
     ) -> Iterator[Any]:
         """Results of all jobs in their order; each goes to a free worker, and again if that dies.
 
-        One that takes longer than `deadline` seconds is lost at once: it would take as long again.
+        Of the first `timed`, one that takes longer than `deadline` seconds is lost at once: it would take as long
+        again.
 
         Raises:
             FedloraError: no worker is left.
@@ -399,7 +444,8 @@ class RayEngine(Engine):
             if not running and time.monotonic() - idle > PATIENCE:
                 raise FedloraError("no worker is left, and Ray has room for none: see `ray status`")
             if deadline is not None:
-                self._stop_late([told for reference, told in running.items() if reference not in done], deadline)
+                slow = [r for reference, r in running.items() if reference not in done and r.job < timed]
+                self._stop_late(slow, deadline)
             for reference in done:
                 told = running.pop(reference, None)
                 try:
@@ -523,6 +569,10 @@ def _witness(engine: object) -> Callable[[], object]:
     told = ["sh", "-c", 'read -r closed || echo "$0" >&2', LAST_WORDS]
     witness = subprocess.Popen(told, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
     return weakref.finalize(engine, witness.communicate, b"closed\n")
+
+
+def _not_evaluated(job: int, why: str) -> Any:
+    raise FedloraError(f"the test set could not be evaluated: {why}")
 
 
 def _own(replies: Replies) -> Replies:

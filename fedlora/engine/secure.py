@@ -176,6 +176,10 @@ class SecureEngine(Engine):
         """The inner engine's."""
         return self.inner.evaluate(adapter)
 
+    def beside(self, adapter: Adapter) -> Callable[[], dict[str, float]] | None:
+        """The inner engine's."""
+        return self.inner.beside(adapter)
+
     def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
         """The inner engine's."""
         return self.inner.judge(instruction, cohort)

@@ -142,6 +142,31 @@ def test_a_dead_worker_is_replaced_and_nothing_is_lost(ray, inline):
     assert ray.replaced >= 1 and len(set(ray.pids())) == 2
 
 
+def test_an_evaluation_beside_a_round_is_that_evaluation(ray, inline, monkeypatch):
+    """Three clients on two workers leave one of them idle at the end; four do not."""
+    first, moved = (dict(inline.description.initial) for _ in range(2))
+    head = next(n for n in moved if moved[n].ndim == 1)
+    moved[head] = moved[head] + np.float32([1, -1])
+    assert ray.beside(first) is None and inline.beside(first) is None
+    monkeypatch.setattr(ray, "cohort", 3)
+    alone = ray.train(instruct(ray), range(3), partial_sums=True)
+    figures = ray.beside(moved)
+    assert bits(ray.train(instruct(ray), range(3), partial_sums=True).updates) == bits(alone.updates)
+    spread = RayEngine._spread
+    monkeypatch.setattr(RayEngine, "_spread", lambda self, jobs, *told: spread(self, jobs[:1], *told))
+    assert figures() == inline.evaluate(moved) != inline.evaluate(first)  # nothing but the sums was left to do
+    monkeypatch.undo()
+    assert ray.evaluate(moved) == inline.evaluate(moved)
+
+
+def test_an_evaluation_that_no_round_took_along_is_made_when_it_is_asked_for(ray, inline, monkeypatch):
+    monkeypatch.setattr(ray, "cohort", 3)
+    figures = ray.beside(first := dict(inline.description.initial))
+    os.kill(ray.pids()[0], signal.SIGKILL)
+    assert figures() == inline.evaluate(first)
+    assert ray._beside is None
+
+
 @pytest.fixture
 def cramped():
     """A control group of the kernel's, of version 1 or 2, with room for 64 MiB."""

@@ -1,12 +1,12 @@
 """Kill a run wherever the disk has changed, go on with it, and compare with the run that was never killed.
 
-    python -m tests.faults.kill SCENARIO FOLDER [EVERY]
+    python -m tests.faults.kill SCENARIO FOLDER [EVERY [beside]]
 
 The phases are what the code has: every line of the loop, the ledger, the checkpoints and the run folder, and of
 the standard library's `shutil` beneath them, that a run of the scenario comes to. A resumed run sees nothing but
 the disk, so of the lines that find the disk as it was one is enough: the run is killed before the first line after
 each change, or after every EVERY-th one. Each run is a process of its own, forked from this one, which has
-imported and loaded all but trained nothing.
+imported and loaded all but trained nothing. With `beside` each round is evaluated in the course of the next.
 """
 
 import json
@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import fedlora
@@ -166,4 +167,6 @@ def matrix(file, work, every=1):
 
 
 if __name__ == "__main__":
+    if sys.argv[4:] == ["beside"]:
+        InlineEngine.beside = lambda engine, adapter: partial(engine.evaluate, dict(adapter))
     print(json.dumps(matrix(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 1)))

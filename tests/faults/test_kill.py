@@ -12,12 +12,12 @@ ROOT = Path(__file__).parents[2]
 STRATEGIES = ("ffa_lora", "flexlora", "fedsa_lora", "fedex_lora")  # linear, by SVD, personalised, merging
 
 
-def matrix(tmp_path, scenario, every):
+def matrix(tmp_path, scenario, every, *more):
     """The outcome of `tests.faults.kill`, in a process of its own: it forks, which one with threads should not."""
     file = tmp_path / "scenario.yaml"
     file.write_text(scenario.to_yaml())
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.kill", file, tmp_path / "work", str(every)],
+        [sys.executable, "-m", "tests.faults.kill", file, tmp_path / "work", str(every), *more],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -41,6 +41,12 @@ def asked(tiny, use, rounds):
 def test_some_phases(tiny, tmp_path, use, every):
     told = matrix(tmp_path, asked(tiny, use, 2), every)
     assert told["killed"] >= 5
+
+
+def test_some_phases_with_an_evaluation_under_way(tiny, tmp_path):
+    told = asked(tiny, "fedex_lora", 3)
+    told = told.model_copy(update={"data": told.data.model_copy(update={"client_test_share": None})})
+    assert matrix(tmp_path, told, 11, "beside")["killed"] >= 5
 
 
 @pytest.mark.slow
