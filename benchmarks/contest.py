@@ -58,18 +58,28 @@ def data(seed: int) -> "Dataset":
 
 
 def net(labels: int, seed: int) -> Any:
-    """MiniLM with LoRA, as peft builds it."""
+    """MiniLM with LoRA, as peft builds it, from the first adapter of fedlora's scenario, and without dropout."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
+    from fedlora.adapter import Lora, Slot, initial
     from fedlora.task import find_base
 
-    torch.manual_seed(seed)
     base = AutoModelForSequenceClassification.from_pretrained(find_base("minilm"), num_labels=labels)
-    return get_peft_model(
-        base, LoraConfig(r=8, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS")
-    )
+    told = LoraConfig(r=8, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = get_peft_model(base, told)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    kind = Lora(8, 8, ("query", "value"))
+    named = ((n.replace(".modules_to_save", "").replace(".default", ""), p) for n, p in model.named_parameters())
+    trained = {n: p for n, p in named if p.requires_grad}
+    layout = {n: Slot(n, tuple(p.shape), kind.role(n), "") for n, p in trained.items()}
+    with torch.no_grad():
+        for name, value in initial(kind, layout, seed).items():
+            trained[name].copy_(torch.from_numpy(value))
+    return model
 
 
 def padded(examples: "Examples", rows: "NDArray[np.int64]") -> dict[str, "torch.Tensor"]:
