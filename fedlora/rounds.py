@@ -332,7 +332,7 @@ class Loop:
             self.on_round(line)
 
     def _judge(self, now: Progress) -> None:
-        """Write the line of a round that was evaluated beside the next, or would have been but for an interruption."""
+        """Write the line of a round that was evaluated beside the next, or was to be but for an interruption."""
         if (line := now.unjudged) is None:
             return
         line |= self.engine.evaluate(now.adapter) if self._beside is None else self._beside()
