@@ -4,8 +4,8 @@
     python benchmarks/evidence.py reduced --no-runs    # tables and figures again, out of docs/evidence/reduced.csv
 
 A sweep of `scenarios/sweeps/paper` that was interrupted goes on when the command is given again; those beside each
-other share their runs. Each run is a line of `docs/evidence/<sweep>.csv`: what the sweep varies, its scenario's hash,
-its seed, and what came out.
+other share their runs. Each run is a line of `docs/evidence/<sweep>.csv`: what the sweep varies, its scenario's
+hash, its seed, and what came out.
 
 How learning rates are chosen: every method has the same grid and the same seeds, and the whole grid is printed.
 "Best" is the rate with the highest mean accuracy over seeds, judged by the figures that it was chosen by, which
