@@ -10,7 +10,7 @@ hash, its seed, and what came out.
 How learning rates are chosen: every method has the same grid and the same seeds, and the whole grid is printed.
 "Best" is the rate with the highest mean accuracy over seeds, judged by the figures that it was chosen by, which
 flatters. "Blind" is what counts: for each seed the rate is chosen by the other seeds, and its accuracy on this
-one is taken.
+one is taken. In `tuned` alpha is chosen so too, along with the rate.
 """
 
 import argparse
@@ -40,10 +40,22 @@ RESULTS = (
     "precision",
 )
 RATE, SEED, METHOD = "lr", "seed", "strategy"
-NAMES = {"fedavg_lora": "LoRA", "ffa_lora": "FFA-LoRA"}
+TUNED = {"tuned": ("alpha",)}  # what a sweep chooses along with the rate
+NAMES = {
+    "fedavg_lora": "LoRA",
+    "ffa_lora": "FFA-LoRA",
+    "fedsvd": "FedSVD",
+    "rolora": "RoLoRA",
+    "fed_sb": "Fed-SB",
+    "la_lora": "LA-LoRA",
+    "fedask": "FedASK",
+    "fedex_lora": "FedEx-LoRA",
+    "flexlora": "FlexLoRA",
+}
 
 Row = Mapping[str, str]
-Cell = Mapping[float, Mapping[str, Row]]  # the runs of a configuration, by learning rate and seed
+Choice = tuple[float, ...]  # a learning rate, and what else is tuned
+Cell = Mapping[Choice, Mapping[str, Row]]  # the runs of a configuration, by choice and seed
 
 
 def run(name: str, overrides: Sequence[str], out: Path) -> None:
@@ -91,12 +103,13 @@ def _cell(value: Any) -> str:
 
 
 def read(name: str) -> tuple[list[str], dict[tuple[str, ...], Cell]]:
-    """The runs of a sweep by what it varies beside rate and seed."""
+    """The runs of a sweep by what it varies beside seed, rate and what else is tuned."""
+    chosen = _chosen(name)
     with (DOCS / "evidence" / f"{name}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     keys: list[str] = []
     for key in rows[0]:
-        if key not in ("hash", RATE, SEED, METHOD, *RESULTS):
+        if key not in ("hash", *chosen, SEED, METHOD, *RESULTS):
             told = {tuple(row[k] for k in [*keys, key]) for row in rows}
             if len(told) > len({place[:-1] for place in told}):  # else it follows from those before
                 keys.append(key)
@@ -104,17 +117,22 @@ def read(name: str) -> tuple[list[str], dict[tuple[str, ...], Cell]]:
     cells: dict[tuple[str, ...], Any] = {}
     for row in rows:
         cell = cells.setdefault(tuple(row[key] for key in keys), {})
-        cell.setdefault(float(row[RATE]), {})[row[SEED]] = row
+        cell.setdefault(tuple(float(row[key]) for key in chosen), {})[row[SEED]] = row
     return keys, cells
+
+
+def _chosen(name: str) -> tuple[str, ...]:
+    """What a sweep's best is the best of."""
+    return (RATE, *TUNED.get(name, ()))
 
 
 def _accuracies(runs: Mapping[str, Row], *, but: str | None = None) -> list[float]:
     return [float(row["accuracy"]) for seed, row in runs.items() if seed != but]
 
 
-def best(cell: Cell, but: str | None = None) -> float:
+def best(cell: Cell, but: str | None = None) -> Choice:
     """The learning rate with the highest mean accuracy, over all seeds or all but one; the lower of equals."""
-    return max(sorted(cell), key=lambda rate: statistics.fmean(_accuracies(cell[rate], but=but) or [0.0]))
+    return max(sorted(cell), key=lambda choice: statistics.fmean(_accuracies(cell[choice], but=but) or [0.0]))
 
 
 def blind(cell: Cell) -> list[float]:
@@ -126,49 +144,57 @@ def blind(cell: Cell) -> list[float]:
 def table(name: str) -> Table:
     """A row for each configuration, the whole grid at its end."""
     keys, cells = read(name)
-    rates = sorted({rate for cell in cells.values() for rate in cell})
+    choices = sorted({choice for cell in cells.values() for choice in cell})
+    chosen = _chosen(name)
     rows = []
     for place, cell in cells.items():
         at = best(cell)
-        chosen = list(cell[at].values())
+        runs = list(cell[at].values())
         rows.append(
             [
                 *(NAMES.get(word, word) for word in place),
-                f"{at:g}",
+                *(f"{value:g}" for value in at),
                 spread(_accuracies(cell[at])),
                 spread(blind(cell)),
-                f"{statistics.fmean(float(row['loss']) for row in chosen):.3f}",
-                f"{float(chosen[0]['bytes_up']) / 1e6:.2f}",
-                str(len(chosen)),
-                *(spread(_accuracies(cell[rate])) if rate in cell else "-" for rate in rates),
+                f"{statistics.fmean(float(row['loss']) for row in runs):.3f}",
+                f"{float(runs[0]['bytes_up']) / 1e6:.2f}",
+                str(len(runs)),
+                *(spread(_accuracies(cell[choice])) if choice in cell else "-" for choice in choices),
             ]
         )
     head = [
         *keys,
-        "best lr",
+        *(f"best {key}" for key in chosen),
         "accuracy at it",
         "blind",
         "loss",
         "MB up",
         "seeds",
-        *(f"lr {rate:g}" for rate in rates),
+        *(_named(chosen, choice) for choice in choices),
     ]
     return Table(head, rows, frozenset(range(len(keys))))
 
 
+def _named(chosen: Sequence[str], choice: Choice) -> str:
+    return ", ".join(f"{key} {value:g}" for key, value in zip(chosen, choice, strict=True))
+
+
 def figures(name: str) -> dict[str, alt.Chart | alt.LayerChart | alt.FacetChart]:
-    """Accuracy by what the sweep varies; over the grid of rates; and, for LoRA, against its aggregation error."""
+    """Accuracy by what the sweep varies, over the grid of rates, by bytes (of many methods), by LoRA's error."""
     keys, cells = read(name)
     axis = keys[0]
     points, grid, errors = [], [], []
     for place, cell in cells.items():
         about = {**dict(zip(keys, place, strict=True)), "method": _method(keys, place)}
         values = blind(cell) or _accuracies(cell[best(cell)])
-        points.append({**about, **_band(values)})
-        grid += [{**about, "lr": rate, **_band(_accuracies(runs))} for rate, runs in cell.items()]
+        sent = float(next(iter(cell[best(cell)].values()))["bytes_up"])
+        points.append({**about, "MB": sent / 1e6, **_band(values)})
+        for (rate, *other), runs in cell.items():
+            method = ", ".join(filter(None, [about["method"], _named(_chosen(name)[1:], tuple(other))]))
+            grid.append({**about, "method": method, "lr": rate, **_band(_accuracies(runs))})
         errors += [
-            {**about, "error": float(row["aggregation_error"]), "accuracy": float(row["accuracy"]), "lr": rate}
-            for rate, runs in cell.items()
+            {**about, "error": float(row["aggregation_error"]), "accuracy": float(row["accuracy"])}
+            for runs in cell.values()
             for row in runs.values()
             if row["aggregation_error"] != "none"
         ]
@@ -178,10 +204,11 @@ def figures(name: str) -> dict[str, alt.Chart | alt.LayerChart | alt.FacetChart]
     rate = alt.X("lr:Q", scale=scale, title="learning rate", axis=alt.Axis(values=rates, format="~g"))
     made = {
         name: _bars(points, alt.X(f"{axis}:N", sort=order, title=axis, axis=alt.Axis(labelAngle=0))),
-        f"{name}-rates": _bars(grid, rate, lines=True)
-        .properties(width=170, height=180)
-        .facet(alt.Facet(f"{axis}:N", sort=order, title=axis), columns=4),
+        f"{name}-rates": _facets(_bars(grid, rate, lines=True), axis, order),
     }
+    if len({place[-1] for place in cells}) > 2:
+        sent_up = alt.X("MB:Q", scale=scale, title="MB sent up by all", axis=alt.Axis(tickCount=3))
+        made[f"{name}-bytes"] = _facets(_bars(points, sent_up, lines=True), axis, order)
     if errors:
         made[f"{name}-error"] = (
             alt.Chart(alt.Data(values=errors))
@@ -201,8 +228,8 @@ def figures(name: str) -> dict[str, alt.Chart | alt.LayerChart | alt.FacetChart]
 
 
 def _method(keys: Sequence[str], place: Sequence[str]) -> str:
-    """The method, with what sets it apart beside the first of the keys."""
-    words = dict(zip(keys[1:], place[1:], strict=True))
+    """The method, with what sets it apart beside the first of the keys, where there are others."""
+    words = dict(list(zip(keys, place, strict=True))[len(keys) > 1 :])
     name = words.pop(METHOD, "")
     return ", ".join([NAMES.get(name, name), *(f"{key} {value}" for key, value in words.items())])
 
@@ -224,7 +251,15 @@ def _bars(rows: Sequence[Mapping[str, Any]], x: alt.X, lines: bool = False) -> a
         base.mark_point(filled=True, size=60).encode(y=y),
         *([base.mark_line().encode(y=y)] if lines else []),
     ]
-    return alt.LayerChart(layer=layers, width=420, height=230)
+    return alt.LayerChart(layer=layers, width=max(420, 18 * len(rows)), height=230)
+
+
+def _facets(chart: alt.LayerChart, axis: str, order: Sequence[str]) -> alt.LayerChart | alt.FacetChart:
+    """A small chart for each value of what the sweep varies beside the method."""
+    if axis == METHOD:
+        return chart
+    small = chart.properties(width=170, height=180)
+    return small.facet(alt.Facet(f"{axis}:N", sort=order, title=axis), columns=4)
 
 
 def draw(name: str) -> None:

@@ -22,7 +22,7 @@ def evidence():
 def cell(**rates):
     """Runs by learning rate, from the accuracy of each seed."""
     return {
-        float(rate[1:]): {str(seed): {"accuracy": str(value)} for seed, value in enumerate(values)}
+        (float(rate[1:]),): {str(seed): {"accuracy": str(value)} for seed, value in enumerate(values)}
         for rate, values in rates.items()
     }
 
@@ -30,13 +30,31 @@ def cell(**rates):
 def test_a_rate_is_chosen_by_the_other_seeds_and_judged_on_this_one(evidence):
     """Rate 1 has mean 0.7, rate 2 0.667. Without seed 0 rate 2 is better, without 1 or 2 rate 1 is."""
     runs = cell(r1=[0.9, 0.6, 0.6], r2=[0.5, 0.8, 0.7])
-    assert evidence.best(runs) == 1 and evidence.best(runs, but="0") == 2
+    assert evidence.best(runs) == (1,) and evidence.best(runs, but="0") == (2,)
     assert evidence.blind(runs) == [0.5, 0.6, 0.6]
     assert evidence.blind(cell(r1=[0.9])) == []  # one seed has no others
 
 
 def test_of_equal_rates_the_lower_is_taken(evidence):
-    assert evidence.best(cell(r4=[0.5], r2=[0.5])) == 2
+    assert evidence.best(cell(r4=[0.5], r2=[0.5])) == (2,)
+
+
+def test_where_alpha_is_tuned_it_is_chosen_with_the_rate(evidence, tmp_path, monkeypatch):
+    """Alpha 2 at rate 4 has mean 0.75, the best. Seed 0 chooses alpha 8 at rate 2: seed 1 has 0.5."""
+    (tmp_path / "evidence").mkdir()
+    rows = ["2,4,0,0.6", "2,4,1,0.9", "8,2,0,0.8", "8,2,1,0.5", "8,4,0,0.1", "8,4,1,0.1"]
+    (tmp_path / "evidence" / "tuned.csv").write_text(
+        "hash,alpha,lr,seed,accuracy,strategy,loss,bytes_up\n"
+        + "".join(f"x,{row},ffa_lora,0.5,1e6\n" for row in rows)
+    )
+    monkeypatch.setattr(evidence, "DOCS", tmp_path)
+    keys, cells = evidence.read("tuned")
+    (only,) = cells.values()
+    assert keys == ["strategy"] and evidence.best(only) == (4, 2) and evidence.blind(only) == [0.6, 0.5]
+    assert evidence.table("tuned").markdown().splitlines()[0] == (
+        "| strategy | best lr | best alpha | accuracy at it | blind | loss | MB up | seeds "
+        "| lr 2, alpha 8 | lr 4, alpha 2 | lr 4, alpha 8 |"
+    )
 
 
 def test_what_follows_from_another_setting_is_no_column(evidence, tmp_path, monkeypatch):
