@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fedlora import quantized
 from fedlora.client import Pass, Passes
 from fedlora.errors import SettingError
 from fedlora.lowrank import add_sample
@@ -176,7 +177,7 @@ class Fused:
     def _low_rank(self, layer: Any, x: "torch.Tensor") -> "torch.Tensor":
         """A layer with factors for each client."""
         base = layer.base_layer
-        x = x.to(base.weight.dtype)
+        x = x.to(quantized.dtype(base))
         change = self._linear(layer.lora_B["default"], self._linear(layer.lora_A["default"], x))
         y: torch.Tensor = base(x).add(change, alpha=layer.scaling["default"])
         return y

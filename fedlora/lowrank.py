@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+from fedlora import quantized
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,14 +34,14 @@ class LowRank:
     """
 
     def __init__(self, model: Any, find: Find) -> None:
-        """Take over every layer with plain factors beside a plain linear layer; the others stay as they are."""
+        """Take over every layer with plain factors beside a linear layer; the others stay as they are."""
         self.singly, self.find, self.layers = False, find, list(_plain(model))
         for layer in self.layers:
             layer.forward = partial(self._forward, layer)
 
     def _forward(self, layer: Any, x: "torch.Tensor") -> "torch.Tensor":
-        base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        y: torch.Tensor = _function().apply(x, base.weight, base.bias, a, b, layer.scaling["default"], self)
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        y: torch.Tensor = _function().apply(x, layer.base_layer, a, b, layer.scaling["default"], self)
         return y
 
     def samples(self, whole: "torch.Tensor", left: "torch.Tensor", right: "torch.Tensor") -> "torch.Tensor":
@@ -72,10 +74,11 @@ def by_example(left: "torch.Tensor", right: "torch.Tensor", lies: "Segments") ->
 
 def _plain(model: Any) -> Iterator[Any]:
     import torch
-    from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora.layer import Linear, LoraLayer
 
     for module in model.modules():
-        if type(module) is Linear and type(module.base_layer) is torch.nn.Linear:
+        plain = type(module) is Linear and type(module.base_layer) is torch.nn.Linear
+        if plain or (isinstance(module, LoraLayer) and quantized.is_held(module.base_layer)):
             pair = (module.lora_A["default"], module.lora_B["default"])
             if all(type(factor) is torch.nn.Linear and factor.bias is None for factor in pair):
                 yield module
@@ -91,44 +94,45 @@ def _function() -> Any:
         def forward(
             ctx: Any,
             x: torch.Tensor,
-            weight: torch.Tensor,
-            bias: torch.Tensor | None,
+            base: Any,
             a: torch.Tensor,
             b: torch.Tensor,
             scaling: float,
             layers: LowRank,
         ) -> torch.Tensor:
             """In the precision of the frozen weight."""
+            weight = quantized.weight(base)
             flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)  # (tokens, in)
             low, high = a.to(weight.dtype), b.to(weight.dtype)
             inner = flat @ low.t()  # (tokens, r)
-            y = torch.nn.functional.linear(flat, weight, bias).addmm_(inner, high.t(), alpha=scaling)
-            ctx.save_for_backward(flat, inner, weight, low, high)
-            ctx.layers, ctx.factors, ctx.scaling, ctx.was = layers, (a, b), scaling, (x.shape, x.dtype)
+            y = torch.nn.functional.linear(flat, weight, base.bias).addmm_(inner, high.t(), alpha=scaling)
+            ctx.save_for_backward(flat, inner, low, high)
+            ctx.layers, ctx.base, ctx.factors = layers, base, (a, b)
+            ctx.scaling, ctx.was = scaling, (x.shape, x.dtype)
             return y.view(*x.shape[:-1], -1)
 
         @staticmethod
         def backward(ctx: Any, gradient: torch.Tensor) -> Any:
             """For the input and the factors; those of single examples go to `grad_sample`."""
-            x, inner, weight, low, high = ctx.saved_tensors
+            x, inner, low, high = ctx.saved_tensors
             shape, dtype = ctx.was
             flat = gradient.reshape(-1, gradient.shape[-1])  # (tokens, out)
             left = (flat @ high.t().contiguous().t()).mul_(ctx.scaling)  # (tokens, r); quicker with B on its side
             dx = da = db = None
             if ctx.needs_input_grad[0]:
-                dx = (flat @ weight).addmm_(left, low).view(shape).to(dtype)
+                dx = (flat @ quantized.weight(ctx.base)).addmm_(left, low).view(shape).to(dtype)
             a, b = ctx.factors
             if ctx.layers.singly:
-                if ctx.needs_input_grad[3]:
+                if ctx.needs_input_grad[2]:
                     add_sample(a, ctx.layers.samples(gradient, left, x))
-                if ctx.needs_input_grad[4]:
+                if ctx.needs_input_grad[3]:
                     add_sample(b, ctx.layers.samples(gradient, inner * ctx.scaling, flat).transpose(1, 2))
             else:
-                if ctx.needs_input_grad[3]:
+                if ctx.needs_input_grad[2]:
                     da = (left.t() @ x).to(a.dtype)
-                if ctx.needs_input_grad[4]:
+                if ctx.needs_input_grad[3]:
                     db = (inner.t() @ flat).mul_(ctx.scaling).t().to(b.dtype)
-            return dx, None, None, da, db, None, None
+            return dx, None, da, db, None, None
 
     return Product
 

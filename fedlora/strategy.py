@@ -82,6 +82,9 @@ class Strategy(FlowerStrategy):
     unequal_ranks: ClassVar[bool] = False
     """Whether clients may have ranks below the server's, so that updates differ in shape."""
 
+    merges: ClassVar[bool] = False
+    """Whether it changes the frozen base: its aggregates are `Merged`, with a change of `base`."""
+
     personal: ClassVar[bool] = False
     """Whether each client ends with a model of its own, to be judged by its own examples."""
 
@@ -393,6 +396,11 @@ def check(strategy: Strategy, scenario: "Scenario") -> None:
     if told.unequal_ranks(scenario.model.adapter.r) and not strategy.unequal_ranks:
         can = _those(lambda cls: cls.unequal_ranks)
         raise SettingError("clients.ranks", f"{use} needs equal ranks; these take unequal ones: {can}")
+    if strategy.merges and scenario.model.quantize is not None:
+        can = _those(lambda cls: not cls.merges)
+        raise SettingError(
+            "model.quantize", f"{use} adds to the frozen weights: leave it out, or take one of {can}"
+        )
     if strategy.personal and scenario.data.client_test_share is None:
         raise SettingError(
             "strategy.use",

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import adapter as adapters
+from fedlora import quantized
 from fedlora.adapter import Adapter, Layout, Slot
 from fedlora.data import Encoded, Examples, Partition, Rows, quiet_hub
 from fedlora.errors import ContractError, SettingError
@@ -223,6 +224,7 @@ class Task(ABC):
         self.model.requires_grad_(False)
         self.device = torch.device(device)
         self.model.to(self.device)
+        self._held = list(quantized.hold(self.model))
         self._parameters = {_public(n): p for n, p in self.model.named_parameters() if _federates(n)}
         self.own = True
         self.layout: Layout = {
@@ -327,18 +329,11 @@ class Task(ABC):
                 layer.scaling["default"] = self.kind.scaling(rank)
 
     def weight(self, module: str) -> "torch.Tensor":
-        """The frozen weight of a layer with factors, (out, in), with what was merged into it.
-
-        Raises:
-            SettingError: it is held in a few bits.
-        """
+        """The frozen weight of a layer with factors, (out, in), with what was merged into it."""
         from transformers.pytorch_utils import Conv1D
 
         base = self._layers[module].get_base_layer()
-        weight: torch.Tensor = base.weight
-        if not weight.is_floating_point():
-            raise SettingError("model.quantize", "this strategy reads or changes the frozen weights: leave it out")
-        return weight.T if isinstance(base, Conv1D) else weight
+        return base.weight.T if isinstance(base, Conv1D) else quantized.weight(base)
 
     @property
     def weights(self) -> dict[str, tuple[int, ...]]:
@@ -356,9 +351,14 @@ class Task(ABC):
 
         Args:
             change: of each layer, as thin factors (out x m) and (m x in), scaling included.
+
+        Raises:
+            SettingError: they are held in few bits.
         """
         import torch
 
+        if self._held:
+            raise SettingError("model.quantize", "this strategy merges into the frozen weights: leave it out")
         self._use_half(False)
         with torch.no_grad():
             for module, (left, right) in change.items():
@@ -370,10 +370,12 @@ class Task(ABC):
     def base_fingerprint(self) -> str:
         """Differs where any weight that no client changes differs; of the base before any merge."""
         digest = hashlib.sha256()
+        held = {id(layer.weight): layer for layer in self._held}
         for name, parameter in self.model.named_parameters():
             if not _federates(name) and ".original_module." not in name:
-                digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-                digest.update(parameter.detach().float().cpu().contiguous().numpy())
+                whole: Any = quantized.weight(held[id(parameter)]) if id(parameter) in held else parameter
+                digest.update(f"{name} {tuple(whole.shape)}\n".encode())
+                digest.update(whole.detach().float().cpu().contiguous().numpy())
         return digest.hexdigest()[:32]
 
     def begin(self, adapter: Mapping[str, NDArray[np.float32]], train: Sequence[str]) -> list["torch.Tensor"]:
@@ -555,18 +557,19 @@ class Task(ABC):
         """bfloat16 copies of all frozen tensors, so that a pass casts neither weights nor what is between."""
         import torch
 
-        quantised = not all(p.is_floating_point() for p in self.model.parameters())
         halves = {}
         for name, module in self.model.named_modules():
-            # Beside quantised layers, which cast by themselves, only what is held in full.
             if "lora_" not in name and "modules_to_save" not in name and "original_module" not in name:
-                if not quantised or type(module) is torch.nn.Linear:
-                    for parameter in module.parameters(recurse=False):
-                        halves[id(parameter)] = (parameter, parameter.data, parameter.data.to(torch.bfloat16))
+                for parameter in filter(lambda p: p.is_floating_point(), module.parameters(recurse=False)):
+                    halves[id(parameter)] = (parameter, parameter.data, parameter.data.to(torch.bfloat16))
         return list(halves.values())
 
     def _use_half(self, half: bool) -> None:
+        import torch
+
         if half is not self._in_half:
+            for layer in self._held:
+                quantized.compute_in(layer, torch.bfloat16 if half else torch.float32)
             for parameter, full, small in self._frozen:
                 parameter.data = small if half else full
             self._in_half = half
@@ -774,6 +777,7 @@ def load(
     import torch
     from transformers import AutoConfig
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it hints at kernels not used here
     path, cls, auto = find_base(base), TASKS[task], model_class(task)
     # On a CPU the backward pass of torch's fused attention takes nearly half of a step on short text.
     attention = "eager" if device == "cpu" and max_length <= 256 else "sdpa"
@@ -783,7 +787,8 @@ def load(
     else:
         tokenizer = load_tokenizer(base, revision)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    held = _quantization(quantize, device)
+    if quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise SettingError("model.quantize", "needs bitsandbytes: pip install 'fedlora[quantize]'")
     with _loading(base, path, "model"):
         config = AutoConfig.from_pretrained(path, revision=revision or "main")
         for key, value in config.to_dict().items():
@@ -796,10 +801,11 @@ def load(
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
         missing: Iterable[str] = ()
-        if device == "meta":
+        if device == "meta" or quantize is not None:
             with torch.device("meta"):
                 model = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
-        else:
+        if device != "meta":
+            held = _quantization(quantize, device, model, pooler) if quantize is not None else {}
             model, report = auto.from_pretrained(
                 path,
                 config=config,
@@ -813,7 +819,7 @@ def load(
             missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     heads: dict[str, bool] = {}
     if task != "causal_lm":
-        heads = {n: head == "trained" for n, m in model.named_children() if _is_head(model, n, m)}
+        heads = {name: head == "trained" for name in _heads(model)}
         if pooler == "trained":
             body = getattr(model, model.base_model_prefix, None)
             if getattr(body, "pooler", None) is None:
@@ -841,30 +847,18 @@ def model_class(task: str) -> Any:
     }[task]
 
 
-def _quantization(quantize: str | None, device: str) -> dict[str, Any]:
-    """What `from_pretrained` needs to hold frozen linear layers in 8 or 4 bits.
-
-    Raises:
-        SettingError: that cannot be had here.
-    """
-    import torch
-
-    if quantize is None or device == "meta":
-        return {}
-    if device == "cpu" or not torch.cuda.is_available():
-        raise SettingError(
-            "model.quantize", "needs a GPU: set engine.gpus_per_worker: 1 where there is one, or null"
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise SettingError("model.quantize", "needs bitsandbytes: pip install 'fedlora[quantize]'")
+def _quantization(quantize: str, device: str, model: Any, pooler: str) -> dict[str, Any]:
+    """What `from_pretrained` needs to hold frozen linear layers of such a model in 8 or 4 bits."""
     from transformers import BitsAndBytesConfig
 
+    federate = [*_heads(model), *(["pooler"] if pooler == "trained" else [])]
+    whole = [name for name, _ in model.named_modules() if any(_under(f"{name}.", head) for head in federate)]
     told = BitsAndBytesConfig(
         load_in_8bit=quantize == "8bit",
         load_in_4bit=quantize == "4bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=whole,  # of both kinds
     )
     return {"quantization_config": told, "device_map": {"": device}}
 
@@ -906,8 +900,10 @@ def _answer(text: str, pattern: str | None) -> str | None:
     return found[-1].group(1 if found[-1].re.groups else 0).strip() if found else None
 
 
-def _is_head(model: Any, name: str, module: Any) -> bool:
-    return name != model.base_model_prefix and any(True for _ in module.parameters())
+def _heads(model: Any) -> list[str]:
+    """What a model has beside its body, by name."""
+    beside = [(name, part) for name, part in model.named_children() if name != model.base_model_prefix]
+    return [name for name, part in beside if any(True for _ in part.parameters())]
 
 
 def _federates(parameter: str) -> bool:

@@ -23,6 +23,7 @@ class FedExLoRA(Strategy):
     """A, B and the head federate; what their averages miss is merged into the base."""
 
     facts: ClassVar[Facts] = Facts(sends="A, B", exact=True)
+    merges: ClassVar[bool] = True
 
     def aggregate(self, adapter: Adapter, updates: Sequence[Update]) -> Merged:
         """The means, and the residual as a merge."""

@@ -23,6 +23,7 @@ class FLoRA(Strategy):
 
     facts: ClassVar[Facts] = Facts(sends="A, B", exact=True)
     unequal_ranks: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
 
     def federates(self, layout: Layout) -> Collection[str]:
         """The head; the factors begin from the seed in each round."""

@@ -253,9 +253,11 @@ def test_a_chat_template_frames_one_dialogue_and_the_answer_alone_is_scored(tiny
     assert "two plus two" in said[0][0] and "two plus two" not in said[1][0]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_quantized_weights_are_refused_in_one_line_where_there_is_no_gpu(tiny_base):
-    for device in ("cpu", "cuda"):
-        with pytest.raises(SettingError, match=r"needs a GPU: set engine\.gpus_per_worker: 1") as told:
-            load(tiny_base, quantize="4bit", device=device)
-        assert told.value.key == "model.quantize"
+def test_few_bits_need_what_holds_them(tiny_base, monkeypatch):
+    from importlib import util
+
+    known = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else known(name, *a))
+    with pytest.raises(SettingError, match=r"needs bitsandbytes: pip install 'fedlora\[quantize\]'") as told:
+        load(tiny_base, quantize="4bit")
+    assert told.value.key == "model.quantize"

@@ -72,7 +72,7 @@ class Model(Section):
 
     base: Annotated[str, Field(min_length=1)] = "minilm"  # "minilm", a local path or a Hub id
     revision: str | None = None  # of a Hub id: branch, tag or commit
-    quantize: Literal["8bit", "4bit"] | None = None  # hold the frozen weights so, by bitsandbytes on a GPU
+    quantize: Literal["8bit", "4bit"] | None = None  # hold the frozen weights so, by bitsandbytes
     adapter: Adapter = Adapter()
     head: Literal["trained", "frozen"] = "trained"  # the classification head: trained and sent, or left random
     pooler: Literal["trained", "frozen"] = "frozen"  # the encoder's pooler, where it has one

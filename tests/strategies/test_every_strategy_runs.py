@@ -49,6 +49,7 @@ def data_folders(run):
 def test_runs_privately_and_exports_what_it_scored(name, tiny, tiny_base, tmp_path):
     run = simulate(tiny(f"strategy.use={name}", "model.adapter.kind=auto", HELD), out=tmp_path / "run")
     assert run.summary["rounds"] == 2 and run.summary["failures"] == 0 and run.summary["epsilon"] <= 8
+    assert plugins.find("strategies", name).merges == any((run.folder / "merges").glob("*.safetensors"))
     for line in run.rounds:
         assert line["bytes_up"] > 0 and line["bytes_down"] > 0 and np.isfinite(line["local_loss"])
     if plugins.find("strategies", name).personal:
