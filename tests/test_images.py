@@ -71,6 +71,12 @@ engine: {{kind: inline}}
     return made
 
 
+def test_a_vision_transformer_in_four_bits_learns_them_too(file, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="pip install -e '.[quantize]'")
+    told = scenario.load(file, ["model.quantize=4bit"])
+    assert simulate(told, out=tmp_path / "run").summary["accuracy"] > 0.8
+
+
 def test_a_vision_transformer_learns_digits_privately_and_loads_in_plain_peft(file, tiny_vit, tmp_path):
     from datasets import load_from_disk
     from peft import PeftModel
@@ -143,7 +149,6 @@ def test_an_images_private_gradient_is_its_own(file, tiny_vit):
         ("data.files={train: a.csv}", "rows of text hold no images: name a folder of them as data.hub.path"),
         ("data.dataset=sst2", "sst2 is for task: classification"),
         ("data.hub.text=[a, b]", "pairs of columns are for classification"),
-        ("model.quantize=4bit", "is for language models"),
     ],
 )
 def test_what_images_cannot_do_is_said_before_a_run(file, change, words):

@@ -139,8 +139,6 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("data", "files", "label"), "exact_match needs the name of the column of answers")
     if model and task == "causal_lm" and model.pooler == "trained":
         yield Problem(("model", "pooler"), "a causal language model has no pooler")
-    if model and model.quantize and task == "image_classification":
-        yield Problem(("model", "quantize"), "is for language models: leave it out")
 
 
 def _worldly(world: World, clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:
