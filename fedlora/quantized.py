@@ -63,16 +63,17 @@ def dtype(layer: Any) -> "torch.dtype":
 
 def weight(layer: Any) -> "torch.Tensor":
     """A frozen weight in the precision of its products: itself, or unfolded, (out, in)."""
+    held: torch.Tensor = layer.weight
     if not is_held(layer):
-        return layer.weight  # type: ignore[no-any-return]
+        return held
     from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
-    held = layer.weight
+    whole: torch.Tensor
     if (blocks := vars(layer).get("fedlora_blocks")) is None:
-        whole = int8_vectorwise_dequant(held.data, held.SCB)
+        whole = int8_vectorwise_dequant(held.data, layer.weight.SCB)
     else:
-        whole = dequantize_4bit(held.data, blocks).view(held.quant_state.shape)
-    return whole.to(dtype(layer))  # type: ignore[no-any-return]
+        whole = dequantize_4bit(held.data, blocks).view(layer.weight.quant_state.shape)
+    return whole.to(dtype(layer))
 
 
 def _forward(layer: Any, x: "torch.Tensor") -> "torch.Tensor":
