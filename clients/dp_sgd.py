@@ -17,6 +17,7 @@ import logging
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedlora.adapter import Adapter, Update
@@ -24,6 +25,7 @@ from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_to
 from fedlora.data import Partition
 from fedlora.errors import ContractError, SettingError
 from fedlora.lowrank import by_example
+from fedlora.noise import Stream
 from fedlora.privacy import Event, Quantile
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ class DPSGD(Stepwise):
             noise_multiplier=event.noise_multiplier,
             max_grad_norm=event.clip_norm,
             expected_batch_size=settings.batch_size,
-            generator=rng.torch(noise_stream(event), task.device),
+            noise=rng(noise_stream(event)),
         )
         batches = rng("batches")
         loss_sum, taken, dropped = torch.zeros((), device=task.device), 0, 0
@@ -136,28 +138,56 @@ class DPSGD(Stepwise):
         """Leave the gradient of each example; the sum of the losses."""
         return _backward(task, asked.batch)
 
-    def _optimizer(self, inner: "torch.optim.Optimizer", *, max_grad_norm: float, **told: Any) -> Any:
-        """Opacus's optimiser that clips as asked."""
-        from opacus.optimizers import DPOptimizer, DPPerLayerOptimizer
-
+    def _optimizer(
+        self, inner: "torch.optim.Optimizer", noise: Stream, *, max_grad_norm: float, **told: Any
+    ) -> Any:
+        """Opacus's optimiser that clips as asked, with noise from a stream."""
         if self.quantile is not None:
-            return _adaptive(inner, self.quantile, max_grad_norm=max_grad_norm, **told)
+            return _adaptive(inner, noise, self.quantile, max_grad_norm=max_grad_norm, **told)
         if not self.per_layer:
-            return DPOptimizer(inner, max_grad_norm=max_grad_norm, **told)
+            return _noised("DPOptimizer")(inner, noise, max_grad_norm=max_grad_norm, **told)
         count = len(inner.param_groups[0]["params"])
-        return DPPerLayerOptimizer(inner, max_grad_norm=[max_grad_norm / math.sqrt(count)] * count, **told)
+        bounds = [max_grad_norm / math.sqrt(count)] * count
+        return _noised("DPPerLayerOptimizer")(inner, noise, max_grad_norm=bounds, **told)
 
 
-def _adaptive(inner: "torch.optim.Optimizer", quantile: float, *, noise_multiplier: float, **told: Any) -> Any:
+@cache
+def _noised(name: str) -> Any:
+    """One of Opacus's optimisers with noise from a stream, and not from a generator of torch."""
+    import torch
+    from opacus import optimizers
+    from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
+
+    class Noised(getattr(optimizers, name)):  # type: ignore[misc]
+        def __init__(self, inner: torch.optim.Optimizer, noise: Stream, **told: Any) -> None:
+            super().__init__(inner, **told)
+            self.noise = noise
+
+        def add_noise(self) -> None:
+            """Add N(0, (sigma C)^2) to each sum, in float64; what comes out is rounded to float32."""
+            sizes = [p.numel() for p in self.params]
+            drawn = torch.from_numpy(self.noise.standard_normal(sum(sizes)))
+            drawn *= self.noise_multiplier * self.max_grad_norm
+            parts = torch.split(drawn.to(self.params[0].device), sizes)
+            for p, part in zip(self.params, parts, strict=True):
+                _check_processed_flag(p.summed_grad)
+                p.grad = (p.summed_grad.view(-1) + part).to(p.dtype).view_as(p)
+                _mark_as_processed(p.summed_grad)
+
+    return Noised
+
+
+def _adaptive(
+    inner: "torch.optim.Optimizer", noise: Stream, quantile: float, *, noise_multiplier: float, **told: Any
+) -> Any:
     """An optimiser whose bound moves after each step.
 
     Not Opacus's own for this: it divides the count by how many examples a batch really has, which nobody may
     know, fails on an empty batch and forgets the count between micro-batches.
     """
     import torch
-    from opacus.optimizers import DPOptimizer
 
-    class Adaptive(DPOptimizer):  # type: ignore[misc]
+    class Adaptive(_noised("DPOptimizer")):  # type: ignore[misc]
         max_grad_norm: float
         count = 0.0  # of examples within the bound, in terms of +-1/2
 
@@ -168,14 +198,12 @@ def _adaptive(inner: "torch.optim.Optimizer", quantile: float, *, noise_multipli
 
         def add_noise(self) -> None:
             super().add_noise()
-            noise = torch.normal(
-                0.0, moves.count_noise, (1,), generator=self.generator, device=self.generator.device
-            )
-            self.max_grad_norm = moves.moved(self.max_grad_norm, self.count + float(noise))
+            count = self.count + float(self.noise.normal(0.0, moves.count_noise)[0])
+            self.max_grad_norm = moves.moved(self.max_grad_norm, count)
             self.count = 0.0
 
     moves = Quantile(quantile=quantile, expected=told["expected_batch_size"], noise_multiplier=noise_multiplier)
-    return Adaptive(inner, noise_multiplier=moves.sum_noise, **told)
+    return Adaptive(inner, noise, noise_multiplier=moves.sum_noise, **told)
 
 
 def noise_stream(event: Event) -> str:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from fedlora import factors
 from fedlora.errors import ContractError, SettingError
 from fedlora.factors import Factors
-from fedlora.seeding import derive
+from fedlora.replay import Drawn
+from fedlora.seeding import generator
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +83,7 @@ class Instruction:
         draw: which draw of the seed the tensors that are not sent down start from; 0 is the first.
         trip: from 1; in the later trips of a round clients answer about what they trained in the first.
         steps: how many local steps a client takes that takes fewer than the scenario says; simulated worlds only.
+        drawn: what clients, and under None the server, drew noise for in this round before; where it runs again.
     """
 
     round: int
@@ -95,6 +97,7 @@ class Instruction:
     draw: int = 0
     trip: int = 1
     steps: Mapping[int, int] = field(default_factory=dict)
+    drawn: Mapping[int | None, Drawn] = field(default_factory=dict)
 
     def at(self, rank: int) -> "Instruction":
         """The same as a client of that rank gets it."""
@@ -120,8 +123,8 @@ class Kind(Protocol):
     def trains(self, role: str) -> bool:
         """Whether tensors of a role can train; the others stay as they were first made."""
 
-    def initial(self, slot: Slot, generator: "torch.Generator", weights: Weights | None) -> "torch.Tensor":
-        """The first value of a tensor, from `generator` and the frozen weights alone."""
+    def initial(self, slot: Slot, rng: np.random.Generator, weights: Weights | None) -> Tensor:
+        """The first value of a tensor, from `rng` and the frozen weights alone."""
 
     def scaling(self, rank: int | None = None) -> float:
         """The factor before the change that a client of that rank has; by default the server's."""
@@ -205,17 +208,14 @@ class Lora:
         """All of them."""
         return True
 
-    def initial(self, slot: Slot, generator: "torch.Generator", weights: Weights | None) -> "torch.Tensor":
+    def initial(self, slot: Slot, rng: np.random.Generator, weights: Weights | None) -> Tensor:
         """A uniform on +-1/sqrt(in) as peft draws it, B zero, head normal(0, 0.02) with zero bias."""
-        import torch
-
-        tensor = torch.zeros(slot.shape)
         if slot.role == "A":
             bound = slot.shape[1] ** -0.5  # kaiming_uniform with a = sqrt(5), as in peft and in the LoRA code
-            tensor.uniform_(-bound, bound, generator=generator)
-        elif slot.role == "head" and tensor.dim() > 1:
-            tensor.normal_(0.0, 0.02, generator=generator)
-        return tensor
+            return rng.uniform(-bound, bound, slot.shape).astype(np.float32)
+        if slot.role == "head" and len(slot.shape) > 1:
+            return rng.normal(0.0, 0.02, slot.shape).astype(np.float32)
+        return np.zeros(slot.shape, np.float32)
 
 
 def _ends(name: str, targets: Sequence[str]) -> bool:
@@ -263,7 +263,7 @@ class LoraXS(Lora):
         plain = super().change(layout, adapter)
         return {module: (b @ adapter[cores[module]], a) for module, (b, a) in plain.items()}
 
-    def initial(self, slot: Slot, generator: "torch.Generator", weights: Weights | None) -> "torch.Tensor":
+    def initial(self, slot: Slot, rng: np.random.Generator, weights: Weights | None) -> Tensor:
         """Singular vectors for A and B, zero for the core.
 
         Raises:
@@ -272,7 +272,7 @@ class LoraXS(Lora):
         import torch
 
         if slot.role not in ("A", "B") or weights is None:
-            return super().initial(slot, generator, weights)
+            return super().initial(slot, rng, weights)
         weight = weights(slot.module).detach().double().cpu()
         if self.r > min(weight.shape):
             raise SettingError(
@@ -284,7 +284,7 @@ class LoraXS(Lora):
         u, vt = u[:, : self.r], vt[: self.r]
         sign = vt.gather(1, vt.abs().argmax(1, keepdim=True)).sign()  # (r, 1): an SVD leaves it open
         found: torch.Tensor = vt * sign if slot.role == "A" else u * sign.T
-        return found.float().contiguous()
+        return found.float().contiguous().numpy()
 
 
 KINDS: Mapping[str, type[Lora]] = {"lora": Lora, "lora_xs": LoraXS}
@@ -300,13 +300,10 @@ def initial(kind: Kind, layout: Layout, seed: int, *, weights: Weights | None = 
         weights: the frozen weights, for kinds that begin from them.
         draw: a further draw for A; heads have only one.
     """
-    import torch
-
     adapter: Adapter = {}
     for name in sorted(layout):
         again = (draw,) if draw and layout[name].role == "A" else ()
-        generator = torch.Generator().manual_seed(derive(seed, "adapter", name, *again))
-        adapter[name] = kind.initial(layout[name], generator, weights).numpy()
+        adapter[name] = kind.initial(layout[name], generator(seed, "adapter", name, *again), weights)
     return adapter
 
 

@@ -1,8 +1,8 @@
 """What clients may spend of their privacy, and what a round costs whom."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedlora import secure
@@ -15,9 +15,12 @@ from fedlora.engine.worker import Setter
 from fedlora.ledger import Holder, Ledger, Whole
 from fedlora.privacy import FROM_SERVER, Event, epsilon
 from fedlora.progress import Line
+from fedlora.replay import Drawn, digest, versions
 from fedlora.scenario import Privacy, Scenario
 
 logger = logging.getLogger(__name__)
+
+Paid = Mapping[Holder, Collection[tuple[Event, str]]]  # events, with the digest of what their noise hides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ class Budget:
         def may(client: int) -> bool:
             if not (held := self.data.num_examples(client)):  # a site, which counts for itself
                 return True
-            key = (held, self.ledger.events.get(client), paid.get(client))
+            key = (held, self.ledger.events.get(client), frozenset(paid.get(client, ())))
             if key not in fits:
                 spends = self.client.spends(held, self.settings(instruction, held))
                 fits[key] = not self._would_pass(client, spends, paid, privacy)
@@ -69,36 +72,79 @@ class Budget:
         held = self.data.num_examples(client)
         return self.client.spends(held, self.settings(instruction, held, client))
 
-    def spend(self, instruction: Instruction, replies: Replies, attempt: int = 0) -> None:
+    def again(self, instruction: Instruction) -> Instruction:
+        """An instruction with what noise was drawn for in its round before, where that is run again."""
+        if not self.repeatable or not (before := self.ledger.drawn(instruction.round)):
+            return instruction
+        drawn: dict[int | None, Drawn] = {}
+        for holder, digests in before.items():
+            if isinstance(holder, Whole):
+                continue  # drawn for with the server's
+            privacy = self.scenario.client_privacy if holder is None else self.scenario.example_privacy
+            event = self._next(instruction, holder)
+            more = privacy is None or privacy.epsilon is None or not self._would_pass(holder, event, {}, privacy)
+            drawn[holder] = Drawn(digests, more)
+        return replace(instruction, drawn=drawn)
+
+    def spend(self, instruction: Instruction, replies: Replies, attempt: int = 0) -> int:
         """Put the spend on disk before what it bought is used.
 
-        A round that is run again after an interruption draws the same noise over the same examples: it
-        gives the same updates, and costs nothing more, unless its noise or steps are other than before, or
-        the noise is nobody's to draw again.
+        A round that is run again after an interruption draws the same noise over the same inputs: it gives
+        the same updates, and costs nothing more. Other inputs have drawn other noise, and cost what they cost.
+
+        Returns:
+            Which draw of its own noise the server is to add; 0 where it adds none.
+
+        Raises:
+            RoundError: it would be a further draw, and there is no epsilon left for it.
         """
         round, paid = instruction.round, self._paid(instruction.round, attempt)
-        for terms, events in self._costs(instruction, replies):
-            new = {holder: event for holder, event in events.items() if paid.get(holder) != event}
-            self.ledger.spend(round, new, attempt, **terms)
+        digest, draw = self._server_draw(instruction, replies)
+        for terms, events in self._costs(instruction, replies, draw):
+            drawn: dict[Holder, tuple[str, int]] = {r.client: (r.digest, r.draw) for r in replies.reports}
+            drawn |= {holder: (digest, draw) for holder in events if not isinstance(holder, int)}
+            new = {
+                holder: event
+                for holder, event in events.items()
+                if (event, drawn.get(holder, ("", 0))[0]) not in paid.get(holder, ())
+            }
+            self.ledger.spend(round, new, attempt, drawn, **terms)
+        return draw
 
     def spent(self, holder: Holder, privacy: Privacy) -> float:
         """The epsilon that a holder has spent."""
         return epsilon(self.ledger.events.get(holder, ()), privacy.delta, privacy.accountant)
 
-    def _would_pass(
-        self, holder: Holder, event: Event | None, paid: Mapping[Holder, Event], privacy: Privacy
-    ) -> bool:
-        """Whether a budget's epsilon would be passed by an event, unless it is paid already."""
-        more = [event] if event and paid.get(holder) != event else []
+    def _would_pass(self, holder: Holder, event: Event | None, paid: Paid, privacy: Privacy) -> bool:
+        """Whether a budget's epsilon would be passed by an event, unless one like it is paid already."""
+        more = [event] if event and all(event != one for one, _ in paid.get(holder, ())) else []
         events = [*self.ledger.events.get(holder, ()), *more]
         assert privacy.epsilon is not None
         return epsilon(events, privacy.delta, privacy.accountant) > privacy.epsilon * (1 + 1e-9)
 
-    def _paid(self, round: int, attempt: int) -> Mapping[Holder, Event]:
-        """What need not be paid again if an attempt at a round runs again."""
+    def _paid(self, round: int, attempt: int) -> Paid:
+        """What need not be paid again if an attempt at a round runs again, over the same inputs."""
         return self.ledger.spent(round, attempt) if self.repeatable else {}
 
-    def _costs(self, instruction: Instruction, replies: Replies) -> Iterator[tuple[Line, Mapping[Holder, Event]]]:
+    def _next(self, instruction: Instruction, holder: int | None) -> Event | None:
+        """What another draw in this round would cost."""
+        if holder is not None:
+            return self.event(instruction, holder)
+        assert self.central is not None
+        return self.central.event(instruction.config[CLIP_NORM], draw=1)
+
+    def _server_draw(self, instruction: Instruction, replies: Replies) -> tuple[str, int]:
+        """The digest of what the server's noise hides, and which draw of it that takes."""
+        if self.central is None or not self.repeatable:
+            return "", 0
+        told = (instruction.round, dict(instruction.adapter), instruction.send, dict(instruction.config))
+        sums = [(u.adapter, u.weight, u.clients, dict(u.metrics)) for u in replies.updates]
+        made = replies.digest or digest(self.scenario.seed, "sum", versions(), told, sums)
+        return made, instruction.drawn.get(None, Drawn()).draw(made)
+
+    def _costs(
+        self, instruction: Instruction, replies: Replies, draw: int
+    ) -> Iterator[tuple[Line, Mapping[Holder, Event]]]:
         """What a round costs whom, and on which terms, for each guarantee."""
 
         def terms(privacy: Privacy) -> Line:
@@ -109,7 +155,7 @@ class Budget:
         if self.central is None or (whole := self.scenario.client_privacy) is None:
             return
         bound = instruction.config[CLIP_NORM]
-        yield terms(whole), {None: self.central.event(bound)}
+        yield terms(whole), {None: self.central.event(bound, draw)}
         asked = self.scenario.secure_aggregation
         if asked is not None and asked.noise == "shared":
             longer = secure.rounding(sum(instruction.adapter[n].size for n in instruction.send), asked.range)

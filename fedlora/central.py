@@ -25,7 +25,7 @@ import numpy as np
 from fedlora.adapter import Adapter, Tensor, Update
 from fedlora.errors import ContractError, SettingError
 from fedlora.privacy import Event, Quantile
-from fedlora.seeding import generator
+from fedlora.seeding import Root, stream
 
 CLIP_NORM = "clip-norm"  # in the words to the clients of a round: clip the change that you send to it
 WITHIN = "within-clip-norm"  # in an update: 1 where nothing had to be clipped; their mean where summed
@@ -80,7 +80,7 @@ class Central:
         noise_multiplier: z, for all that a round releases.
         sample_rate: q.
         total: how many clients there are.
-        seed: what cohorts and noise are drawn from; a simulation's, not for deployment.
+        root: what cohorts and noise are drawn from: a simulation's seed, or a key of the operating system.
         quantile: of the norms, which C adapts to; None: C is fixed.
         shared: whether clients share the noise out.
     """
@@ -88,7 +88,7 @@ class Central:
     noise_multiplier: float
     sample_rate: float
     total: int
-    seed: int
+    root: Root
     quantile: float | None = None
     shared: bool = False
 
@@ -128,14 +128,17 @@ class Central:
 
     def cohort(self, round: int) -> list[int]:
         """The clients of a round, ascending; may be none."""
-        coins = generator(self.seed, round, "cohort").random(self.total)
+        coins = stream(self.root, round, "cohort").random(self.total)
         return [int(c) for c in np.flatnonzero(coins < self.sample_rate)]
 
-    def event(self, clip_norm: float) -> Event:
-        """What a round costs every client, taken or not."""
-        return Event(
-            noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=1, clip_norm=clip_norm
-        )
+    def event(self, clip_norm: float, draw: int = 0) -> Event:
+        """What a round costs every client, taken or not.
+
+        A further draw is over the cohort of the first: its coins hide nobody a second time. (Given the first
+        release, the second is a Gaussian on who is in the cohort, at most as telling as one on everybody.)
+        """
+        rate = self.sample_rate if draw == 0 else 1.0
+        return Event(noise_multiplier=self.noise_multiplier, sample_rate=rate, steps=1, clip_norm=clip_norm)
 
     def seen(self, clip_norm: float, carried: float, rounding: float) -> Event:
         """What a round costs one who is in the sum, from the server that sees it: as if sent without being drawn.
@@ -149,7 +152,12 @@ class Central:
         return Event(noise_multiplier=noise, sample_rate=1.0, steps=1, clip_norm=clip_norm)
 
     def release(
-        self, round: int, received: Mapping[str, Tensor], updates: Sequence[Update], clip_norm: float
+        self,
+        round: int,
+        received: Mapping[str, Tensor],
+        updates: Sequence[Update],
+        clip_norm: float,
+        draw: int = 0,
     ) -> tuple[Update, float]:
         """The noised mean as one update, and the bound of the next round.
 
@@ -158,11 +166,13 @@ class Central:
             received: what the clients started from, of the tensors that they send.
             updates: clipped, perhaps summed on the way; none where nobody was drawn.
             clip_norm: C.
+            draw: which draw of the round's noise (`fedlora.replay`).
         """
         carried = sum(u.metrics.get(CARRIED, 0.0) for u in updates)
         rest = math.sqrt(max(1.0 - carried, 0.0))
         std = self.sum_noise * clip_norm * rest
-        noise = generator(self.seed, round, "server noise", repr(std))  # other noise is drawn afresh
+        again = ("draw", draw) if draw else ()
+        noise = stream(self.root, round, "server noise", repr(std), *again)
         mean: Adapter = {}
         for name in sorted(received):
             start = received[name]
@@ -176,4 +186,6 @@ class Central:
         if self.adapts is None:
             return released, clip_norm
         count = sum(u.weight * (u.metrics[WITHIN] - 0.5) for u in updates)
-        return released, self.adapts.moved(clip_norm, count + noise.normal(0.0, self.adapts.count_noise * rest))
+        return released, self.adapts.moved(
+            clip_norm, count + float(noise.normal(0.0, self.adapts.count_noise * rest)[0])
+        )

@@ -5,14 +5,13 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from fedlora import plugins
 from fedlora.adapter import Adapter, Update
 from fedlora.data import Partition
 from fedlora.errors import ContractError, SettingError
+from fedlora.noise import Stream
 from fedlora.privacy import Event
-from fedlora.seeding import derive, generator
+from fedlora.seeding import Root, stream
 
 if TYPE_CHECKING:
     import torch
@@ -55,22 +54,24 @@ class Settings:
 
 @dataclass(frozen=True)
 class Rng:
-    """The random numbers of one client in one round, a separate stream for each purpose."""
+    """The random numbers of one client in one round, a separate stream for each purpose.
 
-    seed: int
+    Attributes:
+        root: a simulation's seed; at a site a key of the operating system, for this round alone.
+        round: from 1.
+        client: its id.
+        draw: how often the client has drawn in this round before, for other inputs (`fedlora.replay`).
+    """
+
+    root: Root
     round: int
     client: int
+    draw: int = 0
 
-    def __call__(self, purpose: str) -> np.random.Generator:
-        """The stream of a purpose, such as `batches`."""
-        return generator(self.seed, self.round, self.client, purpose)
-
-    def torch(self, purpose: str, device: "torch.device | str" = "cpu") -> "torch.Generator":
-        """The same for torch."""
-        import torch
-
-        made = torch.Generator(device=device)
-        return made.manual_seed(derive(self.seed, self.round, self.client, purpose))
+    def __call__(self, purpose: str) -> Stream:
+        """The stream of a purpose, such as `batches`, from its beginning."""
+        again = ("draw", self.draw) if self.draw else ()
+        return stream(self.root, self.round, self.client, purpose, *again)
 
 
 class Client(ABC):

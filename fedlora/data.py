@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from fedlora import scenario as settings
 from fedlora.errors import SettingError, suggestion
-from fedlora.seeding import derive, generator
+from fedlora.seeding import generator, key
 
 _DRAWN = "drawn.json"  # in the place of a partition's arrays
-_FORMAT = "1"  # raise it when what is cached changes its meaning
+_FORMAT = "2"  # raise it when what is cached changes its meaning
 
 # Named datasets that live on the Hub. gsm8k has `question` and `answer`, the prompt and its completion.
 HUB_DATASETS = {
@@ -176,6 +176,11 @@ class Dataset:
             if drawn.exists()
             else Stored(*(_map(partition_folder / f"{name}.npy") for name in names)),
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs where any text, label, token or holding does: folders are named by what is in them."""
+        return self.partition_folder.name
 
     @property
     def num_clients(self) -> int:
@@ -617,7 +622,7 @@ def _split(
     import datasets
     from flwr_datasets import partitioner as flwr
 
-    partition_seed = derive(seed, "partitioner") % 2**32
+    partition_seed = int.from_bytes(key(seed, "partitioner"), "big")
     columns: dict[str, Any] = {"row": order, "label": targets[order]}
     if isinstance(how, settings.Natural):
         assert owners is not None

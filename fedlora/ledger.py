@@ -14,7 +14,7 @@ careless edits, not a forger.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -23,6 +23,7 @@ from fedlora.privacy import FROM_SERVER, Accountant, Event, added, epsilon
 
 MECHANISM = "poisson_subsampled_gaussian"
 NEIGHBOURS = "add_or_remove_one"
+MAX_DRAWS = 10_000  # of a round: more is no interruption
 SILENT = "one_sends_nothing"  # how the runs of unit client_from_server differ
 UNITS = ("example", "client", FROM_SERVER)
 
@@ -62,7 +63,8 @@ class Ledger:
         """
         self.folder = folder
         self.events: dict[Holder, Events] = {}
-        self._unseen: dict[tuple[int, int], dict[Holder, Event]] = {}
+        self._unseen: dict[tuple[int, int], dict[Holder, set[tuple[Event, str]]]] = {}
+        self._drawn: dict[int, dict[Holder, dict[int, str]]] = {}  # by round: the digest of each draw
         self._lines, self._chain, self._size = 0, "", 0
         file = folder / "privacy.jsonl"
         lines = _verified(file) if file.exists() or _head(file).exists() else []
@@ -75,18 +77,29 @@ class Ledger:
             holder, event = _holder(line), Event.from_json(line)
             self._note(holder, event)
             if number >= known[0]:  # of a round that runs again
-                self._unseen.setdefault((line["round"], line.get("attempt", 0)), {})[holder] = event
+                again = self._unseen.setdefault((line["round"], line.get("attempt", 0)), {})
+                again.setdefault(holder, set()).add((event, line.get("digest", "")))
+                self._note_draw(line["round"], holder, line.get("digest", ""), line.get("draw", 0))
         self._lines, self._chain = len(lines), lines[-1]["chain"] if lines else ""
         if file.exists():
             self._size = file.read_bytes().rfind(b"\n") + 1
 
-    def spend(self, round: int, events: Mapping[Holder, Event], attempt: int = 0, **guarantee: Any) -> None:
+    def spend(
+        self,
+        round: int,
+        events: Mapping[Holder, Event],
+        attempt: int = 0,
+        drawn: Mapping[Holder, tuple[str, int]] | None = None,
+        **guarantee: Any,
+    ) -> None:
         """Record what clients spent in a round, and wait until it is on disk.
 
         Args:
             round: from 1.
             events: by holder.
             attempt: at the round; from 1 where too few replied before.
+            drawn: by holder the digest of what its noise hides, and which draw that noise is; where it can be
+                drawn again.
             guarantee: the terms that every line repeats.
         """
         if not events:
@@ -99,6 +112,8 @@ class Ledger:
             client = holder.client if isinstance(holder, Whole) else holder
             line = {"round": round, "client": client, **event.to_json(), **terms}
             line |= {"attempt": attempt} if attempt else {}
+            digest, draw = (drawn or {}).get(holder, ("", 0))
+            line |= {"digest": digest, "draw": draw} if digest else {}
             chain = _link(chain, line)
             text += json.dumps({**line, "chain": chain}) + "\n"
         with file.open("ab") as stream:
@@ -106,13 +121,19 @@ class Ledger:
             stream.write(text.encode())
             stream.flush()
             os.fsync(stream.fileno())
+        self._drawn = {r: of for r, of in self._drawn.items() if r >= round}  # none of those before runs again
         for holder, event in events.items():  # on disk, and not before: a full disk may have room again
             self._note(holder, event)
+            self._note_draw(round, holder, *(drawn or {}).get(holder, ("", 0)))
         self._size, self._lines, self._chain = self._size + len(text.encode()), self._lines + len(events), chain
         _write_head(file, self._lines, self._chain)
 
     def _note(self, client: Holder, event: Event) -> None:
         self.events[client] = added(self.events.get(client, ()), event)
+
+    def _note_draw(self, round: int, holder: Holder, digest: str, draw: int) -> None:
+        if digest:
+            self._drawn.setdefault(round, {}).setdefault(holder, {})[draw] = digest
 
     def clients(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """A line per client and round."""
@@ -143,9 +164,20 @@ class Ledger:
                 part.write_text("".join(json.dumps(line) + "\n" for line in kept))
                 part.replace(file)
 
-    def spent(self, round: int, attempt: int = 0) -> Mapping[Holder, Event]:
-        """What clients had spent, when the ledger was opened, in an attempt at a round that runs again."""
+    def spent(self, round: int, attempt: int = 0) -> Mapping[Holder, Collection[tuple[Event, str]]]:
+        """What was spent, when the ledger was opened, in an attempt at a round that runs again.
+
+        Returns:
+            By holder, events with the digest of what their noise hides.
+        """
         return self._unseen.get((round, attempt), {})
+
+    def drawn(self, round: int) -> Mapping[Holder, tuple[str, ...]]:
+        """What noise was drawn for in a round so far: by holder, the digest of each draw, from the first."""
+        return {
+            holder: tuple(draws.get(n, "") for n in range(max(draws) + 1))
+            for holder, draws in self._drawn.get(round, {}).items()
+        }
 
 
 def read(file: Path, torn: bool = False) -> list[dict[str, Any]]:
@@ -210,6 +242,9 @@ def _verified(file: Path, headless: bool = False) -> list[dict[str, Any]]:
                 raise ValueError("unit, round or client")
             if type(line.get("attempt", 0)) is not int:
                 raise ValueError("attempt")
+            draw = line.get("draw", 0)
+            if type(line.get("digest", "")) is not str or type(draw) is not int or not 0 <= draw <= MAX_DRAWS:
+                raise ValueError("digest or draw")
             Event.from_json(line)
             chain, told = _link(chain, {k: v for k, v in line.items() if k != "chain"}), line["chain"]
         except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -59,7 +59,8 @@ class Stream:
     def random(self, size: Shape | None = None) -> float | NDArray[np.float64]:
         """Uniform on [0, 1), in steps of 2^-53."""
         shape = () if size is None else size
-        drawn = (self.words(_count(shape)) >> np.uint64(11)) * 2.0**-53
+        drawn = (self.words(_count(shape)) >> np.uint64(11)).astype(np.float64)
+        drawn *= 2.0**-53
         return float(drawn[0]) if size is None else drawn.reshape(shape)
 
     def normal(self, loc: float = 0.0, scale: Any = 1.0, size: Shape = 1) -> NDArray[np.float64]:
@@ -101,8 +102,7 @@ class Stream:
 
     def permutation(self, items: Items) -> Items:
         """The items in an order by chance, along their first axis."""
-        shuffled: Items = items[np.argsort(self.words(len(items)), kind="stable")]
-        return shuffled
+        return items[np.argsort(self.words(len(items)), kind="stable")]  # type: ignore[return-value]
 
 
 def fresh_key() -> bytes:

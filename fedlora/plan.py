@@ -35,6 +35,7 @@ from fedlora.privacy import Event
 from fedlora.progress import Line, Progress, Stopwatch
 from fedlora.rounds import Loop
 from fedlora.scenario import Scenario
+from fedlora.seeding import generator
 
 if TYPE_CHECKING:
     from fedlora.task import Task
@@ -203,6 +204,7 @@ class _Stage:
                 data=self.ready.data,
                 central=whole,
                 ledger=ledger,
+                repeatable=False,  # nothing is drawn
             )
             loop = _Loop(
                 scenario=scenario,
@@ -258,7 +260,7 @@ class _StandIn(Client):
 
     def __init__(self, real: Client, metrics: Mapping[str, float], layout: Layout) -> None:
         self.real, self.metrics, self.private = real, metrics, real.private
-        rng = np.random.default_rng(0)
+        rng = generator(0, "stand-in")
         self.tensors: dict[str, Tensor] = {
             name: (rng.standard_normal(slot.shape) * 1e-3).astype(np.float32) for name, slot in layout.items()
         }
@@ -281,7 +283,14 @@ class _Memory(Ledger):
         super().__init__(folder)
         self.spent_by: dict[Holder, list[tuple[int, Event]]] = {}  # rounds and events of each holder
 
-    def spend(self, round: int, events: Mapping[Holder, Event], attempt: int = 0, **guarantee: Any) -> None:
+    def spend(
+        self,
+        round: int,
+        events: Mapping[Holder, Event],
+        attempt: int = 0,
+        drawn: Mapping[Holder, tuple[str, int]] | None = None,
+        **guarantee: Any,
+    ) -> None:
         for holder, event in events.items():
             self.events[holder] = privacy.added(self.events.get(holder, ()), event)
             self.spent_by.setdefault(holder, []).append((round, event))

@@ -122,7 +122,7 @@ class Loop:
             count = sum(len(update.clients) for update in replies.updates)
             nobody = self.central is not None and all(r.late for r in replies.reports)  # then noise is released
             if count >= told.min_replies or len(cohort) < self._least or nobody:
-                return Replies(replies.updates, _added(before, replies.reports)), {"resting": resting}
+                return replace(replies, reports=_added(before, replies.reports)), {"resting": resting}
             few = f"{count} of {len(cohort)} clients replied and {told.min_replies} must"
             why = (
                 f"round {round}: {few if count else f'all {len(cohort)} clients failed'}; {_first_error(replies)}"
@@ -135,12 +135,13 @@ class Loop:
     def _exchange(self, instruction: Instruction, cohort: list[int], attempt: int, now: Progress) -> Replies:
         """Send, train, collect and account; then the further trips of the round, if the strategy makes any."""
         sums = self.strategy.partial_sums or self._summed
+        instruction = self.budget.again(instruction)
         if self._pace is not None:
             race = self._pace.race(instruction, cohort, now, partial(self._missed, now))
             replies = race.told(self._train(race.instruction, race.used, sums))
         else:
             replies = self._train(instruction, cohort, sums)
-        self.budget.spend(instruction, replies, attempt)
+        now.draw = self.budget.spend(instruction, replies, attempt)
         for trip in range(2, self.strategy.trips + 1):
             if not replies.updates:
                 break
@@ -156,6 +157,7 @@ class Loop:
 
     def _train_and_spend(self, instruction: Instruction, cohort: list[int], lost: list[Report]) -> Replies:
         """The same where rounds are not in step, with the reports of clients that will not arrive."""
+        instruction = self.budget.again(instruction)
         replies = self._train(instruction, cohort, sums=False)
         replies = Replies(replies.updates, [*replies.reports, *lost])
         self.budget.spend(instruction, replies)
@@ -250,7 +252,7 @@ class Loop:
             return updates
         received = {name: instruction.adapter[name] for name in instruction.send}
         bound = instruction.config[CLIP_NORM]
-        released, now.clip_norm = self.central.release(instruction.round, received, updates, bound)
+        released, now.clip_norm = self.central.release(instruction.round, received, updates, bound, now.draw)
         return [released]
 
     def _draw(self, round: int, attempt: int, now: Progress) -> list[int]:

@@ -32,8 +32,3 @@ def generator(root: Root, *path: Path) -> np.random.Generator:
     """A NumPy generator for a path: for what protects nobody, such as a partition or a first adapter."""
     entropy = np.random.SeedSequence(int.from_bytes(key(root, *path), "big"), pool_size=8)
     return np.random.Generator(np.random.PCG64(entropy))
-
-
-def derive(root: Root, *path: Path) -> int:
-    """Kept while its callers move to `key`, `stream` and `generator`."""
-    return int.from_bytes(key(root, *path)[:8], "big") >> 1

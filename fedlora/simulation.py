@@ -4,14 +4,12 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +28,16 @@ from fedlora.checkpoint import Merges, whole_folder
 from fedlora.engine.worker import Setter
 from fedlora.errors import SettingError, UserError
 from fedlora.ledger import Ledger
+from fedlora.noise import fresh_key
 from fedlora.progress import Progress
+from fedlora.replay import versions
 from fedlora.report import trackers
 from fedlora.report.console import Display, default_display
 from fedlora.report.trackers import Tracked
 from fedlora.rounds import Loop, round_to
 from fedlora.run import METRICS, Run
 from fedlora.scenario import Scenario
+from fedlora.seeding import Root
 from fedlora.world import World
 
 SHOWN = 1000  # clients in `partitions.json`, at most
@@ -146,7 +147,7 @@ def _carry_out(ready: Prepared, engine: engines.Engine, folder: Path, resume: bo
     logging.getLogger("flwr").setLevel(logging.ERROR)
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     scenario, setup = ready.scenario, ready.setup
-    whole = central(scenario, secrets.randbits(63) if setup.secret else scenario.seed)
+    whole = central(scenario, fresh_key() if setup.secret else scenario.seed)
     if ready.strategy.personal or ready.strategy.trips > 1 or scenario.feeds_back:
         setup = replace(setup, personal=folder.absolute() / "personal")
     shown.stage("loading the model")
@@ -154,7 +155,11 @@ def _carry_out(ready: Prepared, engine: engines.Engine, folder: Path, resume: bo
     ready.strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
     check_strategy(ready.strategy)
     now = Progress(round=0, adapter=dict(found.initial))
-    origin = {"scenario": scenario.model_dump(mode="json"), "versions": _versions(found)}
+    origin = {
+        "scenario": scenario.model_dump(mode="json"),
+        "versions": _versions(found),
+        "data": ready.data.fingerprint,
+    }
     if resume:
         now, record = _restore(folder, ready, now, origin)
     else:
@@ -333,12 +338,12 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
     return dict(zip(sizes, found, strict=True))
 
 
-def central(scenario: Scenario, seed: int) -> Central | None:
+def central(scenario: Scenario, root: Root) -> Central | None:
     """The server's side of client-level privacy, its noise calibrated over every round; None without.
 
     Args:
         scenario: of the run.
-        seed: of cohorts and noise.
+        root: of cohorts and noise.
     """
     told, asked = scenario.clients, scenario.client_privacy
     if asked is None:
@@ -357,7 +362,7 @@ def central(scenario: Scenario, seed: int) -> Central | None:
         noise_multiplier=noise,
         sample_rate=rate,
         total=told.total,
-        seed=seed,
+        root=root,
         quantile=asked.quantile,
         shared=scenario.shares_noise,
     )
@@ -452,6 +457,11 @@ def _restore(folder: Path, ready: Prepared, first: Progress, origin: Mapping[str
     if (saved := checkpoint.load(folder / "checkpoint")) is not None:
         try:
             _same_run(folder, saved.origin["scenario"], origin["scenario"])
+            if saved.origin["data"] != origin["data"]:
+                raise UserError(
+                    f"{folder}: its rounds so far were trained on other data, or cut by another tokenizer: put "
+                    "those back, or start again in another folder with --out"
+                )
             if set(saved.adapter) != set(first.adapter):
                 raise UserError(f"{folder}: its checkpoint holds another adapter than this scenario builds")
             ready.strategy.load_state(saved.strategy)
@@ -512,7 +522,7 @@ def _summary(
         "device": found.device,
         "threads": ready.setup.threads,
         "test_examples": found.test_examples,
-        "versions": {name: version(name) for name in _VERSIONS},
+        "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     if scenario.world is not None:
@@ -526,10 +536,7 @@ def _summary(
 
 def _versions(found: engines.Description) -> dict[str, str]:
     """What decides the last bits of a result beside the scenario."""
-    return {**{name: version(name) for name in _VERSIONS}, "precision": found.precision, "device": found.device}
-
-
-_VERSIONS = ("fedlora", "flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy")
+    return {**versions(), "precision": found.precision, "device": found.device}
 
 
 def _spent(record: Ledger, asked: scenarios.Privacy | None) -> float | None:

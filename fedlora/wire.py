@@ -25,6 +25,7 @@ from fedlora.compression import Codec
 from fedlora.errors import ContractError, UserError
 from fedlora.privacy import Event
 from fedlora.secure import Parts
+from fedlora.seeding import generator
 
 HEADER = 512  # bytes in which an array says what it is
 DIMENSIONS = 8  # of an array
@@ -306,7 +307,7 @@ def _words_bytes(metrics: tuple[str, ...], event: Event | None) -> int:
 @lru_cache(maxsize=256)
 def _arrays_bytes(shapes: Shapes, codec: Codec | None = None) -> int:
     """What tensors of these shapes add to a message: measured once on zeros, as size is all that counts."""
-    packing = None if codec is None else (codec, np.random.default_rng(0))
+    packing = None if codec is None else (codec, generator(0, "size"))
     record = to_arrays({name: np.zeros(shape, np.float32) for name, shape in shapes}, packing)
     return _size(RecordDict({ARRAYS: record})) - _size(RecordDict({ARRAYS: ArrayRecord()}))
 

@@ -312,7 +312,7 @@ class Node:
         masked = scenario.secure_aggregation is not None
         if masked:
             self._member(run, instruction.round)
-        whole = simulation.central(scenario, seed=0) if scenario.shares_noise else None
+        whole = simulation.central(scenario, root=0) if scenario.shares_noise else None
         if whole and float(instruction.config.get(SUM_NOISE, 0.0)) < whole.sum_noise * (1 - 1e-9):
             raise Refusal(
                 f"the server asks for less noise than the scenario's {whole.sum_noise:.4g} times the bound"

@@ -34,6 +34,8 @@ class Report:
         bytes_up, bytes_down: of its messages as Flower serialises them.
         seconds: that it took.
         event: the privacy event that it cost, also where it failed after it may have trained.
+        digest: of all that made its update (`fedlora.replay`); empty where its noise is never drawn again.
+        draw: which draw of its noise that update carries.
         error: why it failed; None if it did not.
         metrics: figures that it shares.
         virtual_seconds: that its way took in a simulated world; None elsewhere.
@@ -47,6 +49,8 @@ class Report:
     bytes_down: int
     seconds: float
     event: Event | None = None
+    digest: str = ""
+    draw: int = 0
     error: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     virtual_seconds: float | None = None
@@ -69,10 +73,17 @@ class Report:
 
 @dataclass(frozen=True)
 class Replies:
-    """The outcome of a round or a part of it: updates sorted by client, and one report for each client."""
+    """The outcome of a round or a part of it.
+
+    Attributes:
+        updates: sorted by client.
+        reports: one for each client.
+        digest: of all that made a sum that clients' shares of the noise are in; empty elsewhere.
+    """
 
     updates: list[Update]
     reports: list[Report]
+    digest: str = ""
 
     def then(self, later: "Replies") -> "Replies":
         """A round's replies after a further trip: its updates, and reports of both trips."""
@@ -128,7 +139,7 @@ class Intake:
             told = reports.get(client, nothing)
             reports[client] = replace(told, steps=0, error=told.error or why, metrics={})
         short = {c: replace(r, error=r.error[:WORDS]) if r.error else r for c, r in reports.items()}
-        return Replies(updates, [short[client] for client in sorted(short)])
+        return replace(replies, updates=updates, reports=[short[client] for client in sorted(short)])
 
     def check(self, update: Update, instruction: Instruction) -> Update:
         """An update as it may be used: without the figures that are no finite numbers.

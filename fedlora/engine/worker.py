@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import os
-import secrets
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import adapter as adapters
-from fedlora import central, factors, wire
+from fedlora import central, factors, replay, wire
 from fedlora import client as clients
 from fedlora import strategy as strategies
 from fedlora.adapter import PREFIX, Adapter, Change, Instruction, Kind, Layout, Sum, Update, fingerprint
@@ -26,7 +26,10 @@ from fedlora.engine.intake import Intake, Replies, Report, check_tensors
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError
 from fedlora.fused import Fused
+from fedlora.noise import fresh_key
 from fedlora.scenario import Scenario
+
+KNOWN = 10_000  # clients whose examples' digests a worker keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +147,8 @@ class Worker:
         """
         strategy.bind(self.task.layout, self.task.kind, self.task.initial, self.client.private)
         self.strategy, self.merged = strategy, 0
+        self._based, self._merges = "", ""
+        self._seen: dict[int, str] = {}
         self.intake = Intake(self.scenario, strategy, self.dataset.num_examples)
         self.personal = Personal(personal) if personal else None
         self.transport = Transport(self.scenario, strategy, Personal(personal / "left_out") if personal else None)
@@ -263,13 +268,16 @@ class Worker:
         """
         began = time.perf_counter()
         partition = self.dataset.partition(client)
-        event, steps = None, 0
+        event, steps, digest, draw = None, 0, "", 0
         try:
             if instruction.trip == 1:
                 self._agree(instruction)
                 settings = self.settings(instruction, len(partition), partition.client)
                 event, steps = self.client.spends(len(partition), settings), settings.local_steps
-            update = yield from self._answer(instruction, partition, rank, sharing)
+                if event is not None and self._repeats:
+                    digest = self._digest(instruction, partition, settings, (rank, sharing))
+                    draw = instruction.drawn.get(client, replay.Drawn()).draw(digest)
+            update = yield from self._answer(instruction, partition, rank, sharing, draw)
             if update.clients != (client,):
                 raise ContractError(f"client {client} speaks for clients {update.clients}")
             update = self.intake.check(update, instruction)
@@ -287,6 +295,8 @@ class Worker:
                 bytes_down=down,
                 seconds=(time.perf_counter() - began) / max(sharing, 1),
                 event=event,  # it may have trained: what it meant to spend counts
+                digest=digest,
+                draw=draw,
                 error=hardware.reason(error),
             )
         return update, Report(
@@ -297,11 +307,13 @@ class Worker:
             bytes_down=down,
             seconds=(time.perf_counter() - began) / max(sharing, 1),
             event=event,
+            digest=digest,
+            draw=draw,
             metrics={k: v for k, v in update.metrics.items() if k != central.WITHIN},
         )
 
     def _answer(
-        self, instruction: Instruction, partition: Partition, rank: int, sharing: int
+        self, instruction: Instruction, partition: Partition, rank: int, sharing: int, draw: int
     ) -> clients.Passes[Update]:
         """What a client sends in a trip: it trains in the first, and answers from what it kept in the others."""
         client, round, strategy = partition.client, instruction.round, self.strategy
@@ -314,14 +326,12 @@ class Worker:
                 clients=(client,),
                 scaling=self.task.kind.scaling(rank),
             )
-        received = instruction.adapter
-        if instruction.keep and self.personal is not None:
-            received = {**received, **self.personal.load(client, before=round)}
+        received = self._received(instruction, client)
         plain = type(strategy).reply is strategies.Strategy.reply
         settings = self.settings(instruction, len(partition), partition.client)
         wanted = tuple(sorted({*settings.send, *instruction.keep} if plain else self.task.layout))
         self.task.become(rank, instruction.draw)
-        rng = clients.Rng(secrets.randbits(63) if self.setup.secret else self.scenario.seed, round, client)
+        rng = clients.Rng(fresh_key() if self.setup.secret else self.scenario.seed, round, client, draw)
         passes = settings.local_steps * settings.batch_size
         with self.task.knowing(partition, passes, settings.micro_batch_size):
             told = (self.task, received, partition, replace(settings, send=wanted), rng)
@@ -341,6 +351,49 @@ class Worker:
         if strategy.trips > 1 and self.personal is not None:
             self.personal.save_trip(client, round, update.adapter, update.weight)
         return replace(update, adapter=strategy.reply(instruction, update.adapter), scaling=kind.scaling(rank))
+
+    def _received(self, instruction: Instruction, client: int) -> Adapter:
+        """The tensors that a client trains from: those sent, and those that it kept."""
+        if instruction.keep and self.personal is not None:
+            return {**instruction.adapter, **self.personal.load(client, before=instruction.round)}
+        return instruction.adapter
+
+    @property
+    def _repeats(self) -> bool:
+        """Whether noise is drawn again where a round is: in a simulation, not in a rehearsal without weights."""
+        return not self.setup.secret and self.setup.device != "meta"
+
+    def _digest(
+        self, instruction: Instruction, partition: Partition, settings: clients.Settings, *more: Any
+    ) -> str:
+        """Of all that makes a client's noised sums, but the noise (`fedlora.replay`)."""
+        received, told = self._received(instruction, partition.client), dataclasses.asdict(settings)
+        parts = (self._base(), self._merges, received, instruction.draw, told, self._examples(partition), more)
+        return replay.digest(self.scenario.seed, *parts)
+
+    def _base(self) -> str:
+        """Of what stays the same for the life of a worker: weights, client, device, versions."""
+        if not self._based:
+            import torch
+
+            on_gpu = self.setup.device.startswith("cuda")
+            chip = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
+            machine = (platform.machine(), chip, self.setup.device, self.setup.precision, self.setup.threads)
+            own = (replay.code(self.client), self.scenario.clients.options, replay.code(self.strategy))
+            parts = (self.base_fingerprint(), replay.versions(), machine, own, self.scenario.engine.fused)
+            self._based = replay.digest(self.scenario.seed, *parts)
+        return self._based
+
+    def _examples(self, partition: Partition) -> str:
+        """Of a client's tokens and targets."""
+        if partition.client not in self._seen:
+            if len(self._seen) >= KNOWN:
+                self._seen.clear()
+            examples, rows = partition.examples, partition.rows
+            tokens = np.concatenate([examples.row(int(row)) for row in rows])
+            parts = (tokens, examples.lengths(rows), examples.targets[rows], rows)
+            self._seen[partition.client] = replay.digest(self.scenario.seed, *parts)
+        return self._seen[partition.client]
 
     @hardware.on_gpu("a step")
     def rehearse(self) -> None:
@@ -423,6 +476,9 @@ class Worker:
 
     def merge(self, change: Change) -> None:
         """Fold the next of the run's merges into the base."""
+        if self.client.private and self._repeats:
+            self._base()  # as it was before any
+            self._merges = replay.digest(self.scenario.seed, self._merges, change)
         self.task.merge(change)
         self.merged += 1
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from fedlora.errors import SettingError
 from fedlora.report.console import Display
 from fedlora.scenario import Scenario
-from fedlora.seeding import derive
+from fedlora.seeding import key
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 
@@ -51,7 +51,7 @@ class Wandb:
         self._run = wandb.init(
             project="fedlora",
             name=folder.name,
-            id=f"{derive(0, str(folder.resolve())):016x}",
+            id=key(0, str(folder.resolve())).hex()[:16],
             resume="allow",
             config=scenario.model_dump(mode="json"),
             dir=str(folder),
