@@ -171,7 +171,7 @@ def _noised(name: str) -> Any:
             parts = torch.split(drawn.to(self.params[0].device), sizes)
             for p, part in zip(self.params, parts, strict=True):
                 _check_processed_flag(p.summed_grad)
-                p.grad = (p.summed_grad.view(-1) + part).to(p.dtype).view_as(p)
+                p.grad = (p.summed_grad.flatten() + part).to(p.dtype).view_as(p)
                 _mark_as_processed(p.summed_grad)
 
     return Noised

@@ -17,7 +17,7 @@ from fedlora.engine.base import gathered
 from fedlora.errors import SettingError
 
 RECEIVED = {"a": np.array([1.0, 2.0], np.float32), "b": np.array([[0.0]], np.float32)}
-QUIET = Central(noise_multiplier=1e-12, sample_rate=0.5, total=8, seed=1)
+QUIET = Central(noise_multiplier=1e-12, sample_rate=0.5, total=8, root=1)
 
 
 def sent(*change: float, client: int = 0, weight: float = 7.0) -> Update:
@@ -66,7 +66,7 @@ def test_one_client_more_or_less_moves_the_mean_by_the_bound_over_the_cohort_at_
 def test_noise_has_the_stated_standard_deviation_and_is_drawn_afresh_for_each_round_and_scale():
     """Chi-square at a false-alarm rate of one in a million, over 20,000 draws."""
     held = {"w": np.zeros((100, 200), np.float32)}
-    made = Central(noise_multiplier=3.0, sample_rate=0.5, total=8, seed=1)
+    made = Central(noise_multiplier=3.0, sample_rate=0.5, total=8, root=1)
     drawn = made.release(1, held, [], 0.2)[0].adapter["w"] * 4 / (3.0 * 0.2)
     low, high = chi2.ppf([5e-7, 1 - 5e-7], drawn.size)
     assert low < float((drawn.astype(np.float64) ** 2).sum()) < high and abs(drawn.mean()) < 5 / drawn.size**0.5
@@ -76,16 +76,16 @@ def test_noise_has_the_stated_standard_deviation_and_is_drawn_afresh_for_each_ro
 
 
 def test_cohorts_are_poisson():
-    made = Central(noise_multiplier=1.0, sample_rate=0.2, total=50, seed=1)
+    made = Central(noise_multiplier=1.0, sample_rate=0.2, total=50, root=1)
     sizes = np.array([len(made.cohort(round)) for round in range(1, 401)])
     assert abs(sizes.mean() - 10) < 5 * (8 / 400) ** 0.5 and 0.7 < sizes.var() / 8 < 1.3
     assert made.cohort(1) == made.cohort(1) == sorted(made.cohort(1)) != made.cohort(2)
-    assert Central(noise_multiplier=1.0, sample_rate=1.0, total=5, seed=1).cohort(3) == [0, 1, 2, 3, 4]
+    assert Central(noise_multiplier=1.0, sample_rate=1.0, total=5, root=1).cohort(3) == [0, 1, 2, 3, 4]
 
 
 def test_the_bound_moves_towards_the_quantile():
     """Of 40 expected clients 30 were within and 10 not: share 3/4, so log C falls by 0.2 (3/4 - 1/2)."""
-    made = Central(noise_multiplier=1.0, sample_rate=0.4, total=100, seed=1, quantile=0.5)
+    made = Central(noise_multiplier=1.0, sample_rate=0.4, total=100, root=1, quantile=0.5)
     updates = [Update(adapter={}, weight=40.0, clients=tuple(range(40)), metrics={WITHIN: 0.75})]
     bounds = [made.release(round, {}, updates, 2.0)[1] for round in range(1, 400)]
     logs = np.log(np.array(bounds) / 2.0)
@@ -94,7 +94,7 @@ def test_the_bound_moves_towards_the_quantile():
 
 
 def test_both_noises_together_cost_what_one_of_the_stated_multiplier_does():
-    made = Central(noise_multiplier=1.5, sample_rate=0.5, total=200, seed=1, quantile=0.5)
+    made = Central(noise_multiplier=1.5, sample_rate=0.5, total=200, root=1, quantile=0.5)
     assert made.sum_noise > 1.5
     both, one = RdpAccountant(), RdpAccountant()
     both.compose(GaussianDpEvent(made.sum_noise))
@@ -105,7 +105,7 @@ def test_both_noises_together_cost_what_one_of_the_stated_multiplier_does():
 
 def test_too_few_clients_for_a_count_under_noise_are_refused():
     with pytest.raises(SettingError, match="10 clients a round are too few"):
-        Central(noise_multiplier=1.0, sample_rate=0.5, total=20, seed=1, quantile=0.5)
+        Central(noise_multiplier=1.0, sample_rate=0.5, total=20, root=1, quantile=0.5)
 
 
 def test_an_event_is_a_round():

@@ -64,7 +64,7 @@ def test_what_was_spent_is_read_back_exactly(tmp_path):
         {0},
         {},
     )
-    assert again.spent(2)[0] == LIGHT
+    assert again.spent(2)[0] == {(LIGHT, "")}
 
 
 def test_what_a_full_disk_did_not_take_was_not_spent_and_the_next_line_follows(tmp_path, largest_file):

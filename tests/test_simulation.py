@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import signal
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file
 
 from fedlora import ledger, simulation
 from fedlora.errors import RoundError, UserError
+from fedlora.replay import VERSIONS
 from fedlora.report.console import Silent, summary_lines
 from fedlora.simulation import calibrate, prepare, simulate
 
@@ -306,9 +308,9 @@ def test_a_damaged_checkpoint_costs_a_round(tiny, tmp_path, caplog, use):
 
 def test_a_run_that_goes_on_elsewhere_says_what_is_not_as_before(tiny, tmp_path, caplog, monkeypatch):
     made = simulate(tiny(), out=tmp_path / "run")
-    monkeypatch.setattr("fedlora.simulation.version", lambda name: "0.0.1")
+    monkeypatch.setattr("fedlora.simulation.versions", lambda: dict.fromkeys(VERSIONS, "0.0.1"))
     more = simulate(tiny("rounds=3"), out=made.folder, resume=True)
-    assert "began with fedlora 0.1.0, now 0.0.1; flwr " in caplog.text
+    assert f"began with fedlora {version('fedlora')}, now 0.0.1; flwr " in caplog.text
     assert "rounds: 3\n" in (more.folder / "scenario.yaml").read_text()
 
 

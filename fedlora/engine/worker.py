@@ -273,10 +273,11 @@ class Worker:
             if instruction.trip == 1:
                 self._agree(instruction)
                 settings = self.settings(instruction, len(partition), partition.client)
-                event, steps = self.client.spends(len(partition), settings), settings.local_steps
-                if event is not None and self._repeats:
+                cost, steps = self.client.spends(len(partition), settings), settings.local_steps
+                if cost is not None and self._repeats:
                     digest = self._digest(instruction, partition, settings, (rank, sharing))
                     draw = instruction.drawn.get(client, replay.Drawn()).draw(digest)
+                event = cost  # from here on it may train
             update = yield from self._answer(instruction, partition, rank, sharing, draw)
             if update.clients != (client,):
                 raise ContractError(f"client {client} speaks for clients {update.clients}")

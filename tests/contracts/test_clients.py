@@ -136,8 +136,8 @@ def test_a_proximal_term_keeps_it_nearer(fit):
     def distance(update):
         return sum(float(((t - fit.worker.task.initial[n]) ** 2).sum()) for n, t in update.adapter.items())
 
-    far = distance(fit(local_steps=6))
-    assert distance(fit(local_steps=6, config={"proximal-mu": 1.0})) < far
+    told = {"local_steps": 6, "lr": 0.1}
+    assert distance(fit(**told, config={"proximal-mu": 1.0})) < distance(fit(**told))
 
 
 def test_a_private_client_says_what_it_spends_and_shares_nothing_else(fit):

@@ -1,0 +1,108 @@
+"""When a round that runs again may draw its noise again: when everything that makes the noised sum is the same.
+
+A simulation's noise repeats, so that an interrupted run goes on bit for bit, and pays once. But noise that hides
+one sum must not hide another: their difference would hold no noise at all. So a digest of all that makes a sum
+stands in the ledger beside its event: the tensors received, the tokens and targets, the settings, the device and
+the versions. Inputs with the digest of an earlier draw repeat that draw, which is paid; any others take the next
+draw, and pay. The draw's number, and not the digest, is what noise is drawn from: equal runs on two machines,
+whose digests differ, have equal noise.
+
+A digest is keyed by the scenario's seed. It tells about the examples as much as the noise of a simulation hides:
+nothing to who lacks the seed. At sites no noise is ever drawn again, and there is no digest.
+"""
+
+import hashlib
+import hmac
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedlora.errors import RoundError
+from fedlora.seeding import key
+
+VERSIONS = ("fedlora", "flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy")
+
+
+class _Mac(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What somebody has drawn noise for in a round so far.
+
+    Attributes:
+        digests: of the inputs of each draw, from the first.
+        more: whether the budget has room for another draw.
+    """
+
+    digests: tuple[str, ...] = ()
+    more: bool = True
+
+    def draw(self, digest: str) -> int:
+        """Which draw is for these inputs: an earlier one that was for the same, or the next.
+
+        Raises:
+            RoundError: it would be the next, and the budget has no room for it.
+        """
+        if digest in self.digests:
+            return self.digests.index(digest)
+        if not self.more:
+            raise RoundError(
+                "this round was paid for over other data, tensors or versions, and no epsilon is left to train "
+                "again: put back what changed, or start again in another folder"
+            )
+        return len(self.digests)
+
+
+def digest(seed: int, *parts: Any) -> str:
+    """32 hex digits that differ where any bit of the parts does.
+
+    Args:
+        seed: of the scenario, which keys it.
+        parts: arrays, mappings by name, sequences, and values whose `repr` says all of them.
+    """
+    made = hmac.new(key(seed, "digest"), digestmod=hashlib.sha256)
+    _feed(made, parts)
+    return made.hexdigest()[:32]
+
+
+def _feed(made: _Mac, part: Any) -> None:
+    if isinstance(part, np.ndarray):
+        made.update(f"array {part.dtype.str} {part.shape} ".encode())
+        made.update(np.ascontiguousarray(part).tobytes())
+    elif isinstance(part, Mapping):
+        made.update(f"mapping {len(part)} ".encode())
+        for name in sorted(part, key=str):
+            _feed(made, name)
+            _feed(made, part[name])
+    elif isinstance(part, list | tuple):
+        made.update(f"sequence {len(part)} ".encode())
+        for one in part:
+            _feed(made, one)
+    else:
+        text = repr(part).encode()
+        made.update(f"value {len(text)} ".encode() + text)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of the packages that decide the last bits of a result."""
+    return {name: version(name) for name in VERSIONS}
+
+
+def code(of: object) -> str:
+    """A hash of the file that the class of an object comes from, where that is somebody's own; else its name."""
+    cls = type(of)
+    if cls.__module__.partition(".")[0] == "fedlora":  # whose version says it
+        return f"{cls.__module__}:{cls.__qualname__}"
+    try:
+        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+    except (OSError, TypeError):  # defined in a notebook, say
+        return f"{cls.__module__}:{cls.__qualname__}"
