@@ -45,20 +45,22 @@ class Drawn:
     digests: tuple[str, ...] = ()
     more: bool = True
 
+    def may(self, digest: str) -> bool:
+        """Whether there is a draw for these inputs: an earlier one, or room for another."""
+        return self.more or digest in self.digests
+
     def draw(self, digest: str) -> int:
         """Which draw is for these inputs: an earlier one that was for the same, or the next.
 
         Raises:
             RoundError: it would be the next, and the budget has no room for it.
         """
-        if digest in self.digests:
-            return self.digests.index(digest)
-        if not self.more:
+        if not self.may(digest):
             raise RoundError(
                 "this round was paid for over other data, tensors or versions, and no epsilon is left to train "
                 "again: put back what changed, or start again in another folder"
             )
-        return len(self.digests)
+        return self.digests.index(digest) if digest in self.digests else len(self.digests)
 
 
 def digest(seed: int, *parts: Any) -> str:

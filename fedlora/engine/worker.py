@@ -273,11 +273,12 @@ class Worker:
             if instruction.trip == 1:
                 self._agree(instruction)
                 settings = self.settings(instruction, len(partition), partition.client)
-                cost, steps = self.client.spends(len(partition), settings), settings.local_steps
-                if cost is not None and self._repeats:
+                event, steps = self.client.spends(len(partition), settings), settings.local_steps
+                if event is not None and self._repeats:
                     digest = self._digest(instruction, partition, settings, (rank, sharing))
-                    draw = instruction.drawn.get(client, replay.Drawn()).draw(digest)
-                event = cost  # from here on it may train
+                    drawn = instruction.drawn.get(client, replay.Drawn())
+                    event = event if drawn.may(digest) else None  # it will not train, and pays nothing
+                    draw = drawn.draw(digest)
             update = yield from self._answer(instruction, partition, rank, sharing, draw)
             if update.clients != (client,):
                 raise ContractError(f"client {client} speaks for clients {update.clients}")
