@@ -202,10 +202,12 @@ def test_the_command_says_it_in_words_and_in_json(tiny_yaml, tmp_path, capsys):
     assert main(["plan", str(file)]) == 0
     told = capsys.readouterr().out
     assert told.startswith("tiny: 2 rounds of ffa_lora") and "warning: 4 clients" in told
+    assert "zero-out: how many examples a client holds is public" in told
     assert "epsilon 7." in told and "estimate" in told and max(map(len, told.splitlines())) < 250
     assert main(["plan", str(file), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert {"bytes_up_total", "bytes_down_total", "epsilon", "noise_multiplier"} <= set(data)
+    assert data["neighbours"] == "zero_out"
 
 
 def test_a_wrong_setting_is_one_line(tiny, tmp_path):
