@@ -448,6 +448,8 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
             f"delta {whole.delta:g} is not below one over the {scenario.clients.total} clients: such a delta lets "
             "a whole client leak. Lower privacy.delta."
         )
+    if whole is not None and scenario.secure_aggregation is not None:
+        yield f"{privacy.SAME_ROUND[0].upper()}{privacy.SAME_ROUND[1:]}."
     if asked is None:
         if whole is None:
             yield "There is no privacy section: updates can reveal what clients hold."

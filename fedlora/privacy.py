@@ -340,6 +340,10 @@ _NEIGHBOURS = {
 }
 
 
+# What masks cost where clients are protected whole: the size of the cohort, which is a matter of coins, is told.
+SAME_ROUND = "clients are told how many are in their round, so from them sampling hides nobody there"
+
+
 def protected(unit: str) -> str:
     """What it is that a unit protects: an `example` or a `client`."""
     return "client" if unit == FROM_SERVER else unit

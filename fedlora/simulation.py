@@ -570,6 +570,8 @@ def _privacy_in_words(ready: Prepared, record: Ledger) -> str:
         honest = scenario.secure_aggregation.honest
         words += " under the clients' noise; "
         words += privacy.statement(whole, asked.delta, privacy.FROM_SERVER, asked.accountant, honest)
+    if asked.unit == "client" and scenario.secure_aggregation is not None:
+        words += f"; {privacy.SAME_ROUND}"
     if asked.example is not None:
         example = _spent(record, asked.example) or 0.0
         words += "; at the same time, from the server too, "
@@ -577,7 +579,7 @@ def _privacy_in_words(ready: Prepared, record: Ledger) -> str:
     if asked.share_metrics:
         words += "; the training losses and example counts that clients shared are not covered by it"
     if ready.setup.secret:
-        return f"{words}; whoever added noise drew it, and the batches, from the operating system"
+        return f"{words}; whoever added noise drew it, and the batches, under a key from the operating system"
     return (
         f"{words}; noise was drawn from the scenario's seed, as fits a simulation and not a deployment; who holds "
         "which examples, the labels and the test set are taken as given"

@@ -151,6 +151,10 @@ def test_warnings_that_a_reviewer_would_raise(tiny):
         plan(tiny("model.adapter.r=1", "model.adapter.targets=[query]", private=False)), "The head trains"
     )
     assert warned(plan(tiny(private=False)), "There is no privacy section")
+    whole = tiny(CLIENTS, "clients.use=sgd")
+    masked = tiny(CLIENTS, "clients.use=sgd", "secure_aggregation={}")
+    same_round = "Clients are told how many are in their round"
+    assert warned(plan(masked), same_round) and not warned(plan(whole), same_round)
 
 
 def test_a_model_whose_weights_are_not_at_hand_is_planned_from_its_configuration(tiny, tiny_base, tmp_path):
