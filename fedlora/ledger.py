@@ -22,8 +22,9 @@ from fedlora.errors import UserError
 from fedlora.privacy import FROM_SERVER, Accountant, Event, added, epsilon
 
 MECHANISM = "poisson_subsampled_gaussian"
-NEIGHBOURS = "add_or_remove_one"
 MAX_DRAWS = 10_000  # of a round: more is no interruption
+NEIGHBOURS = "zero_out"  # how the datasets of the units example and client differ: `privacy.neighbours` says it
+EARLIER = "add_or_remove_one"  # what 0.1.0 called it; the events and their epsilon are the same
 SILENT = "one_sends_nothing"  # how the runs of unit client_from_server differ
 UNITS = ("example", "client", FROM_SERVER)
 
@@ -36,6 +37,11 @@ class Whole(NamedTuple):
 
 Holder = int | None | Whole  # whose budget: a client's, for its examples; None: the server's, for its clients
 Events = tuple[Event, ...]  # of one holder, as `privacy.added` puts them together
+
+
+def unit(holder: Holder) -> str:
+    """What the budget of a holder protects."""
+    return FROM_SERVER if isinstance(holder, Whole) else "client" if holder is None else "example"
 
 
 def neighbours(unit: str) -> str:
@@ -234,7 +240,9 @@ def _verified(file: Path, headless: bool = False) -> list[dict[str, Any]]:
     lines = [] if head is not None and not file.exists() else read(file, torn=True)
     chain, number = "", 0
     for number, line in enumerate(lines, 1):
-        if line.get("mechanism") != MECHANISM or line.get("neighbours") != neighbours(str(line.get("unit"))):
+        relation = neighbours(str(line.get("unit")))
+        known = (relation, EARLIER) if relation == NEIGHBOURS else (relation,)
+        if line.get("mechanism") != MECHANISM or line.get("neighbours") not in known:
             raise UserError(f"{file}:{number}: an event of another mechanism; it cannot be accounted for here")
         try:
             held = ("round",) if line["unit"] == "client" and line["client"] is None else ("round", "client")

@@ -30,7 +30,8 @@ from fedlora.engine import Replies, Setup
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.worker import Setter, Worker, kind
 from fedlora.errors import FedloraError, SettingError
-from fedlora.ledger import Holder, Ledger
+from fedlora.ledger import Holder, Ledger, neighbours
+from fedlora.ledger import unit as unit_of
 from fedlora.privacy import Event
 from fedlora.progress import Line, Progress, Stopwatch
 from fedlora.rounds import Loop
@@ -61,6 +62,7 @@ class Plan:
         parameters: numbers in the base model, and those that clients train, in the adapter and in the head.
         epsilon, delta, unit: at the end, for each example (the largest over clients) or for each client;
             None without privacy.
+        neighbours: how datasets differ that it does not tell apart, in the ledger's word; None likewise.
         server_epsilon: for each client from the server that sees sums; None where clients share no noise out.
         noise_multiplier: the largest over clients, or the server's; None without privacy.
         groups: clients by the number of examples that they hold, with what that means for the privacy of examples.
@@ -86,6 +88,7 @@ class Plan:
     server_epsilon: float | None
     delta: float | None
     unit: str | None
+    neighbours: str | None
     noise_multiplier: float | None
     groups: Sequence[Line]
     alternatives: Sequence[Line]
@@ -121,9 +124,7 @@ def _plan(scenario: Scenario) -> Plan:
     stage = _Stage(scenario, setup, ready, cost.metrics if cost else _expected_metrics(scenario))
     real = stage.rehearse(scenario.strategy.use, scenario.strategy.options, scenario.rounds)
     asked = scenario.privacy
-    whole = scenario.client_privacy is not None
-    spent = {h: events for h, events in real.ledger.spent_by.items() if (h is None) is whole}
-    epsilons, each = _epsilons(spent, len(real.lines), asked)
+    epsilons, each = _epsilons(real.ledger.spent_by, len(real.lines), asked)
     lines = [line | epsilons.get(line["round"], {}) for line in real.lines]
     groups = _groups(scenario, ready.data, noise, real)
     workers = 1 if engines.in_process(scenario) else engines.workers(scenario)
@@ -141,6 +142,7 @@ def _plan(scenario: Scenario) -> Plan:
         server_epsilon=simulation.server_epsilon(scenario, real.ledger.events),
         delta=asked.delta if asked else None,
         unit=asked.unit if asked else None,
+        neighbours=neighbours(asked.unit) if asked else None,
         noise_multiplier=real.central.noise_multiplier if real.central else max(noise.values()) if noise else None,
         groups=groups,
         alternatives=[_alternative(name, stage) for name in plugins.names("strategies")],
@@ -355,9 +357,11 @@ def _epsilons(
     spent: Mapping[Holder, Sequence[tuple[int, Event]]], rounds: int, asked: scenarios.Privacy | None
 ) -> tuple[dict[int, Line], float]:
     """Epsilon after each round, or after some where there are many; and the seconds that a round's take."""
-    if asked is None or not spent:
+    if asked is None:
         return {}, 0.0
-    spent = {holder: events for holder, events in spent.items() if (holder is None) is (asked.unit == "client")}
+    spent = {holder: events for holder, events in spent.items() if unit_of(holder) == asked.unit}
+    if not spent:
+        return {}, 0.0
     kinds = len({tuple(event for _, event in events) for events in spent.values()})
     step = -(-rounds * kinds // _EPSILONS)
     table, began = {}, time.perf_counter()
@@ -453,6 +457,8 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
             f"delta {whole.delta:g} is not below one over the {scenario.clients.total} clients: such a delta lets "
             "a whole client leak. Lower privacy.delta."
         )
+    if whole is not None and scenario.secure_aggregation is not None:
+        yield f"{privacy.SAME_ROUND[0].upper()}{privacy.SAME_ROUND[1:]}."
     if asked is None:
         if whole is None:
             yield "There is no privacy section: updates can reveal what clients hold."

@@ -2,8 +2,12 @@
 
 Events are facts, epsilon is derived from them. The mechanism is the Poisson-subsampled Gaussian: each
 step takes every example with probability `sample_rate`, clips each example's gradient to `clip_norm` in
-L2 norm, sums, and adds Gaussian noise of standard deviation `noise_multiplier * clip_norm`. Neighbouring
-datasets differ by one example added or removed.
+L2 norm, sums, and adds Gaussian noise of standard deviation `noise_multiplier * clip_norm`.
+
+Neighbouring datasets are those of zero-out (Kairouz et al., 2021, https://arxiv.org/abs/2103.00039,
+Definition 1.1): they have equally many examples, and in one of them one example is replaced by a blank whose
+gradient is zero. So how many examples a client holds is public: it sets the sample rate. Taking the example out
+would change the sum of a step alike. So the accountants of adding or removing one give the same epsilon.
 
 Each accountant gives an upper bound that holds, so the least of them may be told: `pld`, privacy loss
 distributions of Google's dp-accounting, is never looser than the others by more than its grid; `prv`, the
@@ -326,6 +330,40 @@ _WORDS = {
 FROM_SERVER = "client_from_server"  # the unit of what the noise that clients share out promises each of them
 
 
+_NEIGHBOURS = {
+    "example": "neighbouring datasets differ in one example, which counts for nothing in one of them (zero-out: "
+    "how many examples a client holds is public)",
+    "client": "neighbouring datasets differ in one client, whose change counts for nothing in one of them "
+    "(zero-out: how many clients there are is public)",
+    FROM_SERVER: "from the server, which follows the protocol and sees each round's sum and who is in it; "
+    "neighbouring runs differ in that one client sends nothing",
+}
+
+
+# What masks cost where clients are protected whole: the size of the cohort, which is a matter of coins, is told.
+SAME_ROUND = "clients are told how many are in their round, so from them sampling hides nobody there"
+
+
+def protected(unit: str) -> str:
+    """What it is that a unit protects: an `example` or a `client`."""
+    return "client" if unit == FROM_SERVER else unit
+
+
+def neighbours(unit: str) -> str:
+    """What cannot be told apart under an epsilon: of `example`, `client` or `FROM_SERVER`."""
+    return _NEIGHBOURS[unit]
+
+
+def assumed(unit: str, honest: float = 1.0) -> str:
+    """What an epsilon takes for granted; the arguments as in `terms`."""
+    if unit == FROM_SERVER:
+        return (
+            f"no sampling, that of those who sent {honest:.0%} keep their noise to themselves, and that rounded "
+            "noise adds up to a Gaussian"
+        )
+    return f"Poisson sampling of {unit}s"
+
+
 def terms(unit: str, accountant: Accountant, honest: float = 1.0) -> str:
     """Under which neighbouring relation, by which accountant and sampling an epsilon holds.
 
@@ -334,22 +372,11 @@ def terms(unit: str, accountant: Accountant, honest: float = 1.0) -> str:
         accountant: that gave it.
         honest: share of the clients in a sum whose noise the server does not learn; for `FROM_SERVER`.
     """
-    if unit == FROM_SERVER:
-        return (
-            "from the server, which follows the protocol and sees each round's sum and who is in it; neighbouring "
-            "runs differ in that one client sends nothing; the largest over clients, by "
-            f"{_WORDS[accountant]}, assuming no sampling, that of those who sent {honest:.0%} keep their noise to "
-            "themselves, and that rounded noise adds up to a Gaussian"
-        )
-    largest = "the largest over clients, " if unit == "example" else ""
-    return (
-        f"neighbouring datasets differ by one {unit} added or removed; {largest}by {_WORDS[accountant]}, "
-        f"assuming Poisson sampling of {unit}s"
-    )
+    largest = "" if unit == "client" else "the largest over clients, "
+    return f"{neighbours(unit)}; {largest}by {_WORDS[accountant]}, assuming {assumed(unit, honest)}"
 
 
 def statement(epsilon: float, delta: float, unit: str, accountant: Accountant, honest: float = 1.0) -> str:
     """What an epsilon means, in one sentence; the arguments as in `terms`."""
-    who = "client" if unit == FROM_SERVER else unit
     said = terms(unit, accountant, honest)
-    return f"({epsilon:.3g}, {delta:g})-differential privacy for each {who}, {said}"
+    return f"({epsilon:.3g}, {delta:g})-differential privacy for each {protected(unit)}, {said}"

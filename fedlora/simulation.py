@@ -543,23 +543,24 @@ def _spent(record: Ledger, asked: scenarios.Privacy | None) -> float | None:
     """The largest epsilon over those who hold a budget for a guarantee; None without one."""
     if asked is None:
         return None
-    holder = type(None) if asked.unit == "client" else int
-    every = (
-        privacy.epsilon(events, asked.delta, asked.accountant)
-        for held, events in record.events.items()
-        if isinstance(held, holder)
-    )
-    return max(every, default=0.0)
+    return _largest(record.events, asked.unit, asked)
 
 
 def server_epsilon(scenario: Scenario, events: Mapping[ledger.Holder, Sequence[privacy.Event]]) -> float | None:
     """The largest epsilon over clients from the server that sees their sums; None where they share no noise."""
     if not scenario.shares_noise or (asked := scenario.client_privacy) is None:
         return None
+    return _largest(events, privacy.FROM_SERVER, asked)
+
+
+def _largest(
+    events: Mapping[ledger.Holder, Sequence[privacy.Event]], unit: str, asked: scenarios.Privacy
+) -> float:
+    """The largest epsilon over those who hold a budget of a unit; 0 where nothing was spent."""
     every = (
         privacy.epsilon(spent, asked.delta, asked.accountant)
-        for held, spent in events.items()
-        if isinstance(held, ledger.Whole)
+        for holder, spent in events.items()
+        if ledger.unit(holder) == unit
     )
     return max(every, default=0.0)
 
@@ -576,6 +577,8 @@ def _privacy_in_words(ready: Prepared, record: Ledger) -> str:
         honest = scenario.secure_aggregation.honest
         words += " under the clients' noise; "
         words += privacy.statement(whole, asked.delta, privacy.FROM_SERVER, asked.accountant, honest)
+    if asked.unit == "client" and scenario.secure_aggregation is not None:
+        words += f"; {privacy.SAME_ROUND}"
     if asked.example is not None:
         example = _spent(record, asked.example) or 0.0
         words += "; at the same time, from the server too, "
@@ -583,8 +586,11 @@ def _privacy_in_words(ready: Prepared, record: Ledger) -> str:
     if asked.share_metrics:
         words += "; the training losses and example counts that clients shared are not covered by it"
     if ready.setup.secret:
-        return f"{words}; whoever added noise drew it, and the batches, from the operating system"
-    return f"{words}; noise was drawn from the scenario's seed, as fits a simulation and not a deployment"
+        return f"{words}; whoever added noise drew it, and the batches, under a key from the operating system"
+    return (
+        f"{words}; noise was drawn from the scenario's seed, as fits a simulation and not a deployment; who holds "
+        "which examples, the labels and the test set are taken as given"
+    )
 
 
 def _model_card(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:

@@ -294,15 +294,16 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
     """
     spent: dict[str, list[list[list[privacy.Event]]]] = {}
     deltas: dict[str, list[float]] = {}
+    honest = 1.0  # the least that any of them takes for granted
     for file in (folder / "privacy.jsonl" for folder in folders):
         if not file.exists():
             continue
         events = ledger.replay(file)
         for line in ledger.read(file, torn=True):
             deltas.setdefault(line["unit"], []).append(line["delta"])
-        for unit in {"client" if holder is None else "example" for holder in events}:
-            held = [e for holder, e in events.items() if (holder is None) is (unit == "client")]
-            spent.setdefault(unit, []).append(held)
+            honest = min(honest, line.get("honest", 1.0))
+        for unit in sorted({*map(ledger.unit, events)}):
+            spent.setdefault(unit, []).append([e for holder, e in events.items() if ledger.unit(holder) == unit])
     found = {}
     for unit, runs in spent.items():
         delta = min(deltas[unit])
@@ -310,9 +311,9 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
         many = "one run gives" if len(runs) == 1 else f"{len(runs)} runs together give"
         found[unit] = (
             value,
-            f"{many} ({value:.3g}, {delta:g})-differential privacy for each {unit}, as if it had been in every "
-            f"run with whoever spent most there; by Renyi DP, neighbouring datasets differing by one {unit} added "
-            "or removed",
+            f"{many} ({value:.3g}, {delta:g})-differential privacy for each {privacy.protected(unit)}, as if it "
+            f"had been in every run with whoever spent most there; {privacy.neighbours(unit)}; by Renyi DP, "
+            f"assuming {privacy.assumed(unit, honest)}",
         )
     return found
 

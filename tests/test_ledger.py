@@ -146,7 +146,7 @@ DAMAGE = {
     "fewer steps": (lambda text: text.replace(b'"steps": 5', b'"steps": 1', 1), 1),
     "another delta": (lambda text: text.replace(b'"delta": 1e-05', b'"delta": 0.1', 1), 1),
     "an edited mechanism": (lambda text: text.replace(b"poisson_subsampled_gaussian", b"laplace", 1), 1),
-    "other neighbours": (lambda text: text.replace(b"add_or_remove_one", b"replace_one", 1), 1),
+    "other neighbours": (lambda text: text.replace(b"zero_out", b"replace_one", 1), 1),
     "no JSON": (lambda text: text + b"not json\n", 4),
     "no object": (lambda text: text + b"[1]\n", 4),
     "an empty line": (lambda text: b"\n" + text, 1),
@@ -315,3 +315,30 @@ def test_any_bytes_give_events_or_the_users_error(tmp_path, lines, end):
             use(file)
         except UserError as error:
             assert str(error).startswith(f"{file}:")
+
+
+def test_a_ledger_of_the_first_release_says_add_or_remove_and_is_read_as_before(tmp_path):
+    """The events are the same, and so are the numbers; further lines say zero-out."""
+    old = {**WHOLE, "neighbours": "add_or_remove_one"}
+    (line,) = chained(old)
+    write(tmp_path, old)
+    (tmp_path / "privacy.head").write_text(f"1 {line['chain']}\n")
+    record = Ledger(tmp_path)
+    record.spend(2, {0: LIGHT}, **TERMS)
+    assert Ledger(tmp_path).events == {0: (TWICE,)}
+    assert [told["neighbours"] for told in ledger.read(tmp_path / "privacy.jsonl")] == [
+        "add_or_remove_one",
+        "zero_out",
+    ]
+    assert epsilon_of(tmp_path / "privacy.jsonl") == epsilon([TWICE], 1e-5)
+
+
+def test_another_relation_than_the_unit_s_is_refused(tmp_path):
+    seen = {**WHOLE, "unit": "client_from_server"}
+    for line in (seen, {**seen, "neighbours": "add_or_remove_one"}, {**WHOLE, "neighbours": "one_sends_nothing"}):
+        with pytest.raises(UserError, match="an event of another mechanism"):
+            replay(write(tmp_path, line))
+
+
+def test_every_holder_of_a_budget_is_of_one_unit():
+    assert [ledger.unit(holder) for holder in (3, None, ledger.Whole(3))] == list(ledger.UNITS)

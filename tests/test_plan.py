@@ -151,6 +151,10 @@ def test_warnings_that_a_reviewer_would_raise(tiny):
         plan(tiny("model.adapter.r=1", "model.adapter.targets=[query]", private=False)), "The head trains"
     )
     assert warned(plan(tiny(private=False)), "There is no privacy section")
+    whole = tiny(CLIENTS, "clients.use=sgd")
+    masked = tiny(CLIENTS, "clients.use=sgd", "secure_aggregation={}")
+    same_round = "Clients are told how many are in their round"
+    assert warned(plan(masked), same_round) and not warned(plan(whole), same_round)
 
 
 def test_a_model_whose_weights_are_not_at_hand_is_planned_from_its_configuration(tiny, tiny_base, tmp_path):
@@ -202,10 +206,12 @@ def test_the_command_says_it_in_words_and_in_json(tiny_yaml, tmp_path, capsys):
     assert main(["plan", str(file)]) == 0
     told = capsys.readouterr().out
     assert told.startswith("tiny: 2 rounds of ffa_lora") and "warning: 4 clients" in told
+    assert "zero-out: how many examples a client holds is public" in told
     assert "epsilon 7." in told and "estimate" in told and max(map(len, told.splitlines())) < 250
     assert main(["plan", str(file), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert {"bytes_up_total", "bytes_down_total", "epsilon", "noise_multiplier"} <= set(data)
+    assert data["neighbours"] == "zero_out"
 
 
 def test_a_wrong_setting_is_one_line(tiny, tmp_path):

@@ -202,14 +202,19 @@ def test_the_statement_says_what_holds_for_whom(accountant, name):
     line = statement(5.98, 1e-5, "example", accountant)
     assert line.startswith("(5.98, 1e-05)-differential privacy for each example, ")
     for words in (
-        "differ by one example added or removed",
+        "differ in one example, which counts for nothing in one of them",
+        "how many examples a client holds is public",
         "largest over clients",
         "Poisson sampling of ex",
         name,
     ):
         assert words in line
     other = statement(5.98, 1e-5, "client", accountant)
-    assert "for each client" in other and "one client added" in other and "over clients" not in other
+    assert (
+        "for each client" in other
+        and "how many clients there are is public" in other
+        and "over clients" not in other
+    )
 
 
 def test_many_noise_multipliers_follow_from_a_few(monkeypatch):
@@ -243,3 +248,22 @@ def test_over_runs_whoever_spent_most_counts():
         epsilon(2 * much, DELTA, "rdp"), rel=0.02
     )
     assert privacy.epsilon_of_runs([], DELTA) == privacy.epsilon_of_runs([[[]], []], DELTA) == 0
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_under_zero_out_the_accountants_give_the_same(accountant):
+    """Replaced by what counts for nothing, or left out: the sums of a step are the same, and so are its losses."""
+    from dp_accounting.privacy_accountant import NeighboringRelation
+
+    found = []
+    for relation in (NeighboringRelation.REPLACE_SPECIAL, NeighboringRelation.ADD_OR_REMOVE_ONE):
+        other = ACCOUNTANTS[accountant](neighboring_relation=relation)
+        other.compose(PoissonSampledDpEvent(0.1, GaussianDpEvent(1.3)), 200)
+        found.append(other.get_epsilon(DELTA))
+    assert found[0] == found[1] == pytest.approx(spent(1.3, 0.1, 200, accountant), rel=0.01)
+
+
+def test_from_the_server_a_client_sends_nothing():
+    line = statement(3.0, 1e-5, privacy.FROM_SERVER, "pld", 0.75)
+    assert line.startswith("(3, 1e-05)-differential privacy for each client, from the server, which follows")
+    assert "neighbouring runs differ in that one client sends nothing; " in line and "75%" in line

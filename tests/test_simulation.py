@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 import signal
-from importlib.metadata import version
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -107,10 +107,13 @@ def test_epsilon_follows_from_the_ledger_alone(run):
 def test_every_epsilon_says_what_it_is(run):
     summary = run.summary
     assert (summary["privacy_unit"], summary["delta"], summary["accountant"]) == ("example", 1e-3, "pld")
-    assert (summary["neighbours"], summary["sampling"]) == ("add_or_remove_one", "poisson")
+    assert (summary["neighbours"], summary["sampling"]) == ("zero_out", "poisson")
     told = (
-        "(8, 0.001)-differential privacy for each example, neighbouring datasets differ by one example added or "
-        "removed; the largest over clients, by privacy loss distributions (dp-accounting), assuming Poisson "
+        "(8, 0.001)-differential privacy for each example, neighbouring datasets differ in one example, which "
+        "counts for nothing in one of them (zero-out: how many examples a client holds is public); the largest "
+        "over clients, by privacy loss distributions (dp-accounting), assuming Poisson sampling of examples; "
+        "noise was drawn from the scenario's seed, as fits a simulation and not a deployment; who holds which "
+        "examples, the labels and the test set are taken as given"
     )
     told = told.replace("(8,", f"({summary['epsilon']:.3g},")
     card = (run.folder / "adapter" / "README.md").read_text()
@@ -310,7 +313,7 @@ def test_a_run_that_goes_on_elsewhere_says_what_is_not_as_before(tiny, tmp_path,
     made = simulate(tiny(), out=tmp_path / "run")
     monkeypatch.setattr("fedlora.simulation.versions", lambda: dict.fromkeys(VERSIONS, "0.0.1"))
     more = simulate(tiny("rounds=3"), out=made.folder, resume=True)
-    assert f"began with fedlora {version('fedlora')}, now 0.0.1; flwr " in caplog.text
+    assert f"began with fedlora {metadata.version('fedlora')}, now 0.0.1; flwr " in caplog.text
     assert "rounds: 3\n" in (more.folder / "scenario.yaml").read_text()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import privacy, scenario
+from fedlora import ledger, privacy, scenario
 from fedlora.cli import main
 from fedlora.errors import UserError
 from fedlora.run import Run
@@ -254,3 +254,49 @@ def test_what_tuning_costs_counts_whoever_spent_most_in_each_run(tiny, tmp_path)
     ]  # iid: clients are alike, so that the first stands for all
     assert value == pytest.approx(privacy.epsilon(events, 1e-3, "rdp"), rel=0.05) and len(events) == 2
     assert words.startswith("2 runs together give (") and "for each example" in words
+
+
+SHARED = (
+    "clients.use=sgd",
+    "rounds=1",
+    "privacy={unit: client, noise_multiplier: 2.0, delta: 1.0e-2, clip_norm: 0.5}",
+    "secure_aggregation={range: 1.0, noise: shared, honest: 0.75}",
+)
+
+
+@pytest.mark.parametrize("example", [False, True], ids=["clients alone", "examples too"])
+def test_what_tuning_costs_from_the_server_is_no_cost_of_examples(example, tmp_path):
+    """Two runs with shared noise: a line for clients, one for a client from the server, one for examples."""
+    spent = {
+        None: privacy.Event(noise_multiplier=4.0, sample_rate=0.5, steps=1, clip_norm=0.5),
+        ledger.Whole(0): privacy.Event(noise_multiplier=2.0, sample_rate=1.0, steps=1, clip_norm=0.5),
+        3: privacy.Event(noise_multiplier=8.0, sample_rate=0.1, steps=2, clip_norm=1.0),
+    }
+    delta = {"client": 1e-2, "client_from_server": 1e-2, "example": 1e-3}
+    for name in ("one", "two"):
+        record = ledger.Ledger(tmp_path / name)
+        record.folder.mkdir()
+        for holder, event in spent.items():
+            if example or holder != 3:
+                told = {"delta": delta[ledger.unit(holder)], "unit": ledger.unit(holder), "accountant": "pld"}
+                record.spend(1, {holder: event}, **told, **({"honest": 0.75} if holder == (0,) else {}))
+    found = total_epsilon([tmp_path / "one", tmp_path / "two"])
+    assert set(found) == {"client", "client_from_server", *(["example"] if example else [])}
+    for holder, event in spent.items():
+        unit = ledger.unit(holder)
+        if unit in found:
+            assert found[unit][0] == pytest.approx(privacy.epsilon(2 * [event], delta[unit], "rdp"), rel=0.05)
+    told = found["client_from_server"][1]
+    assert "for each client, as if" in told and "from the server" in told and "sends nothing" in told
+    assert "75%" in told and "zero-out" in found["client"][1] and "Renyi" in told
+
+
+def test_a_sweep_over_shared_noise_tells_both_epsilons(tiny, tmp_path):
+    from fedlora import simulate
+
+    run = simulate(tiny(*SHARED), out=tmp_path / "run")
+    found = total_epsilon([run.folder])
+    assert set(found) == {"client", "client_from_server"}
+    renyi = ledger.epsilon_of(run.folder / "privacy.jsonl", "client_from_server", "rdp")
+    assert found["client_from_server"][0] == pytest.approx(renyi, rel=0.05)
+    assert found["client_from_server"][0] > found["client"][0]

@@ -32,7 +32,7 @@ from fedlora.scenario import Scenario
 _APP = """\
 [project]
 name = "fedlora-app"
-version = "0.1.0"
+version = "0.2.0"
 description = "A run of fedlora."
 license = "Apache-2.0"
 dependencies = []

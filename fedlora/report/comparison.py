@@ -108,6 +108,10 @@ class Comparison:
             if other:
                 self.notes.append(f"{run.folder.name}: measured on other data or by another metric; not compared.")
             (others if other or not run.ended else kept).append(run)
+        if len({(run.scenario.get("privacy") or {}).get("unit") for run in unique} - {None}) > 1:
+            self.notes.append(
+                "epsilon is for each client in some runs and for each example in others: do not compare the two."
+            )
         labels = _labels(unique)
         self.groups, self.apart = _grouped(kept, labels), _grouped(others, labels)
 

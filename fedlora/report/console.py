@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from fedlora.privacy import terms
+from fedlora.privacy import neighbours, terms
 from fedlora.report.tables import Table
 from fedlora.run import METRICS, Run
 from fedlora.scenario import Scenario, load
@@ -208,8 +208,9 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     if private:
         lines.append(
             f"  privacy   epsilon {plan['epsilon']:.3f} at delta {plan['delta']:g} for each {plan['unit']}; "
-            f"noise multiplier up to {plan['noise_multiplier']:g}"
+            f"noise multiplier up to {plan['noise_multiplier']:g};"
         )
+        lines.append(f"            {neighbours(plan['unit'])}")
     if plan["server_epsilon"] is not None:
         lines.append(
             f"            from the server, which sees sums, epsilon {plan['server_epsilon']:.3f} if all stay"

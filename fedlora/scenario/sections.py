@@ -355,7 +355,7 @@ class Privacy(Section):
     noise_multiplier: PositiveFloat | None = None  # set it instead of calibrating
     delta: Annotated[Float, Field(gt=0, lt=1)]
     clip_norm: PositiveFloat = 1.0  # L2 bound on one example's gradient; with unit client on one client's change
-    unit: Literal["example", "client"] = "example"  # whose presence the guarantee hides
+    unit: Literal["example", "client"] = "example"  # what the guarantee protects: each, or all of a client
     quantile: Annotated[Float, Field(gt=0, lt=1)] | None = (
         None  # unit client: of the norms, clip_norm adapts to it
     )

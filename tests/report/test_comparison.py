@@ -70,6 +70,17 @@ def test_runs_without_privacy_are_named_so_and_the_others_by_their_epsilon(folde
     assert (none.label, one.label) == ("privacy -", "ffa_lora")
 
 
+def test_epsilons_of_examples_and_of_clients_are_said_to_be_of_two_kinds(folder):
+    units = ("example", "client", "example")
+    runs = [
+        folder(f"r{i}", 0.6, privacy={"epsilon": 3.0, "delta": 1e-5, "unit": unit}, epsilon=3.0)
+        for i, unit in enumerate(units)
+    ]
+    said = "epsilon is for each client in some runs and for each example in others: do not compare the two."
+    assert said in Comparison(runs).notes
+    assert said not in Comparison([runs[0], runs[2], folder("free", 0.7, privacy=None)]).notes
+
+
 def test_seeds_are_averaged_and_configurations_named_by_what_differs(folder):
     made = Comparison(
         [

@@ -78,6 +78,21 @@ def test_where_clients_are_protected_whole_epsilon_is_the_rounds(copy):
     assert told == [("each client", line["epsilon"]) for line in copy().rounds]
 
 
+def test_the_first_figures_say_whose_epsilon_it_is(copy):
+    """Of a whole client it is the same for all, and the server's view has one of its own."""
+    told = {name: (value, words) for name, value, words in single._key_figures(copy())}
+    assert told["Epsilon"][1] == "at delta 0.001, for each example, the largest over clients"
+    assert "Epsilon from the server" not in told
+    folder = copy().folder
+    text = (folder / "scenario.yaml").read_text().replace("unit: example", "unit: client")
+    (folder / "scenario.yaml").write_text(text)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"server_epsilon": 12.5}))
+    told = {name: (value, words) for name, value, words in single._key_figures(copy())}
+    assert told["Epsilon"][1] == "at delta 0.001, for each client"
+    assert told["Epsilon from the server"][0] == "12.50"
+
+
 def test_of_many_clients_some_are_drawn_and_it_is_said(copy):
     folder = copy().folder
     holders = [{"client": c, "num_examples": 4, "labels": [1, 3]} for c in range(1000)]
