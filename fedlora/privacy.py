@@ -324,13 +324,30 @@ _WORDS = {
 
 
 FROM_SERVER = "client_from_server"  # the unit of what the noise that clients share out promises each of them
+FROM_CLIENTS = "client_from_clients"  # of what is promised from others of a round, who are told how many it has
+
+
+def beside(events: Iterable[Event], delta: float, accountant: Accountant, known: float) -> float:
+    """Epsilon of a client from another one that was in the same rounds: no sampling hides who was drawn.
+
+    Args:
+        events: of those rounds, as they cost every client.
+        delta: of the whole.
+        accountant: to count by.
+        known: part of the noise's variance that the other one has added itself, at most.
+    """
+    return epsilon(
+        [replace(e, sample_rate=1.0, noise_multiplier=e.noise_multiplier * math.sqrt(1 - known)) for e in events],
+        delta,
+        accountant,
+    )
 
 
 def terms(unit: str, accountant: Accountant, honest: float = 1.0) -> str:
     """Under which neighbouring relation, by which accountant and sampling an epsilon holds.
 
     Args:
-        unit: `example`, `client` or `FROM_SERVER`.
+        unit: `example`, `client`, `FROM_SERVER` or `FROM_CLIENTS`.
         accountant: that gave it.
         honest: share of the clients in a sum whose noise the server does not learn; for `FROM_SERVER`.
     """
@@ -341,6 +358,11 @@ def terms(unit: str, accountant: Accountant, honest: float = 1.0) -> str:
             f"{_WORDS[accountant]}, assuming no sampling, that of those who sent {honest:.0%} keep their noise to "
             "themselves, and that rounded noise adds up to a Gaussian"
         )
+    if unit == FROM_CLIENTS:
+        return (
+            "from another client that is in the same rounds, which is told how many are and not who; neighbouring "
+            f"runs differ in that one client sends nothing; by {_WORDS[accountant]}, assuming no sampling"
+        )
     largest = "the largest over clients, " if unit == "example" else ""
     return (
         f"neighbouring datasets differ by one {unit} added or removed; {largest}by {_WORDS[accountant]}, "
@@ -350,6 +372,6 @@ def terms(unit: str, accountant: Accountant, honest: float = 1.0) -> str:
 
 def statement(epsilon: float, delta: float, unit: str, accountant: Accountant, honest: float = 1.0) -> str:
     """What an epsilon means, in one sentence; the arguments as in `terms`."""
-    who = "client" if unit == FROM_SERVER else unit
+    who = "client" if unit in (FROM_SERVER, FROM_CLIENTS) else unit
     said = terms(unit, accountant, honest)
     return f"({epsilon:.3g}, {delta:g})-differential privacy for each {who}, {said}"

@@ -220,6 +220,7 @@ class Member:
         self.keys: Keys = (public_key_to_bytes(mask_public), public_key_to_bytes(share_public))
         self._around: Mapping[int, Keys] = {}
         self._held: dict[int, tuple[bytes, bytes]] = {}
+        self._fixed: list[int] = []  # whose shares came, once masked with all of them
         self._threshold = 0
         self._unmasked = False
 
@@ -285,6 +286,7 @@ class Member:
         for other in sealed:
             stream = _stream(self._secret_with(other, 0), len(vector))
             masked = masked + stream if other < self.name else masked - stream
+        self._fixed = sorted(self._held)
         return masked
 
     def reveal(self, sent: Collection[int], dropped: Collection[int]) -> dict[int, bytes]:
@@ -294,8 +296,7 @@ class Member:
             ContractError: both are asked for of one client, or a second time, or for too few who sent, or not
                 for just those whose shares came before this client masked, of whom it is one itself.
         """
-        named = sorted([*sent, *dropped])
-        if self._unmasked or not self.masked or named != sorted(self._held):
+        if self._unmasked or sorted([*sent, *dropped]) != self._fixed:
             raise ContractError(SHOWS)
         if self.name not in sent or len(sent) < max(self._threshold, LEAST):
             raise ContractError(SHOWS)

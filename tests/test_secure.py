@@ -190,6 +190,18 @@ def test_clients_that_see_different_neighbours_do_not_mask():
         members[0].mask(np.zeros(1, np.uint32), {n: sealed[n][0] for n in (1, 2)})
 
 
+def test_who_would_not_mask_reveals_nothing():
+    """Else a client that sees another graph than its neighbours could be told any story."""
+    members = {n: Member(n) for n in range(6)}
+    keys = {n: m.keys for n, m in members.items()}
+    sealed = {n: members[n].share({o: keys[o] for o in range(5)}, 4) for n in range(1, 5)}
+    members[0].share(keys, 5)
+    with pytest.raises(ContractError, match="do not go together"):
+        members[0].mask(np.zeros(1, np.uint32), {n: sealed[n][0] for n in range(1, 5)})
+    with pytest.raises(ContractError, match="single client"):
+        members[0].reveal(range(5), [])
+
+
 def test_clients_told_other_keys_of_a_neighbour_do_not_mask():
     members, invented = {n: Member(n) for n in range(4)}, Member(3)
     keys = {n: m.keys for n, m in members.items()}

@@ -253,6 +253,13 @@ def test_a_run_with_shared_noise_has_two_epsilons_and_the_ledger_alone_gives_bot
     assert run.summary["server_epsilon"] > run.summary["epsilon"]
     said = "from the server, which follows the protocol and sees each round's sum"
     assert said in run.summary["privacy"] and "of those who sent 75% keep" in run.summary["privacy"]
+    among = PLDAccountant()  # another client knows a third of the noise at most, its own
+    among.compose(GaussianDpEvent(2.0 * (2 / 3) ** 0.5), 3)
+    assert (
+        f"({among.get_epsilon(1e-2):.3g}, 0.01)-differential privacy for each client, from another client that"
+        in (run.summary["privacy"])
+    )
+    assert "cohorts too small or too large for a sum add at most 1% to delta" in run.summary["privacy"]
     assert plan(tiny(*SHARED)).server_epsilon == pytest.approx(run.summary["server_epsilon"], rel=1e-6)
     assert main(["ledger", str(run.folder)]) == 0
     assert capsys.readouterr().out.count(said) == 3  # by every accountant
