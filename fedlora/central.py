@@ -19,6 +19,7 @@ of the clients alone: `Central.seen` is what that costs.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -59,8 +60,8 @@ def check(update: Update, received: Mapping[str, Tensor], bound: float) -> None:
     Raises:
         ContractError: its change is larger than `bound`, or it says what cannot be.
     """
-    if (norm := _norm(update, received)) > bound * (1 + 1e-4):
-        raise ContractError(f"a change of norm {norm:.4g} was sent, and the bound is {bound:.4g}")
+    if not _norm(update, received) <= bound * (1 + 1e-4):
+        raise ContractError(f"a change longer than the bound, {bound:.4g}, was sent")
     if update.weight != 1.0 or update.metrics.get(WITHIN) not in (0.0, 1.0):
         raise ContractError("where clients are protected whole they weigh alike and say whether they were clipped")
 
@@ -125,6 +126,30 @@ class Central:
         if self.adapts:
             told[COUNT_NOISE] = self.adapts.count_noise if self.shared else 0.0
         return told
+
+    def check_words(self, told: Mapping[str, Any], clip_norm: float) -> None:
+        """Make sure that a client is told no worse than the scenario promises it.
+
+        Args:
+            told: to the client.
+            clip_norm: the scenario's, where C does not adapt.
+
+        Raises:
+            ContractError: the bound is none, or not the scenario's; or the noise is less, or on what is not sent.
+        """
+        bound = told.get(CLIP_NORM)
+        if not isinstance(bound, float) or not 0 < bound < math.inf:
+            raise ContractError("the server names no bound on the change")
+        if self.adapts is None and bound != clip_norm:
+            raise ContractError(f"the server's bound on the change is not the scenario's {clip_norm:g}")
+        for name, least in self.words(bound).items():
+            given = told.get(name)
+            if not isinstance(given, float) or not least * (1 - 1e-9) <= given < math.inf:
+                raise ContractError(
+                    f"the server asks for less noise than the scenario's {least:.4g} times the bound"
+                )
+        if strange := {CLIP_NORM, SUM_NOISE, COUNT_NOISE} & set(told) - set(self.words(bound)):
+            raise ContractError(f"the server says {min(strange)}, and the scenario has none")
 
     def cohort(self, round: int) -> list[int]:
         """The clients of a round, ascending; may be none."""

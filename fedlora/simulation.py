@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import checkpoint, ledger, privacy, task
+from fedlora import checkpoint, ledger, privacy, secure, task
 from fedlora import client as clients
 from fedlora import data as datasets
 from fedlora import engine as engines
@@ -578,7 +578,7 @@ def _privacy_in_words(ready: Prepared, record: Ledger) -> str:
         words += " under the clients' noise; "
         words += privacy.statement(whole, asked.delta, privacy.FROM_SERVER, asked.accountant, honest)
     if asked.unit == "client" and scenario.secure_aggregation is not None:
-        words += f"; {privacy.SAME_ROUND}"
+        words += _among_clients(scenario, asked, record.events.get(None, ()))
     if asked.example is not None:
         example = _spent(record, asked.example) or 0.0
         words += "; at the same time, from the server too, "
@@ -590,6 +590,20 @@ def _privacy_in_words(ready: Prepared, record: Ledger) -> str:
     return (
         f"{words}; noise was drawn from the scenario's seed, as fits a simulation and not a deployment; who holds "
         "which examples, the labels and the test set are taken as given"
+    )
+
+
+def _among_clients(scenario: Scenario, asked: scenarios.Privacy, events: Sequence[privacy.Event]) -> str:
+    """What a client is promised from another that is in the same rounds; and what small cohorts add to delta."""
+    known = 1 / secure.LEAST if scenario.shares_noise else 0.0
+    single = [replace(event, steps=1) for event in events]
+    most = max((privacy.beside([e], asked.delta, asked.accountant, known) for e in single), default=0.0)
+    every = privacy.beside(events, asked.delta, asked.accountant, known)
+    said = privacy.statement(every, asked.delta, privacy.FROM_CLIENTS, asked.accountant)
+    return (
+        f"; {said}, in every round of the run; in one round, epsilon {most:.3g}; cohorts too small or too large "
+        f"for a sum add at most {secure.RARE:.0%} to delta, and whether enough clients stay to the end of a round "
+        "is not covered"
     )
 
 
@@ -606,6 +620,9 @@ def _model_card(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> No
     value = summary[metric]
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     who = "sites" if ready.setup.secret else "simulated clients"
+    sent = f"{summary['bytes_up_total']:,} bytes; to clients: {summary['bytes_down_total']:,} bytes"
+    if scenario.client_privacy is not None:
+        sent = "not told: it says how many were drawn"
     judged = f"{summary['test_examples']} held-out examples"
     if ready.strategy.personal:
         judged = "the examples that clients hold out, by clients' own models; this adapter is what they share"
@@ -622,7 +639,7 @@ by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["
 
 - {metric} on {judged}: {"not measured" if value is None else f"{value:.4f}"}
 - labels: {", ".join(ready.data.labels) or "none"}
-- sent by clients: {summary["bytes_up_total"]:,} bytes; to clients: {summary["bytes_down_total"]:,} bytes
+- sent by clients: {sent}
 - privacy: {summary["privacy"]}
 - scenario hash {summary["hash"]}, seed {summary["seed"]}
 

@@ -32,7 +32,7 @@ DIMENSIONS = 8  # of an array
 PACKED = "fedlora."  # before the kind of a packed array, in the place where Flower names a serialiser
 ARRAYS, METRICS, CONFIG, REPORT, MERGE = "arrays", "metrics", "config", "fedlora", "merge"
 SECURE = "secure"
-PARTS = ("mask", "share", "sealed", "members", "masked", "sent", "dropped", "shares")  # of the exchanges
+PARTS = ("you", "mask", "share", "sealed", "members", "masked", "sent", "dropped", "shares")  # of the exchanges
 WEIGHT, ROUND = "num-examples", "server-round"
 CLIENT_FAILED = 0  # flwr.app.ErrorCode.UNKNOWN
 

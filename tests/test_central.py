@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from fedlora.adapter import Update
-from fedlora.central import WITHIN, Central, clip
+from fedlora.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE, WITHIN, Central, check, clip
 from fedlora.engine import Replies
 from fedlora.engine.base import gathered
-from fedlora.errors import SettingError
+from fedlora.errors import ContractError, SettingError
 
 RECEIVED = {"a": np.array([1.0, 2.0], np.float32), "b": np.array([[0.0]], np.float32)}
 QUIET = Central(noise_multiplier=1e-12, sample_rate=0.5, total=8, root=1)
@@ -111,3 +111,30 @@ def test_too_few_clients_for_a_count_under_noise_are_refused():
 def test_an_event_is_a_round():
     event = QUIET.event(0.3)
     assert (event.noise_multiplier, event.sample_rate, event.steps, event.clip_norm) == (1e-12, 0.5, 1, 0.3)
+
+
+def test_a_client_is_told_no_less_noise_than_the_scenario_promises_on_the_count_as_on_the_sum():
+    """A count of 40 expected clients carries noise of 2; none where nothing is shared out."""
+    made = Central(noise_multiplier=1.0, sample_rate=0.4, total=100, seed=1, quantile=0.5, shared=True)
+    told = made.words(0.3)
+    assert told == {CLIP_NORM: 0.3, SUM_NOISE: made.sum_noise, COUNT_NOISE: 2.0}
+    made.check_words(told, 0.5)  # the bound has adapted
+    for wrong in ({COUNT_NOISE: 1.9}, {SUM_NOISE: 1.0}, {COUNT_NOISE: math.nan}, {SUM_NOISE: "much"}):
+        with pytest.raises(ContractError, match="less noise"):
+            made.check_words({**told, **wrong}, 0.5)
+    for wrong in ({}, {CLIP_NORM: 0.0}, {CLIP_NORM: math.inf}, {CLIP_NORM: -1.0}, {CLIP_NORM: True}):
+        with pytest.raises(ContractError, match="names no bound"):
+            made.check_words({k: v for k, v in told.items() if k != CLIP_NORM} | wrong, 0.5)
+    with pytest.raises(ContractError, match="says count-noise"):
+        QUIET.check_words({CLIP_NORM: 0.3, COUNT_NOISE: 1.0}, 0.3)
+    with pytest.raises(ContractError, match=r"not the scenario's 0\.3"):
+        QUIET.check_words({CLIP_NORM: 0.4}, 0.3)
+
+
+def test_a_change_beyond_the_bound_is_refused_in_words_that_do_not_tell_its_norm():
+    """(2, 3, 6) has norm 7."""
+    with pytest.raises(ContractError) as told:
+        check(sent(2, 3, 6, weight=1.0), RECEIVED, 3.5)
+    assert str(told.value) == "a change longer than the bound, 3.5, was sent"
+    with pytest.raises(ContractError, match="longer than the bound"):
+        check(sent(math.nan, 0, 0, weight=1.0), RECEIVED, 3.5)

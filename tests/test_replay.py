@@ -252,3 +252,12 @@ def test_the_servers_noise_over_another_sum_ends_a_run_whose_budget_is_spent(tin
     with pytest.raises(RoundError, match="no epsilon is left to train again"):
         paid_twice(tiny, tmp_path, monkeypatch, tight)
     assert len(lines_of(tmp_path / "run")) == 2
+
+
+def test_shares_of_the_noise_over_another_sum_are_another_draw(tiny, tmp_path, monkeypatch):
+    shared = ("secure_aggregation={range: 1.0, noise: shared}", "clients.total=16", "clients.per_round=16")
+    lines = paid_twice(tiny, tmp_path, monkeypatch, LOOSE, *shared, "clients.batch_size=4")
+    whole = [(li["round"], li["draw"]) for li in lines if li["unit"] == "client"]
+    assert whole == [(1, 0), (2, 0), (2, 1)]
+    seen = [(li["round"], li["draw"]) for li in lines if li["unit"] == "client_from_server" and li["client"] == 3]
+    assert seen == whole

@@ -4,17 +4,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import chisquare
+from scipy.stats import binom, chisquare
 
 from fedlora import secure
-from fedlora.errors import ContractError, RoundError
+from fedlora.errors import ContractError, RoundError, UserError
+from fedlora.noise import Stream
 from fedlora.secure import Collector, Member
+from fedlora.seeding import stream
 
 
 def play(vectors, dropped=(), share=0.66, around=None):
     """A round by hand: who knows what is what the arguments say. Returns what the server was told, and the sum."""
     names = sorted(vectors)
-    around = around or secure.neighbours(names, np.random.default_rng(0))
+    around = around or secure.neighbours(names)
     needed = secure.threshold(len(around[names[0]]), share)
     members = {n: Member(n) for n in names}
     keys = {n: m.keys for n, m in members.items()}
@@ -42,18 +44,24 @@ def test_twenty_clients_and_five_dropouts_sum_exactly(dropped):
     assert np.array_equal(total, expected)
 
 
-def test_on_a_ring_of_neighbours_too():
-    around = {n: sorted((n + step) % 12 for step in range(-3, 4)) for n in range(12)}
-    vectors = random_vectors(12)
-    _, total, _ = play(vectors, dropped=(2, 7), around=around)
-    assert np.array_equal(total, sum((v for n, v in vectors.items() if n not in (2, 7)), np.zeros(50, np.uint32)))
+@pytest.fixture
+def small_rings(monkeypatch):
+    """More than seven have a ring of six neighbours each, of whom with themselves six must stay."""
+    monkeypatch.setattr(secure, "MOST_NEIGHBOURS", 6)
+
+
+def test_on_a_ring_of_neighbours_too(small_rings):
+    vectors = random_vectors(16)
+    assert secure.neighbours(vectors)[1] == [0, 1, 2, 3, 4, 14, 15]
+    _, total, _ = play(vectors, dropped=(2, 10))
+    assert np.array_equal(total, sum((v for n, v in vectors.items() if n not in (2, 10)), np.zeros(50, np.uint32)))
 
 
 def test_a_large_cohort_has_a_ring_and_a_small_one_everybody():
-    ring = secure.neighbours(range(100), np.random.default_rng(0))
+    ring = secure.neighbours(range(100))
     assert {len(a) for a in ring.values()} == {33} and all(m in a for m, a in ring.items())
     assert all(m in ring[o] for m, a in ring.items() for o in a)
-    assert secure.neighbours([4, 2, 9], np.random.default_rng(0)) == {m: [2, 4, 9] for m in (4, 2, 9)}
+    assert secure.neighbours([4, 2, 9]) == {m: [2, 4, 9] for m in (4, 2, 9)}
 
 
 def test_what_the_server_sees_of_a_client_is_chance():
@@ -83,18 +91,16 @@ def test_all_that_the_server_is_told_takes_no_single_mask_off():
 
 
 def test_shares_travel_encrypted_for_their_receiver_alone():
-    from cryptography.fernet import InvalidToken
-
     members, sealed = shared()
-    with pytest.raises(InvalidToken):
+    with pytest.raises(ContractError, match="did not seal for this client"):
         members[3].mask(np.zeros(1, np.uint32), {0: sealed[0][1]})  # client 1's, given to client 3
 
 
-def shared(count=4):
+def shared(count=4, needed=3):
     """Members that have shared their keys and not yet masked, and the shares."""
     members = {n: Member(n) for n in range(count)}
     keys = {n: m.keys for n, m in members.items()}
-    return members, {n: m.share(keys, 3) for n, m in members.items()}
+    return members, {n: m.share(keys, needed) for n, m in members.items()}
 
 
 def test_a_second_vector_under_the_same_masks_would_show_a_difference_and_is_refused():
@@ -117,7 +123,8 @@ def test_shares_under_another_clients_name_are_refused():
     from flwr.common.secure_aggregation.secaggplus_utils import share_keys_plaintext_concat
 
     members, _ = shared()
-    forged = encrypt(members[1]._secret_with(0, 1), share_keys_plaintext_concat(2, 0, b"seed", b"key"))
+    plain = secure._pack_view({}) + share_keys_plaintext_concat(2, 0, b"seed", b"key")
+    forged = encrypt(members[1]._secret_with(0, 1), plain)
     with pytest.raises(ContractError, match="shares of client 2 for 0 came as those of 1"):
         members[0].mask(np.zeros(1, np.uint32), {1: forged})
 
@@ -135,6 +142,315 @@ def test_a_member_never_tells_both_secrets_of_another():
             fresh[0].reveal(sent, dropped)
     with pytest.raises(ContractError, match="not its own"):
         Member(0).share(keys, 4)
+    with pytest.raises(ContractError, match="a second time"):
+        fresh[0].share(keys, 4)
+
+
+def test_a_member_reveals_for_just_those_whose_shares_came_itself_and_two_more_among_who_sent():
+    """Of five one never shared: the set is fixed at four, of whom three would be too few for the threshold."""
+    stories = {
+        "itself dropped": ([1, 2, 3, 4], [0]),
+        "somebody left out": ([0, 1, 2, 3], []),
+        "a stranger": ([0, 1, 2, 3, 4, 9], []),
+        "too few": ([0, 1, 2], [3, 4]),
+        "twice": ([0, 1, 2, 3, 4, 4], []),
+    }
+    for sent, dropped in stories.values():
+        members, sealed = shared(5, 4)
+        members[0].mask(np.zeros(1, np.uint32), {o: sealed[o][0] for o in range(1, 5)})
+        with pytest.raises(ContractError, match="single client"):
+            members[0].reveal(sent, dropped)
+    members, sealed = shared(5, 4)
+    members[0].mask(np.zeros(1, np.uint32), {o: sealed[o][0] for o in (1, 2, 3)})
+    for sent, dropped in (([0, 1, 2, 3], [4]), ([0, 1, 2], [3])):
+        with pytest.raises(ContractError, match="single client"):
+            members[0].reveal(sent, dropped)
+    assert set(members[0].reveal([0, 1, 2, 3], [])) == {0, 1, 2, 3}
+    unmasked, _ = shared(5, 4)
+    with pytest.raises(ContractError, match="single client"):
+        unmasked[0].reveal([0], [])
+
+
+def test_a_threshold_below_two_thirds_and_one_is_refused():
+    members = {n: Member(n) for n in range(6)}
+    with pytest.raises(ContractError, match="too few neighbours"):
+        members[0].share({n: m.keys for n, m in members.items()}, 4)
+    with pytest.raises(ContractError, match="too few neighbours"):
+        members[0].share({n: members[n].keys for n in (0, 1)}, 2)
+    assert [secure.threshold(n, 0.66) for n in (3, 4, 6, 9, 20, 32, 33)] == [3, 3, 5, 7, 14, 22, 25]
+
+
+def test_clients_that_see_different_neighbours_do_not_mask():
+    """The server tells client 0 that it has two neighbours, and those that they have five."""
+    members = {n: Member(n) for n in range(6)}
+    keys = {n: m.keys for n, m in members.items()}
+    sealed = {n: members[n].share(keys, 5) for n in (1, 2)}
+    members[0].share({n: keys[n] for n in (0, 1, 2)}, 3)
+    with pytest.raises(ContractError, match="do not go together"):
+        members[0].mask(np.zeros(1, np.uint32), {n: sealed[n][0] for n in (1, 2)})
+
+
+def test_who_would_not_mask_reveals_nothing():
+    """Else a client that sees another graph than its neighbours could be told any story."""
+    members = {n: Member(n) for n in range(6)}
+    keys = {n: m.keys for n, m in members.items()}
+    sealed = {n: members[n].share({o: keys[o] for o in range(5)}, 4) for n in range(1, 5)}
+    members[0].share(keys, 5)
+    with pytest.raises(ContractError, match="do not go together"):
+        members[0].mask(np.zeros(1, np.uint32), {n: sealed[n][0] for n in range(1, 5)})
+    with pytest.raises(ContractError, match="single client"):
+        members[0].reveal(range(5), [])
+
+
+def test_clients_told_other_keys_of_a_neighbour_do_not_mask():
+    members, invented = {n: Member(n) for n in range(4)}, Member(3)
+    keys = {n: m.keys for n, m in members.items()}
+    sealed = {n: members[n].share({**keys, 3: invented.keys}, 3) for n in (1, 2)}
+    members[0].share(keys, 3)
+    with pytest.raises(ContractError, match="do not go together"):
+        members[0].mask(np.zeros(1, np.uint32), {n: sealed[n][0] for n in (1, 2)})
+
+
+def test_pieces_of_one_ring_go_together_and_others_do_not(small_rings):
+    """Sixteen on a ring with three neighbours on each side; then 1 has its piece from another ring."""
+    ring = secure.neighbours([10 * n for n in range(16)])
+    views = {n: {o: bytes([o]) for o in around} for n, around in ring.items() if n in ring[0]}
+    secure.check_views(views)
+    far = {o: bytes([o]) for o in (0, 10, 20, 30, 140, 150, 155)}  # a client that nobody else sees
+    for wrong in (
+        {10: far},
+        {10: {**views[10], 20: b"other keys"}},
+        {10: {o: d for o, d in views[10].items() if o != 20}},
+        {10: {o: d for o, d in views[10].items() if o != 10} | {50: bytes([50])}},
+    ):
+        with pytest.raises(ContractError, match="do not go together"):
+            secure.check_views(views | wrong)
+
+
+# A server that lies about who dropped out.
+
+
+def stories(count, needed, partners, itself):
+    """Whom each helper is told to have dropped, so that the mask keys of all partners may come out."""
+    votes, told = dict.fromkeys(partners, 0), {}
+    for helper in sorted(range(1, count), key=partners.__contains__):
+        wanted = [p for p in sorted(partners, key=votes.__getitem__) if itself or p != helper]
+        told[helper] = [p for p in wanted if votes[p] < needed][: count - needed]
+        for p in told[helper]:
+            votes[p] += 1
+    return told
+
+
+def lie(count, share, itself=False):
+    """How many secrets of client 0's masks a server lacks that passes the shares of few on, and tells stories."""
+    needed = secure.threshold(count, share)
+    members = {n: Member(n) for n in range(count)}
+    keys = {n: m.keys for n, m in members.items()}
+    sealed = {n: m.share(keys, needed) for n, m in members.items()}
+    partners = list(range(count - needed + 1, count))
+    for n, m in members.items():
+        m.mask(np.zeros(1, np.uint32), {o: sealed[o][n] for o in (partners if n == 0 else members) if o != n})
+    seeds, mask_keys = [], {p: [] for p in partners}
+    for helper, dropped in {0: [], **stories(count, needed, partners, itself)}.items():
+        named = [0, *partners] if helper == 0 else members
+        try:
+            told = members[helper].reveal([n for n in named if n not in dropped], dropped)
+        except ContractError:
+            continue
+        seeds.append(told[0])
+        for p in dropped:
+            mask_keys[p].append(told[p])
+    known = [p for p, parts in mask_keys.items() if found(parts, needed) == members[p]._mask_secret]
+    return len(partners) - len(known) + (found(seeds, needed) != members[0]._seed)
+
+
+def found(parts, needed):
+    from flwr.common.secure_aggregation.crypto.shamir import combine_shares
+
+    return combine_shares(parts[:needed]) if len(parts) >= needed else None
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Shares and seals that cost nothing: who is refused what does not depend on them."""
+    from flwr.common.secure_aggregation.crypto import shamir, symmetric_encryption
+
+    monkeypatch.setattr(shamir, "create_shares", lambda secret, least, count: [secret] * count)
+    monkeypatch.setattr(shamir, "combine_shares", lambda parts: parts[0])
+    monkeypatch.setattr(symmetric_encryption, "encrypt", lambda key, plain: plain)
+    monkeypatch.setattr(symmetric_encryption, "decrypt", lambda key, text: text)
+    monkeypatch.setattr(secure, "_agree", lambda key, public: public)
+
+
+@pytest.mark.parametrize("itself", [False, True], ids=["", "who is told that it dropped out itself"])
+@pytest.mark.parametrize("share", [0.51, 0.55, 0.6, 0.66, 0.8])
+def test_a_server_that_lies_about_who_dropped_out_takes_no_masks_off(cheap, share, itself):
+    assert [n for n in range(3, 34) if not lie(n, share, itself=itself)] == []
+
+
+def test_nor_with_real_shares_and_seals():
+    assert lie(5, 0.51) and lie(3, 0.66, itself=True)
+
+
+def test_no_stories_show_a_sum_of_fewer_than_three():
+    """The count of the module's docstring: a clients whose sum would be seen, d whose mask keys that takes.
+
+    Each of d must be called dropped by t clients. One that is not among the a fixed at most all n and calls n - t
+    dropped; one that is has fixed no others than a + d.
+    """
+    for n in range(3, secure.MOST_NEIGHBOURS + 2):
+        t = secure.threshold(n, 0)
+        for a in range(1, secure.LEAST):
+            for d in range(max(t - a, 1), n - a + 1):
+                assert t * d > a * max(a + d - t, 0) + (n - a) * (n - t)
+    t, window = secure.threshold(33, 0), 2 * 33 - 1  # on a ring: who has a neighbour of one client for a neighbour
+    assert all(t * (t - a) > window * (33 - t) for a in range(1, secure.LEAST))
+
+
+# Cohorts that coins draw.
+
+
+def mixed(parts, interval):
+    """The privacy loss of a step that is one of several by a chance that everybody sees, such as who else came."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+    from dp_accounting.pld.pld_pmf import DensePLDPmf
+
+    made = [(w, p._pmf_remove.to_dense_pmf()) for w, p in parts]
+    low = min(p._lower_loss for _, p in made)
+    probs = np.zeros(max(p._lower_loss + p.size for _, p in made) - low)
+    for weight, p in made:
+        probs[p._lower_loss - low :][: p.size] += weight * p._probs
+    infinite = sum(w * p._infinity_mass for w, p in made)
+    return pld.PrivacyLossDistribution(DensePLDPmf(interval, low, probs, infinite, True))
+
+
+def real_epsilon(total, size, rounds, noise, delta, rule):
+    """Of a client whose coming lets all three changes of a sum in, and of one that lets in its own alone."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    rate, interval = size / total, 2e-3
+    step = lambda changes: pld.from_gaussian_mechanism(  # noqa: E731
+        noise / changes, value_discretization_interval=interval, sampling_prob=rate
+    )
+    chance = [np.prod([(total - 1 - i) / (i + 1) for i in range(k)]) * rate**k * (1 - rate) ** (total - 1 - k)
+              for k in range(3)]  # fmt: skip
+    assert secure.fewer(total, rate) == pytest.approx(sum(chance))
+    one = step(1)
+    if not rule:
+        return one.self_compose(rounds).get_epsilon_for_delta(delta)
+    none = pld.identity(interval)
+    parts = [(chance[0] + chance[1], none), (chance[2], step(3)), (1 - sum(chance), one)]
+    return mixed(parts, interval).self_compose(rounds).get_epsilon_for_delta(delta)
+
+
+@pytest.mark.parametrize(
+    "total, size, rounds, noise, real",
+    [(100, 4, 100, 0.857, 31.7), (1000, 8, 100, 0.568, 25.6), (200, 10, 50, 0.838, 13.4)],
+)
+def test_small_cohorts_that_are_no_sum_would_cost_more_than_is_stated_and_are_refused(
+    total, size, rounds, noise, real, tiny
+):
+    assert real_epsilon(total, size, rounds, noise, 1e-5, rule=True) == pytest.approx(real, rel=0.02)
+    assert real_epsilon(total, size, rounds, noise, 1e-5, rule=False) < 4.05
+    with pytest.raises(UserError, match="a cohort too small for a sum shows who was drawn"):
+        tiny(*whole(total, size, rounds))
+
+
+def test_where_small_cohorts_are_rare_the_cost_is_what_is_stated_and_the_scenario_is_taken(tiny):
+    """The documented example: 100 of 1000; and 40, with a noise of its own."""
+    for size, noise in ((100, 1.36), (40, 0.83)):
+        control = real_epsilon(1000, size, 100, noise, 1e-5, rule=False)
+        assert real_epsilon(1000, size, 100, noise, 1.01e-5, rule=True) <= control
+        assert 100 * secure.fewer(1000, size / 1000) <= secure.RARE / 2 * 1e-5
+        assert tiny(*whole(1000, size, 100)).most_members < 200
+
+
+def whole(total, size, rounds):
+    return (
+        f"clients.total={total}",
+        f"clients.per_round={size}",
+        "clients.use=sgd",
+        f"rounds={rounds}",
+        "privacy={unit: client, epsilon: 4, delta: 1.0e-5, clip_norm: 0.5}",
+        "secure_aggregation={}",
+    )
+
+
+def test_the_largest_cohort_is_passed_no_more_often_than_was_said():
+    for total, rate, chance in ((1000, 0.1, 1e-9), (50, 0.2, 1e-4), (10**6, 1e-4, 1e-10), (20, 0.5, 1e-12)):
+        least = secure.most(total, rate, chance)
+        assert least == total or binom.sf(least - 1, total - 1, rate) <= chance
+        assert secure.fewer(total, rate) == pytest.approx(binom.cdf(2, total - 1, rate))
+    assert secure.most(20, 0.5, 1e-12) == 20 and secure.most(1000, 0.1, 1e-9) < 180
+
+
+# Who is told what.
+
+
+def recorded(cohort, fails=()):
+    """A round of `collect` over members; what each client was told, and the sum."""
+    members, told_to = {}, {c: [] for c in cohort}
+
+    def exchange(what, told):
+        made = {}
+        for client, parts in told.items():
+            told_to[client].append((what, parts))
+            if (what, client) in fails:
+                continue
+            (name,) = parts["you"]
+            member = members.setdefault(client, Member(name))
+            made[client] = member.answer(what, parts, lambda among: np.array([among], np.uint32), 0.66, 8)
+            secure.check(what, parts, made[client], 1)
+        return made
+
+    return told_to, secure.collect(exchange, cohort, stream(3, "test"), 0.66)
+
+
+def test_a_client_is_told_who_is_in_a_round_by_pseudonyms_alone_and_how_many():
+    told, made = recorded([2, 17, 42, 105])
+    assert made.members == made.sent == (2, 17, 42, 105) and made.total.tolist() == [16]
+    names = {name for exchanges in told.values() for _, parts in exchanges for of in parts.values() for name in of}
+    assert names >= {4} and len(names) == 5 and min(names - {4}) > 2**40
+    for exchanges in told.values():
+        assert [list(parts["members"]) for what, parts in exchanges if what == secure.MASKED] == [[4]]
+    assert secure.pseudonyms(1000, Stream.fresh())[0] != secure.pseudonyms(1000, Stream.fresh())[0]
+
+
+@pytest.mark.parametrize(
+    "fails, words",
+    [
+        ([(secure.KEYS, 0)], "2 clients are there"),
+        ([(secure.SHARES, 0)], "2 of 3 clients shared their keys"),
+        ([(secure.MASKED, 2)], "2 of 3 clients sent"),
+    ],
+)
+def test_there_is_no_sum_of_two(fails, words):
+    with pytest.raises(RoundError, match=words):
+        recorded([0, 1, 2], fails)
+
+
+def test_a_server_cannot_say_that_more_or_fewer_share_the_noise_out_than_do():
+    members, sealed = shared()
+    for number in (3, 5, 2**40):
+        told = {"sealed": {o: sealed[o][0] for o in (1, 2, 3)}, "members": {number: b""}}
+        with pytest.raises(ContractError, match="a number of clients that cannot be"):
+            members[0].answer(secure.MASKED, told, lambda among: np.zeros(1, np.uint32), 0.66, 8)
+    ring = {n: Member(n) for n in range(33)}
+    ring[0]._around = dict.fromkeys(ring)
+    for number, fits in ((8, False), (33, True), (100, True), (101, False)):
+        told = {"sealed": dict.fromkeys(range(1, 33), b""), "members": {number: b""}}
+        if fits:
+            assert ring[0]._members(told, 100) == number
+        else:
+            with pytest.raises(ContractError, match="cannot be"):
+                ring[0]._members(told, 100)
+
+
+def test_shares_that_do_not_fit_together_are_a_failed_round():
+    told, _, _ = play(random_vectors(4))
+    spoiled = {n: {o: bytes(len(part)) for o, part in held.items()} for n, held in told["shares"].items()}
+    with pytest.raises(RoundError, match="masks did not come off"):
+        Collector(secure.neighbours(range(4)), told["keys"], 3).total(told["masked"], spoiled)
 
 
 def test_too_few_left_are_a_failed_round():
@@ -142,10 +458,10 @@ def test_too_few_left_are_a_failed_round():
     members = {n: Member(n) for n in vectors}
     keys = {n: m.keys for n, m in members.items()}
     around = {n: list(vectors) for n in vectors}
-    sealed = {n: m.share(keys, 4) for n, m in members.items()}
+    sealed = {n: m.share(keys, 5) for n, m in members.items()}
     masked = {n: members[n].mask(vectors[n], {o: sealed[o][n] for o in vectors if o != n}) for n in range(3)}
-    with pytest.raises(RoundError, match="0 of the 4 shares of client 0 came"):
-        Collector(around, keys, 4).total(masked, {})
+    with pytest.raises(RoundError, match="0 of the 5 shares of a client came"):
+        Collector(around, keys, 5).total(masked, {})
 
 
 @settings(max_examples=60, deadline=None)
@@ -162,6 +478,8 @@ def test_rounding_is_right_on_average():
     assert set(drawn) == {0.0, 1.0} and abs(drawn.mean() - 0.25) < 5 * (0.1875 / 40_000) ** 0.5
 
 
-def test_a_number_beyond_the_range_is_refused():
-    with pytest.raises(ContractError, match=r"changed by 1\.5, and secure_aggregation\.range is 1"):
-        secure.quantise(np.array([0.0, -1.5]), 1.0, np.random.default_rng(0))
+@pytest.mark.parametrize("beyond", [-1.5, np.nan, np.inf])
+def test_a_number_beyond_the_range_is_refused_in_words_that_do_not_tell_it(beyond):
+    with pytest.raises(ContractError) as told:
+        secure.quantise(np.array([0.0, beyond]), 1.0, Stream.fresh())
+    assert str(told.value) == "a number changed by more than secure_aggregation.range, 1"

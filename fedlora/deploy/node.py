@@ -7,20 +7,18 @@ data stands in the site's log.
 import json
 import logging
 import re
-import secrets
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import RecordDict
 
 from fedlora import data, secure, simulation, wire
 from fedlora.adapter import Instruction, Update
-from fedlora.central import SUM_NOISE
 from fedlora.checkpoint import Merges
 from fedlora.deploy import signing
 from fedlora.deploy import site as sites
@@ -31,6 +29,7 @@ from fedlora.engine.intake import Report
 from fedlora.engine.worker import Worker
 from fedlora.errors import ContractError, FedloraError, SettingError
 from fedlora.ledger import Ledger
+from fedlora.noise import Stream
 from fedlora.privacy import Event, epsilon
 from fedlora.run import INTRODUCTION
 from fedlora.scenario import Scenario
@@ -91,6 +90,7 @@ class Node:
         self.folder = where
         self._read_site()
         self.served, self.failed, self.trained = 0, 0, 0.0
+        self._masked: Counter[tuple[str, object]] = Counter()  # updates by run and round, whatever the server lost
 
     def _read_site(self) -> None:
         """Read the site file, which may have changed since the last run."""
@@ -312,11 +312,11 @@ class Node:
         masked = scenario.secure_aggregation is not None
         if masked:
             self._member(run, instruction.round)
-        whole = simulation.central(scenario, root=0) if scenario.shares_noise else None
-        if whole and float(instruction.config.get(SUM_NOISE, 0.0)) < whole.sum_noise * (1 - 1e-9):
-            raise Refusal(
-                f"the server asks for less noise than the scenario's {whole.sum_noise:.4g} times the bound"
-            )
+        if (asked := scenario.client_privacy) and (whole := simulation.central(scenario, root=0)):
+            try:
+                whole.check_words(instruction.config, asked.clip_norm)
+            except ContractError as error:
+                raise Refusal(str(error)) from error
         event = self._event(run, instruction, client) if instruction.trip == 1 else None
         paid = None if event is None else self._pay(run, instruction.round, client, event)
         update, report = run.worker.fit(instruction, client)
@@ -347,28 +347,43 @@ class Node:
         Raises:
             Refusal: it holds no secrets of this round, or the server asks for what would show its update.
         """
-        asked, parts = run.worker.scenario.secure_aggregation, wire.unpack_parts(content)
+        scenario, parts = run.worker.scenario, wire.unpack_parts(content)
+        asked, most = scenario.secure_aggregation, scenario.most_members
         if asked is None or what not in (secure.KEYS, secure.SHARES, secure.MASKED, secure.REVEAL):
             raise Refusal(f"this run has no exchange of {what}")
         round = trained[0].round if trained else wire.unpack_words(content).get("round")
         if what == secure.KEYS:
-            run.member = (round, secure.Member(client))
+            run.member = (round, self._fresh(run, round, parts))
         member = self._member(run, round)
 
-        def vector() -> secure.Vector:
-            members = parts["members"]
-            if trained is None or client not in members or len(members) > run.worker.scenario.clients.total:
-                raise ContractError("the server names members that cannot be")
+        def vector(among: int) -> secure.Vector:
+            if trained is None:
+                raise ContractError("the server asks for a masked change, and for no training")
+            return masking.to_vector(*trained, among, most, asked.range, lambda _: Stream.fresh())
 
-            def draws(_: str) -> np.random.Generator:
-                return np.random.default_rng(secrets.randbits(128))  # nobody's to draw again
-
-            return masking.to_vector(*trained, len(members), asked.range, draws)
-
+        before = member.masked
         try:
-            return wire.pack_parts(member.answer(what, parts, vector, asked.survivors))
+            return wire.pack_parts(member.answer(what, parts, vector, asked.survivors, most))
         except ContractError as error:
             raise Refusal(str(error), None if trained is None else self._event(run, trained[0], client)) from error
+        finally:
+            self._masked[run.key, round] += member.masked - before
+
+    def _fresh(self, run: Serving, round: object, parts: secure.Parts) -> secure.Member:
+        """Secrets for a round, under the pseudonym that the server deals.
+
+        Raises:
+            Refusal: an update of that round was masked already, as often as the scenario tries one; or there is
+                no such round, or the server deals no pseudonym.
+        """
+        scenario, names = run.worker.scenario, list(parts["you"])
+        if type(round) is not int or not 1 <= round <= scenario.rounds or len(names) != 1 or names[0] >= 2**63:
+            raise Refusal("the server asks for keys for no round of this run, or for nobody")
+        if self._masked[run.key, round] > scenario.clients.retries:
+            raise Refusal(
+                f"it has masked its update of round {round}: start its worker anew if the server was resumed"
+            )
+        return secure.Member(names[0])
 
     def _member(self, run: Serving, round: object) -> secure.Member:
         """The site's secrets for a round.

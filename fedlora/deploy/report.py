@@ -2,6 +2,9 @@
 
 A SuperLink gives its users the run's log and nothing else. So the display of a run, and at its end the run folder,
 travel as lines of the log that begin with `MARK`.
+
+Where clients are protected whole (`privacy.unit: client`), whether one was drawn stays with the server: neither
+who took part in a round nor how many travels, nor a sum that tells it.
 """
 
 import base64
@@ -14,9 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fedlora import ledger
 from fedlora.errors import UserError
 from fedlora.report.console import Display
-from fedlora.scenario import Scenario
+from fedlora.run import Run
+from fedlora.scenario import Scenario, load
 
 MARK = "fedlora:"
 BROUGHT = (  # of a run folder; checkpoints stay with the server
@@ -29,6 +34,18 @@ BROUGHT = (  # of a run folder; checkpoints stay with the server
     "summary.json",
     "adapter",
 )
+COUNTS = (  # figures of a round, or of a run, that tell how many clients were drawn
+    "clients",
+    "failures",
+    "resting",
+    "late",
+    "bytes_up",
+    "bytes_down",
+    "bytes_up_total",
+    "bytes_up_head",
+    "bytes_down_total",
+    "clients_per_second",
+)
 _PIECE = 2**16  # characters of a folder in a line
 _MOST = 2**32  # bytes of a folder
 
@@ -36,17 +53,20 @@ _MOST = 2**32  # bytes of a folder
 class Reported:
     """A display that prints what happens as lines of the log."""
 
+    _whole = False  # whether clients are protected whole
+
     def stage(self, what: str) -> None:
         """Something that takes a while has begun."""
         self._say("stage", what=what)
 
     def begin(self, scenario: Scenario, metric: str, done: int) -> None:
         """Rounds begin."""
+        self._whole = scenario.client_privacy is not None
         self._say("begin", metric=metric, done=done)
 
     def round(self, line: Mapping[str, Any]) -> None:
         """A round has finished."""
-        self._say("round", line=dict(line))
+        self._say("round", line=_uncounted(line) if self._whole else dict(line))
 
     def failed(self, why: str) -> None:
         """The run has failed."""
@@ -130,11 +150,37 @@ class Follower:
 def _pack(folder: Path) -> bytes:
     """What is brought back of a run folder, as a compressed archive."""
     stream = io.BytesIO()
+    changed = _without_counts(folder) if _protects_clients(folder) else {}
     with tarfile.open(fileobj=stream, mode="w:xz", preset=1) as archive:
         for name in BROUGHT:
-            if (folder / name).exists():
+            if (data := changed.get(name)) is not None:
+                member = tarfile.TarInfo(name)
+                member.size, member.mode = len(data), 0o644
+                archive.addfile(member, io.BytesIO(data))
+            elif name not in changed and (folder / name).exists():
                 archive.add(folder / name, arcname=name)
     return stream.getvalue()
+
+
+def _protects_clients(folder: Path) -> bool:
+    file = folder / "scenario.yaml"
+    return file.exists() and load(file).client_privacy is not None
+
+
+def _without_counts(folder: Path) -> dict[str, bytes | None]:
+    """The files of a run folder that tell who was drawn, or how many, as they may travel; None: not at all."""
+    run = Run.open(folder)
+    made: dict[str, bytes | None] = {"clients.jsonl": None}
+    made["metrics.jsonl"] = "".join(json.dumps(_uncounted(line)) + "\n" for line in run.rounds).encode()
+    made["summary.json"] = (json.dumps(_uncounted(run.summary), indent=2) + "\n").encode()
+    file = folder / "privacy.jsonl"
+    if file.exists() and any(line["client"] is not None for line in ledger.read(file)):
+        made |= {"privacy.jsonl": None, "privacy.head": None}
+    return made
+
+
+def _uncounted(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key not in COUNTS}
 
 
 def _unpack(data: bytes, folder: Path) -> None:

@@ -58,7 +58,8 @@ def make(scenario: Scenario, address: str | None = None) -> Engine:
         return _plain(scenario, address)
     from fedlora.engine.secure import SecureEngine
 
-    return SecureEngine(_plain(scenario, address), seed=scenario.seed, asked=asked)
+    plain = _plain(scenario, address)
+    return SecureEngine(plain, seed=scenario.seed, asked=asked, most=scenario.most_members)
 
 
 def _plain(scenario: Scenario, address: str | None) -> Engine:

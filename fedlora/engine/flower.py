@@ -26,8 +26,8 @@ from fedlora.engine.inline import InlineEngine
 from fedlora.engine.intake import Replies, Report
 from fedlora.engine.worker import Description, Setup
 from fedlora.errors import ContractError, FedloraError, RoundError
+from fedlora.noise import Stream
 from fedlora.privacy import Event
-from fedlora.seeding import generator
 
 DEADLINE = 600.0  # seconds that a round waits for its sites, unless the scenario says
 JOIN = 300.0  # seconds that a run waits for all its sites at its start
@@ -368,7 +368,7 @@ class FlowerEngine(Engine):
                         self._forget(site, str(refused))
                         raise ContractError(str(refused))
                     parts = wire.unpack_parts(reply.content)
-                    secure.check(what, client, told[client], parts, masking.size(instruction))
+                    secure.check(what, told[client], parts, masking.size(instruction))
                     if what == secure.MASKED:
                         spends, site.merged = wire.unpack_event(reply.content) or spends, len(self.merges)
                         report = replace(report, steps=scenario.clients.local_steps)
@@ -378,8 +378,7 @@ class FlowerEngine(Engine):
                 reports[client] = replace(report, event=spends)
             return made
 
-        rng = generator(scenario.seed, instruction.round, "neighbours")
-        return masking.replies(instruction, exchange, reports, scenario.secure_aggregation, rng)
+        return masking.replies(instruction, exchange, reports, scenario.secure_aggregation, Stream.fresh())
 
     def _report(self, client: int) -> Report:
         """Of a client that nothing is known of as yet."""

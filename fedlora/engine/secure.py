@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora import secure, wire
 from fedlora.adapter import Adapter, Change, Instruction, Update
@@ -14,10 +15,12 @@ from fedlora.engine.base import Engine
 from fedlora.engine.intake import Replies, Report
 from fedlora.engine.worker import Description, Setup
 from fedlora.errors import ContractError, RoundError
+from fedlora.noise import Stream
+from fedlora.replay import Drawn, digest, versions
 from fedlora.scenario import SecureAggregation
-from fedlora.seeding import generator
+from fedlora.seeding import stream
 
-Draws = Callable[[str], np.random.Generator]  # the random numbers of a client in a round, by purpose
+Draws = Callable[[str], Stream]  # the random numbers of a client in a round, by purpose
 
 
 def size(instruction: Instruction) -> int:
@@ -26,14 +29,18 @@ def size(instruction: Instruction) -> int:
 
 
 def to_vector(
-    instruction: Instruction, update: Update, members: int, largest: float, draws: Draws
+    instruction: Instruction, update: Update, members: int, most: int, largest: float, draws: Draws
 ) -> secure.Vector:
     """A client's change in whole steps, before it is masked; with its share of the noise where clients add it.
+
+    Where the change is bounded, it is so after rounding too, and no number of it is refused: what is beyond
+    `largest` is cut to it.
 
     Args:
         instruction: that it was sent.
         update: that it made.
         members: clients that are asked for one.
+        most: clients that could be, which decides whether a sum fits; so one more or less does not.
         largest: that a number may change by.
         draws: for rounding and noise.
 
@@ -41,21 +48,33 @@ def to_vector(
         ContractError: it does not fit.
     """
     told, bound = instruction.config, float(instruction.config.get(CLIP_NORM, 0.0))
-    parts = [(update.adapter[n] - instruction.adapter[n]).ravel() for n in instruction.send]
-    stds = [np.full(part.size, float(told.get(SUM_NOISE, 0.0)) * bound) for part in parts]
+    parts = [(update.adapter[n] - instruction.adapter[n]).ravel().astype(np.float64) for n in instruction.send]
+    change = np.concatenate(parts)
+    stds = [np.full(change.size, float(told.get(SUM_NOISE, 0.0)) * bound)]
+    if CLIP_NORM in told:
+        change = _within(np.clip(change, -largest, largest), bound, largest)
     if COUNT_NOISE in told:
-        parts.append(np.array([update.metrics[WITHIN] * largest]))
+        change = np.append(change, update.metrics[WITHIN] * largest)
         stds.append(np.array([float(told[COUNT_NOISE]) * largest]))
-    std = np.concatenate(stds) / math.sqrt(members)
-    most = 8 * math.sqrt(members) * std.max(initial=0.0) / largest
-    if members + most > secure.MOST:
-        raise ContractError(
-            f"a sum of {members} clients and their noise does not fit: raise secure_aggregation.range"
-        )
-    vector = secure.quantise(np.concatenate(parts), largest, draws("rounding"))
+    std = np.concatenate(stds)
+    secure.check_grid(std, largest, most)
+    vector = secure.quantise(change, largest, draws("rounding"))
     if SUM_NOISE in told:
-        vector += secure.noise(std, largest, draws(f"noise {told[SUM_NOISE]!r} {bound!r} {members}"))
+        share = draws(f"noise {told[SUM_NOISE]!r} {bound!r} {members}")
+        vector += secure.noise(std / math.sqrt(members), largest, share)
     return vector
+
+
+def _within(change: NDArray[np.float64], bound: float, largest: float) -> NDArray[np.float64]:
+    """The change, shortened so that it is no longer than the bound when it is rounded.
+
+    Raises:
+        ContractError: rounding alone may be as long.
+    """
+    if (left := bound - secure.rounding(change.size, largest)) <= 0:
+        raise ContractError("the grid is too coarse for clip_norm: lower secure_aggregation.range")
+    norm = float(np.sqrt((change**2).sum()))
+    return change * (left / norm) if norm > left else change
 
 
 def mean(instruction: Instruction, made: secure.Sum, largest: float) -> Update:
@@ -87,7 +106,7 @@ def replies(
     exchange: secure.Exchange,
     reports: dict[int, Report],
     asked: SecureAggregation,
-    rng: np.random.Generator,
+    rng: Stream,
 ) -> Replies:
     """The outcome of a round: one update for those who sent, and a report for each client.
 
@@ -96,7 +115,7 @@ def replies(
         exchange: with clients, which keeps their reports.
         reports: of each client of the cohort.
         asked: the scenario's.
-        rng: deals the neighbours out.
+        rng: deals pseudonyms out.
     """
     try:
         made = secure.collect(exchange, sorted(reports), rng, asked.survivors)
@@ -119,16 +138,17 @@ class SecureEngine(Engine):
     out after the keys were shared, which is the worst moment to.
     """
 
-    def __init__(self, inner: Engine, *, seed: int, asked: SecureAggregation) -> None:
+    def __init__(self, inner: Engine, *, seed: int, asked: SecureAggregation, most: int) -> None:
         """Around an engine.
 
         Args:
             inner: that runs the clients.
-            seed: of rounding, noise and neighbours.
+            seed: of rounding, noise and pseudonyms.
             asked: the scenario's.
+            most: clients that a round may have.
         """
         super().__init__(inner.num_clients)
-        self.inner, self.seed, self.asked = inner, seed, asked
+        self.inner, self.seed, self.asked, self.most = inner, seed, asked, most
 
     def start(self, setup: Setup) -> Description:
         """The inner engine's."""
@@ -139,12 +159,17 @@ class SecureEngine(Engine):
         """One update, the plain mean of those who sent, and a report for each client.
 
         Where too few are left to take the masks off there is none, and every report says so.
+
+        Raises:
+            RoundError: shares of the noise were drawn for another sum, and no epsilon is left for another draw.
         """
         trained = self.inner.train(instruction, cohort, partial_sums=False)
         reports = {r.client: replace(r, metrics={}, bytes_up=0) for r in trained.reports}
         updates = {update.clients[0]: update for update in trained.updates}
-        members = {client: secure.Member(client) for client in cohort}
-        largest = self.asked.range
+        made_of = self._digest(instruction, cohort, trained) if SUM_NOISE in instruction.config else ""
+        draw = instruction.drawn.get(None, Drawn()).draw(made_of) if made_of else 0
+        again = ("draw", draw) if draw else ()
+        members: dict[int, secure.Member] = {}
 
         def exchange(what: str, told: Mapping[int, secure.Parts]) -> dict[int, secure.Parts]:
             made: dict[int, secure.Parts] = {}
@@ -152,25 +177,33 @@ class SecureEngine(Engine):
                 if client not in updates and what in (secure.MASKED, secure.REVEAL):
                     continue
 
-                def vector(client: int = client, parts: secure.Parts = parts) -> secure.Vector:
-                    def draws(purpose: str) -> np.random.Generator:
-                        return generator(self.seed, instruction.round, client, purpose)
+                def draws(purpose: str, client: int = client) -> Stream:
+                    return stream(self.seed, instruction.round, client, purpose, *again)
 
-                    return to_vector(instruction, updates[client], len(parts["members"]), largest, draws)
+                def vector(among: int, client: int = client, draws: Draws = draws) -> secure.Vector:
+                    return to_vector(instruction, updates[client], among, self.most, self.asked.range, draws)
 
                 had = reports[client]
+                if what == secure.KEYS:
+                    (name,) = parts["you"]
+                    members[client] = secure.Member(name)
                 try:
-                    made[client] = members[client].answer(what, parts, vector, self.asked.survivors)
+                    made[client] = members[client].answer(what, parts, vector, self.asked.survivors, self.most)
                 except ContractError as error:
                     reports[client] = replace(had, error=f"{type(error).__name__}: {error}", steps=0)
                     continue
                 up, down = (wire.content_bytes(wire.pack_parts(p)) for p in (made[client], parts))
-                down *= what != secure.KEYS  # which asks for nothing
                 reports[client] = replace(had, bytes_up=had.bytes_up + up, bytes_down=had.bytes_down + down)
             return made
 
-        rng = generator(self.seed, instruction.round, "neighbours")
-        return replies(instruction, exchange, reports, self.asked, rng)
+        rng = stream(self.seed, instruction.round, "pseudonyms")
+        return replace(replies(instruction, exchange, reports, self.asked, rng), digest=made_of)
+
+    def _digest(self, instruction: Instruction, cohort: Sequence[int], trained: Replies) -> str:
+        """Of all that makes the sum that clients' shares of the noise go into (`fedlora.replay`)."""
+        asked = (list(cohort), dict(instruction.adapter), instruction.send, dict(instruction.config))
+        sent = [(u.clients, u.adapter, dict(u.metrics)) for u in trained.updates]
+        return digest(self.seed, "shares", versions(), self.asked.model_dump(), asked, sent)
 
     def evaluate(self, adapter: Adapter) -> dict[str, float]:
         """The inner engine's."""

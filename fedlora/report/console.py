@@ -147,14 +147,13 @@ class Live:
         finished = line["round"]
         each = (time.monotonic() - self._began) / max(finished - self._done, 1)
         loss = line["loss"] if line["loss"] is not None else line["train_loss"]
-        failed = f"-{line['failures']}" if line["failures"] else ""
+        failed = f"-{line['failures']}" if line.get("failures") else ""
         cells = [
             f"{finished}/{self._rounds}".rjust(9),
-            f"{line['clients']}{failed}".rjust(8),
+            f"{line.get('clients', '-')}{failed}".rjust(8),
             _figure(line[self._metric], 11),
             _figure(loss, 8),
-            size(line["bytes_up"]).rjust(10),
-            size(line["bytes_down"]).rjust(10),
+            *((size(line[key]) if key in line else "-").rjust(10) for key in ("bytes_up", "bytes_down")),
             _figure(line["epsilon"], 8, 3),
             f"{line['seconds']:.1f}".rjust(8),
             span(each * (self._rounds - finished)).rjust(6),
@@ -269,12 +268,13 @@ def summary_lines(folder: object, summary: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{summary['scenario']}: {metric} {value} on {summary['test_examples']:,} test examples "
         f"after {summary['rounds']} rounds of {summary['strategy']} in {span(summary['seconds'])}",
-        f"  sent up {size(summary['bytes_up_total'])} (head {size(summary['bytes_up_head'])}), "
-        f"down {size(summary['bytes_down_total'])}; client failures {summary['failures']}",
         f"  privacy  {summary['privacy']}",
         f"  folder   {folder}",
         f"  adapter  {folder}/adapter",
     ]
+    if "bytes_up_total" in summary:  # it stays with a server that protects clients whole
+        sent = f"  sent up {size(summary['bytes_up_total'])} (head {size(summary['bytes_up_head'])}), "
+        lines.insert(1, f"{sent}down {size(summary['bytes_down_total'])}; client failures {summary['failures']}")
     if "virtual_seconds" in summary:
         lines.insert(2, f"  devices  {summary['virtual_seconds'] / 3600:.2f} virtual hours")
     if "stopped" in summary:

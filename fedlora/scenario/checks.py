@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedlora import plugins
+from fedlora import plugins, secure
 from fedlora.errors import suggestion
 from fedlora.scenario.explain import explain
 from fedlora.scenario.keys import Problem
-from fedlora.scenario.sections import Clients, LabelShares, PlugIn, Scenario, Strategy, World
+from fedlora.scenario.sections import Clients, LabelShares, PlugIn, Privacy, Scenario, Strategy, World
 
 
 def validate(raw: dict[str, Any]) -> tuple[Scenario | None, list[Problem]]:
@@ -100,6 +100,8 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
             )
     elif asked and asked.honest != 1:
         yield Problem(("secure_aggregation", "honest"), "goes with noise: shared")
+    if sections.get("secure_aggregation") and clients:
+        yield from _summed(clients, sections)
     if (world := sections.get("world")) and clients:
         yield from _worldly(world, clients, sections)
     if data and clients and isinstance(data.partition, LabelShares):
@@ -139,6 +141,38 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("data", "files", "label"), "exact_match needs the name of the column of answers")
     if model and task == "causal_lm" and model.pooler == "trained":
         yield Problem(("model", "pooler"), "a causal language model has no pooler")
+
+
+def _summed(clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """What masks cannot sum; where clients are protected whole, what one more of them could decide over."""
+    privacy: Privacy | None = sections.get("privacy")
+    whole = privacy if privacy is not None and privacy.unit == "client" else None
+    size, total, rounds = clients.cohort_size, clients.total, sections.get("rounds")
+    if whole is None and not secure.LEAST <= size <= secure.MOST:
+        yield Problem(
+            ("clients", "per_round" if clients.per_round else "total"),
+            f"secure aggregation sums {secure.LEAST} to {secure.MOST} clients a round, not {size}",
+        )
+    if whole is None or not rounds:
+        return
+    rare, few = secure.RARE / 2 * whole.delta, rounds * secure.fewer(total, size / total)
+    if few > rare:
+        yield Problem(
+            ("clients", "per_round" if clients.per_round else "total"),
+            f"a cohort too small for a sum shows who was drawn: without any one client fewer than {secure.LEAST} "
+            f"are drawn in some of {rounds} rounds with probability {few:.1g}, and delta allows {rare:.1g}: "
+            "take more clients a round",
+        )
+    if (many := secure.most(total, size / total, rare / rounds)) > secure.MOST:
+        yield Problem(
+            ("clients", "per_round" if clients.per_round else "total"),
+            f"a round may draw {many} clients, and a sum takes {secure.MOST}: take fewer clients a round",
+        )
+    if (example := whole.example) and example.epsilon is not None and example.noise_multiplier is not None:
+        yield Problem(
+            ("privacy", "example"),
+            "a client that rests may leave too few for a sum: give epsilon or noise_multiplier, not both",
+        )
 
 
 def _worldly(world: World, clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from fedlora import plugins
+from fedlora import plugins, secure
 from fedlora.errors import SettingError, UserError, suggestion
 from fedlora.scenario.keys import Source
 from fedlora.seeding import generator
@@ -379,8 +379,8 @@ class Privacy(Section):
 class SecureAggregation(Section):
     """Clients mask what they send, and the server learns only its sum; they weigh alike."""
 
-    range: PositiveFloat = 1.0  # that a number may change by in a round; one that changes by more fails its client
-    survivors: Annotated[Float, Field(gt=0.5, le=1)] = 0.66  # share of the clients that must not drop out
+    range: PositiveFloat = 1.0  # of a number's change; one beyond fails its client, or is cut under unit client
+    survivors: Annotated[Float, Field(ge=0.66, le=1)] = 0.66  # share of the clients that must not drop out
     noise: Literal["server", "shared"] = "server"  # shared: unit client, each adds its share before it masks
     honest: Annotated[Float, Field(gt=0, le=1)] = (
         1.0  # share of those who send that keep their noise to themselves
@@ -537,6 +537,15 @@ class Scenario(Section):
     def shares_noise(self) -> bool:
         """Whether clients add the noise that protects them whole."""
         return self.secure_aggregation is not None and self.secure_aggregation.noise == "shared"
+
+    @property
+    def most_members(self) -> int:
+        """Clients that a masked sum may have; coins draw more with a chance that delta covers."""
+        told, whole = self.clients, self.client_privacy
+        if whole is None:
+            return told.cohort_size
+        chance = secure.RARE / 2 * whole.delta / self.rounds
+        return secure.most(told.total, told.cohort_size / told.total, chance)
 
     _source: Source = PrivateAttr(default_factory=lambda: Source("scenario", {}, {}))
 

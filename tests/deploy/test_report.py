@@ -7,9 +7,13 @@ import json
 import tarfile
 
 import pytest
+from rich.console import Console
 
-from fedlora.deploy.report import MARK, Follower, Reported, _pack, _unpack
+from fedlora.deploy.report import COUNTS, MARK, Follower, Reported, _pack, _unpack
 from fedlora.errors import UserError
+from fedlora.report.console import Live, summary_lines
+from fedlora.run import Run
+from fedlora.simulation import simulate
 
 ROUND = {"round": 1, "accuracy": 0.5, "epsilon": None}
 
@@ -67,6 +71,37 @@ def test_a_failure_is_told(tiny, capsys):
     follower = Follower(tiny(), Seen())
     follower.line(capsys.readouterr().out.strip())
     assert follower.ended and follower.failure == "no site joined"
+
+
+def test_whom_coins_drew_and_how_many_stays_with_the_server_where_clients_are_protected_whole(
+    tiny, tmp_path, capsys
+):
+    """Neither names of a round's clients nor counts, nor sums of them, come back; the rest can be read."""
+    whole = "privacy={unit: client, noise_multiplier: 2.0, delta: 1.0e-2, clip_norm: 0.5}"
+    for name, masked in (("plain", "{range: 1.0}"), ("shared", "{range: 1.0, noise: shared}")):
+        scenario = tiny(whole, "clients.use=sgd", f"secure_aggregation={masked}")
+        run = simulate(scenario, out=tmp_path / name)
+        capsys.readouterr()
+        told = Reported()
+        told.begin(scenario, "accuracy", 0)
+        told.round(run.rounds[0])
+        told.finished(run.folder)
+        log = capsys.readouterr().out.splitlines()
+        follower = Follower(scenario, Seen())
+        assert all(follower.line(line) for line in log)
+        follower.save(tmp_path / f"{name}-came")
+        came = Run.open(tmp_path / f"{name}-came")
+        assert came.clients == [] and len(came.rounds) == 2 and came.state == "finished"
+        shown = json.loads(log[1].removeprefix(MARK))["line"]
+        for line in (shown, *came.rounds, came.summary):
+            assert not set(line) & set(COUNTS) and "seconds" in line
+        assert {"bytes_up", "clients", "failures"} <= set(run.rounds[0])  # the server has them
+        assert (came.folder / "privacy.jsonl").exists() == (name == "plain")  # the other names clients
+        assert "bytes" not in (came.folder / "adapter" / "README.md").read_text()
+        assert came.summary["privacy"] in "".join(summary_lines(came.folder, came.summary))
+        with Live(Console(file=io.StringIO(), width=200), shown=True) as page:
+            page.begin(scenario, "accuracy", 0)
+            page.round(shown)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"event": "round"}', '{"event": "finished", "digest": "x"}'])

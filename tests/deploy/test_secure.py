@@ -90,6 +90,9 @@ def test_twenty_sites_of_which_five_drop_out_give_the_plain_mean_and_show_nobody
     # All that reached the server.
     words = b"".join(wire.to_bytes(content) for _, _, content in grid.came)
     assert not any(content.array_records or content.metric_records for _, _, content in grid.came)
+    keys = {n - 1: wire.unpack_parts(c)["mask"] for kind, n, c in grid.came if kind == "query.keys"}
+    names = {client: name for client, told in keys.items() for name in told}  # in this round
+    assert len(set(names.values())) == 20 and not set(names.values()) & set(range(20))
     shares = {n - 1: wire.unpack_parts(c)["shares"] for kind, n, c in grid.came if kind == "query.reveal"}
     assert len(shares) == 14
     for kind, number, content in grid.came:
@@ -98,12 +101,12 @@ def test_twenty_sites_of_which_five_drop_out_give_the_plain_mean_and_show_nobody
         client = number - 1
         plain = change(*trained[client])
         assert all(tensor.tobytes() not in words for tensor in trained[client][1].adapter.values())
-        vector = np.frombuffer(wire.unpack_parts(content)["masked"][client], "<u4")
-        seed = combine_shares([held[client] for held in shares.values()])
+        vector = np.frombuffer(wire.unpack_parts(content)["masked"][names[client]], "<u4")
+        seed = combine_shares([held[names[client]] for held in shares.values()])
         for seen in (vector, vector - secure._stream(seed, len(vector))):  # and with the mask that it learns off
             assert abs(np.corrcoef(plain, seen.view(np.int32).astype(float))[0, 1]) < 5 / len(plain) ** 0.5
     for held in shares.values():  # nobody's two secrets are both told
-        assert set(held) == {client for client in range(20) if client != 2}
+        assert set(held) == {names[client] for client in range(20) if client != 2}
     assert engine.late == 0
 
 
@@ -114,7 +117,7 @@ def engine_adapter(run):
 
 
 def test_a_private_run_is_paid_for_by_who_trained(sites, nodes, deployed):
-    scenario, files = sites("secure_aggregation={survivors: 0.6}")
+    scenario, files = sites("secure_aggregation={survivors: 0.66}")
     grid = Recorded(made := nodes(files), {"query.shares": {1}})
     run, _ = deployed(scenario, grid)
     events = ledger.replay(run.folder / "privacy.jsonl")
@@ -140,7 +143,17 @@ def test_clients_share_the_noise_out_over_sites(sites, nodes, deployed, trained)
     assert not any(content.metric_records for _, _, content in grid.came)
 
 
-def test_a_site_adds_no_less_noise_than_its_scenario_says(sites, nodes, deployed):
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"sum-noise": 19.0}, "less noise than the scenario's 20 times"),
+        ({"sum-noise": float("inf")}, "less noise than"),
+        ({"clip-norm": 0.6}, "is not the scenario's 0.5"),
+        ({"clip-norm": float("nan")}, "names no bound"),
+        ({"count-noise": 0.0}, "says count-noise, and the scenario has none"),
+    ],
+)
+def test_a_site_adds_no_less_noise_than_its_scenario_says(sites, nodes, deployed, wrong, words):
     whole = "privacy={unit: client, noise_multiplier: 20.0, delta: 1.0e-2, clip_norm: 0.5}"
     scenario, files = sites(whole, "clients.use=sgd", "rounds=1", "secure_aggregation={range: 1.0, noise: shared}")
     made = nodes(files)
@@ -149,13 +162,13 @@ def test_a_site_adds_no_less_noise_than_its_scenario_says(sites, nodes, deployed
     def less(kind, content, partition):
         if kind == "train":
             assert content["config"]["sum-noise"] == 20.0
-            content["config"]["sum-noise"] = 19.0
+            content["config"].update(wrong)
         return answer(kind, content, partition)
 
     made[1].answer = less
     run, _ = deployed(scenario, LocalGrid(made))
     (bad,) = [t for t in lines(run.folder, "clients.jsonl") if t["error"]]
-    assert bad["client"] == 0 and "less noise than the scenario's 20 times" in bad["error"]
+    assert bad["client"] == 0 and words in bad["error"]
     assert run.rounds[0]["clients"] == 3
 
 
@@ -182,7 +195,7 @@ def test_a_site_whose_worker_died_between_two_exchanges_has_dropped_out(sites, n
     [
         ({"query.keys": {1, 2}}, "2 clients are there for secure aggregation: a sum takes 3"),
         ({"train": {1, 2, 3}}, "1 of 4 clients sent: too many dropped out"),
-        ({"query.reveal": {1, 2}}, "2 of the 3 shares of client 0 came: too many dropped out"),
+        ({"query.reveal": {1, 2}}, "2 of the 3 shares of a client came: too many dropped out"),
     ],
 )
 def test_too_few_are_a_failed_round_and_no_sum(sites, nodes, deployed, fails, words):
@@ -196,7 +209,11 @@ def test_too_few_are_a_failed_round_and_no_sum(sites, nodes, deployed, fails, wo
     [
         ("query.keys", lambda parts: {"mask": {1: b"no key"}, "share": {1: b"no key"}}, "keys lacks or garbles"),
         ("query.shares", lambda parts: {"sealed": {}}, "shares is not what was asked for"),
-        ("train", lambda parts: {"masked": {1: parts["masked"][1][:-4]}}, "masked is not what was asked for"),
+        (
+            "train",
+            lambda parts: {"masked": {n: v[:-4] for n, v in parts["masked"].items()}},
+            "masked is not what was asked for",
+        ),
         ("query.shares", lambda parts: {"strange": {0: b""}}, "holds 'strange/0'"),
     ],
 )
@@ -239,6 +256,14 @@ def test_a_site_sends_nothing_that_is_not_masked_and_masks_once(sites, nodes, de
     again[wire.REPORT] = train[wire.REPORT]
     assert "no masks for this round" in refused("train", again)
     words = wire.pack_words({"run": "run-1", "round": 1})
+    for again in ({1: b""}, {2: b""}):
+        again = wire.pack_parts({"you": again})
+        again[wire.REPORT] = words[wire.REPORT]
+        assert "has masked its update of round 1" in refused("query.keys", again)
+    for round, you in ((2, {1: b""}), (0, {1: b""}), ([1], {1: b""}), (1, {}), (1, {1: b"", 2: b""})):
+        none = wire.pack_parts({"you": you})
+        none[wire.REPORT] = wire.pack_words({"run": "run-1", "round": round})[wire.REPORT]
+        assert "for no round of this run, or for nobody" in refused("query.keys", none)
     assert "no exchange of nothing" in refused("query.nothing", words)
     reveal = wire.pack_parts({"sent": {0: b"", 1: b""}, "dropped": {2: b"", 3: b""}})
     reveal[wire.REPORT] = words[wire.REPORT]

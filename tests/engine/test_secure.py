@@ -12,7 +12,9 @@ from fedlora.adapter import Instruction, Update, weighted_mean
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.secure import SecureEngine, mean, to_vector
 from fedlora.errors import ContractError, RoundError, UserError
+from fedlora.noise import Stream
 from fedlora.scenario import SecureAggregation
+from fedlora.seeding import stream
 from fedlora.simulation import calibrate, prepare, simulate
 from fedlora.strategies.ffa_lora import FFALoRA
 
@@ -45,7 +47,7 @@ def test_the_mean_is_the_plain_one_to_quantisation(plain, lost, monkeypatch):
     )
     told = instruct(plain, lose=lost)
     expected = plain.train(told, range(20), partial_sums=False)
-    guarded = SecureEngine(plain, seed=3, asked=ASKED)
+    guarded = SecureEngine(plain, seed=3, asked=ASKED, most=20)
     guarded.description = plain.description
     replies = guarded.train(told, range(20), partial_sums=True)
 
@@ -57,14 +59,16 @@ def test_the_mean_is_the_plain_one_to_quantisation(plain, lost, monkeypatch):
     assert sum(r.error is not None for r in replies.reports) == 20 - len(left)
     assert all(r.metrics == {} for r in replies.reports) and replies.reports[0].event is not None
     (masked,) = seen  # all of the updates that the server is given
+    assert not set(masked) & set(range(20))  # by pseudonym
     for one in expected.updates:
         flat = np.concatenate([(one.adapter[n] - told.adapter[n]).ravel() for n in told.send])
-        shown = masked[one.clients[0]].view(np.int32).astype(np.float64)
-        assert abs(np.corrcoef(flat, shown)[0, 1]) < 5 / len(flat) ** 0.5
+        for vector in masked.values():
+            shown = vector.view(np.int32).astype(np.float64)
+            assert abs(np.corrcoef(flat, shown)[0, 1]) < 5 / len(flat) ** 0.5
 
 
 def test_too_many_dropouts_end_the_round(plain):
-    guarded = SecureEngine(plain, seed=3, asked=ASKED)
+    guarded = SecureEngine(plain, seed=3, asked=ASKED, most=20)
     guarded.description = plain.description
     replies = guarded.train(instruct(plain, lose=",".join(map(str, range(7)))), range(20), partial_sums=True)
     assert not replies.updates and "too many dropped out" in replies.reports[19].error
@@ -90,9 +94,42 @@ def test_with_clients_protected_whole_and_a_bound_that_adapts(tiny, tmp_path):
     assert other.summary["epsilon"] == one.summary["epsilon"]
 
 
-def test_a_change_beyond_the_range_fails_its_client(tiny, tmp_path):
-    with pytest.raises(RoundError, match=r"secure_aggregation\.range is 1e-06"):
+def test_a_change_beyond_the_range_fails_its_client_and_is_not_told(tiny, tmp_path):
+    with pytest.raises(RoundError, match=r"a number changed by more than secure_aggregation\.range, 1e-06; 0 of"):
         simulate(tiny("secure_aggregation.range=1.0e-6"), out=tmp_path / "run")
+
+
+def test_where_clients_are_protected_whole_a_change_beyond_the_range_is_cut_and_no_number_fails():
+    """The bound of 5 has adapted beyond the range of 1: of (3, 0.25, -4) the sum has (1, 0.25, -1)."""
+    held = {"w": np.zeros(3, np.float32)}
+    told = Instruction(round=1, adapter=held, train=("w",), send=("w",), config={central.CLIP_NORM: 5.0})
+    update = Update(adapter={"w": np.array([3, 0.25, -4], np.float32)}, weight=1.0, clients=(0,))
+    vector = to_vector(told, update, 3, 3, 1.0, lambda _: Stream.fresh())
+    assert secure.dequantise(vector, 1.0) == pytest.approx([1, 0.25, -1], abs=2**-18)
+
+
+def test_a_change_is_no_longer_than_the_bound_when_it_is_rounded():
+    """A bound of some 50 steps over 400 numbers, of which rounding alone may be 20 steps long."""
+    held, bound = {"w": np.zeros(400, np.float32)}, 1e-4
+    told = Instruction(round=1, adapter=held, train=("w",), send=("w",), config={central.CLIP_NORM: bound})
+    for k in range(20):
+        drawn = np.random.default_rng(k).normal(0, 1, 400)
+        update = Update(
+            adapter={"w": (drawn * bound / np.linalg.norm(drawn)).astype(np.float32)}, weight=1.0, clients=()
+        )
+        vector = to_vector(told, update, 3, 3, 1.0, lambda _, k=k: stream(k, "test"))
+        assert np.linalg.norm(secure.dequantise(vector, 1.0)) <= bound
+    with pytest.raises(ContractError, match="too coarse for clip_norm"):
+        to_vector(replace(told, config={central.CLIP_NORM: 1e-5}), update, 3, 3, 1.0, lambda _: Stream.fresh())
+
+
+def test_whether_a_sum_fits_and_noise_is_fine_enough_does_not_depend_on_how_many_came():
+    """Each of 100 would add less noise than the grid takes; each of the 10 that came would add enough."""
+    instruction = asked_for_noise(**{central.SUM_NOISE: 2.5e-4})
+    vectors(instruction, 10, most=10)
+    for members in (10, 100):
+        with pytest.raises(ContractError, match="too little for the grid"):
+            vectors(instruction, members, most=100)
 
 
 @pytest.mark.parametrize("use", ["flexlora", "fedask", "flwr.serverapp.strategy:FedMedian"])
@@ -123,15 +160,15 @@ def asked_for_noise(size=20_000, **more):
     return Instruction(round=1, adapter=held, train=("w",), send=("w",), config=told)
 
 
-def vectors(instruction, members, change=0.0, within=1.0):
+def vectors(instruction, members, change=0.0, within=1.0, most=None):
     update = Update(
         adapter={"w": instruction.adapter["w"] + np.float32(change)},
         weight=1.0,
         clients=(0,),
         metrics={central.WITHIN: within},
     )
-    rng = np.random.default_rng(1)
-    return [to_vector(instruction, update, members, 1.0, lambda _: rng) for _ in range(members)]
+    rng = stream(1, "test")
+    return [to_vector(instruction, update, members, most or members, 1.0, lambda _: rng) for _ in range(members)]
 
 
 def test_noise_of_all_members_adds_up_to_the_stated_one_and_the_server_adds_what_dropouts_did_not():
@@ -157,9 +194,9 @@ def test_the_count_of_a_bound_that_adapts_carries_its_noise_too():
     instruction = asked_for_noise(size=10, **{central.COUNT_NOISE: 5.0})
     drawn = []
     for k in range(60):
-        rng = np.random.default_rng(k)
+        rng = stream(k, "test")
         update = Update(adapter=dict(instruction.adapter), weight=1.0, clients=(0,), metrics={central.WITHIN: 1.0})
-        parts = [to_vector(instruction, update, 100, 1.0, lambda _, rng=rng: rng) for _ in range(100)]
+        parts = [to_vector(instruction, update, 100, 100, 1.0, lambda _, rng=rng: rng) for _ in range(100)]
         made = mean(
             instruction, secure.Sum(sum(parts, np.zeros(11, np.uint32)), tuple(range(100)), tuple(range(100))), 1.0
         )
@@ -216,6 +253,13 @@ def test_a_run_with_shared_noise_has_two_epsilons_and_the_ledger_alone_gives_bot
     assert run.summary["server_epsilon"] > run.summary["epsilon"]
     said = "from the server, which follows the protocol and sees each round's sum"
     assert said in run.summary["privacy"] and "of those who sent 75% keep" in run.summary["privacy"]
+    among = PLDAccountant()  # another client knows a third of the noise at most, its own
+    among.compose(GaussianDpEvent(2.0 * (2 / 3) ** 0.5), 3)
+    assert (
+        f"({among.get_epsilon(1e-2):.3g}, 0.01)-differential privacy for each client, from another client that"
+        in (run.summary["privacy"])
+    )
+    assert "cohorts too small or too large for a sum add at most 1% to delta" in run.summary["privacy"]
     assert plan(tiny(*SHARED)).server_epsilon == pytest.approx(run.summary["server_epsilon"], rel=1e-6)
     assert main(["ledger", str(run.folder)]) == 0
     assert capsys.readouterr().out.count(said) == 3  # by every accountant
