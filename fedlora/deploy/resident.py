@@ -203,6 +203,7 @@ def _serve(where: Path, app: Path, shown: logging.Handler) -> int:
             logger.info("worker %d ends: nothing was asked for %g s", os.getpid(), idle)
             return 0
         finally:
+            node.close()  # before the next one can be started
             address.unlink(missing_ok=True)
 
 
@@ -221,9 +222,9 @@ def _answer(node: Any, there: socket.socket) -> bool:
     try:
         made = node.answer(words["kind"], wire.from_bytes(content), words["partition"])
         told, reply = {}, wire.to_bytes(made)
-    except Exception as error:  # whatever a request trips over, the worker stays up
+    except Exception:  # whatever a request trips over, the worker stays up
         logger.exception("a request failed", extra={"kind": words.get("kind")})
-        told, reply = {"error": f"{type(error).__name__}: its log says more"}, b""
+        told, reply = {"error": "the request failed: its log says why"}, b""  # not even of which kind
     try:
         _send(there, told, reply)
     except ConnectionError:

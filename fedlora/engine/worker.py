@@ -6,7 +6,7 @@ import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from fedlora.data import Dataset, Examples, Partition
 from fedlora.engine import hardware
 from fedlora.engine.intake import Intake, Replies, Report, check_tensors
 from fedlora.engine.transport import Transport
-from fedlora.errors import ContractError
+from fedlora.errors import ContractError, Refusal
 from fedlora.fused import Fused
+from fedlora.privacy import Event
 from fedlora.scenario import Scenario
 
 
@@ -97,7 +98,15 @@ class Setter:
 
 
 class Worker:
-    """Builds the task once, then trains, evaluates and exports on demand."""
+    """Builds the task once, then trains, evaluates and exports on demand.
+
+    Attributes:
+        pay: called with the round, the client and the event right before private training begins, whatever asked
+            for it; it may raise a `Refusal`, and then nothing is trained. None: the round loop pays, before it
+            uses what it got.
+    """
+
+    pay: Callable[[int, int, Event], None] | None = None
 
     def __init__(self, setup: Setup) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -260,16 +269,15 @@ class Worker:
             rank: its rank.
             down: bytes of the instruction.
             sharing: clients that share passes, which then are asked for; 0: it makes its own.
+
+        Raises:
+            Refusal: it may not train.
         """
         began = time.perf_counter()
         partition = self.dataset.partition(client)
-        event, steps = None, 0
+        begun: list[Event | None] = []
         try:
-            if instruction.trip == 1:
-                self._agree(instruction)
-                settings = self.settings(instruction, len(partition), partition.client)
-                event, steps = self.client.spends(len(partition), settings), settings.local_steps
-            update = yield from self._answer(instruction, partition, rank, sharing)
+            update = yield from self._answer(instruction, partition, rank, sharing, begun)
             if update.clients != (client,):
                 raise ContractError(f"client {client} speaks for clients {update.clients}")
             update = self.intake.check(update, instruction)
@@ -278,6 +286,8 @@ class Worker:
                 shares = self.scenario.privacy.share_metrics
                 update = central.clip(update, instruction.adapter, bound, shares)
             update = self.transport.outgoing(update, instruction)
+        except Refusal:
+            raise
         except Exception as error:  # a client is anybody's code
             return None, Report(
                 client=client,
@@ -286,9 +296,11 @@ class Worker:
                 bytes_up=0,
                 bytes_down=down,
                 seconds=(time.perf_counter() - began) / max(sharing, 1),
-                event=event,  # it may have trained: what it meant to spend counts
+                event=next(iter(begun), None),  # it may have trained: what it meant to spend counts
                 error=hardware.reason(error),
             )
+        event = next(iter(begun), None)
+        steps = self.settings(instruction, len(partition), client).local_steps if begun else 0
         return update, Report(
             client=client,
             num_examples=len(partition),
@@ -301,10 +313,22 @@ class Worker:
         )
 
     def _answer(
-        self, instruction: Instruction, partition: Partition, rank: int, sharing: int
+        self,
+        instruction: Instruction,
+        partition: Partition,
+        rank: int,
+        sharing: int,
+        begun: list[Event | None],
     ) -> clients.Passes[Update]:
-        """What a client sends in a trip: it trains in the first, and answers from what it kept in the others."""
+        """What a client sends in a trip: it trains in the first, and answers from what it kept in the others.
+
+        `begun` is given what training costs, where it begins: here, and nowhere else.
+        """
         client, round, strategy = partition.client, instruction.round, self.strategy
+        if not 1 <= instruction.trip <= strategy.trips:
+            raise ContractError(
+                f"a round of this strategy has trips 1 to {strategy.trips}, not {instruction.trip}"
+            )
         if instruction.trip > 1:
             assert self.personal is not None
             trained, weight = self.personal.load_trip(client, round)
@@ -322,6 +346,11 @@ class Worker:
         wanted = tuple(sorted({*settings.send, *instruction.keep} if plain else self.task.layout))
         self.task.become(rank, instruction.draw)
         rng = clients.Rng(secrets.randbits(63) if self.setup.secret else self.scenario.seed, round, client)
+        self._agree(instruction)
+        event = self.client.spends(len(partition), settings)
+        if event is not None and self.pay is not None:
+            self.pay(round, client, event)
+        begun.append(event)
         passes = settings.local_steps * settings.batch_size
         with self.task.knowing(partition, passes, settings.micro_batch_size):
             told = (self.task, received, partition, replace(settings, send=wanted), rng)

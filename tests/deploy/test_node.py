@@ -80,7 +80,8 @@ def test_introduces_itself_with_what_a_round_costs(server, node):
         ({"run": None}, "no name that could be a folder's"),
         ({"scenario": {"name": "a"}}, "cannot read the scenario"),
         ({"labels": None}, "names no labels"),
-        ({"labels": ["good", "other"]}, "do not fit the scenario (data): its log says why"),
+        ({"labels": ["good", "other"]}, "are not those of its site file (data.labels)"),
+        ({"labels": [1, 2]}, "names no labels"),
     ],
 )
 def test_refuses_what_does_not_go_together(server, node, caplog, change, why):
@@ -92,9 +93,9 @@ def test_refuses_what_does_not_go_together(server, node, caplog, change, why):
 def test_what_is_wrong_with_its_data_stands_in_its_log_alone(server, node, caplog):
     words, files, _ = server()
     secret = files[0].parent / "train.csv"
-    secret.write_text(secret.read_text().replace(",good", ",very private"))
+    secret.write_text(secret.read_text().replace("text,label", "text,very private"))
     told = meet(node(files[0]), words)["refused"]
-    assert "private" not in told and "its log says why" in told
+    assert told == "its data or machine do not fit the scenario (data.files.label): its log says why"
     assert "very private" in caplog.text and "site.yaml:" in caplog.text
 
 
@@ -117,7 +118,7 @@ def test_pays_before_it_trains_and_never_beyond_what_was_promised(server, node):
         assert refusal(made, train(round)) is None
     paid = ledger.replay(made.folder / "runs" / "tiny-1" / "privacy.jsonl")
     assert len(paid[0]) == 2 and made.served == 2
-    assert "and 8 was promised" in refusal(made, train(3)) and made.failed == 1
+    assert "and 8 was promised" in refusal(made, train(2)) and made.failed == 1
     assert ledger.replay(made.folder / "runs" / "tiny-1" / "privacy.jsonl") == paid
     assert "and 8 was promised" in refusal(made, train(1))  # nor by asking for a round again: its noise is new
 
@@ -143,8 +144,9 @@ def test_a_failure_that_was_paid_for_says_what_it_cost(server, node):
     meet(made := node(files[0]), words)
     made.run.worker.client.fit = lambda *_: 1 / 0
     told = wire.unpack_words(reply := made.answer("train", train(), 0))
-    assert told["refused"] == "training failed (ZeroDivisionError): its log says why"
-    assert wire.unpack_event(reply) == ledger.replay(made.folder / "ledger" / "privacy.jsonl")[0][0]
+    assert told["refused"] == "training failed: its log says why"
+    (paid,) = ledger.replay(made.folder / "ledger" / "privacy.jsonl")[ledger.Own()]
+    assert wire.unpack_event(reply) == paid
 
 
 def test_a_message_of_an_unknown_run_and_one_that_lacks_merges_say_so(server, node):
