@@ -417,7 +417,7 @@ def _inputs(names: str | tuple[str, ...], column: Callable[[str], list[str]]) ->
 
 
 def read_site(files: settings.Files, labels: Sequence[str] | None) -> tuple[Rows, int]:
-    """The rows of a site's own file, `files.train`, and how many are left out as their label is none of `labels`."""
+    """The rows of a site's own file, `files.train`, whose label is one of `labels`, and how many are left out."""
     rows = _read_rows(files, "train", files.train, None)
     if labels is None or rows.labels is None:
         return rows, 0

@@ -79,7 +79,8 @@ class Node:
             app: of the Flower app, with the code that came with the run.
 
         Raises:
-            UserError: the site file is wrong, the site's ledger is damaged, or another worker uses its state folder.
+            UserError: the site file is wrong, the site's ledger is damaged, or another worker has its state
+                folder.
         """
         self.file, self.app = where, app
         self.site: Site | None = None

@@ -52,7 +52,7 @@ def server(sites):
 
 @pytest.fixture
 def node(tmp_path):
-    return lambda file: Node(file, tmp_path)
+    return lambda file: Node(file, tmp_path / "app")
 
 
 def meet(node, words):
@@ -100,15 +100,36 @@ def test_what_is_wrong_with_its_data_stands_in_its_log_alone(server, node, caplo
 
 
 def test_trains_for_those_who_signed_if_it_says_so(server, node, tmp_path):
-    words, files, _ = server()
+    words, files, _ = server("data.labels=[bad, good]")
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
     public = (tmp_path / "key.pub").read_text().strip()
     files[0].write_text(files[0].read_text().replace("{own_code: false}", json.dumps({"submitters": [public]})))
     assert "nobody whom it knows has signed" in meet(node(files[0]), words)["refused"]
-    signature = signing.sign(tmp_path / "key", words["scenario"], tmp_path)
+    signature = signing.sign(tmp_path / "key", words["scenario"], "tiny-1", tmp_path / "app")
     assert meet(node(files[0]), {**words, "signature": signature})["client"] == 0
-    other = {**words, "scenario": {**words["scenario"], "rounds": 99}, "signature": signature}
-    assert "nobody" in meet(node(files[0]), other)["refused"]
+    for change in ({"scenario": {**words["scenario"], "rounds": 99}}, {"run": "tiny-2"}):
+        assert "nobody" in meet(node(files[0]), {**words, **change, "signature": signature})["refused"]
+    other = meet(node(files[0]), {**words, "labels": ["good", "bad"], "signature": signature})
+    assert "other labels than its scenario" in other["refused"]
+
+
+def test_labels_that_nobody_signed_are_refused_where_submitters_are_named(server, node):
+    words, files, _ = server()
+    files[0].write_text(files[0].read_text().replace("{own_code: false}", "{submitters: [ssh-ed25519 AAAA]}"))
+    assert "nobody has signed the run's labels" in meet(node(files[0]), words)["refused"]
+
+
+def test_a_signature_is_checked_again_after_a_restart(server, node, tmp_path):
+    words, files, train = server("data.labels=[bad, good]")
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
+    public = (tmp_path / "key.pub").read_text().strip()
+    files[0].write_text(files[0].read_text().replace("{own_code: false}", json.dumps({"submitters": [public]})))
+    (tmp_path / "app").mkdir()
+    signature = signing.sign(tmp_path / "key", words["scenario"], "tiny-1", tmp_path / "app")
+    meet(node(files[0]), {**words, "signature": signature})
+    assert refusal(node(files[0]), train(1)) is None
+    (tmp_path / "app" / "mine.pyc").write_bytes(b"")
+    assert "nobody whom it knows has signed" in refusal(node(files[0]), train(2))
 
 
 def test_pays_before_it_trains_and_never_beyond_what_was_promised(server, node):
