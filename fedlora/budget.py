@@ -12,7 +12,7 @@ from fedlora.client import Client
 from fedlora.data import Dataset
 from fedlora.engine import Replies
 from fedlora.engine.worker import Setter
-from fedlora.ledger import Holder, Ledger, Whole
+from fedlora.ledger import Holder, Ledger, Own, Whole
 from fedlora.privacy import FROM_SERVER, Event, epsilon
 from fedlora.progress import Line
 from fedlora.replay import Drawn, digest, versions
@@ -78,8 +78,8 @@ class Budget:
             return instruction
         drawn: dict[int | None, Drawn] = {}
         for holder, digests in before.items():
-            if isinstance(holder, Whole):
-                continue  # drawn for with the server's
+            if isinstance(holder, Whole | Own):
+                continue  # drawn for with the server's; of no run's ledger
             privacy = self.scenario.client_privacy if holder is None else self.scenario.example_privacy
             event = self._next(instruction, holder)
             more = privacy is None or privacy.epsilon is None or not self._would_pass(holder, event, {}, privacy)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from fedlora import scenario as settings
 from fedlora.errors import SettingError, suggestion
-from fedlora.seeding import generator, key
+from fedlora.seeding import Root, generator, key, stream
 
 _DRAWN = "drawn.json"  # in the place of a partition's arrays
 _FORMAT = "2"  # raise it when what is cached changes its meaning
@@ -293,7 +293,7 @@ def hold(
     data: settings.Data,
     task: str,
     num_clients: int,
-    seed: int,
+    seed: Root,
     encode: Encode,
     encoding: str,
     labels: Sequence[str],
@@ -308,7 +308,7 @@ def hold(
         data: how rows are cut, and what share of them a client keeps to judge by.
         task: of the scenario.
         num_clients: of the run; all but one hold nothing here.
-        seed: of the run.
+        seed: of the rows that are held out: the run's, or a key that a site keeps to itself.
         encode: turns rows of text into tokens.
         encoding: a fingerprint of `encode`.
         labels: of the run, in order.
@@ -326,7 +326,8 @@ def hold(
     def write(to: Path) -> None:
         _write_partitions(to, data.client_test_share, parts, seed)
 
-    key = _fingerprint(_FORMAT, "held", str(data.client_test_share), str(client), str(num_clients), str(seed))
+    told = seed.hex() if isinstance(seed, bytes) else str(seed)
+    key = _fingerprint(_FORMAT, "held", str(data.client_test_share), str(client), str(num_clients), told)
     return Dataset.open(folder, _cached(folder.with_name(f"{folder.name}-{key}"), write))
 
 
@@ -420,9 +421,16 @@ def _inputs(names: str | tuple[str, ...], column: Callable[[str], list[str]]) ->
     return [*zip(first, second, strict=True)]
 
 
-def read_site(files: settings.Files) -> Rows:
-    """The rows of a site's own file, `files.train`."""
-    return _read_rows(files, "train", files.train, None)
+def read_site(files: settings.Files, labels: Sequence[str] | None) -> tuple[Rows, int]:
+    """The rows of a site's own file, `files.train`, whose label is one of `labels`, and how many are left out."""
+    rows = _read_rows(files, "train", files.train, None)
+    if labels is None or rows.labels is None:
+        return rows, 0
+    kept = [i for i, label in enumerate(rows.labels) if label in labels]
+    if not kept:
+        raise SettingError("data.files.labels", f"{files.train}: no row has any of them")
+    left = Rows([rows.texts[i] for i in kept], [rows.labels[i] for i in kept])
+    return left, len(rows.texts) - len(kept)
 
 
 def _read_table(key: str, path: Path, columns: Sequence[str] | None) -> Any:
@@ -543,13 +551,14 @@ def _write(folder: Path, train: Rows, test: Rows, names: Sequence[str], encode: 
     (folder / "meta.json").write_text(json.dumps({"labels": list(names)}))
 
 
-def _write_partitions(folder: Path, held_share: float | None, parts: list[NDArray[np.int64]], seed: int) -> None:
+def _write_partitions(folder: Path, held_share: float | None, parts: list[NDArray[np.int64]], seed: Root) -> None:
     """The rows of each client to train on, and those that it holds out."""
     held = [part[:0] for part in parts]
     if held_share is not None:
         for client, part in enumerate(parts):
             count = _held_count(held_share, len(part)) if len(part) else 0
-            mixed = generator(seed, "held-out", client).permutation(part)
+            chance = stream if isinstance(seed, bytes) else generator  # a key is there to be kept from somebody
+            mixed = chance(seed, "held-out", client).permutation(part)
             held[client], parts[client] = np.sort(mixed[:count]), np.sort(mixed[count:])
     for name, pieces in (("", parts), ("held_", held)):
         ends = np.cumsum([len(piece) for piece in pieces])

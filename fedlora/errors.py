@@ -5,11 +5,16 @@ FedloraError
 │   ├── ScenarioError    a scenario file or an override is wrong
 │   └── SettingError     a setting names something that does not fit the data or the model
 ├── RoundError           a round ended with too few replies
-└── ContractError        a strategy or a client broke its contract
+├── ContractError        a strategy or a client broke its contract
+└── Refusal              a site will not do what its server asks
 """
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedlora.privacy import Event
 
 
 class FedloraError(Exception):
@@ -50,6 +55,17 @@ class RoundError(FedloraError):
 
 class ContractError(FedloraError):
     """A strategy or a client did something that its contract rules out."""
+
+
+class Refusal(FedloraError):
+    """What a site will not do, in words that the server may read: nothing in them comes from its examples.
+
+    `event` is what was spent all the same.
+    """
+
+    def __init__(self, why: str, event: "Event | None" = None) -> None:
+        super().__init__(why)
+        self.event = event
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

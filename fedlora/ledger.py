@@ -9,6 +9,9 @@ out or cut off shows. Two things that an interruption leaves are no damage: a la
 behind those that the head counts, and whole lines that the head does not count yet. What it paid for was not
 used, or is paid again. Whoever can write to the disk can rebuild both files: this finds accidents and
 careless edits, not a forger.
+
+One process at a time writes: the first line locks `privacy.jsonl` (`fedlora.lock`), and each further one first
+makes sure that the head is still the one that this ledger wrote.
 """
 
 import hashlib
@@ -18,6 +21,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from fedlora import lock
 from fedlora.errors import UserError
 from fedlora.privacy import FROM_SERVER, Accountant, Event, added, epsilon
 
@@ -35,7 +39,12 @@ class Whole(NamedTuple):
     client: int
 
 
-Holder = int | None | Whole  # whose budget: a client's, for its examples; None: the server's, for its clients
+class Own(NamedTuple):
+    """A site, for its examples, in all runs together: one budget, whichever of their clients it was."""
+
+
+# Whose budget: a client's, for its examples; None: the server's, for its clients; or as their classes say.
+Holder = int | None | Whole | Own
 Events = tuple[Event, ...]  # of one holder, as `privacy.added` puts them together
 
 
@@ -53,8 +62,9 @@ class Ledger:
     """What was spent and sent, as it happens.
 
     Attributes:
-        events: the privacy events so far, by client; under None those that protect whole clients. Those on
-            equal terms stand together, so that memory does not grow with the rounds.
+        events: the privacy events so far, by client; under None those that protect whole clients, under `Own`
+            those of a site's own account. Those on equal terms stand together, so that memory does not grow with
+            the rounds.
     """
 
     def __init__(self, folder: Path, known: tuple[int, str] = (0, "")) -> None:
@@ -65,15 +75,20 @@ class Ledger:
             known: the `position` that a checkpoint was saved with.
 
         Raises:
-            UserError: what is there is damaged, or lacks what the checkpoint has seen.
+            UserError: what is there is damaged, lacks what the checkpoint has seen, or is in use by another
+                process.
         """
         self.folder = folder
+        self._lock: lock.Lock | None = None
         self.events: dict[Holder, Events] = {}
         self._unseen: dict[tuple[int, int], dict[Holder, set[tuple[Event, str]]]] = {}
         self._drawn: dict[int, dict[Holder, dict[int, str]]] = {}  # by round: the digest of each draw
         self._lines, self._chain, self._size = 0, "", 0
         file = folder / "privacy.jsonl"
-        lines = _verified(file) if file.exists() or _head(file).exists() else []
+        if file.exists():
+            self._lock = lock.hold(file)
+        self._head = _read_head(file)  # as this ledger left it
+        lines = _verified(file) if file.exists() or self._head is not None else []
         if len(lines) < known[0] or (known[0] and lines[known[0] - 1]["chain"] != known[1]):
             raise UserError(
                 f"{file}: is not the ledger that the checkpoint was saved with, whose {known[0]} lines it should "
@@ -106,33 +121,55 @@ class Ledger:
             attempt: at the round; from 1 where too few replied before.
             drawn: by holder the digest of what its noise hides, and which draw that noise is; where it can be
                 drawn again.
-            guarantee: the terms that every line repeats.
+            guarantee: the terms that every line repeats; with `run` they are a site's own account.
+
+        Raises:
+            UserError: a line would be none that can be read again, or another process writes here, or did.
         """
         if not events:
             return
         terms = {**guarantee, "mechanism": MECHANISM, "neighbours": neighbours(guarantee["unit"])}
         file, text, chain = self.folder / "privacy.jsonl", "", self._chain
-        if not self._lines:
-            _write_head(file, 0, "")  # so that a ledger without a head is one that lost it
+        spent: list[tuple[Holder, Event]] = []
         for holder, event in events.items():
             client = holder.client if isinstance(holder, Whole) else holder
             line = {"round": round, "client": client, **event.to_json(), **terms}
             line |= {"attempt": attempt} if attempt else {}
             digest, draw = (drawn or {}).get(holder, ("", 0))
             line |= {"digest": digest, "draw": draw} if digest else {}
+            spent.append((_checked(line, f"{file}:{self._lines + len(spent) + 1}", "it was not written"), event))
             chain = _link(chain, line)
             text += json.dumps({**line, "chain": chain}) + "\n"
+        self._own(file)
+        if not self._lines:
+            self._put_head(file, 0, "")  # so that a ledger without a head is one that lost it
         with file.open("ab") as stream:
             stream.truncate(self._size)  # of what an interruption cut short
             stream.write(text.encode())
             stream.flush()
             os.fsync(stream.fileno())
         self._drawn = {r: of for r, of in self._drawn.items() if r >= round}  # none of those before runs again
-        for holder, event in events.items():  # on disk, and not before: a full disk may have room again
+        for holder, event in spent:  # on disk, and not before: a full disk may have room again
             self._note(holder, event)
             self._note_draw(round, holder, *(drawn or {}).get(holder, ("", 0)))
         self._size, self._lines, self._chain = self._size + len(text.encode()), self._lines + len(events), chain
-        _write_head(file, self._lines, self._chain)
+        self._put_head(file, self._lines, self._chain)
+
+    def _own(self, file: Path) -> None:
+        """Make sure that nobody else writes, and that nobody has since this ledger did.
+
+        Raises:
+            UserError: somebody does, or has.
+        """
+        self._lock = self._lock or lock.hold(file)
+        if not self._lock.mine:
+            raise UserError(f"{file}: in use by the process that this one was forked from")
+        if _read_head(file) != self._head or file.stat().st_size < self._size:
+            raise UserError(f"{file}: the ledger moved underfoot: somebody else wrote to it; start anew to go on")
+
+    def _put_head(self, file: Path, lines: int, chain: str) -> None:
+        _write_head(file, lines, chain)
+        self._head = lines, chain
 
     def _note(self, client: Holder, event: Event) -> None:
         self.events[client] = added(self.events.get(client, ()), event)
@@ -240,26 +277,11 @@ def _verified(file: Path, headless: bool = False) -> list[dict[str, Any]]:
     lines = [] if head is not None and not file.exists() else read(file, torn=True)
     chain, number = "", 0
     for number, line in enumerate(lines, 1):
-        relation = neighbours(str(line.get("unit")))
-        known = (relation, EARLIER) if relation == NEIGHBOURS else (relation,)
-        if line.get("mechanism") != MECHANISM or line.get("neighbours") not in known:
-            raise UserError(f"{file}:{number}: an event of another mechanism; it cannot be accounted for here")
-        try:
-            held = ("round",) if line["unit"] == "client" and line["client"] is None else ("round", "client")
-            if line["unit"] not in UNITS or any(type(line[key]) is not int or line[key] < 0 for key in held):
-                raise ValueError("unit, round or client")
-            if type(line.get("attempt", 0)) is not int:
-                raise ValueError("attempt")
-            draw = line.get("draw", 0)
-            if type(line.get("digest", "")) is not str or type(draw) is not int or not 0 <= draw <= MAX_DRAWS:
-                raise ValueError("digest or draw")
-            Event.from_json(line)
-            chain, told = _link(chain, {k: v for k, v in line.items() if k != "chain"}), line["chain"]
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{file}:{number}: lacks or garbles {error}; the record is damaged") from error
-        except UserError as error:
-            raise UserError(f"{file}:{number}: {error}; the record is damaged") from error
-        if told != chain:
+        _checked(line, f"{file}:{number}")
+        if "chain" not in line:
+            raise UserError(f"{file}:{number}: lacks or garbles 'chain'; the record is damaged")
+        chain = _link(chain, {k: v for k, v in line.items() if k != "chain"})
+        if line["chain"] != chain:
             raise UserError(
                 f"{file}:{number}: does not follow from the lines before it: it was edited, or a line was moved "
                 "or taken out; restore the file, or start again in another folder"
@@ -278,7 +300,41 @@ def _verified(file: Path, headless: bool = False) -> list[dict[str, Any]]:
     return lines
 
 
+def _checked(line: Mapping[str, Any], where: str, so: str = "the record is damaged") -> Holder:
+    """Whose budget a line is about, which is as this module writes lines.
+
+    Args:
+        line: to be written, or that was read.
+        where: it stands.
+        so: what follows where it is not.
+
+    Raises:
+        UserError: it is not.
+    """
+    relation = neighbours(str(line.get("unit")))
+    known = (relation, EARLIER) if relation == NEIGHBOURS else (relation,)
+    if line.get("mechanism") != MECHANISM or line.get("neighbours") not in known:
+        raise UserError(f"{where}: an event of another mechanism; it cannot be accounted for here")
+    try:
+        held = ("round",) if line["unit"] == "client" and line["client"] is None else ("round", "client")
+        if line["unit"] not in UNITS or any(type(line[key]) is not int or line[key] < 0 for key in held):
+            raise ValueError("unit, round or client")
+        if type(line.get("attempt", 0)) is not int or line.get("attempt", 0) < 0:
+            raise ValueError("attempt")
+        digest, draw = line.get("digest", ""), line.get("draw", 0)
+        if type(digest) is not str or type(draw) is not int or not 0 <= draw <= MAX_DRAWS:
+            raise ValueError("digest or draw")
+        Event.from_json(dict(line))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{where}: lacks or garbles {error}; {so}") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}; {so}") from error
+    return _holder(line)
+
+
 def _holder(line: Mapping[str, Any]) -> Holder:
+    if "run" in line:
+        return Own()
     client: int | None = line["client"]
     return Whole(client) if line["unit"] == FROM_SERVER and client is not None else client
 

@@ -42,7 +42,6 @@ that fails so ends the run.
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,7 +49,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.errors import ContractError, RoundError
-from fedlora.noise import Stream
+from fedlora.noise import Stream, fresh_key
 
 Vector = NDArray[np.uint32]  # modulo 2^32
 Keys = tuple[bytes, bytes]  # the public keys of a client: for masks, and for the shares sent to it
@@ -216,7 +215,7 @@ class Member:
         self.name, self.masked = name, False
         self._mask_key, mask_public = generate_key_pairs()
         self._share_key, share_public = generate_key_pairs()
-        self._mask_secret, self._seed = private_key_to_bytes(self._mask_key), os.urandom(32)
+        self._mask_secret, self._seed = private_key_to_bytes(self._mask_key), fresh_key()
         self.keys: Keys = (public_key_to_bytes(mask_public), public_key_to_bytes(share_public))
         self._around: Mapping[int, Keys] = {}
         self._held: dict[int, tuple[bytes, bytes]] = {}

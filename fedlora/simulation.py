@@ -241,7 +241,7 @@ def prepare_server(scenario: Scenario) -> Prepared:
 
 
 def prepare_site(
-    scenario: Scenario, labels: Sequence[str], rows: datasets.Rows, client: int, **placed: Any
+    scenario: Scenario, labels: Sequence[str], rows: datasets.Rows, client: int, own: bytes, **placed: Any
 ) -> engines.Setup:
     """What a site's worker needs, its noise calibrated to the rows that it holds.
 
@@ -250,6 +250,7 @@ def prepare_site(
         labels: that the server sent, in order.
         rows: of the site's own file.
         client: which client the site is.
+        own: a key of the site's own, which it draws the rows from that it holds out.
         placed: fields of `Setup` that are the site's own choice, such as `threads`.
 
     Raises:
@@ -258,9 +259,7 @@ def prepare_site(
     data, total = scenario.data, scenario.clients.total
 
     def hold(encode: datasets.Encode, key: str) -> datasets.Dataset:
-        return datasets.hold(
-            data, scenario.task, total, scenario.seed, encode, key, labels, train=rows, client=client
-        )
+        return datasets.hold(data, scenario.task, total, own, encode, key, labels, train=rows, client=client)
 
     ready = _prepared(scenario, hold, labels)
     noise = calibrate(scenario, ready.data)
@@ -382,10 +381,10 @@ def check_folder(folder: Path, scenario: Scenario, resume: bool) -> None:
         return
     if not written.exists():
         raise UserError(f"{folder}: holds no run to resume")
-    _same_run(folder, scenarios.load(written).model_dump(mode="json"), scenario.model_dump(mode="json"))
+    same_run(folder, scenarios.load(written).model_dump(mode="json"), scenario.model_dump(mode="json"))
 
 
-def _same_run(folder: Path, before: Any, after: Any) -> None:
+def same_run(folder: Path, before: Any, after: Any) -> None:
     """Refuse to go on with another scenario, by the names of the keys that differ.
 
     Raises:
@@ -456,7 +455,7 @@ def _restore(folder: Path, ready: Prepared, first: Progress, origin: Mapping[str
     now, known = first, (0, "")
     if (saved := checkpoint.load(folder / "checkpoint")) is not None:
         try:
-            _same_run(folder, saved.origin["scenario"], origin["scenario"])
+            same_run(folder, saved.origin["scenario"], origin["scenario"])
             if saved.origin["data"] != origin["data"]:
                 raise UserError(
                     f"{folder}: its rounds so far were trained on other data, or cut by another tokenizer: put "

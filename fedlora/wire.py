@@ -2,6 +2,8 @@
 
 A reply has the shape that Flower's own strategies expect: one ArrayRecord, and one MetricRecord whose
 `num-examples` is the weight. What else a reply tells stands in a ConfigRecord beside them.
+
+Whoever wrote a message is not trusted: every number has a type and a range, and is held to both where it is read.
 """
 
 import io
@@ -9,9 +11,9 @@ import json
 import math
 import tokenize
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -21,6 +23,7 @@ from google.protobuf.message import DecodeError
 
 from fedlora import compression
 from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
+from fedlora.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE
 from fedlora.compression import Codec
 from fedlora.errors import ContractError, UserError
 from fedlora.privacy import Event
@@ -35,6 +38,8 @@ SECURE = "secure"
 PARTS = ("you", "mask", "share", "sealed", "members", "masked", "sent", "dropped", "shares")  # of the exchanges
 WEIGHT, ROUND = "num-examples", "server-round"
 CLIENT_FAILED = 0  # flwr.app.ErrorCode.UNKNOWN
+MOST = 2**63 - 1  # that a whole number of a message may be, where nothing narrower is known
+ABOVE_ZERO, FROM_ZERO = (CLIP_NORM, SUM_NOISE), (COUNT_NOISE, "proximal-mu")  # words to clients: finite numbers
 
 
 Packing = tuple[Codec, np.random.Generator]
@@ -97,28 +102,73 @@ def pack_instruction(instruction: Instruction, layout: Layout, packing: Packing 
     return RecordDict({ARRAYS: to_arrays(instruction.adapter, packing), CONFIG: config})
 
 
-def unpack_instruction(content: RecordDict, layout: Layout) -> Instruction:
+def unpack_instruction(content: RecordDict, layout: Layout, rounds: int = MOST, trips: int = MOST) -> Instruction:
     """What `pack_instruction` packed.
 
     A message of a stock Flower strategy names no tensors to train: then all that it sends are.
+
+    Args:
+        content: of the message.
+        layout: of the adapter.
+        rounds: of the run.
+        trips: of a round.
+
+    Raises:
+        ContractError: a number is out of its range, or the message is of another adapter.
     """
     arrays, words = content.array_records, content.config_records
+    if not arrays:
+        raise ContractError("a message that asks for training holds no tensors")
     adapter = from_arrays(arrays[ARRAYS] if ARRAYS in arrays else next(iter(arrays.values())))
     config: dict[str, Any] = dict(words[CONFIG] if CONFIG in words else next(iter(words.values()), {}))
-    round = int(config.pop(ROUND, 1))
+    for what in ABOVE_ZERO + FROM_ZERO:
+        if what in config:
+            config[what] = number(config[what], what, above_zero=what in ABOVE_ZERO)
     train, send = config.pop("train", None), config.pop("send", None)
-    keep = config.pop("keep", None)
+    keep, frozen = config.pop("keep", None), config.pop("frozen", "")
+    if not isinstance(frozen, str):
+        raise ContractError("the fingerprint of the frozen tensors in a message is no text")
+    trip = whole(config.pop("trip", 1), "trip", 1, trips)
+    if trip == 1 and not set(adapter) <= set(layout):  # in later trips a strategy sends what it likes
+        raise ContractError("the message holds tensors of another adapter")
     return Instruction(
-        round=round,
+        round=whole(config.pop(ROUND, 1), ROUND, 1, rounds),
         adapter=adapter,
         train=tuple(sorted(adapter)) if train is None else _unmask(train, layout),
         send=tuple(sorted(adapter)) if send is None else _unmask(send, layout),
         keep=() if keep is None else _unmask(keep, layout),
-        frozen=str(config.pop("frozen", "")),
-        draw=int(config.pop("draw", 0)),
-        trip=int(config.pop("trip", 1)),
+        frozen=frozen,
+        draw=whole(config.pop("draw", 0), "draw", 0, rounds),
+        trip=trip,
         config=config,
     )
+
+
+def whole(value: object, what: str, least: int, most: int) -> int:
+    """A whole number of a message.
+
+    Raises:
+        ContractError: it is none, or out of its range.
+    """
+    if type(value) is not int or not least <= value <= most:
+        raise ContractError(f"{what} in a message is a whole number from {least} to {most}, not {value!r:.40}")
+    return value
+
+
+def number(value: object, what: str, above_zero: bool = False) -> float:
+    """A finite number of a message, from 0 or above.
+
+    Raises:
+        ContractError: it is none.
+    """
+    if _real(value) and 0 <= value < math.inf and (value or not above_zero):
+        return float(value)
+    least = "above 0" if above_zero else "from 0"
+    raise ContractError(f"{what} in a message is a finite number {least}, not {value!r:.40}")
+
+
+def _real(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def pack_update(update: Update, event: Event | None = None, packing: Packing | None = None) -> RecordDict:
@@ -139,13 +189,13 @@ def unpack_update(message: Message, client: int) -> Update:
     content = message.content
     metrics: dict[str, Any] = dict(next(iter(content.metric_records.values()), {}))
     weight = metrics.pop(WEIGHT, None)
-    if not isinstance(weight, int | float) or not 0 < weight < math.inf or not content.array_records:
+    if not _real(weight) or not 0 < weight < math.inf or not content.array_records:
         raise ContractError(f"the reply of client {client} has no tensors or no positive {WEIGHT!r}")
     return Update(
         adapter=from_arrays(next(iter(content.array_records.values()))),
         weight=float(weight),
         clients=(client,),
-        metrics={k: float(v) for k, v in metrics.items() if isinstance(v, int | float)},
+        metrics={k: float(v) for k, v in metrics.items() if _real(v)},
     )
 
 
@@ -166,7 +216,11 @@ def read_event(told: Any) -> Event | None:
         ContractError: it is garbled.
     """
     try:
-        return None if told is None else Event.from_json(told)
+        if told is None:
+            return None
+        if strange := [field.name for field in fields(Event) if not _real(told[field.name])]:
+            raise ValueError(strange[0])
+        return Event.from_json(told)
     except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:
         raise ContractError(f"a message lacks or garbles {error} of its privacy event") from error
 
@@ -192,15 +246,31 @@ def pack_merges(content: RecordDict, first: int, changes: Sequence[Change]) -> N
         content[f"{MERGE}-{number}"] = to_arrays(sides)
 
 
-def unpack_merges(content: RecordDict) -> dict[int, Change]:
-    """What `pack_merges` put there, by number."""
+def unpack_merges(content: RecordDict, weights: Mapping[str, tuple[int, ...]]) -> dict[int, Change]:
+    """What `pack_merges` put there, by number.
+
+    Args:
+        content: of the message.
+        weights: the shape of each layer that may change, (out, in).
+
+    Raises:
+        ContractError: it put no such thing there.
+    """
     found: dict[int, Change] = {}
     for key, arrays in content.array_records.items():
-        prefix, _, number = key.partition("-")
-        if prefix == MERGE and number.isdigit():
-            sides = from_arrays(arrays)
-            modules = sorted({name.rsplit("/", 1)[0] for name in sides})
-            found[int(number)] = {m: (sides[f"{m}/0"], sides[f"{m}/1"]) for m in modules}
+        prefix, _, digits = key.partition("-")
+        if prefix != MERGE:
+            continue
+        sides, change = from_arrays(arrays), {}
+        for module in {name.rpartition("/")[0] for name in sides}:
+            left, right = (sides.pop(f"{module}/{i}", np.empty(0, np.float32)) for i in range(2))
+            fits = left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0]
+            if not fits or (left.shape[0], right.shape[1]) != weights.get(module):
+                raise ContractError(f"{key:.40} in a message is no merge into this model")
+            change[module] = (left, right)
+        if sides:
+            raise ContractError(f"{key:.40} in a message is no merge into this model")
+        found[_digits(digits, f"the number of {MERGE}")] = dict(sorted(change.items()))
     return found
 
 
@@ -224,9 +294,9 @@ def unpack_parts(content: RecordDict) -> dict[str, dict[int, bytes]]:
     parts: dict[str, dict[int, bytes]] = {what: {} for what in PARTS}
     for key, value in content.config_records.get(SECURE, {}).items():
         what, _, client = key.partition("/")
-        if what not in parts or not client.isdecimal() or not isinstance(value, bytes):
+        if what not in parts or not isinstance(value, bytes):
             raise ContractError(f"a message of secure aggregation holds {key!r:.100}")
-        parts[what][int(client)] = value
+        parts[what][_digits(client, f"who {what} is of")] = value
     return parts
 
 
@@ -250,6 +320,13 @@ def from_bytes(data: bytes) -> RecordDict:
 def content_bytes(content: RecordDict) -> int:
     """Bytes of a message's content as Flower serialises it."""
     return _size(content)
+
+
+def _digits(text: str, what: str) -> int:
+    """A whole number that is written as the end of a key, in one way."""
+    if len(text) <= len(str(MOST)) and text.isascii() and text.isdecimal() and str(int(text)) == text:
+        return whole(int(text), what, 0, MOST)
+    raise ContractError(f"{what} in a message is a whole number, not {text!r:.40}")
 
 
 def _report(content: RecordDict) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from fedlora.errors import ScenarioError, SettingError, UserError, suggestion
         ("SettingError", "UserError"),
         ("RoundError", "FedloraError"),
         ("ContractError", "FedloraError"),
+        ("Refusal", "FedloraError"),
         ("FedloraError", "Exception"),
     ],
 )

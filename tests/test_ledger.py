@@ -1,6 +1,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -342,3 +344,93 @@ def test_another_relation_than_the_unit_s_is_refused(tmp_path):
 
 def test_every_holder_of_a_budget_is_of_one_unit():
     assert [ledger.unit(holder) for holder in (3, None, ledger.Whole(3))] == list(ledger.UNITS)
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from fedlora.errors import UserError
+from fedlora.ledger import Ledger
+from fedlora.privacy import Event
+try:
+    record = Ledger(Path(sys.argv[1]))
+    print("open", record.position[0])
+    event = Event(noise_multiplier=1.0, sample_rate=0.1, steps=2, clip_norm=1.0)
+    record.spend(9, {0: event}, delta=1e-5, unit="example", accountant="pld")
+    print("spent")
+except UserError as error:
+    print(error)
+"""
+
+
+def elsewhere(folder):
+    """What another process that would write gets."""
+    told = subprocess.run([sys.executable, "-c", WRITE, folder], check=True, capture_output=True, text=True)
+    return told.stdout.strip().split("\n")
+
+
+def test_one_process_writes_and_others_read(tmp_path):
+    record = two_rounds(tmp_path)
+    file = tmp_path / "privacy.jsonl"
+    assert elsewhere(tmp_path) == [f"{file}: in use by another process; stop it, or use another folder"]
+    reads = "import sys; from pathlib import Path; from fedlora import ledger; ledger.replay(Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", reads, file], check=True)
+    position = record.position
+    del record
+    assert elsewhere(tmp_path) == [f"open {position[0]}", "spent"]
+
+
+def test_of_two_ledgers_of_one_folder_the_second_that_spends_is_refused(tmp_path):
+    two_rounds(tmp_path)
+    one, other = Ledger(tmp_path), Ledger(tmp_path)
+    one.spend(3, {0: LIGHT}, **TERMS)
+    before = (tmp_path / "privacy.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"privacy\.jsonl: the ledger moved underfoot: somebody else wrote"):
+            other.spend(3, {1: LIGHT}, **TERMS)
+    assert (tmp_path / "privacy.jsonl").read_bytes() == before
+    one.spend(4, {0: LIGHT}, **TERMS)
+    assert Ledger(tmp_path).position[0] == 5
+
+
+def test_a_new_ledger_that_another_process_has_begun_is_refused(tmp_path):
+    record = Ledger(tmp_path)
+    assert elsewhere(tmp_path) == ["open 0", "spent"]
+    with pytest.raises(UserError, match="moved underfoot"):
+        record.spend(1, {0: LIGHT}, **TERMS)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_child_writes_to_no_ledger_of_its_parent(tmp_path):
+    record = two_rounds(tmp_path)
+    before = (tmp_path / "privacy.jsonl").read_bytes()
+    if not (child := os.fork()):
+        try:
+            record.spend(3, {0: LIGHT}, **TERMS)
+        except UserError as error:
+            os._exit(0 if "forked" in str(error) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (tmp_path / "privacy.jsonl").read_bytes() == before
+    record.spend(3, {0: LIGHT}, **TERMS)
+
+
+@pytest.mark.parametrize(
+    "round, holder, attempt",
+    [(-1, 0, 0), (True, 0, 0), (1.0, 0, 0), (1, -1, 0), (1, True, 0), (1, "a", 0), (1, 0, -1)],
+)
+def test_a_line_that_could_not_be_read_again_is_not_written(tmp_path, round, holder, attempt):
+    record = two_rounds(tmp_path)
+    before = (tmp_path / "privacy.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"privacy\.jsonl:4: lacks or garbles .*; it was not written"):
+        record.spend(round, {holder: LIGHT}, attempt, **TERMS)
+    assert (tmp_path / "privacy.jsonl").read_bytes() == before and Ledger(tmp_path).events == record.events
+
+
+def test_a_site_s_account_is_one_whatever_its_number(tmp_path):
+    record = Ledger(tmp_path)
+    for client in (0, 1, 2):
+        record.spend(1, {client: LIGHT}, run=f"run-{client}", **TERMS)
+    assert record.events == Ledger(tmp_path).events == {ledger.Own(): (replace(LIGHT, steps=3 * LIGHT.steps),)}
+    assert replay(tmp_path / "privacy.jsonl") == {ledger.Own(): [LIGHT] * 3}
+    assert epsilon_of(tmp_path / "privacy.jsonl") == epsilon([LIGHT] * 3, TERMS["delta"], TERMS["accountant"])

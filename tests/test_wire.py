@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
@@ -133,3 +133,101 @@ def test_a_record_whose_value_holds_nothing_is_no_message():
     proto.items[0].config_record.items[0].value.Clear()
     with pytest.raises(ContractError, match=r"^no message of Flower's: "):
         wire.from_bytes(proto.SerializeToString())
+
+
+HUGE = 2**63 - 1
+
+
+def asked(**words):
+    """A message that asks for training, with words of the test's own."""
+    content = wire.pack_instruction(Instruction(round=1, adapter=tensors("a"), train=("a",), send=("a",)), LAYOUT)
+    for key, value in words.items():
+        content[wire.CONFIG][key.replace("_", "-")] = value
+    return content
+
+
+@pytest.mark.parametrize("what", ["server_round", "trip", "draw"])
+@pytest.mark.parametrize("value", [-1, 0, 3, HUGE, 1.0, True, "1", b"1", [1]])
+def test_whole_numbers_of_an_instruction_have_a_type_and_a_range(what, value):
+    fits = type(value) is int and (value in (0,) if what == "draw" else False)
+    told = asked(**{what: value})
+    if fits:
+        assert wire.unpack_instruction(told, LAYOUT, rounds=2, trips=2).draw == value
+        return
+    with pytest.raises(
+        ContractError, match=rf"^{what.replace('_', '-')} in a message is a whole number from [01] to"
+    ):
+        wire.unpack_instruction(told, LAYOUT, rounds=2, trips=2)
+
+
+@pytest.mark.parametrize("what", ["clip_norm", "sum_noise", "count_noise", "proximal_mu"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "1", True, b"1"])
+def test_numbers_of_an_instruction_are_finite_and_not_below_zero(what, value):
+    with pytest.raises(ContractError, match="in a message is a finite number"):
+        wire.unpack_instruction(asked(**{what: value}), LAYOUT)
+    assert wire.unpack_instruction(asked(**{what: 2}), LAYOUT).config[what.replace("_", "-")] == 2.0
+
+
+@pytest.mark.parametrize("what", ["clip_norm", "sum_noise"])
+def test_a_bound_and_the_noise_on_it_are_above_zero(what):
+    with pytest.raises(ContractError, match="a finite number above 0"):
+        wire.unpack_instruction(asked(**{what: 0.0}), LAYOUT)
+
+
+def test_tensors_of_another_adapter_are_refused_and_so_is_a_message_without_any():
+    told = asked()
+    told[wire.ARRAYS] = wire.to_arrays({"strange": np.ones(3, np.float32)})
+    with pytest.raises(ContractError, match="tensors of another adapter"):
+        wire.unpack_instruction(told, LAYOUT)
+    with pytest.raises(ContractError, match="holds no tensors"):
+        wire.unpack_instruction(RecordDict(), LAYOUT)
+
+
+def test_a_message_of_a_stock_strategy_is_of_the_first_trip_and_draw():
+    stock = RecordDict({"arrays": wire.to_arrays(tensors("ab")), "config": ConfigRecord({"server-round": 2})})
+    got = wire.unpack_instruction(stock, LAYOUT, rounds=2, trips=1)
+    assert (got.round, got.trip, got.draw, got.train, got.send) == (2, 1, 0, ("a", "b"), ("a", "b"))
+
+
+WEIGHTS = {"layer": (3, 2)}
+
+
+@pytest.mark.parametrize(
+    "key, sides",
+    [
+        ("merge-x", {"layer/0": (3, 1), "layer/1": (1, 2)}),
+        ("merge--1", {"layer/0": (3, 1), "layer/1": (1, 2)}),
+        ("merge-01", {"layer/0": (3, 1), "layer/1": (1, 2)}),
+        ("merge-²", {"layer/0": (3, 1), "layer/1": (1, 2)}),
+        ("merge-" + "9" * 5000, {"layer/0": (3, 1), "layer/1": (1, 2)}),
+        ("merge-0", {"layer/0": (3, 1)}),
+        ("merge-0", {"layer/0": (3, 1), "layer/1": (2, 2)}),
+        ("merge-0", {"layer/0": (2, 1), "layer/1": (1, 2)}),
+        ("merge-0", {"other/0": (3, 1), "other/1": (1, 2)}),
+        ("merge-0", {"layer/0": (3, 1), "layer/1": (1, 2), "layer/2": (1, 2)}),
+        ("merge-0", {"layer": (3, 1)}),
+    ],
+)
+def test_a_merge_that_is_none_of_this_model_is_refused(key, sides):
+    content = RecordDict({key: wire.to_arrays({n: np.ones(shape, np.float32) for n, shape in sides.items()})})
+    with pytest.raises(ContractError, match="in a message is"):
+        wire.unpack_merges(content, WEIGHTS)
+
+
+def test_merges_survive_the_wire_by_number():
+    content, change = RecordDict(), {"layer": (np.ones((3, 1), np.float32), np.ones((1, 2), np.float32))}
+    wire.pack_merges(content, 4, [change, change])
+    assert sorted(wire.unpack_merges(over_the_wire(content), WEIGHTS)) == [4, 5]
+
+
+@pytest.mark.parametrize("key", ["sent/x", "sent/-1", "sent/01", "sent/²", "sent/" + "9" * 5000, "sent/", "sent"])
+def test_who_an_exchange_is_about_is_a_whole_number(key):
+    with pytest.raises(ContractError, match="a message"):
+        wire.unpack_parts(RecordDict({wire.SECURE: ConfigRecord({key: b""})}))
+
+
+@pytest.mark.parametrize("field", ["noise_multiplier", "sample_rate", "steps", "clip_norm"])
+@pytest.mark.parametrize("value", [True, "1", None, -1, float("nan"), 1e400])
+def test_an_event_s_numbers_are_numbers_in_their_range(field, value):
+    with pytest.raises(ContractError, match="privacy event"):
+        wire.read_event({**EVENT.to_json(), field: value})

@@ -13,15 +13,19 @@ if TYPE_CHECKING:
     from fedlora.deploy.node import Node
 
 
+LOOPBACK = "127.0.0.1"
+
+
 class Exported:
     """A display that also counts for Prometheus: rounds, bytes, failures, seconds, epsilon and the metric."""
 
-    def __init__(self, inner: Display, port: int) -> None:
+    def __init__(self, inner: Display, port: int, address: str = LOOPBACK) -> None:
         """Around a display.
 
         Args:
             inner: that is told all the same.
-            port: of the endpoint, on every address of this machine.
+            port: of the endpoint.
+            address: that it listens on.
         """
         self.inner, self._metric = inner, "accuracy"
         registry = CollectorRegistry()
@@ -31,7 +35,7 @@ class Exported:
         self._seconds = Gauge("fedlora_round_seconds", "Seconds of the last round", registry=registry)
         self._epsilon = Gauge("fedlora_epsilon", "The largest epsilon over clients", registry=registry)
         self._quality = Gauge("fedlora_metric", "The last accuracy or perplexity", ["name"], registry=registry)
-        _listen(port, registry)
+        _listen(port, address, registry)
 
     def stage(self, what: str) -> None:
         """Nothing to count."""
@@ -56,7 +60,7 @@ class Exported:
         self.inner.round(line)
 
 
-def of_site(node: "Node", port: int) -> None:
+def of_site(node: "Node", port: int, address: str = LOOPBACK) -> None:
     """Export what a node served, what failed, and what its examples have lost in all runs together."""
     registry = CollectorRegistry()
     for name, what, value in (
@@ -65,11 +69,12 @@ def of_site(node: "Node", port: int) -> None:
         ("fedlora_site_epsilon", "Epsilon of the site's examples over all runs", lambda: node.epsilon or 0.0),
     ):
         Gauge(name, what, registry=registry).set_function(value)
-    _listen(port, registry)
+    _listen(port, address, registry)
 
 
-def _listen(port: int, registry: CollectorRegistry) -> None:
+def _listen(port: int, address: str, registry: CollectorRegistry) -> None:
     try:
-        start_http_server(port, registry=registry)
+        start_http_server(port, addr=address, registry=registry)
     except OSError as error:
-        raise UserError(f"metrics: port {port} cannot be used: {error.strerror}; name another") from error
+        why = error.strerror or str(error)
+        raise UserError(f"metrics: port {port} of {address} cannot be used: {why}; name another") from error

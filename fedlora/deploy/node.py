@@ -1,15 +1,18 @@
 """A site's side of a run: introduce, account, train. It knows no sockets and no processes.
 
 What a site says to the server when it refuses is fit for the server's eyes; what is wrong with the site's own
-data stands in the site's log.
+data stands in the site's log. It is a function of the message, of the site file and of how many rows the site
+has: nothing that a server can choose makes it depend on what is in them.
 """
 
+import contextlib
 import json
 import logging
+import os
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,18 +20,19 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from fedlora import data, secure, simulation, wire
+from fedlora import data, lock, noise, secure, seeding, simulation, wire
 from fedlora.adapter import Instruction, Update
+from fedlora.central import WITHIN
 from fedlora.checkpoint import Merges
 from fedlora.deploy import signing
 from fedlora.deploy import site as sites
-from fedlora.deploy.site import Site
+from fedlora.deploy.site import FLOOR, Site
 from fedlora.engine import secure as masking
 from fedlora.engine.flower import BEHIND, STRANGER
 from fedlora.engine.intake import Report
 from fedlora.engine.worker import Worker
-from fedlora.errors import ContractError, FedloraError, SettingError
-from fedlora.ledger import Ledger
+from fedlora.errors import ContractError, Refusal, SettingError, UserError
+from fedlora.ledger import Ledger, Own
 from fedlora.noise import Stream
 from fedlora.privacy import Event, epsilon
 from fedlora.run import INTRODUCTION
@@ -38,14 +42,8 @@ logger = logging.getLogger(__name__)
 
 Words = Mapping[str, Any]
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a run's name, which is a folder's
-
-
-class Refusal(FedloraError):
-    """What a site will not do, in words that the server may read."""
-
-    def __init__(self, why: str, event: Event | None = None) -> None:
-        super().__init__(why)
-        self.event = event  # what was spent all the same
+_JUDGED = "judged.json"  # what a site has said of its own rows in a run, by round
+_WAIT = 10.0  # seconds that a worker before this one may take to end
 
 
 @dataclass
@@ -81,11 +79,13 @@ class Node:
             app: of the Flower app, with the code that came with the run.
 
         Raises:
-            UserError: the site file is wrong, or the site's ledger is damaged.
+            UserError: the site file is wrong, the site's ledger is damaged, or another worker has its state
+                folder.
         """
         self.file, self.app = where, app
         self.site: Site | None = None
         self.account: Ledger | None = None
+        self._lock: lock.Lock | None = None
         self.run: Serving | None = None
         self.folder = where
         self._read_site()
@@ -101,16 +101,21 @@ class Node:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.site != before:
             self.run = self.account = None
+            self._lock = lock.hold(self.folder / "lock", _WAIT)
         if self.site.privacy is not None and self.account is None:
             (self.folder / "ledger").mkdir(exist_ok=True)
             self.account = Ledger(self.folder / "ledger")
+
+    def close(self) -> None:
+        """Let the model, the ledgers and the state folder go."""
+        self.run = self.account = self._lock = None
 
     @property
     def epsilon(self) -> float | None:
         """What the site's examples have lost in all runs together; None where it keeps no account."""
         if self.site is None or self.site.privacy is None or self.account is None:
             return None
-        events, terms = self.account.events.get(self.site.client, ()), self.site.privacy
+        events, terms = self.account.events.get(Own(), ()), self.site.privacy
         return epsilon(events, terms.delta, terms.accountant)
 
     def answer(self, kind: str, content: RecordDict, partition: int) -> RecordDict:
@@ -127,15 +132,24 @@ class Node:
         began = time.perf_counter()
         seen: dict[str, Any] = {"client": client, "kind": kind}
         try:
+            with _understood():
+                words = wire.unpack_words(content)
             if kind == "query":
-                made = self._introduce(wire.unpack_words(content), client)
+                made = self._introduce(words, client)
             else:
-                run = self._resumed(content, client)
+                run = self._resumed(words, client)
+                rounds = run.worker.scenario.rounds
                 if kind.startswith("query."):
+                    with _understood():
+                        wire.unpack_parts(content)
+                        seen["round"] = wire.whole(words.get("round"), "round", 1, rounds)
                     return self._exchange(run, kind.partition(".")[2], content, client)
-                instruction = wire.unpack_instruction(content, run.worker.task.layout)
+                with _understood():
+                    layout, trips = run.worker.task.layout, run.worker.strategy.trips
+                    instruction = wire.unpack_instruction(content, layout, rounds, trips)
+                    merged = wire.whole(words.get("merged", 0), "merged", 0, rounds)
                 seen["round"] = instruction.round
-                run = self._caught_up(run, content, client)
+                run = self._caught_up(run, content, merged, client)
                 made = (
                     self._train(run, instruction, content, client)
                     if kind == "train"
@@ -161,7 +175,7 @@ class Node:
         Raises:
             Refusal: the run and the site do not go together.
         """
-        scenario = self._acceptable(words)
+        scenario = self._acceptable(words, client)
         if self.run is None or {**self.run.words, "signature": None} != {**words, "signature": None}:
             self._load(words, client)
         run = self.run
@@ -177,7 +191,7 @@ class Node:
                     f"the same weights of {scenario.model.base} and the same torch on both sides"
                 )
         self._keep(words)
-        held = run.worker.dataset.num_examples(client)
+        held = run.worker.dataset.num_examples(client)  # its event tells it too: q = batch_size / n
         event = self._event(run, Instruction(round=1, adapter={}, train=(), send=()), client)
         return wire.pack_words(
             {
@@ -188,7 +202,7 @@ class Node:
             }
         )
 
-    def _acceptable(self, words: Words) -> Scenario:
+    def _acceptable(self, words: Words, client: int) -> Scenario:
         """The scenario of an introduction, if the site's rules allow it.
 
         Raises:
@@ -205,15 +219,25 @@ class Node:
         except (KeyError, ValueError) as error:
             raise Refusal("it cannot read the scenario that the server sent") from error
         if self.site is None:
+            if not 0 <= client < (total := scenario.clients.total):
+                raise Refusal(f"it is client {client}, and the scenario has clients 0 to {total - 1}")
             return scenario
-        if not isinstance(words.get("labels"), list):
+        labels = words.get("labels")
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
             raise Refusal("the server names no labels")
-        if why := self.site.refuses(scenario):
+        if why := self.site.refuses(scenario) or self.site.refuses_labels(scenario, labels):
             raise Refusal(why)
         if (keys := self.site.accept.submitters) is not None and not signing.signed(
-            str(words.get("signature")), keys, words["scenario"], self.app
+            str(words.get("signature")), keys, words["scenario"], key, self.app
         ):
             raise Refusal("nobody whom it knows has signed this run: submit it by fedlora submit --key FILE")
+        if (before := self._introduction(key)) is not None:
+            try:  # what it keeps under a name is of one run: residuals of a plain one would spoil a private one
+                simulation.same_run(self.folder, before["scenario"], words["scenario"])
+            except (KeyError, UserError) as error:
+                raise Refusal(
+                    "it knows another run by this name: a resumed one may change its rounds, and not much else"
+                ) from error
         return scenario
 
     def _load(self, words: Words, client: int, merged: int | None = None) -> Serving:
@@ -237,9 +261,13 @@ class Node:
                 noise = simulation.calibrate(scenario, ready.data)
                 setup = replace(ready.setup, noise=noise, secret=ready.client.private)
             else:
-                rows = data.read_site(self.site.data)
+                told = self.site.data.labels
+                rows, left_out = data.read_site(self.site.data, told)
+                if left_out:
+                    logger.warning("%d rows are left out: their label is not in data.labels", left_out)
                 placed = {"threads": self.site.threads, "device": self.site.device}
-                setup = simulation.prepare_site(scenario, words["labels"], rows, client, **placed)
+                own = seeding.key(self._key(), "held-out", repr(scenario.data.client_test_share))
+                setup = simulation.prepare_site(scenario, words["labels"], rows, client, own, **placed)
             worker = Worker(replace(setup, personal=folder / "personal"))
         except SettingError as error:
             where = scenario.located(error)
@@ -249,6 +277,12 @@ class Node:
             raise Refusal(
                 f"its data or machine do not fit the scenario ({error.key}): its log says why"
             ) from error
+        judges = self.site is not None and scenario.data.client_test_share is not None
+        if judges and len(worker.dataset.held_out(client)) < FLOOR:
+            raise Refusal(
+                f"it judges by {FLOOR} rows of its own at least, and data.client_test_share leaves fewer"
+            )
+        worker.pay = lambda round, client, event: self._pay(key, round, client, event)
         merges = Merges(folder / "merges", worker.task.weights)
         count = len(list((folder / "merges").glob("*.safetensors")))
         merges.restore(count if merged is None else merged)
@@ -265,36 +299,62 @@ class Node:
         part.write_text(json.dumps(dict(words)))
         part.replace(file)
 
-    def _resumed(self, content: RecordDict, client: int) -> Serving:
+    def _introduction(self, key: str) -> dict[str, Any] | None:
+        """The introduction of a run that is kept here."""
+        try:
+            if not _KEY.fullmatch(key):
+                raise ValueError(key)
+            words = json.loads((self.folder / "runs" / key / INTRODUCTION).read_text())
+        except (OSError, ValueError):
+            return None
+        return words if isinstance(words, dict) else None
+
+    def _key(self) -> bytes:
+        """The site's own key, from which it draws the rows that it holds out: nobody else can tell which they are.
+
+        Raises:
+            UserError: its file is damaged.
+        """
+        file = self.folder / "held.key"
+        if not file.exists():
+            part = file.with_suffix(".part")
+            part.unlink(missing_ok=True)
+            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+                stream.write(noise.fresh_key())
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(file)
+        if len(key := file.read_bytes()) != 32:
+            raise UserError(f"{file}: is damaged; restore it, or remove it to hold other rows out")
+        return key
+
+    def _resumed(self, told: Words, client: int) -> Serving:
         """The run that a message is about; loaded again if this process was not the one that met it.
 
         Raises:
             Refusal: no introduction of it is kept here.
         """
-        key = str(wire.unpack_words(content).get("run"))
+        key = str(told.get("run"))[:100]
         if self.run is not None and self.run.key == key:
             return self.run
-        try:
-            if not _KEY.fullmatch(key):
-                raise ValueError(key)
-            words = json.loads((self.folder / "runs" / key / INTRODUCTION).read_text())
-        except (OSError, ValueError) as error:
-            raise Refusal(f"{STRANGER}: it knows nothing of the run {key}") from error
-        self._acceptable(words)  # the site file may be another by now
+        if (words := self._introduction(key)) is None:
+            raise Refusal(f"{STRANGER}: it knows nothing of the run {key}")
+        self._acceptable(words, client)  # the site file, or the app, may be another by now
         return self._load(words, client)
 
     # Rounds.
 
-    def _caught_up(self, run: Serving, content: RecordDict, client: int) -> Serving:
+    def _caught_up(self, run: Serving, content: RecordDict, count: int, client: int) -> Serving:
         """The run with the merges that its server has: those that came with the message, and none beyond.
 
         Raises:
             Refusal: some in between are missing.
         """
-        count = int(wire.unpack_words(content).get("merged", 0))
+        with _understood():
+            came = wire.unpack_merges(content, run.worker.task.weights)
         if len(run.merges) > count:  # the server fell behind: it lost a round
             run = self._load(run.words, client, merged=count)
-        for number, change in sorted(wire.unpack_merges(content).items()):
+        for number, change in sorted(came.items()):
             if number == len(run.merges) < count:
                 run.worker.merge(run.merges.append(change))
         if len(run.merges) < count:
@@ -302,7 +362,7 @@ class Node:
         return run
 
     def _train(self, run: Serving, instruction: Instruction, content: RecordDict, client: int) -> RecordDict:
-        """Pay, then train; where the scenario says so, mask what is sent.
+        """Train, which pays first; where the scenario says so, mask what is sent.
 
         Raises:
             Refusal: the site cannot afford it, holds no masks, would add less noise than was promised, or
@@ -317,15 +377,15 @@ class Node:
                 whole.check_words(instruction.config, asked.clip_norm)
             except ContractError as error:
                 raise Refusal(str(error)) from error
-        event = self._event(run, instruction, client) if instruction.trip == 1 else None
-        paid = None if event is None else self._pay(run, instruction.round, client, event)
         update, report = run.worker.fit(instruction, client)
-        self.trained = report.seconds
+        event, self.trained = report.event, report.seconds
         if self.site is not None and instruction.trip == 1:
-            run.ledger.metrics(_line(run, report, instruction.round, paid))
+            run.ledger.metrics(_line(run, report, instruction.round, client))
         if update is None:
             logger.error("%s", report.error, extra={"client": client, "round": instruction.round})
-            raise Refusal(f"training failed ({str(report.error).partition(':')[0]}): its log says why", event)
+            raise Refusal("training failed: its log says why", event)
+        if self.site is not None and not self.site.accept.metrics:
+            update = replace(update, metrics={k: v for k, v in update.metrics.items() if k == WITHIN})
         transport = run.worker.transport
         if not masked:
             return wire.pack_update(update, event, transport.packing_up(instruction, client))
@@ -398,46 +458,80 @@ class Node:
         return run.member[1]
 
     def _judge(self, run: Serving, instruction: Instruction, client: int) -> RecordDict:
-        """Loss and metric of the client's own model on the examples that it holds out."""
-        return wire.pack_words(run.worker.judge(instruction, [client]))
+        """Loss and metric of the client's own model on the examples that it holds out.
+
+        A site answers once a round, about rows that it drew itself; asked again it gives the same answer, whatever
+        adapter it is asked about.
+
+        Raises:
+            Refusal: the scenario holds none out, or the site does not tell.
+        """
+        if run.worker.scenario.data.client_test_share is None:
+            raise Refusal("the scenario holds no rows out to judge by")
+        if self.site is None:
+            return wire.pack_words(run.worker.judge(instruction, [client]))
+        if not self.site.accept.metrics:
+            raise Refusal("it tells no figures of its own rows")
+        file, round = self.folder / "runs" / run.key / _JUDGED, str(instruction.round)
+        said: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+        if round not in said:
+            said[round] = run.worker.judge(instruction, [client])
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(said))
+            part.replace(file)
+        return wire.pack_words(said[round])
 
     def _event(self, run: Serving, instruction: Instruction, client: int) -> Event | None:
         held = run.worker.dataset.num_examples(client)
         return run.worker.client.spends(held, run.worker.settings(instruction, held))
 
-    def _pay(self, run: Serving, round: int, client: int, event: Event) -> float:
+    def _pay(self, key: str, round: int, client: int, event: Event) -> None:
         """Write an event into the run's ledger and the site's, unless it would pass what either allows.
 
-        Returns:
-            The epsilon of the run with it.
-
         Raises:
-            Refusal: it would.
+            Refusal: it would, or cannot be written.
         """
+        run = self.run
+        if run is None or run.key != key:
+            raise Refusal("it serves another run by now")
         asked = run.worker.scenario.example_privacy
         assert asked is not None
         paid = epsilon([*run.ledger.events.get(client, ()), event], asked.delta, asked.accountant)
         if asked.epsilon is not None and paid > asked.epsilon * (1 + 1e-9):
             raise Refusal(f"another round would make epsilon {paid:.3f}, and {asked.epsilon:g} was promised")
         terms: dict[str, Any] = {"delta": asked.delta, "unit": "example", "accountant": asked.accountant}
-        if self.site is not None and self.site.privacy is not None and self.account is not None:
-            cap = self.site.privacy
-            spent = epsilon([*self.account.events.get(client, ()), event], cap.delta, cap.accountant)
-            if spent > cap.max_epsilon * (1 + 1e-9):
-                raise Refusal("another round would pass the epsilon that the site allows over all runs")
-            mine: dict[str, Any] = {
-                "delta": cap.delta,
-                "unit": "example",
-                "accountant": cap.accountant,
-                "run": run.key,
-            }
-            self.account.spend(round, {client: event}, **mine)
-        run.ledger.spend(round, {client: event}, **terms)
-        return paid
+        try:
+            if self.site is not None and self.site.privacy is not None and self.account is not None:
+                cap = self.site.privacy
+                spent = epsilon([*self.account.events.get(Own(), ()), event], cap.delta, cap.accountant)
+                if spent > cap.max_epsilon * (1 + 1e-9):
+                    raise Refusal("another round would pass the epsilon that the site allows over all runs")
+                mine: dict[str, Any] = {
+                    "delta": cap.delta,
+                    "unit": "example",
+                    "accountant": cap.accountant,
+                    "run": run.key,
+                }
+                self.account.spend(round, {client: event}, **mine)
+            run.ledger.spend(round, {client: event}, **terms)
+        except (OSError, UserError) as error:
+            logger.error("%s", error, extra={"client": client, "round": round, "run": key})
+            raise Refusal("its ledger cannot be written: its log says why") from error
 
 
-def _line(run: Serving, report: Report, round: int, spent: float | None) -> dict[str, Any]:
+@contextlib.contextmanager
+def _understood() -> Iterator[None]:
+    """What a message holds is read here; what is wrong with it is for whoever wrote it."""
+    try:
+        yield
+    except ContractError as error:
+        raise Refusal(str(error)) from error
+
+
+def _line(run: Serving, report: Report, round: int, client: int) -> dict[str, Any]:
     """A round as a site saw it, which `fedlora watch` shows; what was learnt only the server can tell."""
+    asked, events = run.worker.scenario.example_privacy, run.ledger.events.get(client, ())
+    spent = None if asked is None else epsilon(events, asked.delta, asked.accountant)
     return {
         "round": round,
         "clients": int(report.error is None),

@@ -122,7 +122,8 @@ def _taken_in(address: Path) -> socket.socket | None:
 
 def _start(where: Path, app: Path) -> int:
     """Start a resident; gives its process id."""
-    command = [sys.executable, "-m", "fedlora.deploy.resident", str(where), str(app)]
+    # -P: nothing is imported from the folder that this happens to be in; -B: nothing is written beside sources.
+    command = [sys.executable, "-P", "-B", "-m", "fedlora.deploy.resident", str(where), str(app)]
     nothing = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
     return os.posix_spawn(sys.executable, command, os.environ, file_actions=nothing, setsid=True)
 
@@ -161,10 +162,10 @@ def main() -> int:
     parser.add_argument("where", type=Path)
     parser.add_argument("app", type=Path)
     told = parser.parse_args()
-    from fedlora.deploy import logs
+    from fedlora.deploy import logs, sources
     from fedlora.errors import UserError
 
-    sys.path.append(str(told.app))
+    sources.only(told.app)
     logs.start("site", shown := logging.StreamHandler())
     try:
         return _serve(told.where, told.app, shown)
@@ -183,7 +184,7 @@ def _serve(where: Path, app: Path, shown: logging.Handler) -> int:
     if node.site is not None:
         idle = 60 * node.site.idle_minutes
         if node.site.metrics_port is not None:
-            metrics.of_site(node, node.site.metrics_port)
+            metrics.of_site(node, node.site.metrics_port, node.site.metrics_address)
     address = place(where)
     address.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as here:
@@ -203,6 +204,7 @@ def _serve(where: Path, app: Path, shown: logging.Handler) -> int:
             logger.info("worker %d ends: nothing was asked for %g s", os.getpid(), idle)
             return 0
         finally:
+            node.close()  # before the next one can be started
             address.unlink(missing_ok=True)
 
 
@@ -221,9 +223,9 @@ def _answer(node: Any, there: socket.socket) -> bool:
     try:
         made = node.answer(words["kind"], wire.from_bytes(content), words["partition"])
         told, reply = {}, wire.to_bytes(made)
-    except Exception as error:  # whatever a request trips over, the worker stays up
+    except Exception:  # whatever a request trips over, the worker stays up
         logger.exception("a request failed", extra={"kind": words.get("kind")})
-        told, reply = {"error": f"{type(error).__name__}: its log says more"}, b""
+        told, reply = {"error": "the request failed: its log says why"}, b""  # not even of which kind
     try:
         _send(there, told, reply)
     except ConnectionError:

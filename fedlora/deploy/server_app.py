@@ -1,13 +1,15 @@
 """The Flower ServerApp: the round loop of a simulation, with sites behind Flower's grid.
 
-Its run configuration: `scenario`, the name of one that ships with fedlora or the text of one; `resume`, the
-name of a run folder to go on with; `signature`, of who submitted the run. `$FEDLORA_RUNS` is where run folders
-are (default: `runs`), `$FEDLORA_METRICS_PORT` where Prometheus reads (default: nowhere).
+Its run configuration: `scenario`, the name of one that ships with fedlora or the text of one; `name`, of the run
+folder to make (default: of the scenario, its hash and Flower's number); `resume`, of one to go on with;
+`signature`, of who submitted the run. `$FEDLORA_RUNS` is where run folders are (default: `runs`),
+`$FEDLORA_METRICS_PORT` where Prometheus reads (default: nowhere), at `$FEDLORA_METRICS_ADDRESS` (127.0.0.1).
 """
 
 import contextlib
 import logging
 import os
+import sys
 from pathlib import Path
 
 from flwr.app import Context
@@ -21,6 +23,8 @@ from fedlora.engine.flower import FlowerEngine
 from fedlora.errors import FedloraError, RoundError, SettingError, UserError
 from fedlora.report.console import Display
 from fedlora.scenario import Scenario
+
+sys.dont_write_bytecode = True  # beside the app's sources, all of which are signed
 
 app = ServerApp()
 
@@ -53,7 +57,7 @@ def serve(grid: Grid, asked: dict[str, str], shown: Display, number: int) -> Pat
         grid: of the run.
         asked: the run configuration.
         shown: how it goes.
-        number: of the run, which names its folder.
+        number: of the run, which names its folder where nobody else does.
 
     Returns:
         The run folder.
@@ -68,11 +72,13 @@ def serve(grid: Grid, asked: dict[str, str], shown: Display, number: int) -> Pat
         folder = runs / Path(resumed).name
         simulation.check_folder(folder, scenario, resume=True)
     else:
-        folder = runs / f"{scenario.name}-{scenario.hash}-{number}"
+        name = asked.get("name") or f"{scenario.name}-{scenario.hash}-{number}"
+        folder = runs / Path(name).name
+        simulation.check_folder(folder, scenario, resume=False)
     if port := os.environ.get("FEDLORA_METRICS_PORT"):
-        from fedlora.deploy.metrics import Exported
+        from fedlora.deploy.metrics import LOOPBACK, Exported
 
-        shown = Exported(shown, int(port))
+        shown = Exported(shown, int(port), os.environ.get("FEDLORA_METRICS_ADDRESS") or LOOPBACK)
     try:
         shown.stage("reading and tokenising the server's test data")
         ready = simulation.prepare_server(scenario)

@@ -1,13 +1,16 @@
-"""Who submitted a run: an ssh key signs the scenario and the code that travels with it.
+"""Who submitted a run: an ssh key signs the scenario, the run's name, and every file that travels with it.
 
 Flower's SuperLink takes a run from whoever reaches it. A site that names `accept.submitters` trains only for a
-run that one of those keys signed, whatever the server says.
+run that one of those keys signed, whatever the server says. The labels are part of the scenario (`data.labels`),
+and the name holds a signature to one run: under another name it is worth nothing.
 """
 
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,17 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 
 from fedlora.errors import UserError
 
-_CONTEXT = b"fedlora run 1\n"  # what is signed is for nothing else
+_CONTEXT = b"fedlora run 2\n"  # what is signed is for nothing else
 
 
-def sign(key_file: Path, scenario: Mapping[str, Any], app: Path) -> str:
+def sign(key_file: Path, scenario: Mapping[str, Any], name: str, app: Path) -> str:
     """The signature of a run.
 
     Args:
         key_file: an Ed25519 private key of OpenSSH, without a passphrase.
         scenario: resolved.
-        app: folder of the Flower app, whose Python files are signed too.
+        name: of the run.
+        app: folder of the Flower app, all of which is signed too.
 
     Raises:
         UserError: the key cannot be used.
@@ -39,16 +43,19 @@ def sign(key_file: Path, scenario: Mapping[str, Any], app: Path) -> str:
         raise UserError(f"{key_file}: no usable key ({error}); make one by ssh-keygen -t ed25519 -N ''") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise UserError(f"{key_file}: not an Ed25519 key; make one by ssh-keygen -t ed25519 -N ''")
-    return base64.b64encode(key.sign(_message(scenario, app))).decode()
+    return base64.b64encode(key.sign(_message(scenario, name, app))).decode()
 
 
-def signed(signature: str, keys: Iterable[str], scenario: Mapping[str, Any], app: Path) -> bool:
+def signed(signature: str, keys: Iterable[str], scenario: Mapping[str, Any], name: str, app: Path) -> bool:
     """Whether one of some public keys, as in an `.pub` file, made a signature of a run.
 
     Raises:
         UserError: a key is none.
     """
-    message = _message(scenario, app)
+    try:
+        message = _message(scenario, name, app)
+    except UserError:
+        return False
     for text in keys:
         try:
             key = load_ssh_public_key(text.encode())
@@ -64,7 +71,43 @@ def signed(signature: str, keys: Iterable[str], scenario: Mapping[str, Any], app
     return False
 
 
-def _message(scenario: Mapping[str, Any], app: Path) -> bytes:
-    files = sorted(file for file in app.rglob("*.py") if file.is_file())
-    code = {str(f.relative_to(app)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    return _CONTEXT + json.dumps({"scenario": scenario, "code": code}, sort_keys=True).encode()
+def _message(scenario: Mapping[str, Any], name: str, app: Path) -> bytes:
+    told = {"scenario": scenario, "run": name, "app": dict(sorted(_contents(app)))}
+    return _CONTEXT + json.dumps(told, sort_keys=True).encode()
+
+
+def _contents(app: Path) -> Iterator[tuple[str, str]]:
+    """What each file and folder of an app is, by its path in it, so that none can be added.
+
+    Of `pyproject.toml` it is what is in it that counts, without the signature: Flower writes the file anew.
+
+    Raises:
+        UserError: there is something else, whose contents are nobody's to sign.
+    """
+    for folder, folders, files in os.walk(app):
+        for path in (Path(folder, entry) for entry in (*folders, *files)):
+            inside = path.relative_to(app).as_posix()
+            if path.is_symlink() or not (path.is_dir() or path.is_file()):
+                raise UserError(f"{path}: what is signed holds files and folders, and no links")
+            if path.is_dir():
+                yield inside, "folder"
+            elif inside == "pyproject.toml":
+                yield inside, _digest(_settings(path.read_bytes()))
+            else:
+                yield inside, _digest(path.read_bytes())
+
+
+def _settings(text: bytes) -> bytes:
+    """The settings of an app without its signature, and without those that Flower leaves out."""
+    try:
+        told = tomllib.loads(text.decode())
+        flower = told.get("tool", {}).get("flwr", {})
+        flower.pop("federations", None)
+        flower.get("app", {}).get("config", {}).pop("signature", None)
+        return json.dumps(told, sort_keys=True, default=str).encode()
+    except (AttributeError, ValueError):
+        return text
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,5 +1,6 @@
 """The site file: what a node brings to a run, and what it allows. No server can override it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,16 @@ from fedlora.scenario import (
     read,
 )
 
+FLOOR = 20  # rows that a site holds out at least where it judges: a mean over few tells each of them
+
+
+class Held(Files):
+    """The site's rows. A row of another label than `labels` is left out, whatever a run asks."""
+
+    labels: tuple[str, ...] | None = (
+        None  # what the rows may be classified by; a run must have these and no others
+    )
+
 
 class Budget(Section):
     """What the site's examples may lose in all runs together, for each of them."""
@@ -39,6 +50,7 @@ class Accept(Section):
     masked_only: bool = (
         False  # whether a run must have `secure_aggregation`: nobody sees the site's update by itself
     )
+    metrics: bool = False  # whether losses and the like of the site's own rows may be told; epsilon covers none
     submitters: tuple[str, ...] | None = None  # ssh public keys, one of which signed the run; null: anybody
 
 
@@ -47,7 +59,7 @@ class Site(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
     client: Annotated[Int, Field(ge=0)]  # which of the scenario's clients it is, from 0
-    data: Files  # `train` with its columns; the test set is the server's
+    data: Held  # `train` with its columns; the test set is the server's
     state: Annotated[str, Field(min_length=1)]  # folder of the ledger, of what clients keep, and of logs
     privacy: Budget | None = None  # null: trains without a guarantee of its own, if the scenario asks for none
     accept: Accept = Accept()
@@ -55,6 +67,7 @@ class Site(Section):
     threads: PositiveInt = 1  # of torch
     idle_minutes: PositiveFloat = 30.0  # after which the worker lets the model go
     metrics_port: Annotated[Int, Field(ge=1, le=65535)] | None = None  # of a Prometheus endpoint; null: none
+    metrics_address: Annotated[str, Field(min_length=1)] = "127.0.0.1"  # that it listens on
 
     @property
     def folder(self) -> Path:
@@ -80,6 +93,30 @@ class Site(Section):
             return f"it is client {self.client}, and the scenario has clients 0 to {scenario.clients.total - 1}"
         if self.privacy is not None and scenario.example_privacy is None:
             return "it trains under differential privacy for its examples only, and the scenario asks for none"
+        for key, asked in (
+            ("privacy.share_metrics", scenario.privacy is not None and scenario.privacy.share_metrics),
+            ("data.client_test_share", scenario.data.client_test_share is not None),
+        ):
+            if asked and not rules.metrics:
+                return f"it tells no figures of its own rows, and the scenario asks for some by {key}"
+        return None
+
+    def refuses_labels(self, scenario: Scenario, labels: Sequence[str]) -> str | None:
+        """Why the site is not asked about some labels; None if it is. Its rows have no part in the answer.
+
+        One set of labels, whoever asks: else the number of rows that are left would tell how many of each there
+        are.
+        """
+        if scenario.task == "causal_lm":
+            return "the run names labels, and its task has none" if labels else None
+        if scenario.data.labels is not None and tuple(labels) != scenario.data.labels:
+            return "the run has other labels than its scenario"
+        if self.accept.submitters is not None and scenario.data.labels is None:
+            return "nobody has signed the run's labels: name them in the scenario (data.labels)"
+        if self.data.labels is None:
+            return "its site file does not say which labels it may be asked about (data.labels)"
+        if set(labels) != set(self.data.labels) or len(labels) != len(self.data.labels):
+            return "the labels of the run are not those of its site file (data.labels)"
         return None
 
 
@@ -122,6 +159,6 @@ def _message(key: KeyPath, kind: str, text: str) -> str:
     if kind == "extra_forbidden":
         owner: Any = Site
         for part in key[:-1]:
-            owner = {"data": Files, "privacy": Budget, "accept": Accept}.get(str(part), owner)
+            owner = {"data": Held, "privacy": Budget, "accept": Accept}.get(str(part), owner)
         return f"unknown key {name!r}: {suggestion(str(key[-1]), owner.model_fields)}"
     return f"{name}: {text.replace('Input should', 'should')}"

@@ -1,6 +1,7 @@
 """`fedlora split`: a scenario's partitions as the files of sites, to rehearse a deployment with."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ _SITE = """\
 # What this node brings to a run, and what it allows; see docs/deploy.md.
 name: site-{client}
 client: {client}                        # which of the scenario's clients it is
-data: {{train: {train}, text: text, label: {label}}}
+data: {{train: {train}, text: text, label: {label}{labels}}}
 state: {state}
 accept: {{own_code: false}}
 """
@@ -54,7 +55,9 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
             _write(new / f"site-{client}" / "train.csv", train, rows)
             place = seen_as or folder.absolute() / f"site-{client}"
             label = "null" if train.labels is None else "label"
-            text = _SITE.format(client=client, train=place / "train.csv", label=label, state=place / "state")
+            labels = f", labels: {json.dumps(held.labels)}" if held.labels else ""
+            told = {"train": place / "train.csv", "label": label, "labels": labels, "state": place / "state"}
+            text = _SITE.format(client=client, **told)
             if (asked := scenario.example_privacy) is not None:
                 text += _BUDGET.format(most=_RUNS * (asked.epsilon or 10), delta=asked.delta)
             (new / f"site-{client}" / "site.yaml").write_text(text)

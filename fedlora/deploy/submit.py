@@ -5,6 +5,7 @@ It speaks to the SuperLink through Flower's own command line, with the connectio
 """
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ import sysconfig
 import tempfile
 import time
 import tomllib
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from fedlora.checkpoint import whole_folder
 from fedlora.deploy import signing
 from fedlora.deploy.report import Follower
 from fedlora.errors import RoundError, SettingError, UserError
+from fedlora.noise import fresh_key
 from fedlora.report.console import Display
 from fedlora.run import Run
 from fedlora.scenario import Scenario
@@ -83,7 +87,8 @@ def submit(
         raise scenario.located(error) from error
     with tempfile.TemporaryDirectory() as folder:
         app = Path(folder) / "fedlora-app"
-        _make(app, scenario, resume or "", key)
+        name = resume or f"{scenario.name}-{scenario.hash}-{fresh_key().hex()[:12]}"
+        _make(app, scenario, name, bool(resume), key)
         display.stage(f"sending the run to {superlink}")
         number = _start(app, superlink)
     try:
@@ -94,7 +99,6 @@ def submit(
     if follower.failure is not None:
         raise RoundError(f"the run failed on the server: {follower.failure}")
     if follower.name is None:
-        name = resume or f"{scenario.name}-{scenario.hash}-{number}"
         raise RoundError(
             f"run {number} ended without a word, as when the SuperLink was killed (flwr log {number} {superlink} "
             f"--show); what was finished is kept: go on with --resume {name}"
@@ -105,17 +109,46 @@ def submit(
     return Run.open(place)
 
 
-def _make(app: Path, scenario: Scenario, resume: str, key: Path | None) -> None:
-    """Write the Flower app of a run: its configuration, and the code of one's own that it names."""
+def _make(app: Path, scenario: Scenario, name: str, resume: bool, key: Path | None) -> None:
+    """Write the Flower app of a run: its configuration, and the code of one's own that it names.
+
+    Raises:
+        UserError: it is to be signed, and lacks what sites ask a signed run for; or the key cannot be used.
+    """
     app.mkdir()
     for use in {scenario.strategy.use, scenario.clients.use}:
         if ":" in use:
             _copy_code(use.partition(":")[0], app)
     sent = json.loads(json.dumps(scenario.model_dump()))  # what the server reads, and sites check the signature of
-    signature = signing.sign(key, sent, app) if key else ""
-    config = {"scenario": scenario.to_yaml(), "resume": resume, "signature": signature}
+    config = {"scenario": scenario.to_yaml(), "name": name, "resume": name if resume else "", "signature": ""}
+    _configure(app, config)
+    _leave_what_stays(app)
+    if key is None:
+        return
+    if scenario.task != "causal_lm" and scenario.data.labels is None:
+        raise scenario.located(SettingError("data.labels", "a signed run names its labels: write them, in order"))
+    _configure(app, {**config, "signature": signing.sign(key, sent, name, app)})
+
+
+def _configure(app: Path, config: dict[str, str]) -> None:
     text = _APP + "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in config.items())
     (app / "pyproject.toml").write_text(text, encoding="utf-8")
+
+
+def _leave_what_stays(app: Path) -> None:
+    """Remove what Flower would not send, such as tests: what is signed is what arrives."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Flower's pathspec
+        from flwr.cli.build import build_fab_from_disk
+
+        with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(app))) as fab:
+            sent = {app / name for name in fab.namelist()}
+    for path in sorted(app.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path not in sent:
+            path.unlink()
 
 
 def _copy_code(module: str, app: Path) -> None:

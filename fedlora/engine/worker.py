@@ -6,7 +6,7 @@ import dataclasses
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from fedlora.data import Dataset, Examples, Partition
 from fedlora.engine import hardware
 from fedlora.engine.intake import Intake, Replies, Report, check_tensors
 from fedlora.engine.transport import Transport
-from fedlora.errors import ContractError
+from fedlora.errors import ContractError, Refusal
 from fedlora.fused import Fused
 from fedlora.noise import fresh_key
+from fedlora.privacy import Event
 from fedlora.scenario import Scenario
 
 KNOWN = 10_000  # clients whose examples' digests a worker keeps
@@ -75,6 +76,23 @@ class Description:
     precision: str  # of training
 
 
+@dataclass
+class Deed:
+    """What a client's training costs, once it has begun; all at rest where it has not.
+
+    Attributes:
+        event: that it was or will be paid for.
+        steps: that it takes.
+        digest: of all that makes its update (`fedlora.replay`).
+        draw: which draw of its noise it takes.
+    """
+
+    event: Event | None = None
+    steps: int = 0
+    digest: str = ""
+    draw: int = 0
+
+
 class Setter:
     """The settings of a client in a round, from the scenario, the instruction and the calibrated noise."""
 
@@ -100,7 +118,15 @@ class Setter:
 
 
 class Worker:
-    """Builds the task once, then trains, evaluates and exports on demand."""
+    """Builds the task once, then trains, evaluates and exports on demand.
+
+    Attributes:
+        pay: called with the round, the client and the event right before private training begins, whatever asked
+            for it; it may raise a `Refusal`, and then nothing is trained. None: the round loop pays, before it
+            uses what it got.
+    """
+
+    pay: Callable[[int, int, Event], None] | None = None
 
     def __init__(self, setup: Setup) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -265,21 +291,15 @@ class Worker:
             rank: its rank.
             down: bytes of the instruction.
             sharing: clients that share passes, which then are asked for; 0: it makes its own.
+
+        Raises:
+            Refusal: it may not train.
         """
         began = time.perf_counter()
         partition = self.dataset.partition(client)
-        event, steps, digest, draw = None, 0, "", 0
+        deed = Deed()
         try:
-            if instruction.trip == 1:
-                self._agree(instruction)
-                settings = self.settings(instruction, len(partition), partition.client)
-                event, steps = self.client.spends(len(partition), settings), settings.local_steps
-                if event is not None and self._repeats:
-                    digest = self._digest(instruction, partition, settings, (rank, sharing))
-                    drawn = instruction.drawn.get(client, replay.Drawn())
-                    event = event if drawn.may(digest) else None  # it will not train, and pays nothing
-                    draw = drawn.draw(digest)
-            update = yield from self._answer(instruction, partition, rank, sharing, draw)
+            update = yield from self._answer(instruction, partition, rank, sharing, deed)
             if update.clients != (client,):
                 raise ContractError(f"client {client} speaks for clients {update.clients}")
             update = self.intake.check(update, instruction)
@@ -288,6 +308,8 @@ class Worker:
                 shares = self.scenario.privacy.share_metrics
                 update = central.clip(update, instruction.adapter, bound, shares)
             update = self.transport.outgoing(update, instruction)
+        except Refusal:
+            raise
         except Exception as error:  # a client is anybody's code
             return None, Report(
                 client=client,
@@ -296,29 +318,41 @@ class Worker:
                 bytes_up=0,
                 bytes_down=down,
                 seconds=(time.perf_counter() - began) / max(sharing, 1),
-                event=event,  # it may have trained: what it meant to spend counts
-                digest=digest,
-                draw=draw,
+                event=deed.event,  # it may have trained: what it meant to spend counts
+                digest=deed.digest,
+                draw=deed.draw,
                 error=hardware.reason(error),
             )
         return update, Report(
             client=client,
             num_examples=len(partition),
-            steps=steps,
-            bytes_up=wire.update_bytes(update, event, self.transport.up),
+            steps=deed.steps,
+            bytes_up=wire.update_bytes(update, deed.event, self.transport.up),
             bytes_down=down,
             seconds=(time.perf_counter() - began) / max(sharing, 1),
-            event=event,
-            digest=digest,
-            draw=draw,
+            event=deed.event,
+            digest=deed.digest,
+            draw=deed.draw,
             metrics={k: v for k, v in update.metrics.items() if k != central.WITHIN},
         )
 
     def _answer(
-        self, instruction: Instruction, partition: Partition, rank: int, sharing: int, draw: int
+        self,
+        instruction: Instruction,
+        partition: Partition,
+        rank: int,
+        sharing: int,
+        deed: Deed,
     ) -> clients.Passes[Update]:
-        """What a client sends in a trip: it trains in the first, and answers from what it kept in the others."""
+        """What a client sends in a trip: it trains in the first, and answers from what it kept in the others.
+
+        Training begins here, and nowhere else; `deed` is told what that costs.
+        """
         client, round, strategy = partition.client, instruction.round, self.strategy
+        if not 1 <= instruction.trip <= strategy.trips:
+            raise ContractError(
+                f"a round of this strategy has trips 1 to {strategy.trips}, not {instruction.trip}"
+            )
         if instruction.trip > 1:
             assert self.personal is not None
             trained, weight = self.personal.load_trip(client, round)
@@ -333,7 +367,9 @@ class Worker:
         settings = self.settings(instruction, len(partition), partition.client)
         wanted = tuple(sorted({*settings.send, *instruction.keep} if plain else self.task.layout))
         self.task.become(rank, instruction.draw)
-        rng = clients.Rng(fresh_key() if self.setup.secret else self.scenario.seed, round, client, draw)
+        self._agree(instruction)
+        self._begin(deed, instruction, partition, settings, (rank, sharing))
+        rng = clients.Rng(fresh_key() if self.setup.secret else self.scenario.seed, round, client, deed.draw)
         passes = settings.local_steps * settings.batch_size
         with self.task.knowing(partition, passes, settings.micro_batch_size):
             told = (self.task, received, partition, replace(settings, send=wanted), rng)
@@ -353,6 +389,31 @@ class Worker:
         if strategy.trips > 1 and self.personal is not None:
             self.personal.save_trip(client, round, update.adapter, update.weight)
         return replace(update, adapter=strategy.reply(instruction, update.adapter), scaling=kind.scaling(rank))
+
+    def _begin(
+        self,
+        deed: Deed,
+        instruction: Instruction,
+        partition: Partition,
+        settings: clients.Settings,
+        how: tuple[int, int],
+    ) -> None:
+        """Pay for the training that begins now, and find which draw of its noise it takes.
+
+        Raises:
+            Refusal: whoever pays does not allow it.
+            RoundError: it would need another draw, and no epsilon is left for that.
+        """
+        event = self.client.spends(len(partition), settings)
+        if event is not None and self.pay is not None:
+            self.pay(settings.round, partition.client, event)
+        deed.event, deed.steps = event, settings.local_steps
+        if event is not None and self._repeats:
+            deed.digest = self._digest(instruction, partition, settings, how)
+            drawn = instruction.drawn.get(partition.client, replay.Drawn())
+            if not drawn.may(deed.digest):
+                deed.event = None  # it will not train
+            deed.draw = drawn.draw(deed.digest)
 
     def _received(self, instruction: Instruction, client: int) -> Adapter:
         """The tensors that a client trains from: those sent, and those that it kept."""

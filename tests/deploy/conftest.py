@@ -18,6 +18,8 @@ def sites(tiny, tmp_path):
     def make(*overrides, private=True):
         scenario = tiny(*overrides, private=private)
         files = split(scenario, tmp_path / "sites")
+        for file in files if not private else ():  # as in a simulation, they tell what they lose
+            file.write_text(file.read_text().replace("own_code: false", "own_code: false, metrics: true"))
         test = str(tmp_path / "sites" / "test.csv")
         return tiny(f"data.files.test={test}", *overrides, private=private), files
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -13,6 +14,7 @@ from fedlora.deploy import signing
 from fedlora.deploy.logs import Lines
 from fedlora.deploy.node import Node
 from fedlora.engine.worker import Worker
+from fedlora.errors import UserError
 from fedlora.strategies.ffa_lora import FFALoRA
 
 
@@ -36,12 +38,14 @@ def server(sites):
         strategy = FFALoRA()
         strategy.bind(worker.task.layout, worker.task.kind, worker.task.initial, private)
 
-        def train(round=1, **words):
-            told = strategy.instruct(round, worker.task.initial)
+        def train(round=1, told=(), **words):
+            made = strategy.instruct(round, worker.task.initial)
             content = wire.pack_instruction(
-                Instruction(round=round, adapter=told.adapter, train=told.train, send=told.send),
+                Instruction(round=round, adapter=made.adapter, train=made.train, send=made.send),
                 worker.task.layout,
             )
+            for key, value in dict(told).items():
+                content[wire.CONFIG][key] = value
             content[wire.REPORT] = wire.pack_words({"run": "tiny-1", "merged": 0, **words})[wire.REPORT]
             return content
 
@@ -52,7 +56,7 @@ def server(sites):
 
 @pytest.fixture
 def node(tmp_path):
-    return lambda file: Node(file, tmp_path)
+    return lambda file: Node(file, tmp_path / "app")
 
 
 def meet(node, words):
@@ -80,7 +84,8 @@ def test_introduces_itself_with_what_a_round_costs(server, node):
         ({"run": None}, "no name that could be a folder's"),
         ({"scenario": {"name": "a"}}, "cannot read the scenario"),
         ({"labels": None}, "names no labels"),
-        ({"labels": ["good", "other"]}, "do not fit the scenario (data): its log says why"),
+        ({"labels": ["good", "other"]}, "are not those of its site file (data.labels)"),
+        ({"labels": [1, 2]}, "names no labels"),
     ],
 )
 def test_refuses_what_does_not_go_together(server, node, caplog, change, why):
@@ -92,22 +97,43 @@ def test_refuses_what_does_not_go_together(server, node, caplog, change, why):
 def test_what_is_wrong_with_its_data_stands_in_its_log_alone(server, node, caplog):
     words, files, _ = server()
     secret = files[0].parent / "train.csv"
-    secret.write_text(secret.read_text().replace(",good", ",very private"))
+    secret.write_text(secret.read_text().replace("text,label", "text,very private"))
     told = meet(node(files[0]), words)["refused"]
-    assert "private" not in told and "its log says why" in told
+    assert told == "its data or machine do not fit the scenario (data.files.label): its log says why"
     assert "very private" in caplog.text and "site.yaml:" in caplog.text
 
 
 def test_trains_for_those_who_signed_if_it_says_so(server, node, tmp_path):
-    words, files, _ = server()
+    words, files, _ = server("data.labels=[bad, good]")
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
     public = (tmp_path / "key.pub").read_text().strip()
     files[0].write_text(files[0].read_text().replace("{own_code: false}", json.dumps({"submitters": [public]})))
     assert "nobody whom it knows has signed" in meet(node(files[0]), words)["refused"]
-    signature = signing.sign(tmp_path / "key", words["scenario"], tmp_path)
+    signature = signing.sign(tmp_path / "key", words["scenario"], "tiny-1", tmp_path / "app")
     assert meet(node(files[0]), {**words, "signature": signature})["client"] == 0
-    other = {**words, "scenario": {**words["scenario"], "rounds": 99}, "signature": signature}
-    assert "nobody" in meet(node(files[0]), other)["refused"]
+    for change in ({"scenario": {**words["scenario"], "rounds": 99}}, {"run": "tiny-2"}):
+        assert "nobody" in meet(node(files[0]), {**words, **change, "signature": signature})["refused"]
+    other = meet(node(files[0]), {**words, "labels": ["good", "bad"], "signature": signature})
+    assert "other labels than its scenario" in other["refused"]
+
+
+def test_labels_that_nobody_signed_are_refused_where_submitters_are_named(server, node):
+    words, files, _ = server()
+    files[0].write_text(files[0].read_text().replace("{own_code: false}", "{submitters: [ssh-ed25519 AAAA]}"))
+    assert "nobody has signed the run's labels" in meet(node(files[0]), words)["refused"]
+
+
+def test_a_signature_is_checked_again_after_a_restart(server, node, tmp_path):
+    words, files, train = server("data.labels=[bad, good]")
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
+    public = (tmp_path / "key.pub").read_text().strip()
+    files[0].write_text(files[0].read_text().replace("{own_code: false}", json.dumps({"submitters": [public]})))
+    (tmp_path / "app").mkdir()
+    signature = signing.sign(tmp_path / "key", words["scenario"], "tiny-1", tmp_path / "app")
+    meet(node(files[0]), {**words, "signature": signature})
+    assert refusal(node(files[0]), train(1)) is None
+    (tmp_path / "app" / "mine.pyc").write_bytes(b"")
+    assert "nobody whom it knows has signed" in refusal(node(files[0]), train(2))
 
 
 def test_pays_before_it_trains_and_never_beyond_what_was_promised(server, node):
@@ -117,7 +143,7 @@ def test_pays_before_it_trains_and_never_beyond_what_was_promised(server, node):
         assert refusal(made, train(round)) is None
     paid = ledger.replay(made.folder / "runs" / "tiny-1" / "privacy.jsonl")
     assert len(paid[0]) == 2 and made.served == 2
-    assert "and 8 was promised" in refusal(made, train(3)) and made.failed == 1
+    assert "and 8 was promised" in refusal(made, train(2)) and made.failed == 1
     assert ledger.replay(made.folder / "runs" / "tiny-1" / "privacy.jsonl") == paid
     assert "and 8 was promised" in refusal(made, train(1))  # nor by asking for a round again: its noise is new
 
@@ -143,8 +169,9 @@ def test_a_failure_that_was_paid_for_says_what_it_cost(server, node):
     meet(made := node(files[0]), words)
     made.run.worker.client.fit = lambda *_: 1 / 0
     told = wire.unpack_words(reply := made.answer("train", train(), 0))
-    assert told["refused"] == "training failed (ZeroDivisionError): its log says why"
-    assert wire.unpack_event(reply) == ledger.replay(made.folder / "ledger" / "privacy.jsonl")[0][0]
+    assert told["refused"] == "training failed: its log says why"
+    (paid,) = ledger.replay(made.folder / "ledger" / "privacy.jsonl")[ledger.Own()]
+    assert wire.unpack_event(reply) == paid
 
 
 def test_a_message_of_an_unknown_run_and_one_that_lacks_merges_say_so(server, node):
@@ -165,3 +192,259 @@ def test_a_log_line_is_json_with_round_and_client(server, node, caplog):
     told = json.loads(Lines("site-2").format(record))
     assert told["part"] == "site-2" and told["client"] == 2 and told["round"] == 2 and told["kind"] == "train"
     assert told["message"] == "answered" and 0 < told["epsilon"] < 8 and told["seconds"] > 0
+
+
+# Payment by the deed.
+
+
+def lines_paid(made):
+    """Of the site's own account, and of the run."""
+    files = [made.folder / "ledger" / "privacy.jsonl", made.folder / "runs" / "tiny-1" / "privacy.jsonl"]
+    return [sum(map(len, ledger.replay(file).values())) if file.exists() else 0 for file in files]
+
+
+STORIES = [
+    {},
+    {"trip": 0},
+    {"trip": -1},
+    {"trip": 2},
+    {"trip": 2**40},
+    {"server-round": 0},
+    {"server-round": -1},
+    {"server-round": 3},
+    {"draw": -1},
+    {"draw": 3},
+]
+
+
+@pytest.mark.parametrize("told", STORIES, ids=str)
+def test_whatever_a_message_says_a_site_without_epsilon_trains_nothing(server, node, monkeypatch, told):
+    words, files, train = server()
+    files[0].write_text(files[0].read_text().replace("max_epsilon: 80", "max_epsilon: 0.001"))
+    meet(made := node(files[0]), words)
+    trained = []
+    monkeypatch.setattr(made.run.worker.client, "fit", lambda *_: trained.append(1))
+    monkeypatch.setattr(made.run.worker.client, "passes", lambda *_: trained.append(1))
+    why = refusal(made, train(1, told))
+    assert ("the epsilon that the site allows" if not told else "in a message is a whole number") in why
+    assert not trained and lines_paid(made) == [0, 0]
+    assert Node(files[0], made.app).epsilon == 0.0  # its ledger can be read
+
+
+@pytest.mark.parametrize("told", STORIES, ids=str)
+def test_each_training_is_paid_whatever_a_message_says(server, node, monkeypatch, told):
+    """The site's own account is read where the training is: as many lines as there were trainings, before each."""
+    words, files, train = server()
+    meet(made := node(files[0]), words)
+    seen, passes = [], made.run.worker.client.passes
+
+    def watched(*arguments):
+        seen.append(lines_paid(made))
+        return passes(*arguments)
+
+    monkeypatch.setattr(made.run.worker.client, "passes", watched)
+    made.answer("train", train(1, told), 0)
+    made.answer("train", train(1), 0)
+    assert seen == ([[1, 1], [2, 2]] if not told else [[1, 1]])
+    assert lines_paid(made) == seen[-1]
+
+
+def test_frozen_tensors_are_compared_before_it_pays(server, node):
+    words, files, train = server()
+    meet(made := node(files[0]), words)
+    assert refusal(made, train(1, {"frozen": "0" * 16})) == "training failed: its log says why"
+    assert lines_paid(made) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"clip-norm": float("nan")}, {"clip-norm": -1.0}, {"sum-noise": 0.0}, {"trip": True}, {"server-round": 1.0}],
+    ids=str,
+)
+def test_a_number_out_of_its_range_is_told_and_costs_nothing(server, node, told):
+    words, files, train = server()
+    meet(made := node(files[0]), words)
+    (what,) = told
+    assert refusal(made, train(1, told)).startswith(f"{what} in a message is a ") and lines_paid(made) == [0, 0]
+
+
+@pytest.mark.parametrize("merged", [-1, 3, True, 1.0, "1", None])
+def test_the_number_of_merges_has_a_range(server, node, merged):
+    words, files, train = server(private=False)
+    meet(made := node(files[0]), words)
+    assert "merged in a message is a whole number from 0 to 2" in refusal(made, train(1, merged=merged))
+
+
+# One account, and one worker.
+
+
+def test_the_cap_holds_whatever_the_client_number_is(server, node):
+    words, files, train = server("clients.total=4")
+    text = files[0].read_text().replace("max_epsilon: 80", "max_epsilon: 9")
+    for client, why in ((0, [None, None]), (1, ["pass the epsilon"] * 2), (3, ["pass the epsilon"] * 2)):
+        files[0].write_text(text.replace("client: 0", f"client: {client}"))
+        meet(made := node(files[0]), {**words, "run": f"tiny-{client}"})
+        said = [refusal(made, train(round, run=f"tiny-{client}")) for round in (1, 2)]
+        assert all(s is None if w is None else w in s for s, w in zip(said, why, strict=True)), said
+        assert 7 < made.epsilon <= 8
+    assert ledger.epsilon_of(made.folder / "ledger" / "privacy.jsonl") == pytest.approx(made.epsilon)
+
+
+def test_of_two_workers_of_one_state_the_second_that_pays_is_refused(server, node):
+    words, files, train = server()
+    one, other = node(files[0]), node(files[0])  # in one process a lock is shared
+    for made in (one, other):
+        meet(made, words)
+    assert refusal(one, train(1)) is None
+    assert refusal(other, train(1)) == "its ledger cannot be written: its log says why"
+    assert refusal(one, train(2)) is None and lines_paid(one) == [2, 2]
+
+
+def test_a_state_folder_in_use_by_another_process_is_a_line(server, node, monkeypatch):
+    _, files, _ = server()
+    state = files[0].parent / "state"
+    state.mkdir()
+    script = (
+        "import sys, pathlib; from fedlora import lock; held = lock.hold(pathlib.Path(sys.argv[1])); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    monkeypatch.setattr("fedlora.deploy.node._WAIT", 0.0)
+    command = [sys.executable, "-c", script, state / "lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="state/lock: in use by another process; stop it, or use ano"):
+            node(files[0])
+        other.communicate("")
+    node(files[0])
+
+
+# A site's own word.
+
+FIGURES = "privacy.share_metrics=true"
+HELD = "data.client_test_share=0.5"
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("asked, key", [(FIGURES, "privacy.share_metrics"), (HELD, "data.client_test_share")])
+def test_a_site_tells_no_figures_unless_it_says_so(server, node, asked, key, private):
+    if asked == FIGURES and not private:
+        return
+    words, files, _ = server(asked, private=private)
+    files[0].write_text(files[0].read_text().replace(", metrics: true", ""))
+    assert meet(node(files[0]), words)["refused"].endswith(f"and the scenario asks for some by {key}")
+    files[0].write_text(files[0].read_text().replace("own_code: false", "own_code: false, metrics: true"))
+    assert meet(node(files[0]), words)["client"] == 0
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_the_loss_of_a_plain_run_leaves_only_a_site_that_says_so(server, node, says):
+    words, files, train = server(private=False)
+    if not says:
+        files[0].write_text(files[0].read_text().replace(", metrics: true", ""))
+    meet(made := node(files[0]), words)
+    told = dict(made.answer("train", train(1), 0)["metrics"])
+    assert set(told) == ({"num-examples", "train_loss"} if says else {"num-examples"})
+
+
+def may_judge(server, *overrides):
+    words, files, train = server(HELD, *overrides)
+    files[0].write_text(files[0].read_text().replace("own_code: false", "own_code: false, metrics: true"))
+    return words, files, train
+
+
+def test_nothing_is_judged_where_the_scenario_holds_nothing_out(server, node):
+    words, files, train = server()
+    files[0].write_text(files[0].read_text().replace("own_code: false", "own_code: false, metrics: true"))
+    meet(made := node(files[0]), words)
+    assert refusal(made, train(1), "evaluate") == "the scenario holds no rows out to judge by"
+
+
+def test_a_site_judges_once_a_round_whatever_adapter_it_is_asked_about_again(server, node, monkeypatch):
+    words, files, train = may_judge(server)
+    meet(made := node(files[0]), words)
+    calls, judge = [], Worker.judge
+    monkeypatch.setattr(Worker, "judge", lambda *told: calls.append(1) or judge(*told))
+    first = wire.unpack_words(made.answer("evaluate", train(1), 0))
+    assert first["loss"] > 0 and calls == [1]
+    other = train(1)
+    arrays = wire.from_arrays(other[wire.ARRAYS])
+    other[wire.ARRAYS] = wire.to_arrays({n: t + 1 for n, t in arrays.items()})
+    for again in (made, node(files[0])):  # and after a restart
+        assert wire.unpack_words(again.answer("evaluate", other, 0)) == first and calls == [1]
+    assert "whole number from 1 to 2" in refusal(made, train(3), "evaluate")
+    assert wire.unpack_words(made.answer("evaluate", train(2), 0)).keys() == first.keys() and calls == [1, 1]
+
+
+def test_a_site_judges_by_no_fewer_rows_than_a_floor(server, node):
+    words, files, train = server("data.client_test_share=0.001")
+    files[0].write_text(files[0].read_text().replace("own_code: false", "own_code: false, metrics: true"))
+    assert "it judges by 20 rows of its own at least" in meet(made := node(files[0]), words)["refused"]
+    assert refusal(made, train(1), "evaluate").startswith("not introduced")
+
+
+def test_a_site_draws_the_rows_that_it_judges_by_itself(server, node):
+    """The server's seed says nothing of them, another share gives other rows, and restarts keep them."""
+    words, files, _ = may_judge(server)
+
+    def held(run, **scenario):
+        changed = {**words, "run": run, "scenario": {**words["scenario"], **scenario}}
+        made = node(files[0])
+        assert meet(made, changed).get("client") == 0
+        return made.run.worker.dataset.held_out(0).rows.tolist()
+
+    first = held("tiny-1")
+    assert len(first) >= 20 and held("tiny-1") == held("tiny-2") == first
+    other = held("tiny-3", data={**words["scenario"]["data"], "client_test_share": 0.55})
+    assert not set(first) <= set(other)
+    key = files[0].parent / "state" / "held.key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    key.unlink()
+    assert held("tiny-1") != first
+
+
+def count_of(node, files, words, **change):
+    return meet(node(files[0]), {**words, **change})
+
+
+def test_the_answer_is_the_same_whether_rows_of_other_labels_are_there_or_not(server, node, caplog):
+    words, files, _ = server()
+    rows = files[0].parent / "train.csv"
+    text = rows.read_text()
+    asked = [{}, {"labels": ["good", "bad"]}, {"labels": ["bad", "hiv"]}, {"labels": ["bad", "good", "hiv"]}]
+    asked += [{"labels": ["bad"]}, {"labels": []}, {"labels": ["bad", "bad"]}]
+    before = [count_of(node, files, words, **change) for change in asked]
+    rows.write_text(text + "one more,hiv\n")
+    with caplog.at_level(logging.WARNING, logger="fedlora"):
+        assert [count_of(node, files, words, **change) for change in asked] == before
+    assert "1 rows are left out: their label is not in data.labels" in caplog.text and "hiv" not in caplog.text
+    assert [told.get("num_examples") for told in before] == [before[0]["num_examples"]] * 2 + [None] * 5
+
+
+def test_a_site_that_names_no_labels_is_asked_about_none(server, node):
+    words, files, _ = server()
+    files[0].write_text(files[0].read_text().replace(', labels: ["bad", "good"]', ""))
+    assert (
+        "does not say which labels it may be asked about (data.labels)" in meet(node(files[0]), words)["refused"]
+    )
+
+
+def test_a_name_stands_for_one_run(server, node, tiny):
+    """Else what a plain run left behind would get into a private one of the same name."""
+    words, files, _ = server(private=False)
+    meet(node(files[0]), words)
+    private = json.loads(json.dumps(tiny().model_dump()))
+    private = {**words["scenario"], "privacy": private["privacy"], "clients": private["clients"]}
+    why = meet(node(files[0]), {**words, "scenario": private})["refused"]
+    assert why == "it knows another run by this name: a resumed one may change its rounds, and not much else"
+    assert meet(node(files[0]), {**words, "scenario": {**words["scenario"], "rounds": 5}})["client"] == 0
+
+
+def test_what_a_site_says_holds_nothing_of_a_failure(server, node):
+    words, files, train = server()
+    meet(made := node(files[0]), words)
+
+    def fails(*_):
+        raise RuntimeError("patient 17 has hiv")
+
+    made.run.worker.client.fit = fails
+    assert refusal(made, train(1)) == "training failed: its log says why"

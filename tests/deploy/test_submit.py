@@ -28,30 +28,49 @@ class Mine(FFALoRA):
 """
 
 
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # of flwr's pathspec
 def test_the_app_holds_the_scenario_the_code_and_the_signature(tiny, tmp_path, monkeypatch):
+    import io
+    import shutil
     import subprocess
+    import zipfile
+
+    from flwr.cli.build import build_fab_from_disk
 
     (tmp_path / "lab_of_mine").mkdir()
     (tmp_path / "lab_of_mine" / "__init__.py").write_text("")
     (tmp_path / "lab_of_mine" / "mine.py").write_text(OWN)
+    (tmp_path / "lab_of_mine" / "test_mine.py").write_text("")
+    (tmp_path / "lab_of_mine" / "data").mkdir()
+    (tmp_path / "lab_of_mine" / "data" / "rows.csv").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
-    scenario = tiny("strategy.use=lab_of_mine.mine:Mine")
-    module._make(tmp_path / "app", scenario, "", tmp_path / "key")
+    scenario = tiny("strategy.use=lab_of_mine.mine:Mine", "data.labels=[bad, good]")
+    module._make(tmp_path / "app", scenario, "tiny-1", False, tmp_path / "key")
     told = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert scenarios.parse(told["config"]["scenario"]).hash == scenario.hash and told["config"]["resume"] == ""
     assert (tmp_path / "app" / "lab_of_mine" / "mine.py").read_text() == OWN
     assert sorted(p.name for p in (tmp_path / "app").iterdir()) == ["lab_of_mine", "pyproject.toml"]
     sent = json.loads(json.dumps(scenario.model_dump()))
     public = (tmp_path / "key.pub").read_text()
-    assert signing.signed(told["config"]["signature"], [public], sent, tmp_path / "app")
+    assert signing.signed(told["config"]["signature"], [public], sent, "tiny-1", tmp_path / "app")
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tmp_path / "app"))) as fab:  # as a node gets it
+        fab.extractall(tmp_path / "there")
+    shutil.rmtree(tmp_path / "there" / ".info")
+    assert signing.signed(told["config"]["signature"], [public], sent, "tiny-1", tmp_path / "there")
+    assert sorted(p.name for p in (tmp_path / "there" / "lab_of_mine").iterdir()) == ["__init__.py", "mine.py"]
     sys.modules.pop("lab_of_mine.mine", None)
+
+
+def test_a_run_that_is_signed_names_its_labels(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"data.labels: a signed run names its labels"):
+        module._make(tmp_path / "app", tiny(), "tiny-1", False, tmp_path / "key")
 
 
 def test_the_app_of_the_docker_folder_is_the_same_but_for_its_configuration(tiny, tmp_path):
     from pathlib import Path
 
-    module._make(tmp_path / "app", tiny(), "", None)
+    module._make(tmp_path / "app", tiny(), "tiny-1", False, None)
     sent = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     root = Path(__file__).parents[2]
     there = tomllib.loads((root / "docker" / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
@@ -65,7 +84,7 @@ def test_flower_builds_the_app_with_all_of_it(tiny, tmp_path):
 
     from flwr.cli.build import build_fab_from_disk
 
-    module._make(tmp_path / "app", tiny(), "", None)
+    module._make(tmp_path / "app", tiny(), "tiny-1", False, None)
     (tmp_path / "fab.zip").write_bytes(build_fab_from_disk(tmp_path / "app"))
     with zipfile.ZipFile(tmp_path / "fab.zip") as fab:
         assert {"pyproject.toml", ".info/CONTENT"} == set(fab.namelist())
@@ -141,5 +160,5 @@ def test_a_run_that_ends_without_a_word_says_how_to_go_on(tiny, monkeypatch):
     monkeypatch.setattr(module, "_start", lambda *_: "17")
     monkeypatch.setattr(module, "_status", lambda *_: "finished")
     monkeypatch.setattr(module, "_command", lambda: [sys.executable, "-c", "print('INFO: nothing of ours')"])
-    with pytest.raises(RoundError, match=f"--resume tiny-{tiny().hash}-17"):
+    with pytest.raises(RoundError, match=f"--resume tiny-{tiny().hash}-[0-9a-f]{{12}}$"):
         submit(tiny(), "nowhere", display=Silent())
