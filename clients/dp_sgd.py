@@ -264,8 +264,21 @@ def _hooks(task: "Task") -> None:
             found[layer.bias] = torch.stack([g.sum(0) for g in torch.split(backprops[0].float(), lies.lengths)])
         return found
 
+    def norm(
+        layer: torch.nn.LayerNorm, activations: list[torch.Tensor], backprops: torch.Tensor
+    ) -> dict[torch.Tensor, torch.Tensor]:
+        """For each example `sum_t g_t x_t`, x normalised; Opacus's own wants a bias."""
+        if layer.bias is not None:
+            return of_norm(layer, activations, backprops)  # type: ignore[no-any-return]
+        x = torch.nn.functional.layer_norm(activations[0], layer.normalized_shape, eps=layer.eps)
+        return {layer.weight: (x * backprops).float().view(len(x), -1, *layer.weight.shape).sum(1)}
+
     class Hooks(GradSampleHooks):  # type: ignore[misc]
-        GRAD_SAMPLERS: ClassVar = {**GradSampleHooks.GRAD_SAMPLERS, torch.nn.Linear: linear}
+        GRAD_SAMPLERS: ClassVar = {
+            **GradSampleHooks.GRAD_SAMPLERS,
+            torch.nn.Linear: linear,
+            torch.nn.LayerNorm: norm,
+        }
 
         def capture_backprops_hook(self, module: Any, *arguments: Any, **options: Any) -> None:
             if getattr(module, "activations", None):  # none where all of the module rests in this step
@@ -282,7 +295,7 @@ def _hooks(task: "Task") -> None:
             # Padding comes back as zeros, which add nothing to the gradient of any example.
             return [lies.batch(a) for a in activations], lies.batch(backprops)
 
-    of_batch = GradSampleHooks.GRAD_SAMPLERS[torch.nn.Linear]
+    of_batch, of_norm = (GradSampleHooks.GRAD_SAMPLERS[kind] for kind in (torch.nn.Linear, torch.nn.LayerNorm))
     # Not strict: Opacus refuses any buffer, also the position ids of a frozen encoder.
     Hooks(task.model, strict=False, loss_reduction="sum")
 

@@ -48,7 +48,7 @@ class Alone:
     """
 
     def __init__(self, task: "Task", examples: Examples) -> None:
-        """Pass each by itself.
+        """Pass each by itself, the longest first: some models go on in another way after a short one.
 
         Raises:
             SettingError: the model is private, and a tensor that trains takes no part in the loss.
@@ -62,22 +62,52 @@ class Alone:
             for name, tensor in sorted(task.initial.items())
         }
         self.names = tuple(name for name, slot in task.layout.items() if slot.trainable)
+        self._gradients: dict[int, list[torch.Tensor]] = {}  # of each trained tensor, for each example
+        self._exact = {int(i): self._pass(int(i)) for i in self.rows[::-1]}
         task.begin(self.adapter, ())
-        try:
-            self._exact = [self._logits(self.rows[i : i + 1]) for i in self.rows]
-        except Exception as error:
-            raise SettingError("model.base", f"an example by itself does not pass: {_reason(error)}") from error
         self._noise = 0.0  # of the precision of training
         if task.precision == "bf16":
             rough = [self._logits(self.rows[i : i + 1], half=True) for i in self.rows]
-            self._noise = _off(torch.cat(rough), torch.cat(self._exact))
-        self._gradients = self._singly() if task.private else []
+            self._noise = _off(torch.cat(rough), torch.cat([self._exact[int(i)] for i in self.rows]))
+
+    def _pass(self, i: int) -> "torch.Tensor":
+        """An example's logits, and under privacy its gradients on the way."""
+        task, rows = self.task, self.rows[i : i + 1]
+        parameters = task.begin(self.adapter, self.names if task.private else ())
+        if not task.private:
+            return self._logits(rows)
+        made, logits = [], task.logits
+
+        def kept(batch: "Batch") -> "torch.Tensor":
+            made.append(logits(batch))
+            return made[0]
+
+        task.logits = kept  # type: ignore[method-assign]
+        try:
+            with task.precisely(False):
+                task.losses(self.batch(rows)).sum().backward()  # type: ignore[no-untyped-call]
+        finally:
+            del task.logits
+        for name, parameter in zip(self.names, parameters, strict=True):
+            if parameter.grad is None:
+                raise SettingError(
+                    "model.adapter.targets",
+                    f"{name} takes no part in the loss, so it has no gradient to clip: name layers that do",
+                )
+        self._gradients[i] = [p.grad for p in parameters]  # type: ignore[misc]
+        return made[0].detach()
 
     def _logits(self, rows: Rows, half: bool = False) -> "torch.Tensor":
         import torch
 
         with torch.no_grad(), self.task.precisely(half):
             return self.task.logits(self.batch(rows))
+
+    def again(self) -> str:
+        """How the shortest comes out otherwise a second time; empty where it does not."""
+        off = _off(self._logits(self.rows[:1]), self._exact[0])
+        told = f"logits are {off:.1g} of the largest apart"
+        return "" if off <= _TOLERANCE else f"makes something else of the same example a second time: {told}"
 
     def batch(self, rows: Rows) -> "Batch":
         """Some of them together."""
@@ -87,33 +117,17 @@ class Alone:
         """How logits of some of them together differ from those alone; empty where they do not."""
         import torch
 
-        expected = torch.cat([self._exact[i] for i in rows])
+        expected = torch.cat([self._exact[int(i)] for i in rows])
         for half in (False, True) if self.task.precision == "bf16" else (False,):
             off = _off(self._logits(rows, half), expected)
             if not off <= (max(_TOLERANCE, _ROUNDING * self._noise) if half else _TOLERANCE):
                 return f"logits of examples together are {off:.1g} of the largest away from those of each alone"
         return ""
 
-    def _singly(self) -> "list[torch.Tensor]":
-        """The gradient of each trained tensor, (examples, *shape)."""
-        import torch
-
-        made = []
-        for i in self.rows:
-            parameters = self.task.begin(self.adapter, self.names)
-            with self.task.precisely(False):
-                self.task.losses(self.batch(self.rows[i : i + 1])).sum().backward()  # type: ignore[no-untyped-call]
-            for name, parameter in zip(self.names, parameters, strict=True):
-                if parameter.grad is None:
-                    raise SettingError(
-                        "model.adapter.targets",
-                        f"{name} takes no part in the loss, so it has no gradient to clip: name layers that do",
-                    )
-            made.append([parameter.grad for parameter in parameters])
-        return [torch.stack(parts) for parts in zip(*made, strict=True)]  # type: ignore[arg-type]
-
     def mixes(self) -> str:
         """How gradients as a private client makes them differ from those alone; empty where they do not."""
+        import torch
+
         from fedlora.clients.dp_sgd import apart
 
         try:
@@ -123,8 +137,9 @@ class Alone:
             raise
         except Exception as error:  # of a model that was never written for this
             return _reason(error)
-        top = max(float(g.flatten(1).norm(dim=1).max()) for g in self._gradients)
-        for name, mine, right in zip(self.names, found, self._gradients, strict=True):
+        alone = [torch.stack(parts) for parts in zip(*(self._gradients[int(i)] for i in self.rows), strict=True)]
+        top = max(float(g.flatten(1).norm(dim=1).max()) for g in alone)
+        for name, mine, right in zip(self.names, found, alone, strict=True):
             size = max(float(right.flatten(1).norm(dim=1).max()), _FAINT * top)
             off = float((mine - right).flatten(1).norm(dim=1).max())
             if not off <= _GRADIENT * size:
@@ -139,7 +154,14 @@ def settle(task: "Task", max_length: int, special: Collection[int]) -> None:
         SettingError: the model is private, and they do not.
     """
     try:
-        alone = Alone(task, texts(task, max_length, special))
+        try:
+            alone = Alone(task, texts(task, max_length, special))
+            if unfit := alone.again():
+                _complain(task, unfit)
+        except SettingError:
+            raise
+        except Exception as error:  # whatever a model says to an example
+            return _complain(task, f"takes no example by itself: {_reason(error)}")
         task.mixed = _shared(alone)
         unfit = _unfit(task, max_length) or _pack(alone)
         if task.packing is not None and task.private and (unfit := alone.mixes()):
@@ -165,7 +187,10 @@ def pictures(task: "Task", pixels: int) -> None:
     some = generator(0, "check").integers(0, 256, 3 * pixels).astype(np.uint8)
     examples = Examples(some, np.arange(4) * pixels, np.zeros(3, np.int64))
     try:
-        _hold(Alone(task, examples))
+        alone = Alone(task, examples)
+        if unfit := alone.again():
+            _complain(task, unfit)
+        _hold(alone)
     finally:
         _rest(task)
 
@@ -176,15 +201,16 @@ def _hold(alone: Alone) -> None:
         unfit = alone.differs(alone.rows)
     except Exception as error:
         unfit = _reason(error)
-    if unfit := unfit or (alone.mixes() if alone.task.private else ""):
-        _complain(alone.task, unfit)
+    if unfit:
+        _complain(alone.task, f"makes of an example what depends on its padding or on those beside it: {unfit}")
+    if alone.task.private and (unfit := alone.mixes()):
+        _complain(alone.task, f"does not keep the gradients of examples apart: {unfit}")
 
 
 def _complain(task: "Task", what: str) -> None:
-    line = f"what it makes of an example depends on its padding, or on those beside it: {what}"
     if task.private:
-        raise SettingError("model.base", f"{line}; DP-SGD cannot bound what one example does to it")
-    logger.warning("this model is not to be relied on: %s", line)
+        raise SettingError("model.base", f"it {what}; DP-SGD cannot bound what one example does")
+    logger.warning("results of this model are not to be relied on: it %s", what)
 
 
 def _rest(task: "Task") -> None:
@@ -236,7 +262,7 @@ def _pack(alone: Alone) -> str:
     table = task.model.get_base_model().get_input_embeddings()
     few = alone.rows[: len(_SHORT)]
     lengths = alone.examples.lengths(alone.rows)
-    many = np.tile(alone.rows, -(-_ROW // int(lengths.sum())))
+    many = np.resize(alone.rows, int(np.searchsorted(np.resize(lengths, _ROW).cumsum(), _ROW)) + 1)
     after = (task.pad if table.padding_idx is None else table.padding_idx) + 1
     unfit = ""
     for cut, first in product((task.pools, False) if task.pools else (False,), (0, after)):

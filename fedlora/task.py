@@ -547,7 +547,8 @@ class Task(ABC):
 
     def _check(self, max_length: int, special: Collection[int]) -> None:
         """Choose how examples share a pass, and see that they stay apart in it."""
-        alone.settle(self, max_length, special)
+        with quietly():
+            alone.settle(self, max_length, special)
 
     def _below(self) -> Prefix | None:
         """The layers below the lowest factors, if there are any and the model packs."""
