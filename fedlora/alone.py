@@ -190,6 +190,7 @@ def pictures(task: "Task", pixels: int) -> None:
         alone = Alone(task, examples)
         if unfit := alone.again():
             _complain(task, unfit)
+        task.mixed = _shared(alone)
         _hold(alone)
     finally:
         _rest(task)

@@ -41,11 +41,14 @@ class Fused:
         """For a loaded model.
 
         Raises:
-            SettingError: more than plain linear layers federates in it, or it normalises over a batch.
+            SettingError: more than plain linear layers federates in it, it normalises over a batch, or a layer
+                does not see examples one by one.
         """
         import torch
         from torch.nn.modules.batchnorm import _BatchNorm
 
+        if task.mixed:
+            raise SettingError("engine.fused", f"clients cannot share passes: {task.mixed}; leave this out")
         self.task = task
         self._names: dict[Any, list[str]] = {}  # of the tensors of each layer: weight, and bias if it has one
         known = {id(parameter): name for name, parameter in task.parameters.items()}
