@@ -31,7 +31,6 @@ from fedlora.privacy import Event, Quantile
 if TYPE_CHECKING:
     import torch
 
-    from fedlora.packing import Segments
     from fedlora.task import Task
 
 
@@ -104,7 +103,7 @@ class DPSGD(Stepwise):
             for i, (batch, _) in enumerate(parts):
                 optimizer.zero_grad(set_to_none=True)
                 loss_sum += yield Pass(batch, singly=True)
-                dropped += _make_safe(moving)
+                dropped += _make_safe(moving, len(batch["targets"]))
                 _fill(parameters, len(batch["targets"]))
                 if i < len(parts) - 1:
                     optimizer.signal_skip_step()
@@ -236,9 +235,7 @@ def _hook(task: "Task", train: tuple[str, ...]) -> None:
         return
     if vars(task.model).get("fedlora_hooked") == train:
         return
-    for handle in getattr(task.model, "autograd_grad_sample_hooks", ()):  # of tensors that trained before
-        handle.remove()
-    vars(task.model).pop("autograd_grad_sample_hooks", None)
+    _unhook(task)  # from tensors that trained before
     for name, module in task.model.named_modules():
         if isinstance(module, _BatchNorm):
             raise SettingError(
@@ -248,19 +245,42 @@ def _hook(task: "Task", train: tuple[str, ...]) -> None:
     vars(task.model)["fedlora_hooked"] = train
 
 
+def _unhook(task: "Task") -> None:
+    for handle in getattr(task.model, "autograd_grad_sample_hooks", ()):
+        handle.remove()
+    for name in ("autograd_grad_sample_hooks", "fedlora_hooked"):
+        vars(task.model).pop(name, None)
+
+
+def apart(task: "Task", adapter: Adapter, train: tuple[str, ...], batch: Any) -> "list[torch.Tensor]":
+    """The gradient of each example, (examples, *shape) for each of `train`, as a private client's pass makes them.
+
+    Raises:
+        SettingError: the model cannot be trained privately.
+        ContractError: the gradients are not of examples.
+    """
+    parameters = task.begin(adapter, train)
+    try:
+        _hook(task, train)
+        _backward(task, batch)
+        _make_safe(parameters, len(batch["targets"]))
+        return [parameter.grad_sample for parameter in parameters]  # type: ignore[attr-defined]
+    finally:  # as if there had been no pass
+        _unhook(task)
+        for parameter in parameters:
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+
+
 def _hooks(task: "Task") -> None:
     """Opacus's hooks, for modules too that see the examples one after another in a row without padding."""
     import torch
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
 
-    def segments(tensor: torch.Tensor) -> "Segments | None":
-        return None if task.packing is None else task.packing.segments(tensor)
-
     def linear(
         layer: torch.nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor
     ) -> dict[torch.Tensor, torch.Tensor]:
         """For each example `sum_t g_t x_t^T` over its tokens, in float32, and without padding anything."""
-        if (lies := segments(backprops)) is None:
+        if (lies := task.low_rank.find(backprops)) is None:
             return of_batch(layer, activations, backprops)  # type: ignore[no-any-return]
         found = {}
         if layer.weight.requires_grad:
@@ -272,8 +292,21 @@ def _hooks(task: "Task") -> None:
             found[layer.bias] = torch.stack([g.sum(0) for g in torch.split(backprops[0].float(), lies.lengths)])
         return found
 
+    def norm(
+        layer: torch.nn.LayerNorm, activations: list[torch.Tensor], backprops: torch.Tensor
+    ) -> dict[torch.Tensor, torch.Tensor]:
+        """For each example `sum_t g_t x_t`, x normalised; Opacus's own wants a bias."""
+        if layer.bias is not None:
+            return of_norm(layer, activations, backprops)  # type: ignore[no-any-return]
+        x = torch.nn.functional.layer_norm(activations[0], layer.normalized_shape, eps=layer.eps)
+        return {layer.weight: (x * backprops).float().view(len(x), -1, *layer.weight.shape).sum(1)}
+
     class Hooks(GradSampleHooks):  # type: ignore[misc]
-        GRAD_SAMPLERS: ClassVar = {**GradSampleHooks.GRAD_SAMPLERS, torch.nn.Linear: linear}
+        GRAD_SAMPLERS: ClassVar = {
+            **GradSampleHooks.GRAD_SAMPLERS,
+            torch.nn.Linear: linear,
+            torch.nn.LayerNorm: norm,
+        }
 
         def capture_backprops_hook(self, module: Any, *arguments: Any, **options: Any) -> None:
             if getattr(module, "activations", None):  # none where all of the module rests in this step
@@ -283,14 +316,14 @@ def _hooks(task: "Task") -> None:
             self, *, module: Any, backprops: torch.Tensor, loss_reduction: str, batch_first: bool
         ) -> tuple[list[torch.Tensor], torch.Tensor]:
             activations = module.activations.pop()
-            lies = segments(backprops)
-            module.max_batch_len = len(backprops) if lies is None else len(lies.lengths)
+            lies = task.low_rank.lie(backprops, module)
+            module.max_batch_len = task.low_rank.examples
             if lies is None or type(module) is torch.nn.Linear:
                 return activations, backprops
             # Padding comes back as zeros, which add nothing to the gradient of any example.
             return [lies.batch(a) for a in activations], lies.batch(backprops)
 
-    of_batch = GradSampleHooks.GRAD_SAMPLERS[torch.nn.Linear]
+    of_batch, of_norm = (GradSampleHooks.GRAD_SAMPLERS[kind] for kind in (torch.nn.Linear, torch.nn.LayerNorm))
     # Not strict: Opacus refuses any buffer, also the position ids of a frozen encoder.
     Hooks(task.model, strict=False, loss_reduction="sum")
 
@@ -312,13 +345,20 @@ def _fill(parameters: "list[torch.Tensor]", examples: int, all: bool = False) ->
             parameter.grad_sample = parameter.new_zeros((examples, *parameter.shape))  # type: ignore[attr-defined]
 
 
-def _make_safe(parameters: "list[torch.Tensor]") -> int:
+def _make_safe(parameters: "list[torch.Tensor]", examples: int) -> int:
     """Per-example gradients in float32, so that norms are exact, and without examples that overflowed.
 
     An example whose gradient is not finite is left out of the sum; the noise is not.
 
+    Args:
+        parameters: that train, with their gradients.
+        examples: of the pass.
+
     Returns:
         How many examples were left out.
+
+    Raises:
+        ContractError: there is not one gradient for each example, so that clipping would not bound its part.
     """
     import torch
 
@@ -327,6 +367,8 @@ def _make_safe(parameters: "list[torch.Tensor]") -> int:
         sample = getattr(parameter, "grad_sample", None)
         if not isinstance(sample, torch.Tensor):
             raise ContractError("a trained tensor has no per-example gradient: it took no part in the loss")
+        if sample.shape != (examples, *parameter.shape):
+            raise ContractError(f"a trained tensor has {len(sample)} gradients, and there are {examples} examples")
         samples.append(sample.float())  # (examples, *shape)
     finite = torch.isfinite(torch.stack([s.flatten(1).sum(1) for s in samples])).all(0)  # (examples,)
     left_out = int((~finite).sum())

@@ -290,7 +290,15 @@ class LoraXS(Lora):
 KINDS: Mapping[str, type[Lora]] = {"lora": Lora, "lora_xs": LoraXS}
 
 
-def initial(kind: Kind, layout: Layout, seed: int, *, weights: Weights | None = None, draw: int = 0) -> Adapter:
+def initial(
+    kind: Kind,
+    layout: Layout,
+    seed: int,
+    *,
+    weights: Weights | None = None,
+    held: Mapping[str, Tensor] | None = None,
+    draw: int = 0,
+) -> Adapter:
     """The adapter that a seed stands for: bit-identical wherever it is drawn, so it need not travel.
 
     Args:
@@ -298,10 +306,14 @@ def initial(kind: Kind, layout: Layout, seed: int, *, weights: Weights | None = 
         layout: the tensors to make.
         seed: what they are drawn from.
         weights: the frozen weights, for kinds that begin from them.
+        held: tensors of the heads that the base brings along, and are not drawn.
         draw: a further draw for A; heads have only one.
     """
     adapter: Adapter = {}
     for name in sorted(layout):
+        if held and name in held:
+            adapter[name] = held[name].copy()
+            continue
         again = (draw,) if draw and layout[name].role == "A" else ()
         adapter[name] = kind.initial(layout[name], generator(seed, "adapter", name, *again), weights)
     return adapter

@@ -57,6 +57,7 @@ class Encoded:
 
     tokens: Sequence[Sequence[int] | NDArray[np.uint8]]  # or the pixels of an image, channels first
     targets: list[int]  # the class, or for causal_lm how many leading tokens are not scored
+    types: Sequence[Sequence[int]] | None = None  # of each token, which text of a pair it is of; None: no pairs
 
 
 Encode = Callable[[Rows], Encoded]
@@ -69,6 +70,7 @@ class Examples:
     tokens: NDArray[np.int32 | np.uint8]  # (total tokens,), or all pixels
     offsets: NDArray[np.int64]  # (rows + 1,)
     targets: NDArray[np.int64]  # (rows,)
+    types: NDArray[np.uint8] | None = None  # which text of a pair each token is of, (total tokens,)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -76,6 +78,11 @@ class Examples:
     def row(self, index: int) -> NDArray[np.int32 | np.uint8]:
         """The tokens, or the pixels, of one example."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def types_of(self, index: int) -> NDArray[np.uint8]:
+        """Of each token of one example, which text of the pair it is of; zeros where there are no pairs."""
+        here = slice(self.offsets[index], self.offsets[index + 1])
+        return np.zeros(here.stop - here.start, np.uint8) if self.types is None else self.types[here]
 
     def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens in each of the rows."""
@@ -548,6 +555,9 @@ def _write(folder: Path, train: Rows, test: Rows, names: Sequence[str], encode: 
             flat = np.fromiter((t for row in encoded.tokens for t in row), np.int32, int(lengths.sum()))
         np.save(folder / f"{split}.tokens.npy", flat)
         np.save(folder / f"{split}.targets.npy", np.asarray(encoded.targets, np.int64))
+        if encoded.types is not None:
+            kinds = np.fromiter((t for row in encoded.types for t in row), np.uint8, int(lengths.sum()))
+            np.save(folder / f"{split}.types.npy", kinds)
     (folder / "meta.json").write_text(json.dumps({"labels": list(names)}))
 
 
@@ -705,7 +715,8 @@ def _examples(folder: Path, split_name: str) -> Examples:
     tokens, offsets, targets = (
         _map(folder / f"{split_name}.{what}.npy") for what in ("tokens", "offsets", "targets")
     )
-    return Examples(tokens, offsets, targets)
+    types = folder / f"{split_name}.types.npy"
+    return Examples(tokens, offsets, targets, _map(types) if types.exists() else None)
 
 
 def _map(path: Path) -> NDArray[Any]:

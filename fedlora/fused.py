@@ -41,11 +41,14 @@ class Fused:
         """For a loaded model.
 
         Raises:
-            SettingError: more than plain linear layers federates in it, or it normalises over a batch.
+            SettingError: more than plain linear layers federates in it, it normalises over a batch, or a layer
+                does not see examples one by one.
         """
         import torch
         from torch.nn.modules.batchnorm import _BatchNorm
 
+        if task.mixed:
+            raise SettingError("engine.fused", f"clients cannot share passes: {task.mixed}; leave this out")
         self.task = task
         self._names: dict[Any, list[str]] = {}  # of the tensors of each layer: weight, and bias if it has one
         known = {id(parameter): name for name, parameter in task.parameters.items()}
@@ -154,11 +157,15 @@ class Fused:
                 mine = stack.grad[k]
                 parameter.grad = mine if parameter.grad is None else parameter.grad + mine
 
-    def lies(self, x: "torch.Tensor") -> Segments:
-        """Where the tokens of each client lie in a tensor of this pass."""
+    def lies(self, x: "torch.Tensor", layer: Any) -> Segments:
+        """Where the tokens of each client lie in a tensor of this pass.
+
+        Raises:
+            ContractError: the examples do not lie in it one by one.
+        """
         import torch
 
-        examples, tokens = self.task.low_rank.find(x), x.shape[:-1].numel()
+        examples, tokens = self.task.low_rank.lie(x, layer), x.shape[:-1].numel()
         key = (examples is None, tokens)
         if key not in self._lies:
             each = [tokens // len(x)] * len(x) if examples is None else examples.lengths
@@ -171,13 +178,15 @@ class Fused:
     def _linear(self, layer: Any, x: "torch.Tensor") -> "torch.Tensor":
         """A layer with a weight for each client."""
         stacks = [self._stacks[name] for name in self._names[layer]]
-        y: torch.Tensor = _function().apply(x, *stacks, *[None] * (2 - len(stacks)), self)
+        y: torch.Tensor = _function().apply(x, *stacks, *[None] * (2 - len(stacks)), layer, self)
         return y
 
     def _low_rank(self, layer: Any, x: "torch.Tensor") -> "torch.Tensor":
         """A layer with factors for each client."""
         base = layer.base_layer
         x = x.to(quantized.dtype(base))
+        if (copies := self.task.low_rank.copies(layer, x)) > 1:  # each client makes something else of it
+            x = x.expand(copies, *x.shape[1:])
         change = self._linear(layer.lora_B["default"], self._linear(layer.lora_A["default"], x))
         y: torch.Tensor = base(x).add(change, alpha=layer.scaling["default"])
         return y
@@ -191,14 +200,14 @@ def _function() -> Any:
     class Product(torch.autograd.Function):
         @staticmethod
         def forward(
-            ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, fused: Fused
+            ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: Any, fused: Fused
         ) -> torch.Tensor:
             """Of x (..., in) by (clients, out, in) and (clients, out), in the precision of training."""
             device = x.device.type
             half = torch.is_autocast_enabled(device)
             dtype = torch.get_autocast_dtype(device) if half else weight.dtype
             flat, matrix = x.reshape(1, -1, x.shape[-1]).to(dtype), weight.to(dtype)
-            lies = fused.lies(x)
+            lies = fused.lies(x, layer)
             wide = lies.batch(flat)  # (clients, longest, in)
             if bias is None:
                 y = torch.bmm(wide, matrix.transpose(1, 2))
@@ -208,7 +217,9 @@ def _function() -> Any:
             kept = flat if singly else wide
             ctx.save_for_backward(matrix, kept if ctx.needs_input_grad[1] else None)
             ctx.fused, ctx.lies, ctx.singly, ctx.stacks, ctx.dtype = fused, lies, singly, (weight, bias), x.dtype
-            return lies.row(y).view(*x.shape[:-1], -1)
+            ctx.layer = layer
+            y = lies.row(y)
+            return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
         @staticmethod
         def backward(ctx: Any, gradient: torch.Tensor) -> Any:
@@ -221,7 +232,7 @@ def _function() -> Any:
             if ctx.needs_input_grad[0]:
                 dx = ctx.lies.row(torch.bmm(wide, matrix)).view(*gradient.shape[:-1], -1).to(ctx.dtype)
             if ctx.singly:
-                samples = partial(ctx.fused.task.low_rank.samples, gradient)
+                samples = partial(ctx.fused.task.low_rank.samples, ctx.layer, gradient)
                 if ctx.needs_input_grad[1]:
                     narrow = weight.shape[1] <= weight.shape[2]
                     made = samples(flat[0], kept[0]) if narrow else samples(kept[0], flat[0]).transpose(1, 2)
@@ -233,6 +244,6 @@ def _function() -> Any:
                     dw = torch.bmm(wide.transpose(1, 2), kept).to(weight.dtype)
                 if ctx.needs_input_grad[2]:
                     db = wide.sum(1).to(bias.dtype)
-            return dx, dw, db, None
+            return dx, dw, db, None, None
 
     return Product

@@ -249,13 +249,21 @@ class Packing:
         self._set()
 
     def _set(self) -> None:
-        self._handles = [hook() for hook in self._hooks]
-        self._body.set_attn_implementation(NAME)
+        self._handles: list[Any] = []
+        try:
+            self._handles.extend(hook() for hook in self._hooks)
+            self._body.set_attn_implementation(NAME)
+        except Exception:  # a body that cannot: no hook may stay behind
+            self._unhook()
+            raise
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def remove(self) -> None:
         """Let the body run on padded batches again."""
-        for handle in self._handles:
-            handle.remove()
+        self._unhook()
         self._body.set_attn_implementation(self._before)
 
     @contextlib.contextmanager
@@ -287,6 +295,8 @@ class Packing:
         row = segments.row(ids)
         self.rows, self.cut = {**self.cut, row.shape[1]: segments}, {}
         changed = {"input_ids": row, "attention_mask": None, "segments": segments}
+        if (types := kwargs.get("token_type_ids")) is not None:
+            changed["token_type_ids"] = segments.row(types)
         return (), {**kwargs, **changed, "position_ids": segments.positions + self._first}
 
     def _ask_first(self, layer: Any, row: "torch.Tensor", **_: object) -> tuple["torch.Tensor", None]:

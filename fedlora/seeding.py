@@ -6,7 +6,9 @@ simulation's seed, or a key of the operating system. Every generator of fedlora 
 `fedlora.noise`; a test finds any other.
 """
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -32,3 +34,16 @@ def generator(root: Root, *path: Path) -> np.random.Generator:
     """A NumPy generator for a path: for what protects nobody, such as a partition or a first adapter."""
     entropy = np.random.SeedSequence(int.from_bytes(key(root, *path), "big"), pool_size=8)
     return np.random.Generator(np.random.PCG64(entropy))
+
+
+@contextlib.contextmanager
+def ambient(root: Root, *path: Path) -> Iterator[None]:
+    """Let what others draw from torch's own generator follow a path for a while; it is left as it was found.
+
+    For first values of weights alone: that generator takes 32 bits of its seed.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int.from_bytes(key(root, *path)[:8], "big") >> 1)
+        yield

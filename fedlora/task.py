@@ -8,15 +8,16 @@ what differs.
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import io
-import itertools
 import json
 import logging
 import os
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,12 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import adapter as adapters
-from fedlora import quantized
+from fedlora import alone, quantized, seeding
 from fedlora.adapter import Adapter, Layout, Slot
 from fedlora.data import Encoded, Examples, Partition, Rows, quiet_hub
 from fedlora.errors import ContractError, SettingError
 from fedlora.lowrank import LowRank
-from fedlora.packing import NAME, Packing, Segments, attention
+from fedlora.packing import Packing, Segments
 from fedlora.prefix import Prefix, below
 
 if TYPE_CHECKING:
@@ -41,8 +42,7 @@ Batch = dict[str, "torch.Tensor"]
 _EVALUATION_TOKENS = 1024  # padded tokens of an evaluation batch: small enough for a core's cache
 _ANSWERS = 8  # that are written at once
 _IMAGES = 32  # of an evaluation batch
-_RAGGED = (24, 13, 5, 2)  # tokens of the examples on which packing is checked
-_TOLERANCE = 1e-4  # of packed logits against padded ones, relative to the largest
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")  # of a model
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +106,13 @@ def encoding_fingerprint(reader: Any) -> str:
 
 
 def encode_classification(tokenizer: Any, rows: Rows, labels: Sequence[str], max_length: int) -> Encoded:
-    """Each text, or pair of texts, cut to `max_length` tokens; the target is the number of its label."""
-    tokens = tokenizer(rows.texts, truncation=True, max_length=max_length)["input_ids"]
-    return Encoded(tokens, _numbers(rows, labels))
+    """Each text, or pair of texts, cut to `max_length` tokens; the target is the number of its label.
+
+    Which text of a pair a token is of is kept where the tokenizer tells, as `token_type_ids`.
+    """
+    cut = tokenizer(rows.texts, truncation=True, max_length=max_length)
+    types = cut.get("token_type_ids") or []
+    return Encoded(cut["input_ids"], _numbers(rows, labels), types if any(map(any, types)) else None)
 
 
 def load_processor(base: str, revision: str | None = None) -> Any:
@@ -186,6 +190,9 @@ class Task(ABC):
         initial: the adapter that the seed stands for, at the full rank.
         packing: of the examples of a batch into one row without padding; None where the model does not allow it.
         own: whether the tensors that `begin` and `read` are about are the model's own.
+        private: whether gradients are clipped example by example.
+        kinds: of texts that the model tells apart by `token_type_ids`; 0 where it knows none.
+        mixed: why a layer cannot tell the examples of a pass apart; empty where all can.
     """
 
     task_type: str | None  # of peft
@@ -204,8 +211,11 @@ class Task(ABC):
         precision: Precision = "fp32",
         pad: int = 0,
         max_length: int = 128,
+        private: bool = False,
+        special: Collection[int] = (),
+        fresh: Collection[str] | None = None,
     ) -> None:
-        """Wrap a loaded base model.
+        """Wrap a loaded base model, and see how its examples can share a pass.
 
         Args:
             model: a transformers model in float32.
@@ -216,12 +226,26 @@ class Task(ABC):
             precision: of training; evaluation is in float32.
             pad: the id of the padding token.
             max_length: the most tokens of an example.
+            private: whether gradients are clipped example by example, so that each must be its own.
+            special: ids of tokens that no text holds.
+            fresh: weights of the heads that nobody trained yet, by name; None: all of them.
+
+        Raises:
+            SettingError: the model does not fit the adapter, or cannot be private.
         """
         import torch
+        from torch.nn.modules.batchnorm import _BatchNorm
+        from torch.nn.modules.dropout import _DropoutNd
 
         self.kind, self.precision, self.pad, self.seed = kind, precision, pad, seed
+        self.private, self.kinds = private, _kinds(model)
+        held = _kept(model, list(heads), fresh) if torch.device(device).type != "meta" else {}
         self.model = kind.wrap(model, list(heads), self.task_type)
         self.model.requires_grad_(False)
+        self._still = [m for m in self.model.modules() if isinstance(m, _BatchNorm)]
+        for module in self.model.modules():
+            if isinstance(module, _DropoutNd):
+                module.p = 0.0  # an update must not depend on how its batch was cut
         self.device = torch.device(device)
         self.model.to(self.device)
         self._held = list(quantized.hold(self.model))
@@ -241,15 +265,19 @@ class Task(ABC):
         self._layers = {_module(_public(n)): m for n, m in self.model.named_modules() if hasattr(m, "lora_A")}
         self.rank = kind.r
         self._weights = None if self.device.type == "meta" else self.weight
-        self.initial = adapters.initial(kind, self.layout, seed, weights=self._weights)
+        self._drawn = partial(adapters.initial, kind, self.layout, seed, weights=self._weights, held=held)
+        self.initial = self._drawn()
         self._start = self.initial
         self.write(self.initial)
         self.prefix: Prefix | None = None
-        self.packing = self._pack(max_length) if self._weights else None
+        self.packing: Packing | None = None
         self.low_rank = LowRank(self.model, lambda tensor: self.packing.segments(tensor) if self.packing else None)
-        self.prefix = self._below()
         self._frozen = self._halve() if precision == "bf16" else []
         self._in_half = False
+        self.mixed = ""
+        if self._weights:
+            self._check(max_length, {pad, *special})
+        self.prefix = self._below()
 
     @abstractmethod
     def logits(self, batch: Batch) -> "torch.Tensor":
@@ -259,7 +287,8 @@ class Task(ABC):
         """What the model makes of a batch."""
         if self.prefix is not None:
             self.prefix.row = batch.get("prefix")
-        return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **told)
+        self.low_rank.examples = len(batch["targets"])
+        return self.model(**{key: batch[key] for key in _INPUTS if key in batch}, **told)
 
     @abstractmethod
     def losses(self, batch: Batch) -> "torch.Tensor":
@@ -319,7 +348,7 @@ class Task(ABC):
         rank = rank or self.kind.r
         self._start = self.initial
         if draw:
-            self._start = adapters.initial(self.kind, self.layout, self.seed, weights=self._weights, draw=draw)
+            self._start = self._drawn(draw=draw)
         if rank != self.kind.r:
             cut = {n: tuple(slice(size) for size in self.kind.shape(s, rank)) for n, s in self.layout.items()}
             self._start = {name: tensor[cut[name]] for name, tensor in self._start.items()}
@@ -368,7 +397,7 @@ class Task(ABC):
                 small.copy_(full)
 
     def base_fingerprint(self) -> str:
-        """Differs where any weight that no client changes differs; of the base before any merge."""
+        """Differs where a weight or a running figure that no client changes does; of the base before a merge."""
         digest = hashlib.sha256()
         held = {id(layer.weight): layer for layer in self._held}
         for name, parameter in self.model.named_parameters():
@@ -376,6 +405,11 @@ class Task(ABC):
                 whole: Any = quantized.weight(held[id(parameter)]) if id(parameter) in held else parameter
                 digest.update(f"{name} {tuple(whole.shape)}\n".encode())
                 digest.update(whole.detach().float().cpu().contiguous().numpy())
+        for name, module in self.model.named_modules():
+            for key, buffer in module.named_buffers(name, recurse=False):
+                if key.rsplit(".", 1)[-1] not in module._non_persistent_buffers_set and ".lora_" not in key:
+                    digest.update(f"{key} {tuple(buffer.shape)}\n".encode())
+                    digest.update(buffer.detach().double().cpu().contiguous().numpy())
         return digest.hexdigest()[:32]
 
     def begin(self, adapter: Mapping[str, NDArray[np.float32]], train: Sequence[str]) -> list["torch.Tensor"]:
@@ -392,6 +426,8 @@ class Task(ABC):
         self.low_rank.singly = False
         self._use_half(self.precision == "bf16")
         self.model.train()  # Opacus's hooks only work in this mode; dropout is off all the same
+        for module in self._still:
+            module.eval()  # their running figures belong to the base: no client moves them
         return [self._parameters[name] for name in train]
 
     def _whole(self, name: str, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -421,16 +457,22 @@ class Task(ABC):
     def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
         """`input_ids` and `attention_mask` (examples, longest), `targets` (examples,), on the device.
 
-        Of examples that are known above the frozen layers `prefix` too, (1, tokens, width).
+        Of pairs `token_type_ids` too, where the model tells their texts apart; of examples that are known above
+        the frozen layers `prefix`, (1, tokens, width).
         """
         width = int(examples.lengths(rows).max())
         ids = np.full((len(rows), width), self.pad, np.int64)
         mask = np.zeros((len(rows), width), np.int64)
+        types = np.zeros_like(mask) if examples.types is not None and self.kinds > 1 else None
         for i, row in enumerate(rows):
             tokens = examples.row(int(row))
             ids[i, : len(tokens)] = tokens
             mask[i, : len(tokens)] = 1
+            if types is not None:
+                types[i, : len(tokens)] = examples.types_of(int(row))
         arrays = {"input_ids": ids, "attention_mask": mask, "targets": examples.targets[rows]}
+        if types is not None:
+            arrays["token_type_ids"] = types
         batch = {key: self.place(array) for key, array in arrays.items()}
         if self.prefix is not None and (row := self.prefix.find(examples, rows)) is not None:
             batch["prefix"] = row
@@ -445,7 +487,7 @@ class Task(ABC):
         joined: Batch = {}
         for key in shared:
             parts = [batch[key] for batch in batches]
-            if key in ("input_ids", "attention_mask"):
+            if key in ("input_ids", "attention_mask", "token_type_ids"):
                 filler = self.pad if key == "input_ids" else 0
                 pad = torch.nn.functional.pad
                 parts = [pad(part, (0, width - part.shape[1]), value=filler) for part in parts]
@@ -460,6 +502,17 @@ class Task(ABC):
         if self.device.type != "cuda":
             return made.to(self.device)
         return made.pin_memory().to(self.device, non_blocking=True)
+
+    @contextlib.contextmanager
+    def precisely(self, half: bool) -> Iterator[None]:
+        """Compute in bfloat16 or float32 for a while, whatever the precision of training."""
+        before, self.precision = self.precision, "bf16" if half else "fp32"
+        self._use_half(half)
+        try:
+            with self.autocast():
+                yield
+        finally:
+            self.precision = before
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -492,35 +545,10 @@ class Task(ABC):
         """Examples of a batch of evaluation, of which the longest has so many tokens."""
         return max(1, _EVALUATION_TOKENS // longest)
 
-    def _pack(self, max_length: int) -> Packing | None:
-        """Pack if it changes no logit of a small ragged batch; else batches stay padded, like lengths together."""
-        import torch
-        from transformers import AttentionInterface
-
-        base = self.model.get_base_model()
-        body = getattr(base, base.base_model_prefix)
-        windows = (getattr(body.config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-        if any(window and window < max_length for window in windows):
-            logger.warning("this model attends within a window: examples are padded, not packed")
-            return None
-        AttentionInterface.register(NAME, attention)
-        numbers = np.random.default_rng(0).permutation(base.get_input_embeddings().num_embeddings - self.pad - 1)
-        tokens = np.resize(numbers + self.pad + 1, sum(_RAGGED))  # none is padding
-        ragged = Examples(tokens.astype(np.int32), np.cumsum([0, *_RAGGED]), np.zeros(len(_RAGGED), np.int64))
-        batch = self.batch(ragged, np.arange(len(_RAGGED)))
-        self.packing = None
-        with torch.inference_mode():
-            padded = self.logits(batch)
-            for cut, first in itertools.product((self.pools, False), (0, self.pad + 1)):
-                with contextlib.suppress(Exception):  # whatever a model says to what it does not know
-                    self.packing = Packing(body, unpack=self.pools, first_position=first, cut=cut)
-                    if (self.logits(batch) - padded).abs().max() <= _TOLERANCE * padded.abs().max():
-                        return self.packing
-                if self.packing is not None:
-                    self.packing.remove()
-                    self.packing = None
-        logger.warning("this model gives other results without padding: examples are padded, not packed")
-        return None
+    def _check(self, max_length: int, special: Collection[int]) -> None:
+        """Choose how examples share a pass, and see that they stay apart in it."""
+        with quietly():
+            alone.settle(self, max_length, special)
 
     def _below(self) -> Prefix | None:
         """The layers below the lowest factors, if there are any and the model packs."""
@@ -714,7 +742,11 @@ class ImageClassification(Classification):
     scale: tuple[float, "torch.Tensor", "torch.Tensor"]  # of brightness, then mean and deviation of each channel
 
     def sees(self, processor: Any) -> None:
-        """Take on the size and the scale of brightness of a base model's image processor."""
+        """Take on the size and the scale of brightness of a base model's image processor.
+
+        Raises:
+            SettingError: the model is private, and images are not apart in it.
+        """
         import torch
 
         blank = np.zeros((8, 8, 3), np.uint8)
@@ -722,6 +754,8 @@ class ImageClassification(Classification):
         told = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
         mean, deviation = (torch.tensor(t, device=self.device).view(-1, 1, 1) for t in told)
         self.scale = (processor.rescale_factor if processor.do_rescale else 1.0, mean, deviation)
+        if self._weights:
+            alone.pictures(self, int(np.prod(self.shape)))
 
     def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
         """`pixel_values` (examples, channels, height, width), `targets` (examples,), on the device."""
@@ -734,15 +768,15 @@ class ImageClassification(Classification):
 
     def logits(self, batch: Batch) -> "torch.Tensor":
         """Of each image, (examples, labels)."""
-        logits: torch.Tensor = self.model(pixel_values=batch["pixel_values"]).logits.float()
+        logits: torch.Tensor = self._run(batch).logits.float()
         return logits
 
     def at_once(self, longest: int) -> int:
         """Thirty-two, whatever their size."""
         return _IMAGES
 
-    def _pack(self, max_length: int) -> Packing | None:
-        return None
+    def _check(self, max_length: int, special: Collection[int]) -> None:
+        """Not before the size of an image is known."""
 
 
 TASKS: Mapping[str, type[Task]] = {
@@ -766,6 +800,7 @@ def load(
     device: str = "cpu",
     precision: Precision = "fp32",
     max_length: int = 128,
+    private: bool = False,
 ) -> Task:
     """Load a base model, switch its dropout off and build the adapter in.
 
@@ -781,12 +816,13 @@ def load(
     path, cls, auto = find_base(base), TASKS[task], model_class(task)
     # On a CPU the backward pass of torch's fused attention takes nearly half of a step on short text.
     attention = "eager" if device == "cpu" and max_length <= 256 else "sdpa"
-    pad, processor = 0, None
+    pad, processor, special = 0, None, []
     if task == "image_classification":
         processor = load_processor(base, revision)
     else:
         tokenizer = load_tokenizer(base, revision)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        special = tokenizer.all_special_ids
     if quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise SettingError("model.quantize", "needs bitsandbytes: pip install 'fedlora[quantize]'")
     with _loading(base, path, "model"):
@@ -795,8 +831,8 @@ def load(
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)  # an update must not depend on how its batch was cut
         config.use_cache = False
-        if processor is None and config.pad_token_id is None:
-            config.pad_token_id = pad
+        if processor is None and getattr(config.get_text_config(), "pad_token_id", None) is None:
+            pads_with(config, pad)
         if task != "causal_lm":
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
@@ -806,17 +842,22 @@ def load(
                 model = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
         if device != "meta":
             held = _quantization(quantize, device, model, pooler) if quantize is not None else {}
-            model, report = auto.from_pretrained(
-                path,
-                config=config,
-                revision=revision or "main",
-                dtype="float32",
-                attn_implementation=attention,
-                output_loading_info=True,
-                ignore_mismatched_sizes=processor is not None,  # of a head for other labels, which is drawn anew
-                **held,
-            )
+            with seeding.ambient(seed, "head"):  # transformers draws what the checkpoint lacks
+                model, report = auto.from_pretrained(
+                    path,
+                    config=config,
+                    revision=revision or "main",
+                    dtype="float32",
+                    attn_implementation=attention,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=processor is not None,  # of a head for other labels
+                    **held,
+                )
             missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if processor is None:
+        if pad >= model.get_input_embeddings().num_embeddings:  # of a token that the tokenizer alone knows
+            pad = 0
+        pads_with(model.config, pad)
     heads: dict[str, bool] = {}
     if task != "causal_lm":
         heads = {name: head == "trained" for name in _heads(model)}
@@ -829,11 +870,27 @@ def load(
     if fresh:
         raise SettingError("model.base", f"{base} lacks weights that this task needs, such as {sorted(fresh)[0]}")
     made = cls(
-        model, kind, heads=heads, seed=seed, device=device, precision=precision, pad=pad, max_length=max_length
+        model,
+        kind,
+        heads=heads,
+        seed=seed,
+        device=device,
+        precision=precision,
+        pad=pad,
+        max_length=max_length,
+        private=private,
+        special=special,
+        fresh=list(missing),
     )
     if isinstance(made, ImageClassification):
         made.sees(processor)
     return made
+
+
+def pads_with(config: Any, pad: int) -> None:
+    """Let a model take a token for padding: classifiers of decoders read the last that is none."""
+    for told in (config, config.get_text_config()):
+        told.pad_token_id = pad
 
 
 def model_class(task: str) -> Any:
@@ -904,6 +961,29 @@ def _heads(model: Any) -> list[str]:
     """What a model has beside its body, by name."""
     beside = [(name, part) for name, part in model.named_children() if name != model.base_model_prefix]
     return [name for name, part in beside if any(True for _ in part.parameters())]
+
+
+def _kinds(model: Any) -> int:
+    """How many texts of an example a model tells apart by `token_type_ids`; 0 where it knows none."""
+    if "token_type_ids" not in inspect.signature(model.forward).parameters:
+        return 0
+    return getattr(model.config, "type_vocab_size", 2)
+
+
+def _kept(model: Any, heads: Sequence[str], fresh: Collection[str] | None) -> Adapter:
+    """What of a model's heads stays as it is, by its public name: all but the fresh weights of linear layers.
+
+    Those are drawn by the kind of adapter; others, such as those of a norm, are as transformers drew them.
+    """
+    import torch
+
+    kept: Adapter = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(module_name, recurse=False):
+            drawn = type(module) is torch.nn.Linear and (fresh is None or name in fresh)
+            if any(_under(name, head) for head in heads) and not drawn:
+                kept[adapters.PREFIX + name] = parameter.detach().float().cpu().numpy().copy()
+    return kept
 
 
 def _federates(parameter: str) -> bool:

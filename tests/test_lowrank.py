@@ -59,7 +59,7 @@ def test_a_layer_by_hand():
 def test_examples_by_themselves(packed):
     lies = Segments(LENGTHS)
     model, layers, a, b = make(lambda tensor: lies if packed else None)
-    layers.singly = True
+    layers.singly, layers.examples = True, 2
     x = X[None] if packed else lies.batch(X[None])
     (model(x) * (1.0 if packed else LENGTHS[:, :, None])).sum().backward()
     assert a.grad is None and b.grad is None
@@ -71,7 +71,7 @@ def test_a_layer_passed_twice_has_both_terms():
     model, layers, a, b = make(times=2)
     model(X[:, None]).sum().backward()
     whole = [p.grad.clone() for p in (a, b)]
-    layers.singly = True
+    layers.singly, layers.examples = True, 3
     model(X[:, None]).sum().backward()
     for parameter, total in zip((a, b), whole, strict=True):
         torch.testing.assert_close(parameter.grad_sample.sum(0), total)

@@ -134,7 +134,7 @@ def test_an_example_s_gradient_is_its_own_whoever_is_beside_it(build, quantize, 
         parameters = task.begin(adapter, names)
         _hook(task, names)
         _backward(task, task.batch(part.examples, rows))
-        _make_safe(parameters)
+        _make_safe(parameters, len(rows))
         return torch.cat([p.grad_sample.flatten(1) for p in parameters], 1)
 
     together = gradients(rows)

@@ -158,6 +158,7 @@ class Worker:
                 quantize=model.quantize,
                 device=setup.device,
                 max_length=self.scenario.data.max_length,
+                private=self.client.private,
                 precision="bf16" if setup.precision == "bf16" else "fp32",
             )
         self.fused = Fused(self.task) if self.scenario.engine.fused > 1 else None

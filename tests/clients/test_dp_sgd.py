@@ -53,7 +53,7 @@ def test_per_example_gradients_are_those_of_single_examples(world, chosen):
     parameters = task.begin(adapter, names)
     _hook(task, names)
     _backward(task, task.batch(part.examples, rows))
-    _make_safe(parameters)
+    _make_safe(parameters, len(rows))
     got = torch.cat([p.grad_sample.flatten(1) for p in parameters], 1)
     error = (got - expected).norm(dim=1) / expected.norm(dim=1)
     assert float(error.max()) < 1e-5
@@ -310,7 +310,7 @@ def test_per_example_gradients_in_half_precision_are_those_of_single_examples_to
     parameters = task.begin(adapter, names)
     _hook(task, names)
     _backward(task, task.batch(part.examples, rows))
-    _make_safe(parameters)
+    _make_safe(parameters, len(rows))
     assert all(p.grad_sample.dtype == torch.float32 for p in parameters)
     got, whole = torch.cat([p.grad_sample.flatten(1) for p in parameters], 1), torch.stack(expected)
     assert float(((got - whole).norm(dim=1) / whole.norm(dim=1)).max()) < 0.02
@@ -319,7 +319,7 @@ def test_per_example_gradients_in_half_precision_are_those_of_single_examples_to
 def test_a_tensor_outside_the_loss_is_noticed(world):
     stray = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(ContractError, match="no per-example gradient"):
-        _make_safe([stray])
+        _make_safe([stray], 1)
 
 
 def test_batch_normalisation_is_refused(world):
