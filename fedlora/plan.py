@@ -449,7 +449,7 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
             "a whole client leak. Lower privacy.delta."
         )
     if whole is not None and scenario.secure_aggregation is not None:
-        yield "Clients are told how many are in their round: from them sampling hides nobody there."
+        yield f"{privacy.SAME_ROUND[0].upper()}{privacy.SAME_ROUND[1:]}."
     if asked is None:
         if whole is None:
             yield "There is no privacy section: updates can reveal what clients hold."

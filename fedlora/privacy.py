@@ -328,7 +328,6 @@ _WORDS = {
 
 
 FROM_SERVER = "client_from_server"  # the unit of what the noise that clients share out promises each of them
-FROM_CLIENTS = "client_from_clients"  # of what is promised from others of a round, who are told how many it has
 
 
 _NEIGHBOURS = {
@@ -338,18 +337,20 @@ _NEIGHBOURS = {
     "(zero-out: how many clients there are is public)",
     FROM_SERVER: "from the server, which follows the protocol and sees each round's sum and who is in it; "
     "neighbouring runs differ in that one client sends nothing",
-    FROM_CLIENTS: "from another client that is in the same rounds, which is told how many are and not who; "
-    "neighbouring runs differ in that one client sends nothing",
 }
+
+
+# What masks cost where clients are protected whole: the size of the cohort, which is a matter of coins, is told.
+SAME_ROUND = "clients are told how many are in their round, so from them sampling hides nobody there"
 
 
 def protected(unit: str) -> str:
     """What it is that a unit protects: an `example` or a `client`."""
-    return "client" if unit in (FROM_SERVER, FROM_CLIENTS) else unit
+    return "client" if unit == FROM_SERVER else unit
 
 
 def neighbours(unit: str) -> str:
-    """What cannot be told apart under an epsilon: of `example`, `client`, `FROM_SERVER` or `FROM_CLIENTS`."""
+    """What cannot be told apart under an epsilon: of `example`, `client` or `FROM_SERVER`."""
     return _NEIGHBOURS[unit]
 
 
@@ -360,18 +361,18 @@ def assumed(unit: str, honest: float = 1.0) -> str:
             f"no sampling, that of those who sent {honest:.0%} keep their noise to themselves, and that rounded "
             "noise adds up to a Gaussian"
         )
-    return "no sampling" if unit == FROM_CLIENTS else f"Poisson sampling of {unit}s"
+    return f"Poisson sampling of {unit}s"
 
 
 def terms(unit: str, accountant: Accountant, honest: float = 1.0) -> str:
     """Under which neighbouring relation, by which accountant and sampling an epsilon holds.
 
     Args:
-        unit: `example`, `client`, `FROM_SERVER` or `FROM_CLIENTS`.
+        unit: `example`, `client` or `FROM_SERVER`.
         accountant: that gave it.
         honest: share of the clients in a sum whose noise the server does not learn; for `FROM_SERVER`.
     """
-    largest = "" if unit in ("client", FROM_CLIENTS) else "the largest over clients, "
+    largest = "" if unit == "client" else "the largest over clients, "
     return f"{neighbours(unit)}; {largest}by {_WORDS[accountant]}, assuming {assumed(unit, honest)}"
 
 

@@ -570,6 +570,8 @@ def _privacy_in_words(ready: Prepared, record: Ledger) -> str:
         honest = scenario.secure_aggregation.honest
         words += " under the clients' noise; "
         words += privacy.statement(whole, asked.delta, privacy.FROM_SERVER, asked.accountant, honest)
+    if asked.unit == "client" and scenario.secure_aggregation is not None:
+        words += f"; {privacy.SAME_ROUND}"
     if asked.example is not None:
         example = _spent(record, asked.example) or 0.0
         words += "; at the same time, from the server too, "

@@ -267,11 +267,3 @@ def test_from_the_server_a_client_sends_nothing():
     line = statement(3.0, 1e-5, privacy.FROM_SERVER, "pld", 0.75)
     assert line.startswith("(3, 1e-05)-differential privacy for each client, from the server, which follows")
     assert "neighbouring runs differ in that one client sends nothing; " in line and "75%" in line
-
-
-def test_from_others_of_a_round_sampling_hides_nobody():
-    line = statement(3.0, 1e-5, privacy.FROM_CLIENTS, "pld")
-    assert line.startswith(
-        "(3, 1e-05)-differential privacy for each client, from another client that is in the same"
-    )
-    assert line.endswith("assuming no sampling") and "over clients" not in line
