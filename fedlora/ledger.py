@@ -110,7 +110,8 @@ class Ledger:
         if not events:
             return
         terms = {**guarantee, "mechanism": MECHANISM, "neighbours": neighbours(guarantee["unit"])}
-        file, text, chain, spent = self.folder / "privacy.jsonl", "", self._chain, []
+        file, text, chain = self.folder / "privacy.jsonl", "", self._chain
+        spent: list[tuple[Holder, Event]] = []
         for holder, event in events.items():
             client = holder.client if isinstance(holder, Whole) else holder
             line = {"round": round, "client": client, **event.to_json(), **terms}
