@@ -237,7 +237,7 @@ def test_a_site_sends_nothing_that_is_not_masked_and_masks_once(sites, nodes, de
     later = wire.unpack_instruction(train, made[1].run.worker.task.layout)
     again = wire.pack_instruction(Instruction(**{**vars(later), "round": 2}), made[1].run.worker.task.layout)
     again[wire.REPORT] = train[wire.REPORT]
-    assert "no masks for this round" in refused("train", again)
+    assert "is a whole number from 1 to 1, not 2" in refused("train", again)
     words = wire.pack_words({"run": "run-1", "round": 1})
     assert "no exchange of nothing" in refused("query.nothing", words)
     reveal = wire.pack_parts({"sent": {0: b"", 1: b""}, "dropped": {2: b"", 3: b""}})
