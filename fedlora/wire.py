@@ -9,6 +9,7 @@ Whoever wrote a message is not trusted: every number has a type and a range, and
 import io
 import json
 import math
+import sys
 import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -161,7 +162,7 @@ def number(value: object, what: str, above_zero: bool = False) -> float:
     Raises:
         ContractError: it is none.
     """
-    if _real(value) and 0 <= value < math.inf and (value or not above_zero):
+    if _real(value) and 0 <= value <= sys.float_info.max and (value or not above_zero):
         return float(value)
     least = "above 0" if above_zero else "from 0"
     raise ContractError(f"{what} in a message is a finite number {least}, not {value!r:.40}")

@@ -225,7 +225,7 @@ def _answer(node: Any, there: socket.socket) -> bool:
         told, reply = {}, wire.to_bytes(made)
     except Exception:  # whatever a request trips over, the worker stays up
         logger.exception("a request failed", extra={"kind": words.get("kind")})
-        told, reply = {"error": "the request failed: its log says why"}, b""  # not even of which kind
+        told, reply = {"error": "the request failed: its log says more"}, b""  # not even of which kind
     try:
         _send(there, told, reply)
     except ConnectionError:

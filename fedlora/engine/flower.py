@@ -169,11 +169,17 @@ class FlowerEngine(Engine):
         contents = {
             c: self._content(instruction.at(self._rank(c)), self.sites[c]) for c in cohort if c in self.sites
         }
-        figures = []
-        for reply, _ in self._ask("evaluate", contents).values():
-            if not reply.has_error():
+        figures, named = [], ("loss", self.description.metric)
+        for client, (reply, _) in self._ask("evaluate", contents).items():
+            try:
+                if reply.has_error():
+                    raise ContractError(reply.error.reason)
                 words = wire.unpack_words(reply.content)
-                figures.append({k: float(v) for k, v in words.items() if isinstance(v, int | float)})
+                if refused := words.get("refused"):
+                    raise ContractError(str(refused))
+                figures.append({key: wire.number(words.get(key), key) for key in named})
+            except ContractError as error:
+                logger.warning("%s did not judge: %s", self.sites[client], error)
         if not figures:
             raise RoundError("no site judged its own model")
         return {key: value / len(figures) for key, value in summed(figures).items()}
@@ -273,15 +279,11 @@ class FlowerEngine(Engine):
         if refused := words.get("refused"):
             raise ContractError(str(refused))
         client, held, event = (words.get(key) for key in ("client", "num_examples", "event"))
-        if type(client) is not int or not 0 <= client < self.num_clients:
-            raise ContractError(f"it is client {client!r}, and there are clients 0 to {self.num_clients - 1}")
-        if type(held) is not int or held < 1:
-            raise ContractError(f"it holds {held!r} examples")
         return Site(
             node=node,
-            client=client,
+            client=wire.whole(client, "client", 0, self.num_clients - 1),
             name=str(words.get("name"))[:64],
-            num_examples=held,
+            num_examples=wire.whole(held, "num_examples", 1, wire.MOST),
             event=wire.read_event(event),
         )
 

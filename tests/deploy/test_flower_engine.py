@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from fedlora import ledger, simulate, simulation, wire
 from fedlora.cli import main
 from fedlora.deploy.node import Node
+from fedlora.engine.flower import FlowerEngine
 from fedlora.errors import ContractError, RoundError, SettingError
 from tests.deploy.federation import LocalGrid
 
@@ -267,6 +268,42 @@ def test_a_client_that_did_not_clip_is_refused_where_clients_are_protected_whole
     (bad,) = [t for t in lines(run.folder, "clients.jsonl") if t["error"]]
     assert bad["client"] == 2 and "the bound is 1" in bad["error"]
     assert "from the operating system" in run.summary["privacy"]
+
+
+@pytest.mark.parametrize(
+    "says", [{"loss": 10**400}, {"loss": float("nan")}, {"accuracy": "1"}, {"refused": "no"}], ids=str
+)
+def test_a_site_that_judges_nonsense_counts_for_nothing(sites, nodes, deployed, caplog, says):
+    scenario, files = sites("data.client_test_share=0.5", "rounds=1", private=False)
+
+    def lies(content):
+        words = wire.unpack_words(content)
+        return wire.pack_words({**words, **says}) if "loss" in words else content
+
+    run, _ = deployed(scenario, LocalGrid(nodes(files), altered={2: lies}))
+    assert "client 1 (site-1) did not judge" in caplog.text
+    assert 0 < run.rounds[0]["local_loss"] < 9 and 0 <= run.rounds[0]["local_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    "says, words",
+    [
+        ({"num_examples": 10**400}, "num_examples in a message is a whole number from 1 to"),
+        ({"num_examples": True}, "num_examples in a message is a whole number from 1 to"),
+        ({"num_examples": 0}, "num_examples in a message is a whole number from 1 to"),
+        ({"client": True}, "client in a message is a whole number from 0 to 3"),
+        ({"client": 4}, "client in a message is a whole number from 0 to 3"),
+        ({"event": {"steps": 10**400}}, "privacy event"),
+    ],
+    ids=str,
+)
+def test_a_site_that_introduces_itself_as_nonsense_is_turned_away(says, words):
+    engine = FlowerEngine(LocalGrid({}), 4, run="run-1")
+    good = {"client": 1, "name": "site-1", "num_examples": 45, "event": None}
+    assert engine._introduced(7, good).num_examples == 45
+    with pytest.raises(ContractError, match=words):
+        engine._introduced(7, {**good, **says})
+    engine.close()
 
 
 def test_nobody_is_an_error_that_says_why(sites, nodes, deployed, tmp_path):

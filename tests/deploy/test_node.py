@@ -249,6 +249,29 @@ def test_each_training_is_paid_whatever_a_message_says(server, node, monkeypatch
     assert lines_paid(made) == seen[-1]
 
 
+def test_no_exchange_of_masks_trains_for_nothing(server, node, monkeypatch):
+    """Keys asked for again in a round, and a masked vector asked for again: each training is paid."""
+    words, files, train = server("secure_aggregation={survivors: 0.6}")
+    meet(made := node(files[0]), words)
+    seen, passes = [], made.run.worker.client.passes
+    monkeypatch.setattr(
+        made.run.worker.client, "passes", lambda *told: seen.append(lines_paid(made)) or passes(*told)
+    )
+    for _ in range(2):
+        made.answer("query.keys", wire.pack_words({"run": "tiny-1", "round": 1}), 0)
+        made.answer("train", train(1), 0)
+        made.answer("train", train(1), 0)
+    assert seen == [[n, n] for n in range(1, len(seen) + 1)] and lines_paid(made) == seen[-1]
+
+
+@pytest.mark.parametrize("round", [0, -1, 3, True, 1.0, "1", None, [1]])
+def test_an_exchange_is_of_a_round_of_the_run(server, node, round):
+    words, files, _ = server("secure_aggregation={survivors: 0.6}")
+    meet(made := node(files[0]), words)
+    content = wire.pack_words({"run": "tiny-1", "round": round})
+    assert "round in a message is a whole number from 1 to 2" in refusal(made, content, "query.keys")
+
+
 def test_frozen_tensors_are_compared_before_it_pays(server, node):
     words, files, train = server()
     meet(made := node(files[0]), words)

@@ -60,6 +60,8 @@ def scenario(tiny, tmp_path):
     def make(*overrides, private=True):
         made = tiny("clients.total=2", *overrides, private=private)
         files = split(made, tmp_path / "sites")
+        for site in files if not private else ():
+            site.write_text(site.read_text().replace("own_code: false", "own_code: false, metrics: true"))
         test = str(tmp_path / "sites" / "test.csv")
         there = tiny("clients.total=2", f"data.files.test={test}", *overrides, private=private)
         (tmp_path / "there.yaml").write_text(there.to_yaml())
@@ -152,7 +154,7 @@ def test_a_site_killed_in_mid_round_costs_that_round_one_reply(environment, scen
     assert 2 in [line["clients"] for line in run.rounds]  # how soon depends on how busy the machine is
     assert paid.read_bytes().startswith(before)
     trained = sum(line["client"] == 1 and line["error"] is None for line in run.clients)
-    assert len(ledger.replay(paid)[1]) == 1 + trained
+    assert len(ledger.replay(paid)[ledger.Own()]) == 1 + trained
 
 
 MASKED = ("clients.total=3", "secure_aggregation={range: 2.0, survivors: 0.66}")

@@ -254,7 +254,7 @@ def test_a_site_sends_nothing_that_is_not_masked_and_masks_once(sites, nodes, de
     later = wire.unpack_instruction(train, made[1].run.worker.task.layout)
     again = wire.pack_instruction(Instruction(**{**vars(later), "round": 2}), made[1].run.worker.task.layout)
     again[wire.REPORT] = train[wire.REPORT]
-    assert "no masks for this round" in refused("train", again)
+    assert "is a whole number from 1 to 1, not 2" in refused("train", again)
     words = wire.pack_words({"run": "run-1", "round": 1})
     for again in ({1: b""}, {2: b""}):
         again = wire.pack_parts({"you": again})

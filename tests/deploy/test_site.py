@@ -1,7 +1,11 @@
 """The site file: what it says, and what it refuses."""
 
+import re
+from pathlib import Path
+
 import pytest
 
+from fedlora import data
 from fedlora.deploy import site
 from fedlora.errors import SettingError, UserError
 
@@ -56,6 +60,51 @@ def test_what_is_wrong_is_told_with_its_line(read, text, line):
     assert any(told.endswith(line) for told in raised.value.lines)
 
 
+def test_the_site_file_of_the_page_can_be_read(read):
+    page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", page, re.S | re.M)
+    made = read(text)
+    assert made.data.labels == ("surgery", "other") and made.accept.metrics is False
+    assert made.metrics_address == "127.0.0.1" == read(GOOD).metrics_address
+
+
+CLASSES = GOOD.replace("label: ward", "label: ward, labels: [good, bad]")
+SIGNED = "accept: {submitters: [ssh-ed25519 AAAA]}\n"
+
+
+@pytest.mark.parametrize(
+    "text, overrides, labels, why",
+    [
+        (CLASSES, [], ["bad", "good"], None),
+        (CLASSES, [], ["good", "bad"], None),
+        (CLASSES, [], ["good"], "not those of its site file"),
+        (CLASSES, [], ["good", "bad", "other"], "not those of its site file"),
+        (CLASSES, [], ["good", "bad", "bad"], "not those of its site file"),
+        (CLASSES, [], [], "not those of its site file"),
+        (GOOD, [], ["bad", "good"], "does not say which labels"),
+        (CLASSES, ["data.labels=[bad, good]"], ["bad", "good"], None),
+        (CLASSES, ["data.labels=[bad, good]"], ["good", "bad"], "other labels than its scenario"),
+        (CLASSES + SIGNED, [], ["bad", "good"], "nobody has signed the run's labels"),
+        (CLASSES + SIGNED, ["data.labels=[bad, good]"], ["bad", "good"], None),
+        (CLASSES, ["task=causal_lm"], [], None),
+        (CLASSES, ["task=causal_lm"], ["bad", "good"], "its task has none"),
+    ],
+)
+def test_a_site_is_asked_about_the_labels_of_its_file(read, tiny, text, overrides, labels, why):
+    told = read(text).refuses_labels(tiny(*overrides), labels)
+    assert told is None if why is None else why in told
+
+
+def test_rows_of_other_labels_are_left_out_and_counted(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\na,x\nb,y\nc,z\nd,x\n")
+    files = site.Held(train=str(tmp_path / "rows.csv"))
+    rows, left_out = data.read_site(files, ("x", "z"))
+    assert (rows.texts, rows.labels, left_out) == (["a", "c", "d"], ["x", "z", "x"], 1)
+    assert data.read_site(files, None)[1] == 0
+    with pytest.raises(SettingError, match="no row has any of them"):
+        data.read_site(files, ("w",))
+
+
 def test_a_file_that_is_not_there_is_a_line(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         site.load(tmp_path / "none.yaml")
@@ -86,6 +135,9 @@ def test_an_error_about_data_names_the_line_of_the_site_file(read, tmp_path):
             "runs no code that comes with a run, such as the client 'lab.mine:Mine'",
         ),
         ("accept: {own_code: true}", ["strategy.use=lab.mine:Mine"], None),
+        ("", ["privacy.share_metrics=true"], "the scenario asks for some by privacy.share_metrics"),
+        ("", ["data.client_test_share=0.2"], "the scenario asks for some by data.client_test_share"),
+        ("accept: {metrics: true}", ["privacy.share_metrics=true", "data.client_test_share=0.2"], None),
         ("accept: {masked_only: true}", [], "sends masked updates only"),
         ("accept: {masked_only: true}", ["secure_aggregation={}"], None),
         ("", ["strategy.use=flwr.serverapp.strategy:FedAdam"], None),
