@@ -196,6 +196,7 @@ class Lora:
         )
         with warnings.catch_warnings():  # peft 0.21 asks transformers 5 by an old name
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)  # untied to be merged
             return get_peft_model(model, config)
 
     def role(self, name: str) -> str:

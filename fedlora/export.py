@@ -56,6 +56,8 @@ def export(run: Run, out: Path, merge: bool = False) -> Path:
     how = _MERGED.format(auto=task.model_class(_task(run)).__name__, folder=out.name)
     card = re.sub(r"```python\n.*?```\n", lambda _: how, card, flags=re.S)
     card = card.replace("library_name: peft\n", "library_name: transformers\nbase_model_relation: merge\n")
+    for layer in [m.get_base_layer() for m in model.modules() if hasattr(m, "lora_A")]:
+        task.untie(model, layer)
     with task.quietly():
         model.merge_and_unload().save_pretrained(str(out))
         tokenizer.save_pretrained(str(out))
@@ -113,7 +115,8 @@ def predict(run: Run, texts: Sequence[str], max_new_tokens: int = 64) -> list[An
                 batch = {"pixel_values": tokenizer(_picture(text), return_tensors="pt")["pixel_values"]}
             else:
                 cut = tokenizer(text, return_tensors="pt", truncation=True, max_length=source.get("max_length"))
-                batch = {key: cut[key] for key in ("input_ids", "attention_mask")}
+                known = ("input_ids", "attention_mask", *(["token_type_ids"] if task.kinds(model) > 1 else []))
+                batch = {key: cut[key] for key in known if key in cut}
             shares = model(**batch).logits.softmax(-1)[0]
         best = int(shares.argmax())
         answers.append(Answer(text, _labels(run)[best], float(shares[best])))
@@ -165,6 +168,8 @@ def _load(run: Run, adapter: Path | None = None) -> tuple[Any, Any]:
             model = task.model_class(_task(run)).from_pretrained(
                 task.find_base(base), revision=revision or "main", dtype="float32", **named
             )
+            if _task(run) != "image_classification":
+                task.pads_as(model, tokenizer)
             return PeftModel.from_pretrained(model, str(adapter or run.folder / "adapter")), tokenizer
     except SettingError as error:
         raise UserError(f"{run.folder}: {error.message}") from error

@@ -218,8 +218,8 @@ def _function() -> Any:
             ctx.save_for_backward(matrix, kept if ctx.needs_input_grad[1] else None)
             ctx.fused, ctx.lies, ctx.singly, ctx.stacks, ctx.dtype = fused, lies, singly, (weight, bias), x.dtype
             ctx.layer = layer
-            y = lies.row(y)
-            return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+            row: torch.Tensor = torch.ops.aten._unsafe_view(lies.row(y), (*x.shape[:-1], y.shape[-1]))
+            return row
 
         @staticmethod
         def backward(ctx: Any, gradient: torch.Tensor) -> Any:

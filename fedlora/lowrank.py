@@ -164,8 +164,9 @@ def _function() -> Any:
             ctx.save_for_backward(flat, inner, low, high)
             ctx.layers, ctx.layer, ctx.factors = layers, layer, (a, b)
             ctx.scaling, ctx.was = scaling, (x.shape, x.dtype)
-            y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # no view: models change it in place
-            return y if copies == 1 else y.repeat(copies, *[1] * (y.dim() - 1))
+            # Not a view of it for autograd: some models change in place what a layer gives them.
+            whole: torch.Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+            return whole if copies == 1 else whole.repeat(copies, *[1] * (whole.dim() - 1))
 
         @staticmethod
         def backward(ctx: Any, gradient: torch.Tensor) -> Any:

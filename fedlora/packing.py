@@ -282,7 +282,7 @@ class Packing:
             ContractError: it is a row of another pass.
         """
         examples = len(next(iter(self.rows.values())).mask) if self.rows else 1
-        if examples == 1 or len(tensor) > 1:  # the row of a single example is its batch
+        if examples == 1 or len(tensor) > 1 or tensor.dim() < 3:  # the row of a single example is its batch
             return None
         if tensor.shape[1] not in self.rows:
             raise ContractError(f"a row of {tensor.shape[1]} tokens is none of the last pass")

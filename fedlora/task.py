@@ -238,7 +238,7 @@ class Task(ABC):
         from torch.nn.modules.dropout import _DropoutNd
 
         self.kind, self.precision, self.pad, self.seed = kind, precision, pad, seed
-        self.private, self.kinds = private, _kinds(model)
+        self.private, self.kinds = private, kinds(model)
         held = _kept(model, list(heads), fresh) if torch.device(device).type != "meta" else {}
         self.model = kind.wrap(model, list(heads), self.task_type)
         self.model.requires_grad_(False)
@@ -391,6 +391,8 @@ class Task(ABC):
         self._use_half(False)
         with torch.no_grad():
             for module, (left, right) in change.items():
+                if (own := untie(self.model, self._layers[module].get_base_layer())) is not None and self._frozen:
+                    self._frozen.append((own, own.data, own.data.to(torch.bfloat16)))
                 factors = (torch.from_numpy(np.asarray(f, np.float32)).to(self.device) for f in (left, right))
                 self.weight(module).addmm_(*factors)
             for _, full, small in self._frozen:
@@ -821,7 +823,6 @@ def load(
         processor = load_processor(base, revision)
     else:
         tokenizer = load_tokenizer(base, revision)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         special = tokenizer.all_special_ids
     if quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise SettingError("model.quantize", "needs bitsandbytes: pip install 'fedlora[quantize]'")
@@ -831,8 +832,9 @@ def load(
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)  # an update must not depend on how its batch was cut
         config.use_cache = False
-        if processor is None and getattr(config.get_text_config(), "pad_token_id", None) is None:
-            pads_with(config, pad)
+        told = config.get_text_config()
+        if processor is None and getattr(told, "pad_token_id", None) is None:
+            told.pad_token_id = _pad(tokenizer, getattr(told, "vocab_size", 1))  # some are not built without one
         if task != "causal_lm":
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
@@ -855,9 +857,7 @@ def load(
                 )
             missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if processor is None:
-        if pad >= model.get_input_embeddings().num_embeddings:  # of a token that the tokenizer alone knows
-            pad = 0
-        pads_with(model.config, pad)
+        pad = pads_as(model, tokenizer)
     heads: dict[str, bool] = {}
     if task != "causal_lm":
         heads = {name: head == "trained" for name in _heads(model)}
@@ -887,10 +887,39 @@ def load(
     return made
 
 
-def pads_with(config: Any, pad: int) -> None:
-    """Let a model take a token for padding: classifiers of decoders read the last that is none."""
-    for told in (config, config.get_text_config()):
+def pads_as(model: Any, tokenizer: Any) -> int:
+    """Let a model take for padding what is padded with: classifiers of decoders read the last token before it.
+
+    Returns:
+        The id of that token.
+    """
+    pad = _pad(tokenizer, model.get_input_embeddings().num_embeddings)
+    for told in (model.config, model.config.get_text_config()):
         told.pad_token_id = pad
+    return pad
+
+
+def _pad(tokenizer: Any, tokens: int) -> int:
+    """The id to pad with, of so many that a model knows: the tokenizer's own, else that of the end, else 0."""
+    told = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in told if i is not None and 0 <= i < tokens), 0)
+
+
+def untie(model: Any, layer: Any) -> Any:
+    """Give a layer that shares its weight with the embeddings one of its own: a change is the layer's alone.
+
+    Returns:
+        The new parameter; None where nothing was shared.
+    """
+    import torch
+
+    base = model.get_base_model()
+    if layer.weight is not base.get_input_embeddings().weight:
+        return None
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    for told in (base.config, base.config.get_text_config()):
+        told.tie_word_embeddings = False
+    return layer.weight
 
 
 def model_class(task: str) -> Any:
@@ -933,7 +962,7 @@ def _loading(base: str, path: str, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """No progress bars and no hints of transformers, and none of peft 0.21's that asks for an old name."""
+    """No progress bars and no hints of transformers, and none of peft 0.21's on an old name or tied weights."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -942,6 +971,7 @@ def quietly() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)
             yield
     finally:
         logging.set_verbosity(level)
@@ -963,11 +993,12 @@ def _heads(model: Any) -> list[str]:
     return [name for name, part in beside if any(True for _ in part.parameters())]
 
 
-def _kinds(model: Any) -> int:
+def kinds(model: Any) -> int:
     """How many texts of an example a model tells apart by `token_type_ids`; 0 where it knows none."""
-    if "token_type_ids" not in inspect.signature(model.forward).parameters:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "token_type_ids" not in inspect.signature(base.forward).parameters:
         return 0
-    return getattr(model.config, "type_vocab_size", 2)
+    return int(getattr(base.config, "type_vocab_size", 2))
 
 
 def _kept(model: Any, heads: Sequence[str], fresh: Collection[str] | None) -> Adapter:

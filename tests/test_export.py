@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from fedlora import simulate
+from fedlora import simulate, task
 from fedlora.cli import main
 from fedlora.errors import UserError
 from fedlora.export import export, predict, push
 from fedlora.run import Run
+from fedlora.simulation import prepare
 
 LEARN = ("rounds=3", "clients.local_steps=60", "clients.lr=0.3", "clients.batch_size=32")
 TEXTS = [
@@ -128,3 +129,61 @@ def test_a_push_that_cannot_be_made_is_one_line(made, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^someone/name: not pushed: ") as caught:
         push(made.folder / "adapter", "someone/name")
     assert "\n" not in str(caught.value)
+
+
+def test_a_merged_model_with_factors_on_a_tied_head_computes_what_the_run_computes(tiny, tiny_lm, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    LlamaForCausalLM(LlamaConfig.from_pretrained(base, tie_word_embeddings=True)).save_pretrained(base)
+    told = ("task=causal_lm", f"model.base={base}", "model.adapter.targets=[q_proj, lm_head]", "rounds=2")
+    scenario = tiny(*told, "clients.lr=5", private=False)
+    made = simulate(scenario, out=tmp_path / "run")
+    folder = export(made, tmp_path / "merged", merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert merged.lm_head.weight is not merged.get_input_embeddings().weight
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    assert torch.equal(merged.get_input_embeddings().weight, plain.get_input_embeddings().weight)
+    assert not torch.equal(merged.lm_head.weight, plain.lm_head.weight)
+    data = prepare(scenario).data.test
+    total = tokens = 0.0
+    with torch.no_grad():
+        for i in range(len(data)):
+            ids, start = torch.from_numpy(data.row(i).astype(np.int64))[None], max(int(data.targets[i]), 1)
+            log = merged(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
+            total -= float(log.gather(1, ids[0, start:, None]).sum())
+            tokens += len(log)
+    assert total / tokens == pytest.approx(made.summary["loss"], rel=1e-5)
+
+
+def test_a_decoder_that_classifies_answers_as_in_its_run_whatever_its_base_takes_for_padding(
+    tiny, tiny_lm, reviews, tmp_path
+):
+    """The base says that the token at the end of every text is padding; the loss of the test set is the run's."""
+    import pandas as pd
+    from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
+
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    LlamaForCausalLM.from_pretrained(tiny_lm, pad_token_id=102).save_pretrained(base)
+    told = (
+        f"model.base={base}",
+        "model.adapter.targets=[q_proj]",
+        "rounds=2",
+        "clients.lr=1",
+        "data.test_share=0.5",
+    )
+    scenario = tiny(*told, private=False)
+    made = simulate(scenario, out=tmp_path / "run")
+    test = prepare(scenario).data.test
+    table = pd.read_csv(reviews)
+    by_tokens = {}
+    tokenizer = task.load_tokenizer(str(base))
+    for text, label in zip(table["text"], table["label"], strict=True):
+        by_tokens[tuple(tokenizer(text, truncation=True, max_length=16)["input_ids"])] = text, label
+    texts, labels = zip(*(by_tokens[tuple(test.row(i))] for i in range(len(test))), strict=True)
+    answers = predict(made, texts)
+    right = [a.probability if a.answer == y else 1 - a.probability for a, y in zip(answers, labels, strict=True)]
+    assert -np.log(right).mean() == pytest.approx(made.summary["loss"], rel=1e-4)
+    folder = export(made, tmp_path / "merged", merge=True)
+    assert AutoModelForSequenceClassification.from_pretrained(folder).config.pad_token_id == 0

@@ -2,7 +2,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fedlora.lowrank import LowRank, by_example
+from fedlora.errors import ContractError
+from fedlora.lowrank import LowRank, add_sample, by_example
 from fedlora.packing import Segments
 
 X = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
@@ -83,3 +84,44 @@ def test_factors_beside_another_layer_are_left_to_peft():
     )
     LowRank(model, lambda tensor: None)
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_what_all_examples_share_is_laid_out_for_each_and_its_gradient_is_each_ones_own():
+    """Two examples, three rows that both see; the loss weighs the first's by 1 and the second's by 10."""
+    model, layers, a, b = make()
+    layers.singly, layers.examples = True, 2
+    shared = X[None].clone().requires_grad_()
+    y = model(shared)
+    assert y.shape == (2, 3, 2) and y[0].tolist() == y[1].tolist() == [[4.0, 14.0], [10.0, 28.0], [16.0, 42.0]]
+    (y * torch.tensor([1.0, 10.0])[:, None, None]).sum().backward()
+    assert b.grad_sample.tolist() == [[[-9.0], [-9.0]], [[-90.0], [-90.0]]]  # 3 * sum of the three -1
+    assert a.grad_sample.tolist() == [[[81.0, 108.0]], [[810.0, 1080.0]]]  # 3 * (2 + 1) * sum x
+    assert shared.grad.tolist() == [[[143.0, -33.0]] * 3]  # 11 times what one example gives
+    assert layers.shares == set(layers.layers)
+
+
+def test_what_all_examples_share_adds_to_a_pass_over_the_examples_themselves():
+    model, layers, a, _ = make()
+    layers.singly, layers.examples = True, 3
+    (model(X[:, None]) + model(X[None, :1])).sum().backward()
+    own, one = X, X[:1]
+    assert a.grad_sample.tolist() == [[((x + one[0]) * 9).tolist()] for x in own]
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 2), (12, 2), (3, 2, 2)], ids=["windows", "flattened", "sideways"])
+def test_a_gradient_whose_first_dimension_is_not_the_examples_is_refused(shape):
+    model, layers, *_ = make()
+    layers.examples = 2
+    y = model(torch.ones(shape))  # before anybody asked for gradients of examples
+    layers.singly = True
+    with pytest.raises(ContractError, match=rf"layer runs on {shape[0]} rows where there are 2 examples"):
+        y.sum().backward()
+    with pytest.raises(ContractError, match=r"whose a gradient is cannot be told"):
+        model(torch.ones(shape))
+
+
+def test_gradients_of_other_counts_do_not_add_up():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    add_sample(parameter, torch.zeros(3, 2))
+    with pytest.raises(ContractError, match="gives 3 and 1 gradients"):
+        add_sample(parameter, torch.zeros(1, 2))

@@ -1,10 +1,14 @@
+import contextlib
+import dataclasses
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
-from fedlora import task
+from fedlora import seeding, task
 from fedlora.adapter import Lora
-from fedlora.data import Examples, Rows
+from fedlora.data import Examples, Partition, Rows
 from fedlora.errors import ContractError, SettingError
 
 LABELS = ("bad", "good")
@@ -261,3 +265,182 @@ def test_few_bits_need_what_holds_them(tiny_base, monkeypatch):
     with pytest.raises(SettingError, match=r"needs bitsandbytes: pip install 'fedlora\[quantize\]'") as told:
         load(tiny_base, quantize="4bit")
     assert told.value.key == "model.quantize"
+
+
+PAIRS = [("the film was fine", "it was lovely indeed"), ("sad", "poor and awful and long"), ("one two", "three")]
+
+
+@pytest.mark.parametrize("how", ["packed", "padded", "known below", "joined"])
+def test_which_text_of_a_pair_a_token_is_of_reaches_the_model(tiny_base, how):
+    """Logits are those that plain transformers makes of what the tokenizer gives."""
+    from transformers import AutoModelForSequenceClassification
+
+    made, tokenizer = load(tiny_base, max_length=32, private=True), task.load_tokenizer(tiny_base)
+    if how == "known below":
+        upper = Lora(4, 8, ("query",), (1,))
+        made = task.load("classification", tiny_base, upper, labels=LABELS, seed=3, max_length=32)
+    encoded = task.encode_classification(tokenizer, Rows(PAIRS, ["bad", "good", "bad"]), LABELS, 32)
+    data = examples(encoded.tokens, encoded.targets)
+    data = dataclasses.replace(data, types=np.concatenate(encoded.types).astype(np.uint8))
+    if how == "padded":
+        made.packing.remove()
+        made.packing = None
+    made.begin({}, ())
+    part, rows = Partition(0, data, np.arange(3)), np.arange(3)
+    with torch.no_grad(), made.knowing(part, 3, 2) if how == "known below" else contextlib.nullcontext():
+        whole = made.batch(data, rows)
+        assert ("prefix" in whole) is (how == "known below")
+        logits = made.logits(made.join([made.batch(data, rows[:1]), made.batch(data, rows[1:])]))
+        torch.testing.assert_close(logits, made.logits(whole))
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2).eval()
+    head = {n.split("classifier.")[1]: torch.from_numpy(t) for n, t in made.initial.items() if "classifier" in n}
+    plain.classifier.load_state_dict(head)
+    with torch.no_grad():
+        expected = [plain(**tokenizer(*pair, return_tensors="pt")).logits for pair in PAIRS]
+        dropped = plain(input_ids=tokenizer(*PAIRS[0], return_tensors="pt")["input_ids"]).logits
+    torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-5, atol=1e-6)
+    assert float((dropped - expected[0]).abs().max()) > 1e-3
+
+
+def test_pairs_keep_their_texts_apart_on_disk_and_single_texts_keep_nothing(tiny_base, tiny, tmp_path):
+    from fedlora.simulation import prepare
+
+    pairs = [(f"one {i}", "two " * (i % 3)) for i in range(1, 40)]
+    rows = [f"{a},{b},{('good', 'bad')[i % 2]}" for i, (a, b) in enumerate(pairs)]
+    (file := tmp_path / "pairs.csv").write_text("\n".join(["a,b,label", *rows]) + "\n")
+    data = prepare(tiny(f"data.files={{train: {file}, text: [a, b], label: label}}")).data
+    cut = task.load_tokenizer(tiny_base)([a for a, _ in pairs], [b for _, b in pairs])
+    known = {tuple(ids): types for ids, types in zip(cut["input_ids"], cut["token_type_ids"], strict=True)}
+    for split in (data.train, data.test):
+        assert len(split) and all(
+            split.types_of(i).tolist() == known[tuple(split.row(i))] for i in range(len(split))
+        )
+    assert prepare(tiny()).data.train.types is None
+
+
+@pytest.mark.parametrize("told", [None, -1, 0, 2000], ids=str)
+@pytest.mark.parametrize("missing", [False, True], ids=["a token to pad with", "none"])
+def test_a_decoder_classifies_by_the_last_token_of_the_text(tiny_lm, tmp_path, told, missing):
+    """Whatever the base's configuration says is padding: the first example ends in one that it names."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
+
+    base = str(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    if missing:
+        tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    tokenizer.save_pretrained(base)
+    LlamaForCausalLM.from_pretrained(tiny_lm, pad_token_id=told).save_pretrained(base)
+    made = load(base, targets=("q_proj",), max_length=32, private=True)
+    pad = 102 if missing else 0
+    assert made.pad == made.model.config.pad_token_id == pad
+    data = examples([[5, 6, 2000], [7, 8, 9, 10, 11, 12, 13], [14, 2000, 15, 16]], [0, 1, 0])
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=None).eval()
+    plain.score.weight.data = torch.from_numpy(next(t for n, t in made.initial.items() if "score" in n))
+    made.begin({}, ())
+    with torch.no_grad():
+        expected = torch.cat([plain(input_ids=torch.tensor([data.row(i).tolist()])).logits for i in range(3)])
+        torch.testing.assert_close(made.logits(made.batch(data, np.arange(3))), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_padding_token_that_the_model_does_not_know_is_not_padded_with(tiny_lm, tmp_path):
+    from transformers import AutoTokenizer
+
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    tokenizer.add_special_tokens({"pad_token": "<nothing>"})
+    tokenizer.save_pretrained(base)
+    assert tokenizer.pad_token_id == 30522
+    made = load(str(base), "causal_lm", targets=("q_proj",), max_length=32)
+    assert made.pad < 30522 and made.packing is not None
+
+
+def save(model, tokenizer, folder):
+    """A base of a model and another's tokenizer."""
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        shutil.copy(f"{tokenizer}/{name}", folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("what", ["body", "head of another task", "whole"])
+def test_of_a_head_what_was_loaded_stays_and_a_norm_begins_as_transformers_begins_it(tiny_base, tmp_path, what):
+    from transformers import (
+        ModernBertConfig,
+        ModernBertForMaskedLM,
+        ModernBertForSequenceClassification,
+        ModernBertModel,
+    )
+
+    kinds = {"body": ModernBertModel, "head of another task": ModernBertForMaskedLM}
+    torch.manual_seed(0)
+    config = ModernBertConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, pad_token_id=0, cls_token_id=101, sep_token_id=102, bos_token_id=101,
+        eos_token_id=102, initializer_range=0.3, num_labels=2,
+    )  # fmt: skip
+    model = kinds.get(what, ModernBertForSequenceClassification)(config)
+    if what != "body":
+        model.head.norm.weight.data.uniform_(0.5, 1.5)
+    base = save(model, tiny_base, tmp_path)
+    made = load(base, targets=("Wqkv",), max_length=32, private=True)
+    start = {n.removeprefix("base_model.model."): t for n, t in made.initial.items() if "lora_" not in n}
+    assert set(start) == {"head.norm.weight", "head.dense.weight", "classifier.weight", "classifier.bias"}
+    own = dict(model.named_parameters())
+    if what == "body":
+        assert (start["head.norm.weight"] == 1).all() and start["head.dense.weight"].any()
+    kept = {"body": [], "head of another task": ["head.norm.weight", "head.dense.weight"]}.get(what, list(start))
+    assert all(np.array_equal(start[n], own[n].detach().numpy()) for n in kept)
+    made.begin({}, list(made.layout))
+    data = examples([[101, 5, 6, 102], [101, 7, 102]], [0, 1])
+    made.losses(made.batch(data, np.arange(2))).sum().backward()
+    assert all(p.grad.any() for n, p in made.parameters.items() if ".lora_A." not in n)
+
+
+def test_a_first_adapter_follows_from_seed_and_base_and_torchs_own_numbers_are_left_alone(tiny_base, tmp_path):
+    from transformers import ModernBertConfig, ModernBertModel
+
+    config = ModernBertConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        pad_token_id=0, cls_token_id=101, sep_token_id=102, bos_token_id=101, eos_token_id=102,
+    )  # fmt: skip
+    base = save(ModernBertModel(config), tiny_base, tmp_path)
+    made = []
+    for ambient in (1, 2):
+        torch.manual_seed(ambient)
+        made.append(load(base, targets=("Wqkv",), max_length=16).initial)
+    assert all(np.array_equal(made[0][n], made[1][n]) for n in made[0])
+    before, drawn = torch.get_rng_state(), []
+    for seed in (3, 3, 3 + 2**32):
+        with seeding.ambient(seed, "head"):
+            drawn.append(torch.rand(4).tolist())
+    assert drawn[0] == drawn[1] != drawn[2] and torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_another_round_of_merges_adds_to_a_tied_head_leaves_the_embeddings_alone(tiny_lm, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tied = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_lm, tie_word_embeddings=True))
+    made = load(save(tied, tiny_lm, tmp_path), "causal_lm", targets=("lm_head",), max_length=16)
+    base = made.model.get_base_model()
+    assert base.lm_head.get_base_layer().weight is base.get_input_embeddings().weight
+    before = base.get_input_embeddings().weight.clone()
+    made.merge({"lm_head": (np.ones((30522, 1), np.float32), np.ones((1, 32), np.float32))})
+    assert torch.equal(base.get_input_embeddings().weight, before)
+    torch.testing.assert_close(made.weight("lm_head"), before + 1)
+
+
+def test_the_check_takes_under_a_second_for_minilm():
+    """Processor time of one thread, without what loading takes; several tries on a machine that others use."""
+    import time
+
+    from fedlora import alone
+
+    made = load("minilm", private=True, max_length=128)
+    taken = []
+    for _ in range(3):
+        made.packing.remove()
+        made.packing = None
+        began = time.process_time()
+        alone.settle(made, 128, ())
+        taken.append(time.process_time() - began)
+    assert made.packing is not None and min(taken) < 1.0

@@ -322,6 +322,32 @@ def test_a_tensor_outside_the_loss_is_noticed(world):
         _make_safe([stray], 1)
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (6, 2), (3, 1)], ids=["shared", "windows", "another shape"])
+def test_gradients_that_are_not_one_for_each_example_are_refused(shape):
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad_sample = torch.zeros(shape)
+    with pytest.raises(ContractError, match=rf"has {shape[0]} gradients, and there are 3 examples"):
+        _make_safe([parameter], 3)
+
+
+def test_a_layer_of_opacus_that_runs_on_what_all_share_is_refused(world):
+    """A head that is given one row for all examples."""
+    task, part, names, adapter = world
+    head = task.model.get_base_model().classifier
+    pass_on = head.register_forward_hook(
+        lambda module, args, out: out + module.modules_to_save["default"](args[0][:1])
+    )
+    try:
+        task.begin(adapter, names)
+        vars(task.model).pop("fedlora_hooked", None)
+        _hook(task, names)
+        with pytest.raises(ContractError, match=r"classifier.* runs on 1 rows where there are 3 examples"):
+            _backward(task, task.batch(part.examples, part.rows[:3]))
+    finally:
+        pass_on.remove()
+        vars(task.model).pop("fedlora_hooked", None)
+
+
 def test_batch_normalisation_is_refused(world):
     task, _, names, _ = world
     task.model.add_module("stray", torch.nn.BatchNorm1d(3))
