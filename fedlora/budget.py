@@ -7,7 +7,7 @@ from typing import Any
 
 from fedlora import secure
 from fedlora.adapter import Instruction
-from fedlora.central import CARRIED, CLIP_NORM, Central
+from fedlora.central import CLIP_NORM, Central
 from fedlora.client import Client
 from fedlora.data import Dataset
 from fedlora.engine import Replies
@@ -160,6 +160,6 @@ class Budget:
         if asked is not None and asked.noise == "shared":
             longer = secure.rounding(sum(instruction.adapter[n].size for n in instruction.send), asked.range)
             for update in replies.updates:
-                seen = self.central.seen(bound, asked.honest * update.metrics[CARRIED], longer)
+                seen = self.central.seen(bound, asked.honest * replies.carried, longer)
                 shared = {"unit": FROM_SERVER, "honest": asked.honest}
                 yield terms(whole) | shared, {Whole(client): seen for client in update.clients}

@@ -32,7 +32,6 @@ CLIP_NORM = "clip-norm"  # in the words to the clients of a round: clip the chan
 WITHIN = "within-clip-norm"  # in an update: 1 where nothing had to be clipped; their mean where summed
 SUM_NOISE = "sum-noise"  # in the words: add your share of this noise, over the bound, to the change
 COUNT_NOISE = "count-noise"  # in the words, where C adapts: and of this to whether it was within the bound
-CARRIED = "carried-noise"  # in an update: which part of the noise's variance clients have added
 
 
 def clip(update: Update, received: Mapping[str, Tensor], bound: float, share_metrics: bool) -> Update:
@@ -182,6 +181,8 @@ class Central:
         received: Mapping[str, Tensor],
         updates: Sequence[Update],
         clip_norm: float,
+        *,
+        carried: float = 0.0,
         draw: int = 0,
     ) -> tuple[Update, float]:
         """The noised mean as one update, and the bound of the next round.
@@ -191,9 +192,9 @@ class Central:
             received: what the clients started from, of the tensors that they send.
             updates: clipped, perhaps summed on the way; none where nobody was drawn.
             clip_norm: C.
+            carried: the part of the noise's variance that is in the sum already; an engine says it, never a client.
             draw: which draw of the round's noise (`fedlora.replay`).
         """
-        carried = sum(u.metrics.get(CARRIED, 0.0) for u in updates)
         rest = math.sqrt(max(1.0 - carried, 0.0))
         std = self.sum_noise * clip_norm * rest
         again = ("draw", draw) if draw else ()

@@ -53,7 +53,7 @@ class Race:
     def told(self, replies: Replies) -> Replies:
         """The replies of those used, with reports of all."""
         timed = [replace(r, virtual_seconds=self.seconds[r.client]) for r in replies.reports]
-        return Replies(replies.updates, sorted([*timed, *self.lost], key=lambda report: report.client))
+        return replace(replies, reports=sorted([*timed, *self.lost], key=lambda report: report.client))
 
 
 @dataclass(kw_only=True)

@@ -244,8 +244,7 @@ class _Engine(InlineEngine):
         replies = super().train(instruction, cohort, partial_sums)
         if central.SUM_NOISE not in instruction.config:
             return replies
-        full = {central.CARRIED: 1.0}  # nobody drops out
-        return Replies([replace(u, metrics={**u.metrics, **full}) for u in replies.updates], replies.reports)
+        return replace(replies, carried=1.0)  # nobody drops out
 
     def evaluate(self, adapter: Adapter) -> dict[str, float]:
         return {"loss": 0.0, self.description.metric: 0.0}

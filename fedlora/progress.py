@@ -42,7 +42,6 @@ class Progress:
     merges_seen: dict[str, int] = field(default_factory=dict)  # how many of them each client was sent
     virtual_seconds: float = 0.0  # by the clock of a simulated world
     under_way: list[UnderWay] = field(default_factory=list)
-    draw: int = 0  # of the server's noise, in the last round that it was added in
     unjudged: Line | None = None  # the line of the last round, where that is being evaluated beside the next
 
     def words(self) -> dict[str, Any]:

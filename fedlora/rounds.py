@@ -83,7 +83,7 @@ class Loop:
             watch.lap("evaluate")
             self._catch_up(replies, now)
             before = {name: now.adapter[name] for name in self.strategy.held}
-            updates = self._released(instruction, replies.updates, now)
+            updates = self._released(instruction, replies, now)
             made = self.strategy.aggregate(before, updates)
             made = made if isinstance(made, Merged) else Merged(made, {})
             after = {**before, **made.adapter}
@@ -141,7 +141,7 @@ class Loop:
             replies = race.told(self._train(race.instruction, race.used, sums))
         else:
             replies = self._train(instruction, cohort, sums)
-        now.draw = self.budget.spend(instruction, replies, attempt)
+        replies = replace(replies, draw=self.budget.spend(instruction, replies, attempt))
         for trip in range(2, self.strategy.trips + 1):
             if not replies.updates:
                 break
@@ -246,13 +246,15 @@ class Loop:
             now.clip_norm = self.scenario.privacy.clip_norm
         return replace(instruction, config={**instruction.config, **self.central.words(now.clip_norm)})
 
-    def _released(self, instruction: Instruction, updates: list[Update], now: Progress) -> list[Update]:
+    def _released(self, instruction: Instruction, replies: Replies, now: Progress) -> list[Update]:
         """What the strategy may see: the updates, or where clients are protected whole their noised mean."""
         if self.central is None:
-            return updates
+            return replies.updates
         received = {name: instruction.adapter[name] for name in instruction.send}
         bound = instruction.config[CLIP_NORM]
-        released, now.clip_norm = self.central.release(instruction.round, received, updates, bound, now.draw)
+        released, now.clip_norm = self.central.release(
+            instruction.round, received, replies.updates, bound, carried=replies.carried, draw=replies.draw
+        )
         return [released]
 
     def _draw(self, round: int, attempt: int, now: Progress) -> list[int]:

@@ -15,12 +15,12 @@ aggregation_error load simulate weighted_mean""".split()
 
 # From the bottom up; a module imports from its own layer or from those before it.
 LAYERS = [
-    {"compression", "errors", "seeding", "factors", "quantized"},
+    {"compression", "errors", "factors", "lock", "noise", "quantized", "replay", "secure", "seeding"},
     {"plugins"},
     {"scenario"},
-    {"adapter", "data", "lowrank", "packing", "prefix", "privacy", "secure", "task", "world"},
+    {"adapter", "alone", "central", "data", "lowrank", "packing", "prefix", "privacy", "task", "world"},
     {"wire"},
-    {"central", "client", "fused", "strategy"},
+    {"client", "fused", "strategy"},
     {"checkpoint", "ledger"},
     {"run", "report"},
     {"engine"},
@@ -34,7 +34,7 @@ LAYERS = [
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 HEAVY = {
     "flwr": {"deploy", "engine", "secure", "wire", "strategy"},
-    "cryptography": {"deploy", "secure"},
+    "cryptography": {"deploy", "noise", "secure"},
     "opacus": {"audit", "clients", "privacy"},
     "ray": {"engine", "sweep"},
     "flwr_datasets": {"data"},

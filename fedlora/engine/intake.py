@@ -79,16 +79,21 @@ class Replies:
         updates: sorted by client.
         reports: one for each client.
         digest: of all that made a sum that clients' shares of the noise are in; empty elsewhere.
+        carried: the part of the noise's variance that those shares are.
+        draw: which draw of its own noise the server is to add (`fedlora.replay`).
     """
 
     updates: list[Update]
     reports: list[Report]
     digest: str = ""
+    carried: float = 0.0
+    draw: int = 0
 
     def then(self, later: "Replies") -> "Replies":
         """A round's replies after a further trip: its updates, and reports of both trips."""
         again = {report.client: report for report in later.reports}
-        return Replies(later.updates, [report.then(again.get(report.client)) for report in self.reports])
+        reports = [report.then(again.get(report.client)) for report in self.reports]
+        return replace(self, updates=later.updates, reports=reports)
 
 
 class Intake:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedlora import secure, wire
 from fedlora.adapter import Adapter, Change, Instruction, Update
-from fedlora.central import CARRIED, CLIP_NORM, COUNT_NOISE, SUM_NOISE, WITHIN
+from fedlora.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE, WITHIN
 from fedlora.engine.base import Engine
 from fedlora.engine.intake import Replies, Report
 from fedlora.engine.worker import Description, Setup
@@ -97,8 +97,7 @@ def mean(instruction: Instruction, made: secure.Sum, largest: float) -> Update:
         adapter[name] = (before + values[start : start + before.size].reshape(before.shape)).astype(np.float32)
         start += before.size
     within = {WITHIN: float(values[-1] / largest)} if COUNT_NOISE in told else {}
-    carried = {CARRIED: sent / len(made.members)} if SUM_NOISE in told else {}
-    return Update(adapter=adapter, weight=float(sent), clients=made.sent, metrics=within | carried)
+    return Update(adapter=adapter, weight=float(sent), clients=made.sent, metrics=within)
 
 
 def replies(
@@ -127,7 +126,8 @@ def replies(
         return Replies([], sorted(told, key=lambda r: r.client))
     for client in set(made.sent) & {c for c, r in reports.items() if r.error}:
         reports[client] = replace(reports[client], error=None)  # it went after it had sent: it is in the sum
-    return Replies([update], [report for _, report in sorted(reports.items())])
+    carried = len(made.sent) / len(made.members) if SUM_NOISE in instruction.config else 0.0
+    return Replies([update], [report for _, report in sorted(reports.items())], carried=carried)
 
 
 class SecureEngine(Engine):

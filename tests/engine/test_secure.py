@@ -175,18 +175,19 @@ def test_noise_of_all_members_adds_up_to_the_stated_one_and_the_server_adds_what
     """z C = 1, of ten members; of seven that stay 0.7 of the variance. Chi-square at one in a million."""
     instruction = asked_for_noise()
     every = vectors(instruction, 10)
-    whole = central.Central(noise_multiplier=2.0, sample_rate=0.5, total=20, seed=1, shared=True)
+    whole = central.Central(noise_multiplier=2.0, sample_rate=0.5, total=20, root=1, shared=True)
     for stayed in (10, 7):
         total = sum(every[:stayed], np.zeros(20_000, np.uint32))
         made = mean(instruction, secure.Sum(total, tuple(range(10)), tuple(range(stayed))), 1.0)
-        assert made.metrics == {central.CARRIED: stayed / 10} and made.weight == stayed
-        for noised, variance in ((made.adapter["w"] * stayed, stayed / 10), (released(whole, made) * 10, 1.0)):
+        assert made.metrics == {} and made.weight == stayed
+        for noised, variance in ((made.adapter["w"] * stayed, stayed / 10), (released(whole, made, stayed / 10) * 10, 1.0)):
             low, high = chi2.ppf([5e-7, 1 - 5e-7], noised.size)
             assert low < float((noised.astype(np.float64) ** 2).sum()) / variance < high
 
 
-def released(whole, update):
-    return whole.release(1, {"w": np.zeros(20_000, np.float32)}, [update], 0.5)[0].adapter["w"]
+def released(whole, update, carried):
+    zeros = {"w": np.zeros(20_000, np.float32)}
+    return whole.release(1, zeros, [update], 0.5, carried=carried)[0].adapter["w"]
 
 
 def test_the_count_of_a_bound_that_adapts_carries_its_noise_too():
@@ -220,7 +221,7 @@ def test_a_grid_too_coarse_for_the_noise_and_a_sum_that_does_not_fit_are_refused
 
 def test_what_the_server_sees_is_accounted_for_by_who_stayed():
     """Nine of ten stayed, three in four of them keep their noise to themselves, rounding lengthens 0.5 by 0.01."""
-    whole = central.Central(noise_multiplier=2.0, sample_rate=0.5, total=20, seed=1, shared=True)
+    whole = central.Central(noise_multiplier=2.0, sample_rate=0.5, total=20, root=1, shared=True)
     event = whole.seen(0.5, 0.75 * 0.9, 0.01)
     assert event.noise_multiplier == pytest.approx(2.0 * 0.675**0.5 / 1.02)
     assert (event.sample_rate, event.steps, event.clip_norm) == (1.0, 1, 0.5)
