@@ -15,7 +15,7 @@ aggregation_error load simulate weighted_mean""".split()
 
 # From the bottom up; a module imports from its own layer or from those before it.
 LAYERS = [
-    {"compression", "errors", "seeding", "factors", "quantized"},
+    {"cohorts", "compression", "errors", "noise", "seeding", "factors", "quantized"},
     {"plugins"},
     {"scenario"},
     {"adapter", "data", "lowrank", "packing", "prefix", "privacy", "secure", "task", "world"},
@@ -34,7 +34,7 @@ LAYERS = [
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 HEAVY = {
     "flwr": {"deploy", "engine", "secure", "wire", "strategy"},
-    "cryptography": {"deploy", "secure"},
+    "cryptography": {"deploy", "noise", "secure"},
     "opacus": {"audit", "clients", "privacy"},
     "ray": {"engine", "sweep"},
     "flwr_datasets": {"data"},
