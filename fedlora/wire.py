@@ -32,7 +32,6 @@ PACKED = "fedlora."  # before the kind of a packed array, in the place where Flo
 ARRAYS, METRICS, CONFIG, REPORT, MERGE = "arrays", "metrics", "config", "fedlora", "merge"
 SECURE = "secure"
 PARTS = ("you", "mask", "share", "sealed", "members", "masked", "sent", "dropped", "shares")  # of the exchanges
-DIGITS = 19  # of a number in them, which is below 2^64 so
 WEIGHT, ROUND = "num-examples", "server-round"
 CLIENT_FAILED = 0  # flwr.app.ErrorCode.UNKNOWN
 
@@ -224,8 +223,7 @@ def unpack_parts(content: RecordDict) -> dict[str, dict[int, bytes]]:
     parts: dict[str, dict[int, bytes]] = {what: {} for what in PARTS}
     for key, value in content.config_records.get(SECURE, {}).items():
         what, _, client = key.partition("/")
-        number = client.isdecimal() and len(client) <= DIGITS
-        if what not in parts or not number or not isinstance(value, bytes):
+        if what not in parts or not client.isdecimal() or not isinstance(value, bytes):
             raise ContractError(f"a message of secure aggregation holds {key!r:.100}")
         parts[what][int(client)] = value
     return parts
