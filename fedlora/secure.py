@@ -28,7 +28,7 @@ To see a sum over some clients A alone, it needs the mask keys of all others D t
 >= t, and t that call each of D dropped. The n clients who can (on a ring 2 n - 1) call n - t dropped each, and
 those of A only |A| + |D| - t. For no n do these votes suffice with |A| < LEAST; a test counts. Keys are not
 signed: a server that invents clients, or clients that help it, can be t of a neighbourhood, and then nothing
-holds.
+holds. Nor does anything keep a lying server from cutting a round into groups of LEAST.
 """
 
 import hashlib
