@@ -261,7 +261,7 @@ def test_a_site_sends_nothing_that_is_not_masked_and_masks_once(sites, nodes, de
     for round, you in ((3, {1: b""}), (0, {1: b""}), ([1], {1: b""}), (1, {}), (1, {1: b"", 2: b""})):
         none = wire.pack_parts({"you": you})
         none[wire.REPORT] = wire.pack_words({"run": "run-1", "round": round})[wire.REPORT]
-        assert "for no round of this run, or for nobody" in refused("query.keys", none)
+        assert "round" in refused("query.keys", none)
     assert "no exchange of nothing" in refused("query.nothing", words)
     reveal = wire.pack_parts({"sent": {0: b"", 1: b""}, "dropped": {2: b"", 3: b""}})
     reveal[wire.REPORT] = words[wire.REPORT]
