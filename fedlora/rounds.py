@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import checkpoint, secure, wire
+from fedlora import checkpoint, cohorts, wire
 from fedlora.adapter import Adapter, Change, Instruction, Update, fingerprint
 from fedlora.budget import Budget
 from fedlora.central import CLIP_NORM, Central
@@ -230,7 +230,7 @@ class Loop:
     @property
     def _least(self) -> int:
         """The clients of a cohort that something can come of; a Poisson cohort may be smaller."""
-        return secure.LEAST if self.central is not None and self.scenario.secure_aggregation is not None else 1
+        return cohorts.LEAST if self.central is not None and self.scenario.secure_aggregation is not None else 1
 
     @property
     def _summed(self) -> bool:

@@ -28,16 +28,7 @@ To see a sum over some clients A alone, it needs the mask keys of all others D t
 >= t, and t that call each of D dropped. The n clients who can (on a ring 2 n - 1) call n - t dropped each, and
 those of A only |A| + |D| - t. For no n do these votes suffice with |A| < LEAST; a test counts. Keys are not
 signed: a server that invents clients, or clients that help it, can be t of a neighbourhood, and then nothing
-holds.
-
-**Cohorts drawn by coins.** Where clients are protected whole, fewer than LEAST are no sum and noise alone is
-released, and more than `most` are too many for one. So a client that comes may decide over the changes of others.
-But let N be how many others are drawn, in each round. While LEAST <= N < `most` neither rule bites, with the
-client or without it. For all coins of the others, under this condition, a release is the Poisson-subsampled
-Gaussian mechanism that is accounted for, (epsilon, delta)-private; and N has the same chances with the client and
-without. So the whole is (epsilon, delta + p)-private, p = rounds * P[N < LEAST or N >= most]. A scenario where p
-may be above a hundredth of delta is refused. Whether enough stay to the end, once drawn, is not covered: a round
-that fails so ends the run.
+holds. Nor does anything keep a lying server from cutting a round into groups of LEAST.
 """
 
 import hashlib
@@ -48,6 +39,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.cohorts import LEAST, MOST
 from fedlora.errors import ContractError, RoundError
 from fedlora.noise import Stream, fresh_key
 
@@ -58,11 +50,8 @@ Parts = Mapping[str, Mapping[int, bytes]]  # of a message of the protocol: what 
 Exchange = Callable[[str, Mapping[int, Parts]], Mapping[int, Parts]]  # asks clients, by their real ids
 
 BITS = 20  # of a number in the sum
-MOST = 2**12  # clients whose numbers fit into a sum
-LEAST = 3  # clients of a sum: one alone would show itself, two would show each other
 FINE = 8.0  # steps of the grid in the standard deviation of noise, at least
 MOST_NEIGHBOURS = 32  # beyond so many clients each one has only these, as SecAgg+ has it
-RARE = 0.01  # of delta: the chance of a cohort too small or too large for a sum, over all rounds
 
 NO_GRAPH = "the server dealt clients neighbours that do not go together"
 SHOWS = "the server asks for shares that would show a single client's update"
@@ -135,23 +124,6 @@ def dequantise(total: Vector, largest: float) -> NDArray[np.float64]:
     """The sum that a sum of quantised numbers stands for."""
     meant: NDArray[np.float64] = total.view(np.int32).astype(np.float64) * (largest / 2 ** (BITS - 1))
     return meant
-
-
-def fewer(total: int, rate: float) -> float:
-    """The chance that coins draw fewer than LEAST of all clients but one."""
-    others = total - 1
-    return sum(math.comb(others, k) * rate**k * (1 - rate) ** (others - k) for k in range(min(LEAST, total)))
-
-
-def most(total: int, rate: float, chance: float) -> int:
-    """How many clients a cohort that coins draw may have: all but one are fewer than that, but for a chance.
-
-    By Bernstein's inequality: of variance v, a sum is above its mean by t with probability
-    exp(-t^2 / (2 v + 2 t / 3)) at most.
-    """
-    mean, losses = (total - 1) * rate, -math.log(chance)
-    beyond = losses / 3 + math.sqrt(losses**2 / 9 + 2 * mean * (1 - rate) * losses)
-    return min(total, math.ceil(mean + beyond))
 
 
 def pseudonyms(count: int, rng: Stream) -> list[int]:
@@ -358,7 +330,12 @@ class Member:
             ) from error
 
     def _secret_with(self, other: int, which: int) -> bytes:
-        return _agree((self._mask_key, self._share_key)[which], self._around[other][which])
+        from cryptography.exceptions import UnsupportedAlgorithm
+
+        try:
+            return _agree((self._mask_key, self._share_key)[which], self._around[other][which])
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise ContractError("what the server tells for a client's key is none") from error
 
 
 @dataclass

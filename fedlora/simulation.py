@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import checkpoint, ledger, privacy, secure, task
+from fedlora import checkpoint, cohorts, ledger, privacy, task
 from fedlora import client as clients
 from fedlora import data as datasets
 from fedlora import engine as engines
@@ -594,15 +594,15 @@ def _privacy_in_words(ready: Prepared, record: Ledger) -> str:
 
 def _among_clients(scenario: Scenario, asked: scenarios.Privacy, events: Sequence[privacy.Event]) -> str:
     """What a client is promised from another that is in the same rounds; and what small cohorts add to delta."""
-    known = 1 / secure.LEAST if scenario.shares_noise else 0.0
+    known = 1 / cohorts.LEAST if scenario.shares_noise else 0.0
     single = [replace(event, steps=1) for event in events]
     most = max((privacy.beside([e], asked.delta, asked.accountant, known) for e in single), default=0.0)
     every = privacy.beside(events, asked.delta, asked.accountant, known)
     said = privacy.statement(every, asked.delta, privacy.FROM_CLIENTS, asked.accountant)
     return (
         f"; {said}, in every round of the run; in one round, epsilon {most:.3g}; cohorts too small or too large "
-        f"for a sum add at most {secure.RARE:.0%} to delta, and whether enough clients stay to the end of a round "
-        "is not covered"
+        f"for a sum add at most {cohorts.RARE:.0%} to delta, and whether enough clients stay to the end of a "
+        "round is not covered"
     )
 
 

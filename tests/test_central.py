@@ -1,6 +1,7 @@
 """Client-level privacy at the server: sensitivity, noise, sampling and the bound that adapts."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_an_event_is_a_round():
 
 def test_a_client_is_told_no_less_noise_than_the_scenario_promises_on_the_count_as_on_the_sum():
     """A count of 40 expected clients carries noise of 2; none where nothing is shared out."""
-    made = Central(noise_multiplier=1.0, sample_rate=0.4, total=100, seed=1, quantile=0.5, shared=True)
+    made = replace(QUIET, noise_multiplier=1.0, sample_rate=0.4, total=100, quantile=0.5, shared=True)
     told = made.words(0.3)
     assert told == {CLIP_NORM: 0.3, SUM_NOISE: made.sum_noise, COUNT_NOISE: 2.0}
     made.check_words(told, 0.5)  # the bound has adapted

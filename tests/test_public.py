@@ -15,7 +15,7 @@ aggregation_error load simulate weighted_mean""".split()
 
 # From the bottom up; a module imports from its own layer or from those before it.
 LAYERS = [
-    {"compression", "errors", "factors", "lock", "noise", "quantized", "replay", "secure", "seeding"},
+    {"cohorts", "compression", "errors", "factors", "lock", "noise", "quantized", "replay", "secure", "seeding"},
     {"plugins"},
     {"scenario"},
     {"adapter", "alone", "central", "data", "lowrank", "packing", "prefix", "privacy", "task", "world"},

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, chisquare
+from scipy.stats import chisquare
 
 from fedlora import secure
-from fedlora.errors import ContractError, RoundError, UserError
+from fedlora.errors import ContractError, RoundError
 from fedlora.noise import Stream
 from fedlora.secure import Collector, Member
 from fedlora.seeding import stream
@@ -190,6 +190,16 @@ def test_clients_that_see_different_neighbours_do_not_mask():
         members[0].mask(np.zeros(1, np.uint32), {n: sealed[n][0] for n in (1, 2)})
 
 
+def test_keys_that_are_none_are_refused():
+    members = {n: Member(n) for n in range(3)}
+    keys = {n: m.keys for n, m in members.items()}
+    with pytest.raises(ContractError, match="is none"):
+        members[0].share({**keys, 1: (b"no key", b"no key")}, 3)
+    other = {"mask": {0: keys[0][0], 1: keys[1][0], 2: keys[2][0]}, "share": {0: keys[0][1]}}
+    with pytest.raises(ContractError, match="one of the two keys"):
+        members[2].answer(secure.SHARES, other, lambda among: np.zeros(1, np.uint32), 0.66, 8)
+
+
 def test_who_would_not_mask_reveals_nothing():
     """Else a client that sees another graph than its neighbours could be told any story."""
     members = {n: Member(n) for n in range(6)}
@@ -305,83 +315,6 @@ def test_no_stories_show_a_sum_of_fewer_than_three():
                 assert t * d > a * max(a + d - t, 0) + (n - a) * (n - t)
     t, window = secure.threshold(33, 0), 2 * 33 - 1  # on a ring: who has a neighbour of one client for a neighbour
     assert all(t * (t - a) > window * (33 - t) for a in range(1, secure.LEAST))
-
-
-# Cohorts that coins draw.
-
-
-def mixed(parts, interval):
-    """The privacy loss of a step that is one of several by a chance that everybody sees, such as who else came."""
-    from dp_accounting.pld import privacy_loss_distribution as pld
-    from dp_accounting.pld.pld_pmf import DensePLDPmf
-
-    made = [(w, p._pmf_remove.to_dense_pmf()) for w, p in parts]
-    low = min(p._lower_loss for _, p in made)
-    probs = np.zeros(max(p._lower_loss + p.size for _, p in made) - low)
-    for weight, p in made:
-        probs[p._lower_loss - low :][: p.size] += weight * p._probs
-    infinite = sum(w * p._infinity_mass for w, p in made)
-    return pld.PrivacyLossDistribution(DensePLDPmf(interval, low, probs, infinite, True))
-
-
-def real_epsilon(total, size, rounds, noise, delta, rule):
-    """Of a client whose coming lets all three changes of a sum in, and of one that lets in its own alone."""
-    from dp_accounting.pld import privacy_loss_distribution as pld
-
-    rate, interval = size / total, 2e-3
-    step = lambda changes: pld.from_gaussian_mechanism(  # noqa: E731
-        noise / changes, value_discretization_interval=interval, sampling_prob=rate
-    )
-    chance = [np.prod([(total - 1 - i) / (i + 1) for i in range(k)]) * rate**k * (1 - rate) ** (total - 1 - k)
-              for k in range(3)]  # fmt: skip
-    assert secure.fewer(total, rate) == pytest.approx(sum(chance))
-    one = step(1)
-    if not rule:
-        return one.self_compose(rounds).get_epsilon_for_delta(delta)
-    none = pld.identity(interval)
-    parts = [(chance[0] + chance[1], none), (chance[2], step(3)), (1 - sum(chance), one)]
-    return mixed(parts, interval).self_compose(rounds).get_epsilon_for_delta(delta)
-
-
-@pytest.mark.parametrize(
-    "total, size, rounds, noise, real",
-    [(100, 4, 100, 0.857, 31.7), (1000, 8, 100, 0.568, 25.6), (200, 10, 50, 0.838, 13.4)],
-)
-def test_small_cohorts_that_are_no_sum_would_cost_more_than_is_stated_and_are_refused(
-    total, size, rounds, noise, real, tiny
-):
-    assert real_epsilon(total, size, rounds, noise, 1e-5, rule=True) == pytest.approx(real, rel=0.02)
-    assert real_epsilon(total, size, rounds, noise, 1e-5, rule=False) < 4.05
-    with pytest.raises(UserError, match="a cohort too small for a sum shows who was drawn"):
-        tiny(*whole(total, size, rounds))
-
-
-def test_where_small_cohorts_are_rare_the_cost_is_what_is_stated_and_the_scenario_is_taken(tiny):
-    """The documented example: 100 of 1000; and 40, with a noise of its own."""
-    for size, noise in ((100, 1.36), (40, 0.83)):
-        control = real_epsilon(1000, size, 100, noise, 1e-5, rule=False)
-        assert real_epsilon(1000, size, 100, noise, 1.01e-5, rule=True) <= control
-        assert 100 * secure.fewer(1000, size / 1000) <= secure.RARE / 2 * 1e-5
-        assert tiny(*whole(1000, size, 100)).most_members < 200
-
-
-def whole(total, size, rounds):
-    return (
-        f"clients.total={total}",
-        f"clients.per_round={size}",
-        "clients.use=sgd",
-        f"rounds={rounds}",
-        "privacy={unit: client, epsilon: 4, delta: 1.0e-5, clip_norm: 0.5}",
-        "secure_aggregation={}",
-    )
-
-
-def test_the_largest_cohort_is_passed_no_more_often_than_was_said():
-    for total, rate, chance in ((1000, 0.1, 1e-9), (50, 0.2, 1e-4), (10**6, 1e-4, 1e-10), (20, 0.5, 1e-12)):
-        least = secure.most(total, rate, chance)
-        assert least == total or binom.sf(least - 1, total - 1, rate) <= chance
-        assert secure.fewer(total, rate) == pytest.approx(binom.cdf(2, total - 1, rate))
-    assert secure.most(20, 0.5, 1e-12) == 20 and secure.most(1000, 0.1, 1e-9) < 180
 
 
 # Who is told what.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedlora import plugins, secure
+from fedlora import cohorts, plugins
 from fedlora.errors import suggestion
 from fedlora.scenario.explain import explain
 from fedlora.scenario.keys import Problem
@@ -148,25 +148,25 @@ def _summed(clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:
     privacy: Privacy | None = sections.get("privacy")
     whole = privacy if privacy is not None and privacy.unit == "client" else None
     size, total, rounds = clients.cohort_size, clients.total, sections.get("rounds")
-    if whole is None and not secure.LEAST <= size <= secure.MOST:
+    if whole is None and not cohorts.LEAST <= size <= cohorts.MOST:
         yield Problem(
             ("clients", "per_round" if clients.per_round else "total"),
-            f"secure aggregation sums {secure.LEAST} to {secure.MOST} clients a round, not {size}",
+            f"secure aggregation sums {cohorts.LEAST} to {cohorts.MOST} clients a round, not {size}",
         )
     if whole is None or not rounds:
         return
-    rare, few = secure.RARE / 2 * whole.delta, rounds * secure.fewer(total, size / total)
+    rare, few = cohorts.RARE / 2 * whole.delta, rounds * cohorts.fewer(total, size / total)
     if few > rare:
         yield Problem(
             ("clients", "per_round" if clients.per_round else "total"),
-            f"a cohort too small for a sum shows who was drawn: without any one client fewer than {secure.LEAST} "
+            f"a cohort too small for a sum shows who was drawn: without any one client fewer than {cohorts.LEAST} "
             f"are drawn in some of {rounds} rounds with probability {few:.1g}, and delta allows {rare:.1g}: "
             "take more clients a round",
         )
-    if (many := secure.most(total, size / total, rare / rounds)) > secure.MOST:
+    if (many := cohorts.most(total, size / total, rare / rounds)) > cohorts.MOST:
         yield Problem(
             ("clients", "per_round" if clients.per_round else "total"),
-            f"a round may draw {many} clients, and a sum takes {secure.MOST}: take fewer clients a round",
+            f"a round may draw {many} clients, and a sum takes {cohorts.MOST}: take fewer clients a round",
         )
     if (example := whole.example) and example.epsilon is not None and example.noise_multiplier is not None:
         yield Problem(

@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from fedlora import plugins, secure
+from fedlora import cohorts, plugins
 from fedlora.errors import SettingError, UserError, suggestion
 from fedlora.scenario.keys import Source
 from fedlora.seeding import generator
@@ -544,8 +544,8 @@ class Scenario(Section):
         told, whole = self.clients, self.client_privacy
         if whole is None:
             return told.cohort_size
-        chance = secure.RARE / 2 * whole.delta / self.rounds
-        return secure.most(told.total, told.cohort_size / told.total, chance)
+        chance = cohorts.RARE / 2 * whole.delta / self.rounds
+        return cohorts.most(told.total, told.cohort_size / told.total, chance)
 
     _source: Source = PrivateAttr(default_factory=lambda: Source("scenario", {}, {}))
 

@@ -180,7 +180,10 @@ def test_noise_of_all_members_adds_up_to_the_stated_one_and_the_server_adds_what
         total = sum(every[:stayed], np.zeros(20_000, np.uint32))
         made = mean(instruction, secure.Sum(total, tuple(range(10)), tuple(range(stayed))), 1.0)
         assert made.metrics == {} and made.weight == stayed
-        for noised, variance in ((made.adapter["w"] * stayed, stayed / 10), (released(whole, made, stayed / 10) * 10, 1.0)):
+        for noised, variance in (
+            (made.adapter["w"] * stayed, stayed / 10),
+            (released(whole, made, stayed / 10) * 10, 1.0),
+        ):
             low, high = chi2.ppf([5e-7, 1 - 5e-7], noised.size)
             assert low < float((noised.astype(np.float64) ** 2).sum()) / variance < high
 
