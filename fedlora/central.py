@@ -192,7 +192,7 @@ class Central:
             received: what the clients started from, of the tensors that they send.
             updates: clipped, perhaps summed on the way; none where nobody was drawn.
             clip_norm: C.
-            carried: the part of the noise's variance that is in the sum already; an engine says it, never a client.
+            carried: the part of the noise's variance that is in the sum already, by the engine and no client.
             draw: which draw of the round's noise (`fedlora.replay`).
         """
         rest = math.sqrt(max(1.0 - carried, 0.0))
