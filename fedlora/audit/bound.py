@@ -1,16 +1,43 @@
-"""The lower bound of one-run auditing (Steinke, Nasr and Jagielski, 2023, https://arxiv.org/abs/2305.08846).
+"""Lower bounds on epsilon from one run.
 
-Each of m canaries is included by a fair coin. From the output alone the auditor guesses some of the coins.
-Theorem 5.2: if the mechanism is (epsilon, delta)-differentially private, r guesses are right v times or more
-with probability at most
+Each of m canaries is included by a fair coin. From the output alone the auditor guesses some of the coins, r of
+them, a number fixed beforehand; v guesses are right. Two things are refuted with this.
+
+**(epsilon, delta)**, of whatever mechanism (Steinke, Nasr and Jagielski, 2023, https://arxiv.org/abs/2305.08846).
+Theorem 5.2: under (epsilon, delta)-differential privacy r guesses are right v times or more with probability at
+most
 
     beta + 2 m delta alpha,   beta = P[W >= v],   alpha = max_{i >= 1} P[v > W >= v - i] / i
 
-with W binomial, r draws with success `e^epsilon / (e^epsilon + 1)`. It holds however the guesses are made,
-as long as the number of guesses was fixed beforehand.
+with W binomial, r draws with success `e^epsilon / (e^epsilon + 1)`.
+
+**The curve of the mechanism that the ledger names** (Mahloujifar, Melis and Chaudhuri, 2024,
+https://arxiv.org/abs/2410.22235), which says more than one point of it. An event that has probability x without a
+canary has at most `F(x) = min_a delta(a) + e^a x` with it. With p_j the probability of j right guesses, the mean
+of this over the canaries is, for each v,
+
+    R_v <= F(H_{v-1}),   R_v = sum_{j >= v} j p_j / m,   H_v = sum_{j >= v} (r - j) p_j / m
+
+So from a tail `sum_{j >= v} p_j` the least p_j of all smaller j follow one after another; where they come to more
+than 1, the tail was too large. The steps, sampling rates and clients are taken as the ledger has them, and the
+noise multipliers scaled together: the bound is the epsilon of the least noise that the run refutes.
 """
 
 import math
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora import privacy
+from fedlora.privacy import Accountant, Event
+
+MOST = 50.0  # epsilon; what refutes it refutes any
+DISTINCT = 4  # histories that are looked at one by one; of more, one that loses as much as each
+_FINE = 1.01  # from one noise multiplier that is tried to the next
+_EPSILONS = np.concatenate([np.arange(-8, 8, 0.04), np.geomspace(8, 2 * MOST, 60)])
 
 
 def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
@@ -23,7 +50,6 @@ def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: fl
         epsilon: of the claim.
         delta: of the claim.
     """
-    import numpy as np
     from scipy.stats import binom
 
     if not 0 <= correct <= guesses <= canaries:
@@ -37,7 +63,7 @@ def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: fl
 
 def lower_bound(canaries: int, guesses: int, correct: int, delta: float, confidence: float) -> float:
     """The largest epsilon, to 1e-4 and at most 50, that so many right guesses refute at a confidence; else 0."""
-    low, high = 0.0, 50.0
+    low, high = 0.0, MOST
     if p_value(canaries, guesses, correct, low, delta) > 1 - confidence:
         return 0.0
     while high - low > 1e-4:
@@ -47,3 +73,99 @@ def lower_bound(canaries: int, guesses: int, correct: int, delta: float, confide
         else:
             high = middle
     return low
+
+
+class Curve:
+    """What clients' steps may give away, under more noise or less."""
+
+    def __init__(self, histories: Collection[Sequence[Event]], delta: float, accountant: Accountant) -> None:
+        """The mechanism as a ledger has it.
+
+        Args:
+            histories: of each client what it spent.
+            delta: at which epsilon is told.
+            accountant: by which.
+        """
+        spent = ([e for e in events if e.steps] for events in histories)
+        self.histories = {_together(events) for events in spent} - {()}
+        self.delta, self.accountant = delta, accountant
+        self.epsilon = lru_cache(maxsize=None)(self._epsilon)
+        self.profile = lru_cache(maxsize=None)(self._profile)
+
+    def bound(self, canaries: int, guesses: int, correct: int, confidence: float) -> float:
+        """The epsilon of the least noise that so many right guesses refute at a confidence, up to `MOST`, or 0."""
+        if not self.histories:
+            return 0.0
+
+        def refuted(step: int) -> bool:
+            return refutes(self.profile(step), canaries, guesses, correct, confidence)
+
+        low, high = 0, 64  # refuted is what has more noise
+        while not refuted(high):
+            low, high = high, 2 * high
+            if self.epsilon(low) < 0.01:
+                return 0.0
+        while refuted(low):
+            if self.epsilon(low) >= MOST:
+                return MOST
+            low, high = low - 64, low
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if refuted(middle) else (middle, high)
+        return self.epsilon(high)
+
+    def _scaled(self, step: int) -> list[tuple[Event, ...]]:
+        """The histories with `_FINE`^step times the noise."""
+        scale = _FINE**step
+        return [
+            tuple(replace(e, noise_multiplier=e.noise_multiplier * scale) for e in h)
+            for h in sorted(self.histories, key=repr)
+        ]
+
+    def _epsilon(self, step: int) -> float:
+        return min(max(privacy.epsilon(h, self.delta, self.accountant) for h in self._scaled(step)), MOST)
+
+    def _profile(self, step: int) -> NDArray[np.float64]:
+        """Delta at each of `_EPSILONS`, the largest over clients."""
+        scaled = self._scaled(step)
+        if len(scaled) > DISTINCT:
+            every = [event for history in scaled for event in history]
+            worst = replace(
+                every[0],
+                noise_multiplier=min(e.noise_multiplier for e in every),
+                sample_rate=max(e.sample_rate for e in every),
+                steps=max(sum(e.steps for e in history) for history in scaled),
+            )
+            scaled = [(worst,)]
+        made: NDArray[np.float64] = np.max([privacy.profile(h, list(_EPSILONS)) for h in scaled], axis=0)
+        return made
+
+
+def _together(events: Sequence[Event]) -> tuple[Event, ...]:
+    known: tuple[Event, ...] = ()
+    for event in events:
+        known = privacy.added(known, event)
+    return known
+
+
+def refutes(profile: NDArray[np.float64], canaries: int, guesses: int, correct: int, confidence: float) -> bool:
+    """Whether so many right guesses are less probable than 1 - confidence, where delta(e) is `profile`.
+
+    Args:
+        profile: at each of `_EPSILONS`.
+        canaries: m.
+        guesses: r.
+        correct: v.
+        confidence: of the verdict.
+    """
+    tail = 1 - confidence
+    shrink = np.exp(-_EPSILONS)
+    right, wrong = tail * correct / canaries, tail * (guesses - correct) / canaries  # R_v and H_v
+    for j in range(correct - 1, -1, -1):
+        least = float(((right - profile) * shrink).max())
+        if least <= wrong:
+            break  # nothing more follows
+        right, wrong = right + j / (guesses - j) * (least - wrong), least
+        if right + wrong > guesses / canaries:
+            return True
+    return right + wrong > guesses / canaries

@@ -52,7 +52,8 @@ def test_the_command_prints_both_figures_and_says_by_its_code_whether_the_claim_
     assert main([*command, "rounds=1"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[1].startswith("  claimed       epsilon ") and "for each example" in told[1]
-    assert "with 95% confidence" in told[2] and told[4] == "  the claim is not refuted"
+    assert "with 95% confidence" in told[2] and told[-1] == "  the claim is not refuted"
+    assert told[4].startswith("  noise         as stated in each tensor of 4 updates")
 
 
 @pytest.mark.parametrize(
