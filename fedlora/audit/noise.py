@@ -101,7 +101,8 @@ class Noise:
         if self.short:
             told.append(f"too little in {', '.join(self.short)}")
         if self.repeats:
-            told.append(f"used again in {self.repeats} pairs of tensors: {'; '.join(self.repeated)}")
+            pairs = f"{self.repeats} pair{'s' * (self.repeats > 1)} of updates"
+            told.append(f"used again in {pairs}: {'; '.join(self.repeated)}{' ...' * (self.repeats > TOLD)}")
         if not told:
             again = "none of it used again" if self.visible else "too few numbers to say whether any is used again"
             told.append(f"as stated in each tensor of {self.updates} updates, {again}")
@@ -144,9 +145,10 @@ def measure(seen: Sequence[Seen], canaries: int, level: float = LEVEL) -> Noise:
     """
     if not seen:
         return Noise(skipped="no update came")
-    drawn = [_drawn(s, canaries, level / 4 / len(seen)) for s in seen]
-    least, where, short = _sizes(seen, drawn, level / 4)
-    pairs, visible = _pairs(seen, drawn, level / 2)
+    each = level / 8 / len(seen)
+    later = [_drawn(s, s.steps - 1, canaries, each) for s in seen]
+    least, where, short = _sizes(seen, later, level / 4)
+    pairs, visible = _pairs(seen, [_drawn(s, s.steps, canaries, each) for s in seen], level / 2)
     alike = [f"{a} and {b}" if a is not b else f"two tensors of {a}" for a, b in pairs[:TOLD]]
     return Noise(
         updates=len(seen),
@@ -159,31 +161,36 @@ def measure(seen: Sequence[Seen], canaries: int, level: float = LEVEL) -> Noise:
     )
 
 
-def _drawn(seen: Seen, canaries: int, level: float) -> float:
-    """What a step's clipped gradients sum up to at most: examples may agree, canaries are orthogonal."""
+def _drawn(seen: Seen, steps: int, canaries: int, level: float) -> float:
+    """What the clipped gradients of some steps sum up to at most: examples may agree, canaries are orthogonal."""
     from scipy.stats import binom
 
-    each = level / 2 / seen.steps
     rate = min(seen.rate, 1.0)
-    return float(binom.isf(each, seen.examples, rate) + binom.isf(each, canaries, rate) ** 0.5)
+    examples, planted = (float(binom.isf(level / 2, steps * n, rate)) for n in (seen.examples, canaries))
+    return examples + math.sqrt(steps * planted)
 
 
-def _sizes(seen: Sequence[Seen], drawn: Sequence[float], level: float) -> tuple[float, str, tuple[str, ...]]:
-    """The tensor with the least noise, over what is stated, and those that hold too little."""
+def _sizes(seen: Sequence[Seen], later: Sequence[float], level: float) -> tuple[float, str, tuple[str, ...]]:
+    """The tensor with the least noise, over what is stated, and those that hold too little.
+
+    Args:
+        seen: the updates.
+        later: of each what the gradients of all steps but the first sum up to at most.
+        level: the chance that any tensor is accused wrongly.
+    """
     from scipy.stats import chi2
 
     found: dict[str, NDArray[np.float64]] = {}  # evidence, degrees of freedom, squared norm, its expectation
-    for update, most in zip(seen, drawn, strict=True):
+    for update, most in zip(seen, later, strict=True):
         for name, size, noisy, square in zip(
             update.names, update.sizes, update.worth, update.squares, strict=True
         ):
             if not noisy > 0:  # it rested, or nobody can say
                 continue
-            later = most * (update.steps - 1) if noisy > 1 else 0.0
-            asked = noisy if math.sqrt(noisy * size) - later / update.noise > math.sqrt(size) else 1.0
-            allowed = math.sqrt(square) + (later if asked > 1 else 0.0)
             unit = update.noise**2
-            row = (allowed**2 / (min(asked, noisy) * unit), size, square, size * noisy * unit)
+            every = noisy > 1 and math.sqrt(noisy * size) - most / update.noise > math.sqrt(size)
+            asked, back = (noisy, most) if every else (min(noisy, 1.0), 0.0)  # the last step's noise stays whole
+            row = ((math.sqrt(square) + back) ** 2 / (asked * unit), size, square, size * noisy * unit)
             found[name] = found.get(name, np.zeros(4)) + row
     if not found:
         return math.nan, "", ()
@@ -206,10 +213,10 @@ def _pairs(seen: Sequence[Seen], drawn: Sequence[float], level: float) -> tuple[
     for rows in alike.values():
         updates = [seen[i] for i in rows]
         noise = np.array([u.noise * math.sqrt(u.steps) for u in updates])
-        most = np.array([drawn[i] * seen[i].steps for i in rows])
+        most = np.array([drawn[i] for i in rows])
         blocks = [np.stack([u.kept[t] for u in updates]) for t in range(len(updates[0].sizes))]
         numbers = sum(block.shape[1] for block in blocks)
-        visible &= bool(np.all(noise * math.sqrt(numbers) > most + deviations * noise))
+        visible &= bool(np.all(noise * math.sqrt(numbers) > 1.2 * (most + deviations * noise)))
         whole = np.zeros((len(rows), len(rows)))
         for block in (*blocks, None):
             products = whole if block is None else (block @ block.T).astype(np.float64)

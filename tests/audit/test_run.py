@@ -37,6 +37,25 @@ def test_noise_that_is_not_there_refutes_the_claim(run, fault):
     assert "REFUTED" in made.lines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("SameNoise", "used again in 180 pairs of updates: client 0 in round 1 and client 0 in round 2"),
+        ("NoiseTwice", "used again in 20 pairs of updates: client 0 in round 1 and client 0 in round 2"),
+        ("LowBits", "used again in 60 pairs of updates: client 0 in round 1 and client 1 in round 1"),
+        ("BareHead", "too little in base_model.model.classifier.bias, base_model.model.classifier.weight"),
+    ],
+)
+def test_noise_that_is_not_what_is_stated_refutes_the_claim(tiny, tmp_path, fault, words):
+    """On 2,114 numbers: with fewer an update that repeats is not told from gradients that agree."""
+    short = ("privacy.epsilon=2", "rounds=10", "model.adapter.r=16")
+    made = audit(tiny(*LONG, *short, FAULTY + fault), out=tmp_path / "audit", canaries=200)
+    assert made.refuted and any(line.startswith(words) for line in made.noise.lines()), made.lines()
+    assert made.lines()[-1] == "  the claim is REFUTED: its noise is not as stated"
+    written = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert written["refuted"] is True and written["noise"]["repeats"] == made.noise.repeats
+
+
 def test_a_fresh_accountant_each_round_refutes_its_claim(run, tiny):
     one_round = calibrate(1.0, 1e-5, 12 / 45, 1)  # of the largest client
     made = run(f"privacy={{noise_multiplier: {one_round}, delta: 1.0e-5}}", FAULTY + "FreshAccountant")
