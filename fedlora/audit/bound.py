@@ -10,8 +10,8 @@ them, a number fixed beforehand; v guesses are right. Two theorems say how proba
 
 with W binomial, r draws with success `e^epsilon / (e^epsilon + 1)`.
 
-**The recursion** of Mahloujifar, Melis and Chaudhuri (2024, https://arxiv.org/abs/2410.22235) takes the whole curve
-of what a mechanism may give away. Where it is (a, delta(a))-differentially private for each a, an event that has
+**The recursion** of Mahloujifar, Melis and Chaudhuri (2024, https://arxiv.org/abs/2410.22235) takes the whole
+curve of what a mechanism may give away. Where it is (a, delta(a))-differentially private for each a, an event of
 probability x without a canary has at most `F(x) = min_a delta(a) + e^a x` with it. With p_j the probability of j
 right guesses, the mean of this over the canaries is, for each v,
 
