@@ -70,7 +70,8 @@ class Noise:
 
     Attributes:
         updates: how many were measured.
-        least: the smallest measured deviation of a tensor over the stated one; gradients add to it.
+        least: the measured deviation over the stated one, in the tensor that speaks most against it; gradients
+            add to it.
         where: that tensor.
         short: tensors that hold less noise than is stated.
         repeated: updates that hold one noise, in words, the first few.
@@ -106,7 +107,9 @@ class Noise:
         if not told:
             again = "none of it used again" if self.visible else "too few numbers to say whether any is used again"
             told.append(f"as stated in each tensor of {self.updates} updates, {again}")
-        return [*told, f"least {self.least:.3f} of the stated deviation, in {self.where}"]
+        if self.where:
+            told.append(f"measured {self.least:.3f} of the stated deviation in {self.where}, the least likely")
+        return told
 
 
 def worth(config: Mapping[str, Any], role: str, steps: int, lr: float) -> float:
@@ -194,10 +197,10 @@ def _sizes(seen: Sequence[Seen], later: Sequence[float], level: float) -> tuple[
             found[name] = found.get(name, np.zeros(4)) + row
     if not found:
         return math.nan, "", ()
-    ratios = {name: math.sqrt(row[2] / row[3]) for name, row in found.items()}
-    where = min(ratios, key=ratios.__getitem__)
-    short = [n for n, row in found.items() if chi2.cdf(row[0], row[1]) <= level / len(found)]
-    return ratios[where], where, tuple(short)
+    chances = {name: float(chi2.cdf(row[0], row[1])) for name, row in found.items()}
+    short = tuple(name for name, chance in chances.items() if chance <= level / len(found))
+    where = min(chances, key=chances.__getitem__)
+    return math.sqrt(found[where][2] / found[where][3]), where, short
 
 
 def _pairs(seen: Sequence[Seen], drawn: Sequence[float], level: float) -> tuple[list[tuple[Seen, Seen]], bool]:

@@ -19,7 +19,8 @@ from fedlora.audit.noise import LEVEL, Noise, Seen, measure, places, worth
 from fedlora.audit.scores import covariance, scores
 from fedlora.checkpoint import whole_folder
 from fedlora.engine import Description, Engine, Replies, Report, Setup
-from fedlora.errors import ScenarioError, SettingError, UserError
+from fedlora.errors import ContractError, ScenarioError, SettingError, UserError
+from fedlora.privacy import Event
 from fedlora.report import charts
 from fedlora.report.console import Display
 from fedlora.scenario import Scenario
@@ -206,6 +207,7 @@ class Server(Engine):
 
         Raises:
             UserError: there are more canaries than directions, or clients send other tensors than they train.
+            ContractError: a client names no event.
         """
         told, seed, r = self.scenario.clients, self.scenario.seed, self.scenario.model.adapter.r
         sent = (instruction.adapter[name] for name in instruction.send if name in instruction.adapter)
@@ -216,15 +218,21 @@ class Server(Engine):
         for update in replies.updates:
             (client,) = update.clients
             before = instruction.at(told.rank(client, seed, r)).adapter
-            if set(update.adapter) != set(instruction.send) or not set(update.adapter) <= set(before):
+            plain = set(update.adapter) == set(instruction.send) <= set(before)
+            if not plain or any(before[name].shape != tensor.shape for name, tensor in update.adapter.items()):
                 raise SettingError(
                     "strategy.use",
                     f"clients of {self.scenario.strategy.use} send no plain update; audits read only that",
                 )
-            self.seen.append(self._look(instruction, before, update.adapter, reports[client]))
+            report = reports[client]
+            if report.event is None:
+                raise ContractError(f"client {client} names no event that its noise could be measured against")
+            self.seen.append(self._look(instruction, before, update.adapter, report, report.event))
         return replies
 
-    def _look(self, instruction: Instruction, before: Adapter, after: Adapter, report: Report) -> Seen:
+    def _look(
+        self, instruction: Instruction, before: Adapter, after: Adapter, report: Report, event: Event
+    ) -> Seen:
         names, told, layout = instruction.send, self.scenario.clients, self.description.layout
         sizes = tuple(after[name].size for name in names)
         change = self._steps(before, after)
@@ -235,7 +243,7 @@ class Server(Engine):
             round=instruction.round,
             steps=report.steps,
             rate=told.batch_size / report.num_examples,
-            noise=report.event.noise_multiplier if report.event else 0.0,
+            noise=event.noise_multiplier,
             examples=report.num_examples,
             names=names,
             sizes=sizes,
@@ -272,8 +280,10 @@ class Server(Engine):
 
         Each client's updates are taken to weigh alike in the mean of a round.
         """
-        made = np.zeros(self.hidden.count)
-        change = self._steps(self.description.initial, self._last) * np.float32(self.scenario.clients.cohort_size)
+        made, first = np.zeros(self.hidden.count), self.description.initial
+        if any(self._last[name].shape != first[name].shape for name in self._sent):
+            return made  # of another rank: nothing to compare
+        change = self._steps(first, self._last) * np.float32(self.scenario.clients.cohort_size)
         sizes = tuple(self._last[name].size for name in self._sent)
         tensors = [t[None] for t in np.split(change, np.cumsum(sizes)[:-1])]
         for client in range(self.hidden.clients):
@@ -293,14 +303,15 @@ class Server(Engine):
         mean: float,
         variance: float,
     ) -> NDArray[np.float64]:
-        """Of a client's canaries, group by group."""
+        """Of a client's canaries, group by group; a tensor that rested says nothing."""
         directions = self.hidden.within(sizes)
         home = directions.home[self.hidden.of(client)]
-        spread = [covariance(block) for block in numbers]
-        made = np.zeros(len(home))
+        moved = np.array([block.any() for block in numbers])
+        spread, made = [covariance(block) for block in numbers], np.zeros(len(home))
         for group in np.unique(home):
-            here = home == group
-            made[here] = scores(parts[:, :, here], directions.shares[group], spread, mean, variance)
+            here, shares = home == group, directions.shares[group] * moved
+            if shares.any():
+                made[here] = scores(parts[:, :, here], shares, spread, mean, variance)
         return made
 
     def evaluate(self, adapter: Adapter) -> dict[str, Any]:

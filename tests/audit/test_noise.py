@@ -53,7 +53,7 @@ def test_the_true_noise_is_not_accused_whatever_the_gradients(seed, steps):
     assert not found.refuted and found.visible and 0.97 < found.least < 1.03
     assert found.lines() == [
         "as stated in each tensor of 30 updates, none of it used again",
-        f"least {found.least:.3f} of the stated deviation, in {found.where}",
+        f"measured {found.least:.3f} of the stated deviation in {found.where}, the least likely",
     ]
 
 

@@ -56,6 +56,26 @@ def test_noise_that_is_not_what_is_stated_refutes_the_claim(tiny, tmp_path, faul
     assert written["refuted"] is True and written["noise"]["repeats"] == made.noise.repeats
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("strategy.use=rolora",), "as stated"),  # A and B by turns, a round each
+        (("strategy.use=la_lora",), "as stated"),  # A rests
+        (("strategy.use=la_lora", "clients.local_steps=3"), "as stated"),  # and both are filtered
+        (("strategy.use=fedavg_lora", "clients.local_steps=3", "clients.lr=1.0"), "as stated"),
+        (("clients.per_layer=true", "clients.per_round=2"), "as stated"),
+        (("compression={up: {kind: int8}}",), "not measured: compression.up rounds"),
+        (
+            ("clients.quantile=0.5", "clients.local_steps=2", "clients.batch_size=40", "privacy.epsilon=30"),
+            "not measured: the clipping bound moves",
+        ),
+    ],
+)
+def test_the_true_client_s_noise_is_not_accused(tiny, tmp_path, overrides, says):
+    made = audit(tiny(*LONG, "rounds=4", "privacy.epsilon=2", *overrides), out=tmp_path / "audit", canaries=60)
+    assert not made.refuted and made.noise.lines()[0].startswith(says), made.lines()
+
+
 def test_a_fresh_accountant_each_round_refutes_its_claim(run, tiny):
     one_round = calibrate(1.0, 1e-5, 12 / 45, 1)  # of the largest client
     made = run(f"privacy={{noise_multiplier: {one_round}, delta: 1.0e-5}}", FAULTY + "FreshAccountant")
@@ -83,6 +103,7 @@ def test_the_command_prints_both_figures_and_says_by_its_code_whether_the_claim_
         ("clients.use=tests.engine.faulty:Nothing", "has no class 'Nothing'"),
         ("rounds=2", "is there already"),
         ("strategy.use=fedask", "clients of fedask send no plain update"),
+        ("strategy={use: florist, tau: 0.3}", "clients of florist send no plain update"),
     ],
 )
 def test_what_cannot_be_audited_is_a_line(tiny, tmp_path, override, words):
