@@ -60,10 +60,11 @@ def test_noise_that_is_not_what_is_stated_refutes_the_claim(tiny, tmp_path, faul
     ("overrides", "says"),
     [
         (("strategy.use=rolora",), "as stated"),  # A and B by turns, a round each
-        (("strategy.use=la_lora",), "as stated"),  # A rests
-        (("strategy.use=la_lora", "clients.local_steps=3"), "as stated"),  # and both are filtered
+        (
+            ("strategy.use=la_lora", "clients.local_steps=3"),
+            "as stated",
+        ),  # by turns, a step each, and both filtered
         (("strategy.use=fedavg_lora", "clients.local_steps=3", "clients.lr=1.0"), "as stated"),
-        (("clients.per_layer=true", "clients.per_round=2"), "as stated"),
         (("compression={up: {kind: int8}}",), "not measured: compression.up rounds"),
         (
             ("clients.quantile=0.5", "clients.local_steps=2", "clients.batch_size=40", "privacy.epsilon=30"),
