@@ -142,12 +142,23 @@ def _spend(
 _epsilon = lru_cache(maxsize=65536)(_spend)
 
 
+def profile(events: Iterable[Event], epsilons: Sequence[float]) -> list[float]:
+    """Delta at each of some epsilons, which may be negative, of all events together; never too small."""
+    if not (history := _history(events)):
+        return [max(-math.expm1(e), 0.0) for e in epsilons]
+    return [float(delta) for delta in _losses(history, _COARSER).get_delta_for_epsilon(list(epsilons))]
+
+
 def _pld(history: History, delta: float, coarser: int) -> float:
+    return float(_losses(history, coarser).get_epsilon_for_delta(delta))
+
+
+def _losses(history: History, coarser: int) -> Any:
     total, interval = None, _interval(history) * coarser
     for noise_multiplier, sample_rate, steps in history:
         part = _one_step(noise_multiplier, sample_rate, interval).self_compose(steps)
         total = part if total is None else total.compose(part)
-    return float(total.get_epsilon_for_delta(delta))  # type: ignore[union-attr]
+    return total
 
 
 def _rdp(history: History, delta: float, _: int = 1) -> float:

@@ -11,6 +11,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from fedlora import privacy
 from fedlora.errors import SettingError, UserError
@@ -267,3 +268,17 @@ def test_from_the_server_a_client_sends_nothing():
     line = statement(3.0, 1e-5, privacy.FROM_SERVER, "pld", 0.75)
     assert line.startswith("(3, 1e-05)-differential privacy for each client, from the server, which follows")
     assert "neighbouring runs differ in that one client sends nothing; " in line and "75%" in line
+
+
+@pytest.mark.parametrize("noise", [0.8, 2.0])
+def test_the_profile_of_one_gaussian_step_is_the_textbook_s(noise):
+    """Balle and Wang (2018), Theorem 8, at a sensitivity of 1."""
+    epsilons = [-1.0, 0.0, 0.5, 2.0]
+    found = privacy.profile([event(noise, 1.0, 1)], epsilons)
+    for e, delta in zip(epsilons, found, strict=True):
+        exact = norm.cdf(0.5 / noise - e * noise) - math.exp(e) * norm.cdf(-0.5 / noise - e * noise)
+        assert exact - 1e-9 <= delta <= exact + 2e-3
+
+
+def test_of_nothing_the_profile_is_that_of_no_difference():
+    assert privacy.profile([], [-1.0, 0.0, 1.0]) == pytest.approx([1 - math.exp(-1), 0, 0])

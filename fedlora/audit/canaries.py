@@ -1,16 +1,17 @@
 """Canaries: per-example gradients in directions of their own, which a client's data holds or does not.
 
 A canary stands for the worst example that the mechanism allows: one whose gradient lies in a direction that
-no other example uses, and is ten times as long as the clipping bound. The directions are columns of an
-orthonormal matrix, a cosine transform with random signs, so that the gradients of text look like little noise
-along each of them. Canaries pass through the client's own sampling rate, clipping, noise and scaling:
-they are added to the per-example gradients that Opacus's optimizer is about to clip.
+no other example uses, and is ten times as long as the clipping bound. Three in four lie over all trained tensors
+together, one in four in a single tensor, dealt over the tensors in turn: noise that one tensor lacks shows there.
+The directions are columns of orthonormal matrices, cosine transforms with random signs, so that the gradients of
+text look like little noise along each of them. Canaries pass through the client's own sampling rate, clipping,
+noise and scaling: they are added to the per-example gradients that Opacus's optimizer is about to clip.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from fedlora.client import Client, Rng, Settings
 from fedlora.data import Partition
 from fedlora.errors import ContractError, UserError
 from fedlora.privacy import Event
-from fedlora.seeding import generator
+from fedlora.seeding import generator, stream
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fedlora.task import Task
 
 LOUDNESS = 10.0  # of a canary's gradient over the clipping bound: a mechanism that does not clip shows
+ALONE = 1 / 4  # of the canaries lie in one tensor each
 
 
 @dataclass(frozen=True)
@@ -49,45 +51,99 @@ class Canaries:
     @cached_property
     def included(self) -> NDArray[np.bool_]:
         """What the auditor has to guess, (count,): whether the fair coin put a canary into the data."""
-        return generator(self.seed, "audit", "included").random(self.count) < 0.5
+        return stream(self.seed, "audit", "included").random(self.count) < 0.5
 
     def of(self, client: int) -> NDArray[np.int64]:
         """The canaries that could be in a client's data."""
         return np.arange(client, self.count, self.clients)
 
-    def directions(self, canaries: NDArray[np.int64], size: int) -> NDArray[np.float32]:
-        """Orthonormal vectors, (canaries, size)."""
-        from scipy.fft import idct
-
-        columns, signs = self._basis(size)
-        units = np.zeros((len(canaries), size), np.float32)
-        units[np.arange(len(canaries)), columns[canaries]] = 1.0
-        made: NDArray[np.float32] = signs * idct(units, norm="ortho", axis=1)
-        return made
-
-    def along(self, vector: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The inner product of a vector with the direction of each canary, (count,)."""
-        from scipy.fft import dct
-
-        columns, signs = self._basis(len(vector))
-        products: NDArray[np.float64] = dct((signs * vector).astype(np.float64), norm="ortho")[columns]
-        return products
-
-    def fits(self, size: int) -> None:
-        """Refuse more canaries than there are directions.
+    def within(self, sizes: tuple[int, ...]) -> "Directions":
+        """Their directions in tensors of those sizes.
 
         Raises:
-            UserError: there are.
+            UserError: there are more canaries than directions.
         """
-        if self.count > size:
-            raise UserError(
-                f"--canaries: {self.count} directions do not fit {size} trained numbers; ask for fewer"
-            )
+        return _directions(self.seed, self.count, sizes)
 
-    def _basis(self, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        rng = generator(self.seed, "audit", "basis", size)
-        signs = (2 * rng.integers(0, 2, size) - 1).astype(np.float32)
-        return rng.permutation(size)[: self.count], signs
+
+@dataclass(frozen=True)
+class Directions:
+    """Of each canary a unit vector, orthogonal to those of all others, over tensors laid end to end.
+
+    The numbers are dealt into groups: the first lies over all tensors, each other in one. Within a group the
+    directions are columns of a cosine transform with random signs.
+
+    Attributes:
+        sizes: of the tensors.
+        groups: for each group the places of its numbers, ascending.
+        signs: one for each number, (size,).
+        home: the group of each canary, (count,).
+        column: of each canary in its group's transform, (count,).
+        shares: of each group's squared length what lies in each tensor, (groups, tensors).
+    """
+
+    sizes: tuple[int, ...]
+    groups: tuple[NDArray[np.int64], ...]
+    signs: NDArray[np.float32]
+    home: NDArray[np.int64]
+    column: NDArray[np.int64]
+    shares: NDArray[np.float64]
+
+    def rows(self, canaries: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The vectors of some canaries, (canaries, size)."""
+        from scipy.fft import idct
+
+        made = np.zeros((len(canaries), sum(self.sizes)), np.float32)
+        for group in np.unique(self.home[canaries]):
+            here, places = np.flatnonzero(self.home[canaries] == group), self.groups[group]
+            units = np.zeros((len(here), len(places)), np.float32)
+            units[np.arange(len(here)), self.column[canaries[here]]] = 1.0
+            made[here[:, None], places] = self.signs[places] * idct(units, norm="ortho", axis=1)
+        return made
+
+    def along(self, vector: NDArray[np.float32], canaries: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The inner product of each tensor's part of a vector with canaries' directions, (tensors, canaries)."""
+        from scipy.fft import dct
+
+        made = np.zeros((len(self.sizes), len(canaries)))
+        signed, ends = (self.signs * vector).astype(np.float64), np.cumsum(self.sizes)
+        for group in np.unique(self.home[canaries]):
+            here, places = self.home[canaries] == group, self.groups[group]
+            tensors = np.searchsorted(ends, places, side="right")
+            for tensor in np.flatnonzero(self.shares[group]):
+                part = np.where(tensors == tensor, signed[places], 0.0)
+                made[tensor, here] = dct(part, norm="ortho")[self.column[canaries[here]]]
+        return made
+
+
+@lru_cache(maxsize=4)
+def _directions(seed: int, count: int, sizes: tuple[int, ...]) -> Directions:
+    size = sum(sizes)
+    if count > size:
+        raise UserError(f"--canaries: {count} directions do not fit {size} trained numbers; ask for fewer")
+    rng = generator(seed, "audit", "basis", size)
+    held = np.zeros(len(sizes) + 1, int)  # canaries of each group
+    while (left := int(ALONE * count) - held[1:].sum()) > 0:
+        room = np.flatnonzero(held[1:] < np.array(sizes) // 2)  # half of a tensor's numbers at most
+        if not len(room):
+            break
+        held[1 + room[:left]] += 1
+    held[0] = count - held[1:].sum()
+    signs = (2 * rng.integers(0, 2, size) - 1).astype(np.float32)
+    whole, groups = [], []
+    for start, numbers, canaries in zip(np.cumsum((0, *sizes)), sizes, held[1:], strict=False):
+        places = start + rng.permutation(numbers)
+        own = min(canaries * size // count, numbers)  # as many numbers to a canary as elsewhere
+        groups.append(np.sort(places[:own]))
+        whole.append(places[own:])
+    groups.insert(0, np.sort(np.concatenate(whole)))
+    home = rng.permutation(np.repeat(np.arange(len(held)), held))
+    column = np.zeros(count, int)
+    for group, places in enumerate(groups):
+        column[home == group] = rng.permutation(len(places))[: held[group]]
+    tensors = np.repeat(np.arange(len(sizes)), sizes)
+    shares = np.array([np.bincount(tensors[p], minlength=len(sizes)) / max(len(p), 1) for p in groups])
+    return Directions(sizes, tuple(groups), signs, home, column, shares)
 
 
 class Canaried(Client):
@@ -121,7 +177,7 @@ class Canaried(Client):
             sent = [p for p in parameters if names[id(p)] in settings.send]
             sent.sort(key=lambda p: settings.send.index(names[id(p)]))
             drawn = mine[coins.random(len(mine)) < rate]
-            rows = self.canaries.directions(drawn, sum(p.numel() for p in sent))
+            rows = self.canaries.within(tuple(p.numel() for p in sent)).rows(drawn)
             made = {id(p): p.new_zeros((len(drawn), *p.shape)) for p in parameters}
             start = 0
             for p in sent:

@@ -3,28 +3,33 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora import ledger
 from fedlora import scenario as scenarios
 from fedlora.adapter import Adapter, Change, Instruction
-from fedlora.audit.bound import lower_bound
+from fedlora.audit.bound import Curve, lower_bound
 from fedlora.audit.canaries import Canaried, Canaries
+from fedlora.audit.noise import LEVEL, Noise, Seen, measure, places, worth
+from fedlora.audit.scores import covariance, scores
 from fedlora.checkpoint import whole_folder
-from fedlora.engine import Description, Engine, Replies, Setup
-from fedlora.errors import ScenarioError, SettingError, UserError
+from fedlora.engine import Description, Engine, Replies, Report, Setup
+from fedlora.errors import ContractError, ScenarioError, SettingError, UserError
+from fedlora.privacy import Event
 from fedlora.report import charts
 from fedlora.report.console import Display
 from fedlora.scenario import Scenario
+from fedlora.seeding import generator
 from fedlora.simulation import simulate
 
-# Shares of the canaries that are guessed to be in the data, and whether as many are guessed to be out of it.
-# The bound is the best of them, each at a confidence that makes all of them hold together.
-GUESSES = [(share, both) for share in (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64) for both in (True, False)]
+# What each view may take of the chance that a bound is wrong, and in it the bound that assumes nothing.
+VIEWS = {"server": 0.85, "model": 0.15}
+ANYWAY = 0.05
 
 
 @dataclass(frozen=True)
@@ -32,14 +37,17 @@ class Bound:
     """What one way of looking refutes.
 
     Attributes:
-        epsilon: a lower bound on the true one; 0 where nothing is refuted.
+        epsilon: a lower bound on that of a mechanism whose steps are as the ledger has them, its noise unknown; 0
+            where nothing is refuted.
         guesses: about how many canaries.
         correct: how many of them were right.
+        anyway: a lower bound on epsilon that assumes nothing of the mechanism.
     """
 
     epsilon: float
     guesses: int
     correct: int
+    anyway: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +61,9 @@ class Audit:
         delta: of the claim.
         server: from the updates that the server sees, client by client and round by round.
         model: from the first and the last adapter alone.
+        noise: what was measured of it in the updates.
         canaries: how many.
-        confidence: with which each bound holds.
+        confidence: with which all bounds hold together.
         seconds: that it took.
     """
 
@@ -64,14 +73,16 @@ class Audit:
     delta: float
     server: Bound
     model: Bound
+    noise: Noise
     canaries: int
     confidence: float
     seconds: float
 
     @property
     def refuted(self) -> bool:
-        """Whether a bound is above the claim."""
-        return max(self.server.epsilon, self.model.epsilon) > self.claimed
+        """Whether a bound is above the claim, or the noise is not what is stated."""
+        bounds = (b for view in (self.server, self.model) for b in (view.epsilon, view.anyway))
+        return max(bounds) > self.claimed or self.noise.refuted
 
     def lines(self) -> list[str]:
         """What is printed."""
@@ -80,9 +91,12 @@ class Audit:
         for name, bound in (("server sees", self.server), ("final model", self.model)):
             told.append(
                 f"  {name}   epsilon at least {bound.epsilon:.3f} with {self.confidence:.0%} confidence: "
-                f"{bound.correct} of {bound.guesses} guesses were right"
+                f"{bound.correct} of {bound.guesses} guesses were right; {bound.anyway:.3f} if its steps may be "
+                "other ones"
             )
-        verdict = "REFUTED: the mechanism leaks more than it claims" if self.refuted else "not refuted"
+        told += [f"  noise         {line}" for line in self.noise.lines()]
+        why = "its noise is not as stated" if self.noise.refuted else "the mechanism leaks more than it claims"
+        verdict = f"REFUTED: {why}" if self.refuted else "not refuted"
         return [*told, f"  the claim is {verdict}"]
 
 
@@ -103,8 +117,8 @@ def audit(
         scenario: a loaded one, a file, or the name of one that ships with fedlora.
         overrides: `a.b=value` settings; only with a file or a name.
         out: the folder to write, by default `audits/<name>-<hash>`.
-        canaries: how many, over all clients; the largest bound that they can give is about `log(canaries / 12)`.
-        confidence: with which each bound holds.
+        canaries: how many, over all clients.
+        confidence: with which all bounds hold together.
         display: shown how the run goes.
 
     Raises:
@@ -130,23 +144,27 @@ def audit(
             run = simulate(_planted(scenario, hidden), out=new, display=display, watch=watch)
         except SettingError as error:
             raise scenario.located(error) from error
-        delta = scenario.privacy.delta
-        scores = (seen[0].scores, seen[0].moved())
-        server, model = (_guess(s, hidden.included, delta, confidence) for s in scores)
+        delta, server = scenario.privacy.delta, seen[0]
+        spent = ledger.replay(new / "privacy.jsonl")
+        claim = Curve(list(spent.values()), delta, scenario.privacy.accountant)
+        rated = {"server": server.rate(), "model": server.rate_model()}
+        wrong = 1 - confidence - LEVEL
+        found = {v: _guess(s, hidden.included, claim, wrong * VIEWS[v]) for v, s in rated.items()}
         made = Audit(
             scenario=scenario.name,
             claimed=run.summary["epsilon"],
             claim=run.summary["privacy"],
             delta=delta,
-            server=server,
-            model=model,
+            server=found["server"],
+            model=found["model"],
+            noise=server.noise(),
             canaries=canaries,
             confidence=confidence,
             seconds=round(time.perf_counter() - began, 1),
         )
         (new / "scenario.yaml").write_text(scenario.to_yaml())
         (new / "audit.json").write_text(json.dumps({**asdict(made), "refuted": made.refuted}, indent=2) + "\n")
-        _plot(new / "audit.png", made, scores, hidden.included)
+        _plot(new / "audit.png", made, tuple(rated.values()), hidden.included)
     return made
 
 
@@ -169,13 +187,13 @@ class Server(Engine):
     """An engine that looks at every update that passes through it, as a curious server would.
 
     Attributes:
-        scores: for each canary the log-likelihood ratio of what was seen, between in the data and out of it.
+        seen: the updates, in the order in which they came.
     """
 
     def __init__(self, inner: Engine, hidden: Canaries, scenario: Scenario) -> None:
         super().__init__(inner.num_clients)
         self.inner, self.hidden, self.scenario = inner, hidden, scenario
-        self.scores = np.zeros(hidden.count)
+        self.seen: list[Seen] = []
         self._sent: tuple[str, ...] = ()
         self._last: Adapter = {}
 
@@ -189,29 +207,112 @@ class Server(Engine):
 
         Raises:
             UserError: there are more canaries than directions, or clients send other tensors than they train.
+            ContractError: a client names no event.
         """
         told, seed, r = self.scenario.clients, self.scenario.seed, self.scenario.model.adapter.r
-        self.hidden.fits(sum(instruction.adapter[n].size for n in instruction.send if n in instruction.adapter))
+        sent = (instruction.adapter[name] for name in instruction.send if name in instruction.adapter)
+        self.hidden.within(tuple(tensor.size for tensor in sent))
         replies = self.inner.train(instruction, cohort, partial_sums=False)
         self._sent = instruction.send
-        sizes = {report.client: report.num_examples for report in replies.reports}
+        reports = {report.client: report for report in replies.reports}
         for update in replies.updates:
             (client,) = update.clients
             before = instruction.at(told.rank(client, seed, r)).adapter
-            if set(update.adapter) != set(instruction.send) or not set(update.adapter) <= set(before):
+            plain = set(update.adapter) == set(instruction.send) <= set(before)
+            if not plain or any(before[name].shape != tensor.shape for name, tensor in update.adapter.items()):
                 raise SettingError(
                     "strategy.use",
                     f"clients of {self.scenario.strategy.use} send no plain update; audits read only that",
                 )
-            mine = self.hidden.of(client)
-            drawn = self.hidden.along(self._steps(before, update.adapter))[mine]  # how often each was, and noise
-            rate = told.batch_size / sizes[client]
-            self.scores[mine] += likelihood_ratio(drawn, told.local_steps, rate)
+            report = reports[client]
+            if report.event is None:
+                raise ContractError(f"client {client} names no event that its noise could be measured against")
+            self.seen.append(self._look(instruction, before, update.adapter, report, report.event))
         return replies
 
-    def moved(self) -> NDArray[np.float64]:
-        """How far the final model moved from the first along each canary, (count,)."""
-        return self.hidden.along(self._steps(self.description.initial, self._last))
+    def _look(
+        self, instruction: Instruction, before: Adapter, after: Adapter, report: Report, event: Event
+    ) -> Seen:
+        names, told, layout = instruction.send, self.scenario.clients, self.description.layout
+        sizes = tuple(after[name].size for name in names)
+        change = self._steps(before, after)
+        tensors = np.split(change, np.cumsum(sizes)[:-1])
+        kept = places(sizes, generator(self.hidden.seed, "audit", "kept"))
+        return Seen(
+            client=report.client,
+            round=instruction.round,
+            steps=report.steps,
+            rate=told.batch_size / report.num_examples,
+            noise=event.noise_multiplier,
+            examples=report.num_examples,
+            names=names,
+            sizes=sizes,
+            worth=np.array([worth(instruction.config, layout[n].role, report.steps, told.lr) for n in names]),
+            squares=np.array([float(np.square(t, dtype=np.float64).sum()) for t in tensors]),
+            kept=tuple(t[chosen] for t, chosen in zip(tensors, kept, strict=True)),
+            parts=self.hidden.within(sizes).along(change, self.hidden.of(report.client)),
+        )
+
+    def noise(self) -> Noise:
+        """Whether the updates hold the noise that is stated."""
+        told = self.scenario
+        if told.compression and told.compression.up:
+            return Noise(skipped="compression.up rounds what clients send")
+        if told.clients.options.get("quantile") is not None and told.clients.local_steps > 1:
+            return Noise(skipped="the clipping bound moves within a round")
+        return measure(self.seen, -(-self.hidden.count // self.hidden.clients))
+
+    def rate(self) -> NDArray[np.float64]:
+        """The score of each canary from all updates of its client, (count,)."""
+        made = np.zeros(self.hidden.count)
+        alike: dict[tuple[int, Any, tuple[int, ...], int, float], list[Seen]] = {}
+        for u in self.seen:
+            alike.setdefault((u.client, u.names, u.sizes, u.steps, u.rate), []).append(u)
+        for (client, _, sizes, steps, rate), updates in alike.items():
+            numbers = [np.stack([u.kept[t] for u in updates]) for t in range(len(sizes))]
+            parts = np.stack([u.parts for u in updates])  # (rounds, tensors, canaries)
+            mean, variance = steps * rate, steps * rate * (1 - rate)
+            made[self.hidden.of(client)] += self._rate(client, sizes, numbers, parts, mean, variance)
+        return made
+
+    def rate_model(self) -> NDArray[np.float64]:
+        """The score of each canary from the first and the last model, (count,).
+
+        Each client's updates are taken to weigh alike in the mean of a round.
+        """
+        made, first = np.zeros(self.hidden.count), self.description.initial
+        if any(self._last[name].shape != first[name].shape for name in self._sent):
+            return made  # of another rank: nothing to compare
+        change = self._steps(first, self._last) * np.float32(self.scenario.clients.cohort_size)
+        sizes = tuple(self._last[name].size for name in self._sent)
+        tensors = [t[None] for t in np.split(change, np.cumsum(sizes)[:-1])]
+        for client in range(self.hidden.clients):
+            mine = [u for u in self.seen if u.client == client and u.names == self._sent]
+            mean = sum(u.steps * u.rate for u in mine)
+            variance = sum(u.steps * u.rate * (1 - u.rate) for u in mine)
+            along = self.hidden.within(sizes).along(change, self.hidden.of(client))
+            made[self.hidden.of(client)] = self._rate(client, sizes, tensors, along[None], mean, variance)
+        return made
+
+    def _rate(
+        self,
+        client: int,
+        sizes: tuple[int, ...],
+        numbers: list[NDArray[np.float32]],
+        parts: NDArray[np.float64],
+        mean: float,
+        variance: float,
+    ) -> NDArray[np.float64]:
+        """Of a client's canaries, group by group; a tensor that rested says nothing."""
+        directions = self.hidden.within(sizes)
+        home = directions.home[self.hidden.of(client)]
+        moved = np.array([block.any() for block in numbers])
+        spread, made = [covariance(block) for block in numbers], np.zeros(len(home))
+        for group in np.unique(home):
+            here, shares = home == group, directions.shares[group] * moved
+            if shares.any():
+                made[here] = scores(parts[:, :, here], shares, spread, mean, variance)
+        return made
 
     def evaluate(self, adapter: Adapter) -> dict[str, Any]:
         """Nothing: an audit asks what leaked, not what was learnt."""
@@ -242,42 +343,25 @@ class Server(Engine):
         return change / np.float32(unit)
 
 
-def likelihood_ratio(seen: NDArray[np.float64], steps: int, rate: float) -> NDArray[np.float64]:
-    """`log p(seen | in) - log p(seen | out)` where a canary that is in is drawn binomially often, under noise.
+def _ways(canaries: int) -> list[tuple[int, int, float]]:
+    """How many are guessed to be in the data and out of it, and what a way may take of the chance of being wrong.
 
-    The scale of the noise is taken from what is seen, as the stated one may be wrong: most canaries are out,
-    or were not drawn.
-
-    Args:
-        seen: along the direction of each canary, in units of one draw, (canaries,).
-        steps: how many draws there could be.
-        rate: the chance of each.
+    The first sees most of a true mechanism, the others more of a gross fault.
     """
-    from scipy.special import logsumexp
-    from scipy.stats import binom
-
-    scale = max(1.4826 * float(np.median(np.abs(seen - np.median(seen)))), 1e-3)
-    draws = np.arange(steps + 1)
-    with np.errstate(divide="ignore"):  # where every step draws it
-        prior = np.log(binom.pmf(draws, steps, rate))
-    ratio: NDArray[np.float64] = logsumexp(prior + (draws * seen[:, None] - draws**2 / 2) / scale**2, axis=1)
-    return ratio
+    half, quarter = canaries // 2, canaries // 4
+    return [(min(160, quarter), min(80, quarter // 2), 0.9), (quarter, quarter, 0.05), (half, half, 0.05)]
 
 
-def _guess(scores: NDArray[np.float64], included: NDArray[np.bool_], delta: float, confidence: float) -> Bound:
-    """The best bound over `GUESSES`, all of which hold together with the confidence."""
-    order = np.argsort(-scores, kind="stable")
-    each = 1 - (1 - confidence) / len(GUESSES)
-    bounds = []
-    for share, both in GUESSES:
-        count = int(share * len(scores))
-        right = int(included[order[:count]].sum())
-        guesses = count
-        if both:
-            right += int((~included[order[len(order) - count :]]).sum())
-            guesses += count
-        bounds.append(Bound(lower_bound(len(scores), guesses, right, delta, each), guesses, right))
-    return max(bounds, key=lambda b: b.epsilon)
+def _guess(scores: NDArray[np.float64], included: NDArray[np.bool_], claim: Curve, wrong: float) -> Bound:
+    """The best bound over all ways to guess, all of which hold together but for a chance of `wrong`."""
+    order, bounds = np.argsort(-scores, kind="stable"), []
+    for into, out, part in _ways(len(scores)):
+        right = int(included[order[:into]].sum() + (~included[order[len(order) - out :]]).sum())
+        counts = (len(scores), into + out, right)
+        epsilon = claim.bound(*counts, 1 - wrong * part * (1 - ANYWAY))
+        anyway = lower_bound(*counts, claim.delta, 1 - wrong * part * ANYWAY)
+        bounds.append(Bound(epsilon, into + out, right, anyway))
+    return replace(max(bounds, key=lambda b: b.epsilon), anyway=max(b.anyway for b in bounds))
 
 
 def _plot(file: Path, made: Audit, scores: tuple[NDArray[np.float64], ...], included: NDArray[np.bool_]) -> None:

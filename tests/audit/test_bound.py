@@ -1,14 +1,18 @@
-"""Theorem 5.2 of Steinke, Nasr and Jagielski (2023), against numbers had in other ways."""
+"""Bounds from one run, against numbers had in other ways."""
 
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 from scipy.stats import binomtest
 
-from fedlora.audit.bound import lower_bound, p_value
+from fedlora import privacy
+from fedlora.audit.bound import MOST, Curve, lower_bound, p_value, refutes
+from fedlora.privacy import Event
 
 
 def exactly(canaries: int, guesses: int, correct: int, odds: Fraction, delta: Fraction) -> Fraction:
@@ -86,3 +90,78 @@ def test_more_right_guesses_refute_more_and_a_larger_delta_less(guesses, data):
 def test_impossible_counts_are_refused(numbers):
     with pytest.raises(ValueError, match="canaries"):
         p_value(*numbers, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(0.5, 0.0), (1.0, 0.0), (0.5, 0.02), (1.0, 0.002)])
+def test_what_is_refuted_is_what_a_linear_program_finds_to_be_too_improbable(epsilon, delta):
+    """The most probable tail over all distributions of right guesses that keep to the curve, 20 of 30 coins."""
+    canaries, guesses = 30, 20
+    right = np.arange(guesses + 1)
+    least = lambda x: max((x - delta) * math.exp(-epsilon), 1 - delta - (1 - x) * math.exp(epsilon))  # noqa: E731
+    for correct in range(8, 20):
+        rows = []  # R_v <= delta + e^epsilon H_{v-1}, and R_v <= 1 - e^-epsilon (1 - delta - H_{v-1})
+        for v in range(1, guesses + 1):
+            r, h = right * (right >= v) / canaries, (guesses - right) * (right >= v - 1) / canaries
+            rows.append((r - math.exp(epsilon) * h, delta))
+            rows.append((r - math.exp(-epsilon) * h, 1 - math.exp(-epsilon) * (1 - delta)))
+        tail = linprog(
+            -(right >= correct).astype(float),
+            A_ub=[row for row, _ in rows],
+            b_ub=[most for _, most in rows],
+            A_eq=[np.ones(guesses + 1)],
+            b_eq=[1.0],
+        )
+        if tail.fun < -0.999:
+            continue
+        refuted = [refutes(least, canaries, guesses, correct, 1 - by * -tail.fun) for by in (0.999, 1.001)]
+        assert refuted == [False, True]
+
+
+def test_a_mechanism_that_gives_all_away_one_time_in_twenty_is_not_accused_at_its_own_delta():
+    assert lower_bound(100, 100, 100, 0.05, 0.951) == 0 < lower_bound(100, 100, 100, 0.05, 0.949)
+
+
+def of(noise, rate=1.0, steps=1):
+    return Event(noise_multiplier=noise, sample_rate=rate, steps=steps, clip_norm=1.0)
+
+
+def test_the_bound_of_a_known_mechanism_is_too_large_no_more_often_than_stated():
+    """Steps that draw a canary one time in four, told apart as well as they can be: 200 runs of 1,000 canaries."""
+    event, canaries = of(2.0, 0.25, 20), 1000
+    truth = privacy.epsilon([event], 1e-5)
+    claim, rng, found = Curve([[event]], 1e-5, "pld"), np.random.default_rng(0), []
+    for _ in range(200):
+        included = rng.random(canaries) < 0.5
+        drawn = included & (rng.random((20, canaries)) < 0.25)
+        seen = drawn + 2.0 * rng.standard_normal((20, canaries))
+        order = np.argsort(-np.log(0.75 + 0.25 * np.exp((2 * seen - 1) / 8)).sum(0))
+        right = included[order[:80]].sum() + (~included[order[-40:]]).sum()
+        found.append(claim.bound(canaries, 120, int(right), 0.95))
+    assert np.mean(np.array(found) > truth) <= 0.05
+    assert 0.4 * truth < np.mean(found) < 0.7 * truth  # and it sees much of it
+    anyway = [lower_bound(canaries, 120, 96, 1e-5, 0.95), claim.bound(canaries, 120, 96, 0.95)]
+    assert anyway[1] > 1.3 * anyway[0]
+
+
+def test_a_history_scaled_to_less_noise_explains_what_more_noise_does_not():
+    claim = Curve([[of(4.0)]], 1e-5, "pld")
+    bound = claim.bound(1000, 200, 180, 0.95)
+    assert privacy.epsilon([of(4.0)], 1e-5) < bound < MOST
+    assert bound == pytest.approx(Curve([[of(1.0)]], 1e-5, "pld").bound(1000, 200, 180, 0.95), rel=0.03)
+
+
+def test_what_sampling_hides_no_noise_explains():
+    """A step that draws one in ten may give all away one time in ten, more often than stated; not one in fifty."""
+    assert Curve([[of(4.0, 0.1)]], 1e-5, "pld").bound(1000, 1000, 900, 0.95) < MOST
+    assert Curve([[of(4.0, 0.02)]], 1e-5, "pld").bound(1000, 1000, 900, 0.95) == MOST
+
+
+def test_of_many_histories_one_that_loses_as_much_as_each_stands_for_all():
+    few = Curve([[of(2.0, 0.2)] * 3], 1e-5, "pld")
+    many = Curve([[of(2.0 + i / 10, 0.2 - i / 100)] * 3 for i in range(8)], 1e-5, "pld")
+    assert many.bound(1000, 200, 150, 0.95) == few.bound(1000, 200, 150, 0.95)
+
+
+def test_where_nothing_was_spent_nothing_is_bounded():
+    assert Curve([[of(2.0, 0.2, 0)]], 1e-5, "pld").bound(100, 50, 50, 0.95) == 0
+    assert Curve([[of(2.0)]], 1e-5, "pld").bound(100, 50, 25, 0.95) == 0

@@ -1,10 +1,12 @@
 """Canaries go where they should, and through the client's own mechanism."""
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedlora.audit.canaries import LOUDNESS, Canaried, Canaries
-from fedlora.audit.run import likelihood_ratio
 from fedlora.client import Rng, Settings
 from fedlora.clients.dp_sgd import DPSGD
 from fedlora.errors import ContractError, UserError
@@ -17,13 +19,50 @@ def told(names, **changes):
     return Settings(round=1, train=names, send=names, batch_size=8, lr=0.25, **{**base, **changes})
 
 
+SIZES = (300, 200, 3)
+
+
 def test_directions_are_orthonormal_and_found_again():
-    hidden = Canaries(1, 20, 3)
-    rows = hidden.directions(np.arange(20), 50)
-    np.testing.assert_allclose(rows @ rows.T, np.eye(20), atol=1e-6)
-    mixed = 2.0 * rows[3] - rows[7]
-    np.testing.assert_allclose(hidden.along(mixed), np.eye(20)[3] * 2 - np.eye(20)[7], atol=1e-6)
-    assert np.abs(rows).max() < 0.5  # along no tensor's own axes
+    hidden = Canaries(1, 40, 3).within(SIZES)
+    rows = hidden.rows(np.arange(40))
+    np.testing.assert_allclose(rows @ rows.T, np.eye(40), atol=1e-6)
+    mixed, chosen = 2.0 * rows[3] - rows[7], np.array([7, 0, 3])
+    np.testing.assert_allclose(hidden.along(mixed, chosen).sum(0), [-1, 0, 2], atol=1e-6)
+    assert np.abs(rows[hidden.home < 3]).max() < 0.5  # along no tensor's own axes
+
+
+def test_a_quarter_of_the_canaries_lie_in_a_tensor_each_as_many_in_one_as_in_another_where_there_is_room():
+    hidden = Canaries(1, 40, 3).within(SIZES)
+    assert np.bincount(hidden.home).tolist() == [30, 5, 4, 1]  # of three numbers one holds a canary
+    rows = hidden.rows(np.arange(40))
+    parts = np.stack(
+        [np.square(part).sum(1) for part in np.split(rows, [300, 500], axis=1)], 1
+    )  # (canaries, tensors)
+    for group in (1, 2, 3):
+        np.testing.assert_allclose(
+            parts[hidden.home == group], np.eye(3)[[group - 1]].repeat(sum(hidden.home == group), 0), atol=1e-6
+        )
+    np.testing.assert_allclose(parts[hidden.home == 0].mean(0), hidden.shares[0], atol=0.02)
+
+
+def test_what_lies_along_a_canary_is_told_apart_by_tensor():
+    hidden = Canaries(1, 40, 3).within(SIZES)
+    rows, canaries = hidden.rows(np.arange(40)), np.arange(40)
+    vector = np.random.default_rng(0).standard_normal(503).astype(np.float32)
+    parts = np.split(vector, [300, 500])
+    expected = [part @ row for part, row in zip(parts, np.split(rows.T, [300, 500]), strict=True)]
+    np.testing.assert_allclose(hidden.along(vector, canaries), expected, atol=1e-5)
+
+
+@given(st.integers(1, 60), st.lists(st.integers(1, 40), min_size=1, max_size=5))
+@hypothesis.settings(max_examples=50, deadline=None)
+def test_directions_fit_wherever_there_are_as_many_numbers(count, sizes):
+    if count > sum(sizes):
+        with pytest.raises(UserError, match="ask for fewer"):
+            Canaries(2, count, 2).within(tuple(sizes))
+        return
+    rows = Canaries(2, count, 2).within(tuple(sizes)).rows(np.arange(count))
+    np.testing.assert_allclose(rows @ rows.T, np.eye(count), atol=1e-5)
 
 
 def test_coins_are_fair_and_clients_share_the_canaries_out():
@@ -34,8 +73,8 @@ def test_coins_are_fair_and_clients_share_the_canaries_out():
 
 def test_more_canaries_than_directions_are_refused():
     with pytest.raises(UserError, match="50 trained numbers; ask for fewer"):
-        Canaries(1, 51, 1).fits(50)
-    Canaries(1, 50, 1).fits(50)
+        Canaries(1, 51, 1).within((30, 20))
+    Canaries(1, 50, 1).within((30, 20))
 
 
 def test_a_canary_that_is_in_moves_the_update_by_what_is_clipped_and_one_that_is_out_does_not(build):
@@ -49,7 +88,8 @@ def test_a_canary_that_is_in_moves_the_update_by_what_is_clipped_and_one_that_is
     update = made.fit(task, {}, part, settings, rng)
 
     change = np.concatenate([(plain.adapter[n] - update.adapter[n]).ravel() for n in names])
-    draws = made.canaries.along(change * 8 / (0.25 * 0.5))
+    directions = made.canaries.within(tuple(plain.adapter[n].size for n in names))
+    draws = directions.along(change * 8 / (0.25 * 0.5), np.arange(200)).sum(0)
     mine = made.canaries.of(1)
     inside = mine[made.canaries.included[mine]]
     outside = np.setdiff1d(np.arange(200), inside)
@@ -73,12 +113,3 @@ def test_a_client_without_opacus_cannot_be_audited(build):
     made = Canaried("sgd", {}, seed=5, canaries=4, among=4)
     with pytest.raises(ContractError, match="SGD took 0 of 3 steps"):
         made.fit(worker.task, {}, worker.dataset.partition(0), told(names), Rng(3, 1, 0))
-
-
-def test_the_likelihood_ratio_of_a_single_step_is_the_textbooks():
-    """log(1 - q + q exp((2 x - 1) / (2 s^2))) with s the scale of what is seen."""
-    seen = np.array([-0.5, -0.25, 0.0, 0.25, 0.5, 0.1, 1.0])
-    scale = 1.4826 * np.median(np.abs(seen - 0.1))
-    expected = np.log(0.7 + 0.3 * np.exp((2 * seen - 1) / (2 * scale**2)))
-    np.testing.assert_allclose(likelihood_ratio(seen, 1, 0.3), expected, rtol=1e-9, atol=1e-12)
-    assert np.isfinite(likelihood_ratio(seen, 2, 1.0)).all()

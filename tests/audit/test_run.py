@@ -37,6 +37,46 @@ def test_noise_that_is_not_there_refutes_the_claim(run, fault):
     assert "REFUTED" in made.lines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("SameNoise", "used again in 180 pairs of updates: client 0 in round 1 and client 0 in round 2"),
+        ("NoiseTwice", "used again in 20 pairs of updates: client 0 in round 1 and client 0 in round 2"),
+        ("LowBits", "used again in 60 pairs of updates: client 0 in round 1 and client 1 in round 1"),
+        ("BareHead", "too little in base_model.model.classifier.bias, base_model.model.classifier.weight"),
+    ],
+)
+def test_noise_that_is_not_what_is_stated_refutes_the_claim(tiny, tmp_path, fault, words):
+    """On 2,114 numbers: with fewer an update that repeats is not told from gradients that agree."""
+    short = ("privacy.epsilon=2", "rounds=10", "model.adapter.r=16")
+    made = audit(tiny(*LONG, *short, FAULTY + fault), out=tmp_path / "audit", canaries=200)
+    assert made.refuted and any(line.startswith(words) for line in made.noise.lines()), made.lines()
+    assert made.lines()[-1] == "  the claim is REFUTED: its noise is not as stated"
+    written = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert written["refuted"] is True and written["noise"]["repeats"] == made.noise.repeats
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("strategy.use=rolora",), "as stated"),  # A and B by turns, a round each
+        (
+            ("strategy.use=la_lora", "clients.local_steps=3"),
+            "as stated",
+        ),  # by turns, a step each, and both filtered
+        (("strategy.use=fedavg_lora", "clients.local_steps=3", "clients.lr=1.0"), "as stated"),
+        (("compression={up: {kind: int8}}",), "not measured: compression.up rounds"),
+        (
+            ("clients.quantile=0.5", "clients.local_steps=2", "clients.batch_size=40", "privacy.epsilon=30"),
+            "not measured: the clipping bound moves",
+        ),
+    ],
+)
+def test_the_true_client_s_noise_is_not_accused(tiny, tmp_path, overrides, says):
+    made = audit(tiny(*LONG, "rounds=4", "privacy.epsilon=2", *overrides), out=tmp_path / "audit", canaries=60)
+    assert not made.refuted and made.noise.lines()[0].startswith(says), made.lines()
+
+
 def test_a_fresh_accountant_each_round_refutes_its_claim(run, tiny):
     one_round = calibrate(1.0, 1e-5, 12 / 45, 1)  # of the largest client
     made = run(f"privacy={{noise_multiplier: {one_round}, delta: 1.0e-5}}", FAULTY + "FreshAccountant")
@@ -52,7 +92,8 @@ def test_the_command_prints_both_figures_and_says_by_its_code_whether_the_claim_
     assert main([*command, "rounds=1"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[1].startswith("  claimed       epsilon ") and "for each example" in told[1]
-    assert "with 95% confidence" in told[2] and told[4] == "  the claim is not refuted"
+    assert "with 95% confidence" in told[2] and told[-1] == "  the claim is not refuted"
+    assert told[4].startswith("  noise         as stated in each tensor of 4 updates")
 
 
 @pytest.mark.parametrize(
@@ -63,6 +104,7 @@ def test_the_command_prints_both_figures_and_says_by_its_code_whether_the_claim_
         ("clients.use=tests.engine.faulty:Nothing", "has no class 'Nothing'"),
         ("rounds=2", "is there already"),
         ("strategy.use=fedask", "clients of fedask send no plain update"),
+        ("strategy={use: florist, tau: 0.3}", "clients of florist send no plain update"),
     ],
 )
 def test_what_cannot_be_audited_is_a_line(tiny, tmp_path, override, words):
