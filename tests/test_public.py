@@ -18,7 +18,7 @@ LAYERS = [
     {"compression", "errors", "seeding", "factors", "quantized"},
     {"plugins"},
     {"scenario"},
-    {"adapter", "data", "lowrank", "packing", "prefix", "privacy", "secure", "task", "world"},
+    {"adapter", "alone", "data", "lowrank", "packing", "prefix", "privacy", "secure", "task", "world"},
     {"wire"},
     {"central", "client", "fused", "strategy"},
     {"checkpoint", "ledger"},
