@@ -137,6 +137,11 @@ class DPSGD(Stepwise):
         """Leave the gradient of each example; the sum of the losses."""
         return _backward(task, asked.batch)
 
+    @staticmethod
+    def apart(task: "Task", adapter: Adapter, train: tuple[str, ...], batch: Any) -> "list[torch.Tensor]":
+        """As the function of this name: how `fedlora.alone` asks for the gradients of examples."""
+        return apart(task, adapter, train, batch)
+
     def _optimizer(
         self, inner: "torch.optim.Optimizer", noise: Stream, *, max_grad_norm: float, **told: Any
     ) -> Any:

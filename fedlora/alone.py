@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora import plugins
 from fedlora.data import Examples
 from fedlora.errors import ContractError, SettingError
 from fedlora.packing import NAME, Packing, attention
@@ -128,11 +129,11 @@ class Alone:
         """How gradients as a private client makes them differ from those alone; empty where they do not."""
         import torch
 
-        from fedlora.clients.dp_sgd import apart
-
         try:
             with self.task.precisely(False):
-                found = apart(self.task, self.adapter, self.names, self.batch(self.rows))
+                found = plugins.find("clients", "dp_sgd").apart(
+                    self.task, self.adapter, self.names, self.batch(self.rows)
+                )
         except SettingError:
             raise
         except Exception as error:  # of a model that was never written for this

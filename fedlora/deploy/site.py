@@ -44,6 +44,7 @@ class Accept(Section):
     """What a run must be like."""
 
     scenarios: tuple[str, ...] | None = None  # names; null: any
+    bases: tuple[str, ...] | None = None  # as in `model.base`; null: minilm alone. Its files read every row
     strategies: tuple[str, ...] | None = None  # as in `strategy.use`; null: any that comes with fedlora
     clients: tuple[str, ...] | None = None  # as in `clients.use`; null: any that comes with fedlora
     own_code: bool = False  # whether strategies and clients may come with the run: they are programs
@@ -79,6 +80,8 @@ class Site(Section):
         rules = self.accept
         if rules.scenarios is not None and scenario.name not in rules.scenarios:
             return f"it does not accept the scenario {scenario.name!r}"
+        if scenario.model.base not in (("minilm",) if rules.bases is None else rules.bases):
+            return f"it does not accept the base model {scenario.model.base!r} (accept.bases)"
         for what, use, known in (
             ("strategy", scenario.strategy.use, rules.strategies),
             ("client", scenario.clients.use, rules.clients),

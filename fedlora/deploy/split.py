@@ -17,7 +17,7 @@ name: site-{client}
 client: {client}                        # which of the scenario's clients it is
 data: {{train: {train}, text: text, label: {label}{labels}}}
 state: {state}
-accept: {{own_code: false}}
+accept: {{own_code: false, bases: [{base}]}}
 """
 _BUDGET = (
     "privacy: {{max_epsilon: {most:g}, delta: {delta:g}}}  # what its examples may lose in all runs together\n"
@@ -57,6 +57,7 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
             label = "null" if train.labels is None else "label"
             labels = f", labels: {json.dumps(held.labels)}" if held.labels else ""
             told = {"train": place / "train.csv", "label": label, "labels": labels, "state": place / "state"}
+            told["base"] = json.dumps(scenario.model.base)
             text = _SITE.format(client=client, **told)
             if (asked := scenario.example_privacy) is not None:
                 text += _BUDGET.format(most=_RUNS * (asked.epsilon or 10), delta=asked.delta)

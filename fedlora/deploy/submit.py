@@ -103,7 +103,7 @@ def submit(
             f"run {number} ended without a word, as when the SuperLink was killed (flwr log {number} {superlink} "
             f"--show); what was finished is kept: go on with --resume {name}"
         )
-    place = out or Path("runs") / follower.name
+    place = out or Path("runs") / Path(follower.name).name  # the server says the name, not the folder
     with whole_folder(place) as new:
         follower.save(new)
     return Run.open(place)
