@@ -11,10 +11,7 @@ FedloraError
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from fedlora.privacy import Event
+from typing import Any
 
 
 class FedloraError(Exception):
@@ -60,10 +57,10 @@ class ContractError(FedloraError):
 class Refusal(FedloraError):
     """What a site will not do, in words that the server may read: nothing in them comes from its examples.
 
-    `event` is what was spent all the same.
+    `event` is the privacy event that was spent all the same.
     """
 
-    def __init__(self, why: str, event: "Event | None" = None) -> None:
+    def __init__(self, why: str, event: Any = None) -> None:
         super().__init__(why)
         self.event = event
 

@@ -15,7 +15,7 @@ aggregation_error load simulate weighted_mean""".split()
 
 # From the bottom up; a module imports from its own layer or from those before it.
 LAYERS = [
-    {"compression", "errors", "seeding", "factors", "quantized"},
+    {"compression", "errors", "lock", "seeding", "factors", "quantized"},
     {"plugins"},
     {"scenario"},
     {"adapter", "data", "lowrank", "packing", "prefix", "privacy", "secure", "task", "world"},
