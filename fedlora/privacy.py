@@ -5,9 +5,10 @@ step takes every example with probability `sample_rate`, clips each example's gr
 L2 norm, sums, and adds Gaussian noise of standard deviation `noise_multiplier * clip_norm`.
 
 Neighbouring datasets are those of zero-out (Kairouz et al., 2021, https://arxiv.org/abs/2103.00039,
-Definition 1.1): they have equally many examples, and in one of them one example is replaced by a blank that counts
-for nothing: in no sum of gradients, and where a bound adapts in no count. So how many examples a client holds is public: it sets the sample rate. Taking the example out
-would change the sum of a step alike. So the accountants of adding or removing one give the same epsilon.
+Definition 1.1): they have equally many examples, and in one of them one example is replaced by a blank that
+counts for nothing: in no sum of gradients, and where a bound adapts in no count. So how many examples a client
+holds is public: it sets the sample rate. Taking the example out would change the sum of a step alike. So the
+accountants of adding or removing one give the same epsilon.
 
 Each accountant gives an upper bound that holds, so the least of them may be told: `pld`, privacy loss
 distributions of Google's dp-accounting, is never looser than the others by more than its grid; `prv`, the

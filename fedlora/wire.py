@@ -24,7 +24,6 @@ from google.protobuf.message import DecodeError
 
 from fedlora import compression
 from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
-from fedlora.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE
 from fedlora.compression import Codec
 from fedlora.errors import ContractError, UserError
 from fedlora.privacy import Event
@@ -40,7 +39,10 @@ PARTS = ("you", "mask", "share", "sealed", "members", "masked", "sent", "dropped
 WEIGHT, ROUND = "num-examples", "server-round"
 CLIENT_FAILED = 0  # flwr.app.ErrorCode.UNKNOWN
 MOST = 2**63 - 1  # that a whole number of a message may be, where nothing narrower is known
-ABOVE_ZERO, FROM_ZERO = (CLIP_NORM, SUM_NOISE), (COUNT_NOISE, "proximal-mu")  # words to clients: finite numbers
+ABOVE_ZERO, FROM_ZERO = (
+    ("clip-norm", "sum-noise"),
+    ("count-noise", "proximal-mu"),
+)  # words to clients: finite numbers
 
 
 Packing = tuple[Codec, np.random.Generator]

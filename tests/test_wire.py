@@ -8,7 +8,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora import wire
+from fedlora import central, wire
 from fedlora.adapter import Instruction, Slot, Update
 from fedlora.errors import ContractError
 from fedlora.privacy import Event
@@ -166,6 +166,10 @@ def test_numbers_of_an_instruction_are_finite_and_not_below_zero(what, value):
     with pytest.raises(ContractError, match="in a message is a finite number"):
         wire.unpack_instruction(asked(**{what: value}), LAYOUT)
     assert wire.unpack_instruction(asked(**{what: 2}), LAYOUT).config[what.replace("_", "-")] == 2.0
+
+
+def test_the_words_of_a_server_that_protects_are_among_those_that_are_checked():
+    assert {central.CLIP_NORM, central.SUM_NOISE} == set(wire.ABOVE_ZERO) and central.COUNT_NOISE in wire.FROM_ZERO
 
 
 @pytest.mark.parametrize("what", ["clip_norm", "sum_noise"])

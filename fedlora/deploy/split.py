@@ -17,7 +17,7 @@ name: site-{client}
 client: {client}                        # which of the scenario's clients it is
 data: {{train: {train}, text: text, label: {label}{labels}}}
 state: {state}
-accept: {{own_code: false, bases: [{base}]}}
+accept: {{bases: [{base}], own_code: false}}
 """
 _BUDGET = (
     "privacy: {{max_epsilon: {most:g}, delta: {delta:g}}}  # what its examples may lose in all runs together\n"

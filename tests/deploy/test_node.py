@@ -107,7 +107,7 @@ def test_trains_for_those_who_signed_if_it_says_so(server, node, tmp_path):
     words, files, _ = server("data.labels=[bad, good]")
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
     public = (tmp_path / "key.pub").read_text().strip()
-    files[0].write_text(files[0].read_text().replace("{own_code: false}", json.dumps({"submitters": [public]})))
+    files[0].write_text(files[0].read_text().replace("own_code: false", f"submitters: {json.dumps([public])}"))
     assert "nobody whom it knows has signed" in meet(node(files[0]), words)["refused"]
     signature = signing.sign(tmp_path / "key", words["scenario"], "tiny-1", tmp_path / "app")
     assert meet(node(files[0]), {**words, "signature": signature})["client"] == 0
@@ -119,7 +119,7 @@ def test_trains_for_those_who_signed_if_it_says_so(server, node, tmp_path):
 
 def test_labels_that_nobody_signed_are_refused_where_submitters_are_named(server, node):
     words, files, _ = server()
-    files[0].write_text(files[0].read_text().replace("{own_code: false}", "{submitters: [ssh-ed25519 AAAA]}"))
+    files[0].write_text(files[0].read_text().replace("own_code: false", "submitters: [ssh-ed25519 AAAA]"))
     assert "nobody has signed the run's labels" in meet(node(files[0]), words)["refused"]
 
 
@@ -127,7 +127,7 @@ def test_a_signature_is_checked_again_after_a_restart(server, node, tmp_path):
     words, files, train = server("data.labels=[bad, good]")
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
     public = (tmp_path / "key.pub").read_text().strip()
-    files[0].write_text(files[0].read_text().replace("{own_code: false}", json.dumps({"submitters": [public]})))
+    files[0].write_text(files[0].read_text().replace("own_code: false", f"submitters: {json.dumps([public])}"))
     (tmp_path / "app").mkdir()
     signature = signing.sign(tmp_path / "key", words["scenario"], "tiny-1", tmp_path / "app")
     meet(node(files[0]), {**words, "signature": signature})

@@ -131,6 +131,33 @@ def test_a_submitted_run_gives_the_adapter_of_its_simulation(environment, scenar
     assert Run.open(tmp_path / "came").summary["failures"] == 0
 
 
+OWN = "from fedlora.strategies.ffa_lora import FFALoRA\n\n\nclass Mine(FFALoRA):\n    pass\n"
+
+
+def test_sites_that_ask_who_submits_take_a_signed_run_with_its_code(environment, scenario, federation, tmp_path):
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "code_of_mine.py").write_text(OWN)
+    (tmp_path / "lab" / "notes.txt").write_text("does not travel")
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(tmp_path / "lab")])
+    submitter = environment | {"PYTHONPATH": path}
+    _, file, sites = scenario("rounds=1", "data.labels=[bad, good]")
+    text = file.read_text().replace("use: ffa_lora", "use: code_of_mine:Mine")
+    file.write_text(text)
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
+    rules = json.dumps({"own_code": True, "submitters": [(tmp_path / "key.pub").read_text().strip()]})
+    for site in sites:
+        site.write_text(site.read_text().replace("{own_code: false}", rules))
+    federation[0](sites)  # to whom the code comes with the run alone
+    unsigned = submit(submitter, file, tmp_path / "unsigned")
+    _, error = unsigned.communicate(timeout=600)
+    assert unsigned.returncode and "nobody whom it knows has signed this run" in error
+    done = submit(submitter, file, tmp_path / "came", "--key", str(tmp_path / "key"))
+    _, error = done.communicate(timeout=600)
+    assert done.returncode == 0, error
+    run = Run.open(tmp_path / "came")
+    assert run.summary["failures"] == 0 and run.rounds[0]["clients"] == 2
+
+
 def test_a_site_killed_in_mid_round_costs_that_round_one_reply(environment, scenario, federation, tmp_path):
     """Its node and its worker die by SIGKILL while it trains; it comes back, with its ledger."""
     _, file, sites = scenario("rounds=12", "engine.deadline=20", "clients.local_steps=4")
