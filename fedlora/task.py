@@ -44,6 +44,8 @@ _ANSWERS = 8  # that are written at once
 _IMAGES = 32  # of an evaluation batch
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")  # of a model
 
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # tables of transformers, one place a token
+
 logger = logging.getLogger(__name__)
 
 
@@ -858,6 +860,7 @@ def load(
             missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if processor is None:
         pad = pads_as(model, tokenizer)
+        _check_room(model, tokenizer, max_length)
     heads: dict[str, bool] = {}
     if task != "causal_lm":
         heads = {name: head == "trained" for name in _heads(model)}
@@ -885,6 +888,27 @@ def load(
     if isinstance(made, ImageClassification):
         made.sees(processor)
     return made
+
+
+def _check_room(model: Any, tokenizer: Any, max_length: int) -> None:
+    """Make sure that a model has a place for every token that its examples may hold; they are not looked at.
+
+    Raises:
+        SettingError: it has fewer positions, or fewer tokens than its tokenizer.
+    """
+    import torch
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITIONS:
+            before = 0 if module.padding_idx is None else module.padding_idx + 1  # as RoBERTa counts
+            room = module.num_embeddings - (getattr(module, "offset", 0) or before)
+            if room < max_length:
+                raise SettingError("data.max_length", f"the model has {room} positions, not {max_length}: lower it")
+    known, used = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    if used >= known:
+        raise SettingError(
+            "model.base", f"its tokenizer has tokens up to number {used}, and it has embeddings of {known}"
+        )
 
 
 def pads_as(model: Any, tokenizer: Any) -> int:

@@ -144,9 +144,9 @@ def test_sites_that_ask_who_submits_take_a_signed_run_with_its_code(environment,
     text = file.read_text().replace("use: ffa_lora", "use: code_of_mine:Mine")
     file.write_text(text)
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
-    rules = json.dumps({"own_code": True, "submitters": [(tmp_path / "key.pub").read_text().strip()]})
+    rules = f"own_code: true, submitters: {json.dumps([(tmp_path / 'key.pub').read_text().strip()])}"
     for site in sites:
-        site.write_text(site.read_text().replace("{own_code: false}", rules))
+        site.write_text(site.read_text().replace("own_code: false", rules))
     federation[0](sites)  # to whom the code comes with the run alone
     unsigned = submit(submitter, file, tmp_path / "unsigned")
     _, error = unsigned.communicate(timeout=600)
