@@ -11,10 +11,13 @@ A digest is keyed by the scenario's seed. It tells about the examples as much as
 nothing to who lacks the seed. At sites no noise is ever drawn again, and there is no digest.
 """
 
+import ast
 import hashlib
 import hmac
-import inspect
-from collections.abc import Mapping
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -100,11 +103,44 @@ def versions() -> dict[str, str]:
 
 
 def code(of: object) -> str:
-    """A hash of the file that the class of an object comes from, where that is somebody's own; else its name."""
+    """A hash of the files that the class of an object comes from, where they are somebody's own; else its name.
+
+    Its module's, and those of all modules of its owner's that it imports, however many between.
+    """
     cls = type(of)
-    if cls.__module__.partition(".")[0] == "fedlora":  # whose version says it
-        return f"{cls.__module__}:{cls.__qualname__}"
-    try:
-        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
-    except (OSError, TypeError):  # defined in a notebook, say
-        return f"{cls.__module__}:{cls.__qualname__}"
+    made, waiting, seen = hashlib.sha256(f"{cls.__module__}:{cls.__qualname__}".encode()), [cls.__module__], set()
+    while waiting:
+        name = waiting.pop()
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if name in seen or file is None or not file.endswith(".py") or _installed(file):
+            continue  # whose version says it
+        seen.add(name)
+        text = Path(file).read_bytes()
+        made.update(f"{name} {len(text)} ".encode() + text)
+        package = name if Path(file).name == "__init__.py" else name.rpartition(".")[0]
+        waiting += sorted(set(_imports(text, package)))
+    return made.hexdigest()
+
+
+def _installed(file: str) -> bool:
+    """Whether a file is Python's, of an installed package or fedlora's."""
+    places = {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+    places.add(str(Path(__file__).parent))
+    tops = {str(Path(__file__).parent.parent / part) for part in ("strategies", "clients")}  # of a checkout
+    return any(str(Path(file).resolve()).startswith(f"{place}{os.sep}") for place in places | tops)
+
+
+def _imports(text: bytes, package: str) -> Iterator[str]:
+    """The modules that a source may import, as they are named in `sys.modules`."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            pieces = name.split(".")
+            yield from (".".join(pieces[:n]) for n in range(1, len(pieces) + 1))

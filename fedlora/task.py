@@ -44,6 +44,7 @@ _ANSWERS = 8  # that are written at once
 _IMAGES = 32  # of an evaluation batch
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")  # of a model
 
+_PLACES = ("transformers_version", "dtype", "torch_dtype")  # of a configuration, and no part of what it computes
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # tables of transformers, one place a token
 
 logger = logging.getLogger(__name__)
@@ -401,8 +402,10 @@ class Task(ABC):
                 small.copy_(full)
 
     def base_fingerprint(self) -> str:
-        """Differs where a weight or a running figure that no client changes does; of the base before a merge."""
-        digest = hashlib.sha256()
+        """Differs where a weight, a running figure or a setting that no client changes does; before a merge."""
+        config = self.model.get_base_model().config.to_dict()
+        told = {key: value for key, value in config.items() if key not in _PLACES and not key.startswith("_")}
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
         held = {id(layer.weight): layer for layer in self._held}
         for name, parameter in self.model.named_parameters():
             if not _federates(name) and ".original_module." not in name:
@@ -903,7 +906,8 @@ def _check_room(model: Any, tokenizer: Any, max_length: int) -> None:
             before = 0 if module.padding_idx is None else module.padding_idx + 1  # as RoBERTa counts
             room = module.num_embeddings - (getattr(module, "offset", 0) or before)
             if room < max_length:
-                raise SettingError("data.max_length", f"the model has {room} positions, not {max_length}: lower it")
+                told = f"{max_length} tokens, and the model has {room} positions: lower it"
+                raise SettingError("data.max_length", told)
     known, used = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     if used >= known:
         raise SettingError(

@@ -168,8 +168,8 @@ def test_a_target_out_of_reach_is_told_at_once_and_in_a_line(accountant):
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"noise_multiplier": v} for v in (0.0, -1.0, math.nan, math.inf)),
-        *({"sample_rate": v} for v in (0.0, -0.1, 1.1, math.nan)),
+        *({"noise_multiplier": v} for v in (0.0, -1.0, math.nan, math.inf, 1e300)),
+        *({"sample_rate": v} for v in (0.0, -0.1, 1.1, math.nan, 1e-300)),
         *({"clip_norm": v} for v in (0.0, -1.0, math.nan, math.inf)),
         *({"steps": v} for v in (-1, 1.0, True, 10**8)),
     ],

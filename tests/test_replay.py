@@ -1,6 +1,7 @@
 """Noise is drawn again for the same sum alone: over others a round draws afresh and pays."""
 
 import dataclasses
+import hashlib
 import shutil
 
 import numpy as np
@@ -47,14 +48,30 @@ def test_equal_inputs_repeat_their_draw_and_others_take_the_next_while_there_is_
 
 
 def test_ones_own_code_is_known_by_its_file(tmp_path, monkeypatch):
-    file = tmp_path / "mine_replayed.py"
-    file.write_text("class Mine: pass\n")
+    (package := tmp_path / "mine_replayed").mkdir()
+    files = [package / "__init__.py", package / "own.py", package / "deep.py", tmp_path / "beside_replayed.py"]
+    texts = [
+        "",
+        "import numpy\nfrom . import deep\nclass Mine: pass\n",
+        "from beside_replayed import X\n",
+        "X = 1\n",
+    ]
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text)
+    (tmp_path / "stranger_replayed.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    import mine_replayed
+    import mine_replayed.own
+    import stranger_replayed
 
-    before = code(mine_replayed.Mine())
-    file.write_text("class Mine: pass  # edited\n")
-    assert code(mine_replayed.Mine()) != before and code(Drawn()) == "fedlora.replay:Drawn"
+    seen = {code(mine_replayed.own.Mine())}
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(f"{text}# edited\n")
+        seen.add(code(mine_replayed.own.Mine()))
+        file.write_text(text)
+    assert len(seen) == 5
+    (tmp_path / "stranger_replayed.py").write_text("# edited, and not imported by them\n")
+    assert code(mine_replayed.own.Mine()) in seen and stranger_replayed is not None
+    assert code(Drawn()) == hashlib.sha256(b"fedlora.replay:Drawn").hexdigest()
 
 
 # Runs that are stopped after a round was paid for, and go on otherwise.

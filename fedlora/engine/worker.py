@@ -455,7 +455,8 @@ class Worker:
                 self._seen.clear()
             examples, rows = partition.examples, partition.rows
             tokens = np.concatenate([examples.row(int(row)) for row in rows])
-            parts = (tokens, examples.lengths(rows), examples.targets[rows], rows)
+            types = np.concatenate([examples.types_of(int(row)) for row in rows])
+            parts = (tokens, types, examples.lengths(rows), examples.targets[rows], rows)
             self._seen[partition.client] = replay.digest(self.scenario.seed, *parts)
         return self._seen[partition.client]
 

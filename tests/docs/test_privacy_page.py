@@ -9,13 +9,18 @@ import pytest
 from fedlora import privacy, scenario, secure
 
 PAGE = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
-ROWS = re.findall(r"^\| ([^|]+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\w+) \| (\d+) \|$", PAGE, re.M)
+NUMBER = r"([\d.]+)"
+ROWS = re.findall(
+    rf"^\| ([^|]+) \| (\d+) \| {NUMBER} \| {NUMBER} \| {NUMBER} \| {NUMBER} \| ([^|]+) \| (\w+) \|$", PAGE, re.M
+)
 AUDITED = scenario.load("audit")
 
 
 def test_the_audit_table_has_the_true_client_and_each_seeded_fault():
     assert [row[0] for row in ROWS] == [
         "`dp_sgd` as it is",
+        "one noise of a client in every round",
+        "no noise on the classifier",
         "no noise",
         "a tenth of the noise",
         "a fresh accountant each round",
@@ -24,10 +29,10 @@ def test_the_audit_table_has_the_true_client_and_each_seeded_fault():
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_an_audit_s_verdict_follows_from_its_figures(row):
-    _, _, claimed, server, model, verdict, seconds = row
-    refuted = max(float(server), float(model)) > float(claimed)
+    _, _, claimed, server, anyway, model, noise, verdict = row
+    assert float(anyway) <= float(server)
+    refuted = max(float(server), float(model)) > float(claimed) or not noise.startswith("as stated")
     assert verdict == ("refuted" if refuted else "stands") == ("stands" if row == ROWS[0] else "refuted")
-    assert int(seconds) < 600
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
