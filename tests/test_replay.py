@@ -230,6 +230,19 @@ def test_other_versions_or_another_device_draw_other_noise(tiny, tmp_path, monke
     ]
 
 
+def test_another_configuration_of_the_base_draws_other_noise(tiny, tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    loose = ("privacy={noise_multiplier: 3.0, delta: 1.0e-3, clip_norm: 0.01}", "rounds=1", f"model.base={base}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_record", killed(1))
+        with pytest.raises(RuntimeError, match="killed"):
+            simulate(tiny(*loose), out=tmp_path / "run")
+    config = base / "config.json"
+    config.write_text(config.read_text().replace('"gelu"', '"relu"'))
+    simulate(tiny(*loose), out=tmp_path / "run", resume=True)
+    assert [li["draw"] for li in lines_of(tmp_path / "run") if li["client"] == 0] == [0, 1]
+
+
 CLIENTS = ("clients.use=sgd", "clients.per_round=2", "rounds=2", "eval_every=2", "seed=5")
 LOOSE = "privacy={unit: client, noise_multiplier: 4.0, delta: 1.0e-2, clip_norm: 0.5}"
 
