@@ -153,6 +153,11 @@ def _summed(clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:
             ("clients", "per_round" if clients.per_round else "total"),
             f"secure aggregation sums {cohorts.LEAST} to {cohorts.MOST} clients a round, not {size}",
         )
+    if privacy is None and clients.retries:
+        yield Problem(
+            ("clients", "retries"),
+            "two sums of one round over nearly the same clients show one client's change: leave it out, or add privacy",
+        )
     if whole is None or not rounds:
         return
     rare, few = cohorts.RARE / 2 * whole.delta, rounds * cohorts.fewer(total, size / total)
