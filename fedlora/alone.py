@@ -7,7 +7,7 @@ on who is beside it: clipping would not bound it, and a private run is refused.
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import plugins
+from fedlora.adapter import Tensor
 from fedlora.data import Examples
 from fedlora.errors import ContractError, SettingError
 from fedlora.packing import NAME, Packing, attention
@@ -48,8 +49,13 @@ class Alone:
         rows: all of them.
     """
 
-    def __init__(self, task: "Task", examples: Examples) -> None:
+    def __init__(self, task: "Task", examples: Examples, adapter: Mapping[str, Tensor] | None = None) -> None:
         """Pass each by itself, the longest first: some models go on in another way after a short one.
+
+        Args:
+            task: with the model.
+            examples: from the shortest to the longest.
+            adapter: to pass them with; by default one near the first.
 
         Raises:
             SettingError: the model is private, and a tensor that trains takes no part in the loss.
@@ -58,7 +64,7 @@ class Alone:
 
         self.task, self.examples, self.rows = task, examples, np.arange(len(examples))
         rng = generator(0, "check", "adapter")
-        self.adapter = {
+        self.adapter = adapter or {
             name: (tensor + _AWAY * rng.standard_normal(tensor.shape)).astype(np.float32)
             for name, tensor in sorted(task.initial.items())
         }
@@ -156,7 +162,8 @@ def settle(task: "Task", max_length: int, special: Collection[int]) -> None:
     """
     try:
         try:
-            alone = Alone(task, texts(task, max_length, special))
+            task.trial = texts(task, max_length, special)
+            alone = Alone(task, task.trial)
             if unfit := alone.again():
                 _complain(task, unfit)
         except SettingError:
@@ -169,7 +176,7 @@ def settle(task: "Task", max_length: int, special: Collection[int]) -> None:
             task.packing.remove()
             task.packing = None
         if unfit:
-            logger.warning("examples are padded, not packed: %s", unfit)
+            logger.warning("examples are padded, not packed: as exact, and slower; %s", unfit)
             _hold(alone)
     finally:
         _rest(task)
@@ -186,15 +193,30 @@ def pictures(task: "Task", pixels: int) -> None:
         SettingError: the model is private, and they do not.
     """
     some = generator(0, "check").integers(0, 256, 3 * pixels).astype(np.uint8)
-    examples = Examples(some, np.arange(4) * pixels, np.zeros(3, np.int64))
+    task.trial = Examples(some, np.arange(4) * pixels, np.zeros(3, np.int64))
     try:
-        alone = Alone(task, examples)
+        alone = Alone(task, task.trial)
         if unfit := alone.again():
             _complain(task, unfit)
         task.mixed = _shared(alone)
         _hold(alone)
     finally:
         _rest(task)
+
+
+def mingle(task: "Task", adapter: Mapping[str, Tensor]) -> str:
+    """How examples of a pass move each other with some tensors; empty where they stay apart.
+
+    What a server sends may make a model so steep that the rounding of a batch, which depends on who is in it,
+    changes the gradients of all: then clipping bounds nobody.
+    """
+    try:
+        alone = Alone(task, task.trial, adapter)
+        return alone.differs(alone.rows) or alone.mixes()
+    except Exception as error:  # whatever a model says to such tensors
+        return _reason(error)
+    finally:
+        task.begin({}, ())
 
 
 def _hold(alone: Alone) -> None:

@@ -44,10 +44,19 @@ def clip(update: Update, received: Mapping[str, Tensor], bound: float, share_met
         share_metrics: whether its figures may leave all the same.
     """
     norm = _norm(update, received)
-    factor = np.float32(min(1.0, bound / norm)) if norm else np.float32(1)
+    factor = min(1.0, bound / norm) if norm else 1.0
+    clipped = update.adapter
+    for _ in range(8 if norm > bound else 0):
+        clipped = {n: received[n] + np.float32(factor) * (t - received[n]) for n, t in update.adapter.items()}
+        if (left := _norm(replace(update, adapter=clipped), received)) <= bound * (1 + 1e-6):
+            break
+        factor *= 0.999 * bound / left  # what float32 rounds may be longer
+    else:
+        if norm > bound:  # so coarse beside what was received that no change of this length can be told
+            clipped = {n: received[n].copy() for n in update.adapter}
     return replace(
         update,
-        adapter={n: received[n] + factor * (t - received[n]) for n, t in update.adapter.items()},
+        adapter=clipped,
         weight=1.0,
         metrics={**(update.metrics if share_metrics else {}), WITHIN: float(norm <= bound)},
     )

@@ -64,6 +64,7 @@ class Plan:
             None without privacy.
         neighbours: how datasets differ that it does not tell apart, in the ledger's word; None likewise.
         server_epsilon: for each client from the server that sees sums; None where clients share no noise out.
+        peer_epsilon: for each client from another that is in all of its rounds under masks; None elsewhere.
         noise_multiplier: the largest over clients, or the server's; None without privacy.
         groups: clients by the number of examples that they hold, with what that means for the privacy of examples.
         alternatives: bytes and parameters under each built-in strategy, or the `problem` that it has;
@@ -86,6 +87,7 @@ class Plan:
     parameters: Mapping[str, int]
     epsilon: float | None
     server_epsilon: float | None
+    peer_epsilon: float | None
     delta: float | None
     unit: str | None
     neighbours: str | None
@@ -140,6 +142,7 @@ def _plan(scenario: Scenario) -> Plan:
         parameters=parameters,
         epsilon=lines[-1]["epsilon"] if epsilons else None,
         server_epsilon=simulation.server_epsilon(scenario, real.ledger.events),
+        peer_epsilon=simulation.peer_epsilon(scenario, real.ledger.events.get(None, ())),
         delta=asked.delta if asked else None,
         unit=asked.unit if asked else None,
         neighbours=neighbours(asked.unit) if asked else None,

@@ -30,7 +30,11 @@ Accountant = Literal["pld", "prv", "rdp"]
 History = Sequence[tuple[float, float, int]]  # noise multiplier, sample rate, steps
 
 MAX_NOISE_MULTIPLIER = 1e5  # beyond it the noise drowns anything that could be learnt
-MOST_NOISE, LEAST_RATE = 1e9, 1e-9  # of an event: beyond, accountants overflow, and nobody trains
+MOST_NOISE, LEAST_RATE, LEAST_BOUND = (
+    1e9,
+    1e-9,
+    1e-30,
+)  # of an event: beyond, accountants overflow, and nobody trains
 MAX_STEPS = 10**7  # more is a mistake, and would take too much memory to account for
 _MIN_NOISE_MULTIPLIER = 0.01  # below it epsilon is in the thousands
 _COARSER = 8  # the width of losses in the search for a noise multiplier; what it finds is checked finely
@@ -58,6 +62,7 @@ class Event:
     def __post_init__(self) -> None:
         positive = all(0 < x < math.inf for x in (self.noise_multiplier, self.sample_rate, self.clip_norm))
         told = self.noise_multiplier <= MOST_NOISE and LEAST_RATE <= self.sample_rate <= 1
+        told = told and self.clip_norm >= LEAST_BOUND  # below, float32 rounds norms away
         if not (positive and told and type(self.steps) is int and 0 <= self.steps <= MAX_STEPS):
             raise UserError(f"not an event of the Poisson-subsampled Gaussian mechanism: {self}")
 

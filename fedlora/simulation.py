@@ -467,7 +467,10 @@ def _restore(folder: Path, ready: Prepared, first: Progress, origin: Mapping[str
             now = Progress.restored(saved)
             known, before = tuple(saved.origin["ledger"]), dict(saved.origin["versions"])
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder}: its checkpoint is of another version of fedlora ({error!r})") from error
+            raise UserError(
+                f"{folder}: its checkpoint is of another version of fedlora: go on by that one, or start again in "
+                "another folder with --out"
+            ) from error
         if moved := [
             f"{what} {before.get(what)}, now {v}"
             for what, v in origin["versions"].items()
@@ -511,6 +514,7 @@ def _summary(
         "sampling": "poisson" if asked else None,
         "example_epsilon": _spent(record, scenario.example_privacy),
         "server_epsilon": server_epsilon(scenario, record.events),
+        "peer_epsilon": peer_epsilon(scenario, record.events.get(None, ())),
         "privacy": _privacy_in_words(ready, record),
         "seconds": round_to(now.seconds),
         "clients_per_second": round_to(now.trained / now.seconds) if now.seconds else None,
@@ -592,12 +596,23 @@ def _privacy_in_words(ready: Prepared, record: Ledger) -> str:
     )
 
 
+def peer_epsilon(scenario: Scenario, events: Sequence[privacy.Event]) -> float | None:
+    """Epsilon of a client from another that is in the same rounds under masks; None elsewhere.
+
+    Args:
+        scenario: of the run.
+        events: of those rounds, as they cost every client.
+    """
+    if (asked := scenario.client_privacy) is None or scenario.secure_aggregation is None:
+        return None
+    known = 1 / cohorts.LEAST if scenario.shares_noise else 0.0
+    return privacy.beside(events, asked.delta, asked.accountant, known)
+
+
 def _among_clients(scenario: Scenario, asked: scenarios.Privacy, events: Sequence[privacy.Event]) -> str:
     """What a client is promised from another that is in the same rounds; and what small cohorts add to delta."""
-    known = 1 / cohorts.LEAST if scenario.shares_noise else 0.0
-    single = [replace(event, steps=1) for event in events]
-    most = max((privacy.beside([e], asked.delta, asked.accountant, known) for e in single), default=0.0)
-    every = privacy.beside(events, asked.delta, asked.accountant, known)
+    most = max((peer_epsilon(scenario, [replace(event, steps=1)]) or 0.0 for event in events), default=0.0)
+    every = peer_epsilon(scenario, events) or 0.0
     said = privacy.statement(every, asked.delta, privacy.FROM_CLIENTS, asked.accountant)
     return (
         f"; {said}, in every round of the run; in one round, epsilon {most:.3g}; cohorts too small or too large "

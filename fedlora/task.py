@@ -195,6 +195,7 @@ class Task(ABC):
         own: whether the tensors that `begin` and `read` are about are the model's own.
         private: whether gradients are clipped example by example.
         kinds: of texts that the model tells apart by `token_type_ids`; 0 where it knows none.
+        trial: the examples of the check at load (`fedlora.alone`).
         mixed: why a layer cannot tell the examples of a pass apart; empty where all can.
     """
 
@@ -202,6 +203,7 @@ class Task(ABC):
     pools: bool  # whether the head reads a padded batch, or each token by itself
     metric: str  # the name of the figure that `evaluate` is about
     higher_is_better: bool
+    trial: Examples
 
     def __init__(
         self,
@@ -556,6 +558,11 @@ class Task(ABC):
         """Choose how examples share a pass, and see that they stay apart in it."""
         with quietly():
             alone.settle(self, max_length, special)
+
+    def mingles(self, adapter: Mapping[str, NDArray[np.float32]]) -> str:
+        """How examples of a pass move each other with some tensors; empty where they stay apart."""
+        with quietly():
+            return alone.mingle(self, adapter)
 
     def _below(self) -> Prefix | None:
         """The layers below the lowest factors, if there are any and the model packs."""

@@ -132,6 +132,17 @@ def test_a_client_is_told_no_less_noise_than_the_scenario_promises_on_the_count_
         QUIET.check_words({CLIP_NORM: 0.4}, 0.3)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.floats(1e-6, 1e6), st.floats(1e-4, 1e4), st.integers(0, 2**32))
+def test_a_clipped_change_is_within_the_bound_however_coarse_float32_is_there(scale, bound, seed):
+    rng = np.random.default_rng(seed)
+    received = {"w": (scale * rng.standard_normal(50)).astype(np.float32)}
+    sent = {"w": received["w"] + (3 * bound * rng.standard_normal(50)).astype(np.float32)}
+    made = clip(Update(adapter=sent, weight=9.0, clients=(0,)), received, bound, False).adapter["w"]
+    moved = np.linalg.norm(made.astype(np.float64) - received["w"].astype(np.float64))
+    assert moved <= bound * (1 + 2e-6)
+
+
 def test_a_change_beyond_the_bound_is_refused_in_words_that_do_not_tell_its_norm():
     """(2, 3, 6) has norm 7."""
     with pytest.raises(ContractError) as told:

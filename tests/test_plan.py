@@ -247,6 +247,6 @@ def test_the_noise_of_the_paper_comes_out_of_its_scenario_without_the_hub(tiny_b
 def test_a_plan_of_the_papers_scenario_tells_its_noise(tiny_base, reviews):
     """All of plan, on few examples and rounds."""
     named = [f"model.base={tiny_base}", f"data.files={{train: {reviews}}}", "data.partition.kind=iid"]
-    fewer = ["clients.batch_size=8", "rounds=2", "engine={kind: inline}"]
+    fewer = ["clients.batch_size=8", "rounds=2", "engine={kind: inline}", "data.max_length=64"]
     told = plan(scenario.load("paper/sst2", named + fewer))
     assert told.epsilon <= 6 and told.noise_multiplier > 0.5 and told.clients_total == 3

@@ -92,7 +92,14 @@ def test_a_layer_that_is_not_there_is_refused(tiny_base):
     from fedlora import task
 
     with pytest.raises(SettingError, match="no layer 2 with targets"):
-        task.load("classification", tiny_base, Lora(4, 8, ("query",), (1, 2)), labels=["a", "b"], seed=0)
+        task.load(
+            "classification",
+            tiny_base,
+            Lora(4, 8, ("query",), (1, 2)),
+            labels=["a", "b"],
+            seed=0,
+            max_length=64,
+        )
 
 
 def test_the_rule_when_to_keep(build):

@@ -24,7 +24,7 @@ from fedlora import data, lock, noise, secure, seeding, simulation, wire
 from fedlora.adapter import Instruction, Update
 from fedlora.central import WITHIN
 from fedlora.checkpoint import Merges
-from fedlora.deploy import signing
+from fedlora.deploy import signing, sources
 from fedlora.deploy import site as sites
 from fedlora.deploy.site import FLOOR, Site
 from fedlora.engine import secure as masking
@@ -255,6 +255,8 @@ class Node:
         folder = self.folder / "runs" / key
         folder.mkdir(parents=True, exist_ok=True)
         self.run = None
+        if self.site is None or self.site.accept.own_code:
+            sources.only(self.app)
         try:
             if self.site is None:
                 ready = simulation.prepare(scenario)
@@ -505,6 +507,9 @@ class Node:
                 cap = self.site.privacy
                 spent = epsilon([*self.account.events.get(Own(), ()), event], cap.delta, cap.accountant)
                 if spent > cap.max_epsilon * (1 + 1e-9):
+                    logger.warning(
+                        "it would come to epsilon %.3f; privacy.max_epsilon: %g", spent, cap.max_epsilon
+                    )
                     raise Refusal("another round would pass the epsilon that the site allows over all runs")
                 mine: dict[str, Any] = {
                     "delta": cap.delta,

@@ -98,7 +98,7 @@ def _connected(where: Path, app: Path) -> Iterator[socket.socket]:
         while (there := _taken_in(address)) is None:
             child = child or _start(where, app)
             if os.waitpid(child, os.WNOHANG)[0]:
-                raise Unreachable("its worker does not start: its log says why")
+                raise Unreachable("its worker does not start: what its node or container printed says why")
             if time.monotonic() > end:
                 os.kill(child, signal.SIGKILL)
                 raise Unreachable(f"its worker did not listen within {_START:g} s")
@@ -162,10 +162,9 @@ def main() -> int:
     parser.add_argument("where", type=Path)
     parser.add_argument("app", type=Path)
     told = parser.parse_args()
-    from fedlora.deploy import logs, sources
+    from fedlora.deploy import logs
     from fedlora.errors import UserError
 
-    sources.only(told.app)
     logs.start("site", shown := logging.StreamHandler())
     try:
         return _serve(told.where, told.app, shown)

@@ -18,8 +18,13 @@ class _Source(importlib.machinery.SourceFileLoader):
 
 
 def only(app: Path) -> None:
-    """Import modules from an app too, after all that are installed, and only from its `.py` files."""
+    """Import modules from an app too, after all that are installed, and only from its `.py` files.
+
+    Not before it is known that a site runs what comes with a run: libraries look for what is not installed.
+    """
     root = app.absolute()
+    if str(root) in sys.path:
+        return
 
     def hook(path: str) -> importlib.machinery.FileFinder:
         if not Path(path).absolute().is_relative_to(root):

@@ -406,6 +406,9 @@ class Worker:
             RoundError: it would need another draw, and no epsilon is left for that.
         """
         event = self.client.spends(len(partition), settings)
+        if event is not None and self.setup.secret:  # the tensors are somebody else's
+            if unfit := self.task.mingles(self._received(instruction, partition.client)):
+                raise Refusal(f"with the tensors that came, examples would not be bounded one by one: {unfit}")
         if event is not None and self.pay is not None:
             self.pay(settings.round, partition.client, event)
         deed.event, deed.steps = event, settings.local_steps

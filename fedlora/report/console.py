@@ -214,6 +214,8 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"            from the server, which sees sums, epsilon {plan['server_epsilon']:.3f} if all stay"
         )
+    if plan["peer_epsilon"] is not None:
+        lines.append(f"            from a client in all of the same rounds, epsilon {plan['peer_epsilon']:.3f}")
     if plan["seconds"] is None:
         lines.append("  estimate  no time and memory: the base model's weights, or a GPU, are not at hand")
     else:

@@ -156,7 +156,7 @@ def _summed(clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:
     if privacy is None and clients.retries:
         yield Problem(
             ("clients", "retries"),
-            "two sums of one round over nearly the same clients show one client's change: leave it out, or add privacy",
+            "two sums of a round over nearly the same clients show one's change: leave it out, or add privacy",
         )
     if whole is None or not rounds:
         return

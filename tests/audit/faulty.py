@@ -37,7 +37,7 @@ class OwnNoise(NoNoise):
 
     def draws(self, settings, rng, partition):
         """What the noise of a round is drawn from, by `standard_normal`."""
-        return np.random.default_rng([rng.seed, settings.round, partition.client])
+        return np.random.default_rng([rng.root, settings.round, partition.client])
 
     def noised(self, task, settings):
         """The tensors that get any."""
@@ -58,14 +58,14 @@ class SameNoise(OwnNoise):
     """A client's noise is drawn once, and added in every round."""
 
     def draws(self, settings, rng, partition):
-        return np.random.default_rng([rng.seed, partition.client])
+        return np.random.default_rng([rng.root, partition.client])
 
 
 class NoiseTwice(OwnNoise):
     """Each noise is added in two rounds."""
 
     def draws(self, settings, rng, partition):
-        return np.random.default_rng([rng.seed, (settings.round + 1) // 2, partition.client])
+        return np.random.default_rng([rng.root, (settings.round + 1) // 2, partition.client])
 
 
 class BareHead(OwnNoise):

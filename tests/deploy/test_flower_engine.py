@@ -104,11 +104,11 @@ def test_noise_at_sites_is_nobodys_to_repeat(sites, nodes, deployed, tmp_path):
 
 def test_a_site_that_says_nothing_is_missed_at_the_deadline_and_its_late_reply_is_dropped(sites, nodes, deployed):
     scenario, files = sites()
-    run, engine = deployed(scenario, LocalGrid(nodes(files), late={2}), deadline=1.0)
+    run, engine = deployed(scenario, LocalGrid(nodes(files), late={2}), deadline=3.0)
     told = lines(run.folder, "clients.jsonl")
     assert [(t["round"], t["client"], t["error"]) for t in told if t["error"]] == [
-        (1, 1, "no reply within 1 s"),
-        (2, 1, "no reply within 1 s"),
+        (1, 1, "no reply within 3 s"),
+        (2, 1, "no reply within 3 s"),
     ]
     assert engine.late == 1  # that of round 1; that of round 2 never came
     assert len(ledger.replay(run.folder / "privacy.jsonl")[1]) == 2  # it trained, for all the server knows
@@ -266,7 +266,7 @@ def test_a_client_that_did_not_clip_is_refused_where_clients_are_protected_whole
 
     run, _ = deployed(scenario, LocalGrid(nodes(files), altered={3: louder}))
     (bad,) = [t for t in lines(run.folder, "clients.jsonl") if t["error"]]
-    assert bad["client"] == 2 and "the bound is 1" in bad["error"]
+    assert bad["client"] == 2 and "longer than the bound, 1," in bad["error"]
     assert "from the operating system" in run.summary["privacy"]
 
 

@@ -251,7 +251,7 @@ def test_each_training_is_paid_whatever_a_message_says(server, node, monkeypatch
 
 def test_no_exchange_of_masks_trains_for_nothing(server, node, monkeypatch):
     """Keys asked for again in a round, and a masked vector asked for again: each training is paid."""
-    words, files, train = server("secure_aggregation={survivors: 0.6}")
+    words, files, train = server("secure_aggregation={survivors: 0.7}")
     meet(made := node(files[0]), words)
     seen, passes = [], made.run.worker.client.passes
     monkeypatch.setattr(
@@ -266,7 +266,7 @@ def test_no_exchange_of_masks_trains_for_nothing(server, node, monkeypatch):
 
 @pytest.mark.parametrize("round", [0, -1, 3, True, 1.0, "1", None, [1]])
 def test_an_exchange_is_of_a_round_of_the_run(server, node, round):
-    words, files, _ = server("secure_aggregation={survivors: 0.6}")
+    words, files, _ = server("secure_aggregation={survivors: 0.7}")
     meet(made := node(files[0]), words)
     content = wire.pack_words({"run": "tiny-1", "round": round})
     assert "round in a message is a whole number from 1 to 2" in refusal(made, content, "query.keys")
@@ -471,3 +471,16 @@ def test_what_a_site_says_holds_nothing_of_a_failure(server, node):
 
     made.run.worker.client.fit = fails
     assert refusal(made, train(1)) == "training failed: its log says why"
+
+
+def test_keys_of_noise_are_never_on_disk(server, node, monkeypatch):
+    from fedlora.noise import fresh_key
+
+    words, files, train = server()
+    keys = []
+    monkeypatch.setattr("fedlora.engine.worker.fresh_key", lambda: keys.append(fresh_key()) or keys[-1])
+    meet(made := node(files[0]), words)
+    assert refusal(made, train(1)) is None and len(keys) == 1
+    written = [file.read_bytes() for file in files[0].parent.rglob("*") if file.is_file()]
+    assert len(written) > 5
+    assert not any(key in text or key.hex().encode() in text for key in keys for text in written)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedlora.engine import Worker
+from fedlora.errors import Refusal
 from fedlora.simulation import calibrate, prepare
 
 LOUD = ("privacy={noise_multiplier: 100.0, delta: 1.0e-3}", "clients.local_steps=1")
@@ -68,3 +69,15 @@ def test_a_worker_makes_no_generator_of_torch_and_moves_none(tiny, monkeypatch):
     noise_of(worker)
     assert torch.equal(before, torch.default_generator.get_state())
     assert np.array_equal(ambient, np.random.get_state()[1])
+
+
+def test_tensors_under_which_examples_move_each_other_are_refused_before_it_pays(site, monkeypatch):
+    instruction = site.strategy.instruct(1, dict(site.task.initial))
+    assert site.task.mingles(instruction.adapter) == ""
+    wild = {name: np.full_like(tensor, np.nan) for name, tensor in instruction.adapter.items()}
+    paid = []
+    monkeypatch.setattr(site, "pay", lambda *told: paid.append(told))
+    with pytest.raises(Refusal, match="examples would not be bounded one by one: logits"):
+        site.fit(replace(instruction, adapter=wild), 0)
+    assert not paid
+    assert site.fit(instruction, 0)[0] is not None and len(paid) == 1

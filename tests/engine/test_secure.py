@@ -274,7 +274,7 @@ def test_shared_noise_goes_with_clients_protected_whole(tiny):
         (["secure_aggregation={noise: shared}"], "set privacy.unit: client"),
         ([*SHARED, "clients.max_norm=1"], "says nothing of norms"),
         (["secure_aggregation={honest: 0.5}"], "goes with noise: shared"),
-        ([MASKED, "privacy=null", "clients.use=sgd", "clients.retries=1"], "two sums of one round"),
+        ([MASKED, "privacy=null", "clients.use=sgd", "clients.retries=1"], "two sums of a round"),
     ):
         with pytest.raises(UserError, match=words):
             tiny(*wrong)
