@@ -44,7 +44,8 @@ _ANSWERS = 8  # that are written at once
 _IMAGES = 32  # of an evaluation batch
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")  # of a model
 
-_PLACES = ("transformers_version", "dtype", "torch_dtype")  # of a configuration, and no part of what it computes
+# Of a configuration, and no part of what it computes.
+_TOLD = ("transformers_version", "dtype", "torch_dtype", "id2label", "label2id")
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # tables of transformers, one place a token
 
 logger = logging.getLogger(__name__)
@@ -406,7 +407,7 @@ class Task(ABC):
     def base_fingerprint(self) -> str:
         """Differs where a weight, a running figure or a setting that no client changes does; before a merge."""
         config = self.model.get_base_model().config.to_dict()
-        told = {key: value for key, value in config.items() if key not in _PLACES and not key.startswith("_")}
+        told = {key: value for key, value in config.items() if key not in _TOLD and not key.startswith("_")}
         digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
         held = {id(layer.weight): layer for layer in self._held}
         for name, parameter in self.model.named_parameters():
@@ -870,7 +871,7 @@ def load(
             missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if processor is None:
         pad = pads_as(model, tokenizer)
-        _check_room(model, tokenizer, max_length)
+        _check_room(model, tokenizer, max_length, private)
     heads: dict[str, bool] = {}
     if task != "causal_lm":
         heads = {name: head == "trained" for name in _heads(model)}
@@ -900,8 +901,10 @@ def load(
     return made
 
 
-def _check_room(model: Any, tokenizer: Any, max_length: int) -> None:
-    """Make sure that a model has a place for every token that its examples may hold; they are not looked at.
+def _check_room(model: Any, tokenizer: Any, max_length: int, private: bool) -> None:
+    """Make sure that a model has a place for every token that examples may hold; they are not looked at.
+
+    Under privacy for each of the tokenizer's: a pass that fails tells of a word.
 
     Raises:
         SettingError: it has fewer positions, or fewer tokens than its tokenizer.
@@ -916,7 +919,7 @@ def _check_room(model: Any, tokenizer: Any, max_length: int) -> None:
                 told = f"{max_length} tokens, and the model has {room} positions: lower it"
                 raise SettingError("data.max_length", told)
     known, used = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
-    if used >= known:
+    if private and used >= known:
         raise SettingError(
             "model.base", f"its tokenizer has tokens up to number {used}, and it has embeddings of {known}"
         )

@@ -14,8 +14,8 @@ from fedlora.errors import ContractError, SettingError
 LABELS = ("bad", "good")
 
 
-def load(base, kind="classification", targets=("query", "value"), **more):
-    return task.load(kind, base, Lora(4, 8, targets), labels=LABELS, seed=3, **more)
+def load(base, kind="classification", targets=("query", "value"), max_length=64, **more):
+    return task.load(kind, base, Lora(4, 8, targets), labels=LABELS, seed=3, max_length=max_length, **more)
 
 
 def examples(sequences, targets):
@@ -352,6 +352,13 @@ def test_a_padding_token_that_the_model_does_not_know_is_not_padded_with(tiny_lm
     assert tokenizer.pad_token_id == 30522
     made = load(str(base), "causal_lm", targets=("q_proj",), max_length=32)
     assert made.pad < 30522 and made.packing is not None
+    with pytest.raises(SettingError, match="tokens up to number 30522, and it has embeddings of 30522"):
+        load(str(base), "causal_lm", targets=("q_proj",), max_length=32, private=True)
+
+
+def test_a_model_without_a_place_for_every_token_of_a_text_is_refused(tiny_base):
+    with pytest.raises(SettingError, match=r"data\.max_length: 65 tokens, and the model has 64 positions: lower it"):
+        load(tiny_base, max_length=65)
 
 
 def save(model, tokenizer, folder):

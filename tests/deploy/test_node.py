@@ -258,7 +258,9 @@ def test_no_exchange_of_masks_trains_for_nothing(server, node, monkeypatch):
         made.run.worker.client, "passes", lambda *told: seen.append(lines_paid(made)) or passes(*told)
     )
     for _ in range(2):
-        made.answer("query.keys", wire.pack_words({"run": "tiny-1", "round": 1}), 0)
+        keys = wire.pack_parts({"you": {1: b""}})
+        keys[wire.REPORT] = wire.pack_words({"run": "tiny-1", "round": 1})[wire.REPORT]
+        made.answer("query.keys", keys, 0)
         made.answer("train", train(1), 0)
         made.answer("train", train(1), 0)
     assert seen == [[n, n] for n in range(1, len(seen) + 1)] and lines_paid(made) == seen[-1]

@@ -104,6 +104,6 @@ def test_a_request_that_is_nonsense_harms_nobody(site, tmp_path):
 
 def test_a_site_file_that_is_wrong_is_said_on_the_site(site, tmp_path, capfd):
     site.write_text("name: a\n")
-    with pytest.raises(resident.Unreachable, match="does not start: its log says why"):
+    with pytest.raises(resident.Unreachable, match="does not start: what its node or container printed says why"):
         ask(site, tmp_path)
     assert "client is missing" in capfd.readouterr().err

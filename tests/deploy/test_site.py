@@ -122,6 +122,9 @@ def test_an_error_about_data_names_the_line_of_the_site_file(read, tmp_path):
         ("", [], None),
         ("accept: {scenarios: [other]}", [], "does not accept the scenario 'tiny'"),
         ("accept: {scenarios: [tiny]}", [], None),
+        ("accept: {bases: [lab/mine]}", [], "does not accept the base model 'minilm' (accept.bases)"),
+        ("accept: {bases: [lab/mine]}", ["model.base=lab/mine"], None),
+        ("", ["model.base=lab/mine"], "does not accept the base model 'lab/mine' (accept.bases)"),
         ("accept: {strategies: [fedavg_lora]}", [], "does not accept the strategy 'ffa_lora'"),
         ("accept: {clients: [sgd]}", [], "does not accept the client 'dp_sgd'"),
         (
@@ -146,5 +149,5 @@ def test_an_error_about_data_names_the_line_of_the_site_file(read, tmp_path):
     ],
 )
 def test_a_site_takes_part_where_its_rules_allow(read, tiny, rules, overrides, why):
-    told = read(GOOD + rules).refuses(tiny(*overrides))
+    told = read(GOOD + rules).refuses(tiny("model.base=minilm", *overrides))
     assert told is None if why is None else why in told
