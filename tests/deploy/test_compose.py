@@ -114,7 +114,7 @@ class Stack:
 
     def paid(self, k):
         file = self.state(k) / "ledger" / "privacy.jsonl"
-        return len(ledger.replay(file)[ledger.Own()]) if file.exists() else 0
+        return len(ledger.replay(file).get(ledger.Own(), [])) if file.exists() else 0
 
     def wait_for(self, what, within=300):
         end = time.monotonic() + within
