@@ -206,7 +206,8 @@ def test_a_masking_site_killed_while_it_trains_leaves_the_sum_of_the_others(
     environment, scenario, federation, tmp_path
 ):
     """Its keys are shared, its masks are in the others' vectors: they help to take them off."""
-    _, file, sites = scenario(*MASKED, "clients.total=4", "rounds=1", "engine.deadline=30", "clients.local_steps=4")
+    told = ("clients.total=4", "rounds=1", "engine.deadline=30", "clients.local_steps=4")
+    _, file, sites = scenario(*MASKED, *told)
     _, nodes = federation[0](sites)
     done = submit(environment, file, tmp_path / "came")
     paid = sites[1].parent / "state" / "ledger" / "privacy.jsonl"
