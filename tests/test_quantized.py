@@ -74,7 +74,8 @@ def test_a_plain_layer_s_weight_is_itself():
 
 
 def load(base, quantize=None, what="classification", targets=TARGETS, **more):
-    return task.load(what, base, Lora(4, 8, targets), labels=["a", "b"], seed=3, quantize=quantize, **more)
+    told = {"labels": ["a", "b"], "seed": 3, "quantize": quantize, "max_length": 64}
+    return task.load(what, base, Lora(4, 8, targets), **told, **more)
 
 
 def of(model, name):
@@ -208,7 +209,7 @@ def test_a_merge_is_refused_where_a_strategy_did_not_say(tiny_base):
 def test_loading_says_nothing(tiny_base):
     code = (
         "import sys; from fedlora import task; from fedlora.adapter import Lora; kind = Lora(4, 8, ('query',)); "
-        "task.load('classification', sys.argv[1], kind, labels=['a', 'b'], seed=3, quantize='4bit')"
+        "task.load('classification', sys.argv[1], kind, labels=['a', 'b'], seed=3, quantize='4bit', max_length=64)"
     )
     done = subprocess.run([sys.executable, "-c", code, tiny_base], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
