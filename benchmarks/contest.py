@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from fedlora.data import Dataset, Examples
+    from fedlora.data.store import Dataset, Examples
 
 CLIENTS, EXAMPLES, COHORT, STEPS, BATCH = 100, 64, 20, 4, 16
 MARK = "@turn "
@@ -64,7 +64,7 @@ def net(labels: int, seed: int) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     from fedlora.adapter import Lora, Slot, initial
-    from fedlora.task import find_base
+    from fedlora.tasks.contract import find_base
 
     base = AutoModelForSequenceClassification.from_pretrained(find_base("minilm"), num_labels=labels)
     told = LoraConfig(r=8, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS")
@@ -241,8 +241,8 @@ def fedlora(rounds: int, seed: int, lr: float, precision: str) -> None:
     import tempfile
 
     from fedlora import simulate
-    from fedlora.ledger import read
-    from fedlora.report.console import Silent
+    from fedlora.privacy.ledger import read
+    from fedlora.reports.console import Silent
 
     held = data(seed)
     tokens = {c: float(held.train.lengths(held.partition(c).rows).sum()) for c in range(CLIENTS)}

@@ -76,9 +76,10 @@ def _load(size: int) -> tuple[Any, Any]:
     import numpy as np
     import torch
 
-    from fedlora import adapter, scenario, task
-    from fedlora.data import Partition
+    from fedlora import adapter, scenario
+    from fedlora.data.store import Partition
     from fedlora.simulation import prepare
+    from fedlora.tasks import contract as task
 
     torch.set_num_threads(1)
     data = prepare(

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora import Adapter, Client, Event, Rng, Settings, Strategy, Update, weighted_mean
-from fedlora.data import Partition
-from fedlora.task import Task
+from fedlora.data.store import Partition
+from fedlora.tasks.contract import Task
 
 SIZES = {"0.1 MB": 3, "3 MB": 80}  # ranks; MiniLM's queries and values take 36,864 bytes for each
 

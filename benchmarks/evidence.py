@@ -24,8 +24,8 @@ import altair as alt
 import vl_convert
 
 from fedlora import sweep as sweeps
-from fedlora.report.comparison import spread
-from fedlora.report.tables import Table
+from fedlora.reports.comparison import spread
+from fedlora.reports.tables import Table
 from fedlora.run import Run
 
 DOCS = Path(__file__).parents[1] / "docs"

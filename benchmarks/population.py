@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora.report.console import Silent
+from fedlora.reports.console import Silent
 
 
 def peak_mib() -> float:

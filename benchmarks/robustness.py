@@ -25,7 +25,7 @@ import numpy as np
 
 import fedlora
 from fedlora.clients.sgd import SGD
-from fedlora.data import Examples, Partition
+from fedlora.data.store import Examples, Partition
 from fedlora.errors import ContractError, RoundError
 
 CLIENTS = 10
@@ -126,7 +126,7 @@ def measure(adapter: str, rule: str, attack: str, bad: int, rounds: int) -> tupl
 
 
 def _last(folder: Path) -> dict[str, np.ndarray]:
-    from fedlora import checkpoint
+    from fedlora.rounds import checkpoint
 
     saved = checkpoint.load(folder / "checkpoint")
     assert saved is not None

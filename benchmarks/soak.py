@@ -19,9 +19,9 @@ import torch
 from transformers import BertConfig, BertModel
 
 import fedlora
-from fedlora.report.console import Silent
+from fedlora.reports.console import Silent
 from fedlora.scenario import parse
-from fedlora.task import find_base
+from fedlora.tasks.contract import find_base
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -57,7 +57,8 @@ def main() -> None:
 
 def _write(told: argparse.Namespace, folder: Path) -> None:
     """As many texts as asked for, each joined with those after it where all should be of one length."""
-    from fedlora import data, scenario
+    from fedlora import scenario
+    from fedlora.data import store as data
 
     count = told.clients * told.examples if told.examples else 4000
     joined = told.max_length if told.even else 1
@@ -162,7 +163,7 @@ def _plain(told: argparse.Namespace, steps: int, size: int) -> tuple[Callable[[]
 
     from fedlora import scenario
     from fedlora.simulation import prepare
-    from fedlora.task import find_base
+    from fedlora.tasks.contract import find_base
 
     torch.set_num_threads(told.threads)
     data = prepare(scenario.parse(_scenario(told, steps, size, False, "fp32"))).data

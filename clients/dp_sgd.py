@@ -10,7 +10,7 @@ micro-batches, which changes nothing in the sum.
 
 `per_layer` clips the gradient of each of the L trained tensors by itself, to C / sqrt(L): together they stay
 within C.
-With `quantile` C starts each round at `clip_norm` and moves after each step (`fedlora.privacy.Quantile`).
+With `quantile` C starts each round at `clip_norm` and moves after each step (`fedlora.Quantile`).
 """
 
 import logging
@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedlora.adapter import Adapter, Update
 from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_towards, resting, smooth
-from fedlora.data import Partition
+from fedlora.data.store import Partition
 from fedlora.errors import ContractError, SettingError
-from fedlora.lowrank import by_example
-from fedlora.noise import Stream
-from fedlora.privacy import Event, Quantile
+from fedlora.passes.lowrank import by_example
+from fedlora.privacy.accounting import Event, Quantile
+from fedlora.privacy.noise import Stream
 
 if TYPE_CHECKING:
     import torch
 
-    from fedlora.task import Task
+    from fedlora.tasks.contract import Task
 
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class DPSGD(Stepwise):
 
     @staticmethod
     def apart(task: "Task", adapter: Adapter, train: tuple[str, ...], batch: Any) -> "list[torch.Tensor]":
-        """As the function of this name: how `fedlora.alone` asks for the gradients of examples."""
+        """As the function of this name: how `fedlora.passes.alone` asks for the gradients of examples."""
         return apart(task, adapter, train, batch)
 
     def _optimizer(

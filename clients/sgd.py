@@ -6,10 +6,10 @@ import numpy as np
 
 from fedlora.adapter import Adapter, Update
 from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_towards, resting, smooth
-from fedlora.data import Partition
+from fedlora.data.store import Partition
 
 if TYPE_CHECKING:
-    from fedlora.task import Task
+    from fedlora.tasks.contract import Task
 
 
 class SGD(Stepwise):

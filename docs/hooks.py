@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fedlora.schema import schema
+from fedlora.scenario.schema import schema
 
 MARK = "<!-- reference -->"
 

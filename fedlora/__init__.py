@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fedlora.adapter import Adapter, Layout, Slot, Update, aggregation_error, weighted_mean
     from fedlora.client import Client, Rng, Settings
     from fedlora.errors import FedloraError, UserError
-    from fedlora.privacy import Event
+    from fedlora.privacy.accounting import Event
     from fedlora.run import Run
     from fedlora.scenario import Scenario, load
     from fedlora.simulation import simulate
@@ -49,7 +49,7 @@ _HOME = {
     "Settings": "client",
     "FedloraError": "errors",
     "UserError": "errors",
-    "Event": "privacy",
+    "Event": "privacy.accounting",
     "Scenario": "scenario",
     "load": "scenario",
     "Run": "run",

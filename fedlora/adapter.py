@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedlora import factors
 from fedlora.errors import ContractError, SettingError
 from fedlora.factors import Factors
-from fedlora.replay import Drawn
+from fedlora.privacy.replay import Drawn
 from fedlora.seeding import generator
 
 if TYPE_CHECKING:

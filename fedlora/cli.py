@@ -148,7 +148,7 @@ class _Version(argparse.Action):
 
 def _simulate(arguments: argparse.Namespace) -> int:
     from fedlora import scenario
-    from fedlora.report.console import Live, summary_lines
+    from fedlora.reports.console import Live, summary_lines
 
     overrides = list(arguments.overrides)
     if arguments.engine:
@@ -172,7 +172,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from fedlora import scenario
-    from fedlora.report.console import Live, summary_lines
+    from fedlora.reports.console import Live, summary_lines
 
     loaded = scenario.load(arguments.scenario, arguments.overrides)
     with Live() as display:
@@ -203,8 +203,10 @@ def _split(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from fedlora import client, data, scenario, strategy, task
+    from fedlora import client, scenario, strategy
+    from fedlora.data import store as data
     from fedlora.errors import SettingError, UserError
+    from fedlora.tasks import contract as task
 
     loaded = scenario.load(arguments.scenario, arguments.overrides)
     checks = (
@@ -229,7 +231,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from fedlora import scenario
 
     loaded = scenario.load(arguments.scenario, arguments.overrides)
-    from fedlora.plan import plan
+    from fedlora.planning import plan
 
     told = plan(loaded).to_json()
     if arguments.json:
@@ -237,7 +239,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
         print(json.dumps(told, indent=2))
     else:
-        from fedlora.report.console import plan_lines
+        from fedlora.reports.console import plan_lines
 
         print("\n".join(plan_lines(told)))
     return 0
@@ -246,7 +248,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from fedlora.report import single
+    from fedlora.reports import single
     from fedlora.run import Run
 
     print(single.write(Run.open(arguments.run), Path(arguments.out) if arguments.out else None))
@@ -256,8 +258,8 @@ def _report(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from fedlora.report import page
-    from fedlora.report.comparison import Comparison
+    from fedlora.reports import page
+    from fedlora.reports.comparison import Comparison
     from fedlora.run import Run
 
     made = Comparison([Run.open(folder) for folder in arguments.runs])
@@ -286,7 +288,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from fedlora.export import export, push
+    from fedlora.exporting import export, push
     from fedlora.run import Run
 
     run = Run.open(arguments.run)
@@ -299,7 +301,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from fedlora.export import predict
+    from fedlora.exporting import predict
     from fedlora.run import Run
 
     for told in predict(Run.open(arguments.run), arguments.texts):
@@ -311,7 +313,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _watch(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from fedlora.report.console import Live, follow, summary_lines
+    from fedlora.reports.console import Live, follow, summary_lines
     from fedlora.run import Run
 
     with Live(Console(), shown=True) as display:
@@ -333,7 +335,7 @@ def _init(arguments: argparse.Namespace) -> int:
 def _schema(arguments: argparse.Namespace) -> int:
     import json
 
-    from fedlora.schema import schema
+    from fedlora.scenario.schema import schema
 
     print(json.dumps(schema(), indent=2))
     return 0
@@ -342,7 +344,7 @@ def _schema(arguments: argparse.Namespace) -> int:
 def _audit(arguments: argparse.Namespace) -> int:
     from fedlora import scenario
     from fedlora.audit import audit
-    from fedlora.report.console import Live
+    from fedlora.reports.console import Live
 
     loaded = scenario.load(arguments.scenario, arguments.overrides)
     with Live() as display:
@@ -355,7 +357,7 @@ def _ledger(arguments: argparse.Namespace) -> int:
     from pathlib import Path
     from typing import get_args
 
-    from fedlora import ledger, privacy
+    from fedlora.privacy import accounting, ledger
 
     given = Path(arguments.run)
     file = given / "privacy.jsonl" if given.is_dir() else given
@@ -363,9 +365,9 @@ def _ledger(arguments: argparse.Namespace) -> int:
     first = {line["unit"]: line for line in ledger.read(file, torn=True)}
     print(f"{file}: whole, {sum(map(len, events.values()))} events")
     for unit, line in first.items():
-        for accountant in get_args(privacy.Accountant):
+        for accountant in get_args(accounting.Accountant):
             spent = ledger.epsilon_of(file, unit, accountant)
-            said = privacy.statement(spent, line["delta"], unit, accountant, line.get("honest", 1.0))
+            said = accounting.statement(spent, line["delta"], unit, accountant, line.get("honest", 1.0))
             print(f"  {accountant}  {said}")
     return 0
 

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedlora import plugins
 from fedlora.adapter import Adapter, Update
-from fedlora.data import Partition
+from fedlora.data.store import Partition
 from fedlora.errors import ContractError, SettingError
-from fedlora.noise import Stream
-from fedlora.privacy import Event
+from fedlora.privacy.accounting import Event
+from fedlora.privacy.noise import Stream
 from fedlora.seeding import Root, stream
 
 if TYPE_CHECKING:
     import torch
 
-    from fedlora.task import Batch, Task
+    from fedlora.tasks.contract import Batch, Task
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ class Rng:
         root: a simulation's seed; at a site a key of the operating system, for this round alone.
         round: from 1.
         client: its id.
-        draw: how often the client has drawn in this round before, for other inputs (`fedlora.replay`).
+        draw: how often the client has drawn in this round before, for other inputs (`fedlora.privacy.replay`).
     """
 
     root: Root

@@ -57,7 +57,7 @@ class ContractError(FedloraError):
 class Refusal(FedloraError):
     """What a site will not do, in words that the server may read: nothing in them comes from its examples.
 
-    `event`, of `fedlora.privacy`, is what was spent all the same.
+    `event`, of `fedlora.privacy.accounting`, is what was spent all the same.
     """
 
     def __init__(self, why: str, event: Any = None) -> None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 
-from fedlora import ledger
 from fedlora.errors import UserError
-from fedlora.task import TASKS
+from fedlora.privacy import ledger
+from fedlora.tasks.contract import TASKS
 
 if TYPE_CHECKING:
     import altair
@@ -127,7 +127,7 @@ class Run:
 
     def plot(self) -> "altair.LayerChart":
         """The metric by round, as a chart that a notebook shows."""
-        from fedlora.report import charts
+        from fedlora.reports import charts
 
         return charts.metric_by_round(self)
 

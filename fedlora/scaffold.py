@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from fedlora.errors import UserError
-from fedlora.schema import schema
+from fedlora.scenario.schema import schema
 
 _SCENARIO = """# yaml-language-server: $schema=scenario.schema.json
 # Four clients fine-tune MiniLM on tweets, privately, with the strategy of trimmed_mean.py. About a minute.

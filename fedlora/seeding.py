@@ -3,7 +3,7 @@
 Two paths are independent, the same path always gives the same numbers, and nothing depends on which worker
 draws them or in which order. All 256 bits of a derivation reach what draws from it. The root is a
 simulation's seed, or a key of the operating system. Every generator of fedlora is made here or in
-`fedlora.noise`; a test finds any other.
+`fedlora.privacy.noise`; a test finds any other.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fedlora.noise import Stream
+from fedlora.privacy.noise import Stream
 
 Root = int | bytes
 Path = int | str

@@ -15,30 +15,32 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import checkpoint, cohorts, ledger, privacy, task
 from fedlora import client as clients
-from fedlora import data as datasets
 from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora import strategy as strategies
 from fedlora.adapter import Adapter
-from fedlora.budget import Budget
-from fedlora.central import Central
-from fedlora.checkpoint import Merges, whole_folder
+from fedlora.data import store as datasets
 from fedlora.engine.worker import Setter
 from fedlora.errors import SettingError, UserError
-from fedlora.ledger import Ledger
-from fedlora.noise import fresh_key
-from fedlora.progress import Progress
-from fedlora.replay import versions
-from fedlora.report import trackers
-from fedlora.report.console import Display, default_display
-from fedlora.report.trackers import Tracked
-from fedlora.rounds import Loop, round_to
+from fedlora.privacy import accounting, cohorts, ledger
+from fedlora.privacy.budget import Budget
+from fedlora.privacy.central import Central
+from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.noise import fresh_key
+from fedlora.privacy.replay import versions
+from fedlora.reports import trackers
+from fedlora.reports.console import Display, default_display
+from fedlora.reports.trackers import Tracked
+from fedlora.rounds import checkpoint
+from fedlora.rounds.checkpoint import Merges, whole_folder
+from fedlora.rounds.loop import Loop, round_to
+from fedlora.rounds.progress import Progress
+from fedlora.rounds.world import World
 from fedlora.run import METRICS, Run
 from fedlora.scenario import Scenario
 from fedlora.seeding import Root
-from fedlora.world import World
+from fedlora.tasks import contract as task
 
 SHOWN = 1000  # clients in `partitions.json`, at most
 
@@ -333,7 +335,7 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
         return dict.fromkeys(sizes, asked.noise_multiplier)
     assert asked.epsilon is not None
     rates, steps = [told.batch_size / size for size in sizes], scenario.rounds * told.local_steps
-    found = privacy.calibrations(asked.epsilon, asked.delta, rates, steps, asked.accountant)
+    found = accounting.calibrations(asked.epsilon, asked.delta, rates, steps, asked.accountant)
     return dict(zip(sizes, found, strict=True))
 
 
@@ -356,7 +358,7 @@ def central(scenario: Scenario, root: Root) -> Central | None:
     rate, noise = told.cohort_size / told.total, asked.noise_multiplier
     if noise is None:
         assert asked.epsilon is not None
-        noise = privacy.calibrate(asked.epsilon, asked.delta, rate, scenario.rounds, asked.accountant)
+        noise = accounting.calibrate(asked.epsilon, asked.delta, rate, scenario.rounds, asked.accountant)
     return Central(
         noise_multiplier=noise,
         sample_rate=rate,
@@ -549,19 +551,19 @@ def _spent(record: Ledger, asked: scenarios.Privacy | None) -> float | None:
     return _largest(record.events, asked.unit, asked)
 
 
-def server_epsilon(scenario: Scenario, events: Mapping[ledger.Holder, Sequence[privacy.Event]]) -> float | None:
+def server_epsilon(scenario: Scenario, events: Mapping[ledger.Holder, Sequence[accounting.Event]]) -> float | None:
     """The largest epsilon over clients from the server that sees their sums; None where they share no noise."""
     if not scenario.shares_noise or (asked := scenario.client_privacy) is None:
         return None
-    return _largest(events, privacy.FROM_SERVER, asked)
+    return _largest(events, accounting.FROM_SERVER, asked)
 
 
 def _largest(
-    events: Mapping[ledger.Holder, Sequence[privacy.Event]], unit: str, asked: scenarios.Privacy
+    events: Mapping[ledger.Holder, Sequence[accounting.Event]], unit: str, asked: scenarios.Privacy
 ) -> float:
     """The largest epsilon over those who hold a budget of a unit; 0 where nothing was spent."""
     every = (
-        privacy.epsilon(spent, asked.delta, asked.accountant)
+        accounting.epsilon(spent, asked.delta, asked.accountant)
         for holder, spent in events.items()
         if ledger.unit(holder) == unit
     )
@@ -572,20 +574,20 @@ def _privacy_in_words(ready: Prepared, record: Ledger) -> str:
     scenario, asked = ready.scenario, ready.scenario.privacy
     if asked is None:
         return "none: no gradient was clipped or noised"
-    words = privacy.statement(_spent(record, asked) or 0.0, asked.delta, asked.unit, asked.accountant)
+    words = accounting.statement(_spent(record, asked) or 0.0, asked.delta, asked.unit, asked.accountant)
     if asked.unit == "client":
         seen = "the sum of the clipped updates" if scenario.secure_aggregation else "each clipped update"
         words += f", from whoever sees the models but not from the server, which sees {seen}"
     if (whole := server_epsilon(scenario, record.events)) is not None and scenario.secure_aggregation is not None:
         honest = scenario.secure_aggregation.honest
         words += " under the clients' noise; "
-        words += privacy.statement(whole, asked.delta, privacy.FROM_SERVER, asked.accountant, honest)
+        words += accounting.statement(whole, asked.delta, accounting.FROM_SERVER, asked.accountant, honest)
     if asked.unit == "client" and scenario.secure_aggregation is not None:
         words += _among_clients(scenario, asked, record.events.get(None, ()))
     if asked.example is not None:
         example = _spent(record, asked.example) or 0.0
         words += "; at the same time, from the server too, "
-        words += privacy.statement(example, asked.example.delta, "example", asked.example.accountant)
+        words += accounting.statement(example, asked.example.delta, "example", asked.example.accountant)
     if asked.share_metrics:
         words += "; the training losses and example counts that clients shared are not covered by it"
     if ready.setup.secret:
@@ -596,7 +598,7 @@ def _privacy_in_words(ready: Prepared, record: Ledger) -> str:
     )
 
 
-def peer_epsilon(scenario: Scenario, events: Sequence[privacy.Event]) -> float | None:
+def peer_epsilon(scenario: Scenario, events: Sequence[accounting.Event]) -> float | None:
     """Epsilon of a client from another that is in the same rounds under masks; None elsewhere.
 
     Args:
@@ -606,14 +608,14 @@ def peer_epsilon(scenario: Scenario, events: Sequence[privacy.Event]) -> float |
     if (asked := scenario.client_privacy) is None or scenario.secure_aggregation is None:
         return None
     known = 1 / cohorts.LEAST if scenario.shares_noise else 0.0
-    return privacy.beside(events, asked.delta, asked.accountant, known)
+    return accounting.beside(events, asked.delta, asked.accountant, known)
 
 
-def _among_clients(scenario: Scenario, asked: scenarios.Privacy, events: Sequence[privacy.Event]) -> str:
+def _among_clients(scenario: Scenario, asked: scenarios.Privacy, events: Sequence[accounting.Event]) -> str:
     """What a client is promised from another that is in the same rounds; and what small cohorts add to delta."""
     most = max((peer_epsilon(scenario, [replace(event, steps=1)]) or 0.0 for event in events), default=0.0)
     every = peer_epsilon(scenario, events) or 0.0
-    said = privacy.statement(every, asked.delta, privacy.FROM_CLIENTS, asked.accountant)
+    said = accounting.statement(every, asked.delta, accounting.FROM_CLIENTS, asked.accountant)
     return (
         f"; {said}, in every round of the run; in one round, epsilon {most:.3g}; cohorts too small or too large "
         f"for a sum add at most {cohorts.RARE:.0%} to delta, and whether enough clients stay to the end of a "
@@ -630,7 +632,7 @@ def _model_card(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> No
     if scenario.task == "image_classification":
         extra += ", ignore_mismatched_sizes=True"
     where = f'find_base("{base}")' if base == "minilm" else f'"{base}"'
-    first = "from fedlora.task import find_base\n" if base == "minilm" else ""
+    first = "from fedlora.tasks.contract import find_base\n" if base == "minilm" else ""
     value = summary[metric]
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     who = "sites" if ready.setup.secret else "simulated clients"

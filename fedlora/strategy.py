@@ -13,9 +13,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedlora import plugins, task, wire
+from fedlora import plugins, wire
 from fedlora.adapter import Adapter, Change, Instruction, Kind, Layout, Lora, Slot, Update, aggregation_error
 from fedlora.errors import ContractError, SettingError
+from fedlora.tasks import contract as task
 
 if TYPE_CHECKING:
     from fedlora.scenario import Scenario

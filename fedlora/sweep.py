@@ -22,15 +22,16 @@ import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from fedlora import ledger, privacy, scenario
+from fedlora import scenario
 from fedlora.errors import ScenarioError, UserError, suggestion
-from fedlora.report.comparison import Comparison, final
-from fedlora.report.console import Silent
-from fedlora.report.page import save
+from fedlora.privacy import accounting, ledger
+from fedlora.reports.comparison import Comparison, final
+from fedlora.reports.console import Silent
+from fedlora.reports.page import save
 from fedlora.run import METRICS, Run
 from fedlora.scenario import Float, Int, PositiveInt, Scenario, Section
 from fedlora.simulation import simulate
-from fedlora.task import TASKS
+from fedlora.tasks.contract import TASKS
 
 _GRID = "grid"  # the points of the grid are one axis to Ray Tune, so that they run in the order of the file
 _CHECKED = 1000  # points of the grid that are checked before the first run starts
@@ -292,7 +293,7 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
 
     Those that were stopped early or failed spent as well; those without privacy are passed over.
     """
-    spent: dict[str, list[list[list[privacy.Event]]]] = {}
+    spent: dict[str, list[list[list[accounting.Event]]]] = {}
     deltas: dict[str, list[float]] = {}
     honest = 1.0  # the least that any of them takes for granted
     for file in (folder / "privacy.jsonl" for folder in folders):
@@ -307,13 +308,13 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
     found = {}
     for unit, runs in spent.items():
         delta = min(deltas[unit])
-        value = privacy.epsilon_of_runs(runs, delta)
+        value = accounting.epsilon_of_runs(runs, delta)
         many = "one run gives" if len(runs) == 1 else f"{len(runs)} runs together give"
         found[unit] = (
             value,
-            f"{many} ({value:.3g}, {delta:g})-differential privacy for each {privacy.protected(unit)}, as if it "
-            f"had been in every run with whoever spent most there; {privacy.neighbours(unit)}; by Renyi DP, "
-            f"assuming {privacy.assumed(unit, honest)}",
+            f"{many} ({value:.3g}, {delta:g})-differential privacy for each {accounting.protected(unit)}, as if "
+            f"it had been in every run with whoever spent most there; {accounting.neighbours(unit)}; by Renyi DP, "
+            f"assuming {accounting.assumed(unit, honest)}",
         )
     return found
 

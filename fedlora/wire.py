@@ -26,8 +26,8 @@ from fedlora import compression
 from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
 from fedlora.compression import Codec
 from fedlora.errors import ContractError, UserError
-from fedlora.privacy import Event
-from fedlora.secure import Parts
+from fedlora.privacy.accounting import Event
+from fedlora.privacy.secure import Parts
 from fedlora.seeding import generator
 
 HEADER = 512  # bytes in which an array says what it is

@@ -185,7 +185,7 @@ def test_on_a_terminal_there_is_a_line_for_each_round(tiny, tmp_path):
 
     from rich.console import Console
 
-    from fedlora.report.console import Live
+    from fedlora.reports.console import Live
     from fedlora.simulation import simulate
 
     screen = Console(file=io.StringIO(), force_terminal=True, width=110)

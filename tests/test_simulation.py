@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora import ledger, simulation
+from fedlora import simulation
 from fedlora.errors import RoundError, UserError
-from fedlora.replay import VERSIONS
-from fedlora.report.console import Silent, summary_lines
+from fedlora.privacy import ledger
+from fedlora.privacy.replay import VERSIONS
+from fedlora.reports.console import Silent, summary_lines
 from fedlora.simulation import calibrate, prepare, simulate
 
 FILES = {
@@ -373,7 +374,7 @@ def test_a_failed_client_is_counted_and_the_others_weigh_one(tiny, tmp_path, mon
 @pytest.mark.parametrize("killed", [1, 2])
 def test_a_round_that_was_paid_for_runs_again_without_paying_twice(tiny, tmp_path, monkeypatch, killed):
     """Killed between the spend and the checkpoint of a round: nobody rests, nothing is spent again."""
-    from fedlora.rounds import Loop
+    from fedlora.rounds.loop import Loop
 
     whole = simulate(tiny(), out=tmp_path / "whole")
     with monkeypatch.context() as patch:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import ledger, privacy, scenario
+from fedlora import scenario
 from fedlora.cli import main
 from fedlora.errors import UserError
+from fedlora.privacy import accounting, ledger
 from fedlora.run import Run
 from fedlora.sweep import _reason, load, sweep, total_epsilon
 
@@ -35,7 +36,7 @@ scenario: {tmp_path / "tiny.yaml"}
 settings: {{clients.lr: 0.25}}
 search:
   strategy.use: [ffa_lora, fedavg_lora]
-  privacy.epsilon: [4, 8]
+  accounting.epsilon: [4, 8]
   seed: [0, 1]
 parallel: 1
 """)
@@ -198,7 +199,7 @@ def test_settings_joined_by_commas_move_together(file):
     )
     file.write_text(
         text.replace(
-            "privacy.epsilon: [4, 8]",
+            "accounting.epsilon: [4, 8]",
             """privacy, clients.use:
     - [null, sgd]
     - [{epsilon: 4, delta: 0.001}, dp_sgd]""",
@@ -246,13 +247,13 @@ def test_what_tuning_costs_counts_whoever_spent_most_in_each_run(tiny, tmp_path)
     assert total_epsilon([plain.folder]) == {}
     value, words = total_epsilon([run.folder for run in (plain, *private)])["example"]
     events = [
-        privacy.Event(
+        accounting.Event(
             noise_multiplier=line["noise_multiplier"], sample_rate=line["sample_rate"], steps=2, clip_norm=1
         )
         for run in private
         for line in [json.loads((run.folder / "privacy.jsonl").read_text().splitlines()[0])]
     ]  # iid: clients are alike, so that the first stands for all
-    assert value == pytest.approx(privacy.epsilon(events, 1e-3, "rdp"), rel=0.05) and len(events) == 2
+    assert value == pytest.approx(accounting.epsilon(events, 1e-3, "rdp"), rel=0.05) and len(events) == 2
     assert words.startswith("2 runs together give (") and "for each example" in words
 
 
@@ -268,9 +269,9 @@ SHARED = (
 def test_what_tuning_costs_from_the_server_is_no_cost_of_examples(example, tmp_path):
     """Two runs with shared noise: a line for clients, one for a client from the server, one for examples."""
     spent = {
-        None: privacy.Event(noise_multiplier=4.0, sample_rate=0.5, steps=1, clip_norm=0.5),
-        ledger.Whole(0): privacy.Event(noise_multiplier=2.0, sample_rate=1.0, steps=1, clip_norm=0.5),
-        3: privacy.Event(noise_multiplier=8.0, sample_rate=0.1, steps=2, clip_norm=1.0),
+        None: accounting.Event(noise_multiplier=4.0, sample_rate=0.5, steps=1, clip_norm=0.5),
+        ledger.Whole(0): accounting.Event(noise_multiplier=2.0, sample_rate=1.0, steps=1, clip_norm=0.5),
+        3: accounting.Event(noise_multiplier=8.0, sample_rate=0.1, steps=2, clip_norm=1.0),
     }
     delta = {"client": 1e-2, "client_from_server": 1e-2, "example": 1e-3}
     for name in ("one", "two"):
@@ -285,7 +286,7 @@ def test_what_tuning_costs_from_the_server_is_no_cost_of_examples(example, tmp_p
     for holder, event in spent.items():
         unit = ledger.unit(holder)
         if unit in found:
-            assert found[unit][0] == pytest.approx(privacy.epsilon(2 * [event], delta[unit], "rdp"), rel=0.05)
+            assert found[unit][0] == pytest.approx(accounting.epsilon(2 * [event], delta[unit], "rdp"), rel=0.05)
     told = found["client_from_server"][1]
     assert "for each client, as if" in told and "from the server" in told and "sends nothing" in told
     assert "75%" in told and "zero-out" in found["client"][1] and "Renyi" in told

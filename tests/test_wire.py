@@ -8,10 +8,11 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora import central, wire
+from fedlora import wire
 from fedlora.adapter import Instruction, Slot, Update
 from fedlora.errors import ContractError
-from fedlora.privacy import Event
+from fedlora.privacy import central
+from fedlora.privacy.accounting import Event
 
 LAYOUT = {n: Slot(n, (3, 2), "B", n) for n in "abcdefghij"}
 EVENT = Event(noise_multiplier=1.25, sample_rate=0.1, steps=3, clip_norm=1.0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from fedlora.report import single
+from fedlora.reports import single
 from fedlora.run import Run
 
 

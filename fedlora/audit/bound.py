@@ -32,8 +32,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from fedlora import privacy
-from fedlora.privacy import Accountant, Event
+from fedlora.privacy import accounting
+from fedlora.privacy.accounting import Accountant, Event
 
 MOST = 50.0  # epsilon; what refutes it refutes any
 DISTINCT = 4  # histories that are looked at one by one; of more, one that loses as much as each
@@ -160,7 +160,7 @@ class Curve:
         ]
 
     def _epsilon(self, step: int) -> float:
-        return min(max(privacy.epsilon(h, self.delta, self.accountant) for h in self._scaled(step)), MOST)
+        return min(max(accounting.epsilon(h, self.delta, self.accountant) for h in self._scaled(step)), MOST)
 
     def _least(self, step: int) -> Least:
         """By the largest delta over clients at each of `_EPSILONS`."""
@@ -174,12 +174,12 @@ class Curve:
                 steps=max(sum(e.steps for e in history) for history in scaled),
             )
             scaled = [(worst,)]
-        deltas = np.max([privacy.profile(history, list(_EPSILONS)) for history in scaled], axis=0)
+        deltas = np.max([accounting.profile(history, list(_EPSILONS)) for history in scaled], axis=0)
         return lambda x: float(((x - deltas) * _SHRINK).max())
 
 
 def _together(events: Sequence[Event]) -> tuple[Event, ...]:
     known: tuple[Event, ...] = ()
     for event in events:
-        known = privacy.added(known, event)
+        known = accounting.added(known, event)
     return known

@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from fedlora import client as clients
 from fedlora.adapter import Adapter, Update
 from fedlora.client import Client, Rng, Settings
-from fedlora.data import Partition
+from fedlora.data.store import Partition
 from fedlora.errors import ContractError, UserError
-from fedlora.privacy import Event
+from fedlora.privacy.accounting import Event
 from fedlora.seeding import generator, stream
 
 if TYPE_CHECKING:
     import torch
 
-    from fedlora.task import Task
+    from fedlora.tasks.contract import Task
 
 LOUDNESS = 10.0  # of a canary's gradient over the clipping bound: a mechanism that does not clip shows
 ALONE = 1 / 4  # of the canaries lie in one tensor each

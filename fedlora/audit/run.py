@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora import ledger
 from fedlora import scenario as scenarios
 from fedlora.adapter import Adapter, Change, Instruction
 from fedlora.audit.bound import Curve, lower_bound
 from fedlora.audit.canaries import Canaried, Canaries
 from fedlora.audit.noise import LEVEL, Noise, Seen, measure, places, worth
 from fedlora.audit.scores import covariance, scores
-from fedlora.checkpoint import whole_folder
 from fedlora.engine import Description, Engine, Replies, Report, Setup
 from fedlora.errors import ContractError, ScenarioError, SettingError, UserError
-from fedlora.privacy import Event
-from fedlora.report import charts
-from fedlora.report.console import Display
+from fedlora.privacy import ledger
+from fedlora.privacy.accounting import Event
+from fedlora.reports import charts
+from fedlora.reports.console import Display
+from fedlora.rounds.checkpoint import whole_folder
 from fedlora.scenario import Scenario
 from fedlora.seeding import generator
 from fedlora.simulation import simulate

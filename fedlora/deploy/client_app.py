@@ -7,8 +7,9 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedlora import secure, wire
+from fedlora import wire
 from fedlora.deploy import resident
+from fedlora.privacy import secure
 
 SITE = "FEDLORA_SITE"  # names the site file of a node; so does `site` in the SuperNode's configuration
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from fedlora.errors import UserError
-from fedlora.report.console import Display
+from fedlora.reports.console import Display
 from fedlora.scenario import Scenario
 
 if TYPE_CHECKING:

@@ -20,10 +20,9 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from fedlora import data, lock, noise, secure, seeding, simulation, wire
+from fedlora import seeding, simulation, wire
 from fedlora.adapter import Instruction, Update
-from fedlora.central import WITHIN
-from fedlora.checkpoint import Merges
+from fedlora.data import store as data
 from fedlora.deploy import signing, sources
 from fedlora.deploy import site as sites
 from fedlora.deploy.site import FLOOR, Site
@@ -32,9 +31,12 @@ from fedlora.engine.flower import BEHIND, STRANGER
 from fedlora.engine.intake import Report
 from fedlora.engine.worker import Worker
 from fedlora.errors import ContractError, Refusal, SettingError, UserError
-from fedlora.ledger import Ledger, Own
-from fedlora.noise import Stream
-from fedlora.privacy import Event, epsilon
+from fedlora.privacy import lock, noise, secure
+from fedlora.privacy.accounting import Event, epsilon
+from fedlora.privacy.central import WITHIN
+from fedlora.privacy.ledger import Ledger, Own
+from fedlora.privacy.noise import Stream
+from fedlora.rounds.checkpoint import Merges
 from fedlora.run import INTRODUCTION
 from fedlora.scenario import Scenario
 

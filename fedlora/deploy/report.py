@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fedlora import ledger
 from fedlora.errors import UserError
-from fedlora.report.console import Display
+from fedlora.privacy import ledger
+from fedlora.reports.console import Display
 from fedlora.run import Run
 from fedlora.scenario import Scenario, load
 

@@ -21,7 +21,7 @@ from fedlora.deploy import logs
 from fedlora.deploy.report import Reported
 from fedlora.engine.flower import FlowerEngine
 from fedlora.errors import FedloraError, RoundError, SettingError, UserError
-from fedlora.report.console import Display
+from fedlora.reports.console import Display
 from fedlora.scenario import Scenario
 
 sys.dont_write_bytecode = True  # beside the app's sources, all of which are signed

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from fedlora.errors import SettingError, UserError, suggestion
-from fedlora.privacy import Accountant
+from fedlora.privacy.accounting import Accountant
 from fedlora.scenario import (
     Files,
     Float,

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlora import data, simulation
-from fedlora.checkpoint import whole_folder
+from fedlora import simulation
+from fedlora.data import store as data
 from fedlora.errors import SettingError
+from fedlora.rounds.checkpoint import whole_folder
 from fedlora.scenario import Scenario
 
 _SITE = """\

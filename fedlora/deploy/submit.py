@@ -24,12 +24,12 @@ from typing import Any
 
 from fedlora import client as clients
 from fedlora import strategy as strategies
-from fedlora.checkpoint import whole_folder
 from fedlora.deploy import signing
 from fedlora.deploy.report import Follower
 from fedlora.errors import RoundError, SettingError, UserError
-from fedlora.noise import fresh_key
-from fedlora.report.console import Display
+from fedlora.privacy.noise import fresh_key
+from fedlora.reports.console import Display
+from fedlora.rounds.checkpoint import whole_folder
 from fedlora.run import Run
 from fedlora.scenario import Scenario
 

@@ -18,7 +18,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedlora import central, secure, wire
+from fedlora import wire
 from fedlora.adapter import Adapter, Change, Instruction, Update
 from fedlora.engine import secure as masking
 from fedlora.engine.base import Engine, summed
@@ -26,8 +26,9 @@ from fedlora.engine.inline import InlineEngine
 from fedlora.engine.intake import Replies, Report
 from fedlora.engine.worker import Description, Setup
 from fedlora.errors import ContractError, FedloraError, RoundError
-from fedlora.noise import Stream
-from fedlora.privacy import Event
+from fedlora.privacy import central, secure
+from fedlora.privacy.accounting import Event
+from fedlora.privacy.noise import Stream
 
 DEADLINE = 600.0  # seconds that a round waits for its sites, unless the scenario says
 JOIN = 300.0  # seconds that a run waits for all its sites at its start

@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from fedlora import prefix
 from fedlora.errors import SettingError
+from fedlora.passes import prefix
 
 if TYPE_CHECKING:
     from fedlora.engine.worker import Worker

@@ -13,7 +13,7 @@ import numpy as np
 
 from fedlora.adapter import Adapter, Instruction, Tensor, Update
 from fedlora.errors import ContractError
-from fedlora.privacy import Event
+from fedlora.privacy.accounting import Event
 from fedlora.scenario import Scenario
 from fedlora.strategy import Strategy
 
@@ -34,7 +34,7 @@ class Report:
         bytes_up, bytes_down: of its messages as Flower serialises them.
         seconds: that it took.
         event: the privacy event that it cost, also where it failed after it may have trained.
-        digest: of all that made its update (`fedlora.replay`); empty where its noise is never drawn again.
+        digest: of all that made its update (`fedlora.privacy.replay`); empty where its noise is never drawn again.
         draw: which draw of its noise that update carries.
         error: why it failed; None if it did not.
         metrics: figures that it shares.
@@ -80,7 +80,7 @@ class Replies:
         reports: one for each client.
         digest: of all that made a sum that clients' shares of the noise are in; empty elsewhere.
         carried: the part of the noise's variance that those shares are.
-        draw: which draw of its own noise the server is to add (`fedlora.replay`).
+        draw: which draw of its own noise the server is to add (`fedlora.privacy.replay`).
     """
 
     updates: list[Update]

@@ -520,7 +520,7 @@ class RayEngine(Engine):
     def _lost(self, instruction: Instruction, cohort: Sequence[int], why: str) -> Replies:
         """Reports of clients whose workers kept dying; what they may have spent counts."""
         from fedlora import client as clients
-        from fedlora.data import Dataset
+        from fedlora.data.store import Dataset
 
         scenario = Scenario.model_validate(self.setup.scenario)
         client = clients.load(scenario.clients.use, scenario.clients.options)

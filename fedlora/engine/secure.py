@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora import secure, wire
+from fedlora import wire
 from fedlora.adapter import Adapter, Change, Instruction, Update
-from fedlora.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE, WITHIN
 from fedlora.engine.base import Engine
 from fedlora.engine.intake import Replies, Report
 from fedlora.engine.worker import Description, Setup
 from fedlora.errors import ContractError, RoundError
-from fedlora.noise import Stream
-from fedlora.replay import Drawn, digest, versions
+from fedlora.privacy import secure
+from fedlora.privacy.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE, WITHIN
+from fedlora.privacy.noise import Stream
+from fedlora.privacy.replay import Drawn, digest, versions
 from fedlora.scenario import SecureAggregation
 from fedlora.seeding import stream
 
@@ -131,7 +132,7 @@ def replies(
 
 
 class SecureEngine(Engine):
-    """Clients in another engine, and between them and whoever asks the protocol of `fedlora.secure`.
+    """Clients in another engine, and between them and whoever asks the protocol of `fedlora.privacy.secure`.
 
     The engine plays the clients' side: each of them is a `Member` that masks its change before the `Collector`
     sees it. Clients weigh alike, and figures that they would share stay with them. One that fails has dropped
@@ -200,7 +201,7 @@ class SecureEngine(Engine):
         return replace(replies(instruction, exchange, reports, self.asked, rng), digest=made_of)
 
     def _digest(self, instruction: Instruction, cohort: Sequence[int], trained: Replies) -> str:
-        """Of all that makes the sum that clients' shares of the noise go into (`fedlora.replay`)."""
+        """Of all that makes the sum that clients' shares of the noise go into (`fedlora.privacy.replay`)."""
         asked = (list(cohort), dict(instruction.adapter), instruction.send, dict(instruction.config))
         sent = [(u.clients, u.adapter, dict(u.metrics)) for u in trained.updates]
         return digest(self.seed, "shares", versions(), self.asked.model_dump(), asked, sent)

@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedlora import central, wire
+from fedlora import wire
 from fedlora.adapter import Instruction, Tensor, Update
-from fedlora.checkpoint import Personal
 from fedlora.compression import Codec
+from fedlora.privacy import central
+from fedlora.rounds.checkpoint import Personal
 from fedlora.scenario import Rounded, Scenario, TopK
 from fedlora.seeding import generator
 from fedlora.strategy import Strategy

@@ -15,19 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import adapter as adapters
-from fedlora import central, factors, replay, wire
 from fedlora import client as clients
+from fedlora import factors, wire
 from fedlora import strategy as strategies
 from fedlora.adapter import PREFIX, Adapter, Change, Instruction, Kind, Layout, Sum, Update, fingerprint
-from fedlora.checkpoint import Personal
-from fedlora.data import Dataset, Examples, Partition
+from fedlora.data.store import Dataset, Examples, Partition
 from fedlora.engine import hardware
 from fedlora.engine.intake import Intake, Replies, Report, check_tensors
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError, Refusal
-from fedlora.fused import Fused
-from fedlora.noise import fresh_key
-from fedlora.privacy import Event
+from fedlora.passes.fused import Fused
+from fedlora.privacy import central, replay
+from fedlora.privacy.accounting import Event
+from fedlora.privacy.noise import fresh_key
+from fedlora.rounds.checkpoint import Personal
 from fedlora.scenario import Scenario
 
 KNOWN = 10_000  # clients whose examples' digests a worker keeps
@@ -83,7 +84,7 @@ class Deed:
     Attributes:
         event: that it was or will be paid for.
         steps: that it takes.
-        digest: of all that makes its update (`fedlora.replay`).
+        digest: of all that makes its update (`fedlora.privacy.replay`).
         draw: which draw of its noise it takes.
     """
 
@@ -134,7 +135,7 @@ class Worker:
             os.environ.setdefault(cache, "64")  # rows have a length of their own each: at 1,024, gigabytes in time
         import torch
 
-        from fedlora import task
+        from fedlora.tasks import contract as task
 
         torch.set_num_threads(setup.threads)
         _keep_memory()
@@ -433,7 +434,7 @@ class Worker:
     def _digest(
         self, instruction: Instruction, partition: Partition, settings: clients.Settings, *more: Any
     ) -> str:
-        """Of all that makes a client's noised sums, but the noise (`fedlora.replay`)."""
+        """Of all that makes a client's noised sums, but the noise (`fedlora.privacy.replay`)."""
         received, told = self._received(instruction, partition.client), dataclasses.asdict(settings)
         parts = (self._base(), self._merges, received, instruction.draw, told, self._examples(partition), more)
         return replay.digest(self.scenario.seed, *parts)
@@ -510,7 +511,7 @@ class Worker:
     @hardware.on_gpu("the test set")
     def evaluate(self, adapter: Adapter, start: int, stop: int) -> dict[str, float]:
         """Sums of the metric over test examples `start` to `stop`."""
-        from fedlora.task import CausalLM, load_tokenizer
+        from fedlora.tasks.contract import CausalLM, load_tokenizer
 
         self.task.become()
         rows, test, asked = np.arange(start, stop), self.dataset.test, self.scenario.exact_match

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedlora import cohorts, plugins
+from fedlora import plugins
 from fedlora.errors import suggestion
+from fedlora.privacy import cohorts
 from fedlora.scenario.explain import explain
 from fedlora.scenario.keys import Problem
 from fedlora.scenario.sections import Clients, LabelShares, PlugIn, Privacy, Scenario, Strategy, World

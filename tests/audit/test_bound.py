@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.stats import binomtest
 
-from fedlora import privacy
 from fedlora.audit.bound import MOST, Curve, lower_bound, p_value, refutes
-from fedlora.privacy import Event
+from fedlora.privacy import accounting
+from fedlora.privacy.accounting import Event
 
 
 def exactly(canaries: int, guesses: int, correct: int, odds: Fraction, delta: Fraction) -> Fraction:
@@ -128,7 +128,7 @@ def of(noise, rate=1.0, steps=1):
 def test_the_bound_of_a_known_mechanism_is_too_large_no_more_often_than_stated():
     """Steps that draw a canary one time in four, told apart as well as they can be: 200 runs of 1,000 canaries."""
     event, canaries = of(2.0, 0.25, 20), 1000
-    truth = privacy.epsilon([event], 1e-5)
+    truth = accounting.epsilon([event], 1e-5)
     claim, rng, found = Curve([[event]], 1e-5, "pld"), np.random.default_rng(0), []
     for _ in range(200):
         included = rng.random(canaries) < 0.5
@@ -146,7 +146,7 @@ def test_the_bound_of_a_known_mechanism_is_too_large_no_more_often_than_stated()
 def test_a_history_scaled_to_less_noise_explains_what_more_noise_does_not():
     claim = Curve([[of(4.0)]], 1e-5, "pld")
     bound = claim.bound(1000, 200, 180, 0.95)
-    assert privacy.epsilon([of(4.0)], 1e-5) < bound < MOST
+    assert accounting.epsilon([of(4.0)], 1e-5) < bound < MOST
     assert bound == pytest.approx(Curve([[of(1.0)]], 1e-5, "pld").bound(1000, 200, 180, 0.95), rel=0.03)
 
 

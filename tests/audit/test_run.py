@@ -7,7 +7,7 @@ import pytest
 from fedlora.audit import audit
 from fedlora.cli import main
 from fedlora.errors import UserError
-from fedlora.privacy import calibrate
+from fedlora.privacy.accounting import calibrate
 
 LONG = ("rounds=40", "clients.local_steps=1", "clients.batch_size=12", "clients.lr=0.05", "privacy.delta=1.0e-5")
 FAULTY = "clients.use=tests.audit.faulty:"

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora import checkpoint, plugins, strategy
+from fedlora import plugins, strategy
 from fedlora.adapter import KINDS, Slot, Update, initial, weighted_mean
 from fedlora.engine import Replies
 from fedlora.engine.base import gathered
 from fedlora.errors import SettingError
+from fedlora.rounds import checkpoint
 from fedlora.scenario import parse
 from fedlora.strategy import Merged
 

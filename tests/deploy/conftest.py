@@ -8,7 +8,7 @@ from fedlora import simulation
 from fedlora.deploy.node import Node
 from fedlora.deploy.split import split
 from fedlora.engine.flower import FlowerEngine
-from fedlora.report.console import Silent
+from fedlora.reports.console import Silent
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora import ledger
+from fedlora.privacy import ledger
 from fedlora.run import Run
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(1200)]

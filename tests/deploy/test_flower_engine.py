@@ -7,11 +7,12 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from safetensors.numpy import load_file
 
-from fedlora import ledger, simulate, simulation, wire
+from fedlora import simulate, simulation, wire
 from fedlora.cli import main
 from fedlora.deploy.node import Node
 from fedlora.engine.flower import FlowerEngine
 from fedlora.errors import ContractError, RoundError, SettingError
+from fedlora.privacy import ledger
 from tests.deploy.federation import LocalGrid
 
 

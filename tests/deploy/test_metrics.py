@@ -8,7 +8,7 @@ import pytest
 
 from fedlora.deploy import metrics
 from fedlora.errors import UserError
-from fedlora.report.console import Silent
+from fedlora.reports.console import Silent
 
 NODE = SimpleNamespace(served=3, failed=1, epsilon=2.5)
 

@@ -8,13 +8,14 @@ from importlib.metadata import version
 
 import pytest
 
-from fedlora import ledger, simulation, wire
+from fedlora import simulation, wire
 from fedlora.adapter import Instruction
 from fedlora.deploy import signing
 from fedlora.deploy.logs import Lines
 from fedlora.deploy.node import Node
 from fedlora.engine.worker import Worker
 from fedlora.errors import UserError
+from fedlora.privacy import ledger
 from fedlora.strategies.ffa_lora import FFALoRA
 
 
@@ -330,7 +331,7 @@ def test_a_state_folder_in_use_by_another_process_is_a_line(server, node, monkey
     state = files[0].parent / "state"
     state.mkdir()
     script = (
-        "import sys, pathlib; from fedlora import lock; held = lock.hold(pathlib.Path(sys.argv[1])); "
+        "import sys, pathlib; from fedlora.privacy import lock; held = lock.hold(pathlib.Path(sys.argv[1])); "
         "print('held', flush=True); sys.stdin.read()"
     )
     monkeypatch.setattr("fedlora.deploy.node._WAIT", 0.0)
@@ -476,7 +477,7 @@ def test_what_a_site_says_holds_nothing_of_a_failure(server, node):
 
 
 def test_keys_of_noise_are_never_on_disk(server, node, monkeypatch):
-    from fedlora.noise import fresh_key
+    from fedlora.privacy.noise import fresh_key
 
     words, files, train = server()
     keys = []

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora import ledger, simulate
+from fedlora import simulate
 from fedlora.deploy.split import split
+from fedlora.privacy import ledger
 from fedlora.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

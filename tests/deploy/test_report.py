@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedlora.deploy.report import COUNTS, MARK, Follower, Reported, _pack, _unpack
 from fedlora.errors import UserError
-from fedlora.report.console import Live, summary_lines
+from fedlora.reports.console import Live, summary_lines
 from fedlora.run import Run
 from fedlora.simulation import simulate
 

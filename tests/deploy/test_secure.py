@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares
 
-from fedlora import ledger, secure, wire
+from fedlora import wire
 from fedlora.adapter import Instruction, weighted_mean
 from fedlora.deploy.node import Node
 from fedlora.engine import Worker
 from fedlora.errors import RoundError
+from fedlora.privacy import ledger, secure
 from tests.deploy.federation import LocalGrid
 
 MASKED = "secure_aggregation={range: 2.0, survivors: 0.66}"
@@ -111,7 +112,7 @@ def test_twenty_sites_of_which_five_drop_out_give_the_plain_mean_and_show_nobody
 
 
 def engine_adapter(run):
-    from fedlora import checkpoint
+    from fedlora.rounds import checkpoint
 
     return checkpoint.load(run.folder / "checkpoint").adapter
 

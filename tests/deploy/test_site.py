@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import data
+from fedlora.data import store as data
 from fedlora.deploy import site
 from fedlora.errors import SettingError, UserError
 

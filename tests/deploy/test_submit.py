@@ -17,7 +17,7 @@ from fedlora.deploy import signing
 from fedlora.deploy import submit as module
 from fedlora.deploy.submit import submit
 from fedlora.errors import RoundError, UserError
-from fedlora.report.console import Silent
+from fedlora.reports.console import Silent
 
 OWN = """
 from fedlora.strategies.ffa_lora import FFALoRA

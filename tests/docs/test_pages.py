@@ -10,7 +10,7 @@ import yaml
 
 from fedlora import scenario, sweep
 from fedlora.cli import _parser, main
-from fedlora.schema import schema
+from fedlora.scenario.schema import schema
 
 ROOT = Path(__file__).parents[2]
 PAGES = {file.stem: file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}

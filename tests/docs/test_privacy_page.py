@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import privacy, scenario, secure
+from fedlora import scenario
+from fedlora.privacy import accounting, secure
 
 PAGE = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
 NUMBER = r"([\d.]+)"
@@ -39,9 +40,9 @@ def test_the_claims_are_what_the_scenario_s_ledger_says(row):
     assert f"four clients of {95} tweets" in PAGE and told.total == 4
     rate, rounds = told.batch_size / 95, AUDITED.rounds
     assert int(row[1]) == rounds
-    noise = privacy.calibrate(asked.epsilon, asked.delta, rate, rounds * told.local_steps)
-    event = privacy.Event(noise_multiplier=noise, sample_rate=rate, steps=rounds, clip_norm=asked.clip_norm)
-    assert float(row[2]) == pytest.approx(privacy.epsilon([event], asked.delta), abs=0.06)
+    noise = accounting.calibrate(asked.epsilon, asked.delta, rate, rounds * told.local_steps)
+    event = accounting.Event(noise_multiplier=noise, sample_rate=rate, steps=rounds, clip_norm=asked.clip_norm)
+    assert float(row[2]) == pytest.approx(accounting.epsilon([event], asked.delta), abs=0.06)
 
 
 def test_what_it_says_of_secure_aggregation_are_the_code_s_constants():

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedlora.engine.ray import RayEngine
-from fedlora.ledger import read
+from fedlora.privacy.ledger import read
 from fedlora.simulation import simulate
 from fedlora.strategies.ffa_lora import FFALoRA
 

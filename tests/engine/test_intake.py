@@ -8,7 +8,7 @@ import pytest
 from fedlora.adapter import Instruction, Lora, Slot, Update
 from fedlora.engine.intake import ENORMOUS, Intake, Replies, Report
 from fedlora.errors import ContractError
-from fedlora.privacy import Event
+from fedlora.privacy.accounting import Event
 from fedlora.strategies.ffa_lora import FFALoRA
 
 LAYOUT = {n: Slot(n, shape, n[0], "m") for n, shape in (("A.w", (4, 5)), ("B.w", (3, 4)), ("head.w", (2,)))}

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora import ledger
 from fedlora.engine.ray import LAST_WORDS, SILENCE, RayEngine, _shared
 from fedlora.errors import SettingError, UserError
-from fedlora.report.console import Silent
+from fedlora.privacy import ledger
+from fedlora.reports.console import Silent
 from fedlora.simulation import prepare, simulate
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")

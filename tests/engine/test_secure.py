@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from fedlora import central, ledger, secure
 from fedlora import engine as engines
 from fedlora.adapter import Instruction, Update, weighted_mean
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.secure import SecureEngine, mean, to_vector
 from fedlora.errors import ContractError, RoundError, UserError
-from fedlora.noise import Stream
+from fedlora.privacy import central, ledger, secure
+from fedlora.privacy.noise import Stream
 from fedlora.scenario import SecureAggregation
 from fedlora.seeding import stream
 from fedlora.simulation import calibrate, prepare, simulate
@@ -242,7 +242,7 @@ def test_a_run_with_shared_noise_has_two_epsilons_and_the_ledger_alone_gives_bot
     from dp_accounting.pld import PLDAccountant
 
     from fedlora.cli import main
-    from fedlora.plan import plan
+    from fedlora.planning import plan
 
     run = simulate(tiny(*SHARED), out=tmp_path / "run")
     file = run.folder / "privacy.jsonl"

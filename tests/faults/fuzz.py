@@ -20,11 +20,13 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora import checkpoint, ledger, scenario, wire
+from fedlora import scenario, wire
 from fedlora.adapter import Update
-from fedlora.checkpoint import Checkpoint
 from fedlora.errors import FedloraError
-from fedlora.privacy import Event
+from fedlora.privacy import ledger
+from fedlora.privacy.accounting import Event
+from fedlora.rounds import checkpoint
+from fedlora.rounds.checkpoint import Checkpoint
 
 WORDS = [
     b"1e999",

@@ -20,8 +20,10 @@ from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 with atheris.instrument_imports(include=["fedlora"]):
-    from fedlora import checkpoint, ledger, scenario, wire
+    from fedlora import scenario, wire
     from fedlora.errors import FedloraError
+    from fedlora.privacy import ledger
+    from fedlora.rounds import checkpoint
 
 from tests.faults import fuzz
 

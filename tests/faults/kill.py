@@ -21,10 +21,13 @@ from functools import partial
 from pathlib import Path
 
 import fedlora
-from fedlora import checkpoint, ledger, privacy, rounds, scenario, simulation
+from fedlora import scenario, simulation
 from fedlora.adapter import Instruction
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.worker import Setter
+from fedlora.privacy import accounting, ledger
+from fedlora.rounds import checkpoint
+from fedlora.rounds import loop as rounds
 
 WATCHED = {module.__file__ for module in (rounds, ledger, checkpoint, simulation, shutil)}
 SAME = ("round", "clients", "failures", "loss", "accuracy", "bytes_up", "bytes_down", "epsilon", "resting")
@@ -93,7 +96,7 @@ def warm(told):
     spends = ready.client.spends(
         20, Setter(told, {20: 1.0})(Instruction(round=1, adapter={}, train=(), send=()), 20)
     )
-    privacy.epsilon([spends], told.privacy.delta)
+    accounting.epsilon([spends], told.privacy.delta)
 
 
 def record(told, folder, into):

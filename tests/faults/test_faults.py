@@ -5,9 +5,9 @@ import time
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora import ledger
 from fedlora.errors import RoundError, UserError
-from fedlora.report.console import Silent
+from fedlora.privacy import ledger
+from fedlora.reports.console import Silent
 from fedlora.simulation import simulate
 
 FLAKY = "clients.use=tests.engine.faulty:Flaky"

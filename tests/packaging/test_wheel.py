@@ -28,7 +28,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_every_module_and_scenario_and_nothing_else(wheel):
     links = {"strategies", "clients", "scenarios"}
-    expected = {"fedlora/py.typed", "fedlora/report/page.css", "fedlora/report/page.js"}
+    expected = {"fedlora/py.typed", "fedlora/reports/page.css", "fedlora/reports/page.js"}
     for file in (ROOT / "fedlora").rglob("*.py"):
         if file.relative_to(ROOT / "fedlora").parts[0] not in links:
             expected.add(f"fedlora/{file.relative_to(ROOT / 'fedlora').as_posix()}")

@@ -21,7 +21,7 @@ def score(run, tiny_base):
     from torch.nn.functional import cross_entropy
     from transformers import AutoModelForSequenceClassification
 
-    from fedlora.data import Dataset
+    from fedlora.data.store import Dataset
 
     base = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2)
     model = PeftModel.from_pretrained(base, run.folder / "adapter").eval()

@@ -8,8 +8,8 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 
 from fedlora.adapter import Lora
-from fedlora.data import Examples
-from fedlora.task import CausalLM, Classification, _heads, _public
+from fedlora.data.store import Examples
+from fedlora.tasks.contract import CausalLM, Classification, _heads, _public
 
 VOCABULARY, PAD = 99, 1
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2, "num_labels": 3}

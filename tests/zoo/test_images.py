@@ -6,10 +6,10 @@ import torch
 import transformers as hf
 
 from fedlora.adapter import Lora
-from fedlora.data import Examples
+from fedlora.data.store import Examples
 from fedlora.errors import SettingError
-from fedlora.fused import Fused
-from fedlora.task import ImageClassification, _heads
+from fedlora.passes.fused import Fused
+from fedlora.tasks.contract import ImageClassification, _heads
 from tests.zoo.models import privately
 
 SIZE = 64

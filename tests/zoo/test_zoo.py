@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import alone
 from fedlora.adapter import Lora
 from fedlora.client import Pass
 from fedlora.errors import SettingError
-from fedlora.fused import Fused
-from fedlora.task import Classification
+from fedlora.passes import alone
+from fedlora.passes.fused import Fused
+from fedlora.tasks.contract import Classification
 from tests.zoo.models import FIT, PAD, UNFIT, VOCABULARY, away, make, plain, privately, singles, texts
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # peft, of GPT-2's layers

@@ -1,0 +1,1 @@
+"""The examples: read, split over clients, encoded once."""

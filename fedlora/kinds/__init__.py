@@ -1,0 +1,1 @@
+"""Kinds of adapter: how a weight's change is written, a file each."""

@@ -1,0 +1,498 @@
+"""What a scenario will cost, before anything is trained.
+
+Bytes and epsilon come from a rehearsal: the real round loop, worker, strategy and messages, with clients
+that send tensors of the right shapes without training. So they are what the run will count. Time and
+memory come from a few steps of one client on this machine, and are estimates. Where a strategy chooses
+ranks by what was learnt (FLoRIST), bytes are those of full ranks: the most that it can send.
+"""
+
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedlora import engine as engines
+from fedlora import plugins, simulation
+from fedlora import scenario as scenarios
+from fedlora import strategy as strategies
+from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
+from fedlora.client import Client, Rng, Settings
+from fedlora.data.store import Dataset, Partition
+from fedlora.engine import Replies, Setup
+from fedlora.engine.inline import InlineEngine
+from fedlora.engine.worker import Setter, Worker, kind
+from fedlora.errors import FedloraError, SettingError
+from fedlora.privacy import accounting, central
+from fedlora.privacy.accounting import Event
+from fedlora.privacy.budget import Budget
+from fedlora.privacy.ledger import Holder, Ledger, neighbours
+from fedlora.privacy.ledger import unit as unit_of
+from fedlora.rounds.checkpoint import Merges
+from fedlora.rounds.loop import Loop
+from fedlora.rounds.progress import Line, Progress, Stopwatch
+from fedlora.scenario import Scenario
+from fedlora.seeding import generator
+from fedlora.tasks import contract as task
+
+if TYPE_CHECKING:
+    from fedlora.tasks.contract import Task
+
+FEW_EXAMPLES = 100  # of a client: below it the noise of a useful epsilon outweighs what they say
+LARGE_RATE = 0.1  # share of a client's examples in one step, from which sampling hides little
+WEAK = 10.0  # epsilon from which reviewers ask what it still protects
+_EPSILONS = 100  # evaluations of epsilon in a table by round, some 50 ms each
+_STEPS = 3  # that are timed
+_LOOKED_AT = 10_000  # clients among which the median one is tried
+_LONG = 40  # rounds of an alternative that are rehearsed; of more, the rest is as the second half of these
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will cost.
+
+    Attributes:
+        scenario, hash, strategy, clients_total: which run.
+        rounds: a line for each: `round, clients, bytes_up, bytes_down`, and under privacy `epsilon`, the
+            largest over clients, and `epsilon_median`; None in rounds for which it was not worked out.
+        bytes_up_total, bytes_down_total: as the run will count them, if no client fails.
+        parameters: numbers in the base model, and those that clients train, in the adapter and in the head.
+        epsilon, delta, unit: at the end, for each example (the largest over clients) or for each client;
+            None without privacy.
+        neighbours: how datasets differ that it does not tell apart, in the ledger's word; None likewise.
+        server_epsilon: for each client from the server that sees sums; None where clients share no noise out.
+        peer_epsilon: for each client from another that is in all of its rounds under masks; None elsewhere.
+        noise_multiplier: the largest over clients, or the server's; None without privacy.
+        groups: clients by the number of examples that they hold, with what that means for the privacy of examples.
+        alternatives: bytes and parameters under each built-in strategy, or the `problem` that it has;
+            `exact` is false where only the first of many rounds were rehearsed.
+        virtual_seconds: that the rounds take in the simulated world; None without one.
+        seconds: of the rounds, estimated; None where the model could not be tried here.
+        memory_bytes: of a process that trains, estimated; None likewise.
+        workers: processes that train side by side.
+        stopped: why it will end before its last round; None if it will not.
+        warnings: what a privacy reviewer would ask.
+    """
+
+    scenario: str
+    hash: str
+    strategy: str
+    clients_total: int
+    rounds: Sequence[Line]
+    bytes_up_total: int
+    bytes_down_total: int
+    parameters: Mapping[str, int]
+    epsilon: float | None
+    server_epsilon: float | None
+    peer_epsilon: float | None
+    delta: float | None
+    unit: str | None
+    neighbours: str | None
+    noise_multiplier: float | None
+    groups: Sequence[Line]
+    alternatives: Sequence[Line]
+    virtual_seconds: float | None
+    seconds: float | None
+    memory_bytes: int | None
+    workers: int
+    stopped: str | None
+    warnings: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def plan(scenario: Scenario) -> Plan:
+    """Rehearse a scenario.
+
+    Raises:
+        UserError: the input is wrong.
+    """
+    try:
+        return _plan(scenario)
+    except SettingError as error:
+        raise scenario.located(error) from error
+
+
+def _plan(scenario: Scenario) -> Plan:
+    ready = simulation.prepare(scenario)
+    noise = simulation.calibrate(scenario, ready.data)
+    setup = replace(ready.setup, noise=noise)
+    cost = _try(setup, ready) if _can_train(scenario) else None
+    stage = _Stage(scenario, setup, ready, cost.metrics if cost else _expected_metrics(scenario))
+    real = stage.rehearse(scenario.strategy.use, scenario.strategy.options, scenario.rounds)
+    asked = scenario.privacy
+    epsilons, each = _epsilons(real.ledger.spent_by, len(real.lines), asked)
+    lines = [line | epsilons.get(line["round"], {}) for line in real.lines]
+    groups = _groups(scenario, ready.data, noise, real)
+    workers = 1 if engines.in_process(scenario) else engines.workers(scenario)
+    parameters = {"base": stage.base_parameters(), **_trained(real)}
+    return Plan(
+        scenario=scenario.name,
+        hash=scenario.hash,
+        strategy=scenario.strategy.use,
+        clients_total=scenario.clients.total,
+        rounds=lines,
+        bytes_up_total=sum(line["bytes_up"] for line in lines),
+        bytes_down_total=sum(line["bytes_down"] for line in lines),
+        parameters=parameters,
+        epsilon=lines[-1]["epsilon"] if epsilons else None,
+        server_epsilon=simulation.server_epsilon(scenario, real.ledger.events),
+        peer_epsilon=simulation.peer_epsilon(scenario, real.ledger.events.get(None, ())),
+        delta=asked.delta if asked else None,
+        unit=asked.unit if asked else None,
+        neighbours=neighbours(asked.unit) if asked else None,
+        noise_multiplier=real.central.noise_multiplier if real.central else max(noise.values()) if noise else None,
+        groups=groups,
+        alternatives=[_alternative(name, stage) for name in plugins.names("strategies")],
+        virtual_seconds=lines[-1].get("virtual_seconds") if lines else None,
+        seconds=cost.run(scenario, lines, workers) + each * len(lines) if cost else None,
+        memory_bytes=cost.memory_bytes if cost else None,
+        workers=workers,
+        stopped=real.stopped,
+        warnings=[*_warnings(scenario, groups, parameters)],
+    )
+
+
+def _can_train(scenario: Scenario) -> bool:
+    """Whether a client can be tried here: the weights are on this machine, and a GPU if one is asked for."""
+    import torch
+
+    gpu = scenario.engine.gpus_per_worker in (0, "auto") or torch.cuda.is_available()
+    return gpu and task.at_hand(scenario.model.base, scenario.model.revision)
+
+
+def _expected_metrics(scenario: Scenario) -> Mapping[str, float]:
+    """What a built-in client's update tells beside its tensors."""
+    return {"train_loss": 0.0} if scenario.privacy is None or scenario.privacy.share_metrics else {}
+
+
+class _Stage:
+    """Where strategies are rehearsed: a worker for each kind of adapter, of shapes without weights."""
+
+    def __init__(
+        self, scenario: Scenario, setup: Setup, ready: simulation.Prepared, metrics: Mapping[str, float]
+    ) -> None:
+        self.scenario, self.setup, self.ready, self.metrics = scenario, setup, ready, metrics
+        self.engines: dict[str, _Engine] = {}
+
+    def rehearse(self, use: str, options: Mapping[str, Any], rounds: int) -> "_Loop":
+        """The first rounds of a strategy.
+
+        Raises:
+            FedloraError: it cannot do what the scenario asks for.
+        """
+        part = scenarios.Strategy(use=use, **options)
+        told = self.scenario.clients.model_copy(update={"max_norm": None})  # what a stand-in sends is no change
+        scenario = self.scenario.model_copy(update={"strategy": part, "rounds": rounds, "clients": told})
+        strategy = strategies.load(use, options)
+        strategies.check(strategy, scenario)
+        engine = self._engine(scenario, strategy)
+        found, worker, real = engine.description, engine.worker, self.ready.client
+        strategy.bind(found.layout, found.kind, found.initial, real.private)
+        simulation.check_strategy(strategy)
+        vars(strategy)["diagnose"] = lambda *told: {}  # how far averages are off says nothing of stand-ins
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            ledger, whole = _Memory(folder), simulation.central(scenario, scenario.seed)
+            worker.client = real
+            worker.serve(strategies.load(use, options), folder)
+            worker.client = _StandIn(real, self.metrics, found.layout)
+            budget = _Budget(
+                scenario=scenario,
+                client=real,
+                settings=Setter(scenario, self.setup.noise),
+                data=self.ready.data,
+                central=whole,
+                ledger=ledger,
+                repeatable=False,  # nothing is drawn
+            )
+            loop = _Loop(
+                scenario=scenario,
+                strategy=strategy,
+                engine=engine,
+                data=self.ready.data,
+                budget=budget,
+                ledger=ledger,
+                central=whole,
+                merges=Merges(folder / "merges", found.weights),
+                folder=folder,
+                on_round=lambda line: None,
+            )
+            end = loop.run(Progress(round=0, adapter=dict(found.initial)))
+        loop.stopped = end.last.get("stopped")
+        return loop
+
+    def base_parameters(self) -> int:
+        """Numbers in the base model, without what the adapter adds."""
+        held = next(iter(self.engines.values())).worker.task.model.named_parameters()
+        return sum(p.numel() for n, p in held if "lora_" not in n and ".modules_to_save." not in n)
+
+    def _engine(self, scenario: Scenario, strategy: strategies.Strategy) -> "_Engine":
+        name = type(kind(scenario, strategy)).__name__
+        if name not in self.engines:
+            self.engines[name] = _Engine(scenario.clients.total)
+            self.engines[name].start(replace(self.setup, scenario=scenario.model_dump(), device="meta"))
+        return self.engines[name]
+
+
+class _Engine(InlineEngine):
+    """Nothing is evaluated, and the base stays as it is."""
+
+    def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
+        replies = super().train(instruction, cohort, partial_sums)
+        if central.SUM_NOISE not in instruction.config:
+            return replies
+        return replace(replies, carried=1.0)  # nobody drops out
+
+    def evaluate(self, adapter: Adapter) -> dict[str, float]:
+        return {"loss": 0.0, self.description.metric: 0.0}
+
+    def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
+        return self.evaluate({})
+
+    def merge(self, change: Change) -> None:
+        pass
+
+
+class _StandIn(Client):
+    """Sends tensors of the right shapes: random, so that no strategy meets a rank below the full one."""
+
+    def __init__(self, real: Client, metrics: Mapping[str, float], layout: Layout) -> None:
+        self.real, self.metrics, self.private = real, metrics, real.private
+        rng = generator(0, "stand-in")
+        self.tensors: dict[str, Tensor] = {
+            name: (rng.standard_normal(slot.shape) * 1e-3).astype(np.float32) for name, slot in layout.items()
+        }
+
+    def spends(self, num_examples: int, settings: Settings) -> Event | None:
+        return self.real.spends(num_examples, settings)
+
+    def fit(self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng) -> Update:
+        sent = {}
+        for name in settings.send:
+            shape = task.kind.shape(task.layout[name], task.rank)
+            sent[name] = self.tensors[name][tuple(slice(size) for size in shape)]
+        return Update(adapter=sent, weight=1.0, clients=(partition.client,), metrics=self.metrics)
+
+
+class _Memory(Ledger):
+    """A ledger that writes nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.spent_by: dict[Holder, list[tuple[int, Event]]] = {}  # rounds and events of each holder
+
+    def spend(
+        self,
+        round: int,
+        events: Mapping[Holder, Event],
+        attempt: int = 0,
+        drawn: Mapping[Holder, tuple[str, int]] | None = None,
+        **guarantee: Any,
+    ) -> None:
+        for holder, event in events.items():
+            self.events[holder] = accounting.added(self.events.get(holder, ()), event)
+            self.spent_by.setdefault(holder, []).append((round, event))
+
+
+class _Budget(Budget):
+    """Where noise is calibrated to a budget nobody passes it."""
+
+    def within(self, instruction: Instruction, cohort: list[int], attempt: int = 0) -> tuple[list[int], int]:
+        asked = (self.scenario.client_privacy, self.scenario.example_privacy)
+        if all(a is None or a.noise_multiplier is None for a in asked):
+            return cohort, 0
+        return super().within(instruction, cohort, attempt)
+
+
+@dataclass(kw_only=True)
+class _Loop(Loop):
+    """The round loop without a disk."""
+
+    ledger: _Memory
+    lines: list[Line] = field(default_factory=list)
+    stopped: str | None = None
+
+    def _record(
+        self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, watch: Stopwatch
+    ) -> None:
+        now.round, now.adapter, now.merges = round, adapter, len(self.merges)
+        reports = replies.reports
+        if failed := next((r.error for r in reports if r.error and not r.late), None):
+            raise SettingError("strategy.use", failed)
+        sizes = {f"bytes_{way}": sum(getattr(r, f"bytes_{way}") for r in reports) for way in ("up", "down")}
+        late = sum(r.late for r in reports)
+        clock = {"late": late, "virtual_seconds": now.virtual_seconds} if self._pace else {}
+        self.lines.append({"round": round, "clients": len(reports) - late, **sizes, **clock})
+
+
+def _alternative(name: str, stage: _Stage) -> Line:
+    """What a built-in strategy with its default options would send."""
+    rounds = stage.scenario.rounds
+    try:
+        loop = stage.rehearse(name, {}, min(rounds, _LONG))
+    except FedloraError as error:
+        return {"strategy": name, "problem": str(error)}
+    rest = max(rounds - _LONG, 0) / (_LONG // 2)
+    totals = {}
+    for way in ("bytes_up", "bytes_down"):
+        sizes = [line[way] for line in loop.lines]
+        totals[f"{way}_total"] = sum(sizes) + round(rest * sum(sizes[_LONG // 2 :]))
+    return {"strategy": name, **totals, "exact": not rest, **_trained(loop)}
+
+
+def _trained(loop: _Loop) -> dict[str, int]:
+    """Numbers that clients train in some round, in the adapter and in the head."""
+    layout, rounds = loop.strategy.layout, range(1, min(len(loop.lines), 2) + 1)
+    names = {n for r in rounds for n in loop.strategy.trains(r, layout) if layout[n].trainable}
+    count = {n: int(np.prod(layout[n].shape)) for n in names}
+    head = sum(size for n, size in count.items() if layout[n].role == "head")
+    return {"adapter": sum(count.values()) - head, "head": head}
+
+
+def _epsilons(
+    spent: Mapping[Holder, Sequence[tuple[int, Event]]], rounds: int, asked: scenarios.Privacy | None
+) -> tuple[dict[int, Line], float]:
+    """Epsilon after each round, or after some where there are many; and the seconds that a round's take."""
+    if asked is None:
+        return {}, 0.0
+    spent = {holder: events for holder, events in spent.items() if unit_of(holder) == asked.unit}
+    if not spent:
+        return {}, 0.0
+    kinds = len({tuple(event for _, event in events) for events in spent.values()})
+    step = -(-rounds * kinds // _EPSILONS)
+    table, began = {}, time.perf_counter()
+    for round in sorted({1, rounds, *range(step, rounds, step)}):
+        each = [
+            accounting.epsilon([e for r, e in events if r <= round], asked.delta, asked.accountant)
+            for events in spent.values()
+        ]
+        table[round] = {"epsilon": max(each), "epsilon_median": statistics.median(each)}
+    return table, (time.perf_counter() - began) / len(table)
+
+
+def _groups(scenario: Scenario, data: Dataset, noise: Mapping[int, float] | None, loop: _Loop) -> list[Line]:
+    """Clients that hold equally many examples, from the fewest; without privacy only how many they are."""
+    asked, groups = scenario.example_privacy, []
+    most: dict[int, float] = {}  # epsilon, by the number of examples
+    for client, events in loop.ledger.events.items():
+        if asked is not None and isinstance(client, int):
+            size, spent = data.num_examples(client), accounting.epsilon(events, asked.delta, asked.accountant)
+            most[size] = max(most.get(size, 0.0), spent)
+    for size, clients in data.sizes().items():
+        line: Line = {"num_examples": size, "clients": clients}
+        if asked is not None and noise is not None:
+            line |= {
+                "sample_rate": min(scenario.clients.batch_size / size, 1.0),
+                "noise_multiplier": noise[size],
+                "epsilon": most.get(size, 0.0),
+            }
+        groups.append(line)
+    return groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cost:
+    """What a client cost here.
+
+    Attributes:
+        client_seconds: of a client in a round.
+        evaluation_seconds: of the test set.
+        memory_bytes: the most that this process held.
+        metrics: what its update told.
+    """
+
+    client_seconds: float
+    evaluation_seconds: float
+    memory_bytes: int
+    metrics: Mapping[str, float]
+
+    def run(self, scenario: Scenario, lines: Sequence[Line], workers: int) -> float:
+        """Seconds of all rounds."""
+        evaluations = -(-len(lines) // scenario.eval_every)
+        waves: int = sum(-(-line["clients"] // workers) for line in lines)
+        return waves * self.client_seconds + evaluations * self.evaluation_seconds / workers
+
+
+def _try(setup: Setup, ready: simulation.Prepared) -> _Cost:
+    """Time a few steps of the client with the median number of examples, and a piece of the test set."""
+    worker, data = Worker(setup), ready.data
+    told = worker.scenario.clients
+    typical = statistics.median_high([data.num_examples(c) for c in range(min(data.num_clients, _LOOKED_AT))])
+    median = next(c for c in range(data.num_clients) if data.num_examples(c) == typical)
+    batch = min(told.batch_size, 2 * told.micro_batch_size)
+    ranks = told.possible_ranks(worker.scenario.model.adapter.r)
+    instruction = worker.strategy.instruct(1, dict(worker.task.initial), ranks)
+    for steps in (1, _STEPS):  # the first is slower: memory is got, kernels are chosen
+        fewer = told.model_copy(update={"local_steps": steps, "batch_size": batch})
+        worker.settings = Setter(worker.scenario.model_copy(update={"clients": fewer}), setup.noise)
+        replies = worker.train(instruction, [median], False)
+        if replies.reports[0].error is not None:
+            raise SettingError("clients.use", f"a client that was tried failed: {replies.reports[0].error}")
+    rows, began = min(len(data.test), engines.EVALUATION_CHUNK), time.perf_counter()
+    worker.evaluate(worker.task.initial, 0, rows)
+    evaluation = (time.perf_counter() - began) * len(data.test) / rows
+    step = replies.reports[0].seconds / _STEPS * told.batch_size / batch
+    return _Cost(
+        client_seconds=step * told.local_steps,
+        evaluation_seconds=evaluation,
+        memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        metrics=replies.updates[0].metrics,
+    )
+
+
+def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[str, int]) -> Iterable[str]:
+    """What a privacy reviewer would ask, a sentence each."""
+    asked, smallest = scenario.example_privacy, groups[0]["num_examples"]
+    if parameters["head"] > parameters["adapter"]:
+        yield (
+            f"The head trains {parameters['head']:,} numbers, more than the adapter's {parameters['adapter']:,}: "
+            "most of the bytes and of the noise are the head's. See model.head."
+        )
+    if (whole := scenario.client_privacy) is not None and whole.delta * scenario.clients.total >= 1:
+        yield (
+            f"delta {whole.delta:g} is not below one over the {scenario.clients.total} clients: such a delta lets "
+            "a whole client leak. Lower privacy.delta."
+        )
+    if whole is not None and scenario.secure_aggregation is not None:
+        yield "Clients are told how many are in their round: from them sampling hides nobody there."
+    if asked is None:
+        if whole is None:
+            yield "There is no privacy section: updates can reveal what clients hold."
+        elif scenario.shares_noise:
+            yield "From the server, which knows who is in a sum, clients have the epsilon of server_epsilon alone."
+        elif scenario.secure_aggregation is not None:
+            yield "The server sees each round's sum without noise: the guarantee is from all others."
+        else:
+            yield "The server sees each client's update without noise: the guarantee is from all others."
+        return
+    loose = sum(g["clients"] for g in groups if asked.delta * g["num_examples"] >= 1)
+    if loose:
+        largest = max(g["num_examples"] for g in groups)
+        yield (
+            f"delta {asked.delta:g} is not below 1/n for {loose} clients: such a delta lets a whole example leak. "
+            f"Set privacy.delta below {1 / largest:.1g}."
+        )
+    few = sum(g["clients"] for g in groups if g["num_examples"] < FEW_EXAMPLES)
+    if few:
+        yield (
+            f"{few} clients hold fewer than {FEW_EXAMPLES} examples, the smallest {smallest}: they add more noise "
+            "than signal, and their sample rate makes epsilon dear."
+        )
+    often = sum(g["clients"] for g in groups if g["sample_rate"] > LARGE_RATE)
+    if often:
+        yield (
+            f"A step takes more than {LARGE_RATE:.0%} of the examples of {often} clients "
+            f"({groups[0]['sample_rate']:.0%} of the smallest's): sampling hides little. Lower clients.batch_size."
+        )
+    if (worst := max(g["epsilon"] for g in groups)) > WEAK:
+        yield f"Epsilon {worst:.3g} allows odds to change by a factor of e^{worst:.3g}: little is promised."
+    if asked.share_metrics:
+        yield "privacy.share_metrics lets training losses and example counts out, which epsilon does not cover."

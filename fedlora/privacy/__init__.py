@@ -1,0 +1,1 @@
+"""What is promised: accounting, noise, ledger, budget, mechanisms, secure sums."""

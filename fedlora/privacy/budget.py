@@ -1,0 +1,165 @@
+"""What clients may spend of their privacy, and what a round costs whom."""
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedlora.adapter import Instruction
+from fedlora.client import Client
+from fedlora.data.store import Dataset
+from fedlora.engine import Replies
+from fedlora.engine.worker import Setter
+from fedlora.privacy import secure
+from fedlora.privacy.accounting import FROM_SERVER, Event, epsilon
+from fedlora.privacy.central import CLIP_NORM, Central
+from fedlora.privacy.ledger import Holder, Ledger, Own, Whole
+from fedlora.privacy.replay import Drawn, digest, versions
+from fedlora.rounds.progress import Line
+from fedlora.scenario import Privacy, Scenario
+
+logger = logging.getLogger(__name__)
+
+Paid = Mapping[Holder, Collection[tuple[Event, str]]]  # events, with the digest of what their noise hides
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Who may train for the epsilon that is left, and the ledger's lines for who did."""
+
+    scenario: Scenario
+    client: Client
+    settings: Setter
+    data: Dataset
+    central: Central | None
+    ledger: Ledger
+    repeatable: bool = True  # whether a round that runs again draws the same noise
+
+    def within(self, instruction: Instruction, cohort: list[int], attempt: int = 0) -> tuple[list[int], int]:
+        """Those of the cohort whose epsilon stays within the budget if they train, and how many do not."""
+        round = instruction.round
+        paid = self._paid(round, attempt)
+        whole, privacy = self.scenario.client_privacy, self.scenario.example_privacy
+        if self.central is not None and whole is not None and whole.epsilon is not None:
+            event = self.central.event(instruction.config[CLIP_NORM])
+            if self._would_pass(None, event, paid, whole):
+                return [], self.scenario.clients.total
+        if privacy is None or privacy.epsilon is None:
+            return cohort, 0
+        fits: dict[Any, bool] = {}  # clients that hold equally much and spent the same fare alike
+
+        def may(client: int) -> bool:
+            if not (held := self.data.num_examples(client)):  # a site, which counts for itself
+                return True
+            key = (held, self.ledger.events.get(client), frozenset(paid.get(client, ())))
+            if key not in fits:
+                spends = self.client.spends(held, self.settings(instruction, held))
+                fits[key] = not self._would_pass(client, spends, paid, privacy)
+            return fits[key]
+
+        allowed = [client for client in cohort if may(client)]
+        if resting := sorted(set(cohort) - set(allowed)):
+            names = ", ".join(map(str, resting))
+            logger.warning("round %d: another round would pass the epsilon of clients %s; they rest", round, names)
+        return allowed, len(cohort) - len(allowed)
+
+    def allows(self, instruction: Instruction, client: int) -> bool:
+        """Whether a client's epsilon stays within the budget if it trains."""
+        return self.within(instruction, [client])[1] == 0
+
+    def event(self, instruction: Instruction, client: int) -> Event | None:
+        """What a client spends in a round; None where it protects nothing by itself."""
+        held = self.data.num_examples(client)
+        return self.client.spends(held, self.settings(instruction, held, client))
+
+    def again(self, instruction: Instruction) -> Instruction:
+        """An instruction with what noise was drawn for in its round before, where that is run again."""
+        if not self.repeatable or not (before := self.ledger.drawn(instruction.round)):
+            return instruction
+        drawn: dict[int | None, Drawn] = {}
+        for holder, digests in before.items():
+            if isinstance(holder, Whole | Own):
+                continue  # drawn for with the server's; of no run's ledger
+            privacy = self.scenario.client_privacy if holder is None else self.scenario.example_privacy
+            event = self._next(instruction, holder)
+            more = privacy is None or privacy.epsilon is None or not self._would_pass(holder, event, {}, privacy)
+            drawn[holder] = Drawn(digests, more)
+        return replace(instruction, drawn=drawn)
+
+    def spend(self, instruction: Instruction, replies: Replies, attempt: int = 0) -> int:
+        """Put the spend on disk before what it bought is used.
+
+        A round that is run again after an interruption draws the same noise over the same inputs: it gives
+        the same updates, and costs nothing more. Other inputs have drawn other noise, and cost what they cost.
+
+        Returns:
+            Which draw of its own noise the server is to add; 0 where it adds none.
+
+        Raises:
+            RoundError: it would be a further draw, and there is no epsilon left for it.
+        """
+        round, paid = instruction.round, self._paid(instruction.round, attempt)
+        digest, draw = self._server_draw(instruction, replies)
+        for terms, events in self._costs(instruction, replies, draw):
+            drawn: dict[Holder, tuple[str, int]] = {r.client: (r.digest, r.draw) for r in replies.reports}
+            drawn |= {holder: (digest, draw) for holder in events if not isinstance(holder, int)}
+            new = {
+                holder: event
+                for holder, event in events.items()
+                if (event, drawn.get(holder, ("", 0))[0]) not in paid.get(holder, ())
+            }
+            self.ledger.spend(round, new, attempt, drawn, **terms)
+        return draw
+
+    def spent(self, holder: Holder, privacy: Privacy) -> float:
+        """The epsilon that a holder has spent."""
+        return epsilon(self.ledger.events.get(holder, ()), privacy.delta, privacy.accountant)
+
+    def _would_pass(self, holder: Holder, event: Event | None, paid: Paid, privacy: Privacy) -> bool:
+        """Whether a budget's epsilon would be passed by an event, unless one like it is paid already."""
+        more = [event] if event and all(event != one for one, _ in paid.get(holder, ())) else []
+        events = [*self.ledger.events.get(holder, ()), *more]
+        assert privacy.epsilon is not None
+        return epsilon(events, privacy.delta, privacy.accountant) > privacy.epsilon * (1 + 1e-9)
+
+    def _paid(self, round: int, attempt: int) -> Paid:
+        """What need not be paid again if an attempt at a round runs again, over the same inputs."""
+        return self.ledger.spent(round, attempt) if self.repeatable else {}
+
+    def _next(self, instruction: Instruction, holder: int | None) -> Event | None:
+        """What another draw in this round would cost."""
+        if holder is not None:
+            return self.event(instruction, holder)
+        assert self.central is not None
+        return self.central.event(instruction.config[CLIP_NORM], draw=1)
+
+    def _server_draw(self, instruction: Instruction, replies: Replies) -> tuple[str, int]:
+        """The digest of what the server's noise hides, and which draw of it that takes."""
+        if self.central is None or not self.repeatable:
+            return "", 0
+        told = (instruction.round, dict(instruction.adapter), instruction.send, dict(instruction.config))
+        sums = [(u.adapter, u.weight, u.clients, dict(u.metrics)) for u in replies.updates]
+        made = replies.digest or digest(self.scenario.seed, "sum", versions(), told, sums)
+        return made, instruction.drawn.get(None, Drawn()).draw(made)
+
+    def _costs(
+        self, instruction: Instruction, replies: Replies, draw: int
+    ) -> Iterator[tuple[Line, Mapping[Holder, Event]]]:
+        """What a round costs whom, and on which terms, for each guarantee."""
+
+        def terms(privacy: Privacy) -> Line:
+            return {"delta": privacy.delta, "unit": privacy.unit, "accountant": privacy.accountant}
+
+        if (example := self.scenario.example_privacy) is not None:
+            yield terms(example), {r.client: r.event for r in replies.reports if r.event}
+        if self.central is None or (whole := self.scenario.client_privacy) is None:
+            return
+        bound = instruction.config[CLIP_NORM]
+        yield terms(whole), {None: self.central.event(bound, draw)}
+        asked = self.scenario.secure_aggregation
+        if asked is not None and asked.noise == "shared":
+            longer = secure.rounding(sum(instruction.adapter[n].size for n in instruction.send), asked.range)
+            for update in replies.updates:
+                seen = self.central.seen(bound, asked.honest * replies.carried, longer)
+                shared = {"unit": FROM_SERVER, "honest": asked.honest}
+                yield terms(whole) | shared, {Whole(client): seen for client in update.clients}

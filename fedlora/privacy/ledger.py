@@ -1,0 +1,403 @@
+"""The append-only records of a run folder: `privacy.jsonl`, `clients.jsonl` and `metrics.jsonl`.
+
+Privacy events are flushed to disk before what they bought is used. Epsilon follows from
+`privacy.jsonl` alone: `replay` reads it back.
+
+Each line of `privacy.jsonl` ends in `chain`, a hash over the line and the chain of the line before it, and
+`privacy.head` holds how many lines there are and the chain of the last. So a line that was edited, moved, taken
+out or cut off shows. Two things that an interruption leaves are no damage: a last line that is cut short
+behind those that the head counts, and whole lines that the head does not count yet. What it paid for was not
+used, or is paid again. Whoever can write to the disk can rebuild both files: this finds accidents and
+careless edits, not a forger.
+
+One process at a time writes: the first line locks `privacy.jsonl` (`fedlora.privacy.lock`), and each further one
+first makes sure that the head is still the one that this ledger wrote.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from fedlora.errors import UserError
+from fedlora.privacy import lock
+from fedlora.privacy.accounting import FROM_SERVER, Accountant, Event, added, epsilon
+
+MECHANISM = "poisson_subsampled_gaussian"
+MAX_DRAWS = 10_000  # of a round: more is no interruption
+NEIGHBOURS = "zero_out"  # how the datasets of the units example and client differ: `privacy.neighbours` says it
+EARLIER = "add_or_remove_one"  # what 0.1.0 called it; the events and their epsilon are the same
+SILENT = "one_sends_nothing"  # how the runs of unit client_from_server differ
+UNITS = ("example", "client", FROM_SERVER)
+
+
+class Whole(NamedTuple):
+    """A client as a whole, which the server sees in sums that carry its share of the noise."""
+
+    client: int
+
+
+class Own(NamedTuple):
+    """A site, for its examples, in all runs together: one budget, whichever of their clients it was."""
+
+
+# Whose budget: a client's, for its examples; None: the server's, for its clients; or as their classes say.
+Holder = int | None | Whole | Own
+Events = tuple[Event, ...]  # of one holder, as `privacy.added` puts them together
+
+
+def unit(holder: Holder) -> str:
+    """What the budget of a holder protects."""
+    return FROM_SERVER if isinstance(holder, Whole) else "client" if holder is None else "example"
+
+
+def neighbours(unit: str) -> str:
+    """How the datasets or runs differ that a guarantee of a unit cannot tell apart."""
+    return SILENT if unit == FROM_SERVER else NEIGHBOURS
+
+
+class Ledger:
+    """What was spent and sent, as it happens.
+
+    Attributes:
+        events: the privacy events so far, by client; under None those that protect whole clients, under `Own`
+            those of a site's own account. Those on equal terms stand together, so that memory does not grow with
+            the rounds.
+    """
+
+    def __init__(self, folder: Path, known: tuple[int, str] = (0, "")) -> None:
+        """Open a run folder's ledger, or start one.
+
+        Args:
+            folder: of the run.
+            known: the `position` that a checkpoint was saved with.
+
+        Raises:
+            UserError: what is there is damaged, lacks what the checkpoint has seen, or is in use by another
+                process.
+        """
+        self.folder = folder
+        self._lock: lock.Lock | None = None
+        self.events: dict[Holder, Events] = {}
+        self._unseen: dict[tuple[int, int], dict[Holder, set[tuple[Event, str]]]] = {}
+        self._drawn: dict[int, dict[Holder, dict[int, str]]] = {}  # by round: the digest of each draw
+        self._lines, self._chain, self._size = 0, "", 0
+        file = folder / "privacy.jsonl"
+        if file.exists():
+            self._lock = lock.hold(file)
+        self._head = _read_head(file)  # as this ledger left it
+        lines = _verified(file) if file.exists() or self._head is not None else []
+        if len(lines) < known[0] or (known[0] and lines[known[0] - 1]["chain"] != known[1]):
+            raise UserError(
+                f"{file}: is not the ledger that the checkpoint was saved with, whose {known[0]} lines it should "
+                "begin with; restore the file, or start again in another folder"
+            )
+        for number, line in enumerate(lines):
+            holder, event = _holder(line), Event.from_json(line)
+            self._note(holder, event)
+            if number >= known[0]:  # of a round that runs again
+                again = self._unseen.setdefault((line["round"], line.get("attempt", 0)), {})
+                again.setdefault(holder, set()).add((event, line.get("digest", "")))
+                self._note_draw(line["round"], holder, line.get("digest", ""), line.get("draw", 0))
+        self._lines, self._chain = len(lines), lines[-1]["chain"] if lines else ""
+        if file.exists():
+            self._size = file.read_bytes().rfind(b"\n") + 1
+
+    def spend(
+        self,
+        round: int,
+        events: Mapping[Holder, Event],
+        attempt: int = 0,
+        drawn: Mapping[Holder, tuple[str, int]] | None = None,
+        **guarantee: Any,
+    ) -> None:
+        """Record what clients spent in a round, and wait until it is on disk.
+
+        Args:
+            round: from 1.
+            events: by holder.
+            attempt: at the round; from 1 where too few replied before.
+            drawn: by holder the digest of what its noise hides, and which draw that noise is; where it can be
+                drawn again.
+            guarantee: the terms that every line repeats; with `run` they are a site's own account.
+
+        Raises:
+            UserError: a line would be none that can be read again, or another process writes here, or did.
+        """
+        if not events:
+            return
+        terms = {**guarantee, "mechanism": MECHANISM, "neighbours": neighbours(guarantee["unit"])}
+        file, text, chain = self.folder / "privacy.jsonl", "", self._chain
+        spent: list[tuple[Holder, Event]] = []
+        for holder, event in events.items():
+            client = holder.client if isinstance(holder, Whole) else holder
+            line = {"round": round, "client": client, **event.to_json(), **terms}
+            line |= {"attempt": attempt} if attempt else {}
+            digest, draw = (drawn or {}).get(holder, ("", 0))
+            line |= {"digest": digest, "draw": draw} if digest else {}
+            spent.append((_checked(line, f"{file}:{self._lines + len(spent) + 1}", "it was not written"), event))
+            chain = _link(chain, line)
+            text += json.dumps({**line, "chain": chain}) + "\n"
+        self._own(file)
+        if not self._lines:
+            self._put_head(file, 0, "")  # so that a ledger without a head is one that lost it
+        with file.open("ab") as stream:
+            stream.truncate(self._size)  # of what an interruption cut short
+            stream.write(text.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._drawn = {r: of for r, of in self._drawn.items() if r >= round}  # none of those before runs again
+        for holder, event in spent:  # on disk, and not before: a full disk may have room again
+            self._note(holder, event)
+            self._note_draw(round, holder, *(drawn or {}).get(holder, ("", 0)))
+        self._size, self._lines, self._chain = self._size + len(text.encode()), self._lines + len(events), chain
+        self._put_head(file, self._lines, self._chain)
+
+    def _own(self, file: Path) -> None:
+        """Make sure that nobody else writes, and that nobody has since this ledger did.
+
+        Raises:
+            UserError: somebody does, or has.
+        """
+        self._lock = self._lock or lock.hold(file)
+        if not self._lock.mine:
+            raise UserError(f"{file}: in use by the process that this one was forked from")
+        if _read_head(file) != self._head or file.stat().st_size < self._size:
+            raise UserError(f"{file}: the ledger moved underfoot: somebody else wrote to it; start anew to go on")
+
+    def _put_head(self, file: Path, lines: int, chain: str) -> None:
+        _write_head(file, lines, chain)
+        self._head = lines, chain
+
+    def _note(self, client: Holder, event: Event) -> None:
+        self.events[client] = added(self.events.get(client, ()), event)
+
+    def _note_draw(self, round: int, holder: Holder, digest: str, draw: int) -> None:
+        if digest:
+            self._drawn.setdefault(round, {}).setdefault(holder, {})[draw] = digest
+
+    def clients(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """A line per client and round."""
+        _append(self.folder / "clients.jsonl", lines)
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        """A line per round."""
+        _append(self.folder / "metrics.jsonl", [line])
+
+    @property
+    def position(self) -> tuple[int, str]:
+        """How many lines there are, and the chain of the last; what a checkpoint remembers."""
+        return self._lines, self._chain
+
+    def forget_after(self, round: int, judged: int | None = None) -> None:
+        """Drop the measurements of rounds after `round`, which are about to run again; never what was spent.
+
+        A last line that an interruption cut short is one of them.
+
+        Args:
+            round: the last whose clients' lines are kept.
+            judged: the last whose own line is; by default the same.
+        """
+        for name, last in (("clients.jsonl", round), ("metrics.jsonl", round if judged is None else judged)):
+            if (file := self.folder / name).exists():
+                kept = [line for line in read(file, torn=True) if line["round"] <= last]
+                part = file.with_suffix(".part")
+                part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+                part.replace(file)
+
+    def spent(self, round: int, attempt: int = 0) -> Mapping[Holder, Collection[tuple[Event, str]]]:
+        """What was spent, when the ledger was opened, in an attempt at a round that runs again.
+
+        Returns:
+            By holder, events with the digest of what their noise hides.
+        """
+        return self._unseen.get((round, attempt), {})
+
+    def drawn(self, round: int) -> Mapping[Holder, tuple[str, ...]]:
+        """What noise was drawn for in a round so far: by holder, the digest of each draw, from the first."""
+        return {
+            holder: tuple(draws.get(n, "") for n in range(max(draws) + 1))
+            for holder, draws in self._drawn.get(round, {}).items()
+        }
+
+
+def read(file: Path, torn: bool = False) -> list[dict[str, Any]]:
+    """The lines of a record.
+
+    Args:
+        file: the record.
+        torn: whether a last line that was cut short is passed over.
+
+    Raises:
+        UserError: a line is not whole, or the file cannot be read.
+    """
+    try:
+        texts = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    lines = []
+    if texts[-1] and not torn:
+        raise UserError(f"{file}:{len(texts)}: the last line is cut short; the record is damaged")
+    for number, text in enumerate(texts[:-1], 1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}:{number}: not a line of JSON; the record is damaged") from error
+        if not isinstance(line, dict):
+            raise UserError(f"{file}:{number}: not a JSON object; the record is damaged")
+        lines.append(line)
+    return lines
+
+
+def replay(file: Path) -> dict[Holder, list[Event]]:
+    """The privacy events of every holder of a budget, from `privacy.jsonl` alone.
+
+    Raises:
+        UserError: a line is damaged, edited, missing or of another mechanism.
+    """
+    events: dict[Holder, list[Event]] = {}
+    for line in _verified(file, headless=True):
+        events.setdefault(_holder(line), []).append(Event.from_json(line))
+    return events
+
+
+def _verified(file: Path, headless: bool = False) -> list[dict[str, Any]]:
+    """The whole lines of a privacy ledger, each checked by itself, against those before it and by the head.
+
+    Args:
+        file: `privacy.jsonl`, or a copy.
+        headless: whether it may be a copy without its head.
+
+    Raises:
+        UserError: it is not as it was written.
+    """
+    head = _read_head(file)
+    lines = [] if head is not None and not file.exists() else read(file, torn=True)
+    chain, number = "", 0
+    for number, line in enumerate(lines, 1):
+        _checked(line, f"{file}:{number}")
+        if "chain" not in line:
+            raise UserError(f"{file}:{number}: lacks or garbles 'chain'; the record is damaged")
+        chain = _link(chain, {k: v for k, v in line.items() if k != "chain"})
+        if line["chain"] != chain:
+            raise UserError(
+                f"{file}:{number}: does not follow from the lines before it: it was edited, or a line was moved "
+                "or taken out; restore the file, or start again in another folder"
+            )
+        if head is not None and number == head[0] and chain != head[1]:
+            raise UserError(
+                f"{file}:{number}: is not the line that {_head(file).name} counts: another run's ledger"
+            )
+    if head is None and lines and not headless:
+        raise UserError(f"{_head(file)}: is missing; without it nobody can say whether {file.name} was cut")
+    if head is not None and number < head[0]:
+        raise UserError(
+            f"{file}:{number + 1}: was cut: {number} lines are left of {head[0]}; restore the file, or start "
+            "again in another folder"
+        )
+    return lines
+
+
+def _checked(line: Mapping[str, Any], where: str, so: str = "the record is damaged") -> Holder:
+    """Whose budget a line is about, which is as this module writes lines.
+
+    Args:
+        line: to be written, or that was read.
+        where: it stands.
+        so: what follows where it is not.
+
+    Raises:
+        UserError: it is not.
+    """
+    relation = neighbours(str(line.get("unit")))
+    known = (relation, EARLIER) if relation == NEIGHBOURS else (relation,)
+    if line.get("mechanism") != MECHANISM or line.get("neighbours") not in known:
+        raise UserError(f"{where}: an event of another mechanism; it cannot be accounted for here")
+    try:
+        held = ("round",) if line["unit"] == "client" and line["client"] is None else ("round", "client")
+        if line["unit"] not in UNITS or any(type(line[key]) is not int or line[key] < 0 for key in held):
+            raise ValueError("unit, round or client")
+        if type(line.get("attempt", 0)) is not int or line.get("attempt", 0) < 0:
+            raise ValueError("attempt")
+        digest, draw = line.get("digest", ""), line.get("draw", 0)
+        if type(digest) is not str or type(draw) is not int or not 0 <= draw <= MAX_DRAWS:
+            raise ValueError("digest or draw")
+        Event.from_json(dict(line))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{where}: lacks or garbles {error}; {so}") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}; {so}") from error
+    return _holder(line)
+
+
+def _holder(line: Mapping[str, Any]) -> Holder:
+    if "run" in line:
+        return Own()
+    client: int | None = line["client"]
+    return Whole(client) if line["unit"] == FROM_SERVER and client is not None else client
+
+
+def _link(chain: str, line: Mapping[str, Any]) -> str:
+    return hashlib.sha256((chain + json.dumps(line, sort_keys=True)).encode()).hexdigest()[:32]
+
+
+def _head(file: Path) -> Path:
+    return file.with_suffix(".head")
+
+
+def _read_head(file: Path) -> tuple[int, str] | None:
+    try:
+        lines, chain = _head(file).read_text(encoding="ascii").split(" ")
+        return int(lines), chain.strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{_head(file)}: cannot be read: {error}") from error
+
+
+def _write_head(file: Path, lines: int, chain: str) -> None:
+    part = file.with_suffix(".head.part")
+    with part.open("w", encoding="ascii") as stream:
+        stream.write(f"{lines} {chain}\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(_head(file))
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # a new file's name is on disk only then
+    finally:
+        os.close(folder)
+
+
+def epsilon_of(file: Path, unit: str = "example", accountant: Accountant | None = None) -> float:
+    """The largest epsilon over those who hold a budget, from `privacy.jsonl` alone; 0 where nothing was spent.
+
+    Args:
+        file: the ledger.
+        unit: what is protected, `example` or `client`.
+        accountant: by default the one that the ledger names.
+
+    Raises:
+        UserError: a line is damaged, or was spent on other terms than the first of its unit.
+    """
+    events: dict[Holder, Events] = {}
+    first: Mapping[str, Any] = {}
+    for number, line in enumerate(_verified(file, headless=True), 1):
+        delta, named = line.get("delta"), line.get("accountant")
+        first = first or (line if line["unit"] == unit else {})
+        fine = isinstance(delta, float) and 0 < delta < 1 and named in get_args(Accountant)
+        if not fine or (line["unit"] == unit and (delta, named) != (first["delta"], first["accountant"])):
+            raise UserError(f"{file}:{number}: delta or accountant is damaged, or not as in the first line")
+        if line["unit"] == unit:
+            holder = _holder(line)
+            events[holder] = added(events.get(holder, ()), Event.from_json(line))
+    return max(
+        (epsilon(e, first["delta"], accountant or first["accountant"]) for e in events.values()), default=0.0
+    )
+
+
+def _append(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write("".join(json.dumps(line) + "\n" for line in lines))

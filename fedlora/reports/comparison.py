@@ -1,0 +1,381 @@
+"""`fedlora compare`: runs side by side, those that differ by their seed alone taken together."""
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from html import escape
+from importlib.metadata import version
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from fedlora.errors import UserError
+from fedlora.reports import charts
+from fedlora.reports.charts import Figure, Row
+from fedlora.reports.page import Page
+from fedlora.reports.tables import Table
+from fedlora.run import METRICS, Run
+
+FEW = 3  # seeds from which a difference is tested
+_ASIDE = ("name", "seed", "engine", "trackers")  # what may differ within a group
+_FIRST = "strategy.use"  # in a label
+_NONE = "-"
+_OFF, _ON = object(), object()
+
+
+@dataclass
+class Group:
+    """Runs of one configuration, one for each seed.
+
+    Attributes:
+        label: what sets it apart from the other groups.
+        runs: in the order in which they were named.
+    """
+
+    label: str
+    runs: list[Run] = field(default_factory=list)
+
+    def final(self) -> list[float]:
+        """The last measured metric of each run that has one."""
+        return [value for run in self.runs if (value := final(run)) is not None]
+
+    @property
+    def mean(self) -> float | None:
+        """The mean of `final`."""
+        return statistics.fmean(values) if (values := self.final()) else None
+
+    def edge(self, side: int) -> float:
+        """One end of the bar around the mean: a sample standard deviation over seeds below (-1) or above (+1)."""
+        values = self.final()
+        return statistics.fmean(values) + side * (statistics.stdev(values) if len(values) > 1 else 0.0)
+
+    def total(self, key: str) -> float:
+        """The mean over runs of a figure summed over rounds."""
+        return statistics.fmean(sum(line.get(key) or 0 for line in run.rounds) for run in self.runs)
+
+    @property
+    def hours(self) -> float | None:
+        """The mean over runs of the virtual hours that the simulated devices took; None without a world."""
+        ends = [run.rounds[-1].get("virtual_seconds") for run in self.runs if run.rounds]
+        known = [end / 3600 for end in ends if end is not None]
+        return statistics.fmean(known) if known else None
+
+    @property
+    def epsilon(self) -> float | None:
+        """The largest that any of its runs spent."""
+        spent = [line["epsilon"] for run in self.runs for line in run.rounds if line.get("epsilon") is not None]
+        return max(spent, default=None)
+
+
+@dataclass(frozen=True)
+class Test:
+    """Whether two groups differ in the metric.
+
+    Attributes:
+        difference: of the means, group less baseline.
+        p: two-sided, Holm's correction included; None where there are too few seeds.
+        paired: whether seeds were matched.
+    """
+
+    difference: float
+    p: float | None
+    paired: bool
+
+
+class Comparison:
+    """Runs, grouped, judged and laid out."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        """Group runs; the first named says what the others are compared with.
+
+        Raises:
+            UserError: there are none.
+        """
+        unique = list({run.folder.resolve(): run for run in runs}.values())
+        if not unique:
+            raise UserError("name one run folder or more")
+        self.metric = unique[0].metric
+        self.notes: list[str] = []
+        self.groups: list[Group] = []
+        self.apart: list[Group] = []  # not ended, or measured by something else: shown, and not compared
+        kept: list[Run] = []
+        others: list[Run] = []
+        for run in unique:
+            self.notes += [f"{run.folder.name}: {said}" for said in run.remarks()]
+            other = run.metric != self.metric or _judged_by(run) != _judged_by(unique[0])
+            if other:
+                self.notes.append(f"{run.folder.name}: measured on other data or by another metric; not compared.")
+            (others if other or not run.ended else kept).append(run)
+        if len({(run.scenario.get("privacy") or {}).get("unit") for run in unique} - {None}) > 1:
+            self.notes.append(
+                "epsilon is for each client in some runs and for each example in others: do not compare the two."
+            )
+        labels = _labels(unique)
+        self.groups, self.apart = _grouped(kept, labels), _grouped(others, labels)
+
+    @cached_property
+    def tests(self) -> Mapping[str, Test]:
+        """Each group against the first, by label."""
+        found: dict[str, Test] = {}
+        for group in self.groups[1:]:
+            base = self.groups[0]
+            if base.mean is not None and group.mean is not None:
+                p, paired = _p_value(base, group)
+                found[group.label] = Test(group.mean - base.mean, p, paired)
+        ranked = sorted([(t.p, label) for label, t in found.items() if t.p is not None])
+        least = 0.0
+        for place, (p, label) in enumerate(ranked):  # Holm: the smallest counts for all that are left
+            least = max(least, min(1.0, p * (len(ranked) - place)))
+            found[label] = Test(found[label].difference, least, found[label].paired)
+        return found
+
+    @cached_property
+    def front(self) -> set[str]:
+        """Labels of the groups that no other beats in metric, bytes and epsilon at once."""
+        return _front({g.label: self._costs(g, "bytes", "epsilon") for g in self.groups if g.mean is not None})
+
+    def _costs(self, group: Group, *what: str) -> tuple[float, ...]:
+        """What is to be low: the metric, turned over where more of it is better, and what is asked for."""
+        assert group.mean is not None
+        spent = {
+            "bytes": group.total("bytes_up") + group.total("bytes_down"),
+            "epsilon": float("inf") if group.epsilon is None else group.epsilon,
+        }
+        return (-group.mean if METRICS[self.metric] else group.mean, *(spent[key] for key in what))
+
+    def table(self) -> Table:
+        """A row for each group."""
+        head = ("configuration", "seeds", self.metric, "difference", "p", "MB up", "MB down", "epsilon", "minutes")
+        rows = [self._row(group) for group in self.groups]
+        rows += [[f"({row[0]})", *row[1:]] for row in map(self._row, self.apart)]
+        made = Table((*head, "front"), rows, frozenset({0}))
+        hours = [group.hours for group in (*self.groups, *self.apart)]
+        if any(hours):
+            cells = [_NONE if h is None else f"{h:.2f}" for h in hours]
+            rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
+            made = Table((*made.head, "virtual hours"), rows, made.left)
+        return made
+
+    def _row(self, group: Group) -> list[str]:
+        test = self.tests.get(group.label) if group in self.groups else None
+        epsilon = group.epsilon
+        return [
+            group.label,
+            str(len(group.runs)),
+            spread(group.final()),
+            f"{test.difference:+.4f}" if test else _NONE,
+            _NONE if test is None or test.p is None else ("<0.001" if test.p < 0.001 else f"{test.p:.3f}"),
+            f"{group.total('bytes_up') / 1e6:.2f}",
+            f"{group.total('bytes_down') / 1e6:.2f}",
+            "none" if epsilon is None else f"{epsilon:.2f}",
+            f"{group.total('seconds') / 60:.1f}",
+            "yes" if group.label in self.front and group in self.groups else "",
+        ]
+
+    def legend(self) -> list[str]:
+        """What the columns of the table mean, in sentences."""
+        few = [g.label for g in self.groups if len(g.final()) < FEW]
+        better = "more" if METRICS[self.metric] else "less"
+        said = [
+            f"{self.metric}: mean over seeds and sample standard deviation; {better} is better.",
+            f"difference and p: against the first; a paired t-test where {FEW} seeds or more are shared, else "
+            "Welch's, with Holm's correction.",
+            f"front: no other is as good in {self.metric}, megabytes and epsilon at once.",
+        ]
+        if few and len(self.groups) > 1:
+            said.append(f"Fewer than {FEW} seeds, so not tested: {', '.join(few)}.")
+        return said
+
+    def figures(self) -> list[Figure]:
+        """Curves over rounds and megabytes, and the metric against each cost."""
+        found = []
+        metric = self.metric
+        if rows := [row for g in self.groups for row in _curve(g, metric)]:
+            many = any(len(g.runs) > 1 for g in self.groups)
+            note = "Mean over seeds; the band is one standard deviation." if many else "One seed each."
+            band = ("low", "high") if many else None
+            axes = [("round", "round"), ("megabytes", "megabytes, up and down")]
+            if all("hours" in row for row in rows):
+                axes.append(("hours", "virtual hours, of the simulated devices"))
+            for x, title in axes:
+                chart = charts.lines(
+                    rows, (x, title), (metric, metric), series="run", band=band, whole=x == "round"
+                )
+                found.append(Figure(f"{metric.capitalize()} by {x.removesuffix('s')}", note, chart))
+        measured = [g for g in self.groups if g.mean is not None]
+        for cost, title in (("bytes", "megabytes, up and down"), ("epsilon", "epsilon")):
+            known = [g for g in measured if cost == "bytes" or g.epsilon is not None]
+            if len(known) < 2:
+                continue
+            costs = {g.label: self._costs(g, cost) for g in known}
+            best = _front(costs)
+            x = "megabytes" if cost == "bytes" else cost
+            points = [
+                {
+                    "run": g.label,
+                    x: costs[g.label][1] / (1e6 if cost == "bytes" else 1),
+                    metric: g.mean,
+                    "low": g.edge(-1),
+                    "high": g.edge(+1),
+                    "front": g.label in best,
+                }
+                for g in known
+            ]
+            note = (
+                "One point for each configuration, its bar a standard deviation over seeds each way; the dashed "
+                "line joins those that none beats in both."
+            )
+            chart = charts.points(points, (x, title), (metric, metric), "run", front="front")
+            found.append(Figure(f"{metric.capitalize()} against {x}", note, chart))
+        return found
+
+    def html(self) -> str:
+        """The page."""
+        count = sum(len(g.runs) for g in (*self.groups, *self.apart))
+        page = Page(
+            "Comparison",
+            "fedlora · comparison of runs",
+            f"{count} runs of {len(self.groups) + len(self.apart)} configurations, judged by {self.metric}.",
+        )
+        page.notices(self.notes)
+        table = f'<div class="scroll" tabindex="0" role="region" aria-label="Results">{self.table().html()}</div>'
+        page.section("Results", table, *(f'<p class="note">{escape(said)}</p>' for said in self.legend()))
+        page.section("Curves and costs", page.figures(self.figures()) or "<p>Nothing was measured yet.</p>")
+        for title, text in (("Markdown", self.table().markdown()), ("LaTeX", self.table().latex())):
+            page.section(
+                f"The table in {title}",
+                f'<pre tabindex="0" role="region" aria-label="{title}"><code>{escape(text)}</code></pre>',
+            )
+        return page.render(f"Page by fedlora {version('fedlora')}.")
+
+
+def final(run: Run) -> float | None:
+    """The last measured metric of a run."""
+    metric = run.metric
+    values = [line[metric] for line in run.rounds if line.get(metric) is not None]
+    return values[-1] if values else None
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation, as a cell."""
+    if not values:
+        return "not measured"
+    mean = f"{statistics.fmean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+
+
+def _judged_by(run: Run) -> tuple[Any, ...]:
+    """What has to be the same for two metrics to be comparable."""
+    data = run.scenario.get("data") or {}
+    source = {key: data.get(key) for key in ("dataset", "hub", "files", "test_share")}
+    return run.scenario.get("task"), json.dumps(source, sort_keys=True, default=str)
+
+
+def _labels(runs: Sequence[Run]) -> dict[Path, str]:
+    """The settings that differ between runs, in words; equal for runs that differ by their seed alone."""
+    flat = {run.folder: dict(_leaves({k: v for k, v in run.scenario.items() if k not in _ASIDE})) for run in runs}
+    keys = sorted({key for leaves in flat.values() for key in leaves}, key=lambda key: (key != _FIRST, key))
+    values = {key: {folder: _told(leaves, key) for folder, leaves in flat.items()} for key in keys}
+    varied = [
+        key for key in keys if len({json.dumps(v, default=str) for v in values[key].values() if v is not _OFF}) > 1
+    ]
+    found = {}
+    for folder in flat:
+        words = [_word(key, v) for key in varied if (v := values[key][folder]) is not _OFF and v is not _ON]
+        found[folder] = ", ".join(words) or _word(_FIRST, values[_FIRST][folder])
+    return found
+
+
+def _told(leaves: Mapping[str, Any], key: str) -> Any:
+    """A setting of a run: `_OFF` if it belongs to a section that is null, `_ON` for a section that is not."""
+    if key in leaves:
+        return leaves[key]
+    if any(name.startswith(f"{key}.") for name in leaves):
+        return _ON
+    parts = key.split(".")
+    return _OFF if any(".".join(parts[:end]) in leaves for end in range(1, len(parts))) else None
+
+
+def _grouped(runs: Sequence[Run], labels: Mapping[Path, str]) -> list[Group]:
+    """Groups in the order in which they are first named."""
+    groups: dict[str, Group] = {}
+    for run in runs:
+        label = labels[run.folder]
+        groups.setdefault(label, Group(label)).runs.append(run)
+    return list(groups.values())
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def _word(key: str, value: object) -> str:
+    """A setting as part of a label."""
+    if key.endswith(".use"):
+        return str(value).rpartition(":")[2]
+    shown = f"{value:g}" if isinstance(value, float) else _NONE if value is None else str(value)
+    return f"{key.rpartition('.')[2].replace('_', ' ')} {shown}"
+
+
+def _p_value(base: Group, group: Group) -> tuple[float | None, bool]:
+    """Two-sided p of equal means, and whether seeds were matched."""
+    from scipy.stats import ttest_ind, ttest_rel
+
+    by_seed = [
+        {run.scenario.get("seed"): v for run in g.runs if (v := final(run)) is not None} for g in (base, group)
+    ]
+    shared = [seed for seed in by_seed[0] if seed in by_seed[1]]
+    paired = len(shared) >= FEW
+    if paired:
+        one, other = ([values[seed] for seed in shared] for values in by_seed)
+        spread_of = [statistics.pstdev(b - a for a, b in zip(one, other, strict=True))]
+    else:
+        one, other = base.final(), group.final()
+        if min(len(one), len(other)) < FEW:
+            return None, False
+        spread_of = [statistics.pstdev(one), statistics.pstdev(other)]
+    if not any(spread_of):  # no noise to measure a difference against
+        return None, paired
+    result = ttest_rel(one, other) if paired else ttest_ind(one, other, equal_var=False)
+    return float(result.pvalue), paired
+
+
+def _front(costs: Mapping[str, tuple[float, ...]]) -> set[str]:
+    """Those that no other is at least as low as in every cost, and lower in one."""
+
+    def beaten(by: tuple[float, ...], one: tuple[float, ...]) -> bool:
+        return all(a <= b for a, b in zip(by, one, strict=True)) and by != one
+
+    return {name for name, cost in costs.items() if not any(beaten(other, cost) for other in costs.values())}
+
+
+def _curve(group: Group, metric: str) -> Iterator[Row]:
+    """Mean and spread of the metric over runs, in the rounds that all of them measured."""
+    measured: dict[int, list[tuple[float, float, float | None]]] = {}
+    for run in group.runs:
+        sent = accumulate(line.get("bytes_up", 0) + line.get("bytes_down", 0) for line in run.rounds)
+        for line, total in zip(run.rounds, sent, strict=True):
+            if line.get(metric) is not None:
+                measured.setdefault(line["round"], []).append(
+                    (total / 1e6, line[metric], line.get("virtual_seconds"))
+                )
+    for round, found in sorted(measured.items()):
+        if len(found) == len(group.runs):
+            mean = statistics.fmean(value for _, value, _ in found)
+            around = statistics.stdev(value for _, value, _ in found) if len(found) > 1 else 0.0
+            clocks = [clock / 3600 for _, _, clock in found if clock is not None]
+            yield {
+                "run": group.label,
+                "round": round,
+                "megabytes": statistics.fmean(total for total, _, _ in found),
+                **({"hours": statistics.fmean(clocks)} if len(clocks) == len(found) else {}),
+                metric: mean,
+                "low": mean - around,
+                "high": mean + around,
+            }

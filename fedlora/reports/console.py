@@ -1,0 +1,284 @@
+"""The live display of a run: an aligned line for each round on a terminal, nothing elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from fedlora.privacy.accounting import neighbours, terms
+from fedlora.reports.tables import Table
+from fedlora.run import METRICS, Run
+from fedlora.scenario import Scenario, load
+
+
+def size(count: float) -> str:
+    """A number of bytes as people read it."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+
+
+def span(seconds: float) -> str:
+    """A duration as people read it."""
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02d}"
+
+
+class Display(Protocol):
+    """What a person watches; `fedlora.reports.console` has one."""
+
+    def stage(self, what: str) -> None:
+        """Something that takes a while has begun."""
+
+    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
+        """Rounds begin, or go on after `done` of them."""
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """A round has finished."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def stage(self, what: str) -> None:
+        """Nothing."""
+
+    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
+        """Nothing."""
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+class Bar:
+    """One progress bar with the last figures: a widget in a notebook, a line elsewhere."""
+
+    def stage(self, what: str) -> None:
+        """Nothing: the bar begins with the rounds."""
+
+    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
+        """Draw the bar."""
+        from tqdm.auto import tqdm
+
+        self._metric = metric
+        self._bar = tqdm(total=scenario.rounds, initial=done, desc=scenario.name, unit="round")
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """Move it."""
+        told = {key: line[key] for key in (self._metric, "epsilon") if line.get(key) is not None}
+        self._bar.set_postfix(told, refresh=False)
+        self._bar.update()
+        if line["round"] == self._bar.total:
+            self._bar.close()
+
+
+def default_display() -> Display:
+    """A bar where a notebook runs this, else nothing."""
+    python = sys.modules.get("IPython")
+    shell = python.get_ipython() if python else None
+    return Bar() if type(shell).__name__ == "ZMQInteractiveShell" else Silent()
+
+
+class Live:
+    """Progress on a terminal; silent where the output is no terminal."""
+
+    def __init__(self, console: Console | None = None, shown: bool | None = None) -> None:
+        """Show a run.
+
+        Args:
+            console: where; by default on standard error.
+            shown: whether, by default only on a terminal.
+        """
+        self.console = console or Console(stderr=True)
+        self.shown = self.console.is_terminal if shown is None else shown
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._metric, self._rounds, self._done, self._began = "accuracy", 0, 0, 0.0
+
+    def __enter__(self) -> Self:
+        if self.shown:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TimeElapsedColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("starting", total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def stage(self, what: str) -> None:
+        """Something that takes a while has begun."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=what)
+
+    def begin(self, scenario: Scenario, metric: str, done: int) -> None:
+        """Print the head of the table."""
+        self._metric, self._rounds, self._done, self._began = metric, scenario.rounds, done, time.monotonic()
+        if self._bar is None:
+            return
+        private = scenario.clients.use if scenario.privacy is None else f"{scenario.clients.use}, private"
+        self._bar.console.print(
+            f"[bold]{scenario.name}[/]  {scenario.strategy.use}, {private}, "
+            f"{scenario.clients.cohort_size} of {scenario.clients.total} clients a round, seed {scenario.seed}"
+        )
+        if asked := scenario.privacy:
+            said = terms(asked.unit, asked.accountant)
+            self._bar.console.print(f"[dim]epsilon: for each {asked.unit} at delta {asked.delta:g}, {said}[/]")
+        head = f"{'round':>9} {'clients':>8} {metric:>11} {'loss':>8} {'up':>10} {'down':>10}"
+        self._bar.console.print(f"[dim]{head} {'epsilon':>8} {'seconds':>8} {'left':>6}[/]")
+        self._bar.update(self._task, description="training", total=scenario.rounds, completed=done)
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """Print a row of the table."""
+        if self._bar is None:
+            return
+        finished = line["round"]
+        each = (time.monotonic() - self._began) / max(finished - self._done, 1)
+        loss = line["loss"] if line["loss"] is not None else line["train_loss"]
+        failed = f"-{line['failures']}" if line.get("failures") else ""
+        cells = [
+            f"{finished}/{self._rounds}".rjust(9),
+            f"{line.get('clients', '-')}{failed}".rjust(8),
+            _figure(line[self._metric], 11),
+            _figure(loss, 8),
+            *((size(line[key]) if key in line else "-").rjust(10) for key in ("bytes_up", "bytes_down")),
+            _figure(line["epsilon"], 8, 3),
+            f"{line['seconds']:.1f}".rjust(8),
+            span(each * (self._rounds - finished)).rjust(6),
+        ]
+        self._bar.console.print(" ".join(cells), highlight=False)
+        self._bar.update(self._task, completed=finished)
+
+
+def follow(run: Run, display: Live, pause: float = 0.5) -> Run:
+    """Show a run's rounds as they are written, until it has ended; gives it with its summary, if it has one.
+
+    Raises:
+        UserError: its scenario cannot be read by this version.
+    """
+    display.begin(load(run.folder / "scenario.yaml"), run.metric, 0)
+    told = 0
+    while True:
+        run = Run.open(run.folder)
+        lines = run.rounds
+        last = bool(lines) and lines[-1]["round"] == run.scenario.get("rounds")
+        ended = run.state != "unfinished" or (run.at_site and last)
+        for line in lines[told:]:
+            display.round(line)
+        told = len(lines)
+        if ended:
+            return run
+        time.sleep(pause)
+
+
+def _figure(value: float | None, width: int, digits: int = 4) -> str:
+    return ("-" if value is None else f"{value:.{digits}f}").rjust(width)
+
+
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """What `fedlora plan` prints, from `Plan.to_json`."""
+    rounds, private = plan["rounds"], plan["epsilon"] is not None
+    trained = plan["parameters"]["adapter"] + plan["parameters"]["head"]
+    lines = [
+        f"{plan['scenario']}: {len(rounds)} rounds of {plan['strategy']}, {rounds[0]['clients']} of "
+        f"{plan['clients_total']} clients in the first",
+        f"  trains    {trained:,} numbers: {plan['parameters']['adapter']:,} in the adapter, "
+        f"{plan['parameters']['head']:,} in the head, beside {plan['parameters']['base']:,} frozen",
+        f"  bytes     up {size(plan['bytes_up_total'])}, down {size(plan['bytes_down_total'])}; in round 1 "
+        f"up {size(rounds[0]['bytes_up'])}, down {size(rounds[0]['bytes_down'])}; all clients together",
+    ]
+    if plan["virtual_seconds"] is not None:
+        late = sum(line["late"] for line in rounds)
+        lines.append(
+            f"  devices   {plan['virtual_seconds'] / 3600:.2f} virtual hours; {late} clients late or gone"
+        )
+    if private:
+        lines.append(
+            f"  privacy   epsilon {plan['epsilon']:.3f} at delta {plan['delta']:g} for each {plan['unit']}; "
+            f"noise multiplier up to {plan['noise_multiplier']:g};"
+        )
+        lines.append(f"            {neighbours(plan['unit'])}")
+    if plan["server_epsilon"] is not None:
+        lines.append(
+            f"            from the server, which sees sums, epsilon {plan['server_epsilon']:.3f} if all stay"
+        )
+    if plan["peer_epsilon"] is not None:
+        lines.append(f"            from a client in all of the same rounds, epsilon {plan['peer_epsilon']:.3f}")
+    if plan["seconds"] is None:
+        lines.append("  estimate  no time and memory: the base model's weights, or a GPU, are not at hand")
+    else:
+        lines.append(
+            f"  estimate  {span(plan['seconds'])} for the rounds on this machine, {plan['workers']} training at "
+            f"once with {size(plan['memory_bytes'])} of memory each; from a few steps just taken"
+        )
+    if plan["stopped"]:
+        lines.append(f"  stops     {plan['stopped']}")
+    if private:
+        told = [line for line in rounds if "epsilon" in line]
+        told = [told[i] for i in _spread(len(told), 10)]
+        rows = [[str(t["round"]), f"{t['epsilon']:.3f}", f"{t['epsilon_median']:.3f}"] for t in told]
+        lines += ["", "epsilon after a round, the largest over clients and the median"]
+        lines += Table(("round", "largest", "median"), rows, frozenset()).text()
+    if private and "epsilon" in plan["groups"][0]:
+        groups = [plan["groups"][i] for i in _spread(len(plan["groups"]), 12)]
+        rows = [
+            [
+                f"{g['num_examples']:,}",
+                str(g["clients"]),
+                f"{g['sample_rate']:.3%}",
+                f"{g['noise_multiplier']:g}",
+                f"{g['epsilon']:.3f}",
+            ]
+            for g in groups
+        ]
+        left_out = len(plan["groups"]) - len(groups)
+        lines += ["", f"clients by their examples{f' ({left_out} sizes left out)' if left_out else ''}"]
+        lines += Table(("examples", "clients", "sample rate", "noise", "epsilon"), rows, frozenset()).text()
+    about = any(not a.get("exact", True) for a in plan["alternatives"])
+    lines += ["", f"the same under each built-in strategy{', estimated from its first rounds' if about else ''}"]
+    rows = [
+        [a["strategy"], size(a["bytes_up_total"]), size(a["bytes_down_total"]), f"{a['adapter'] + a['head']:,}"]
+        for a in plan["alternatives"]
+        if "problem" not in a
+    ]
+    lines += Table(("strategy", "up", "down", "trained"), rows).text()
+    lines += [f"  {a['strategy']}: {a['problem']}" for a in plan["alternatives"] if "problem" in a]
+    return lines + [line for text in plan["warnings"] for line in ("", f"warning: {text}")]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` indices of `count`, evenly spread, with the first and the last."""
+    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)}) if count else []
+
+
+def summary_lines(folder: object, summary: Mapping[str, Any]) -> list[str]:
+    """What is printed at the end of a run, terminal or not."""
+    metric = next(k for k in METRICS if k in summary)
+    value = "not measured" if summary[metric] is None else f"{summary[metric]:.4f}"
+    lines = [
+        f"{summary['scenario']}: {metric} {value} on {summary['test_examples']:,} test examples "
+        f"after {summary['rounds']} rounds of {summary['strategy']} in {span(summary['seconds'])}",
+        f"  privacy  {summary['privacy']}",
+        f"  folder   {folder}",
+        f"  adapter  {folder}/adapter",
+    ]
+    if "bytes_up_total" in summary:  # it stays with a server that protects clients whole
+        sent = f"  sent up {size(summary['bytes_up_total'])} (head {size(summary['bytes_up_head'])}), "
+        lines.insert(1, f"{sent}down {size(summary['bytes_down_total'])}; client failures {summary['failures']}")
+    if "virtual_seconds" in summary:
+        lines.insert(2, f"  devices  {summary['virtual_seconds'] / 3600:.2f} virtual hours")
+    if "stopped" in summary:
+        lines.insert(1, f"  stopped  {summary['stopped']}; go on with --resume")
+    return lines

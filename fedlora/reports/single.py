@@ -1,0 +1,139 @@
+"""`fedlora report`: the page of one run."""
+
+import time
+from collections.abc import Iterator
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+
+from fedlora.reports import charts, page
+from fedlora.reports.console import size, span
+from fedlora.reports.tables import Table
+from fedlora.run import METRICS, Run
+
+NAME = "report.html"
+
+
+def write(run: Run, out: Path | None = None) -> Path:
+    """Write the page of a run.
+
+    Args:
+        run: in whatever state it is; what it lacks is said.
+        out: the file, by default `report.html` in the run folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    page.save(html(run), file := out or run.folder / NAME)
+    return file
+
+
+def html(run: Run) -> str:
+    """The page of a run."""
+    summary, scenario = run.summary, run.scenario
+    strategy = str(scenario.get("strategy", {}).get("use", "unknown strategy"))
+    clients = scenario.get("clients", {})
+    made = page.Page(
+        str(scenario.get("name", run.folder.name)),
+        f"fedlora · run report · {strategy}",
+        f"{scenario.get('model', {}).get('base', 'A model')} fine-tuned by {clients.get('total', '?')} clients "
+        f"with {strategy}, seed {scenario.get('seed', '?')}.",
+    )
+    made.notices(run.remarks())
+    made.key_figures(_key_figures(run))
+    found = charts.figures(run)
+    made.section("What was learnt", made.figures(found["learning"]) or "<p>No round was measured yet.</p>")
+    made.section("What privacy it keeps", *_privacy(run), made.figures(found["privacy"]))
+    made.section("Who took part", *_clients(run), made.figures(found["clients"]), *_failures(run))
+    made.section("What it cost", made.figures(found["cost"]) or "<p>No round is recorded yet.</p>")
+    made.section("What was run", *_settings(run))
+    wrote = summary.get("versions", {}).get("fedlora", "an unknown version")
+    ended = summary.get("finished", "not yet")
+    return made.render(
+        f"Run by fedlora {wrote}, ended {ended}; page by fedlora {version('fedlora')}, "
+        f"{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC."
+    )
+
+
+def _key_figures(run: Run) -> Iterator[tuple[str, str, str]]:
+    rounds, summary, metric = run.rounds, run.summary, run.metric
+    measured = [line for line in rounds if line.get(metric) is not None]
+    value = measured[-1][metric] if measured else summary.get(metric)
+    best = (max if METRICS[metric] else min)((line[metric] for line in measured), default=None)
+    held_out = (
+        f"on {summary['test_examples']:,} test examples" if "test_examples" in summary else "on the test set"
+    )
+    yield (
+        metric.capitalize(),
+        "–" if value is None else f"{value:.4f}",  # noqa: RUF001
+        held_out if best is None or best == value else f"{held_out}; best {best:.4f}",
+    )
+    spent = [line["epsilon"] for line in rounds if line.get("epsilon") is not None]
+    asked = run.scenario.get("privacy") or {}
+    if spent:
+        whole = asked.get("unit") == "client"
+        whose = "for each client" if whole else "for each example, the largest over clients"
+        yield "Epsilon", f"{max(spent):.2f}", f"at delta {asked.get('delta', '?')}, {whose}"
+        if (seen := summary.get("server_epsilon")) is not None:
+            yield "Epsilon from the server", f"{seen:.2f}", "which sees each round's sum; the largest over clients"
+    else:
+        yield "Epsilon", "none", "nothing was clipped or noised"
+    for way in ("up", "down"):
+        total = sum(line.get(f"bytes_{way}", 0) for line in rounds)
+        yield f"Sent {way}", size(total), "by clients" if way == "up" else "to clients"
+    yield "Rounds", f"{len(rounds)}", f"of {run.scenario.get('rounds', '?')}"
+    failed = sum(line.get("failures", 0) for line in rounds)
+    yield "Failures", f"{failed}", "of clients, over all rounds"
+    if rounds and (clock := rounds[-1].get("virtual_seconds")) is not None:
+        late = sum(line.get("late", 0) for line in rounds)
+        yield "Virtual time", f"{clock / 3600:.2f} h", f"by the clock of the devices; {late} were late or vanished"
+    yield "Time", span(sum(line.get("seconds", 0.0) for line in rounds)), "minutes of rounds"
+
+
+def _privacy(run: Run) -> Iterator[str]:
+    words = run.summary.get("privacy")
+    if words is None and run.scenario.get("privacy"):
+        words = "the run has not ended; what it spent so far is below"
+    words = str(words or "none: no gradient was clipped or noised")
+    first, _, rest = words.partition("; ")
+    yield f'<p class="promise">{escape(first[0].upper() + first[1:])}.</p>'
+    yield "".join(f"<p>{escape(part[0].upper() + part[1:])}.</p>" for part in rest.split("; ") if part)
+
+
+def _clients(run: Run) -> Iterator[str]:
+    held = [c["num_examples"] for c in run.partitions.get("clients", [])]
+    asked = run.scenario.get("clients", {})
+    if held:
+        yield (
+            f"<p>{len(held)} clients hold {sum(held):,} examples, from {min(held):,} to {max(held):,} each; "
+            f"{asked.get('per_round') or len(held)} take part in a round.</p>"
+        )
+    private = run.scenario.get("privacy") and not run.scenario["privacy"].get("share_metrics")
+    if private:
+        yield (
+            "<p>Losses and accuracies of single clients are not shown: they are computed from private examples "
+            "and stayed with the clients. <code>privacy.share_metrics</code> would let them out, and epsilon does "
+            "not cover them.</p>"
+        )
+
+
+def _failures(run: Run) -> Iterator[str]:
+    failed = [line for line in run.clients if line.get("error")]
+    yield "<h3>Failures</h3>"
+    if not failed:
+        yield "<p>No client failed.</p>"
+        return
+    rows = [[str(line["client"]), str(line["round"]), str(line["error"])] for line in failed[:200]]
+    left = f", the first 200 of {len(failed)}" if len(failed) > 200 else ""
+    told = Table(("client", "round", "what went wrong"), rows, frozenset({2})).html(f"Clients that failed{left}")
+    yield f'<div class="scroll" tabindex="0" role="region" aria-label="Failures">{told}</div>'
+
+
+def _settings(run: Run) -> Iterator[str]:
+    text = (run.folder / "scenario.yaml").read_text(encoding="utf-8")
+    yield "<p>The scenario with every default written out; <code>fedlora simulate</code> takes it as it is.</p>"
+    yield f'<pre tabindex="0" role="region" aria-label="Scenario"><code>{escape(text)}</code></pre>'
+    if versions := run.summary.get("versions"):
+        yield Table(("package", "version"), [[k, str(v)] for k, v in versions.items()], frozenset({0, 1})).html(
+            "Versions"
+        )

@@ -1,0 +1,1 @@
+"""The round loop, its clock, its checkpoints."""

@@ -1,0 +1,397 @@
+"""The round loop: sample, send, collect, account, aggregate, evaluate, record, save."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlora import wire
+from fedlora.adapter import Adapter, Change, Instruction, Update, fingerprint
+from fedlora.data.store import Dataset
+from fedlora.engine import Engine, Replies, Report
+from fedlora.engine.intake import Intake
+from fedlora.engine.transport import Transport
+from fedlora.errors import ContractError, RoundError
+from fedlora.privacy import cohorts
+from fedlora.privacy.budget import Budget
+from fedlora.privacy.central import CLIP_NORM, Central
+from fedlora.privacy.ledger import Ledger
+from fedlora.rounds import checkpoint
+from fedlora.rounds.checkpoint import Checkpoint, Merges
+from fedlora.rounds.pace import Pace
+from fedlora.rounds.progress import Line, Progress, Stopwatch
+from fedlora.scenario import Scenario
+from fedlora.seeding import generator
+from fedlora.strategy import Merged, Strategy
+
+JUDGED = 100  # clients whose own models are evaluated, at most
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """Everything that a round touches."""
+
+    scenario: Scenario
+    strategy: Strategy
+    engine: Engine
+    data: Dataset
+    budget: Budget
+    ledger: Ledger
+    merges: Merges
+    central: Central | None
+    folder: Path
+    on_round: Callable[[Line], None]
+    origin: Mapping[str, Any] = field(default_factory=dict)  # the scenario and the versions, for checkpoints
+    stop: Callable[[], bool] = lambda: False
+    _beside: Callable[[], Mapping[str, float]] | None = None  # gives the figures of `Progress.unjudged`
+
+    def run(self, now: Progress) -> Progress:
+        """Rounds until the last, or until nobody may go on.
+
+        Raises:
+            RoundError: too few clients of a round replied, in every attempt at it.
+            KeyboardInterrupt: `stop` said so; `now` holds what was finished.
+        """
+        try:
+            self._rounds(now)
+        except (RoundError, KeyboardInterrupt):
+            self._judge(now)
+            raise
+        self._judge(now)
+        return now
+
+    def _rounds(self, now: Progress) -> None:
+        for round in range(now.round + 1, self.scenario.rounds + 1):
+            if self.stop():
+                raise KeyboardInterrupt
+            watch = Stopwatch()
+            instruction = self.strategy.instruct(round, now.adapter, self._ranks)
+            kept = {n: t for n, t in now.adapter.items() if n not in instruction.adapter}
+            instruction = replace(instruction, frozen=fingerprint(kept))
+            instruction = self._bounded(instruction, now)
+            watch.lap("account")
+            if (gathered := self._gather(instruction, now)) is None:
+                now.last["stopped"] = f"after round {round - 1}: another would pass every client's epsilon"
+                break
+            replies, noted = gathered
+            watch.lap("train")
+            self._judge(now)
+            watch.lap("evaluate")
+            self._catch_up(replies, now)
+            before = {name: now.adapter[name] for name in self.strategy.held}
+            updates = self._released(instruction, replies, now)
+            made = self.strategy.aggregate(before, updates)
+            made = made if isinstance(made, Merged) else Merged(made, {})
+            after = {**before, **made.adapter}
+            self._check(before, after, made.base)
+            adapter = {**now.adapter, **after}
+            if made.base:
+                self.engine.merge(self.merges.append(made.base))
+            watch.lap("aggregate")
+            figures = self._figures(round, adapter)
+            watch.lap("evaluate")
+            if not self._summed:
+                figures |= self.strategy.diagnose(before, updates, after, made.base)
+            watch.lap("diagnose")
+            self._record(round, adapter, replies, figures | noted, now, watch)
+
+    def _gather(self, instruction: Instruction, now: Progress) -> tuple[Replies, Line] | None:
+        """The replies of a cohort, or of another while too few reply, and how many rest; None if too many do.
+
+        Raises:
+            RoundError: too few replied in the last attempt too.
+        """
+        if self._pace is not None and not self._pace.in_step:
+            may_train = partial(self.budget.allows, instruction)
+            return self._pace.arrivals(instruction, now, may_train, self._train_and_spend)
+        round, told = instruction.round, self.scenario.clients
+        before: list[Report] = []
+        why = ""
+        for attempt in range(told.retries + 1):
+            cohort, resting = self.budget.within(instruction, self._draw(round, attempt, now), attempt)
+            if resting and len(cohort) < told.min_replies:
+                if attempt == 0:
+                    return None
+                why += "; too few others have epsilon left"
+                break
+            replies = self._exchange(instruction, cohort, attempt, now)
+            count = sum(len(update.clients) for update in replies.updates)
+            nobody = self.central is not None and all(r.late for r in replies.reports)  # then noise is released
+            if count >= told.min_replies or len(cohort) < self._least or nobody:
+                return replace(replies, reports=_added(before, replies.reports)), {"resting": resting}
+            few = f"{count} of {len(cohort)} clients replied and {told.min_replies} must"
+            why = (
+                f"round {round}: {few if count else f'all {len(cohort)} clients failed'}; {_first_error(replies)}"
+            )
+            logger.warning("%s (attempt %d of %d)", why, attempt + 1, told.retries + 1)
+            unused = [replace(r, error=r.error or f"was not used: {few}", steps=0) for r in replies.reports]
+            before = _added(before, unused)
+        raise RoundError(why)
+
+    def _exchange(self, instruction: Instruction, cohort: list[int], attempt: int, now: Progress) -> Replies:
+        """Send, train, collect and account; then the further trips of the round, if the strategy makes any."""
+        sums = self.strategy.partial_sums or self._summed
+        instruction = self.budget.again(instruction)
+        if self._pace is not None:
+            race = self._pace.race(instruction, cohort, now, partial(self._missed, now))
+            replies = race.told(self._train(race.instruction, race.used, sums))
+        else:
+            replies = self._train(instruction, cohort, sums)
+        replies = replace(replies, draw=self.budget.spend(instruction, replies, attempt))
+        for trip in range(2, self.strategy.trips + 1):
+            if not replies.updates:
+                break
+            down = self.strategy.relay(trip, replies.updates)
+            there = [c for update in replies.updates for c in update.clients]
+            asked = replace(instruction, adapter=down, ranked={}, trip=trip)
+            replies = replies.then(self._train(asked, there, sums))
+        return replies
+
+    def _train(self, instruction: Instruction, cohort: list[int], sums: bool) -> Replies:
+        """What clients made of an instruction, without what may not be used."""
+        return self._intake.admit(instruction, cohort, self.engine.train(instruction, cohort, sums))
+
+    def _train_and_spend(self, instruction: Instruction, cohort: list[int], lost: list[Report]) -> Replies:
+        """The same where rounds are not in step, with the reports of clients that will not arrive."""
+        instruction = self.budget.again(instruction)
+        replies = self._train(instruction, cohort, sums=False)
+        replies = Replies(replies.updates, [*replies.reports, *lost])
+        self.budget.spend(instruction, replies)
+        return replies
+
+    @cached_property
+    def _intake(self) -> Intake:
+        return Intake(self.scenario, self.strategy, self.data.num_examples)
+
+    @cached_property
+    def _pace(self) -> Pace | None:
+        """The virtual clock of a simulated world; None without one."""
+        if self.scenario.world is None:
+            return None
+        return Pace(
+            scenario=self.scenario,
+            strategy=self.strategy,
+            data=self.data,
+            intake=self._intake,
+            spends=self.budget.event,
+        )
+
+    def _catch_up(self, replies: Replies, now: Progress) -> None:
+        """Count what each client was sent to bring its base to the run's: the merges since it last took part."""
+        if not self.merges:
+            return
+        for i, report in enumerate(replies.reports):
+            if report.late:  # counted by its world; it may not have them, and is sent them again
+                continue
+            missed = self._missed(now, report.client)
+            replies.reports[i] = replace(report, bytes_down=report.bytes_down + missed)
+            now.merges_seen[str(report.client)] = len(self.merges)
+
+    def _missed(self, now: Progress, client: int) -> int:
+        """Bytes of the merges since a client last took part."""
+        return self.merges.bytes_since(now.merges_seen.get(str(client), 0)) if self.merges else 0
+
+    def _figures(self, round: int, adapter: Adapter) -> Line:
+        """Loss and metric after a round, and those of clients' own models where they hold examples out."""
+        metric = self.engine.description.metric
+        if round % self.scenario.eval_every and round != self.scenario.rounds:
+            return {"loss": None, metric: None}
+        judges = self.scenario.data.client_test_share is not None
+        if round < self.scenario.rounds and not self.strategy.personal and not judges:
+            if (beside := self.engine.beside(adapter)) is not None:
+                self._beside = beside
+                return {"loss": None, metric: None}
+        figures = {} if self.strategy.personal else dict(self.engine.evaluate(adapter))
+        if judges:
+            told = self.strategy.instruct(round, adapter, self._ranks)
+            local = self.engine.judge(told, self._judged)
+            figures |= {f"local_{key}": value for key, value in local.items()}
+            if self.strategy.personal:
+                figures |= local
+        return figures
+
+    @property
+    def _ranks(self) -> list[int]:
+        return self.scenario.clients.possible_ranks(self.scenario.model.adapter.r)
+
+    @property
+    def _judged(self) -> list[int]:
+        """The clients whose own models are judged: all, or the same hundred each time."""
+        total = self.scenario.clients.total
+        if total <= JUDGED:
+            return list(range(total))
+        chosen = generator(self.scenario.seed, "judged").choice(total, size=JUDGED, replace=False)
+        return [int(c) for c in np.sort(chosen)]
+
+    @property
+    def _least(self) -> int:
+        """The clients of a cohort that something can come of; a Poisson cohort may be smaller."""
+        return cohorts.LEAST if self.central is not None and self.scenario.secure_aggregation is not None else 1
+
+    @property
+    def _summed(self) -> bool:
+        """Whether the server may see no more of the updates than their sum."""
+        return self.central is not None or self.scenario.secure_aggregation is not None
+
+    def _bounded(self, instruction: Instruction, now: Progress) -> Instruction:
+        """The instruction, with the bound on a client's change where clients are protected whole."""
+        if self.central is None:
+            return instruction
+        if now.clip_norm is None:
+            assert self.scenario.privacy is not None
+            now.clip_norm = self.scenario.privacy.clip_norm
+        return replace(instruction, config={**instruction.config, **self.central.words(now.clip_norm)})
+
+    def _released(self, instruction: Instruction, replies: Replies, now: Progress) -> list[Update]:
+        """What the strategy may see: the updates, or where clients are protected whole their noised mean."""
+        if self.central is None:
+            return replies.updates
+        received = {name: instruction.adapter[name] for name in instruction.send}
+        bound = instruction.config[CLIP_NORM]
+        released, now.clip_norm = self.central.release(
+            instruction.round, received, replies.updates, bound, carried=replies.carried, draw=replies.draw
+        )
+        return [released]
+
+    def _draw(self, round: int, attempt: int, now: Progress) -> list[int]:
+        """The cohort, ascending: from the seed, the round and the attempt alone, and in a world from the clock."""
+        if self.central is not None:
+            cohort = self.central.cohort(round)
+            return cohort if self._pace is None else self._pace.present(cohort, now)
+        if self._pace is not None:
+            return self._pace.draw(now, round, attempt)
+        told = self.scenario.clients
+        path = (round, "cohort", attempt) if attempt else (round, "cohort")
+        chosen = generator(self.scenario.seed, *path).choice(told.total, size=told.cohort_size, replace=False)
+        return [int(c) for c in np.sort(chosen)]
+
+    def _check(self, before: Mapping[str, Any], after: Mapping[str, Any], merge: Change) -> None:
+        what = type(self.strategy).__name__
+        for module, sides in merge.items():
+            if (sides[0].shape[:1] + sides[1].shape[1:]) != self.merges.shapes.get(module):
+                raise ContractError(f"{what} merges into {module}, which is no layer of that shape with factors")
+            if not all(np.isfinite(side).all() for side in sides):
+                raise ContractError(f"{what} merges what is not finite into {module}; try a lower lr")
+        for name, tensor in after.items():
+            if name not in before or tensor.shape != before[name].shape:
+                raise ContractError(f"{what} gave {name} another shape, or made it up")
+            if not np.isfinite(tensor).all():
+                raise ContractError(f"{what} made {name} not finite; try a lower lr")
+
+    def _record(
+        self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, watch: Stopwatch
+    ) -> None:
+        """Count, write the lines of the round, save."""
+        privacy, whole, reports = self.scenario.example_privacy, self.scenario.client_privacy, replies.reports
+        spent = {r.client: self.budget.spent(r.client, privacy) for r in reports} if privacy else {}
+        late = sum(r.late for r in reports)
+        failed = sum(r.error is not None for r in reports) - late
+        shared = [r for r in reports if "train_loss" in r.metrics]
+        up, down = sum(r.bytes_up for r in reports), sum(r.bytes_down for r in reports)
+        now.round, now.adapter, now.merges = round, adapter, len(self.merges)
+        now.failures, now.trained = now.failures + failed, now.trained + len(reports) - failed - late
+        now.bytes_up, now.bytes_down = now.bytes_up + up, now.bytes_down + down
+        now.bytes_up_head += (len(reports) - failed - late) * self._head_bytes(round)
+        watch.lap("account")
+        seconds = sum(watch.phases.values())
+        now.seconds += seconds
+        loss = sum(r.metrics["train_loss"] for r in shared) / len(shared) if shared else None
+        now.last["epsilon"] = max([now.last.get("epsilon") or 0.0, *spent.values()]) if privacy else None
+        if whole is not None:
+            now.last["epsilon"] = self.budget.spent(None, whole)
+        line: Line = {
+            "round": round,
+            "clients": len(reports) - failed - late,
+            "failures": failed,
+            **figures,
+            "train_loss": loss,
+            "bytes_up": up,
+            "bytes_down": down,
+            "epsilon": now.last["epsilon"],
+            **({"late": late, "virtual_seconds": round_to(now.virtual_seconds)} if self._pace else {}),
+            "seconds": round_to(seconds),
+            "phases": {phase: round_to(took) for phase, took in watch.phases.items()},
+        }
+        self.ledger.clients(_line(round, report, spent.get(report.client)) for report in reports)
+        if self._beside is None:
+            self._measure(line, now)
+        else:
+            now.unjudged = line
+        checkpoint.save(
+            self.folder / "checkpoint",
+            Checkpoint(
+                round=round,
+                adapter=now.adapter,
+                strategy=self.strategy.state(),
+                words=now.words(),
+                under_way=now.tensors(),
+                origin={**self.origin, "ledger": self.ledger.position},
+            ),
+        )
+        if now.unjudged is None:
+            self.on_round(line)
+
+    def _judge(self, now: Progress) -> None:
+        """Write the line of a round that was evaluated beside the next, or was to be but for an interruption."""
+        if (line := now.unjudged) is None:
+            return
+        line |= self.engine.evaluate(now.adapter) if self._beside is None else self._beside()
+        self._beside = now.unjudged = None
+        self._measure(line, now)
+        self.on_round(line)
+
+    def _measure(self, line: Line, now: Progress) -> None:
+        """Write the line of a round, and remember what was measured."""
+        if line["loss"] is not None:
+            measured = ("loss", self.engine.description.metric, "exact_match")
+            now.last.update({key: line[key] for key in measured if key in line})
+        self.ledger.metrics(line)
+
+    def _head_bytes(self, round: int) -> int:
+        layout = self.strategy.layout
+        sent = set(self.strategy.trains(round, layout)) & set(self.strategy.sends(round, layout))
+        heads = sorted(n for n in sent if layout[n].role == "head" and layout[n].trainable)
+        return wire.tensor_bytes(heads, layout, Transport(self.scenario, self.strategy).up)
+
+
+def _line(round: int, report: Report, epsilon: float | None) -> Line:
+    """A client's line in `clients.jsonl`."""
+    own: Line = {
+        "round": round,
+        "client": report.client,
+        "num_examples": report.num_examples,
+        "steps": report.steps,
+        "bytes_up": report.bytes_up,
+        "bytes_down": report.bytes_down,
+        "epsilon": epsilon,
+        "seconds": round_to(report.seconds),
+        "error": report.error,
+    }
+    if report.virtual_seconds is not None:
+        own["virtual_seconds"] = round_to(report.virtual_seconds)
+    return {**own, **report.metrics, **own}  # no figure of a client's takes the place of one of these
+
+
+def round_to(seconds: float) -> float:
+    """Seconds as a record holds them."""
+    return round(seconds, 4)
+
+
+def _added(before: Sequence[Report], later: Sequence[Report]) -> list[Report]:
+    """A report for each client of several attempts: its last, with the bytes and seconds of all."""
+    found = {report.client: report for report in before}
+    for report in later:
+        had = found.get(report.client)
+        found[report.client] = report if had is None else replace(had.then(report), steps=report.steps)
+    return [found[client] for client in sorted(found)]
+
+
+def _first_error(replies: Replies) -> str:
+    bad = next((r for r in replies.reports if r.error is not None), None)
+    return f"client {bad.client}: {bad.error}" if bad else "none of them failed"

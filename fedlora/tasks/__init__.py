@@ -1,0 +1,1 @@
+"""What is learnt: a file a task."""

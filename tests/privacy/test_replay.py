@@ -1,0 +1,293 @@
+"""Noise is drawn again for the same sum alone: over others a round draws afresh and pays."""
+
+import dataclasses
+import hashlib
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora.engine.inline import InlineEngine
+from fedlora.errors import RoundError, UserError
+from fedlora.privacy import ledger
+from fedlora.privacy.replay import Drawn, code, digest
+from fedlora.rounds.loop import Loop
+from fedlora.simulation import simulate
+
+VALUES = st.recursive(
+    st.integers(-9, 9) | st.text(max_size=2) | st.none(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(VALUES, VALUES)
+def test_a_digest_is_equal_for_equal_parts_alone(one, other):
+    assert (digest(7, one) == digest(7, other)) is (one == other)
+
+
+def test_a_digest_sees_every_bit_the_type_and_the_shape_of_an_array_and_the_seed():
+    a = np.zeros((2, 3), np.float32)
+    flipped = a.copy()
+    flipped.view(np.uint8)[0, 0] = 1
+    variants = [a, flipped, a.T, a.reshape(-1), a.astype(np.float64), {"a": a}, [a], [a, a]]
+    assert len({digest(7, v) for v in variants} | {digest(8, a)}) == len(variants) + 1
+    assert digest(7, {"a": 1, "b": 2}) == digest(7, {"b": 2, "a": 1})
+    assert digest(7, np.asfortranarray(flipped)) == digest(7, flipped)
+
+
+def test_equal_inputs_repeat_their_draw_and_others_take_the_next_while_there_is_room():
+    before = Drawn(("a", "b"))
+    assert [before.draw(d) for d in "abc"] == [0, 1, 2] and Drawn().draw("a") == 0
+    spent = Drawn(("a",), more=False)
+    assert spent.draw("a") == 0
+    with pytest.raises(RoundError, match="no epsilon is left to train again"):
+        spent.draw("b")
+
+
+def test_ones_own_code_is_known_by_its_file(tmp_path, monkeypatch):
+    (package := tmp_path / "mine_replayed").mkdir()
+    files = [package / "__init__.py", package / "own.py", package / "deep.py", tmp_path / "beside_replayed.py"]
+    texts = [
+        "",
+        "import numpy\nfrom . import deep\nclass Mine: pass\n",
+        "from beside_replayed import X\n",
+        "X = 1\n",
+    ]
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text)
+    (tmp_path / "stranger_replayed.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    import mine_replayed.own
+    import stranger_replayed
+
+    seen = {code(mine_replayed.own.Mine())}
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(f"{text}# edited\n")
+        seen.add(code(mine_replayed.own.Mine()))
+        file.write_text(text)
+    assert len(seen) == 5
+    (tmp_path / "stranger_replayed.py").write_text("# edited, and not imported by them\n")
+    assert code(mine_replayed.own.Mine()) in seen and stranger_replayed is not None
+    assert code(Drawn()) == hashlib.sha256(b"fedlora.privacy.replay:Drawn").hexdigest()
+
+
+# Runs that are stopped after a round was paid for, and go on otherwise.
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A file of examples, and a scenario of it; `change` writes other texts for some of them."""
+    file = tmp_path / "rows.csv"
+
+    def write(word):
+        lines = [f"text {i} {word if i % 4 == 0 else 'same'},{'good' if i % 2 else 'bad'}" for i in range(240)]
+        file.write_text("text,label\n" + "\n".join(lines) + "\n")
+
+    write("old")
+    write.files = f"data.files={{train: {file}, text: text, label: label}}"
+    return write
+
+
+def killed(round):
+    """A `Loop._record` that is killed between the payment of a round and its checkpoint."""
+    original = Loop._record
+
+    def record(self, now, *rest):
+        if now == round:
+            raise RuntimeError("killed")
+        original(self, now, *rest)
+
+    return record
+
+
+def updates_of(monkeypatch):
+    """All updates that engines make, by round and client."""
+    seen = {}
+    original = InlineEngine.train
+
+    def train(self, instruction, cohort, partial_sums):
+        replies = original(self, instruction, cohort, False)
+        for u in replies.updates:
+            seen.setdefault((instruction.round, u.clients[0]), []).append(
+                np.concatenate([u.adapter[n].ravel() - instruction.adapter[n].ravel() for n in sorted(u.adapter)])
+            )
+        return replies
+
+    monkeypatch.setattr(InlineEngine, "train", train)
+    return seen
+
+
+def lines_of(folder):
+    return ledger.read(folder / "privacy.jsonl")
+
+
+def test_a_resume_over_other_data_is_refused(tiny, rows, tmp_path, monkeypatch):
+    scenario = tiny(rows.files, "rounds=3")
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_record", killed(2))
+        with pytest.raises(RuntimeError, match="killed"):
+            simulate(scenario, out=tmp_path / "run")
+    before = (tmp_path / "run" / "privacy.jsonl").read_bytes()
+    rows("new")
+    with pytest.raises(UserError, match=r"were trained on other data, .*: put those back, or start again"):
+        simulate(scenario, out=tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "privacy.jsonl").read_bytes() == before
+    rows("old")
+    assert simulate(scenario, out=tmp_path / "run", resume=True).summary["rounds"] == 3
+
+
+def test_a_first_round_over_other_data_draws_other_noise_and_pays(tiny, rows, tmp_path, monkeypatch):
+    """Nothing was saved yet that knows the data: the ledger does."""
+    loose = ("privacy={noise_multiplier: 3.0, delta: 1.0e-3, clip_norm: 0.01}", "rounds=1")
+    scenario = tiny(rows.files, *loose)
+    seen = updates_of(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_record", killed(1))
+        with pytest.raises(RuntimeError, match="killed"):
+            simulate(scenario, out=tmp_path / "run")
+    rows("new")
+    simulate(scenario, out=tmp_path / "run", resume=True)
+    lines = lines_of(tmp_path / "run")
+    by_client = {c: [line for line in lines if line["client"] == c] for c in range(4)}
+    assert all([line["draw"] for line in of] == [0, 1] for of in by_client.values())
+    assert all(len({line["digest"] for line in of}) == 2 for of in by_client.values())
+    for of in seen.values():
+        one, other = of
+        assert abs(np.corrcoef(one, other)[0, 1]) < 5 / np.sqrt(len(one))  # noise dwarfs the gradients here
+
+
+def test_other_data_are_not_trained_on_where_the_budget_is_spent(tiny, rows, tmp_path, monkeypatch):
+    scenario = tiny(rows.files, "rounds=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_record", killed(1))
+        with pytest.raises(RuntimeError, match="killed"):
+            simulate(scenario, out=tmp_path / "run")
+    rows("new")
+    with pytest.raises(RoundError, match="no epsilon is left to train again"):
+        simulate(scenario, out=tmp_path / "run", resume=True)
+    assert len(lines_of(tmp_path / "run")) == 4
+
+
+def test_a_round_over_another_adapter_draws_other_noise_and_pays(tiny, tmp_path, monkeypatch):
+    """A client that failed in round 2 does not, when the run goes on from the checkpoint before."""
+    loose = ("privacy={noise_multiplier: 3.0, delta: 1.0e-3, clip_norm: 0.01}", "rounds=3")
+    seen = updates_of(monkeypatch)
+    whole = simulate(tiny(*loose), out=tmp_path / "whole")
+    sound = {key: of[0] for key, of in seen.items()}
+    seen.clear()
+    with monkeypatch.context() as patch:
+        original = InlineEngine.train
+
+        def train(self, instruction, cohort, partial_sums):
+            replies = original(self, instruction, cohort, False)
+            if instruction.round != 2:
+                return replies
+            reports = [r if r.client else dataclasses.replace(r, error="late") for r in replies.reports]
+            return dataclasses.replace(
+                replies, updates=[u for u in replies.updates if u.clients != (0,)], reports=reports
+            )
+
+        patch.setattr(InlineEngine, "train", train)
+        patch.setattr(Loop, "_record", killed(3))
+        with pytest.raises(RuntimeError, match="killed"):
+            simulate(tiny(*loose), out=tmp_path / "run")
+    other = {client: seen[3, client][0] for client in range(4)}
+    assert all(np.array_equal(seen[2, c][0], sound[2, c]) for c in range(4))
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    seen.clear()
+    simulate(tiny(*loose), out=tmp_path / "run", resume=True)
+    lines = lines_of(tmp_path / "run")
+    draws = [(line["round"], line["draw"]) for line in lines if line["client"] == 1]
+    assert draws == [(1, 0), (2, 0), (3, 0), (3, 1)]  # round 2 was the same again, round 3 was not
+    assert [line["draw"] for line in lines_of(whole.folder) if line["client"] == 1] == [0, 0, 0]
+    for client in range(4):
+        one, again = other[client], seen[3, client][0]
+        assert abs(np.corrcoef(one, again)[0, 1]) < 5 / np.sqrt(len(one))
+
+
+@pytest.mark.parametrize("what", ["versions", "machine"])
+def test_other_versions_or_another_device_draw_other_noise(tiny, tmp_path, monkeypatch, what):
+    import torch
+
+    loose = ("privacy={noise_multiplier: 3.0, delta: 1.0e-3, clip_norm: 0.01}", "rounds=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_record", killed(2))
+        with pytest.raises(RuntimeError, match="killed"):
+            simulate(tiny(*loose), out=tmp_path / "run")
+    with monkeypatch.context() as patch:
+        if what == "versions":
+            patch.setattr("fedlora.privacy.replay.versions", lambda: {"torch": "0"})
+        else:
+            patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+        simulate(tiny(*loose), out=tmp_path / "run", resume=True)
+    assert [(li["round"], li["draw"]) for li in lines_of(tmp_path / "run") if li["client"] == 0] == [
+        (1, 0),
+        (2, 0),
+        (2, 1),
+    ]
+
+
+def test_another_configuration_of_the_base_draws_other_noise(tiny, tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    loose = ("privacy={noise_multiplier: 3.0, delta: 1.0e-3, clip_norm: 0.01}", "rounds=1", f"model.base={base}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_record", killed(1))
+        with pytest.raises(RuntimeError, match="killed"):
+            simulate(tiny(*loose), out=tmp_path / "run")
+    config = base / "config.json"
+    config.write_text(config.read_text().replace('"gelu"', '"relu"'))
+    simulate(tiny(*loose), out=tmp_path / "run", resume=True)
+    assert [li["draw"] for li in lines_of(tmp_path / "run") if li["client"] == 0] == [0, 1]
+
+
+CLIENTS = ("clients.use=sgd", "clients.per_round=2", "rounds=2", "eval_every=2", "seed=5")
+LOOSE = "privacy={unit: client, noise_multiplier: 4.0, delta: 1.0e-2, clip_norm: 0.5}"
+
+
+def paid_twice(tiny, tmp_path, monkeypatch, *overrides):
+    """The lines of a run of unit: client whose second round ran again over another sum."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_record", killed(2))
+        with pytest.raises(RuntimeError, match="killed"):
+            simulate(tiny(*CLIENTS, *overrides), out=tmp_path / "run")
+    original = InlineEngine.train
+
+    def train(self, instruction, cohort, partial_sums):
+        replies = original(self, instruction, cohort, partial_sums)
+        for u in replies.updates if instruction.round == 2 else ():
+            next(iter(u.adapter.values()))[...] += np.float32(1e-3)
+        return replies
+
+    monkeypatch.setattr(InlineEngine, "train", train)
+    simulate(tiny(*CLIENTS, *overrides), out=tmp_path / "run", resume=True)
+    return lines_of(tmp_path / "run")
+
+
+def test_the_servers_noise_over_another_sum_is_another_draw_and_costs_without_sampling(
+    tiny, tmp_path, monkeypatch
+):
+    lines = paid_twice(tiny, tmp_path, monkeypatch, LOOSE)
+    assert [(li["round"], li["draw"], li["sample_rate"]) for li in lines] == [
+        (1, 0, 0.5),
+        (2, 0, 0.5),
+        (2, 1, 1.0),
+    ]
+
+
+def test_the_servers_noise_over_another_sum_ends_a_run_whose_budget_is_spent(tiny, tmp_path, monkeypatch):
+    tight = LOOSE.replace("noise_multiplier: 4.0", "epsilon: 8")
+    with pytest.raises(RoundError, match="no epsilon is left to train again"):
+        paid_twice(tiny, tmp_path, monkeypatch, tight)
+    assert len(lines_of(tmp_path / "run")) == 2
+
+
+def test_shares_of_the_noise_over_another_sum_are_another_draw(tiny, tmp_path, monkeypatch):
+    shared = ("secure_aggregation={range: 1.0, noise: shared}", "clients.total=16", "clients.per_round=16")
+    lines = paid_twice(tiny, tmp_path, monkeypatch, LOOSE, *shared, "clients.batch_size=4")
+    whole = [(li["round"], li["draw"]) for li in lines if li["unit"] == "client"]
+    assert whole == [(1, 0), (2, 0), (2, 1)]
+    seen = [(li["round"], li["draw"]) for li in lines if li["unit"] == "client_from_server" and li["client"] == 3]
+    assert seen == whole
