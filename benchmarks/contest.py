@@ -52,7 +52,7 @@ engine: {{kind: ray, workers: 2, precision: {precision}}}
 
 def data(seed: int) -> "Dataset":
     """The examples, tokenised once, and who holds which."""
-    from fedlora.simulation import prepare
+    from fedlora.prepare import prepare
 
     return prepare(scenario(1, seed, 0.1)).data
 
@@ -63,8 +63,10 @@ def net(labels: int, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    from fedlora.adapter import Lora, Slot, initial
-    from fedlora.tasks.contract import find_base
+    from fedlora.adapter import Slot
+    from fedlora.kinds.contract import initial
+    from fedlora.kinds.lora import Lora
+    from fedlora.tasks.base_model import find_base
 
     base = AutoModelForSequenceClassification.from_pretrained(find_base("minilm"), num_labels=labels)
     told = LoraConfig(r=8, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS")

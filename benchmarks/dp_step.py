@@ -76,10 +76,11 @@ def _load(size: int) -> tuple[Any, Any]:
     import numpy as np
     import torch
 
-    from fedlora import adapter, scenario
+    from fedlora import scenario
     from fedlora.data.store import Partition
-    from fedlora.simulation import prepare
-    from fedlora.tasks import contract as task
+    from fedlora.kinds.lora import Lora
+    from fedlora.prepare import prepare
+    from fedlora.tasks import loading
 
     torch.set_num_threads(1)
     data = prepare(
@@ -92,8 +93,8 @@ strategy: {use: fedavg_lora}
 rounds: 1
 """)
     ).data
-    kind = adapter.KINDS["lora"](8, 8, ("query", "value"))
-    made = task.load("classification", "minilm", kind, labels=data.labels, seed=0)
+    kind = Lora(8, 8, ("query", "value"))
+    made = loading.load("classification", "minilm", kind, labels=data.labels, seed=0)
     return made, Partition(0, data.train, np.arange(size))
 
 

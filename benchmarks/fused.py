@@ -16,7 +16,7 @@ from dataclasses import replace
 from fedlora import scenario
 from fedlora.engine import Worker
 from fedlora.engine.base import chunks
-from fedlora.simulation import calibrate, prepare
+from fedlora.prepare import calibrate, prepare
 
 WIDTHS = (1, 2, 4, 8)
 SCENARIO = """

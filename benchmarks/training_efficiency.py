@@ -136,7 +136,7 @@ def _simulated(
     from dataclasses import replace
 
     from fedlora import engine, scenario
-    from fedlora.simulation import calibrate, prepare
+    from fedlora.prepare import calibrate, prepare
 
     ready = prepare(scenario.parse(_scenario(told, steps, size, private, precision)))
     made = engine.make(ready.scenario)
@@ -162,8 +162,8 @@ def _plain(told: argparse.Namespace, steps: int, size: int) -> tuple[Callable[[]
     from transformers import AutoModelForSequenceClassification
 
     from fedlora import scenario
-    from fedlora.simulation import prepare
-    from fedlora.tasks.contract import find_base
+    from fedlora.prepare import prepare
+    from fedlora.tasks.base_model import find_base
 
     torch.set_num_threads(told.threads)
     data = prepare(scenario.parse(_scenario(told, steps, size, False, "fp32"))).data

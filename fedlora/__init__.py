@@ -8,9 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlora.adapter import Adapter, Layout, Slot, Update, aggregation_error, weighted_mean
+    from fedlora.adapter import Adapter, Layout, Slot, Update, weighted_mean
     from fedlora.client import Client, Rng, Settings
     from fedlora.errors import FedloraError, UserError
+    from fedlora.kinds.averages import aggregation_error
     from fedlora.privacy.accounting import Event
     from fedlora.run import Run
     from fedlora.scenario import Scenario, load

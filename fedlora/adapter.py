@@ -1,36 +1,25 @@
 """The adapter: the named low-rank tensors (and head) that federate, as plain data.
 
 Names are those of peft's state dict, so that an adapter on disk is what `PeftModel.from_pretrained`
-reads. A *kind* says, in one place, what it builds and what the tensors are for; strategies read the
-`role` of a slot and nothing else assumes tensors called A and B.
+reads. What a tensor is for is the `role` of its slot, which its kind says (`fedlora.kinds`).
 """
 
 import hashlib
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora import factors
-from fedlora.errors import ContractError, SettingError
+from fedlora.errors import ContractError
 from fedlora.factors import Factors
 from fedlora.privacy.replay import Drawn
-from fedlora.seeding import generator
-
-if TYPE_CHECKING:
-    import torch
 
 Tensor = NDArray[np.float32]
 Adapter = dict[str, Tensor]
 Change = Mapping[str, Factors]
 """Of each layer, a change of its weight as thin factors (out x m, m x in)."""
-PREFIX = "base_model.model."
-"""What peft puts before the names of a model's own modules."""
-Weights = Callable[[str], "torch.Tensor"]
-"""The frozen weight (out x in) of a layer, by its name."""
 
 
 @dataclass(frozen=True)
@@ -102,222 +91,6 @@ class Instruction:
     def at(self, rank: int) -> "Instruction":
         """The same as a client of that rank gets it."""
         return replace(self, adapter=self.ranked.get(rank, self.adapter), ranked={})
-
-
-class Kind(Protocol):
-    """A way to build an adapter into a model."""
-
-    ordinary: ClassVar[bool]
-    """Whether its tensors are what peft's LoRA has, so that they are saved as they are."""
-
-    @property
-    def r(self) -> int:
-        """The server's rank."""
-
-    def wrap(self, model: Any, heads: Sequence[str], task_type: str | None) -> Any:
-        """The model with the adapter in it, as a `peft.PeftModel`."""
-
-    def role(self, name: str) -> str:
-        """What the tensor of that name is for."""
-
-    def trains(self, role: str) -> bool:
-        """Whether tensors of a role can train; the others stay as they were first made."""
-
-    def initial(self, slot: Slot, rng: np.random.Generator, weights: Weights | None) -> Tensor:
-        """The first value of a tensor, from `rng` and the frozen weights alone."""
-
-    def scaling(self, rank: int | None = None) -> float:
-        """The factor before the change that a client of that rank has; by default the server's."""
-
-    def shape(self, slot: Slot, rank: int) -> tuple[int, ...]:
-        """The shape of a tensor at a client of that rank."""
-
-    def change(self, layout: Layout, adapter: Mapping[str, Tensor]) -> Change:
-        """What an adapter stands for, without the scaling: thin factors of each layer's change."""
-
-
-@dataclass(frozen=True)
-class Lora:
-    """LoRA (Hu et al., 2021, https://arxiv.org/abs/2106.09685): a weight's change is `alpha / r * B @ A`."""
-
-    ordinary: ClassVar[bool] = True
-
-    r: int
-    alpha: float
-    targets: tuple[str, ...]
-    layers: tuple[int, ...] | None = None  # of the model, from 0, that have targets; None: all
-
-    def scaling(self, rank: int | None = None) -> float:
-        """`alpha / rank`."""
-        return self.alpha / (rank or self.r)
-
-    def shape(self, slot: Slot, rank: int) -> tuple[int, ...]:
-        """A loses rows and B columns."""
-        cut = {"A": (rank, *slot.shape[1:]), "B": (*slot.shape[:1], rank)}
-        return cut.get(slot.role, slot.shape)
-
-    def change(self, layout: Layout, adapter: Mapping[str, Tensor]) -> Change:
-        """B and A of each layer."""
-        return {layout[b].module: (adapter[b], adapter[a]) for b, a in pairs(layout)}
-
-    def wrap(self, model: Any, heads: Sequence[str], task_type: str | None) -> Any:
-        """Put factors beside every linear layer whose name ends in one of the targets.
-
-        Raises:
-            SettingError: a target matches no linear layer, or one of the layers is not there.
-        """
-        import torch
-        from peft import LoraConfig, get_peft_model
-        from transformers.pytorch_utils import Conv1D
-
-        # A head federates whole: no factors inside it, whatever the targets say.
-        inside = [n for n, _ in model.named_modules() if any(f".{head}." in f".{n}." for head in heads)]
-        layers = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
-        layers = [n for n in layers if n not in inside]
-        for target in self.targets:
-            if not any(_ends(name, (target,)) for name in layers):
-                known = sorted({name.rsplit(".", 1)[-1] for name in layers})
-                raise SettingError(
-                    "model.adapter.targets",
-                    f"{target!r} matches no linear layer of the model; its layers are {known}",
-                )
-        for layer in self.layers or ():
-            if not any(f".{layer}." in f".{name}" and _ends(name, self.targets) for name in layers):
-                raise SettingError("model.adapter.layers", f"no layer {layer} with targets; the first is 0")
-        config = LoraConfig(
-            r=self.r,
-            lora_alpha=self.alpha,  # peft multiplies by it, so a float is right
-            lora_dropout=0.0,
-            target_modules=list(self.targets),
-            layers_to_transform=None if self.layers is None else list(self.layers),
-            exclude_modules=inside or None,
-            modules_to_save=list(heads) or None,
-            task_type=task_type,
-        )
-        with warnings.catch_warnings():  # peft 0.21 asks transformers 5 by an old name
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)  # untied to be merged
-            return get_peft_model(model, config)
-
-    def role(self, name: str) -> str:
-        """`A`, `B` or `head`."""
-        if ".lora_A." in name:
-            return "A"
-        return "B" if ".lora_B." in name else "head"
-
-    def trains(self, role: str) -> bool:
-        """All of them."""
-        return True
-
-    def initial(self, slot: Slot, rng: np.random.Generator, weights: Weights | None) -> Tensor:
-        """A uniform on +-1/sqrt(in) as peft draws it, B zero, head normal(0, 0.02) with zero bias."""
-        if slot.role == "A":
-            bound = slot.shape[1] ** -0.5  # kaiming_uniform with a = sqrt(5), as in peft and in the LoRA code
-            return rng.uniform(-bound, bound, slot.shape).astype(np.float32)
-        if slot.role == "head" and len(slot.shape) > 1:
-            return rng.normal(0.0, 0.02, slot.shape).astype(np.float32)
-        return np.zeros(slot.shape, np.float32)
-
-
-def _ends(name: str, targets: Sequence[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-@dataclass(frozen=True)
-class LoraXS(Lora):
-    """LoRA-XS (Balazy et al., 2024, https://arxiv.org/abs/2405.17604): only an r x r core trains.
-
-    A weight's change is `alpha / r * B @ R @ A`, with the orthonormal B (out x r) and A (r x in) the first
-    singular vectors of the frozen weight itself, and R zero at first. They come from the base model, so
-    that only r^2 numbers a layer train and travel, and the change is linear in them.
-    """
-
-    ordinary: ClassVar[bool] = False
-
-    def wrap(self, model: Any, heads: Sequence[str], task_type: str | None) -> Any:
-        """As LoRA, with R between A and B."""
-        import torch
-
-        wrapped = super().wrap(model, heads, task_type)
-        for name, module in list(wrapped.named_modules()):
-            if name.endswith(".lora_B"):
-                core = torch.nn.Linear(self.r, self.r, bias=False)
-                module["default"] = torch.nn.Sequential(core, module["default"])
-        return wrapped
-
-    def role(self, name: str) -> str:
-        """`A`, `B`, `core` or `head`."""
-        role = super().role(name)
-        return "core" if role == "B" and name.endswith(".0.weight") else role
-
-    def trains(self, role: str) -> bool:
-        """The core and the head."""
-        return role in ("core", "head")
-
-    def shape(self, slot: Slot, rank: int) -> tuple[int, ...]:
-        """The core loses rows and columns."""
-        return (rank, rank) if slot.role == "core" else super().shape(slot, rank)
-
-    def change(self, layout: Layout, adapter: Mapping[str, Tensor]) -> Change:
-        """B R and A of each layer."""
-        cores = {slot.module: name for name, slot in layout.items() if slot.role == "core"}
-        plain = super().change(layout, adapter)
-        return {module: (b @ adapter[cores[module]], a) for module, (b, a) in plain.items()}
-
-    def initial(self, slot: Slot, rng: np.random.Generator, weights: Weights | None) -> Tensor:
-        """Singular vectors for A and B, zero for the core.
-
-        Raises:
-            SettingError: a layer has fewer than r of them.
-        """
-        import torch
-
-        if slot.role not in ("A", "B") or weights is None:
-            return super().initial(slot, rng, weights)
-        weight = weights(slot.module).detach().double().cpu()
-        if self.r > min(weight.shape):
-            raise SettingError(
-                "model.adapter.r",
-                f"{slot.module} is {weight.shape[0]} x {weight.shape[1]} and has no {self.r} singular vectors; "
-                f"take r of at most {min(weight.shape)}",
-            )
-        u, _, vt = torch.linalg.svd(weight, full_matrices=False)
-        u, vt = u[:, : self.r], vt[: self.r]
-        sign = vt.gather(1, vt.abs().argmax(1, keepdim=True)).sign()  # (r, 1): an SVD leaves it open
-        found: torch.Tensor = vt * sign if slot.role == "A" else u * sign.T
-        return found.float().contiguous().numpy()
-
-
-KINDS: Mapping[str, type[Lora]] = {"lora": Lora, "lora_xs": LoraXS}
-
-
-def initial(
-    kind: Kind,
-    layout: Layout,
-    seed: int,
-    *,
-    weights: Weights | None = None,
-    held: Mapping[str, Tensor] | None = None,
-    draw: int = 0,
-) -> Adapter:
-    """The adapter that a seed stands for: bit-identical wherever it is drawn, so it need not travel.
-
-    Args:
-        kind: of the adapter.
-        layout: the tensors to make.
-        seed: what they are drawn from.
-        weights: the frozen weights, for kinds that begin from them.
-        held: tensors of the heads that the base brings along, and are not drawn.
-        draw: a further draw for A; heads have only one.
-    """
-    adapter: Adapter = {}
-    for name in sorted(layout):
-        if held and name in held:
-            adapter[name] = held[name].copy()
-            continue
-        again = (draw,) if draw and layout[name].role == "A" else ()
-        adapter[name] = kind.initial(layout[name], generator(seed, "adapter", name, *again), weights)
-    return adapter
 
 
 def fingerprint(adapter: Mapping[str, Tensor]) -> str:
@@ -409,25 +182,6 @@ def names(layout: Layout, module: str) -> tuple[str, str]:
     return next((b, a) for b, a in pairs(layout) if layout[b].module == module)
 
 
-def shares(
-    kind: Kind, layout: Layout, held: Mapping[str, Tensor], updates: Sequence[Update]
-) -> dict[str, list[tuple[float, NDArray[np.floating], NDArray[np.floating]]]]:
-    """The terms `p_k s_k`, B_k and A_k of the average change of each layer, for `factors.stack`.
-
-    Args:
-        kind: of the adapter.
-        layout: says which tensors pair up.
-        held: stands in for tensors that clients did not send.
-        updates: one for each client.
-    """
-    total = sum(u.weight for u in updates)
-    parts: dict[str, list[tuple[float, NDArray[np.floating], NDArray[np.floating]]]] = {}
-    for update in updates:
-        for module, pair in kind.change(layout, {**held, **update.adapter}).items():
-            parts.setdefault(module, []).append((update.weight / total * update.scaling, *pair))
-    return parts
-
-
 def mean_head(layout: Layout, updates: Sequence[Update]) -> Adapter:
     """The weighted mean of the tensors of the head alone."""
     heads = [
@@ -435,39 +189,3 @@ def mean_head(layout: Layout, updates: Sequence[Update]) -> Adapter:
         for u in updates
     ]
     return weighted_mean(heads)
-
-
-def aggregation_error(
-    layout: Layout,
-    sent: Mapping[str, Tensor],
-    updates: Sequence[Update],
-    after: Mapping[str, Tensor],
-    *,
-    kind: Kind = Lora(1, 1.0, ()),
-    merge: Change | None = None,
-) -> float:
-    """How far the aggregate is from averaging the full weight changes.
-
-    `|| s_hat B_hat A_hat + merge - ideal ||_F / || ideal ||_F`, over all layers together, with
-    `ideal = sum_k p_k s_k B_k A_k`. Computed through QR of the stacked thin factors, in float64.
-
-    Args:
-        layout: says which tensors pair up.
-        sent: what the clients started from; stands in for factors that they did not send.
-        updates: one for each client.
-        after: what the strategy made of them, over all tensors of `sent`.
-        kind: of the adapter; by default LoRA with a scaling of 1.
-        merge: what the strategy folded into the base in the same round.
-
-    Returns:
-        The error, 0 where the ideal change is 0.
-    """
-    ideal = wrong = 0.0
-    made = kind.change(layout, after)
-    for module, parts in shares(kind, layout, sent, updates).items():
-        ideal += factors.norm(*factors.stack(parts)) ** 2
-        parts.append((-kind.scaling(), *made[module]))
-        if merge and module in merge:
-            parts.append((-1.0, *merge[module]))
-        wrong += factors.norm(*factors.stack(parts)) ** 2
-    return float(np.sqrt(wrong / ideal)) if ideal > 0 else 0.0

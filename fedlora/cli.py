@@ -164,7 +164,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
             ray_address=arguments.ray_address,
             display=display,
         )
-    print("\n".join(summary_lines(run.folder, run.summary)))
+    print("\n".join(summary_lines(run)))
     return 130 if str(run.summary.get("stopped", "")).startswith("interrupted") else 0
 
 
@@ -186,7 +186,7 @@ def _submit(arguments: argparse.Namespace) -> int:
             key=Path(arguments.key) if arguments.key else None,
             display=display,
         )
-    print("\n".join(summary_lines(run.folder, run.summary)))
+    print("\n".join(summary_lines(run)))
     return 0
 
 
@@ -206,13 +206,13 @@ def _check(arguments: argparse.Namespace) -> int:
     from fedlora import client, scenario, strategy
     from fedlora.data import store as data
     from fedlora.errors import SettingError, UserError
-    from fedlora.tasks import contract as task
+    from fedlora.tasks.base_model import find_base
 
     loaded = scenario.load(arguments.scenario, arguments.overrides)
     checks = (
         lambda: strategy.check(strategy.load(loaded.strategy.use, loaded.strategy.options), loaded),
         lambda: client.check_fused(client.load(loaded.clients.use, loaded.clients.options), loaded.engine.fused),
-        lambda: task.find_base(loaded.model.base),
+        lambda: find_base(loaded.model.base),
         lambda: data.check(loaded.data, loaded.task, loaded.clients.total),
     )
     problems: list[str] = []
@@ -319,7 +319,7 @@ def _watch(arguments: argparse.Namespace) -> int:
     with Live(Console(), shown=True) as display:
         run = follow(Run.open(arguments.run), display)
     if run.summary:
-        print("\n".join(summary_lines(run.folder, run.summary)))
+        print("\n".join(summary_lines(run)))
     return 0
 
 

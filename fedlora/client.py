@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedlora import plugins
-from fedlora.adapter import Adapter, Update
+from fedlora.adapter import Adapter, Instruction, Update
 from fedlora.data.store import Partition
 from fedlora.errors import ContractError, SettingError
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.noise import Stream
+from fedlora.scenario import Scenario
 from fedlora.seeding import Root, stream
 
 if TYPE_CHECKING:
@@ -50,6 +51,30 @@ class Settings:
     clip_norm: float | None = None
     share_metrics: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Setter:
+    """The settings of a client in a round, from the scenario, the instruction and the calibrated noise."""
+
+    def __init__(self, scenario: Scenario, noise: Mapping[int, float] | None) -> None:
+        self.scenario, self.noise = scenario, noise
+
+    def __call__(self, instruction: Instruction, num_examples: int, client: int | None = None) -> Settings:
+        """The settings of a client that holds `num_examples`; which one matters where some take fewer steps."""
+        told, privacy = self.scenario.clients, self.scenario.example_privacy
+        return Settings(
+            round=instruction.round,
+            train=instruction.train,
+            send=instruction.send,
+            local_steps=told.local_steps if client is None else instruction.steps.get(client, told.local_steps),
+            batch_size=told.batch_size,
+            lr=told.lr,
+            micro_batch_size=told.micro_batch_size,
+            noise_multiplier=None if self.noise is None else self.noise[num_examples],
+            clip_norm=privacy.clip_norm if privacy else None,
+            share_metrics=privacy.share_metrics if privacy else True,
+            config=instruction.config,
+        )
 
 
 @dataclass(frozen=True)

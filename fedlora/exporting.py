@@ -1,15 +1,20 @@
 """A run's adapter where people use it: as peft reads it, merged into its base, on the Hub, or asked a question."""
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fedlora.errors import SettingError, UserError
 from fedlora.run import Run
-from fedlora.tasks import contract as task
+from fedlora.scenario import Scenario
+from fedlora.tasks import base_model
+from fedlora.tasks.contract import find
+
+ABOUT = "fedlora.json"  # beside an adapter: what peft's own files do not say
 
 _MERGED = """```python
 from transformers import {auto}, AutoTokenizer
@@ -35,32 +40,94 @@ class Answer:
     probability: float | None
 
 
-def export(run: Run, out: Path, merge: bool = False) -> Path:
+@dataclass(frozen=True)
+class About:
+    """What an adapter was trained on, as `fedlora.json` beside it says.
+
+    Attributes:
+        task: of the scenario.
+        base: of the scenario's model.
+        revision: of the base; None: its main branch.
+        labels: in order; empty where the task has none.
+        max_length: tokens that an example was cut to.
+        pairs: whether it judges pairs of texts.
+    """
+
+    task: str
+    base: str
+    revision: str | None
+    labels: tuple[str, ...]
+    max_length: int
+    pairs: bool
+
+    @classmethod
+    def of(cls, scenario: Scenario, labels: Sequence[str]) -> Self:
+        """Of a run's scenario."""
+        model, data = scenario.model, scenario.data
+        named = data.hub or data.files
+        pairs = named is not None and not isinstance(named.text, str)
+        return cls(scenario.task, model.base, model.revision, tuple(labels), data.max_length, pairs)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """What stands beside an adapter.
+
+        Raises:
+            UserError: nothing does, or it is damaged.
+        """
+        file = folder / ABOUT
+        try:
+            told = json.loads(file.read_bytes())
+            return cls(**{**told, "labels": tuple(told["labels"])})
+        except FileNotFoundError:
+            raise UserError(f"{file}: is not there; name the folder that fedlora wrote the adapter to") from None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{file}: does not say what the adapter is for; it is damaged") from error
+
+
+def adapter_of(run: Run | str | Path) -> Path:
+    """The adapter's folder of a run, or the folder itself where it is one.
+
+    Raises:
+        UserError: the run has none yet, or the folder holds neither.
+    """
+    folder = run.folder if isinstance(run, Run) else Path(run)
+    if not isinstance(run, Run) and (folder / "adapter_config.json").is_file():
+        return folder
+    if not (folder / "adapter" / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: has no adapter yet; it is written when the run ends, or on Ctrl-C")
+    return folder / "adapter"
+
+
+def export(run: Run | str | Path, out: str | Path, merge: bool = False) -> Path:
     """Copy a run's adapter, or merge it into its base, with the model card.
 
     Args:
-        run: that has ended.
+        run: that has ended, or its folder.
         out: a folder to make.
         merge: write the whole model, as safetensors with its tokenizer, instead of the adapter.
+
+    Returns:
+        The folder.
 
     Raises:
         UserError: the run has no adapter, or the folder is there already.
     """
-    source = _adapter(run)
+    source, out = adapter_of(run), Path(out)
     if out.exists():
         raise UserError(f"{out}: is there already; name another folder with --out")
     if not merge:
         return Path(shutil.copytree(source, out))
-    model, tokenizer = _load(run)
+    model, reader = load_adapter(source)
     card = (source / "README.md").read_text(encoding="utf-8")
-    how = _MERGED.format(auto=task.model_class(_task(run)).__name__, folder=out.name)
+    how = _MERGED.format(auto=find(About.read(source).task).auto, folder=out.name)
     card = re.sub(r"```python\n.*?```\n", lambda _: how, card, flags=re.S)
     card = card.replace("library_name: peft\n", "library_name: transformers\nbase_model_relation: merge\n")
     for layer in [m.get_base_layer() for m in model.modules() if hasattr(m, "lora_A")]:
-        task.untie(model, layer)
-    with task.quietly():
+        base_model.untie(model, layer)
+    with base_model.quietly():
         model.merge_and_unload().save_pretrained(str(out))
-        tokenizer.save_pretrained(str(out))
+        reader.save_pretrained(str(out))
     (out / "README.md").write_text(card, encoding="utf-8")
     return out
 
@@ -83,96 +150,69 @@ def push(folder: Path, repository: str) -> str:
     return str(address)
 
 
-def predict(run: Run, texts: Sequence[str], max_new_tokens: int = 64) -> list[Answer]:
+def predict(run: Run | str | Path, texts: Sequence[str], max_new_tokens: int = 64) -> list[Answer]:
     """What a run's model makes of texts, one after another: a label, or a completion; of images by their files.
 
+    Args:
+        run: that has ended, its folder, or the folder of an exported adapter.
+        texts: to ask about.
+        max_new_tokens: the most that a completion has.
+
+    Returns:
+        One answer for each text, in order.
+
     Raises:
-        UserError: the run has no adapter, its base model cannot be loaded, or it judges pairs of texts.
+        UserError: there is no adapter, its base model cannot be loaded, or it judges pairs of texts.
     """
     import torch
 
-    adapter = _adapter(run)
-    source = run.scenario.get("data", {})
-    if any(isinstance((source.get(key) or {}).get("text"), list) for key in ("hub", "files")):
-        raise UserError(f"{run.folder}: its model judges pairs of texts, which predict does not take")
-    model, tokenizer = _load(run, adapter)
-    model.eval()
+    about = About.read(folder := adapter_of(run))
+    if about.pairs:
+        raise UserError(f"{folder}: its model judges pairs of texts, which predict does not take")
+    model, reader = load_adapter(folder)
     answers = []
     for text in texts:
         with torch.inference_mode():
-            if _task(run) == "causal_lm":
-                (tokens,) = task.prompts(tokenizer, [text])
-                made = model.generate(
-                    input_ids=torch.tensor([tokens]),
-                    attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                )
-                said = tokenizer.decode(made[0, len(tokens) :], skip_special_tokens=True)
-                answers.append(Answer(text, said.strip(), None))
-                continue
-            if _task(run) == "image_classification":
-                batch = {"pixel_values": tokenizer(_picture(text), return_tensors="pt")["pixel_values"]}
-            else:
-                cut = tokenizer(text, return_tensors="pt", truncation=True, max_length=source.get("max_length"))
-                known = ("input_ids", "attention_mask", *(["token_type_ids"] if task.kinds(model) > 1 else []))
-                batch = {key: cut[key] for key in known if key in cut}
-            shares = model(**batch).logits.softmax(-1)[0]
-        best = int(shares.argmax())
-        answers.append(Answer(text, _labels(run)[best], float(shares[best])))
+            said, probability = find(about.task).answer(
+                model, reader, text, about.labels, about.max_length, max_new_tokens
+            )
+        answers.append(Answer(text, said, probability))
     return answers
 
 
-def _picture(file: str) -> Any:
-    from PIL import Image
+def load_adapter(run: Run | str | Path) -> tuple[Any, Any]:
+    """The base model with a run's adapter in it, in float32 and evaluation, and what makes its inputs.
 
-    try:
-        return Image.open(file).convert("RGB")
-    except OSError as error:
-        raise UserError(f"{file}: holds no image that can be read") from error
+    Args:
+        run: that has ended, its folder, or the folder of an exported adapter.
 
+    Returns:
+        A `peft.PeftModel`, and the tokenizer or image processor.
 
-def _adapter(run: Run) -> Path:
-    if not (run.folder / "adapter" / "adapter_config.json").is_file():
-        raise UserError(f"{run.folder}: has no adapter yet; it is written when the run ends, or on Ctrl-C")
-    return run.folder / "adapter"
-
-
-def _labels(run: Run) -> list[str]:
-    labels = run.partitions.get("labels")
-    if not isinstance(labels, list):
-        raise UserError(f"{run.folder / 'partitions.json'}: does not name the labels; the run is damaged")
-    return labels
-
-
-def _task(run: Run) -> str:
-    return str(run.scenario.get("task", "classification"))
-
-
-def _load(run: Run, adapter: Path | None = None) -> tuple[Any, Any]:
-    """The base with the adapter in it, in float32, and the tokenizer or image processor."""
+    Raises:
+        UserError: there is no adapter, or its base model cannot be loaded.
+    """
+    import transformers
     from peft import PeftModel
 
-    asked = run.scenario.get("model", {})
-    base, revision = str(asked.get("base")), asked.get("revision")
+    about = About.read(folder := adapter_of(run))
+    task, revision = find(about.task), about.revision
     named: dict[str, Any] = {}
-    if _task(run) != "causal_lm":
-        labels = _labels(run)
-        named = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    if about.labels:
+        named = {"id2label": dict(enumerate(about.labels)), "label2id": {n: i for i, n in enumerate(about.labels)}}
     try:
-        if _task(run) == "image_classification":
-            tokenizer, named["ignore_mismatched_sizes"] = task.load_processor(base, revision), True
-        else:
-            tokenizer = task.load_tokenizer(base, revision)
-        with task.quietly():
-            model = task.model_class(_task(run)).from_pretrained(
-                task.find_base(base), revision=revision or "main", dtype="float32", **named
+        reader = task.reader(about.base, revision)
+        if not task.tokens:
+            named["ignore_mismatched_sizes"] = True
+        with base_model.quietly():
+            model = getattr(transformers, task.auto).from_pretrained(
+                base_model.find_base(about.base), revision=revision or "main", dtype="float32", **named
             )
-            if _task(run) != "image_classification":
-                task.pads_as(model, tokenizer)
-            return PeftModel.from_pretrained(model, str(adapter or run.folder / "adapter")), tokenizer
+            if task.tokens:
+                base_model.pads_as(model, reader)
+            return PeftModel.from_pretrained(model, str(folder)).eval(), reader
     except SettingError as error:
-        raise UserError(f"{run.folder}: {error.message}") from error
+        raise UserError(f"{folder}: {error.message}") from error
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{run.folder}: its model {base!r} cannot be loaded: {reason}") from error
+        raise UserError(f"{folder}: its model {about.base!r} cannot be loaded: {reason}") from error

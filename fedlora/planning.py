@@ -18,27 +18,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlora import engine as engines
-from fedlora import plugins, simulation
+from fedlora import plugins, prepare
 from fedlora import scenario as scenarios
 from fedlora import strategy as strategies
 from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
-from fedlora.client import Client, Rng, Settings
+from fedlora.client import Client, Rng, Setter, Settings
 from fedlora.data.store import Dataset, Partition
 from fedlora.engine import Replies, Setup
 from fedlora.engine.inline import InlineEngine
-from fedlora.engine.worker import Setter, Worker, kind
+from fedlora.engine.worker import Worker
 from fedlora.errors import FedloraError, SettingError
-from fedlora.privacy import accounting, central
+from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.ledger import Holder, Ledger, neighbours
 from fedlora.privacy.ledger import unit as unit_of
+from fedlora.privacy.mechanisms import central
+from fedlora.reports.summary import peer_epsilon, server_epsilon
 from fedlora.rounds.checkpoint import Merges
 from fedlora.rounds.loop import Loop
 from fedlora.rounds.progress import Line, Progress, Stopwatch
 from fedlora.scenario import Scenario
 from fedlora.seeding import generator
-from fedlora.tasks import contract as task
+from fedlora.tasks.base_model import at_hand
 
 if TYPE_CHECKING:
     from fedlora.tasks.contract import Task
@@ -121,8 +123,8 @@ def plan(scenario: Scenario) -> Plan:
 
 
 def _plan(scenario: Scenario) -> Plan:
-    ready = simulation.prepare(scenario)
-    noise = simulation.calibrate(scenario, ready.data)
+    ready = prepare.prepare(scenario)
+    noise = prepare.calibrate(scenario, ready.data)
     setup = replace(ready.setup, noise=noise)
     cost = _try(setup, ready) if _can_train(scenario) else None
     stage = _Stage(scenario, setup, ready, cost.metrics if cost else _expected_metrics(scenario))
@@ -143,8 +145,8 @@ def _plan(scenario: Scenario) -> Plan:
         bytes_down_total=sum(line["bytes_down"] for line in lines),
         parameters=parameters,
         epsilon=lines[-1]["epsilon"] if epsilons else None,
-        server_epsilon=simulation.server_epsilon(scenario, real.ledger.events),
-        peer_epsilon=simulation.peer_epsilon(scenario, real.ledger.events.get(None, ())),
+        server_epsilon=server_epsilon(scenario, real.ledger.events),
+        peer_epsilon=peer_epsilon(scenario, real.ledger.events.get(None, ())),
         delta=asked.delta if asked else None,
         unit=asked.unit if asked else None,
         neighbours=neighbours(asked.unit) if asked else None,
@@ -165,7 +167,7 @@ def _can_train(scenario: Scenario) -> bool:
     import torch
 
     gpu = scenario.engine.gpus_per_worker in (0, "auto") or torch.cuda.is_available()
-    return gpu and task.at_hand(scenario.model.base, scenario.model.revision)
+    return gpu and at_hand(scenario.model.base, scenario.model.revision)
 
 
 def _expected_metrics(scenario: Scenario) -> Mapping[str, float]:
@@ -177,7 +179,7 @@ class _Stage:
     """Where strategies are rehearsed: a worker for each kind of adapter, of shapes without weights."""
 
     def __init__(
-        self, scenario: Scenario, setup: Setup, ready: simulation.Prepared, metrics: Mapping[str, float]
+        self, scenario: Scenario, setup: Setup, ready: prepare.Prepared, metrics: Mapping[str, float]
     ) -> None:
         self.scenario, self.setup, self.ready, self.metrics = scenario, setup, ready, metrics
         self.engines: dict[str, _Engine] = {}
@@ -196,11 +198,11 @@ class _Stage:
         engine = self._engine(scenario, strategy)
         found, worker, real = engine.description, engine.worker, self.ready.client
         strategy.bind(found.layout, found.kind, found.initial, real.private)
-        simulation.check_strategy(strategy)
+        strategies.check_bound(strategy)
         vars(strategy)["diagnose"] = lambda *told: {}  # how far averages are off says nothing of stand-ins
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            ledger, whole = _Memory(folder), simulation.central(scenario, scenario.seed)
+            ledger, whole = _Memory(folder), prepare.central(scenario, scenario.seed)
             worker.client = real
             worker.serve(strategies.load(use, options), folder)
             worker.client = _StandIn(real, self.metrics, found.layout)
@@ -235,7 +237,7 @@ class _Stage:
         return sum(p.numel() for n, p in held if "lora_" not in n and ".modules_to_save." not in n)
 
     def _engine(self, scenario: Scenario, strategy: strategies.Strategy) -> "_Engine":
-        name = type(kind(scenario, strategy)).__name__
+        name = type(strategies.kind_of(strategy, scenario)).__name__
         if name not in self.engines:
             self.engines[name] = _Engine(scenario.clients.total)
             self.engines[name].start(replace(self.setup, scenario=scenario.model_dump(), device="meta"))
@@ -421,7 +423,7 @@ class _Cost:
         return waves * self.client_seconds + evaluations * self.evaluation_seconds / workers
 
 
-def _try(setup: Setup, ready: simulation.Prepared) -> _Cost:
+def _try(setup: Setup, ready: prepare.Prepared) -> _Cost:
     """Time a few steps of the client with the median number of examples, and a piece of the test set."""
     worker, data = Worker(setup), ready.data
     told = worker.scenario.clients

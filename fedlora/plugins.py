@@ -1,4 +1,7 @@
-"""Strategies and clients arrive by name: `ffa_lora`, or `package.module:Class` from anywhere."""
+"""Plug-ins arrive by name: `ffa_lora`, or `package.module:Class` from anywhere.
+
+Each shelf is a folder with one file for each plug-in, found by its name in the tree.
+"""
 
 import ast
 import importlib
@@ -7,49 +10,64 @@ import pkgutil
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fedlora.errors import SettingError, suggestion
 
-Kind = Literal["strategies", "clients"]
+Shelf = Literal["strategies", "clients", "tasks", "kinds"]
 
 
-def names(kind: Kind) -> list[str]:
-    """The built-in names of a kind: one per module of `fedlora.strategies` or `fedlora.clients`."""
-    folder = Path(__file__).parent / kind
-    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
+class _About(NamedTuple):
+    key: str  # of a scenario, that names one
+    one: str  # what one is called
+    beside: tuple[str, ...] = ()  # modules of the folder that are no plug-ins
 
 
-def summary(kind: Kind, name: str) -> str:
+_SHELVES: Mapping[Shelf, _About] = {
+    "strategies": _About("strategy.use", "strategy"),
+    "clients": _About("clients.use", "client"),
+    "tasks": _About("task", "task", ("base_model", "contract", "loading", "resident")),
+    "kinds": _About("model.adapter.kind", "kind of adapter", ("averages", "contract")),
+}
+
+
+def names(shelf: Shelf) -> list[str]:
+    """The built-in names of a shelf, such as one per module of `fedlora.strategies`."""
+    folder, beside = Path(__file__).parent / shelf, _SHELVES[shelf].beside
+    found = (m.name for m in pkgutil.iter_modules([str(folder)]))
+    return sorted(name for name in found if not name.startswith("_") and name not in beside)
+
+
+def summary(shelf: Shelf, name: str) -> str:
     """The first line of a built-in's class docstring, read from its file without importing it."""
-    module = ast.parse((Path(__file__).parent / kind / f"{name}.py").read_text(encoding="utf-8"))
+    module = ast.parse((Path(__file__).parent / shelf / f"{name}.py").read_text(encoding="utf-8"))
     for node in module.body:
         if isinstance(node, ast.ClassDef) and (text := ast.get_docstring(node)):
             return text.splitlines()[0]
     return ""
 
 
-def source(kind: Kind, name: str) -> str:
+def source(shelf: Shelf, name: str) -> str:
     """The address of the paper that a built-in's file opens with; empty where it names none."""
-    text = (Path(__file__).parent / kind / f"{name}.py").read_text(encoding="utf-8")
+    text = (Path(__file__).parent / shelf / f"{name}.py").read_text(encoding="utf-8")
     found = re.search(r"https://arxiv\.org/abs/[0-9.v]*[0-9]", ast.get_docstring(ast.parse(text)) or "")
     return found.group() if found else ""
 
 
-def problem(kind: Kind, use: str) -> str | None:
+def problem(shelf: Shelf, use: str) -> str | None:
     """What is wrong with a name, or None; looks at files only and imports nothing."""
     if ":" in use:
         module, _, cls = use.partition(":")
         if module and cls.isidentifier() and all(part.isidentifier() for part in module.split(".")):
             return None
         return f"{use!r} should read 'package.module:Class'"
-    if use in names(kind):
+    if use in names(shelf):
         return None
-    what = "strategy" if kind == "strategies" else "client"
-    return f"unknown {what} {use!r}: {suggestion(use, names(kind))}; or 'module:Class' for one of your own"
+    one = _SHELVES[shelf].one
+    return f"unknown {one} {use!r}: {suggestion(use, names(shelf))}; or 'module:Class' for one of your own"
 
 
-def find(kind: Kind, use: str) -> type[Any]:
+def find(shelf: Shelf, use: str) -> type[Any]:
     """The class behind a name.
 
     A built-in module holds one public class of its own; that is the one.
@@ -57,11 +75,11 @@ def find(kind: Kind, use: str) -> type[Any]:
     Raises:
         SettingError: nothing importable has that name.
     """
-    key = f"{'strategy' if kind == 'strategies' else 'clients'}.use"
-    if wrong := problem(kind, use):
+    key = _SHELVES[shelf].key
+    if wrong := problem(shelf, use):
         raise SettingError(key, wrong)
     if ":" not in use:
-        module = importlib.import_module(f"fedlora.{kind}.{use}")
+        module = importlib.import_module(f"fedlora.{shelf}.{use}")
         return next(_classes(module))
     path, _, name = use.partition(":")
     try:

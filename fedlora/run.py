@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 
+from fedlora import plugins
 from fedlora.errors import UserError
 from fedlora.privacy import ledger
-from fedlora.tasks.contract import TASKS
+from fedlora.tasks.contract import find
 
 if TYPE_CHECKING:
     import altair
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 Line = dict[str, Any]
 
 INTRODUCTION = "run.json"  # what a server told a site about a run
-METRICS: Mapping[str, bool] = {cls.metric: cls.higher_is_better for cls in TASKS.values()}
-"""What a run may be judged by, and whether more of it is better."""
+_BUILT_IN = {cls.metric: cls.higher_is_better for cls in map(find, plugins.names("tasks"))}
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,16 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """The figure that the run is about, `accuracy` or `perplexity`."""
+        """The figure that the run is about, such as `accuracy`."""
+        if isinstance(told := self.summary.get("metric"), str):
+            return told
         seen = {**dict.fromkeys(self.summary), **dict.fromkeys(key for line in self.rounds[:1] for key in line)}
-        return next((name for name in METRICS if name in seen), next(iter(METRICS)))
+        return next((name for name in _BUILT_IN if name in seen), next(iter(_BUILT_IN)))
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of it is better."""
+        return bool(self.summary.get("higher_is_better", _BUILT_IN.get(self.metric, True)))
 
     @property
     def state(self) -> Literal["finished", "stopped", "unfinished"]:
@@ -129,7 +136,7 @@ class Run:
         """The metric by round, as a chart that a notebook shows."""
         from fedlora.reports import charts
 
-        return charts.metric_by_round(self)
+        return charts.metric_by_round(self.rounds, self.metric)
 
     def _lines(self, name: str) -> list[Line]:
         """The whole lines of a record; the last may be half written while the run goes on."""

@@ -14,9 +14,13 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlora import plugins, wire
-from fedlora.adapter import Adapter, Change, Instruction, Kind, Layout, Lora, Slot, Update, aggregation_error
+from fedlora.adapter import Adapter, Change, Instruction, Layout, Slot, Update
 from fedlora.errors import ContractError, SettingError
-from fedlora.tasks import contract as task
+from fedlora.kinds.averages import aggregation_error
+from fedlora.kinds.contract import Kind
+from fedlora.kinds.contract import load as load_kind
+from fedlora.kinds.lora import Lora
+from fedlora.tasks import base_model
 
 if TYPE_CHECKING:
     from fedlora.scenario import Scenario
@@ -443,13 +447,34 @@ def check(strategy: Strategy, scenario: "Scenario") -> None:
             f"{use} is for adapters of kind {' or '.join(strategy.kinds)}: leave kind out; with {kind} go {can}",
         )
     xs = (strategy.kinds[0] if kind == "auto" else kind) == "lora_xs"
-    if xs and (width := task.width(scenario.model.base)) and scenario.model.adapter.r > width:
+    if xs and (width := base_model.width(scenario.model.base)) and scenario.model.adapter.r > width:
         can = _those(lambda cls: cls.kinds[0] == "lora")
         raise SettingError(
             "model.adapter.r",
             f"{use} takes r singular vectors of a weight, and those of {scenario.model.base} are {width} wide: "
             f"take at most {width}; any r go {can}",
         )
+
+
+def check_bound(strategy: Strategy) -> None:
+    """Make sure that a bound strategy trains something of its model.
+
+    Raises:
+        SettingError: it does not.
+    """
+    layout = strategy.layout
+    for what, names in (("federates", strategy.federates(layout)), ("trains", strategy.trains(1, layout))):
+        if strange := sorted(set(names) - set(layout)):
+            raise SettingError("strategy.use", f"{what} {strange[0]!r}, which the adapter does not have")
+    if not any(layout[name].trainable for name in strategy.trains(1, layout)):
+        raise SettingError("strategy.use", "trains no tensor of this adapter")
+
+
+def kind_of(strategy: Strategy, scenario: "Scenario") -> Kind:
+    """The kind of adapter that a scenario and its strategy ask for."""
+    told = scenario.model.adapter
+    name = strategy.kinds[0] if told.kind == "auto" else told.kind
+    return load_kind(name, told.r, told.alpha, told.targets, told.layers)
 
 
 def _at_any_time(strategy: Strategy) -> bool:

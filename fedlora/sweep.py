@@ -28,10 +28,10 @@ from fedlora.privacy import accounting, ledger
 from fedlora.reports.comparison import Comparison, final
 from fedlora.reports.console import Silent
 from fedlora.reports.page import save
-from fedlora.run import METRICS, Run
+from fedlora.run import Run
 from fedlora.scenario import Float, Int, PositiveInt, Scenario, Section
 from fedlora.simulation import simulate
-from fedlora.tasks.contract import TASKS
+from fedlora.tasks.contract import find
 
 _GRID = "grid"  # the points of the grid are one axis to Ray Tune, so that they run in the order of the file
 _CHECKED = 1000  # points of the grid that are checked before the first run starts
@@ -249,7 +249,7 @@ def sweep(
     comparison.notes += dict.fromkeys(failed)
     best = max(
         (run for run in runs if final(run) is not None),
-        key=lambda run: (final(run) or 0.0) * (1 if METRICS[metric] else -1),
+        key=lambda run: (final(run) or 0.0) * (1 if run.higher_is_better else -1),
         default=None,
     )
     summary = {
@@ -359,7 +359,8 @@ def _tune(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tuple
         least, most = (int(given.low), int(given.high)) if given.draw == "randint" else (given.low, given.high)
         space[key] = getattr(tune, given.draw)(least, most)
     points = [asked.run(point) for point in itertools.islice(asked.points(), _CHECKED)]
-    metric = TASKS[points[0].task].metric
+    task = find(points[0].task)
+    metric = task.metric
     scheduler = asked.stop_early and ASHAScheduler(
         time_attr="round",
         max_t=max(point.rounds for point in points),
@@ -393,7 +394,7 @@ def _tune(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tuple
             param_space=space,
             tune_config=tune.TuneConfig(
                 metric=metric,
-                mode="max" if METRICS[metric] else "min",
+                mode="max" if task.higher_is_better else "min",
                 num_samples=asked.samples,
                 scheduler=scheduler,
                 search_alg=BasicVariantGenerator(random_state=asked.seed),

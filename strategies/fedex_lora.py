@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedlora import factors
-from fedlora.adapter import Adapter, Update, shares, weighted_mean
+from fedlora.adapter import Adapter, Update, weighted_mean
+from fedlora.kinds.averages import shares
 from fedlora.strategy import Facts, Merged, Strategy
 
 

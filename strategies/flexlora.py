@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedlora import factors
-from fedlora.adapter import Adapter, Update, mean_head, names, shares
+from fedlora.adapter import Adapter, Update, mean_head, names
+from fedlora.kinds.averages import shares
 from fedlora.strategy import Facts, Strategy
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedlora import factors
-from fedlora.adapter import Adapter, Layout, Update, mean_head, shares
+from fedlora.adapter import Adapter, Layout, Update, mean_head
+from fedlora.kinds.averages import shares
 from fedlora.strategy import Facts, Merged, Strategy
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from fedlora import factors
-from fedlora.adapter import Adapter, Update, mean_head, names, shares
+from fedlora.adapter import Adapter, Update, mean_head, names
+from fedlora.kinds.averages import shares
 from fedlora.strategy import Facts, Strategy
 
 

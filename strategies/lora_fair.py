@@ -17,7 +17,8 @@ from typing import ClassVar
 import numpy as np
 
 from fedlora import factors
-from fedlora.adapter import Adapter, Update, names, shares, weighted_mean
+from fedlora.adapter import Adapter, Update, names, weighted_mean
+from fedlora.kinds.averages import shares
 from fedlora.strategy import Facts, Strategy
 
 

@@ -30,7 +30,7 @@ def tiny_base(tmp_path_factory) -> str:
     import torch
     from transformers import BertConfig, BertModel
 
-    from fedlora.tasks.contract import find_base
+    from fedlora.tasks.base_model import find_base
 
     folder = tmp_path_factory.mktemp("tiny")
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
@@ -54,7 +54,7 @@ def tiny_lm(tmp_path_factory) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from fedlora.tasks.contract import find_base
+    from fedlora.tasks.base_model import find_base
 
     folder = tmp_path_factory.mktemp("tiny-lm")
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
@@ -142,7 +142,7 @@ def build(tiny):
     from dataclasses import replace
 
     from fedlora.engine import Worker
-    from fedlora.simulation import calibrate, prepare
+    from fedlora.prepare import calibrate, prepare
 
     made = {}
 

@@ -5,8 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapter import Lora, Slot, Sum, Update, aggregation_error, initial, pairs, weighted_mean
+from fedlora.adapter import Slot, Sum, Update, pairs, weighted_mean
 from fedlora.errors import ContractError
+from fedlora.kinds.averages import aggregation_error
+from fedlora.kinds.contract import initial
+from fedlora.kinds.lora import Lora
 
 LAYOUT = {
     s.name: s

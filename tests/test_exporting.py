@@ -10,9 +10,9 @@ from fedlora import simulate
 from fedlora.cli import main
 from fedlora.errors import UserError
 from fedlora.exporting import export, predict, push
+from fedlora.prepare import prepare
 from fedlora.run import Run
-from fedlora.simulation import prepare
-from fedlora.tasks import contract as task
+from fedlora.tasks import base_model
 
 LEARN = ("rounds=3", "clients.local_steps=60", "clients.lr=0.3", "clients.batch_size=32")
 TEXTS = [
@@ -179,7 +179,7 @@ def test_a_decoder_that_classifies_answers_as_in_its_run_whatever_its_base_takes
     test = prepare(scenario).data.test
     table = pd.read_csv(reviews)
     by_tokens = {}
-    tokenizer = task.load_tokenizer(str(base))
+    tokenizer = base_model.load_tokenizer(str(base))
     for text, label in zip(table["text"], table["label"], strict=True):
         by_tokens[tuple(tokenizer(text, truncation=True, max_length=16)["input_ids"])] = text, label
     texts, labels = zip(*(by_tokens[tuple(test.row(i))] for i in range(len(test))), strict=True)

@@ -13,10 +13,11 @@ from fedlora import plugins, scenario
 from fedlora.cli import main
 from fedlora.errors import UserError
 from fedlora.planning import plan
+from fedlora.prepare import calibrate, prepare
 from fedlora.privacy import ledger
 from fedlora.reports.console import plan_lines
 from fedlora.run import Run
-from fedlora.simulation import calibrate, prepare, simulate
+from fedlora.simulation import simulate
 
 SKEWED = ("data.partition={kind: dirichlet, alpha: 1.0, min_examples: 12}", "rounds=3", "seed=5")
 CLIENTS = "privacy={unit: client, epsilon: 8, delta: 1.0e-2, clip_norm: 0.5}"

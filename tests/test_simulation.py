@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora import simulation
 from fedlora.errors import RoundError, UserError
+from fedlora.prepare import calibrate, prepare
 from fedlora.privacy import ledger
 from fedlora.privacy.replay import VERSIONS
 from fedlora.reports.console import Silent, summary_lines
-from fedlora.simulation import calibrate, prepare, simulate
+from fedlora.rounds import folder
+from fedlora.simulation import simulate
 
 FILES = {
     "scenario.yaml",
@@ -60,9 +61,9 @@ def test_the_run_folder_holds_what_it_promises(run):
 
 
 def test_of_very_many_clients_partitions_shows_some(tiny, monkeypatch):
-    monkeypatch.setattr(simulation, "SHOWN", 3)
+    monkeypatch.setattr(folder, "SHOWN", 3)
     drawn = ("data.partition={kind: sampled, examples: 9}", "clients.total=1000001", "clients.per_round=2")
-    told = simulation._partitions(prepare(tiny(*drawn)).data)
+    told = folder.partitions(prepare(tiny(*drawn)).data)
     assert [c["client"] for c in told["clients"]] == [0, 500_000, 1_000_000] and told["clients_total"] == 1_000_001
     assert all(sum(c["labels"]) == c["num_examples"] == 9 for c in told["clients"])
 
@@ -118,7 +119,7 @@ def test_every_epsilon_says_what_it_is(run):
     )
     told = told.replace("(8,", f"({summary['epsilon']:.3g},")
     card = (run.folder / "adapter" / "README.md").read_text()
-    for text in (summary["privacy"], "\n".join(summary_lines(run.folder, summary)), card):
+    for text in (summary["privacy"], "\n".join(summary_lines(run)), card):
         assert told in text
 
 

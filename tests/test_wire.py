@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from fedlora import wire
 from fedlora.adapter import Instruction, Slot, Update
 from fedlora.errors import ContractError
-from fedlora.privacy import central
 from fedlora.privacy.accounting import Event
+from fedlora.privacy.mechanisms import central
 
 LAYOUT = {n: Slot(n, (3, 2), "B", n) for n in "abcdefghij"}
 EVENT = Event(noise_multiplier=1.25, sample_rate=0.1, steps=3, clip_norm=1.0)

@@ -20,7 +20,7 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from fedlora import seeding, simulation, wire
+from fedlora import prepare, seeding, wire
 from fedlora.adapter import Instruction, Update
 from fedlora.data import store as data
 from fedlora.deploy import signing, sources
@@ -28,15 +28,16 @@ from fedlora.deploy import site as sites
 from fedlora.deploy.site import FLOOR, Site
 from fedlora.engine import secure as masking
 from fedlora.engine.flower import BEHIND, STRANGER
-from fedlora.engine.intake import Report
+from fedlora.engine.replies import Report
 from fedlora.engine.worker import Worker
 from fedlora.errors import ContractError, Refusal, SettingError, UserError
 from fedlora.privacy import lock, noise, secure
 from fedlora.privacy.accounting import Event, epsilon
-from fedlora.privacy.central import WITHIN
 from fedlora.privacy.ledger import Ledger, Own
+from fedlora.privacy.mechanisms.central import WITHIN
 from fedlora.privacy.noise import Stream
 from fedlora.rounds.checkpoint import Merges
+from fedlora.rounds.folder import same_run
 from fedlora.run import INTRODUCTION
 from fedlora.scenario import Scenario
 
@@ -235,7 +236,7 @@ class Node:
             raise Refusal("nobody whom it knows has signed this run: submit it by fedlora submit --key FILE")
         if (before := self._introduction(key)) is not None:
             try:  # what it keeps under a name is of one run: residuals of a plain one would spoil a private one
-                simulation.same_run(self.folder, before["scenario"], words["scenario"])
+                same_run(self.folder, before["scenario"], words["scenario"])
             except (KeyError, UserError) as error:
                 raise Refusal(
                     "it knows another run by this name: a resumed one may change its rounds, and not much else"
@@ -261,8 +262,8 @@ class Node:
             sources.only(self.app)
         try:
             if self.site is None:
-                ready = simulation.prepare(scenario)
-                noise = simulation.calibrate(scenario, ready.data)
+                ready = prepare.prepare(scenario)
+                noise = prepare.calibrate(scenario, ready.data)
                 setup = replace(ready.setup, noise=noise, secret=ready.client.private)
             else:
                 told = self.site.data.labels
@@ -271,7 +272,7 @@ class Node:
                     logger.warning("%d rows are left out: their label is not in data.labels", left_out)
                 placed = {"threads": self.site.threads, "device": self.site.device}
                 own = seeding.key(self._key(), "held-out", repr(scenario.data.client_test_share))
-                setup = simulation.prepare_site(scenario, words["labels"], rows, client, own, **placed)
+                setup = prepare.prepare_site(scenario, words["labels"], rows, client, own, **placed)
             worker = Worker(replace(setup, personal=folder / "personal"))
         except SettingError as error:
             where = scenario.located(error)
@@ -376,7 +377,7 @@ class Node:
         masked = scenario.secure_aggregation is not None
         if masked:
             self._member(run, instruction.round)
-        if (asked := scenario.client_privacy) and (whole := simulation.central(scenario, root=0)):
+        if (asked := scenario.client_privacy) and (whole := prepare.central(scenario, root=0)):
             try:
                 whole.check_words(instruction.config, asked.clip_norm)
             except ContractError as error:

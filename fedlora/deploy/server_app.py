@@ -15,14 +15,16 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedlora import prepare
 from fedlora import scenario as scenarios
-from fedlora import simulation
 from fedlora.deploy import logs
 from fedlora.deploy.report import Reported
 from fedlora.engine.flower import FlowerEngine
 from fedlora.errors import FedloraError, RoundError, SettingError, UserError
 from fedlora.reports.console import Display
+from fedlora.rounds import folder as folders
 from fedlora.scenario import Scenario
+from fedlora.simulation import carry_out
 
 sys.dont_write_bytecode = True  # beside the app's sources, all of which are signed
 
@@ -70,18 +72,18 @@ def serve(grid: Grid, asked: dict[str, str], shown: Display, number: int) -> Pat
     runs = Path(os.environ.get("FEDLORA_RUNS", "runs"))
     if resumed := asked.get("resume"):
         folder = runs / Path(resumed).name
-        simulation.check_folder(folder, scenario, resume=True)
+        folders.check(folder, scenario, resume=True)
     else:
         name = asked.get("name") or f"{scenario.name}-{scenario.hash}-{number}"
         folder = runs / Path(name).name
-        simulation.check_folder(folder, scenario, resume=False)
+        folders.check(folder, scenario, resume=False)
     if port := os.environ.get("FEDLORA_METRICS_PORT"):
         from fedlora.deploy.metrics import LOOPBACK, Exported
 
         shown = Exported(shown, int(port), os.environ.get("FEDLORA_METRICS_ADDRESS") or LOOPBACK)
     try:
         shown.stage("reading and tokenising the server's test data")
-        ready = simulation.prepare_server(scenario)
+        ready = prepare.prepare_server(scenario)
         engine = FlowerEngine(
             grid,
             scenario.clients.total,
@@ -90,7 +92,7 @@ def serve(grid: Grid, asked: dict[str, str], shown: Display, number: int) -> Pat
             signature=asked.get("signature") or None,
         )
         with contextlib.closing(engine):
-            simulation.carry_out(ready, engine, folder, bool(resumed), shown)
+            carry_out(ready, engine, folder, bool(resumed), shown)
     except SettingError as error:
         raise scenario.located(error) from error
     except RoundError as error:

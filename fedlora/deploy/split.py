@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlora import simulation
+from fedlora import prepare
 from fedlora.data import store as data
 from fedlora.errors import SettingError
 from fedlora.rounds.checkpoint import whole_folder
@@ -41,7 +41,7 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
         UserError: the data cannot be read or split, or the folder is there.
     """
     try:
-        held = simulation.prepare(scenario).data
+        held = prepare.prepare(scenario).data
         train, test = data.read(scenario.data, scenario.task)
         if not isinstance(train.texts[0], str):
             raise SettingError("data", "only rows of one text and its label can be written as files of sites")

@@ -2,8 +2,9 @@
 
 from fedlora.engine import hardware
 from fedlora.engine.base import EVALUATION_CHUNK, Engine
-from fedlora.engine.intake import Replies, Report
-from fedlora.engine.worker import Description, Setup, Worker
+from fedlora.engine.replies import Replies, Report
+from fedlora.engine.setup import Description, Setup
+from fedlora.engine.worker import Worker
 from fedlora.scenario import Scenario
 
 __all__ = [

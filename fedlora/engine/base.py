@@ -15,8 +15,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora import wire
 from fedlora.adapter import Adapter, Change, Instruction, Sum
-from fedlora.engine.intake import Replies
-from fedlora.engine.worker import Description, Setup
+from fedlora.engine.replies import Replies
+from fedlora.engine.setup import Description, Setup
 
 EVALUATION_CHUNK = 256  # test examples: fixed, so that sums do not depend on the number of workers
 

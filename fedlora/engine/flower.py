@@ -23,11 +23,12 @@ from fedlora.adapter import Adapter, Change, Instruction, Update
 from fedlora.engine import secure as masking
 from fedlora.engine.base import Engine, summed
 from fedlora.engine.inline import InlineEngine
-from fedlora.engine.intake import Replies, Report
-from fedlora.engine.worker import Description, Setup
+from fedlora.engine.replies import Replies, Report
+from fedlora.engine.setup import Description, Setup
 from fedlora.errors import ContractError, FedloraError, RoundError
-from fedlora.privacy import central, secure
+from fedlora.privacy import secure
 from fedlora.privacy.accounting import Event
+from fedlora.privacy.mechanisms import central
 from fedlora.privacy.noise import Stream
 
 DEADLINE = 600.0  # seconds that a round waits for its sites, unless the scenario says

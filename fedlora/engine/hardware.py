@@ -5,15 +5,12 @@ no more than n; 1/6 is not, as Ray rounds it up.
 """
 
 import contextlib
+import ctypes
 import os
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from fedlora.errors import SettingError
-from fedlora.passes import prefix
-
-if TYPE_CHECKING:
-    from fedlora.engine.worker import Worker
 
 MARGIN = 0.1  # of a GPU's free memory, which several workers on it leave: merges, fragments, longer answers
 
@@ -128,14 +125,18 @@ def pack(
     return wanted, share(next(n for n in range(1, most + 1) if room(nodes, n, threads) >= wanted))
 
 
-def measure(worker: "Worker") -> Measured:
-    """What a worker takes of its GPU at most, by trying; it has loaded, and serves clients as before."""
+def measure(rehearse: Callable[[], None], cache: int) -> Measured:
+    """What a worker takes of its GPU at most, by trying; it has loaded, and serves clients as before.
+
+    Args:
+        rehearse: what a worker does at most.
+        cache: bytes that it keeps more as clients come.
+    """
     import torch
 
-    worker.rehearse()
+    rehearse()
     torch.cuda.synchronize()
     free, _ = torch.cuda.mem_get_info()
-    cache = prefix.LIMIT if worker.task.prefix else 0  # which fills as clients come
     return Measured(
         free=free + torch.cuda.memory_reserved() + CONTEXT,
         worker=torch.cuda.max_memory_reserved() + cache + CONTEXT,
@@ -171,3 +172,11 @@ def reason(error: Exception) -> str:
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.3g} GiB"
+
+
+def keep_memory() -> None:
+    """Keep what a step frees for the next one: else glibc gives it back, and each step pays for its pages anew."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        adjust = ctypes.CDLL(None).mallopt
+        adjust(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, the most it takes
+        adjust(-1, 2**30)  # M_TRIM_THRESHOLD

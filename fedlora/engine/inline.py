@@ -5,8 +5,9 @@ from pathlib import Path
 
 from fedlora.adapter import Adapter, Change, Instruction
 from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks, gathered, summed
-from fedlora.engine.intake import Replies
-from fedlora.engine.worker import Description, Setup, Worker
+from fedlora.engine.replies import Replies
+from fedlora.engine.setup import Description, Setup
+from fedlora.engine.worker import Worker
 
 
 class InlineEngine(Engine):

@@ -7,13 +7,13 @@ of every engine through `Intake.admit`. A client that is refused is a failure: c
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
 from fedlora.adapter import Adapter, Instruction, Tensor, Update
+from fedlora.engine.replies import Replies, Report
 from fedlora.errors import ContractError
-from fedlora.privacy.accounting import Event
 from fedlora.scenario import Scenario
 from fedlora.strategy import Strategy
 
@@ -21,79 +21,6 @@ ENORMOUS = 1e12  # L2 norm of a tensor that nobody trains: products of such are 
 FIGURES = 32  # that an update may carry
 WORDS = 500  # characters of a reason for failing
 FLOAT = np.dtype(np.float32)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What became of one client in one round.
-
-    Attributes:
-        client: its id.
-        num_examples: that it holds.
-        steps: that it took; 0 where it failed.
-        bytes_up, bytes_down: of its messages as Flower serialises them.
-        seconds: that it took.
-        event: the privacy event that it cost, also where it failed after it may have trained.
-        digest: of all that made its update (`fedlora.privacy.replay`); empty where its noise is never drawn again.
-        draw: which draw of its noise that update carries.
-        error: why it failed; None if it did not.
-        metrics: figures that it shares.
-        virtual_seconds: that its way took in a simulated world; None elsewhere.
-        late: whether that world, and no fault, is why its update is not used.
-    """
-
-    client: int
-    num_examples: int
-    steps: int
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-    event: Event | None = None
-    digest: str = ""
-    draw: int = 0
-    error: str | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    virtual_seconds: float | None = None
-    late: bool = False
-
-    def then(self, later: "Report | None") -> "Report":
-        """This report with the bytes, the seconds and the error of a later trip added."""
-        if later is None:
-            return self
-        return replace(
-            self,
-            bytes_up=self.bytes_up + later.bytes_up,
-            bytes_down=self.bytes_down + later.bytes_down,
-            seconds=self.seconds + later.seconds,
-            error=later.error,
-            virtual_seconds=later.virtual_seconds,
-            late=later.late,
-        )
-
-
-@dataclass(frozen=True)
-class Replies:
-    """The outcome of a round or a part of it.
-
-    Attributes:
-        updates: sorted by client.
-        reports: one for each client.
-        digest: of all that made a sum that clients' shares of the noise are in; empty elsewhere.
-        carried: the part of the noise's variance that those shares are.
-        draw: which draw of its own noise the server is to add (`fedlora.privacy.replay`).
-    """
-
-    updates: list[Update]
-    reports: list[Report]
-    digest: str = ""
-    carried: float = 0.0
-    draw: int = 0
-
-    def then(self, later: "Replies") -> "Replies":
-        """A round's replies after a further trip: its updates, and reports of both trips."""
-        again = {report.client: report for report in later.reports}
-        reports = [report.then(again.get(report.client)) for report in self.reports]
-        return replace(self, updates=later.updates, reports=reports)
 
 
 class Intake:

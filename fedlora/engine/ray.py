@@ -29,10 +29,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedlora.adapter import Adapter, Change, Instruction
+from fedlora.client import Setter
 from fedlora.engine import hardware
 from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks, gathered, summed
-from fedlora.engine.intake import Replies, Report
-from fedlora.engine.worker import Description, Setter, Setup, Worker
+from fedlora.engine.replies import Replies, Report
+from fedlora.engine.setup import Description, Setup
+from fedlora.engine.worker import Worker
 from fedlora.errors import FedloraError, SettingError, UserError
 from fedlora.scenario import Scenario
 
@@ -113,7 +115,7 @@ class Resident:
     def measured(self) -> hardware.Measured:
         """What the worker takes of its GPU."""
         assert self.worker is not None
-        return hardware.measure(self.worker)
+        return self.worker.measure()
 
     def exported(self, adapter: Adapter, merged: Change | None) -> dict[str, bytes]:
         """The files that an export writes, by name: the run's folder may be on another machine."""

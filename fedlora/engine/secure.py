@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from fedlora import wire
 from fedlora.adapter import Adapter, Change, Instruction, Update
 from fedlora.engine.base import Engine
-from fedlora.engine.intake import Replies, Report
-from fedlora.engine.worker import Description, Setup
+from fedlora.engine.replies import Replies, Report
+from fedlora.engine.setup import Description, Setup
 from fedlora.errors import ContractError, RoundError
 from fedlora.privacy import secure
-from fedlora.privacy.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE, WITHIN
+from fedlora.privacy.mechanisms.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE, WITHIN
 from fedlora.privacy.noise import Stream
 from fedlora.privacy.replay import Drawn, digest, versions
 from fedlora.scenario import SecureAggregation

@@ -13,7 +13,7 @@ import numpy as np
 from fedlora import wire
 from fedlora.adapter import Instruction, Tensor, Update
 from fedlora.compression import Codec
-from fedlora.privacy import central
+from fedlora.privacy.mechanisms import central
 from fedlora.rounds.checkpoint import Personal
 from fedlora.scenario import Rounded, Scenario, TopK
 from fedlora.seeding import generator

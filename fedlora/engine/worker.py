@@ -1,10 +1,7 @@
 """The worker: the resident process that holds the base model and serves clients one after another."""
 
-import contextlib
-import ctypes
 import dataclasses
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,67 +11,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora import adapter as adapters
 from fedlora import client as clients
-from fedlora import factors, wire
 from fedlora import strategy as strategies
-from fedlora.adapter import PREFIX, Adapter, Change, Instruction, Kind, Layout, Sum, Update, fingerprint
+from fedlora import wire
+from fedlora.adapter import Adapter, Change, Instruction, Sum, Update, fingerprint
+from fedlora.client import Setter
 from fedlora.data.store import Dataset, Examples, Partition
 from fedlora.engine import hardware
-from fedlora.engine.intake import Intake, Replies, Report, check_tensors
+from fedlora.engine.digests import Digests
+from fedlora.engine.intake import Intake, check_tensors
+from fedlora.engine.replies import Replies, Report
+from fedlora.engine.setup import Description, Setup
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError, Refusal
+from fedlora.passes import alone, prefix
 from fedlora.passes.fused import Fused
-from fedlora.privacy import central, replay
+from fedlora.privacy import replay
 from fedlora.privacy.accounting import Event
+from fedlora.privacy.mechanisms import central
 from fedlora.privacy.noise import fresh_key
 from fedlora.rounds.checkpoint import Personal
 from fedlora.scenario import Scenario
-
-KNOWN = 10_000  # clients whose examples' digests a worker keeps
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What a worker needs to know, as plain data that can be sent to it.
-
-    Attributes:
-        scenario: resolved, as `Scenario.model_dump` gives it.
-        dataset: folder of the tokenised examples.
-        partitions: folder of the partition.
-        threads: of torch.
-        precision: `fp32`, `bf16`, or `auto`: as the worker finds its device.
-        device: a torch device, or `auto`: a GPU where there is one.
-        noise: the calibrated noise multiplier for each number of examples; None without privacy.
-        personal: folder of what stays with each client; None where nothing does.
-        secret: whether noise is drawn from the operating system and not from the scenario's seed.
-    """
-
-    scenario: Mapping[str, Any]
-    dataset: Path
-    partitions: Path
-    threads: int = 1
-    precision: str = "fp32"
-    device: str = "cpu"
-    noise: Mapping[int, float] | None = None
-    personal: Path | None = None
-    secret: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Description:
-    """What a worker found when it built its model."""
-
-    layout: Layout
-    initial: Adapter
-    metric: str
-    higher_is_better: bool
-    test_examples: int
-    kind: Kind
-    weights: Mapping[str, tuple[int, ...]]  # the shape of each layer with factors, (out, in)
-    fingerprint: str  # of the first adapter, bit for bit: workers that differ must not serve one run
-    device: str  # that it is on: `cpu` or `cuda`
-    precision: str  # of training
 
 
 @dataclass
@@ -94,30 +51,6 @@ class Deed:
     draw: int = 0
 
 
-class Setter:
-    """The settings of a client in a round, from the scenario, the instruction and the calibrated noise."""
-
-    def __init__(self, scenario: Scenario, noise: Mapping[int, float] | None) -> None:
-        self.scenario, self.noise = scenario, noise
-
-    def __call__(self, instruction: Instruction, num_examples: int, client: int | None = None) -> clients.Settings:
-        """The settings of a client that holds `num_examples`; which one matters where some take fewer steps."""
-        told, privacy = self.scenario.clients, self.scenario.example_privacy
-        return clients.Settings(
-            round=instruction.round,
-            train=instruction.train,
-            send=instruction.send,
-            local_steps=told.local_steps if client is None else instruction.steps.get(client, told.local_steps),
-            batch_size=told.batch_size,
-            lr=told.lr,
-            micro_batch_size=told.micro_batch_size,
-            noise_multiplier=None if self.noise is None else self.noise[num_examples],
-            clip_norm=privacy.clip_norm if privacy else None,
-            share_metrics=privacy.share_metrics if privacy else True,
-            config=instruction.config,
-        )
-
-
 class Worker:
     """Builds the task once, then trains, evaluates and exports on demand.
 
@@ -135,10 +68,10 @@ class Worker:
             os.environ.setdefault(cache, "64")  # rows have a length of their own each: at 1,024, gigabytes in time
         import torch
 
-        from fedlora.tasks import contract as task
+        from fedlora.tasks import loading
 
         torch.set_num_threads(setup.threads)
-        _keep_memory()
+        hardware.keep_memory()
         device = hardware.device(setup.device)
         self.setup = setup = replace(setup, device=device, precision=hardware.precision(setup.precision, device))
         self.scenario = Scenario.model_validate(setup.scenario)
@@ -147,10 +80,10 @@ class Worker:
         self.client = clients.load(told.use, told.options)
         strategy = strategies.load(self.scenario.strategy.use, self.scenario.strategy.options)
         with hardware.on_gpu("a worker"):
-            self.task = task.load(
+            self.task = loading.load(
                 self.scenario.task,
                 model.base,
-                kind(self.scenario, strategy),
+                strategies.kind_of(strategy, self.scenario),
                 labels=self.dataset.labels,
                 seed=self.scenario.seed,
                 head=model.head,
@@ -175,8 +108,9 @@ class Worker:
         """
         strategy.bind(self.task.layout, self.task.kind, self.task.initial, self.client.private)
         self.strategy, self.merged = strategy, 0
-        self._based, self._merges = "", ""
-        self._seen: dict[int, str] = {}
+        # Noise is drawn again where a round is: in a simulation, not in a rehearsal without weights.
+        repeats = not self.setup.secret and self.setup.device != "meta"
+        self.digests = Digests(self.task, self.client, strategy, self.setup, self.scenario) if repeats else None
         self.intake = Intake(self.scenario, strategy, self.dataset.num_examples)
         self.personal = Personal(personal) if personal else None
         self.transport = Transport(self.scenario, strategy, Personal(personal / "left_out") if personal else None)
@@ -346,11 +280,9 @@ class Worker:
         sharing: int,
         deed: Deed,
     ) -> clients.Passes[Update]:
-        """What a client sends in a trip: it trains in the first, and answers from what it kept in the others.
-
-        Training begins here, and nowhere else; `deed` is told what that costs.
-        """
+        """What a client sends in a trip: it trains in the first, and answers from what it kept in the others."""
         client, round, strategy = partition.client, instruction.round, self.strategy
+        kind, layout = self.task.kind, self.task.layout
         if not 1 <= instruction.trip <= strategy.trips:
             raise ContractError(
                 f"a round of this strategy has trips 1 to {strategy.trips}, not {instruction.trip}"
@@ -362,25 +294,13 @@ class Worker:
                 adapter=strategy.reply(instruction, trained),
                 weight=weight,
                 clients=(client,),
-                scaling=self.task.kind.scaling(rank),
+                scaling=kind.scaling(rank),
             )
-        received = self._received(instruction, client)
         plain = type(strategy).reply is strategies.Strategy.reply
-        settings = self.settings(instruction, len(partition), partition.client)
-        wanted = tuple(sorted({*settings.send, *instruction.keep} if plain else self.task.layout))
-        self.task.become(rank, instruction.draw)
-        self._agree(instruction)
-        self._begin(deed, instruction, partition, settings, (rank, sharing))
-        rng = clients.Rng(fresh_key() if self.setup.secret else self.scenario.seed, round, client, deed.draw)
-        passes = settings.local_steps * settings.batch_size
-        with self.task.knowing(partition, passes, settings.micro_batch_size):
-            told = (self.task, received, partition, replace(settings, send=wanted), rng)
-            if sharing and isinstance(self.client, clients.Stepwise):
-                update = yield from self.client.passes(*told)
-            else:
-                update = self.client.fit(*told)
+        settings = self.settings(instruction, len(partition), client)
+        wanted = tuple(sorted({*settings.send, *instruction.keep} if plain else layout))
+        update = yield from self._train(instruction, partition, settings, wanted, rank, sharing, deed)
         clients.check_kept(self.client)
-        kind, layout = self.task.kind, self.task.layout
         if plain and not instruction.keep:  # all of it is sent, and checked when it comes in
             return replace(update, scaling=kind.scaling(rank))
         check_tensors(
@@ -392,77 +312,63 @@ class Worker:
             self.personal.save_trip(client, round, update.adapter, update.weight)
         return replace(update, adapter=strategy.reply(instruction, update.adapter), scaling=kind.scaling(rank))
 
-    def _begin(
+    def _train(
         self,
-        deed: Deed,
         instruction: Instruction,
         partition: Partition,
         settings: clients.Settings,
-        how: tuple[int, int],
-    ) -> None:
-        """Pay for the training that begins now, and find which draw of its noise it takes.
+        wanted: tuple[str, ...],
+        rank: int,
+        sharing: int,
+        deed: Deed,
+    ) -> clients.Passes[Update]:
+        """Pay, and train: the one place where a client's training begins, whatever asked for it.
+
+        Args:
+            instruction: as the client received it.
+            partition: its examples.
+            settings: of this round, whose event is paid for.
+            wanted: the tensors that its update is to have.
+            rank: its rank.
+            sharing: clients that share its passes; 0: it makes its own.
+            deed: is told what the training costs, and which draw of its noise it takes.
 
         Raises:
             Refusal: whoever pays does not allow it.
             RoundError: it would need another draw, and no epsilon is left for that.
         """
+        client, received = partition.client, self._received(instruction, partition.client)
+        self.task.become(rank, instruction.draw)
+        self._agree(instruction)
         event = self.client.spends(len(partition), settings)
         if event is not None and self.setup.secret:  # the tensors are somebody else's
-            if unfit := self.task.mingles(self._received(instruction, partition.client)):
+            if unfit := alone.mingle(self.task, received):
                 raise Refusal(f"with the tensors that came, examples would not be bounded one by one: {unfit}")
         if event is not None and self.pay is not None:
-            self.pay(settings.round, partition.client, event)
+            self.pay(settings.round, client, event)
         deed.event, deed.steps = event, settings.local_steps
-        if event is not None and self._repeats:
-            deed.digest = self._digest(instruction, partition, settings, how)
-            drawn = instruction.drawn.get(partition.client, replay.Drawn())
+        if event is not None and self.digests is not None:
+            deed.digest = self.digests.of(instruction, received, partition, settings, (rank, sharing))
+            drawn = instruction.drawn.get(client, replay.Drawn())
             if not drawn.may(deed.digest):
                 deed.event = None  # it will not train
             deed.draw = drawn.draw(deed.digest)
+        root = fresh_key() if self.setup.secret else self.scenario.seed
+        rng = clients.Rng(root, settings.round, client, deed.draw)
+        passes = settings.local_steps * settings.batch_size
+        with self.task.knowing(partition, passes, settings.micro_batch_size):
+            told = (self.task, received, partition, replace(settings, send=wanted), rng)
+            if sharing and isinstance(self.client, clients.Stepwise):
+                update = yield from self.client.passes(*told)
+            else:
+                update = self.client.fit(*told)
+        return update
 
     def _received(self, instruction: Instruction, client: int) -> Adapter:
         """The tensors that a client trains from: those sent, and those that it kept."""
         if instruction.keep and self.personal is not None:
             return {**instruction.adapter, **self.personal.load(client, before=instruction.round)}
         return instruction.adapter
-
-    @property
-    def _repeats(self) -> bool:
-        """Whether noise is drawn again where a round is: in a simulation, not in a rehearsal without weights."""
-        return not self.setup.secret and self.setup.device != "meta"
-
-    def _digest(
-        self, instruction: Instruction, partition: Partition, settings: clients.Settings, *more: Any
-    ) -> str:
-        """Of all that makes a client's noised sums, but the noise (`fedlora.privacy.replay`)."""
-        received, told = self._received(instruction, partition.client), dataclasses.asdict(settings)
-        parts = (self._base(), self._merges, received, instruction.draw, told, self._examples(partition), more)
-        return replay.digest(self.scenario.seed, *parts)
-
-    def _base(self) -> str:
-        """Of what stays the same for the life of a worker: weights, client, device, versions."""
-        if not self._based:
-            import torch
-
-            on_gpu = self.setup.device.startswith("cuda")
-            chip = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
-            machine = (platform.machine(), chip, self.setup.device, self.setup.precision, self.setup.threads)
-            own = (replay.code(self.client), self.scenario.clients.options, replay.code(self.strategy))
-            parts = (self.base_fingerprint(), replay.versions(), machine, own, self.scenario.engine.fused)
-            self._based = replay.digest(self.scenario.seed, *parts)
-        return self._based
-
-    def _examples(self, partition: Partition) -> str:
-        """Of a client's tokens and targets."""
-        if partition.client not in self._seen:
-            if len(self._seen) >= KNOWN:
-                self._seen.clear()
-            examples, rows = partition.examples, partition.rows
-            tokens = np.concatenate([examples.row(int(row)) for row in rows])
-            types = np.concatenate([examples.types_of(int(row)) for row in rows])
-            parts = (tokens, types, examples.lengths(rows), examples.targets[rows], rows)
-            self._seen[partition.client] = replay.digest(self.scenario.seed, *parts)
-        return self._seen[partition.client]
 
     @hardware.on_gpu("a step")
     def rehearse(self) -> None:
@@ -495,6 +401,12 @@ class Worker:
         width = int(test.lengths(_longest(test, 1))[0])
         self.task.evaluate(self.task.initial, test, _longest(test, self.task.at_once(width)))
 
+    def measure(self) -> hardware.Measured:
+        """What it takes of its GPU at most."""
+        return hardware.measure(
+            self.rehearse, prefix.LIMIT if self.task.prefix else 0
+        )  # which fills as clients come
+
     def _agree(self, instruction: Instruction) -> None:
         """Make sure that the tensors that did not travel are what the server has.
 
@@ -511,17 +423,12 @@ class Worker:
     @hardware.on_gpu("the test set")
     def evaluate(self, adapter: Adapter, start: int, stop: int) -> dict[str, float]:
         """Sums of the metric over test examples `start` to `stop`."""
-        from fedlora.tasks.contract import CausalLM, load_tokenizer
-
         self.task.become()
         rows, test, asked = np.arange(start, stop), self.dataset.test, self.scenario.exact_match
         sums = self.task.evaluate(adapter, test, rows)
-        if asked and start < asked.examples and isinstance(self.task, CausalLM):
+        if asked and start < asked.examples:
             model = self.scenario.model
-            tokenizer = load_tokenizer(model.base, model.revision)
-            sums |= self.task.match(
-                tokenizer, test, rows[rows < asked.examples], asked.max_new_tokens, asked.pattern
-            )
+            sums |= self.task.written(lambda: self.task.reader(model.base, model.revision), test, rows, asked)
         return sums
 
     def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
@@ -545,9 +452,8 @@ class Worker:
 
     def merge(self, change: Change) -> None:
         """Fold the next of the run's merges into the base."""
-        if self.client.private and self._repeats:
-            self._base()  # as it was before any
-            self._merges = replay.digest(self.scenario.seed, self._merges, change)
+        if self.digests is not None and self.client.private:
+            self.digests.merged(change)
         self.task.merge(change)
         self.merged += 1
 
@@ -565,23 +471,10 @@ class Worker:
         """
         from safetensors.numpy import save_file
 
-        layout, kind, config = self.task.layout, self.task.kind, self.task.model.peft_config["default"]
-        tensors = {n: t for n, t in adapter.items() if layout[n].role in ("A", "B", "head")}
-        if merged or not kind.ordinary:
-            plain: dict[str, factors.Factors] = {}
-            for module, (b, a) in kind.change(layout, adapter).items():
-                parts = [
-                    (kind.scaling(), b, a),
-                    *([(1.0, *merged[module])] if merged and module in merged else []),
-                ]
-                plain[module] = factors.shorten(*factors.stack(parts))
-            rank = max(1, *(right.shape[0] for _, right in plain.values()))
+        config = self.task.model.peft_config["default"]
+        tensors, rank = self.task.kind.export(self.task.layout, adapter, merged)
+        if rank is not None:
             config = dataclasses.replace(config, r=rank, lora_alpha=rank)
-            tensors = {n: t for n, t in tensors.items() if layout[n].role == "head"}
-            for module, (left, right) in plain.items():
-                pad = rank - right.shape[0]
-                tensors[f"{PREFIX}{module}.lora_A.weight"] = np.pad(right, ((0, pad), (0, 0))).astype(np.float32)
-                tensors[f"{PREFIX}{module}.lora_B.weight"] = np.pad(left, ((0, 0), (0, pad))).astype(np.float32)
         folder.mkdir(parents=True)
         config.save_pretrained(str(folder))
         whole = {n: np.ascontiguousarray(t) for n, t in tensors.items()}
@@ -590,18 +483,3 @@ class Worker:
 
 def _longest(examples: Examples, count: int) -> NDArray[np.int64]:
     return np.argsort(examples.lengths(np.arange(len(examples))), kind="stable")[-count:]
-
-
-def _keep_memory() -> None:
-    """Keep what a step frees for the next one: else glibc gives it back, and each step pays for its pages anew."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        adjust = ctypes.CDLL(None).mallopt
-        adjust(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, the most it takes
-        adjust(-1, 2**30)  # M_TRIM_THRESHOLD
-
-
-def kind(scenario: Scenario, strategy: strategies.Strategy) -> Kind:
-    """The kind of adapter that a scenario and its strategy ask for."""
-    told = scenario.model.adapter
-    name = strategy.kinds[0] if told.kind == "auto" else told.kind
-    return adapters.KINDS[name](told.r, told.alpha, told.targets, told.layers)

@@ -14,29 +14,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora import plugins
 from fedlora.adapter import Tensor
 from fedlora.data.store import Examples
 from fedlora.errors import ContractError, SettingError
+from fedlora.passes import gradients
 from fedlora.passes.packing import NAME, Packing, attention
 from fedlora.seeding import generator
+from fedlora.tasks.base_model import quietly
 
 if TYPE_CHECKING:
     import torch
 
     from fedlora.tasks.contract import Batch, Task
 
-_SHORT = (2, 5, 13)  # tokens of examples beside the longest, and one of half its length
-_FEW = 256  # tokens: of longer examples only the longest and the short ones pass
+_FEW = 3  # of the shortest pass together first
 _ROW = 512  # tokens at least of the packed row: positions that are computed over a row go wrong along it
-_SCORED = 8  # tokens of a text whose logits are looked at
 _TOLERANCE = 1e-4  # of logits, relative to the largest
 _GRADIENT = 1e-3  # of an example's gradient of a tensor, relative to the largest of that tensor
 _FAINT = 1e-3  # of the largest gradient of all tensors: smaller ones are held to that
 _AWAY = 0.02  # from the first adapter, in each number: with B = 0, A would have no gradient
 _ROUNDING = 3.0  # times as far from float32 as examples alone are, those together may be in bfloat16
 
-logger = logging.getLogger("fedlora.tasks.contract")
+logger = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
@@ -137,9 +136,7 @@ class Alone:
 
         try:
             with self.task.precisely(False):
-                found = plugins.find("clients", "dp_sgd").apart(
-                    self.task, self.adapter, self.names, self.batch(self.rows)
-                )
+                found = gradients.apart(self.task, self.adapter, self.names, self.batch(self.rows))
         except SettingError:
             raise
         except Exception as error:  # of a model that was never written for this
@@ -160,48 +157,34 @@ def settle(task: "Task", max_length: int, special: Collection[int]) -> None:
     Raises:
         SettingError: the model is private, and they do not.
     """
-    try:
+    with quietly():
         try:
-            task.trial = texts(task, max_length, special)
-            alone = Alone(task, task.trial)
-            if unfit := alone.again():
-                _complain(task, unfit)
-        except SettingError:
-            raise
-        except Exception as error:  # whatever a model says to an example
-            return _complain(task, f"takes no example by itself: {_reason(error)}")
-        task.mixed = _shared(alone)
-        unfit = _unfit(task, max_length) or _pack(alone)
-        if task.packing is not None and task.private and (unfit := alone.mixes()):
-            task.packing.remove()
-            task.packing = None
-        if unfit:
-            logger.warning("examples are padded, not packed: as exact, and slower; %s", unfit)
-            _hold(alone)
-    finally:
-        _rest(task)
+            _settle(task, max_length, special)
+        finally:
+            task.begin(task.initial, ())  # as the task was before the check
+            task.model.eval()
 
 
-def pictures(task: "Task", pixels: int) -> None:
-    """Make sure that images which share a pass stay apart.
-
-    Args:
-        task: of images.
-        pixels: of one, over all channels.
-
-    Raises:
-        SettingError: the model is private, and they do not.
-    """
-    some = generator(0, "check").integers(0, 256, 3 * pixels).astype(np.uint8)
-    task.trial = Examples(some, np.arange(4) * pixels, np.zeros(3, np.int64))
+def _settle(task: "Task", max_length: int, special: Collection[int]) -> None:
     try:
+        task.trial = task.samples(max_length, special)
         alone = Alone(task, task.trial)
         if unfit := alone.again():
             _complain(task, unfit)
-        task.mixed = _shared(alone)
+    except SettingError:
+        raise
+    except Exception as error:  # whatever a model says to an example
+        return _complain(task, f"takes no example by itself: {_reason(error)}")
+    task.mixed = _shared(alone)
+    if not task.tokens:
+        return _hold(alone)
+    unfit = _unfit(task, max_length) or _pack(alone)
+    if task.packing is not None and task.private and (unfit := alone.mixes()):
+        task.packing.remove()
+        task.packing = None
+    if unfit:
+        logger.warning("examples are padded, not packed: as exact, and slower; %s", unfit)
         _hold(alone)
-    finally:
-        _rest(task)
 
 
 def mingle(task: "Task", adapter: Mapping[str, Tensor]) -> str:
@@ -211,8 +194,9 @@ def mingle(task: "Task", adapter: Mapping[str, Tensor]) -> str:
     changes the gradients of all: then clipping bounds nobody.
     """
     try:
-        alone = Alone(task, task.trial, adapter)
-        return alone.differs(alone.rows) or alone.mixes()
+        with quietly():
+            alone = Alone(task, task.trial, adapter)
+            return alone.differs(alone.rows) or alone.mixes()
     except Exception as error:  # whatever a model says to such tensors
         return _reason(error)
     finally:
@@ -235,12 +219,6 @@ def _complain(task: "Task", what: str) -> None:
     if task.private:
         raise SettingError("model.base", f"it {what}; DP-SGD cannot bound what one example does")
     logger.warning("results of this model are not to be relied on: it %s", what)
-
-
-def _rest(task: "Task") -> None:
-    """As the task was before the check."""
-    task.begin(task.initial, ())
-    task.model.eval()
 
 
 def _shared(alone: Alone) -> str:
@@ -284,7 +262,7 @@ def _pack(alone: Alone) -> str:
     AttentionInterface.register(NAME, attention)
     task, body = alone.task, _body(alone.task)
     table = task.model.get_base_model().get_input_embeddings()
-    few = alone.rows[: len(_SHORT)]
+    few = alone.rows[:_FEW]
     lengths = alone.examples.lengths(alone.rows)
     many = np.resize(alone.rows, int(np.searchsorted(np.resize(lengths, _ROW).cumsum(), _ROW)) + 1)
     after = (task.pad if table.padding_idx is None else table.padding_idx) + 1
@@ -300,25 +278,6 @@ def _pack(alone: Alone) -> str:
             task.packing.remove()
             task.packing = None
     return unfit
-
-
-def texts(task: "Task", max_length: int, special: Collection[int]) -> Examples:
-    """Random ones, from the shortest to the longest; of a decoder the last tokens are scored."""
-    base = task.model.get_base_model()
-    table, config = base.get_input_embeddings(), base.config.get_text_config()
-    room = (getattr(config, "max_position_embeddings", None) or max_length + 1) - (table.padding_idx or 0) - 1
-    longest = min(max_length, room) if room > 1 else max_length
-    some = (*_SHORT, -(-longest // 2), longest) if longest <= _FEW else (*_SHORT, longest)
-    lengths = sorted({max(2, min(n, longest)) for n in some})
-    named = {i for key, i in config.to_dict().items() if key.endswith("token_id") and isinstance(i, int)}
-    numbers = np.setdiff1d(np.arange(table.num_embeddings), [*special, *named])
-    tokens = np.resize(generator(0, "check").permutation(numbers), sum(lengths)).astype(np.int32)
-    ends = np.cumsum(lengths)
-    if base.config.is_encoder_decoder and config.eos_token_id is not None:
-        tokens[ends - 1] = config.eos_token_id  # such models pool there
-    targets = np.zeros(len(lengths), np.int64) if task.pools else np.maximum(np.array(lengths) - _SCORED, 0)
-    halves = np.concatenate([np.arange(n) * 2 // n for n in lengths]).astype(np.uint8)  # a pair each
-    return Examples(tokens, np.concatenate([[0], ends]), targets, halves if task.kinds > 1 else None)
 
 
 def _off(found: "torch.Tensor", expected: "torch.Tensor") -> float:

@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedlora.adapter import Instruction
-from fedlora.client import Client
+from fedlora.client import Client, Setter
 from fedlora.data.store import Dataset
 from fedlora.engine import Replies
-from fedlora.engine.worker import Setter
 from fedlora.privacy import secure
 from fedlora.privacy.accounting import FROM_SERVER, Event, epsilon
-from fedlora.privacy.central import CLIP_NORM, Central
 from fedlora.privacy.ledger import Holder, Ledger, Own, Whole
+from fedlora.privacy.mechanisms.central import CLIP_NORM, Central
 from fedlora.privacy.replay import Drawn, digest, versions
 from fedlora.rounds.progress import Line
 from fedlora.scenario import Privacy, Scenario

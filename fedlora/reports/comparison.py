@@ -16,7 +16,7 @@ from fedlora.reports import charts
 from fedlora.reports.charts import Figure, Row
 from fedlora.reports.page import Page
 from fedlora.reports.tables import Table
-from fedlora.run import METRICS, Run
+from fedlora.run import Run
 
 FEW = 3  # seeds from which a difference is tested
 _ASIDE = ("name", "seed", "engine", "trackers")  # what may differ within a group
@@ -96,7 +96,7 @@ class Comparison:
         unique = list({run.folder.resolve(): run for run in runs}.values())
         if not unique:
             raise UserError("name one run folder or more")
-        self.metric = unique[0].metric
+        self.metric, self.higher_is_better = unique[0].metric, unique[0].higher_is_better
         self.notes: list[str] = []
         self.groups: list[Group] = []
         self.apart: list[Group] = []  # not ended, or measured by something else: shown, and not compared
@@ -143,7 +143,7 @@ class Comparison:
             "bytes": group.total("bytes_up") + group.total("bytes_down"),
             "epsilon": float("inf") if group.epsilon is None else group.epsilon,
         }
-        return (-group.mean if METRICS[self.metric] else group.mean, *(spent[key] for key in what))
+        return (-group.mean if self.higher_is_better else group.mean, *(spent[key] for key in what))
 
     def table(self) -> Table:
         """A row for each group."""
@@ -177,7 +177,7 @@ class Comparison:
     def legend(self) -> list[str]:
         """What the columns of the table mean, in sentences."""
         few = [g.label for g in self.groups if len(g.final()) < FEW]
-        better = "more" if METRICS[self.metric] else "less"
+        better = "more" if self.higher_is_better else "less"
         said = [
             f"{self.metric}: mean over seeds and sample standard deviation; {better} is better.",
             f"difference and p: against the first; a paired t-test where {FEW} seeds or more are shared, else "

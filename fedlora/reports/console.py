@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from fedlora.privacy.accounting import neighbours, terms
 from fedlora.reports.tables import Table
-from fedlora.run import METRICS, Run
+from fedlora.run import Run
 from fedlora.scenario import Scenario, load
 
 
@@ -263,9 +263,9 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)}) if count else []
 
 
-def summary_lines(folder: object, summary: Mapping[str, Any]) -> list[str]:
+def summary_lines(run: Run) -> list[str]:
     """What is printed at the end of a run, terminal or not."""
-    metric = next(k for k in METRICS if k in summary)
+    folder, summary, metric = run.folder, run.summary, run.metric
     value = "not measured" if summary[metric] is None else f"{summary[metric]:.4f}"
     lines = [
         f"{summary['scenario']}: {metric} {value} on {summary['test_examples']:,} test examples "

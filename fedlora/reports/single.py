@@ -6,10 +6,11 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
-from fedlora.reports import charts, page
+from fedlora.reports import page
 from fedlora.reports.console import size, span
+from fedlora.reports.figures import figures
 from fedlora.reports.tables import Table
-from fedlora.run import METRICS, Run
+from fedlora.run import Run
 
 NAME = "report.html"
 
@@ -41,7 +42,7 @@ def html(run: Run) -> str:
     )
     made.notices(run.remarks())
     made.key_figures(_key_figures(run))
-    found = charts.figures(run)
+    found = figures(run)
     made.section("What was learnt", made.figures(found["learning"]) or "<p>No round was measured yet.</p>")
     made.section("What privacy it keeps", *_privacy(run), made.figures(found["privacy"]))
     made.section("Who took part", *_clients(run), made.figures(found["clients"]), *_failures(run))
@@ -59,7 +60,7 @@ def _key_figures(run: Run) -> Iterator[tuple[str, str, str]]:
     rounds, summary, metric = run.rounds, run.summary, run.metric
     measured = [line for line in rounds if line.get(metric) is not None]
     value = measured[-1][metric] if measured else summary.get(metric)
-    best = (max if METRICS[metric] else min)((line[metric] for line in measured), default=None)
+    best = (max if run.higher_is_better else min)((line[metric] for line in measured), default=None)
     held_out = (
         f"on {summary['test_examples']:,} test examples" if "test_examples" in summary else "on the test set"
     )

@@ -18,8 +18,8 @@ from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError, RoundError
 from fedlora.privacy import cohorts
 from fedlora.privacy.budget import Budget
-from fedlora.privacy.central import CLIP_NORM, Central
 from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.mechanisms.central import CLIP_NORM, Central
 from fedlora.rounds import checkpoint
 from fedlora.rounds.checkpoint import Checkpoint, Merges
 from fedlora.rounds.pace import Pace

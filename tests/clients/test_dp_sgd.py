@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedlora.client import Rng, Settings
-from fedlora.clients.dp_sgd import DPSGD, _backward, _hook, _make_safe, noise_stream
+from fedlora.clients.dp_sgd import DPSGD
 from fedlora.errors import ContractError, SettingError
+from fedlora.passes.gradients import backward, hook, make_safe
 
 CLIP, SIGMA, LR, BATCH = 0.05, 0.5, 1.0, 8
 
@@ -51,9 +52,9 @@ def test_per_example_gradients_are_those_of_single_examples(world, chosen):
     rows = part.rows[sorted(chosen)]
     expected = single_gradients(task, part, names, adapter, rows)
     parameters = task.begin(adapter, names)
-    _hook(task, names)
-    _backward(task, task.batch(part.examples, rows))
-    _make_safe(parameters, len(rows))
+    hook(task, names)
+    backward(task, task.batch(part.examples, rows))
+    make_safe(parameters, len(rows))
     got = torch.cat([p.grad_sample.flatten(1) for p in parameters], 1)
     error = (got - expected).norm(dim=1) / expected.norm(dim=1)
     assert float(error.max()) < 1e-5
@@ -80,8 +81,8 @@ def test_parts_of_the_body_would_have_per_example_gradients_too(world, what):
         expected.append(torch.cat([p.grad.flatten() for p in extra]))
     try:
         vars(task.model).pop("fedlora_hooked", None)
-        _hook(task, names)
-        _backward(task, task.batch(part.examples, rows))
+        hook(task, names)
+        backward(task, task.batch(part.examples, rows))
         got = torch.cat([p.grad_sample.flatten(1) for p in extra], 1)
     finally:
         vars(task.model).pop("fedlora_hooked", None)
@@ -100,7 +101,7 @@ def test_a_step_is_the_clipped_sum_over_the_expected_batch_plus_noise(world):
     norms = gradients.norm(dim=1, keepdim=True)
     assert (norms > CLIP).any()
     clipped = (gradients * torch.clamp(CLIP / (norms + 1e-6), max=1.0)).sum(0)
-    noise_of = Rng(3, 1, 0)(noise_stream(DPSGD().spends(len(part), told(names))))
+    noise_of = Rng(3, 1, 0)(DPSGD().mechanism(len(part), told(names)).purpose)
     noise = torch.from_numpy(noise_of.normal(0.0, SIGMA * CLIP, sum(adapter[n].size for n in names))).float()
     start = torch.cat([torch.from_numpy(adapter[n]).flatten() for n in names])
     expected = start - LR * (clipped + noise) / BATCH
@@ -308,9 +309,9 @@ def test_per_example_gradients_in_half_precision_are_those_of_single_examples_to
         loss.backward()
         expected.append(torch.cat([p.grad.flatten() for p in parameters]))
     parameters = task.begin(adapter, names)
-    _hook(task, names)
-    _backward(task, task.batch(part.examples, rows))
-    _make_safe(parameters, len(rows))
+    hook(task, names)
+    backward(task, task.batch(part.examples, rows))
+    make_safe(parameters, len(rows))
     assert all(p.grad_sample.dtype == torch.float32 for p in parameters)
     got, whole = torch.cat([p.grad_sample.flatten(1) for p in parameters], 1), torch.stack(expected)
     assert float(((got - whole).norm(dim=1) / whole.norm(dim=1)).max()) < 0.02
@@ -319,7 +320,7 @@ def test_per_example_gradients_in_half_precision_are_those_of_single_examples_to
 def test_a_tensor_outside_the_loss_is_noticed(world):
     stray = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(ContractError, match="no per-example gradient"):
-        _make_safe([stray], 1)
+        make_safe([stray], 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (6, 2), (3, 1)], ids=["shared", "windows", "another shape"])
@@ -327,7 +328,7 @@ def test_gradients_that_are_not_one_for_each_example_are_refused(shape):
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter.grad_sample = torch.zeros(shape)
     with pytest.raises(ContractError, match=rf"has {shape[0]} gradients, and there are 3 examples"):
-        _make_safe([parameter], 3)
+        make_safe([parameter], 3)
 
 
 def test_a_layer_of_opacus_that_runs_on_what_all_share_is_refused(world):
@@ -340,9 +341,9 @@ def test_a_layer_of_opacus_that_runs_on_what_all_share_is_refused(world):
     try:
         task.begin(adapter, names)
         vars(task.model).pop("fedlora_hooked", None)
-        _hook(task, names)
+        hook(task, names)
         with pytest.raises(ContractError, match=r"classifier.* runs on 1 rows where there are 3 examples"):
-            _backward(task, task.batch(part.examples, part.rows[:3]))
+            backward(task, task.batch(part.examples, part.rows[:3]))
     finally:
         pass_on.remove()
         vars(task.model).pop("fedlora_hooked", None)
@@ -354,7 +355,7 @@ def test_batch_normalisation_is_refused(world):
     try:
         with pytest.raises(SettingError, match="normalises over the batch"):
             vars(task.model).pop("fedlora_hooked", None)
-            _hook(task, names)
+            hook(task, names)
     finally:
         del task.model.stray
 

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora import plugins, strategy
-from fedlora.adapter import KINDS, Slot, Update, initial, weighted_mean
+from fedlora.adapter import Slot, Update, weighted_mean
 from fedlora.engine import Replies
 from fedlora.engine.base import gathered
 from fedlora.errors import SettingError
+from fedlora.kinds.contract import initial
 from fedlora.rounds import checkpoint
 from fedlora.scenario import parse
 from fedlora.strategy import Merged
@@ -59,7 +60,7 @@ class World:
 
         self.name, self.made = name, strategy.load(name, options)
         kind = kind or self.made.kinds[0]
-        self.layout, self.kind = layout_of(kind), KINDS[kind](R, ALPHA, ("q", "v"))
+        self.layout, self.kind = layout_of(kind), plugins.find("kinds", kind)(R, ALPHA, ("q", "v"))
         rng = np.random.default_rng(5)
         base = {m: torch.from_numpy(rng.normal(size=shape)) for m, shape in WEIGHTS.items()}
         self.initial = initial(self.kind, self.layout, 1, weights=base.__getitem__)

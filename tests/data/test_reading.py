@@ -188,12 +188,13 @@ def test_two_columns_make_pairs(tmp_path):
 
 
 def test_pairs_are_encoded_as_two_segments_of_one_example(tiny_base):
-    from fedlora.tasks.contract import encode_classification, load_tokenizer
+    from fedlora.tasks.base_model import load_tokenizer
+    from fedlora.tasks.classification import Classification
 
     tokenizer = load_tokenizer(tiny_base)
     pair, alone = ("it rains", "it is wet"), "it rains it is wet"
     joined, single = (
-        encode_classification(tokenizer, Rows([text], ["a"]), ("a", "b"), 32).tokens[0] for text in (pair, alone)
+        Classification.encode(tokenizer, Rows([text], ["a"]), ("a", "b"), 32).tokens[0] for text in (pair, alone)
     )
     assert tokenizer.decode(joined) == "[CLS] it rains [SEP] it is wet [SEP]"
     assert len(joined) == len(single) + 1

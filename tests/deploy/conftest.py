@@ -4,11 +4,12 @@ import contextlib
 
 import pytest
 
-from fedlora import simulation
+from fedlora import prepare
 from fedlora.deploy.node import Node
 from fedlora.deploy.split import split
 from fedlora.engine.flower import FlowerEngine
 from fedlora.reports.console import Silent
+from fedlora.simulation import carry_out
 
 
 @pytest.fixture
@@ -41,8 +42,6 @@ def deployed(tmp_path):
         options = {"deadline": 60.0, "join": 0.0} | options
         engine = FlowerEngine(grid, scenario.clients.total, run=folder.name, **options)
         with contextlib.closing(engine):
-            return simulation.carry_out(
-                simulation.prepare_server(scenario), engine, folder, resume, Silent()
-            ), engine
+            return carry_out(prepare.prepare_server(scenario), engine, folder, resume, Silent()), engine
 
     return run

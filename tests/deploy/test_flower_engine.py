@@ -7,7 +7,7 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from safetensors.numpy import load_file
 
-from fedlora import simulate, simulation, wire
+from fedlora import prepare, simulate, wire
 from fedlora.cli import main
 from fedlora.deploy.node import Node
 from fedlora.engine.flower import FlowerEngine
@@ -33,12 +33,12 @@ def test_sites_give_what_a_simulation_gives_bit_for_bit(sites, nodes, deployed, 
     Sites draw by a key of their own which rows they hold out; for once it is the simulation's seed.
     """
     share = ["data.client_test_share=0.5"] if use == "fedsa_lora" else []
-    prepare = simulation.prepare_site
+    told = prepare.prepare_site
 
     def alike(scenario, labels, rows, client, own, **placed):
-        return prepare(scenario, labels, rows, client, scenario.seed, **placed)
+        return told(scenario, labels, rows, client, scenario.seed, **placed)
 
-    monkeypatch.setattr(simulation, "prepare_site", alike)
+    monkeypatch.setattr(prepare, "prepare_site", alike)
     scenario, files = sites(f"strategy.use={use}", *share, private=False)
     run, engine = deployed(scenario, LocalGrid(nodes(files)))
     plain = simulate(tiny(f"strategy.use={use}", *share, private=False), out=tmp_path / "plain")
@@ -325,7 +325,7 @@ def test_two_nodes_for_one_client_are_one_too_many(sites, nodes, deployed):
 
 
 def test_what_sites_cannot_do_is_said_before_anything_starts(sites):
-    from fedlora.simulation import prepare_server
+    from fedlora.prepare import prepare_server
 
     scenario, _ = sites()
     files = scenario.data.files.model_copy(update={"test": None})

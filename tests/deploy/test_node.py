@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 
-from fedlora import simulation, wire
+from fedlora import prepare, wire
 from fedlora.adapter import Instruction
 from fedlora.deploy import signing
 from fedlora.deploy.logs import Lines
@@ -25,7 +25,7 @@ def server(sites):
 
     def make(*overrides, private=True):
         scenario, files = sites(*overrides, private=private)
-        ready = simulation.prepare_server(scenario)
+        ready = prepare.prepare_server(scenario)
         worker = Worker(ready.setup)
         words = {
             "run": "tiny-1",

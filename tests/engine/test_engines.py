@@ -19,7 +19,8 @@ from fedlora.engine.base import chunks
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.ray import RayEngine
 from fedlora.errors import RoundError
-from fedlora.simulation import calibrate, prepare, simulate
+from fedlora.prepare import calibrate, prepare
+from fedlora.simulation import simulate
 from fedlora.strategies.fedavg_lora import FedAvgLoRA
 from fedlora.strategies.ffa_lora import FFALoRA
 

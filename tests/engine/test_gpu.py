@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 from fedlora.engine import hardware
 from fedlora.engine.ray import RayEngine
 from fedlora.engine.worker import Worker
-from fedlora.simulation import calibrate, prepare, simulate
+from fedlora.prepare import calibrate, prepare
+from fedlora.simulation import simulate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,7 +79,7 @@ def test_a_batch_is_on_the_gpu_and_whole(worker):
 def test_a_measured_worker_holds_its_model_and_a_step_and_trains_as_before(private, worker):
     made = worker("cuda", private=private)
     before = change(made)
-    found = hardware.measure(made)
+    found = made.measure()
     model = sum(p.numel() * p.element_size() for p in made.task.model.parameters())
     _, total = torch.cuda.mem_get_info()
     assert model + hardware.CONTEXT < found.worker <= found.free <= total + hardware.CONTEXT

@@ -13,7 +13,8 @@ from fedlora.engine import hardware
 from fedlora.engine.hardware import CONTEXT, MARGIN, MOST, Measured, Node, held, pack, room, share
 from fedlora.engine.ray import RayEngine
 from fedlora.errors import ScenarioError, SettingError, UserError
-from fedlora.simulation import prepare, simulate
+from fedlora.prepare import prepare
+from fedlora.simulation import simulate
 
 GIB = 2**30
 without = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -99,7 +100,7 @@ def test_a_worker_is_measured_by_what_it_held_at_most(build, monkeypatch):
     for name, figure in figures.items():
         monkeypatch.setattr(f"torch.cuda.{name}", lambda figure=figure: figure)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
-    assert hardware.measure(worker) == Measured(free=73 * GIB + CONTEXT, worker=4 * GIB + CONTEXT)
+    assert worker.measure() == Measured(free=73 * GIB + CONTEXT, worker=4 * GIB + CONTEXT)
 
 
 @pytest.mark.parametrize("private", [False, True])

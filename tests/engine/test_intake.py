@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedlora.adapter import Instruction, Lora, Slot, Update
-from fedlora.engine.intake import ENORMOUS, Intake, Replies, Report
+from fedlora.adapter import Instruction, Slot, Update
+from fedlora.engine.intake import ENORMOUS, Intake
+from fedlora.engine.replies import Replies, Report
 from fedlora.errors import ContractError
+from fedlora.kinds.lora import Lora
 from fedlora.privacy.accounting import Event
 from fedlora.strategies.ffa_lora import FFALoRA
 

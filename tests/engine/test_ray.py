@@ -17,9 +17,10 @@ from safetensors.numpy import load_file
 
 from fedlora.engine.ray import LAST_WORDS, SILENCE, RayEngine, _shared
 from fedlora.errors import SettingError, UserError
+from fedlora.prepare import prepare
 from fedlora.privacy import ledger
 from fedlora.reports.console import Silent
-from fedlora.simulation import prepare, simulate
+from fedlora.simulation import simulate
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 

@@ -11,7 +11,7 @@ from fedlora.engine.base import chunks, gathered
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.ray import RayEngine
 from fedlora.engine.worker import Worker
-from fedlora.simulation import calibrate, prepare
+from fedlora.prepare import calibrate, prepare
 
 NAMES = [n for n in plugins.names("strategies") if plugins.find("strategies", n).linear] + ["flexlora"]
 CLIENTS = 130  # in chunks of two

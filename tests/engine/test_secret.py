@@ -8,7 +8,8 @@ import torch
 
 from fedlora.engine import Worker
 from fedlora.errors import Refusal
-from fedlora.simulation import calibrate, prepare
+from fedlora.passes import alone
+from fedlora.prepare import calibrate, prepare
 
 LOUD = ("privacy={noise_multiplier: 100.0, delta: 1.0e-3}", "clients.local_steps=1")
 
@@ -73,7 +74,7 @@ def test_a_worker_makes_no_generator_of_torch_and_moves_none(tiny, monkeypatch):
 
 def test_tensors_under_which_examples_move_each_other_are_refused_before_it_pays(site, monkeypatch):
     instruction = site.strategy.instruct(1, dict(site.task.initial))
-    assert site.task.mingles(instruction.adapter) == ""
+    assert alone.mingle(site.task, instruction.adapter) == ""
     wild = {name: np.full_like(tensor, np.nan) for name, tensor in instruction.adapter.items()}
     paid = []
     monkeypatch.setattr(site, "pay", lambda *told: paid.append(told))

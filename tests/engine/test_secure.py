@@ -11,11 +11,13 @@ from fedlora.adapter import Instruction, Update, weighted_mean
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.secure import SecureEngine, mean, to_vector
 from fedlora.errors import ContractError, RoundError, UserError
-from fedlora.privacy import central, ledger, secure
+from fedlora.prepare import calibrate, prepare
+from fedlora.privacy import ledger, secure
+from fedlora.privacy.mechanisms import central
 from fedlora.privacy.noise import Stream
 from fedlora.scenario import SecureAggregation
 from fedlora.seeding import stream
-from fedlora.simulation import calibrate, prepare, simulate
+from fedlora.simulation import simulate
 from fedlora.strategies.ffa_lora import FFALoRA
 
 TWENTY = ("clients.total=20", "clients.batch_size=4", "clients.use=tests.engine.faulty:Flaky")

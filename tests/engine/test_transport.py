@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from fedlora.adapter import Instruction, Update
 from fedlora.engine.transport import Transport
 from fedlora.errors import ScenarioError, UserError
-from fedlora.privacy.central import CLIP_NORM, WITHIN
+from fedlora.privacy.mechanisms.central import CLIP_NORM, WITHIN
 from fedlora.rounds.checkpoint import Personal
 from fedlora.simulation import simulate
 from fedlora.strategies.fedavg_lora import FedAvgLoRA

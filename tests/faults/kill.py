@@ -23,13 +23,14 @@ from pathlib import Path
 import fedlora
 from fedlora import scenario, simulation
 from fedlora.adapter import Instruction
+from fedlora.client import Setter
 from fedlora.engine.inline import InlineEngine
-from fedlora.engine.worker import Setter
+from fedlora.prepare import calibrate, prepare
 from fedlora.privacy import accounting, ledger
-from fedlora.rounds import checkpoint
+from fedlora.rounds import checkpoint, folder
 from fedlora.rounds import loop as rounds
 
-WATCHED = {module.__file__ for module in (rounds, ledger, checkpoint, simulation, shutil)}
+WATCHED = {module.__file__ for module in (rounds, ledger, checkpoint, folder, simulation, shutil)}
 SAME = ("round", "clients", "failures", "loss", "accuracy", "bytes_up", "bytes_down", "epsilon", "resting")
 
 
@@ -88,8 +89,8 @@ def warm(told):
     """Have everything imported and cached before the forks, but for what starts threads: no backward pass."""
     import opacus  # noqa: F401
 
-    ready = simulation.prepare(told)
-    noise = simulation.calibrate(told, ready.data)
+    ready = prepare(told)
+    noise = calibrate(told, ready.data)
     engine = InlineEngine(told.clients.total)
     engine.start(replace(ready.setup, noise=noise))
     engine.evaluate(engine.description.initial)

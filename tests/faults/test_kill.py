@@ -54,5 +54,5 @@ def test_some_phases_with_an_evaluation_under_way(tiny, tmp_path):
 @pytest.mark.parametrize("use", STRATEGIES)
 def test_every_phase(tiny, tmp_path, use):
     told = matrix(tmp_path, asked(tiny, use, 4), 1)
-    assert {"rounds", "ledger", "checkpoint", "simulation", "shutil"} == set(told["modules"])
+    assert {"loop", "ledger", "checkpoint", "folder", "simulation", "shutil"} == set(told["modules"])
     assert told["killed"] == told["changes"] > 80

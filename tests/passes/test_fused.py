@@ -13,8 +13,9 @@ from fedlora.clients.dp_sgd import DPSGD
 from fedlora.clients.sgd import SGD
 from fedlora.errors import SettingError
 from fedlora.passes.fused import Fused
+from fedlora.prepare import calibrate, prepare
 from fedlora.privacy import ledger
-from fedlora.simulation import calibrate, prepare, simulate
+from fedlora.simulation import simulate
 
 # A worker that serves both ways keeps the hooks of clients that passed alone.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")

@@ -26,11 +26,13 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from fedlora.adapter import Lora
 from fedlora.errors import ContractError
+from fedlora.kinds.lora import Lora
 from fedlora.passes import packing
 from fedlora.passes.packing import Packing, Segments
-from fedlora.tasks.contract import CausalLM, Classification
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.classification import Classification
+from fedlora.tasks.loading import build
 
 LENGTHS = (7, 3, 11, 1)
 ENCODER = {
@@ -78,9 +80,9 @@ def make(name):
     build, target = MODELS[name]
     model = build().eval()
     if "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__:
-        return CausalLM(model, Lora(4, 8, (target,)), heads={}, seed=3, pad=1)
+        return build(CausalLM, model, Lora(4, 8, (target,)), heads={}, seed=3, pad=1)
     heads = {n: True for n, _ in model.named_children() if n != model.base_model_prefix and "drop" not in n}
-    return Classification(model, Lora(4, 8, (target,)), heads=heads, seed=3, pad=1)
+    return build(Classification, model, Lora(4, 8, (target,)), heads=heads, seed=3, pad=1)
 
 
 def ragged(lengths=LENGTHS, seed=0):
@@ -203,8 +205,10 @@ def test_a_model_that_reads_padding_in_its_own_way_is_padded(caplog):
     torch.manual_seed(0)
     model = DebertaForSequenceClassification(DebertaConfig(**ENCODER, relative_attention=True, type_vocab_size=0))
     with caplog.at_level(logging.WARNING):
-        task = Classification(model.eval(), Lora(4, 8, ("in_proj",)), heads={"classifier": True}, seed=3, pad=1)
-    assert task.packing is None and [r.name for r in caplog.records].count("fedlora.tasks.contract") == 1
+        task = build(
+            Classification, model.eval(), Lora(4, 8, ("in_proj",)), heads={"classifier": True}, seed=3, pad=1
+        )
+    assert task.packing is None and [r.name for r in caplog.records].count("fedlora.passes.alone") == 1
     task.begin({}, ())
     alone = {k: v[:1, :7] if v.dim() > 1 else v[:1] for k, v in ragged().items()}
     torch.testing.assert_close(task.losses(ragged())[:1], task.losses(alone), rtol=1e-5, atol=1e-6)
@@ -213,7 +217,7 @@ def test_a_model_that_reads_padding_in_its_own_way_is_padded(caplog):
 @pytest.mark.parametrize("window, packs", [(64, True), (63, False), (None, True)])
 def test_a_model_that_attends_within_a_window_is_padded(window, packs, caplog):
     model = MistralForCausalLM(MistralConfig(**DECODER, sliding_window=window))
-    task = CausalLM(model.eval(), Lora(4, 8, ("q_proj",)), heads={}, seed=3, pad=1, max_length=64)
+    task = build(CausalLM, model.eval(), Lora(4, 8, ("q_proj",)), heads={}, seed=3, pad=1, max_length=64)
     assert (task.packing is not None) is packs and ("within a window" in caplog.text) is not packs
 
 

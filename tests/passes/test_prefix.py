@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from fedlora import client as clients
-from fedlora.adapter import Lora
 from fedlora.client import Rng, Settings
 from fedlora.errors import SettingError
+from fedlora.kinds.lora import Lora
 from fedlora.passes import prefix
 
 UPPER = "model.adapter.layers=[1]"
@@ -89,10 +89,10 @@ def test_a_merge_is_above_what_is_kept(build):
 
 
 def test_a_layer_that_is_not_there_is_refused(tiny_base):
-    from fedlora.tasks import contract as task
+    from fedlora.tasks import loading
 
     with pytest.raises(SettingError, match="no layer 2 with targets"):
-        task.load(
+        loading.load(
             "classification",
             tiny_base,
             Lora(4, 8, ("query",), (1, 2)),

@@ -9,11 +9,11 @@ import torch
 from peft import PeftModel
 
 from fedlora import simulate
-from fedlora.adapter import Lora
-from fedlora.clients.dp_sgd import _backward, _hook, _make_safe
 from fedlora.errors import SettingError, UserError
+from fedlora.kinds.lora import Lora
 from fedlora.passes import quantized
-from fedlora.tasks import contract as task
+from fedlora.passes.gradients import backward, hook, make_safe
+from fedlora.tasks import loading
 
 bits = pytest.importorskip("bitsandbytes", reason="pip install -e '.[quantize]'")
 
@@ -77,7 +77,7 @@ def test_a_plain_layer_s_weight_is_itself():
 
 def load(base, quantize=None, what="classification", targets=TARGETS, **more):
     told = {"labels": ["a", "b"], "seed": 3, "quantize": quantize, "max_length": 64}
-    return task.load(what, base, Lora(4, 8, targets), **told, **more)
+    return loading.load(what, base, Lora(4, 8, targets), **told, **more)
 
 
 def of(model, name):
@@ -135,9 +135,9 @@ def test_an_example_s_gradient_is_its_own_whoever_is_beside_it(build, quantize, 
 
     def gradients(rows):
         parameters = task.begin(adapter, names)
-        _hook(task, names)
-        _backward(task, task.batch(part.examples, rows))
-        _make_safe(parameters, len(rows))
+        hook(task, names)
+        backward(task, task.batch(part.examples, rows))
+        make_safe(parameters, len(rows))
         return torch.cat([p.grad_sample.flatten(1) for p in parameters], 1)
 
     together = gradients(rows)
@@ -210,9 +210,9 @@ def test_a_merge_is_refused_where_a_strategy_did_not_say(tiny_base):
 
 def test_loading_says_nothing(tiny_base):
     code = (
-        "import sys; from fedlora.tasks import contract as task; from fedlora.adapter import Lora; "
-        "kind = Lora(4, 8, ('query',)); "
-        "task.load('classification', sys.argv[1], kind, labels=['a', 'b'], seed=3, quantize='4bit', max_length=64)"
+        "import sys; from fedlora.tasks import loading; from fedlora.kinds.lora import Lora; "
+        "kind, base = Lora(4, 8, ('query',)), sys.argv[1]; "
+        "loading.load('classification', base, kind, labels=['a', 'b'], seed=3, quantize='4bit', max_length=64)"
     )
     done = subprocess.run([sys.executable, "-c", code, tiny_base], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""

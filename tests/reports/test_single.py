@@ -6,7 +6,8 @@ import re
 import pytest
 
 from fedlora.cli import main
-from fedlora.reports import charts, single
+from fedlora.reports import single
+from fedlora.reports.figures import figures
 from fedlora.run import Run
 
 
@@ -16,7 +17,7 @@ def rows(figure):
 
 
 def all_figures(run):
-    return {f.title: f for part in charts.figures(run).values() for f in part}
+    return {f.title: f for part in figures(run).values() for f in part}
 
 
 def test_every_chart_of_a_full_run_is_there_with_the_figures_of_the_folder(ten):
@@ -57,7 +58,7 @@ def test_epsilon_of_a_client_that_rests_stays_what_it_was(copy):
         {"round": 2, "client": 0, "epsilon": 1.5},
     ]
     (folder / "clients.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    by_round, each = charts.figures(copy())["privacy"]
+    by_round, each = figures(copy())["privacy"]
     assert [(r["of"], r["epsilon"]) for r in rows(by_round)] == [
         ("largest", 2.0),
         ("median", 1.5),
@@ -73,7 +74,7 @@ def test_where_clients_are_protected_whole_epsilon_is_the_rounds(copy):
     assert "unit: example" in text
     (folder / "scenario.yaml").write_text(text.replace("unit: example", "unit: client"))
     (folder / "clients.jsonl").write_text('{"round": 1, "client": 0, "epsilon": null}\n')
-    (figure,) = charts.figures(copy())["privacy"]
+    (figure,) = figures(copy())["privacy"]
     told = [(r["of"], r["epsilon"]) for r in rows(figure)]
     assert told == [("each client", line["epsilon"]) for line in copy().rounds]
 

@@ -126,7 +126,7 @@ def test_a_plan_tells_the_bytes_and_the_virtual_time(tiny, tmp_path, told):
     assert planned.epsilon == pytest.approx(run.summary["epsilon"], rel=1e-9)
     hours = f"{run.summary['virtual_seconds'] / 3600:.2f} virtual hours"
     assert any(hours in line for line in plan_lines(planned.to_json()))
-    assert any(hours in line for line in summary_lines(run.folder, run.summary))
+    assert any(hours in line for line in summary_lines(run))
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def score(run, tiny_base):
 
 
 def data_folders(run):
+    from fedlora.prepare import prepare
     from fedlora.scenario import load
-    from fedlora.simulation import prepare
 
     ready = prepare(load(run.folder / "scenario.yaml"))
     return ready.data.folder, ready.data.partition_folder

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from fedlora.adapter import Lora, Slot, Update
+from fedlora.adapter import Slot, Update
+from fedlora.kinds.lora import Lora
 from fedlora.strategies.florist import FLoRIST
 
 LAYOUT = {s.name: s for s in (Slot("A", (2, 3), "A", "q"), Slot("B", (4, 2), "B", "q"))}

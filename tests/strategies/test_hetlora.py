@@ -1,6 +1,7 @@
 import numpy as np
 
-from fedlora.adapter import Lora, Slot, Update
+from fedlora.adapter import Slot, Update
+from fedlora.kinds.lora import Lora
 from fedlora.strategies.hetlora import HetLoRA
 
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from fedlora.adapter import Lora, Slot, Update
+from fedlora.adapter import Slot, Update
+from fedlora.kinds.lora import Lora
 from fedlora.strategies.lora_fair import LoRAFair
 
 LAYOUT = {s.name: s for s in (Slot("A", (1, 1), "A", "q"), Slot("B", (1, 1), "B", "q"))}

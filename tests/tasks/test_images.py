@@ -8,8 +8,9 @@ from fedlora import scenario, simulate
 from fedlora.cli import main
 from fedlora.data.store import Rows
 from fedlora.errors import ScenarioError, SettingError
-from fedlora.simulation import prepare
-from fedlora.tasks import contract as task
+from fedlora.prepare import prepare
+from fedlora.tasks import base_model, loading
+from fedlora.tasks.image_classification import ImageClassification
 
 
 @pytest.fixture(scope="module")
@@ -160,11 +161,11 @@ def test_what_images_cannot_do_is_said_before_a_run(file, change, words):
 def test_a_column_that_holds_no_images_is_told_by_its_row(tiny_vit):
     rows = Rows(["a text"], ["zero"])
     with pytest.raises(SettingError, match="row 0 holds no image: name the column of images"):
-        task.encode_images(task.load_processor(tiny_vit), rows, ("one", "zero"))
+        ImageClassification.encode(base_model.load_processor(tiny_vit), rows, ("one", "zero"), 0)
 
 
 def load(base):
-    from fedlora.adapter import Lora
+    from fedlora.kinds.lora import Lora
 
     kind = Lora(4, 8, ("q_proj", "v_proj"))
-    return task.load("image_classification", base, kind, labels=("one", "zero"), seed=3)
+    return loading.load("image_classification", base, kind, labels=("one", "zero"), seed=3)

@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from fedlora import seeding
-from fedlora.adapter import Lora
 from fedlora.data.store import Examples, Partition, Rows
 from fedlora.errors import ContractError, SettingError
-from fedlora.tasks import contract as task
+from fedlora.kinds.lora import Lora
+from fedlora.tasks import base_model, loading
+from fedlora.tasks.causal_lm import CausalLM, _answer
+from fedlora.tasks.classification import Classification
 
 LABELS = ("bad", "good")
 
 
 def load(base, kind="classification", targets=("query", "value"), max_length=64, **more):
-    return task.load(kind, base, Lora(4, 8, targets), labels=LABELS, seed=3, max_length=max_length, **more)
+    return loading.load(kind, base, Lora(4, 8, targets), labels=LABELS, seed=3, max_length=max_length, **more)
 
 
 def examples(sequences, targets):
@@ -186,9 +188,9 @@ def test_causal_loss_counts_the_completion_alone(tiny_lm):
 
 
 def test_causal_encoding_keeps_the_end_of_a_long_prompt_and_one_scored_token(tiny_lm):
-    tokenizer = task.load_tokenizer(tiny_lm)
+    tokenizer = base_model.load_tokenizer(tiny_lm)
     rows = Rows(["one two three four five six", "short"], ["seven eight", "nine"])
-    encoded = task.encode_causal_lm(tokenizer, rows, max_length=6)
+    encoded = CausalLM.encode(tokenizer, rows, (), 6)
     for tokens, start in zip(encoded.tokens, encoded.targets, strict=True):
         assert len(tokens) <= 6 and 0 <= start < len(tokens)
     assert tokenizer.decode(encoded.tokens[0][encoded.targets[0] :]) == "seven eight"
@@ -196,8 +198,8 @@ def test_causal_encoding_keeps_the_end_of_a_long_prompt_and_one_scored_token(tin
 
 
 def test_classification_encoding(tiny_base):
-    tokenizer = task.load_tokenizer(tiny_base)
-    encoded = task.encode_classification(tokenizer, Rows(["a b c d e f", "g"], ["good", "bad"]), LABELS, 5)
+    tokenizer = base_model.load_tokenizer(tiny_base)
+    encoded = Classification.encode(tokenizer, Rows(["a b c d e f", "g"], ["good", "bad"]), LABELS, 5)
     assert [len(t) for t in encoded.tokens] == [5, 3] and encoded.targets == [1, 0]
 
 
@@ -211,14 +213,14 @@ def test_classification_encoding(tiny_base):
     ],
 )
 def test_what_of_an_answer_is_compared(text, pattern, expected):
-    assert task._answer(text, pattern) == expected
+    assert _answer(text, pattern) == expected
 
 
 def test_answers_are_written_as_plain_transformers_writes_them_and_compared(tiny_lm):
     """Eleven prompts of unequal lengths; some are given the model's own answer, which then matches."""
     from transformers import AutoModelForCausalLM
 
-    lm, tokenizer = load(tiny_lm, "causal_lm", targets=("q_proj", "v_proj")), task.load_tokenizer(tiny_lm)
+    lm, tokenizer = load(tiny_lm, "causal_lm", targets=("q_proj", "v_proj")), base_model.load_tokenizer(tiny_lm)
     plain, rng = AutoModelForCausalLM.from_pretrained(tiny_lm).eval(), np.random.default_rng(2)
     prompts = [rng.integers(1000, 3000, n) for n in (3, 9, 5, 4, 7, 6, 8, 2, 5, 3, 4)]
     own = [
@@ -241,12 +243,12 @@ def test_answers_are_written_as_plain_transformers_writes_them_and_compared(tiny
 
 
 def test_a_chat_template_frames_one_dialogue_and_the_answer_alone_is_scored(tiny_lm):
-    tokenizer = task.load_tokenizer(tiny_lm)
+    tokenizer = base_model.load_tokenizer(tiny_lm)
     tokenizer.chat_template = (
         "{% for m in messages %}[CLS] {{ m['role'] }} {{ m['content'] }} [SEP]{% endfor %}"
         "{% if add_generation_prompt %} assistant{% endif %}"
     )
-    encoded = task.encode_causal_lm(tokenizer, Rows(["two plus two", "one"], ["four", "five"]), max_length=32)
+    encoded = CausalLM.encode(tokenizer, Rows(["two plus two", "one"], ["four", "five"]), (), 32)
     said = [
         (tokenizer.decode(t[:s]), tokenizer.decode(t[s:]))
         for t, s in zip(encoded.tokens, encoded.targets, strict=True)
@@ -276,11 +278,11 @@ def test_which_text_of_a_pair_a_token_is_of_reaches_the_model(tiny_base, how):
     """Logits are those that plain transformers makes of what the tokenizer gives."""
     from transformers import AutoModelForSequenceClassification
 
-    made, tokenizer = load(tiny_base, max_length=32, private=True), task.load_tokenizer(tiny_base)
+    made, tokenizer = load(tiny_base, max_length=32, private=True), base_model.load_tokenizer(tiny_base)
     if how == "known below":
         upper = Lora(4, 8, ("query",), (1,))
-        made = task.load("classification", tiny_base, upper, labels=LABELS, seed=3, max_length=32)
-    encoded = task.encode_classification(tokenizer, Rows(PAIRS, ["bad", "good", "bad"]), LABELS, 32)
+        made = loading.load("classification", tiny_base, upper, labels=LABELS, seed=3, max_length=32)
+    encoded = Classification.encode(tokenizer, Rows(PAIRS, ["bad", "good", "bad"]), LABELS, 32)
     data = examples(encoded.tokens, encoded.targets)
     data = dataclasses.replace(data, types=np.concatenate(encoded.types).astype(np.uint8))
     if how == "padded":
@@ -304,13 +306,13 @@ def test_which_text_of_a_pair_a_token_is_of_reaches_the_model(tiny_base, how):
 
 
 def test_pairs_keep_their_texts_apart_on_disk_and_single_texts_keep_nothing(tiny_base, tiny, tmp_path):
-    from fedlora.simulation import prepare
+    from fedlora.prepare import prepare
 
     pairs = [(f"one {i}", "two " * (i % 3)) for i in range(1, 40)]
     rows = [f"{a},{b},{('good', 'bad')[i % 2]}" for i, (a, b) in enumerate(pairs)]
     (file := tmp_path / "pairs.csv").write_text("\n".join(["a,b,label", *rows]) + "\n")
     data = prepare(tiny(f"data.files={{train: {file}, text: [a, b], label: label}}")).data
-    cut = task.load_tokenizer(tiny_base)([a for a, _ in pairs], [b for _, b in pairs])
+    cut = base_model.load_tokenizer(tiny_base)([a for a, _ in pairs], [b for _, b in pairs])
     known = {tuple(ids): types for ids, types in zip(cut["input_ids"], cut["token_type_ids"], strict=True)}
     for split in (data.train, data.test):
         assert len(split) and all(

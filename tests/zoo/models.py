@@ -7,9 +7,13 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 
-from fedlora.adapter import Lora
 from fedlora.data.store import Examples
-from fedlora.tasks.contract import CausalLM, Classification, _heads, _public
+from fedlora.kinds.contract import public as _public
+from fedlora.kinds.lora import Lora
+from fedlora.tasks.base_model import heads_of as _heads
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.classification import Classification
+from fedlora.tasks.loading import build
 
 VOCABULARY, PAD = 99, 1
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2, "num_labels": 3}
@@ -137,7 +141,7 @@ def make(name, *, max_length=32, changes=(), **more):
     decodes = "CausalLM" in MODELS[name][0] or "LMHead" in MODELS[name][0]
     heads = {} if decodes else dict.fromkeys(_heads(model), True)
     told = {"heads": heads, "seed": 3, "pad": PAD, "special": (0, 1, 2), "max_length": max_length, **more}
-    task = (CausalLM if decodes else Classification)(model, Lora(4, 8, targets), **told)
+    task = build(CausalLM if decodes else Classification, model, Lora(4, 8, targets), **told)
     inside = [n for n, _ in copied.named_modules() if any(f".{h}." in f".{n}." for h in heads)]
     config = LoraConfig(
         r=4,

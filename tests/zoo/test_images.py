@@ -5,11 +5,13 @@ import pytest
 import torch
 import transformers as hf
 
-from fedlora.adapter import Lora
 from fedlora.data.store import Examples
 from fedlora.errors import SettingError
+from fedlora.kinds.lora import Lora
 from fedlora.passes.fused import Fused
-from fedlora.tasks.contract import ImageClassification, _heads
+from fedlora.tasks.base_model import heads_of as _heads
+from fedlora.tasks.image_classification import ImageClassification
+from fedlora.tasks.loading import build
 from tests.zoo.models import privately
 
 SIZE = 64
@@ -67,9 +69,8 @@ def make(name, private=False):
             setattr(config, key, 0.0)
     model = cls(config).eval()
     heads = dict.fromkeys(_heads(model), True)
-    task = ImageClassification(model, Lora(4, 8, targets), heads=heads, seed=3, private=private)
-    task.sees(Processor())
-    return task
+    kind = Lora(4, 8, targets)
+    return build(ImageClassification, model, kind, reader=Processor(), heads=heads, seed=3, private=private)
 
 
 def images(count=3):

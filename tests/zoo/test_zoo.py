@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapter import Lora
 from fedlora.client import Pass
 from fedlora.errors import SettingError
+from fedlora.kinds.lora import Lora
 from fedlora.passes import alone
 from fedlora.passes.fused import Fused
-from fedlora.tasks.contract import Classification
+from fedlora.tasks.classification import Classification
+from fedlora.tasks.loading import build
 from tests.zoo.models import FIT, PAD, UNFIT, VOCABULARY, away, make, plain, privately, singles, texts
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # peft, of GPT-2's layers
@@ -147,7 +148,9 @@ def test_a_model_that_draws_random_numbers_is_not_relied_on(private, caplog):
     layer.LayerNorm = torch.nn.Sequential(layer.LayerNorm, Noisy())
 
     def load():
-        return Classification(model, Lora(4, 8, ("query",)), heads={"classifier": True}, seed=3, private=private)
+        return build(
+            Classification, model, Lora(4, 8, ("query",)), heads={"classifier": True}, seed=3, private=private
+        )
 
     if private:
         with pytest.raises(SettingError, match="something else of the same example a second time"):
@@ -167,8 +170,15 @@ def test_dropout_of_a_module_of_its_own_is_off_too():
     model = plain("bert")
     layer = model.bert.encoder.layer[0].output
     layer.LayerNorm = torch.nn.Sequential(layer.LayerNorm, torch.nn.Dropout(0.5))
-    task = Classification(
-        model, Lora(4, 8, ("query",)), heads={"classifier": True}, seed=3, pad=PAD, private=True, max_length=32
+    task = build(
+        Classification,
+        model,
+        Lora(4, 8, ("query",)),
+        heads={"classifier": True},
+        seed=3,
+        pad=PAD,
+        private=True,
+        max_length=32,
     )
     assert task.packing is not None
 
@@ -183,6 +193,6 @@ def test_a_model_whose_packing_fails_is_as_it_was():
 
 def test_what_a_layer_gives_may_be_changed_in_place():
     model = plain("bert")
-    task = Classification(model, Lora(4, 8, ("query",)), heads={"classifier": True}, seed=3, pad=PAD)
+    task = build(Classification, model, Lora(4, 8, ("query",)), heads={"classifier": True}, seed=3, pad=PAD)
     query = task.model.get_base_model().bert.encoder.layer[0].attention.self.query
     (query(torch.randn(2, 3, 32, requires_grad=True)).mul_(2.0)).sum().backward()

@@ -25,7 +25,8 @@ import numpy as np
 
 from fedlora.adapter import Adapter, Tensor, Update
 from fedlora.errors import ContractError, SettingError
-from fedlora.privacy.accounting import Event, Quantile
+from fedlora.privacy.accounting import Event
+from fedlora.privacy.mechanisms.contract import Mechanism
 from fedlora.seeding import Root, stream
 
 CLIP_NORM = "clip-norm"  # in the words to the clients of a round: clip the change that you send to it
@@ -82,23 +83,15 @@ def _norm(update: Update, received: Mapping[str, Tensor]) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Central:
-    """The server's side.
+class Central(Mechanism):
+    """The server's side: over clients, a release each round.
 
     Attributes:
-        noise_multiplier: z, for all that a round releases.
-        sample_rate: q.
-        total: how many clients there are.
         root: what cohorts and noise are drawn from: a simulation's seed, or a key of the operating system.
-        quantile: of the norms, which C adapts to; None: C is fixed.
         shared: whether clients share the noise out.
     """
 
-    noise_multiplier: float
-    sample_rate: float
-    total: int
     root: Root
-    quantile: float | None = None
     shared: bool = False
 
     def __post_init__(self) -> None:
@@ -113,18 +106,6 @@ class Central:
     def expected(self) -> float:
         """The expected cohort, which sums are divided by."""
         return self.sample_rate * self.total
-
-    @property
-    def adapts(self) -> Quantile | None:
-        """How C moves; None where it is fixed."""
-        if self.quantile is None:
-            return None
-        return Quantile(quantile=self.quantile, expected=self.expected, noise_multiplier=self.noise_multiplier)
-
-    @property
-    def sum_noise(self) -> float:
-        """Standard deviation of the noise on the sum over C."""
-        return self.adapts.sum_noise if self.adapts else self.noise_multiplier
 
     def words(self, clip_norm: float) -> dict[str, float]:
         """What the clients of a round are told."""
@@ -161,8 +142,7 @@ class Central:
 
     def cohort(self, round: int) -> list[int]:
         """The clients of a round, ascending; may be none."""
-        coins = stream(self.root, round, "cohort").random(self.total)
-        return [int(c) for c in np.flatnonzero(coins < self.sample_rate)]
+        return [int(c) for c in np.flatnonzero(self.taken(stream(self.root, round, "cohort")))]
 
     def event(self, clip_norm: float, draw: int = 0) -> Event:
         """What a round costs every client, taken or not.

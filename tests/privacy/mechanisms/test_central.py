@@ -15,7 +15,7 @@ from fedlora.adapter import Update
 from fedlora.engine import Replies
 from fedlora.engine.base import gathered
 from fedlora.errors import ContractError, SettingError
-from fedlora.privacy.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE, WITHIN, Central, check, clip
+from fedlora.privacy.mechanisms.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE, WITHIN, Central, check, clip
 
 RECEIVED = {"a": np.array([1.0, 2.0], np.float32), "b": np.array([[0.0]], np.float32)}
 QUIET = Central(noise_multiplier=1e-12, sample_rate=0.5, total=8, root=1)

@@ -1,0 +1,66 @@
+"""What makes a client's noised sums, but the noise, as one digest (`fedlora.privacy.replay`)."""
+
+import dataclasses
+import platform
+from typing import Any
+
+import numpy as np
+
+from fedlora.adapter import Adapter, Change, Instruction
+from fedlora.client import Client, Settings
+from fedlora.data.store import Partition
+from fedlora.engine.setup import Setup
+from fedlora.privacy import replay
+from fedlora.scenario import Scenario
+from fedlora.strategy import Strategy
+from fedlora.tasks.contract import Task
+
+KNOWN = 10_000  # clients whose examples' digests are kept
+
+
+class Digests:
+    """The digests of one worker in one run: a round over other inputs draws other noise."""
+
+    def __init__(self, task: Task, client: Client, strategy: Strategy, setup: Setup, scenario: Scenario) -> None:
+        """At the start of a run, before anything was merged."""
+        self.task, self.client, self.strategy, self.setup, self.scenario = task, client, strategy, setup, scenario
+        self._based, self._merges = "", ""
+        self._seen: dict[int, str] = {}
+
+    def of(
+        self, instruction: Instruction, received: Adapter, partition: Partition, settings: Settings, *more: Any
+    ) -> str:
+        """Of a client's training in a round."""
+        told = dataclasses.asdict(settings)
+        parts = (self._base(), self._merges, received, instruction.draw, told, self._examples(partition), more)
+        return replay.digest(self.scenario.seed, *parts)
+
+    def merged(self, change: Change) -> None:
+        """A change is about to be folded into the base."""
+        self._base()  # as it was before any
+        self._merges = replay.digest(self.scenario.seed, self._merges, change)
+
+    def _base(self) -> str:
+        """Of what stays the same for the life of a worker: weights, client, device, versions."""
+        if not self._based:
+            import torch
+
+            on_gpu = self.setup.device.startswith("cuda")
+            chip = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
+            machine = (platform.machine(), chip, self.setup.device, self.setup.precision, self.setup.threads)
+            own = (replay.code(self.client), self.scenario.clients.options, replay.code(self.strategy))
+            parts = (self.task.base_fingerprint(), replay.versions(), machine, own, self.scenario.engine.fused)
+            self._based = replay.digest(self.scenario.seed, *parts)
+        return self._based
+
+    def _examples(self, partition: Partition) -> str:
+        """Of a client's tokens and targets."""
+        if partition.client not in self._seen:
+            if len(self._seen) >= KNOWN:
+                self._seen.clear()
+            examples, rows = partition.examples, partition.rows
+            tokens = np.concatenate([examples.row(int(row)) for row in rows])
+            types = np.concatenate([examples.types_of(int(row)) for row in rows])
+            parts = (tokens, types, examples.lengths(rows), examples.targets[rows], rows)
+            self._seen[partition.client] = replay.digest(self.scenario.seed, *parts)
+        return self._seen[partition.client]

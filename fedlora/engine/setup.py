@@ -1,0 +1,52 @@
+"""What a worker is told before it starts, and what it tells once it has built its model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora.adapter import Adapter, Layout
+from fedlora.kinds.contract import Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a worker needs to know, as plain data that can be sent to it.
+
+    Attributes:
+        scenario: resolved, as `Scenario.model_dump` gives it.
+        dataset: folder of the tokenised examples.
+        partitions: folder of the partition.
+        threads: of torch.
+        precision: `fp32`, `bf16`, or `auto`: as the worker finds its device.
+        device: a torch device, or `auto`: a GPU where there is one.
+        noise: the calibrated noise multiplier for each number of examples; None without privacy.
+        personal: folder of what stays with each client; None where nothing does.
+        secret: whether noise is drawn from the operating system and not from the scenario's seed.
+    """
+
+    scenario: Mapping[str, Any]
+    dataset: Path
+    partitions: Path
+    threads: int = 1
+    precision: str = "fp32"
+    device: str = "cpu"
+    noise: Mapping[int, float] | None = None
+    personal: Path | None = None
+    secret: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a worker found when it built its model."""
+
+    layout: Layout
+    initial: Adapter
+    metric: str
+    higher_is_better: bool
+    test_examples: int
+    kind: Kind
+    weights: Mapping[str, tuple[int, ...]]  # the shape of each layer with factors, (out, in)
+    fingerprint: str  # of the first adapter, bit for bit: workers that differ must not serve one run
+    device: str  # that it is on: `cpu` or `cuda`
+    precision: str  # of training

@@ -1,0 +1,248 @@
+"""The Kind contract: how a weight's change is written, said in one place.
+
+A kind says what it builds into a model, where each tensor comes from, which of them can train, whether the change
+of a weight is linear in them, what the change is, and how it becomes an ordinary LoRA for others to load. Nothing
+else assumes how its tensors are called: strategies read the `role` of a slot.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from fedlora import factors, plugins
+from fedlora.adapter import Adapter, Change, Layout, Slot, Tensor
+from fedlora.errors import SettingError
+from fedlora.seeding import generator
+
+if TYPE_CHECKING:
+    import torch
+
+PREFIX = "base_model.model."
+"""What peft puts before the names of a model's own modules."""
+Weights = Callable[[str], "torch.Tensor"]
+"""The frozen weight (out x in) of a layer, by its name."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the tensors of a role are.
+
+    Attributes:
+        origin: of the first value: `seeded`, drawn from the seed; `derived`, from the frozen weights; `zero`. None
+            needs to travel.
+        trains: whether they can train; the others stay as they were first made.
+    """
+
+    origin: Literal["seeded", "derived", "zero"]
+    trains: bool
+
+
+HEAD = Part("seeded", True)
+Gradients = Literal["product", "hooks"]
+
+
+@dataclass(frozen=True)
+class Kind(ABC):
+    """A way to write the change of a weight, and to build it into a model.
+
+    Attributes:
+        r: the rank, with unequal ranks the server's.
+        alpha: the change is multiplied by `alpha / r`.
+        targets: the layers that have one, by the ends of their names.
+        layers: numbers of the blocks that have targets, from 0; None: all.
+    """
+
+    parts: ClassVar[Mapping[str, Part]]
+    """The roles of its tensors beside `head`, and what each is."""
+
+    ordinary: ClassVar[bool] = False
+    """Whether its tensors are what peft's LoRA has, so that they are saved as they are."""
+
+    gradients: ClassVar[Gradients] = "hooks"
+    """How gradients of single examples are had: by the layers' own low-rank product, or by Opacus's hooks."""
+
+    r: int
+    alpha: float
+    targets: tuple[str, ...]
+    layers: tuple[int, ...] | None = None
+
+    @abstractmethod
+    def wrap(self, model: Any, heads: Sequence[str], task_type: str | None) -> Any:
+        """The model with the adapter in it, as a `peft.PeftModel`.
+
+        Args:
+            model: of transformers.
+            heads: modules that federate whole; none of them gets factors inside.
+            task_type: as peft calls it.
+
+        Raises:
+            SettingError: the model has no such targets.
+        """
+
+    @abstractmethod
+    def role(self, name: str) -> str:
+        """What the tensor of that name is for: one of `parts`, or `head`."""
+
+    @abstractmethod
+    def shape(self, slot: Slot, rank: int) -> tuple[int, ...]:
+        """The shape of a tensor at a client of that rank."""
+
+    @abstractmethod
+    def initial(self, slot: Slot, rng: np.random.Generator, weights: Weights | None) -> Tensor:
+        """The first value of a tensor, from `rng` and the frozen weights alone."""
+
+    @abstractmethod
+    def change(self, layout: Layout, adapter: Mapping[str, Tensor]) -> Change:
+        """Thin factors (out x m, m x in) of each layer's change, without the scaling."""
+
+    @abstractmethod
+    def exact(self, moving: Collection[str]) -> bool:
+        """Whether the change is linear in the tensors of some roles, the others being the same everywhere.
+
+        Then the average of the tensors stands for the average of the changes.
+        """
+
+    @abstractmethod
+    def noise_gain(
+        self, layout: Layout, adapter: Mapping[str, Tensor], moving: Collection[str]
+    ) -> dict[str, float]:
+        """Of each layer, how large its change gets where noise of variance 1 is added to tensors of some roles.
+
+        Returns:
+            `sqrt(E || change(adapter + noise) - change(adapter) ||_F^2)`, scaling included, to first order.
+        """
+
+    def scaling(self, rank: int | None = None) -> float:
+        """The factor before the change that a client of that rank has; by default the server's: `alpha / rank`."""
+        return self.alpha / (rank or self.r)
+
+    def trains(self, role: str) -> bool:
+        """Whether tensors of a role can train; the others stay as they were first made."""
+        return self.parts.get(role, HEAD).trains
+
+    def federates(self, parameter: str) -> bool:
+        """Whether a parameter of a wrapped model is one of the adapter's, or of a head's."""
+        return "lora_" in parameter or ".modules_to_save." in parameter
+
+    def held(self, model: Any) -> dict[str, Any]:
+        """The layers of a wrapped model that have a change, by name; each has `get_base_layer()`."""
+        return {layer_of(public(n)): m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+
+    def rescale(self, layer: Any, rank: int) -> None:
+        """Let a layer be that of a client of some rank."""
+        layer.scaling["default"] = self.scaling(rank)
+
+    def export(
+        self, layout: Layout, adapter: Mapping[str, Tensor], merged: Change | None = None
+    ) -> tuple[Adapter, int | None]:
+        """The same as an ordinary LoRA of the untouched base.
+
+        Args:
+            layout: of the adapter.
+            adapter: every tensor of the layout.
+            merged: all that was folded into the base, scaling included; it becomes part of the adapter.
+
+        Returns:
+            Tensors by peft's names, and the rank, which then is `lora_alpha` too; None: as the kind's own.
+        """
+        if self.ordinary and not merged:
+            return {n: t for n, t in adapter.items() if layout[n].role in (*self.parts, "head")}, None
+        plain: dict[str, factors.Factors] = {}
+        for name, (b, a) in self.change(layout, adapter).items():
+            more = [(1.0, *merged[name])] if merged and name in merged else []
+            plain[name] = factors.shorten(*factors.stack([(self.scaling(), b, a), *more]))
+        rank = max(1, *(right.shape[0] for _, right in plain.values()))
+        tensors = {n: t for n, t in adapter.items() if layout[n].role == "head"}
+        for name, (left, right) in plain.items():
+            pad = rank - right.shape[0]
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = np.pad(right, ((0, pad), (0, 0))).astype(np.float32)
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = np.pad(left, ((0, 0), (0, pad))).astype(np.float32)
+        return tensors, rank
+
+
+def initial(
+    kind: Kind,
+    layout: Layout,
+    seed: int,
+    *,
+    weights: Weights | None = None,
+    held: Mapping[str, Tensor] | None = None,
+    draw: int = 0,
+) -> Adapter:
+    """The adapter that a seed stands for: bit-identical wherever it is drawn, so it need not travel.
+
+    Args:
+        kind: of the adapter.
+        layout: the tensors to make.
+        seed: what they are drawn from.
+        weights: the frozen weights, for kinds that begin from them.
+        held: tensors of the heads that the base brings along, and are not drawn.
+        draw: a further draw for A; heads have only one.
+    """
+    adapter: Adapter = {}
+    for name in sorted(layout):
+        if held and name in held:
+            adapter[name] = held[name].copy()
+            continue
+        again = (draw,) if draw and layout[name].role == "A" else ()
+        adapter[name] = kind.initial(layout[name], generator(seed, "adapter", name, *again), weights)
+    return adapter
+
+
+def load(use: str, r: int, alpha: float, targets: tuple[str, ...], layers: tuple[int, ...] | None) -> Kind:
+    """The kind that a scenario names.
+
+    Raises:
+        SettingError: nothing importable has that name.
+    """
+    cls = plugins.find("kinds", use)
+    if not issubclass(cls, Kind):
+        raise SettingError("model.adapter.kind", f"{use} is no fedlora.Kind")
+    return cls(r, alpha, targets, layers)
+
+
+def public(parameter: str) -> str:
+    """Peft's name of a tensor in a saved adapter."""
+    return parameter.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+
+
+def layer_of(name: str) -> str:
+    """The layer that a tensor belongs to, by the tensor's public name."""
+    return name.removeprefix(PREFIX).split(".lora_")[0].rsplit(".weight", 1)[0].rsplit(".bias", 1)[0]
+
+
+def under(name: str, module: str) -> bool:
+    """Whether a name is that of something inside a module."""
+    return f".{module}." in f".{name}"
+
+
+def ends(name: str, targets: Sequence[str]) -> bool:
+    """Whether the name of a layer is one of the targets, or ends in one."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def linear_layers(model: Any, heads: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names of a model's linear layers outside of its heads, and the names of all that is inside these."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    inside = [n for n, _ in model.named_modules() if any(f".{head}." in f".{n}." for head in heads)]
+    layers = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    return [n for n in layers if n not in inside], inside
+
+
+def first_of_head(slot: Slot, rng: np.random.Generator) -> Tensor:
+    """The first value of a tensor of a head: normal(0, 0.02), a bias zero."""
+    if len(slot.shape) > 1:
+        return rng.normal(0.0, 0.02, slot.shape).astype(np.float32)
+    return np.zeros(slot.shape, np.float32)
+
+
+def modules_of(layout: Layout, role: str) -> Iterator[tuple[str, str]]:
+    """Of each tensor of a role its layer and its name."""
+    for name, slot in layout.items():
+        if slot.role == role:
+            yield slot.module, name

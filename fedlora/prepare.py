@@ -1,0 +1,185 @@
+"""From a scenario to all that a run needs but the model: data, plug-ins, calibrated noise."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedlora import client as clients
+from fedlora import engine as engines
+from fedlora import strategy as strategies
+from fedlora.data import store as datasets
+from fedlora.engine.setup import Setup
+from fedlora.errors import SettingError
+from fedlora.privacy import accounting
+from fedlora.privacy.mechanisms.central import Central
+from fedlora.rounds.world import World
+from fedlora.scenario import Scenario
+from fedlora.seeding import Root
+from fedlora.tasks import base_model
+from fedlora.tasks import contract as tasks
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A scenario with everything checked that can be before a model is loaded."""
+
+    scenario: Scenario
+    strategy: strategies.Strategy
+    client: clients.Client
+    data: datasets.Dataset
+    setup: Setup
+
+
+def prepare(scenario: Scenario) -> Prepared:
+    """Everything that a run needs but the model and the calibrated noise.
+
+    Raises:
+        SettingError: a setting does not fit the data.
+    """
+    data, total = scenario.data, scenario.clients.total
+    return _prepared(
+        scenario, lambda encode, key: datasets.prepare(data, scenario.task, total, scenario.seed, encode, key)
+    )
+
+
+def prepare_server(scenario: Scenario) -> Prepared:
+    """The same where clients are sites that keep their examples: the server has the test rows alone.
+
+    Raises:
+        SettingError: there are none, or the scenario asks for what sites cannot do.
+    """
+    if scenario.world is not None:
+        raise SettingError("world", "is of simulated devices: leave it out to run on sites")
+    data, total = scenario.data, scenario.clients.total
+    test, labels = datasets.read_test(data, scenario.task)
+
+    def hold(encode: datasets.Encode, key: str) -> datasets.Dataset:
+        return datasets.hold(data, scenario.task, total, scenario.seed, encode, key, labels, test=test)
+
+    ready = _prepared(scenario, hold, labels)
+    return replace(ready, setup=replace(ready.setup, secret=True))
+
+
+def prepare_site(
+    scenario: Scenario, labels: Sequence[str], rows: datasets.Rows, client: int, own: bytes, **placed: Any
+) -> Setup:
+    """What a site's worker needs, its noise calibrated to the rows that it holds.
+
+    Args:
+        scenario: that the server sent.
+        labels: that the server sent, in order.
+        rows: of the site's own file.
+        client: which client the site is.
+        own: a key of the site's own, which it draws the rows from that it holds out.
+        placed: fields of `Setup` that are the site's own choice, such as `threads`.
+
+    Raises:
+        SettingError: a setting does not fit the rows.
+    """
+    data, total = scenario.data, scenario.clients.total
+
+    def hold(encode: datasets.Encode, key: str) -> datasets.Dataset:
+        return datasets.hold(data, scenario.task, total, own, encode, key, labels, train=rows, client=client)
+
+    ready = _prepared(scenario, hold, labels)
+    noise = calibrate(scenario, ready.data)
+    return replace(ready.setup, noise=noise, secret=ready.client.private, **placed)
+
+
+def _prepared(
+    scenario: Scenario,
+    hold: Callable[[datasets.Encode, str], datasets.Dataset],
+    labels: Sequence[str] | None = None,
+) -> Prepared:
+    """Everything that a run needs but the noise, with what `hold` makes of the tokenizer for its data."""
+    strategy = strategies.load(scenario.strategy.use, scenario.strategy.options)
+    strategies.check(strategy, scenario)
+    client = clients.load(scenario.clients.use, scenario.clients.options)
+    clients.check_fused(client, scenario.engine.fused)
+    if client.private and scenario.example_privacy is None:
+        raise SettingError("clients.use", f"{scenario.clients.use} needs a privacy section")
+    if not client.private and scenario.example_privacy is not None:
+        raise SettingError("clients.use", f"{scenario.clients.use} adds no noise, and a privacy section is given")
+    if scenario.world is not None:
+        World(scenario)  # reads its trace
+    model, data, task = scenario.model, scenario.data, tasks.find(scenario.task)
+    reader = task.reader(model.base, model.revision)
+    names = list(labels or data.labels or ())
+
+    def encode(rows: datasets.Rows) -> datasets.Encoded:
+        if task.labelled and not names:  # the training rows come first, and hold every label
+            names.extend(sorted(set(rows.labels or ())))
+        return task.encode(reader, rows, names, data.max_length)
+
+    dataset = hold(encode, base_model.encoding_fingerprint(reader))
+    setup = Setup(
+        scenario=scenario.model_dump(),
+        dataset=dataset.folder,
+        partitions=dataset.partition_folder,
+        threads=engines.threads(scenario),
+        precision=scenario.engine.precision,
+        device=engines.device(scenario),
+    )
+    return Prepared(scenario=scenario, strategy=strategy, client=client, data=dataset, setup=setup)
+
+
+def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | None:
+    """The noise multiplier for each number of examples that a client holds; None without privacy.
+
+    Calibrated over all the steps that a client can be asked for: every round of the scenario.
+    """
+    told, asked = scenario.clients, scenario.example_privacy
+    if asked is None:
+        return None
+    sizes = sorted(data.sizes().keys() - {0})  # 0: held elsewhere
+    if asked.delta >= 1 / sizes[-1]:
+        logger.warning(
+            "privacy.delta: %g is not below 1/%d, one over the examples of the largest client: at such a delta a "
+            "mechanism that gives a whole example away now and then counts as private; write %.0e or less",
+            *(asked.delta, sizes[-1], 0.1 / sizes[-1]),
+        )
+    if told.batch_size > sizes[0]:
+        raise SettingError(
+            "clients.batch_size",
+            f"a client has {sizes[0]} examples, and a private batch takes {told.batch_size} of them on "
+            "average; lower it, use fewer clients, or raise data.partition.min_examples",
+        )
+    if asked.noise_multiplier is not None:
+        return dict.fromkeys(sizes, asked.noise_multiplier)
+    assert asked.epsilon is not None
+    rates, steps = [told.batch_size / size for size in sizes], scenario.rounds * told.local_steps
+    found = accounting.calibrations(asked.epsilon, asked.delta, rates, steps, asked.accountant)
+    return dict(zip(sizes, found, strict=True))
+
+
+def central(scenario: Scenario, root: Root) -> Central | None:
+    """The server's side of client-level privacy, its noise calibrated over every round; None without.
+
+    Args:
+        scenario: of the run.
+        root: of cohorts and noise.
+    """
+    told, asked = scenario.clients, scenario.client_privacy
+    if asked is None:
+        return None
+    if asked.delta >= 1 / told.total:
+        logger.warning(
+            "privacy.delta: %g is not below 1/%d, one over the clients: at such a delta a mechanism that gives a "
+            "whole client away now and then counts as private; write %.0e or less",
+            *(asked.delta, told.total, 0.1 / told.total),
+        )
+    rate, noise = told.cohort_size / told.total, asked.noise_multiplier
+    if noise is None:
+        assert asked.epsilon is not None
+        noise = accounting.calibrate(asked.epsilon, asked.delta, rate, scenario.rounds, asked.accountant)
+    return Central(
+        noise_multiplier=noise,
+        sample_rate=rate,
+        total=told.total,
+        root=root,
+        quantile=asked.quantile,
+        shared=scenario.shares_noise,
+    )

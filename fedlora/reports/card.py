@@ -1,0 +1,63 @@
+"""The card beside a run's adapter: what it is, what it was promised, how to load it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora.prepare import Prepared
+from fedlora.tasks.contract import Task, find
+
+_WITH_FEDLORA = """import fedlora
+
+model, tokenizer = fedlora.load_adapter("adapter")"""
+
+
+def write(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:
+    """The README beside the adapter: what it is and how to load it."""
+    scenario, labels = ready.scenario, ready.data.labels
+    task, base, metric = find(scenario.task), scenario.model.base, summary["metric"]
+    value = summary[metric]
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    who = "sites" if ready.setup.secret else "simulated clients"
+    sent = f"{summary['bytes_up_total']:,} bytes; to clients: {summary['bytes_down_total']:,} bytes"
+    if scenario.client_privacy is not None:
+        sent = "not told: it says how many were drawn"
+    judged = f"{summary['test_examples']} held-out examples"
+    if ready.strategy.personal:
+        judged = "the examples that clients hold out, by clients' own models; this adapter is what they share"
+    (folder / "adapter" / "README.md").write_text(
+        f"""---
+base_model: {base}
+library_name: peft
+tags: [lora, federated-learning, differential-privacy, fedlora]
+---
+# {scenario.name}
+
+A LoRA adapter (r = {config["r"]}, alpha = {config["lora_alpha"]:g}) for `{base}`, fine-tuned
+by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["rounds"]} rounds.
+
+- {metric} on {judged}: {"not measured" if value is None else f"{value:.4f}"}
+- labels: {", ".join(labels) or "none"}
+- sent by clients: {sent}
+- privacy: {summary["privacy"]}
+- scenario hash {summary["hash"]}, seed {summary["seed"]}
+
+```python
+{_WITH_FEDLORA if base == "minilm" else _in_peft(task, base, len(labels))}
+```
+""",
+        encoding="utf-8",
+    )
+
+
+def _in_peft(task: type[Task], base: str, labels: int) -> str:
+    """How to load it without fedlora."""
+    more = f", num_labels={labels}" if labels else ""
+    if not task.tokens:
+        more += ", ignore_mismatched_sizes=True"
+    return f"""from peft import PeftModel
+from transformers import {task.auto}
+
+base = {task.auto}.from_pretrained("{base}"{more})
+model = PeftModel.from_pretrained(base, "adapter")"""

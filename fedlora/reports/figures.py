@@ -1,0 +1,184 @@
+"""The figures of one run, by section of its report."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from fedlora.reports.charts import (
+    MOST_CLIENTS,
+    Figure,
+    Row,
+    heat,
+    lines,
+    measured,
+    metric_by_round,
+    stacks,
+)
+from fedlora.run import Run
+
+
+def figures(run: Run) -> Mapping[Literal["learning", "privacy", "clients", "cost"], list[Figure]]:
+    """All charts that a run has data for, by section."""
+    return {
+        "learning": [*_learning(run)],
+        "privacy": [*_privacy(run)],
+        "clients": [*_clients(run)],
+        "cost": [*_cost(run)],
+    }
+
+
+def _learning(run: Run) -> Sequence[Figure]:
+    found, metric = [], run.metric
+    if rows := measured(run.rounds, metric):
+        by_round = metric_by_round(run.rounds, metric)
+        found.append(Figure(f"{metric.capitalize()} by round", "Measured on the held-out test set.", by_round))
+        chart = lines(rows, ("megabytes", "megabytes, up and down, all clients"), (metric, metric))
+        found.append(
+            Figure(f"{metric.capitalize()} by megabyte", "The same against all that was sent so far.", chart)
+        )
+        if "hours" in rows[-1]:
+            chart = lines(rows, ("hours", "virtual hours"), (metric, metric))
+            note = "The same by the clock of the simulated devices."
+            found.append(Figure(f"{metric.capitalize()} by virtual hour", note, chart))
+    losses = [
+        {"round": line["round"], "set": label, "loss": line[key]}
+        for key, label in (("loss", "test"), ("train_loss", "training"))
+        for line in run.rounds
+        if line.get(key) is not None
+    ]
+    if losses:
+        private = (
+            "" if any(row["set"] == "training" for row in losses) else " Training losses stayed with the clients."
+        )
+        chart = lines(losses, ("round", "round"), ("loss", "loss"), series="set", whole=True)
+        found.append(Figure("Loss by round", f"Mean over examples.{private}", chart))
+    errors = [
+        {"round": line["round"], "error": line["aggregation_error"]}
+        for line in run.rounds
+        if line.get("aggregation_error") is not None
+    ]
+    if errors:
+        chart = lines(errors, ("round", "round"), ("error", "relative error"), whole=True, zero=True)
+        note = "How far the aggregate is from the mean of the clients' full weight changes, as a share of it."
+        found.append(Figure("Aggregation error by round", note, chart))
+    return found
+
+
+def _privacy(run: Run) -> Sequence[Figure]:
+    whole = (run.scenario.get("privacy") or {}).get("unit") == "client"
+    stated: list[Row] = []
+    if whole:
+        stated = [
+            {"round": line["round"], "of": "each client", "epsilon": line["epsilon"]}
+            for line in run.rounds
+            if line.get("epsilon") is not None
+        ]
+    spent: dict[int, dict[int, float]] = {}
+    for line in run.clients:
+        if line.get("epsilon") is not None:
+            spent.setdefault(line["round"], {})[line["client"]] = line["epsilon"]
+    drawn, total = thinned(sorted({client for now in spent.values() for client in now}))
+    so_far: dict[int, float] = {}
+    each: list[Row] = []
+    for round, now in sorted(spent.items()):
+        so_far |= now
+        each += [{"client": c, "round": round, "epsilon": so_far[c]} for c in drawn if c in so_far]
+        for name, value in (("largest", max(so_far.values())), ("median", statistics.median(so_far.values()))):
+            stated.append({"round": round, "of": f"each example, {name}" if whole else name, "epsilon": value})
+    if not stated:
+        return []
+    note = (
+        "Spent so far to protect each client, by the server's noise."
+        if whole
+        else "Spent so far: the largest over clients, which is what the run states, and the median."
+    )
+    chart = lines(stated, ("round", "round"), ("epsilon", "epsilon"), series="of", whole=True, zero=True)
+    found = [Figure("Epsilon by round", note, chart)]
+    if each:
+        chart_each = heat(
+            each, ("round", "round"), ("client", "client"), ("epsilon", "epsilon"), height=tall(len(drawn))
+        )
+        note = f"Spent so far on the examples of each client.{_thinning(len(drawn), total)}"
+        found.append(Figure("Epsilon of each client", note, chart_each))
+    return found
+
+
+def _clients(run: Run) -> Sequence[Figure]:
+    found = []
+    labels, holders = run.partitions.get("labels") or [], run.partitions.get("clients") or []
+    if labels and holders:
+        some, total = thinned(holders)
+        rows = [
+            {"client": h["client"], "label": label, "examples": n, "share": n / max(h["num_examples"], 1)}
+            for h in some
+            for label, n in zip(labels, h["labels"], strict=True)
+        ]
+        note = f"The share of each label among a client's examples.{_thinning(len(some), total)}"
+        chart = heat(
+            rows,
+            ("label", "label"),
+            ("client", "client"),
+            ("share", "share of the client's examples"),
+            height=tall(len(some)),
+            number=".0%",
+            domain=(0.0, 1.0),
+        )
+        found.append(Figure("Labels of each client", note, chart))
+    lines = run.clients
+    known = {"round", "client", "num_examples", "steps", "bytes_up", "bytes_down", "epsilon", "seconds", "error"}
+    told = sorted({key for line in lines for key, v in line.items() if isinstance(v, int | float)} - known)
+    some, total = thinned(sorted({line["client"] for line in lines}))
+    for key in told:
+        rows = [
+            {"client": line["client"], "round": line["round"], key: float(line[key])}
+            for line in lines
+            if line.get(key) is not None and line["client"] in set(some)
+        ]
+        if len({row[key] for row in rows}) == 1:  # such as a count of what never happened
+            continue
+        words = key.replace("_", " ")
+        title = f"{words.capitalize()} of each client"
+        chart = heat(rows, ("round", "round"), ("client", "client"), (key, words), height=tall(len(some)))
+        found.append(Figure(title, f"As the client told it, by round.{_thinning(len(some), total)}", chart))
+    return found
+
+
+def _cost(run: Run) -> Sequence[Figure]:
+    found, rounds = [], run.rounds
+    rows = [
+        {"round": line["round"], "way": way, "megabytes": line[key] / 1e6}
+        for line in rounds
+        for key, way in (("bytes_up", "up"), ("bytes_down", "down"))
+        if key in line
+    ]
+    if rows:
+        chart = stacks(rows, ("round", "round"), ("megabytes", "megabytes"), "way", order=("up", "down"))
+        found.append(
+            Figure("Megabytes by round", "All clients together, counted on what Flower serialises.", chart)
+        )
+    order = ("train", "evaluate", "aggregate", "diagnose", "account")
+    phases = [
+        {"round": line["round"], "phase": phase, "seconds": seconds}
+        for line in rounds
+        for phase, seconds in line.get("phases", {}).items()
+    ]
+    if phases:
+        chart = stacks(phases, ("round", "round"), ("seconds", "seconds"), "phase", order=order)
+        note = "Training with what travels, evaluation, aggregation, its error, and accounting for privacy."
+        found.append(Figure("Time by round", note, chart))
+    return found
+
+
+def thinned(items: Sequence[Any]) -> tuple[list[Any], int]:
+    """At most `MOST_CLIENTS` of the items, evenly spread, and how many there are."""
+    step = max(1, -(-len(items) // MOST_CLIENTS))
+    return list(items[::step]), len(items)
+
+
+def tall(cells: int) -> int:
+    """The height of a heat map with so many rows."""
+    return max(120, min(cells * 24, 420))
+
+
+def _thinning(shown: int, total: int) -> str:
+    return f" Of {total} clients {shown} are drawn." if shown < total else ""

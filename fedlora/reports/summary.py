@@ -1,0 +1,145 @@
+"""What `summary.json` says of a run: figures, and what its privacy is in words."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fedlora import scenario as scenarios
+from fedlora.engine.setup import Description
+from fedlora.prepare import Prepared
+from fedlora.privacy import accounting, cohorts, ledger
+from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.replay import versions
+from fedlora.rounds.loop import round_to
+from fedlora.rounds.progress import Progress
+from fedlora.scenario import Scenario
+
+
+def summary_of(
+    ready: Prepared, now: Progress, found: Description, record: Ledger, stopped: str | None
+) -> dict[str, Any]:
+    """What `summary.json` holds; `stopped` says why the run ended before its last round, if it did."""
+    scenario = ready.scenario
+    asked = scenario.privacy
+    spent = spent_of(record, asked)
+    summary: dict[str, Any] = {
+        "scenario": scenario.name,
+        "strategy": scenario.strategy.use,
+        "rounds": now.round,
+        "metric": found.metric,
+        "higher_is_better": found.higher_is_better,
+        found.metric: now.last.get(found.metric),
+        "loss": now.last.get("loss"),
+        "bytes_up_total": now.bytes_up,
+        "bytes_up_head": now.bytes_up_head,
+        "bytes_down_total": now.bytes_down,
+        "epsilon": spent,
+        "delta": asked.delta if asked else None,
+        "privacy_unit": asked.unit if asked else None,
+        "accountant": asked.accountant if asked else None,
+        "neighbours": ledger.neighbours(asked.unit) if asked else None,
+        "sampling": "poisson" if asked else None,
+        "example_epsilon": spent_of(record, scenario.example_privacy),
+        "server_epsilon": server_epsilon(scenario, record.events),
+        "peer_epsilon": peer_epsilon(scenario, record.events.get(None, ())),
+        "privacy": privacy_in_words(ready, record),
+        "seconds": round_to(now.seconds),
+        "clients_per_second": round_to(now.trained / now.seconds) if now.seconds else None,
+        "failures": now.failures,
+        "seed": scenario.seed,
+        "hash": scenario.hash,
+        "precision": found.precision,
+        "device": found.device,
+        "threads": ready.setup.threads,
+        "test_examples": found.test_examples,
+        "versions": versions(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if scenario.world is not None:
+        summary["virtual_seconds"] = round_to(now.virtual_seconds)
+    if scenario.exact_match is not None:
+        summary["exact_match"] = now.last.get("exact_match")
+    if stopped is not None:
+        summary["stopped"] = stopped
+    return summary
+
+
+def spent_of(record: Ledger, asked: scenarios.Privacy | None) -> float | None:
+    """The largest epsilon over those who hold a budget for a guarantee; None without one."""
+    if asked is None:
+        return None
+    return _largest(record.events, asked.unit, asked)
+
+
+def server_epsilon(scenario: Scenario, events: Mapping[ledger.Holder, Sequence[accounting.Event]]) -> float | None:
+    """The largest epsilon over clients from the server that sees their sums; None where they share no noise."""
+    if not scenario.shares_noise or (asked := scenario.client_privacy) is None:
+        return None
+    return _largest(events, accounting.FROM_SERVER, asked)
+
+
+def _largest(
+    events: Mapping[ledger.Holder, Sequence[accounting.Event]], unit: str, asked: scenarios.Privacy
+) -> float:
+    """The largest epsilon over those who hold a budget of a unit; 0 where nothing was spent."""
+    every = (
+        accounting.epsilon(spent, asked.delta, asked.accountant)
+        for holder, spent in events.items()
+        if ledger.unit(holder) == unit
+    )
+    return max(every, default=0.0)
+
+
+def privacy_in_words(ready: Prepared, record: Ledger) -> str:
+    """What was promised, to whom, and what it takes for granted."""
+    scenario, asked = ready.scenario, ready.scenario.privacy
+    if asked is None:
+        return "none: no gradient was clipped or noised"
+    words = accounting.statement(spent_of(record, asked) or 0.0, asked.delta, asked.unit, asked.accountant)
+    if asked.unit == "client":
+        seen = "the sum of the clipped updates" if scenario.secure_aggregation else "each clipped update"
+        words += f", from whoever sees the models but not from the server, which sees {seen}"
+    if (whole := server_epsilon(scenario, record.events)) is not None and scenario.secure_aggregation is not None:
+        honest = scenario.secure_aggregation.honest
+        words += " under the clients' noise; "
+        words += accounting.statement(whole, asked.delta, accounting.FROM_SERVER, asked.accountant, honest)
+    if asked.unit == "client" and scenario.secure_aggregation is not None:
+        words += _among_clients(scenario, asked, record.events.get(None, ()))
+    if asked.example is not None:
+        example = spent_of(record, asked.example) or 0.0
+        words += "; at the same time, from the server too, "
+        words += accounting.statement(example, asked.example.delta, "example", asked.example.accountant)
+    if asked.share_metrics:
+        words += "; the training losses and example counts that clients shared are not covered by it"
+    if ready.setup.secret:
+        return f"{words}; whoever added noise drew it, and the batches, under a key from the operating system"
+    return (
+        f"{words}; noise was drawn from the scenario's seed, as fits a simulation and not a deployment; who holds "
+        "which examples, the labels and the test set are taken as given"
+    )
+
+
+def peer_epsilon(scenario: Scenario, events: Sequence[accounting.Event]) -> float | None:
+    """Epsilon of a client from another that is in the same rounds under masks; None elsewhere.
+
+    Args:
+        scenario: of the run.
+        events: of those rounds, as they cost every client.
+    """
+    if (asked := scenario.client_privacy) is None or scenario.secure_aggregation is None:
+        return None
+    known = 1 / cohorts.LEAST if scenario.shares_noise else 0.0
+    return accounting.beside(events, asked.delta, asked.accountant, known)
+
+
+def _among_clients(scenario: Scenario, asked: scenarios.Privacy, events: Sequence[accounting.Event]) -> str:
+    """What a client is promised from another that is in the same rounds; and what small cohorts add to delta."""
+    most = max((peer_epsilon(scenario, [replace(event, steps=1)]) or 0.0 for event in events), default=0.0)
+    every = peer_epsilon(scenario, events) or 0.0
+    said = accounting.statement(every, asked.delta, accounting.FROM_CLIENTS, asked.accountant)
+    return (
+        f"; {said}, in every round of the run; in one round, epsilon {most:.3g}; cohorts too small or too large "
+        f"for a sum add at most {cohorts.RARE:.0%} to delta, and whether enough clients stay to the end of a "
+        "round is not covered"
+    )

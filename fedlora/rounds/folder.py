@@ -1,0 +1,150 @@
+"""A run's folder: refused where it is another's, made whole or not at all, gone on with where it was left."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlora import scenario as scenarios
+from fedlora.data.store import Dataset
+from fedlora.errors import UserError
+from fedlora.privacy.ledger import Ledger
+from fedlora.rounds import checkpoint
+from fedlora.rounds.checkpoint import whole_folder
+from fedlora.rounds.progress import Progress
+from fedlora.scenario import Scenario
+from fedlora.strategy import Strategy
+
+SHOWN = 1000  # clients in `partitions.json`, at most
+
+logger = logging.getLogger(__name__)
+
+# What a resumed run may change: how long it goes on, and what cannot change a result.
+CHANGEABLE = (
+    "rounds",
+    "eval_every",
+    "trackers",
+    "engine.kind",
+    "engine.workers",
+    "engine.gpus_per_worker",
+    "engine.deadline",
+)
+
+
+def check(folder: Path, scenario: Scenario, resume: bool) -> None:
+    """Refuse to write over a run, or to go on with another one.
+
+    Raises:
+        UserError: with what to do instead.
+    """
+    written = folder / "scenario.yaml"
+    if not resume:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            what = "already holds a run" if written.exists() else "is not an empty folder"
+            raise UserError(f"{folder}: {what}; name another with --out, or go on with it with --resume")
+        return
+    if not written.exists():
+        raise UserError(f"{folder}: holds no run to resume")
+    same_run(folder, scenarios.load(written).model_dump(mode="json"), scenario.model_dump(mode="json"))
+
+
+def same_run(folder: Path, before: Any, after: Any) -> None:
+    """Refuse to go on with another scenario, by the names of the keys that differ.
+
+    Raises:
+        UserError: with those keys.
+    """
+    changed = [key for key in _differences(before, after) if key not in CHANGEABLE]
+    if changed:
+        raise UserError(
+            f"{folder}: was run with another {', '.join(changed)}; a resumed run may only change "
+            f"{', '.join(CHANGEABLE)}"
+        )
+
+
+def _differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted({*one, *other}):
+            yield from _differences(one.get(key), other.get(key), f"{path}.{key}" if path else key)
+    elif one != other:
+        yield path
+
+
+def create(folder: Path, scenario: Scenario, data: Dataset) -> None:
+    """Make the run folder, whole or not at all."""
+    try:
+        with whole_folder(folder) as new:
+            (new / "scenario.yaml").write_text(scenario.to_yaml())
+            write_json(new / "partitions.json", partitions(data))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def partitions(data: Dataset) -> dict[str, Any]:
+    """Who holds what; of very many clients as many as a picture can show, evenly chosen."""
+    total = data.num_clients
+    counts = {int(c): data.histogram(int(c)) for c in np.linspace(0, total - 1, min(total, SHOWN)).round()}
+    return {
+        "labels": list(data.labels),
+        "clients_total": total,
+        "clients": [
+            {"client": c, "num_examples": int(row.sum()), "labels": row.tolist()}
+            for c, row in counts.items()
+            if row.any()  # else nobody but its site knows
+        ],
+        "test_examples": len(data.test),
+    }
+
+
+def restore(
+    folder: Path, scenario: Scenario, strategy: Strategy, first: Progress, origin: Mapping[str, Any]
+) -> tuple[Progress, Ledger]:
+    """Where the folder's run stands, at its start if it was stopped before any round was saved; and its ledger.
+
+    Raises:
+        UserError: no checkpoint is whole, it is of another run, or the ledger lacks what it has seen.
+    """
+    now, known = first, (0, "")
+    if (saved := checkpoint.load(folder / "checkpoint")) is not None:
+        try:
+            same_run(folder, saved.origin["scenario"], origin["scenario"])
+            if saved.origin["data"] != origin["data"]:
+                raise UserError(
+                    f"{folder}: its rounds so far were trained on other data, or cut by another tokenizer: put "
+                    "those back, or start again in another folder with --out"
+                )
+            if set(saved.adapter) != set(first.adapter):
+                raise UserError(f"{folder}: its checkpoint holds another adapter than this scenario builds")
+            strategy.load_state(saved.strategy)
+            now = Progress.restored(saved)
+            known, before = tuple(saved.origin["ledger"]), dict(saved.origin["versions"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{folder}: its checkpoint is of another version of fedlora: go on by that one, or start again in "
+                "another folder with --out"
+            ) from error
+        if moved := [
+            f"{what} {before.get(what)}, now {v}"
+            for what, v in origin["versions"].items()
+            if before.get(what) != v
+        ]:
+            logger.warning("%s: began with %s; the rest may differ in last bits", folder, "; ".join(moved))
+    record = Ledger(folder, known)
+    record.forget_after(now.round, judged=now.round - (now.unjudged is not None))
+    write_text(folder / "scenario.yaml", scenario.to_yaml())
+    return now, record
+
+
+def write_json(file: Path, data: Any) -> None:
+    """A file of JSON, whole or not at all."""
+    write_text(file, json.dumps(data, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """A file, whole or not at all."""
+    part = file.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)

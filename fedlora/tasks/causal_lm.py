@@ -1,0 +1,199 @@
+"""Causal language modelling: the completion of a prompt, or all of a text, one token after another."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.data.store import Encoded, Examples, Rows
+from fedlora.passes.packing import Segments
+from fedlora.tasks.contract import Batch, Problem, Task
+
+if TYPE_CHECKING:
+    import torch
+
+_ANSWERS = 8  # that are written at once
+
+
+class CausalLM(Task):
+    """The next token of a completion: mean token loss of an example, and perplexity."""
+
+    task_type = "CAUSAL_LM"
+    metric = "perplexity"
+    higher_is_better = False
+    auto = "AutoModelForCausalLM"
+    headed = False
+    labelled = False
+    pools = False
+
+    @classmethod
+    def needs(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        """No labels; with `exact_match` a column of answers."""
+        data, model = sections.get("data"), sections.get("model")
+        if data and data.partition.kind in ("dirichlet", "pathological", "shards", "label_shares"):
+            yield (
+                ("data", "partition", "kind"),
+                f"{data.partition.kind} splits by label, and causal_lm has none: use iid, size or natural",
+            )
+        yield from no_pairs(sections)
+        if sections.get("exact_match") and data and data.files and data.files.label is None:
+            yield ("data", "files", "label"), "exact_match needs the name of the column of answers"
+        if model and model.pooler == "trained":
+            yield ("model", "pooler"), "a causal language model has no pooler"
+
+    @classmethod
+    def encode(cls, reader: Any, rows: Rows, labels: Sequence[str], max_length: int) -> Encoded:
+        """Prompt and completion in one sequence, by the chat template where there is one.
+
+        The target is how many leading tokens belong to the prompt: they are not scored. Without a
+        completion all of the text is. An example always keeps one scored token, so a prompt that is
+        longer than `max_length` loses its beginning.
+        """
+        end = [] if reader.eos_token_id is None else [reader.eos_token_id]
+        if rows.labels is None:
+            plain = reader(rows.texts, truncation=True, max_length=max_length - len(end))["input_ids"]
+            return Encoded([ids + end for ids in plain], [0] * len(plain))
+        answers = reader(rows.labels, add_special_tokens=False)["input_ids"]
+        tokens, starts = [], []
+        for prompt, answer in zip(prompts(reader, [str(t) for t in rows.texts]), answers, strict=True):
+            answer = (answer + end)[: max_length - 1]
+            prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
+            tokens.append(prompt + answer)
+            starts.append(len(prompt))
+        return Encoded(tokens, starts)
+
+    @classmethod
+    def answer(
+        cls, model: Any, reader: Any, text: str, labels: Sequence[str], max_length: int, max_new_tokens: int
+    ) -> tuple[str, float | None]:
+        """The completion, by greedy decoding."""
+        import torch
+
+        (tokens,) = prompts(reader, [text])
+        made = model.generate(
+            input_ids=torch.tensor([tokens]),
+            attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+        return reader.decode(made[0, len(tokens) :], skip_special_tokens=True).strip(), None
+
+    def _scored(self, batch: Batch) -> "torch.Tensor":
+        """Whether the token after each one is scored, (examples, longest - 1)."""
+        import torch
+
+        mask = batch["attention_mask"][:, 1:].bool()
+        position = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        return mask & (position >= batch["targets"][:, None])
+
+    def logits(self, batch: Batch) -> "torch.Tensor":
+        """Of the tokens before scored ones, (scored tokens, vocabulary)."""
+        mask, scored = batch["attention_mask"], self._scored(batch)
+        if self.packing is None:
+            return self._run(batch).logits[:, :-1][scored].float()  # type: ignore[no-any-return]
+        places = mask.flatten().cumsum(0).view_as(mask) - 1  # of each token in the row
+        kept = places[:, :-1][scored]
+        self.packing.cut = {len(kept): Segments(scored)}
+        logits: torch.Tensor = self._run(batch, logits_to_keep=kept).logits[0]
+        return logits.float()
+
+    def _token_losses(self, batch: Batch) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """The loss of each predicted token, 0 if it is not scored, and whether it is; (examples, longest - 1)."""
+        from torch.nn.functional import cross_entropy
+
+        scored = self._scored(batch)
+        losses = cross_entropy(self.logits(batch), batch["input_ids"][:, 1:][scored], reduction="none")
+        return Segments(scored).batch(losses[None]), scored
+
+    def losses(self, batch: Batch) -> "torch.Tensor":
+        """Mean loss over the scored tokens of each example, (examples,)."""
+        losses, scored = self._token_losses(batch)
+        return losses.sum(-1) / scored.sum(-1).clamp(min=1)
+
+    def score(self, batch: Batch) -> dict[str, float]:
+        """Sums over scored tokens."""
+        losses, scored = self._token_losses(batch)
+        return {"loss": float(losses.sum()), "tokens": float(scored.sum())}
+
+    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Mean loss of a token, its exponential, and the share of answers that match where some were written."""
+        loss = sums["loss"] / max(sums["tokens"], 1.0)
+        told = {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
+        return told | ({"exact_match": sums["matched"] / sums["asked"]} if "asked" in sums else {})
+
+    def match(
+        self, tokenizer: Any, examples: Examples, rows: NDArray[np.int64], max_new_tokens: int, pattern: str | None
+    ) -> dict[str, float]:
+        """Write the completion of each prompt, by greedy decoding, with the adapter that is in the model.
+
+        An example whose own answer was cut by `max_length` before the pattern matches counts as missed.
+
+        Args:
+            tokenizer: of the base model.
+            examples: prompts and completions.
+            rows: the examples to ask.
+            max_new_tokens: that an answer may have.
+            pattern: the last match of it is compared, its first group if it has one; None: all of the text.
+
+        Returns:
+            Sums of the answers that `asked` and `matched`.
+        """
+        import torch
+
+        told = []
+        with torch.inference_mode(), self.packing.away() if self.packing else contextlib.nullcontext():
+            for start in range(0, len(rows), _ANSWERS):
+                chunk = [examples.row(int(row)) for row in rows[start : start + _ANSWERS]]
+                starts = examples.targets[rows[start : start + _ANSWERS]]
+                width = int(starts.max())
+                ids = np.full((len(chunk), width), self.pad, np.int64)
+                mask = np.zeros((len(chunk), width), np.int64)
+                for i, (tokens, end) in enumerate(zip(chunk, starts, strict=True)):
+                    ids[i, width - end :] = tokens[:end]
+                    mask[i, width - end :] = 1
+                made = self.model.generate(
+                    input_ids=self.place(ids),
+                    attention_mask=self.place(mask),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=self.pad,
+                )[:, width:]
+                for tokens, end, said in zip(chunk, starts, made.cpu().numpy(), strict=True):
+                    pair = (tokenizer.decode(part, skip_special_tokens=True) for part in (tokens[end:], said))
+                    told.append([_answer(text, pattern) for text in pair])
+        return {"asked": float(len(told)), "matched": float(sum(a is not None and a == b for a, b in told))}
+
+    def written(self, reader: Any, examples: Examples, rows: NDArray[np.int64], asked: Any) -> dict[str, float]:
+        """How many of the answers that are asked for match."""
+        if not len(rows := rows[rows < asked.examples]):
+            return {}
+        return self.match(reader(), examples, rows, asked.max_new_tokens, asked.pattern)
+
+
+def prompts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens before a completion, by the chat template where there is one."""
+    if tokenizer.chat_template:
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    return list(tokenizer([f"{text}\n" for text in texts])["input_ids"])
+
+
+def _answer(text: str, pattern: str | None) -> str | None:
+    """What of a completion is compared; None where the pattern does not match."""
+    if pattern is None:
+        return text.strip()
+    found = list(re.finditer(pattern, text))
+    return found[-1].group(1 if found[-1].re.groups else 0).strip() if found else None
+
+
+def no_pairs(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """Two columns of texts, for tasks that read one."""
+    data, task = sections.get("data"), sections.get("task")
+    named = data and (data.hub or data.files)
+    if named and not isinstance(named.text, str):
+        source = "hub" if data and data.hub else "files"
+        yield ("data", source, "text"), f"pairs of columns are for classification, and the task is {task}"

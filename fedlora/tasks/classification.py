@@ -1,0 +1,87 @@
+"""Sequence classification: each text, or pair of texts, has one of a list of labels."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedlora.data.store import Encoded, Rows
+from fedlora.tasks.base_model import text_kinds
+from fedlora.tasks.contract import Batch, Problem, Task, numbers
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Classification(Task):
+    """The label of a text, or of a pair of texts: cross-entropy and accuracy."""
+
+    task_type: str | None = "SEQ_CLS"
+    metric = "accuracy"
+    higher_is_better = True
+    auto = "AutoModelForSequenceClassification"
+
+    @classmethod
+    def needs(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
+        """A column of labels."""
+        data = sections.get("data")
+        if data and data.files and data.files.label is None:
+            yield ("data", "files", "label"), "classification needs the name of the column of labels"
+        yield from no_answers(sections)
+
+    @classmethod
+    def encode(cls, reader: Any, rows: Rows, labels: Sequence[str], max_length: int) -> Encoded:
+        """Each text, or pair of texts, cut to `max_length` tokens; the target is the number of its label.
+
+        Which text of a pair a token is of is kept where the tokenizer tells, as `token_type_ids`.
+        """
+        cut = reader(rows.texts, truncation=True, max_length=max_length)
+        types = cut.get("token_type_ids") or []
+        return Encoded(cut["input_ids"], numbers(rows, labels), types if any(map(any, types)) else None)
+
+    @classmethod
+    def answer(
+        cls, model: Any, reader: Any, text: str, labels: Sequence[str], max_length: int, max_new_tokens: int
+    ) -> tuple[str, float | None]:
+        """The likeliest label, and its probability."""
+        cut = reader(text, return_tensors="pt", truncation=True, max_length=max_length)
+        known = ("input_ids", "attention_mask", *(["token_type_ids"] if text_kinds(model) > 1 else []))
+        return likeliest(model, {key: cut[key] for key in known if key in cut}, labels)
+
+    def logits(self, batch: Batch) -> "torch.Tensor":
+        """Of each example, (examples, labels)."""
+        out = self._run(batch)
+        logits: torch.Tensor = out.logits.float()
+        return logits
+
+    def losses(self, batch: Batch) -> "torch.Tensor":
+        """Cross-entropy of each example, (examples,)."""
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(self.logits(batch), batch["targets"], reduction="none")
+
+    def score(self, batch: Batch) -> dict[str, float]:
+        """Sums of the loss, of the correct answers and of the examples."""
+        from torch.nn.functional import cross_entropy
+
+        logits = self.logits(batch)
+        return {
+            "loss": float(cross_entropy(logits, batch["targets"], reduction="sum")),
+            "correct": float((logits.argmax(-1) == batch["targets"]).sum()),
+            "examples": float(len(logits)),
+        }
+
+    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Mean loss and accuracy."""
+        return {"loss": sums["loss"] / sums["examples"], "accuracy": sums["correct"] / sums["examples"]}
+
+
+def likeliest(model: Any, batch: Mapping[str, Any], labels: Sequence[str]) -> tuple[str, float]:
+    """The label that a classifier finds likeliest for one example, and its probability."""
+    shares = model(**batch).logits.softmax(-1)[0]
+    best = int(shares.argmax())
+    return labels[best], float(shares[best])
+
+
+def no_answers(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """What asks for answers that a task does not write."""
+    if sections.get("exact_match"):
+        yield ("exact_match",), "a classifier writes no answers: drop it, or use task: causal_lm"

@@ -1,0 +1,158 @@
+"""From a task's name and a base model to the resident task of a worker."""
+
+import importlib.util
+import logging
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+from fedlora import seeding
+from fedlora.errors import SettingError
+from fedlora.kinds.contract import Kind, under
+from fedlora.passes import alone
+from fedlora.tasks import base_model
+from fedlora.tasks.contract import Task, find
+from fedlora.tasks.resident import Precision
+
+
+def build(
+    cls: type[Task],
+    model: Any,
+    kind: Kind,
+    *,
+    reader: Any = None,
+    max_length: int = 128,
+    special: Collection[int] = (),
+    **told: Any,
+) -> Task:
+    """The task of a loaded base model, once it is seen how its examples can share a pass.
+
+    Args:
+        cls: of the task.
+        model: a transformers model in float32.
+        kind: of the adapter to build in.
+        reader: of the base model, for tasks that ask it something.
+        max_length: the most tokens of an example.
+        special: ids of tokens that no text holds.
+        told: as the task takes it.
+
+    Raises:
+        SettingError: the model does not fit the adapter, or cannot be private.
+    """
+    made = cls(model, kind, **told)
+    made.sees(reader)
+    if made.weighs:
+        alone.settle(made, max_length, {made.pad, *special})
+    made.prefix = made.below()
+    return made
+
+
+def load(
+    task: str,
+    base: str,
+    kind: Kind,
+    *,
+    labels: Sequence[str],
+    seed: int,
+    head: str = "trained",
+    pooler: str = "frozen",
+    revision: str | None = None,
+    quantize: Literal["8bit", "4bit"] | None = None,
+    device: str = "cpu",
+    precision: Precision = "fp32",
+    max_length: int = 128,
+    private: bool = False,
+) -> Task:
+    """Load a base model, switch its dropout off and build the adapter in.
+
+    On the device `meta` it has shapes and no weights: its configuration is all that is loaded.
+
+    Raises:
+        SettingError: the model cannot be had, is broken, or does not fit the settings.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it hints at kernels not used here
+    cls = find(task)
+    reader = cls.reader(base, revision)
+    if quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise SettingError("model.quantize", "needs bitsandbytes: pip install 'fedlora[quantize]'")
+    # On a CPU the backward pass of torch's fused attention takes nearly half of a step on short text.
+    attention = "eager" if device == "cpu" and max_length <= 256 else "sdpa"
+    model, missing = _base(cls, base, revision, reader, labels, seed, attention, device, quantize, pooler)
+    heads: dict[str, bool] = {}
+    if cls.headed:
+        heads = {name: head == "trained" for name in base_model.heads_of(model)}
+        if pooler == "trained":
+            body = getattr(model, model.base_model_prefix, None)
+            if getattr(body, "pooler", None) is None:
+                raise SettingError("model.pooler", f"{base} has no pooler to train; leave it frozen")
+            heads["pooler"] = True
+    lacking = [n for n in missing if not any(under(n, head) for head in heads)]
+    if lacking:
+        raise SettingError(
+            "model.base", f"{base} lacks weights that this task needs, such as {sorted(lacking)[0]}"
+        )
+    if cls.tokens:
+        base_model.check_room(model, reader, max_length, private)
+    return build(
+        cls,
+        model,
+        kind,
+        reader=reader,
+        max_length=max_length,
+        special=reader.all_special_ids if cls.tokens else (),
+        heads=heads,
+        seed=seed,
+        device=device,
+        precision=precision,
+        pad=base_model.pads_as(model, reader) if cls.tokens else 0,
+        private=private,
+        fresh=missing,
+    )
+
+
+def _base(
+    cls: type[Task],
+    base: str,
+    revision: str | None,
+    reader: Any,
+    labels: Sequence[str],
+    seed: int,
+    attention: str,
+    device: str,
+    quantize: Literal["8bit", "4bit"] | None,
+    pooler: str,
+) -> tuple[Any, list[str]]:
+    """The model of transformers, and which of its weights nobody trained yet."""
+    import torch
+    import transformers
+
+    path, auto = base_model.find_base(base), getattr(transformers, cls.auto)
+    with base_model.loading(base, path, "model"):
+        config = transformers.AutoConfig.from_pretrained(path, revision=revision or "main")
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)  # an update must not depend on how its batch was cut
+        config.use_cache = False
+        told = config.get_text_config()
+        if cls.tokens and getattr(told, "pad_token_id", None) is None:
+            told.pad_token_id = base_model.pad_of(reader, getattr(told, "vocab_size", 1))  # some need one
+        if cls.labelled:
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: i for i, label in enumerate(labels)}
+        if device == "meta" or quantize is not None:
+            with torch.device("meta"):
+                model = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        if device == "meta":
+            return model, []
+        held = base_model.quantization(quantize, device, model, pooler) if quantize is not None else {}
+        with seeding.ambient(seed, "head"):  # transformers draws what the checkpoint lacks
+            model, report = auto.from_pretrained(
+                path,
+                config=config,
+                revision=revision or "main",
+                dtype="float32",
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=not cls.tokens,  # of a head for other labels
+                **held,
+            )
+    return model, [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
