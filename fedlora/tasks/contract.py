@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from fedlora import adapter as adapters
 from fedlora import seeding
 from fedlora.adapter import Adapter, Layout, Slot
-from fedlora.data.store import Encoded, Examples, Partition, Rows, quiet_hub
+from fedlora.data.reading import Rows, quiet_hub
+from fedlora.data.store import Encoded, Examples, Partition
 from fedlora.errors import ContractError, SettingError
 from fedlora.passes import alone, quantized
 from fedlora.passes.lowrank import LowRank

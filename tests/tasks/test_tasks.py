@@ -8,7 +8,8 @@ import torch
 
 from fedlora import seeding
 from fedlora.adapter import Lora
-from fedlora.data.store import Examples, Partition, Rows
+from fedlora.data.reading import Rows
+from fedlora.data.store import Examples, Partition
 from fedlora.errors import ContractError, SettingError
 from fedlora.tasks import contract as task
 
