@@ -75,7 +75,7 @@ engine: {{kind: ray, {engine}}}
     run = simulate(made, out=folder, watch=lambda inner: seen.append(inner) or inner)  # type: ignore[func-returns-value]
     assert not run.summary["failures"] and run.summary["device"] == "cuda"
     seconds = [line["seconds"] for line in run.rounds[1:-1]]  # the first warms up, and the last evaluates
-    return statistics.median(seconds), seen[0].gpus_per_worker, run.summary["precision"]
+    return statistics.median(seconds), seen[0].pool.gpus_per_worker, run.summary["precision"]
 
 
 if __name__ == "__main__":

@@ -58,13 +58,13 @@ def main() -> None:
 def _write(told: argparse.Namespace, folder: Path) -> None:
     """As many texts as asked for, each joined with those after it where all should be of one length."""
     from fedlora import scenario
-    from fedlora.data import store as data
+    from fedlora.data.reading import read
 
     count = told.clients * told.examples if told.examples else 4000
     joined = told.max_length if told.even else 1
     for split, rows in zip(
         ("train", "test"),
-        data.read(scenario.parse(_scenario(told, 1, 1, False, "fp32")).data, "classification"),
+        read(scenario.parse(_scenario(told, 1, 1, False, "fp32")).data, "classification"),
         strict=True,
     ):
         order = random.Random(0).sample(range(len(rows.texts)), min(count, len(rows.texts)))

@@ -204,7 +204,7 @@ def _split(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from fedlora import client, scenario, strategy
-    from fedlora.data import store as data
+    from fedlora.data import reading
     from fedlora.errors import SettingError, UserError
     from fedlora.tasks.base_model import find_base
 
@@ -213,7 +213,7 @@ def _check(arguments: argparse.Namespace) -> int:
         lambda: strategy.check(strategy.load(loaded.strategy.use, loaded.strategy.options), loaded),
         lambda: client.check_fused(client.load(loaded.clients.use, loaded.clients.options), loaded.engine.fused),
         lambda: find_base(loaded.model.base),
-        lambda: data.check(loaded.data, loaded.task, loaded.clients.total),
+        lambda: reading.check(loaded.data, loaded.task, loaded.clients.total),
     )
     problems: list[str] = []
     for check in checks:

@@ -8,6 +8,7 @@ from typing import Any
 from fedlora import client as clients
 from fedlora import engine as engines
 from fedlora import strategy as strategies
+from fedlora.data import reading
 from fedlora.data import store as datasets
 from fedlora.engine.setup import Setup
 from fedlora.errors import SettingError
@@ -54,7 +55,7 @@ def prepare_server(scenario: Scenario) -> Prepared:
     if scenario.world is not None:
         raise SettingError("world", "is of simulated devices: leave it out to run on sites")
     data, total = scenario.data, scenario.clients.total
-    test, labels = datasets.read_test(data, scenario.task)
+    test, labels = reading.read_test(data, scenario.task)
 
     def hold(encode: datasets.Encode, key: str) -> datasets.Dataset:
         return datasets.hold(data, scenario.task, total, scenario.seed, encode, key, labels, test=test)
@@ -64,7 +65,7 @@ def prepare_server(scenario: Scenario) -> Prepared:
 
 
 def prepare_site(
-    scenario: Scenario, labels: Sequence[str], rows: datasets.Rows, client: int, own: bytes, **placed: Any
+    scenario: Scenario, labels: Sequence[str], rows: reading.Rows, client: int, own: bytes, **placed: Any
 ) -> Setup:
     """What a site's worker needs, its noise calibrated to the rows that it holds.
 
@@ -109,7 +110,7 @@ def _prepared(
     reader = task.reader(model.base, model.revision)
     names = list(labels or data.labels or ())
 
-    def encode(rows: datasets.Rows) -> datasets.Encoded:
+    def encode(rows: reading.Rows) -> datasets.Encoded:
         if task.labelled and not names:  # the training rows come first, and hold every label
             names.extend(sorted(set(rows.labels or ())))
         return task.encode(reader, rows, names, data.max_length)

@@ -16,7 +16,7 @@ aggregation_error load simulate weighted_mean""".split()
 HEAVY = {
     "flwr": {"deploy", "engine", "privacy", "wire", "strategy"},
     "cryptography": {"deploy", "privacy"},
-    "opacus": {"audit", "clients", "privacy"},
+    "opacus": {"audit", "passes", "privacy"},
     "ray": {"engine", "sweep"},
     "flwr_datasets": {"data"},
 }

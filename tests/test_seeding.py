@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedlora
-from fedlora.data.store import split
+from fedlora.data.partitions import split
 from fedlora.scenario import Dirichlet
 from fedlora.seeding import generator, key, stream
 

@@ -22,7 +22,7 @@ from flwr.app import RecordDict
 
 from fedlora import prepare, seeding, wire
 from fedlora.adapter import Instruction, Update
-from fedlora.data import store as data
+from fedlora.data import reading
 from fedlora.deploy import signing, sources
 from fedlora.deploy import site as sites
 from fedlora.deploy.site import FLOOR, Site
@@ -267,7 +267,7 @@ class Node:
                 setup = replace(ready.setup, noise=noise, secret=ready.client.private)
             else:
                 told = self.site.data.labels
-                rows, left_out = data.read_site(self.site.data, told)
+                rows, left_out = reading.read_site(self.site.data, told)
                 if left_out:
                     logger.warning("%d rows are left out: their label is not in data.labels", left_out)
                 placed = {"threads": self.site.threads, "device": self.site.device}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fedlora import prepare
-from fedlora.data import store as data
+from fedlora.data.reading import Rows, read
 from fedlora.errors import SettingError
 from fedlora.rounds.checkpoint import whole_folder
 from fedlora.scenario import Scenario
@@ -42,7 +42,7 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
     """
     try:
         held = prepare.prepare(scenario).data
-        train, test = data.read(scenario.data, scenario.task)
+        train, test = read(scenario.data, scenario.task)
         if not isinstance(train.texts[0], str):
             raise SettingError("data", "only rows of one text and its label can be written as files of sites")
     except SettingError as error:
@@ -67,7 +67,7 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
     return made
 
 
-def _write(file: Path, rows: data.Rows, chosen: "np.typing.NDArray[np.int64]") -> None:
+def _write(file: Path, rows: Rows, chosen: "np.typing.NDArray[np.int64]") -> None:
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["text"] if rows.labels is None else ["text", "label"])

@@ -4,41 +4,30 @@
 what to write instead. Beneath this package functions take plain values, never the scenario's file.
 """
 
-from fedlora.scenario.files import SHIPPED, SWEEPS, find, load, parse, shipped
-from fedlora.scenario.keys import KeyPath, Source
-from fedlora.scenario.reading import read, values
-from fedlora.scenario.sections import (
+from fedlora.scenario.clients import Tier
+from fedlora.scenario.compression import Rounded, TopK
+from fedlora.scenario.data import (
     DATASETS,
     Data,
     Dirichlet,
-    Diurnal,
-    Engine,
     Files,
-    Float,
     Hub,
     Iid,
-    Int,
     LabelShares,
-    Markov,
     Natural,
     Partition,
     Pathological,
-    PlugIn,
-    PositiveFloat,
-    PositiveInt,
-    Privacy,
-    Rounded,
     Sampled,
-    Scenario,
-    Section,
-    SecureAggregation,
     Shards,
     Size,
-    Strategy,
-    Tier,
-    TopK,
-    Trace,
 )
+from fedlora.scenario.files import SHIPPED, SWEEPS, find, load, parse, shipped
+from fedlora.scenario.keys import KeyPath, Source
+from fedlora.scenario.privacy import Privacy, SecureAggregation
+from fedlora.scenario.reading import read, values
+from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Section
+from fedlora.scenario.sections import Engine, Scenario, Strategy
+from fedlora.scenario.world import Diurnal, Markov, Trace
 
 __all__ = [
     "DATASETS",

@@ -9,9 +9,14 @@ from pydantic import TypeAdapter, ValidationError
 from fedlora import plugins
 from fedlora.errors import suggestion
 from fedlora.privacy import cohorts
+from fedlora.scenario.clients import Clients
+from fedlora.scenario.data import LabelShares
 from fedlora.scenario.explain import explain
 from fedlora.scenario.keys import Problem
-from fedlora.scenario.sections import Clients, LabelShares, PlugIn, Privacy, Scenario, Strategy, World
+from fedlora.scenario.privacy import Privacy
+from fedlora.scenario.section import PlugIn
+from fedlora.scenario.sections import Scenario, Strategy
+from fedlora.scenario.world import World
 
 
 def validate(raw: dict[str, Any]) -> tuple[Scenario | None, list[Problem]]:

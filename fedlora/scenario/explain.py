@@ -7,8 +7,12 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from fedlora.errors import suggestion
+from fedlora.scenario.clients import Ranks
+from fedlora.scenario.compression import Packed
+from fedlora.scenario.data import Partition
 from fedlora.scenario.keys import Problem, dotted
-from fedlora.scenario.sections import Availability, Packed, Partition, Ranks, Scenario
+from fedlora.scenario.sections import Scenario
+from fedlora.scenario.world import Availability
 
 
 def explain(section: str, detail: ErrorDetails, raw: object) -> Problem:

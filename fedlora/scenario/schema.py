@@ -1,7 +1,6 @@
 """The JSON Schema of scenarios, for editors that complete and check YAML.
 
-Its descriptions are the docstrings of the sections and the comments beside their keys in
-`fedlora.scenario.sections`.
+Its descriptions are the docstrings of the sections and the comments beside their keys.
 """
 
 import ast
@@ -11,22 +10,23 @@ import tokenize
 from typing import Any
 
 from fedlora import plugins
-from fedlora.scenario import sections as settings
+from fedlora.scenario import clients, compression, data, privacy, sections, world
 
+_WRITTEN = (sections, clients, compression, data, privacy, world)  # where sections are
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
 def schema() -> dict[str, Any]:
     """A scenario's JSON Schema, draft 2020-12."""
-    made: dict[str, Any] = _bounded(settings.Scenario.model_json_schema())
+    made: dict[str, Any] = _bounded(sections.Scenario.model_json_schema())
     made = {"$schema": "https://json-schema.org/draft/2020-12/schema", **made, "title": "fedlora scenario"}
-    sections = {**made["$defs"], "Scenario": made}
+    parts = {**made["$defs"], "Scenario": made}
     for section, key, comment in _comments():
-        if key in sections.get(section, {}).get("properties", {}):
-            sections[section]["properties"][key]["description"] = comment
-    sections["Data"]["properties"]["dataset"]["examples"] = sorted(settings.DATASETS)
+        if key in parts.get(section, {}).get("properties", {}):
+            parts[section]["properties"][key]["description"] = comment
+    parts["Data"]["properties"]["dataset"]["examples"] = sorted(data.DATASETS)
     for section, kind in (("Strategy", "strategies"), ("Clients", "clients")):
-        use = sections[section]["properties"]["use"]
+        use = parts[section]["properties"]["use"]
         use["anyOf"] = [
             {"enum": plugins.names(kind)},  # type: ignore[arg-type]
             {"pattern": r"^[\w.]+:\w+$", "description": "a class of one's own, as module:Class"},
@@ -43,7 +43,10 @@ def _bounded(node: Any) -> Any:
 
 def _comments() -> list[tuple[str, str, str]]:
     """Section, key and the comment on its line, for each key that has one."""
-    text = inspect.getsource(settings)
+    return [comment for module in _WRITTEN for comment in _comments_in(inspect.getsource(module))]
+
+
+def _comments_in(text: str) -> list[tuple[str, str, str]]:
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(text).readline)

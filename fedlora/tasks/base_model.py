@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedlora.data.store import quiet_hub
+from fedlora.data.reading import quiet_hub
 from fedlora.errors import SettingError
 from fedlora.kinds.contract import under
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.data.store import Encoded, Examples, Rows
+from fedlora.data.reading import Rows
+from fedlora.data.store import Encoded, Examples
 from fedlora.passes.packing import Segments
 from fedlora.tasks.contract import Batch, Problem, Task
 

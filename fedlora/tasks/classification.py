@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedlora.data.store import Encoded, Rows
+from fedlora.data.reading import Rows
+from fedlora.data.store import Encoded
 from fedlora.tasks.base_model import text_kinds
 from fedlora.tasks.contract import Batch, Problem, Task, numbers
 

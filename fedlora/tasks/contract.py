@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import plugins
-from fedlora.data.store import Encoded, Examples, Partition, Rows
+from fedlora.data.reading import Rows
+from fedlora.data.store import Encoded, Examples, Partition
 from fedlora.errors import SettingError
 from fedlora.kinds.contract import Kind
 from fedlora.passes.prefix import Prefix, below
 from fedlora.seeding import generator
 from fedlora.tasks import base_model
-from fedlora.tasks.resident import Resident
+from fedlora.tasks.adapted import Adapted
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ _FEW = 256  # tokens: of longer examples only the longest and the short ones pas
 _SCORED = 8  # tokens of a text whose logits are looked at
 
 
-class Task(Resident, ABC):
+class Task(Adapted, ABC):
     """What is learnt by a resident model: rows, encoding, loss and figures.
 
     Attributes:
@@ -70,13 +71,13 @@ class Task(Resident, ABC):
     trial: Examples
 
     def __init__(self, model: Any, kind: Kind, *, pad: int = 0, **told: Any) -> None:
-        """As `Resident`; `fedlora.tasks.loading.build` then sees how its examples can share a pass.
+        """As `Adapted`; `fedlora.tasks.loading.build` then sees how its examples can share a pass.
 
         Args:
             model: a transformers model in float32.
             kind: of the adapter to build in.
             pad: the id of the padding token.
-            told: as `Resident` takes it.
+            told: as `Adapted` takes it.
         """
         self.pad, self.kinds, self.mixed = pad, base_model.text_kinds(model), ""
         self.prefix: Prefix | None = None

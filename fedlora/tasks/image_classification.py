@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.data.store import Encoded, Examples, Rows
+from fedlora.data.reading import Rows
+from fedlora.data.store import Encoded, Examples
 from fedlora.errors import SettingError, UserError
 from fedlora.seeding import generator
 from fedlora.tasks import base_model

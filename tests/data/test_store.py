@@ -1,4 +1,4 @@
-"""The cache and what is in it; sources are in test_data_read.py, partitions in test_data_split.py."""
+"""The cache and what is in it; sources are in test_reading.py, partitions in test_partitions.py."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlora.data import store as data
-from fedlora.data.store import Dataset, Encoded, Rows, prepare, read
+from fedlora.data.reading import Rows, read
+from fedlora.data.store import Dataset, Encoded, cache_folder, prepare
 from fedlora.errors import SettingError
 from fedlora.scenario import Data, Files, LabelShares, Natural, Sampled
 
@@ -142,11 +142,11 @@ def test_the_cache_folder_follows_the_environment(monkeypatch):
     monkeypatch.setenv("FEDLORA_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
     monkeypatch.setenv("HOME", "/c")
-    assert str(data.cache_folder()) == "/a"
+    assert str(cache_folder()) == "/a"
     monkeypatch.delenv("FEDLORA_CACHE")
-    assert str(data.cache_folder()) == "/b/fedlora"
+    assert str(cache_folder()) == "/b/fedlora"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert str(data.cache_folder()) == "/c/.cache/fedlora"
+    assert str(cache_folder()) == "/c/.cache/fedlora"
 
 
 def test_the_cache_says_nothing_that_is_not_text_or_numbers(table, cache):

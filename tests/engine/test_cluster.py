@@ -64,12 +64,12 @@ def test_a_node_that_dies_in_mid_round_changes_nothing(cluster, tiny, tmp_path, 
 
     killer = threading.Thread(target=kill)
     with contextlib.closing(RayEngine(4, workers=None, address=cluster.address)) as engine:
-        assert len(engine.workers) == 2
+        assert len(engine.pool.workers) == 2
         monkeypatch.setattr("fedlora.engine.make", lambda *_: engine)
         killer.start()
         made = simulate(scenario, out=tmp_path / "made")
         killer.join()
-    assert engine.replaced >= 1 and made.summary["failures"] == 0 and len(made.rounds) == 4
+    assert engine.pool.replaced >= 1 and made.summary["failures"] == 0 and len(made.rounds) == 4
     assert same(tensors(whole.folder), tensors(made.folder)) and whole.summary["loss"] == made.summary["loss"]
 
 

@@ -17,6 +17,7 @@ from fedlora import wire
 from fedlora.adapter import Instruction, fingerprint
 from fedlora.engine.base import chunks
 from fedlora.engine.inline import InlineEngine
+from fedlora.engine.pool import Pool
 from fedlora.engine.ray import RayEngine
 from fedlora.errors import RoundError
 from fedlora.prepare import calibrate, prepare
@@ -137,10 +138,10 @@ def test_a_client_that_hands_its_optimiser_on_to_the_next_is_refused(tiny, tmp_p
 
 
 def test_a_dead_worker_is_replaced_and_nothing_is_lost(ray, inline):
-    os.kill(ray.pids()[0], signal.SIGKILL)
+    os.kill(ray.pool.pids()[0], signal.SIGKILL)
     replies = ray.train(instruct(ray), range(4), partial_sums=False)
     assert bits(replies.updates) == bits(inline.train(instruct(inline), range(4), partial_sums=False).updates)
-    assert ray.replaced >= 1 and len(set(ray.pids())) == 2
+    assert ray.pool.replaced >= 1 and len(set(ray.pool.pids())) == 2
 
 
 def test_an_evaluation_beside_a_round_is_that_evaluation(ray, inline, monkeypatch):
@@ -153,8 +154,8 @@ def test_an_evaluation_beside_a_round_is_that_evaluation(ray, inline, monkeypatc
     alone = ray.train(instruct(ray), range(3), partial_sums=True)
     figures = ray.beside(moved)
     assert bits(ray.train(instruct(ray), range(3), partial_sums=True).updates) == bits(alone.updates)
-    spread = RayEngine._spread
-    monkeypatch.setattr(RayEngine, "_spread", lambda self, jobs, *told: spread(self, jobs[:1], *told))
+    spread = Pool.spread
+    monkeypatch.setattr(Pool, "spread", lambda self, jobs, *told: spread(self, jobs[:1], *told))
     assert figures() == inline.evaluate(moved) != inline.evaluate(first)  # nothing but the sums was left to do
     monkeypatch.undo()
     assert ray.evaluate(moved) == inline.evaluate(moved)
@@ -163,7 +164,7 @@ def test_an_evaluation_beside_a_round_is_that_evaluation(ray, inline, monkeypatc
 def test_an_evaluation_that_no_round_took_along_is_made_when_it_is_asked_for(ray, inline, monkeypatch):
     monkeypatch.setattr(ray, "cohort", 3)
     figures = ray.beside(first := dict(inline.description.initial))
-    os.kill(ray.pids()[0], signal.SIGKILL)
+    os.kill(ray.pool.pids()[0], signal.SIGKILL)
     assert figures() == inline.evaluate(first)
     assert ray._beside is None
 
@@ -187,11 +188,11 @@ def cramped():
 
 
 def test_a_worker_that_the_kernel_kills_for_want_of_memory_is_replaced(ray, inline, cramped, tmp_path):
-    before = ray.replaced
+    before = ray.pool.replaced
     greed = {"fail": 2, "fault": "greed", "group": str(cramped), "done": str(tmp_path / "done")}
     replies = ray.train(instruct(ray, **greed), range(4), partial_sums=False)
     assert bits(replies.updates) == bits(inline.train(instruct(inline), range(4), partial_sums=False).updates)
-    assert ray.replaced == before + 1 and (tmp_path / "done").exists()
+    assert ray.pool.replaced == before + 1 and (tmp_path / "done").exists()
 
 
 def test_a_client_that_kills_its_worker_each_time_is_a_failure(ray):
@@ -251,6 +252,6 @@ def test_chunks_that_are_not_summed_may_be_bounded():
     ],
 )
 def test_auto_runs_small_work_here_and_other_work_on_ray(tiny, monkeypatch, overrides, kind):
-    monkeypatch.setattr(RayEngine, "_connect", lambda self, workers: None)
+    monkeypatch.setattr(Pool, "_connect", lambda self, workers: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     assert type(engines.make(tiny("engine.kind=auto", *overrides))) is kind

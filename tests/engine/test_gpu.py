@@ -106,8 +106,8 @@ def test_auto_packs_several_tiny_workers_on_a_gpu(tiny):
     ready = prepare(tiny("engine.gpus_per_worker=auto", private=False))
     with contextlib.closing(RayEngine(4, workers=2, gpus_per_worker="auto")) as engine:
         found = engine.start(ready.setup)
-        assert found.device == "cuda" and len(set(engine.pids())) == 2
-        assert engine.gpus_per_worker == (0.5 if torch.cuda.device_count() == 1 else 1.0)
+        assert found.device == "cuda" and len(set(engine.pool.pids())) == 2
+        assert engine.pool.gpus_per_worker == (0.5 if torch.cuda.device_count() == 1 else 1.0)
     gc.collect()
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedlora.engine import hardware
 from fedlora.engine.hardware import CONTEXT, MARGIN, MOST, Measured, Node, held, pack, room, share
+from fedlora.engine.pool import Pool
 from fedlora.engine.ray import RayEngine
 from fedlora.errors import ScenarioError, SettingError, UserError
 from fedlora.prepare import prepare
@@ -229,14 +230,14 @@ def two_gpus(monkeypatch):
     ],
 )
 def test_numbers_that_ray_could_not_place_are_refused(nodes, share, asked, made, monkeypatch):
-    monkeypatch.setattr(RayEngine, "_connect", lambda self, workers: None)
-    engine = RayEngine(100, workers=asked, cohort=9, gpus_per_worker=share)
-    engine._nodes = nodes
+    monkeypatch.setattr(Pool, "_connect", lambda self, workers: None)
+    pool = Pool(workers=asked, cohort=9, threads=1, gpus_per_worker=share, address=None)
+    pool._nodes = nodes
     if isinstance(made, int):
-        assert engine._fitting(asked) == made
+        assert pool._fitting(asked) == made
         return
     with pytest.raises(SettingError, match=made):
-        engine._fitting(asked)
+        pool._fitting(asked)
 
 
 @pytest.mark.slow
@@ -250,8 +251,8 @@ def test_ray_places_workers_that_share_gpus(two_gpus, tiny, monkeypatch):
         remove_placement_group(group)
 
     ready = prepare(tiny(private=False))
-    monkeypatch.setattr(RayEngine, "_measure", lambda self: Measured(free=10 * GIB, worker=4 * GIB))
+    monkeypatch.setattr(Pool, "_measure", lambda self: Measured(free=10 * GIB, worker=4 * GIB))
     with contextlib.closing(RayEngine(4, workers=None, cohort=3, gpus_per_worker="auto")) as engine:
-        assert len(engine.workers) == 1
+        assert len(engine.pool.workers) == 1
         engine.start(ready.setup)
-        assert engine.gpus_per_worker == 0.5 and len(set(engine.pids())) == 3
+        assert engine.pool.gpus_per_worker == 0.5 and len(set(engine.pool.pids())) == 3

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora.engine.ray import LAST_WORDS, SILENCE, RayEngine, _shared
+from fedlora.engine.actor import check_shared
+from fedlora.engine.cluster import LAST_WORDS, SILENCE, Cluster
+from fedlora.engine.ray import RayEngine
 from fedlora.errors import SettingError, UserError
 from fedlora.prepare import prepare
 from fedlora.privacy import ledger
@@ -39,34 +41,35 @@ def test_a_worker_that_cannot_load_says_why(tiny, tmp_path):
 
 
 def test_a_cluster_whose_head_is_silent_for_too_long_ends_the_run(monkeypatch):
-    monkeypatch.setattr(RayEngine, "_connect", lambda self, workers: None)
-    engine = RayEngine(4, workers=1, address="there:6379")
+    cluster = Cluster("there:6379")
     with socket.socket() as head:
         head.bind(("127.0.0.1", 0))
         head.listen()
         at = f"127.0.0.1:{head.getsockname()[1]}"
         monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address=at))
-        engine._look_for_head()
-        assert engine._silent is None
-    engine._looked = 0.0
-    engine._look_for_head()  # refused, but not for long
-    assert engine._silent is not None
-    engine._looked, engine._silent = 0.0, time.monotonic() - SILENCE - 1
+        cluster.look_for_head()
+        assert cluster._silent is None
+    cluster._looked = 0.0
+    cluster.look_for_head()  # refused, but not for long
+    assert cluster._silent is not None
+    cluster._looked, cluster._silent = 0.0, time.monotonic() - SILENCE - 1
     with pytest.raises(UserError, match=r"the head of the Ray cluster at there:6379 is gone .*with --resume$"):
-        engine._look_for_head()
+        cluster.look_for_head()
 
 
 @pytest.mark.parametrize("end, said", [("os._exit(1)", f"{LAST_WORDS}\n"), ("raise SystemExit(1)", "")])
 def test_a_process_that_ray_ends_at_once_leaves_a_line(end, said):
-    code = f"import os; from fedlora.engine import ray; engine = lambda: None; ray._witness(engine); {end}"
+    code = (
+        f"import os; from fedlora.engine.cluster import _witness; cluster = lambda: None; _witness(cluster); {end}"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr == said
 
 
 def test_a_node_without_the_shared_folders_says_so(tmp_path):
-    _shared(tmp_path)
+    check_shared(tmp_path)
     with pytest.raises(UserError, match=r"gone: is not on .*let FEDLORA_CACHE and --out name folders that all"):
-        _shared(tmp_path, tmp_path / "gone")
+        check_shared(tmp_path, tmp_path / "gone")
 
 
 @pytest.mark.parametrize("name", ["flora", "fedask"])
@@ -82,7 +85,7 @@ def test_merges_and_trips_are_the_same_on_many_workers_one_of_which_dies(name, t
             patch.setattr("fedlora.engine.make", lambda *_: engine)
             many = simulate(scenario, out=tmp_path / "ray", display=killer)
     gc.collect()
-    assert engine.replaced >= 1 and many.summary["failures"] == 0
+    assert engine.pool.replaced >= 1 and many.summary["failures"] == 0
     one, other = (load_file(run.folder / "adapter" / "adapter_model.safetensors") for run in (whole, many))
     assert one.keys() == other.keys() and all(np.array_equal(one[n], other[n]) for n in one)
 
@@ -115,4 +118,4 @@ class Killer(Silent):
 
     def round(self, line):
         if line["round"] == self.at:
-            os.kill(self.engine.pids()[0], signal.SIGKILL)
+            os.kill(self.engine.pool.pids()[0], signal.SIGKILL)

@@ -79,9 +79,9 @@ def test_the_bits_do_not_depend_on_how_many_workers_ray_has(name, ready):
     whole = bits(inline.train(instruction, range(CLIENTS), sums))
     with contextlib.closing(RayEngine(CLIENTS, workers=4)) as engine:
         engine.start(made.setup)
-        every = engine.workers
+        every = engine.pool.workers
         for count in (1, 2, 4):
-            engine.workers = every[:count]
+            engine.pool.workers = every[:count]
             assert bits(engine.train(instruction, range(CLIENTS), sums)) == whole
         assert engine.evaluate(dict(engine.description.initial)) == inline.evaluate(
             dict(engine.description.initial)

@@ -6,7 +6,7 @@ import torch
 
 from fedlora import scenario, simulate
 from fedlora.cli import main
-from fedlora.data.store import Rows
+from fedlora.data.reading import Rows
 from fedlora.errors import ScenarioError, SettingError
 from fedlora.prepare import prepare
 from fedlora.tasks import base_model, loading

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fedlora import seeding
-from fedlora.data.store import Examples, Partition, Rows
+from fedlora.data.reading import Rows
+from fedlora.data.store import Examples, Partition
 from fedlora.errors import ContractError, SettingError
 from fedlora.kinds.lora import Lora
 from fedlora.tasks import base_model, loading

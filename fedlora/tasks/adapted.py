@@ -30,7 +30,7 @@ Precision = Literal["fp32", "bf16"]
 _TOLD = ("transformers_version", "dtype", "torch_dtype", "id2label", "label2id")
 
 
-class Resident:
+class Adapted:
     """A frozen base model with an adapter in it.
 
     Attributes:

