@@ -10,6 +10,8 @@ from fedlora.deploy.serving import Serving
 from fedlora.engine.secure import to_vector
 from fedlora.errors import ContractError, Refusal
 from fedlora.privacy import secure
+from fedlora.privacy.grid import Vector
+from fedlora.privacy.member import Member
 from fedlora.privacy.noise import Stream
 
 
@@ -41,7 +43,7 @@ class Masks:
             run.member = (round, self._fresh(run, round, parts))
         member = member_of(run, round)
 
-        def vector(among: int) -> secure.Vector:
+        def vector(among: int) -> Vector:
             if trained is None:
                 raise ContractError("the server asks for a masked change, and for no training")
             return to_vector(*trained, among, most, asked.range, lambda _: Stream.fresh())
@@ -54,7 +56,7 @@ class Masks:
         finally:
             self._masked[run.key, round] += member.masked - before
 
-    def _fresh(self, run: Serving, round: object, parts: secure.Parts) -> secure.Member:
+    def _fresh(self, run: Serving, round: object, parts: secure.Parts) -> Member:
         """Secrets for a round, under the pseudonym that the server deals.
 
         Raises:
@@ -68,10 +70,10 @@ class Masks:
             raise Refusal(
                 f"it has masked its update of round {round}: start its worker anew if the server was resumed"
             )
-        return secure.Member(names[0])
+        return Member(names[0])
 
 
-def member_of(run: Serving, round: object) -> secure.Member:
+def member_of(run: Serving, round: object) -> Member:
     """The site's secrets for a round.
 
     Raises:

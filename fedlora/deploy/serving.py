@@ -7,9 +7,9 @@ from typing import Any
 from fedlora.adapter import Instruction
 from fedlora.engine.intake import Report
 from fedlora.engine.worker import Worker
-from fedlora.privacy import secure
 from fedlora.privacy.accounting import Event, epsilon
 from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.member import Member
 from fedlora.rounds.checkpoint import Merges
 
 Words = Mapping[str, Any]
@@ -23,7 +23,7 @@ class Serving:
     worker: Worker
     ledger: Ledger
     merges: Merges
-    member: tuple[object, secure.Member] | None = None  # its part in secure aggregation, with the round
+    member: tuple[object, Member] | None = None  # its part in secure aggregation, with the round
 
     @property
     def key(self) -> str:
