@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlora import scenario as scenarios
-from fedlora import simulation
+from fedlora import simulation, suitability
 from fedlora import strategy as strategies
 from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
 from fedlora.client import Client, Rng, Settings
@@ -55,7 +55,7 @@ class Stage:
         told = self.scenario.clients.model_copy(update={"max_norm": None})  # what a stand-in sends is no change
         scenario = self.scenario.model_copy(update={"strategy": part, "rounds": rounds, "clients": told})
         strategy = strategies.load(use, options)
-        strategies.check(strategy, scenario)
+        suitability.check(strategy, scenario)
         engine = self._engine(scenario, strategy)
         found, worker, real = engine.description, engine.worker, self.ready.client
         strategy.bind(found.layout, found.kind, found.initial, real.private)
