@@ -203,14 +203,14 @@ def _split(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from fedlora import client, scenario, strategy
+    from fedlora import client, scenario, strategy, suitability
     from fedlora.data import reading
     from fedlora.errors import SettingError, UserError
     from fedlora.tasks.base_model import find_base
 
     loaded = scenario.load(arguments.scenario, arguments.overrides)
     checks = (
-        lambda: strategy.check(strategy.load(loaded.strategy.use, loaded.strategy.options), loaded),
+        lambda: suitability.check(strategy.load(loaded.strategy.use, loaded.strategy.options), loaded),
         lambda: client.check_fused(client.load(loaded.clients.use, loaded.clients.options), loaded.engine.fused),
         lambda: find_base(loaded.model.base),
         lambda: reading.check(loaded.data, loaded.task, loaded.clients.total),

@@ -1,49 +1,36 @@
 """What a scenario will cost, before anything is trained.
 
-Bytes and epsilon come from a rehearsal: the real round loop, worker, strategy and messages, with clients
-that send tensors of the right shapes without training. So they are what the run will count. Time and
+Bytes and epsilon come from a rehearsal (`fedlora.rehearsal`), so they are what the run will count. Time and
 memory come from a few steps of one client on this machine, and are estimates. Where a strategy chooses
 ranks by what was learnt (FLoRIST), bytes are those of full ranks: the most that it can send.
 """
 
 import resource
 import statistics
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from fedlora import engine as engines
 from fedlora import plugins, prepare
 from fedlora import scenario as scenarios
-from fedlora import strategy as strategies
-from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
-from fedlora.client import Client, Rng, Setter, Settings
-from fedlora.data.store import Dataset, Partition
-from fedlora.engine import Replies, Setup
-from fedlora.engine.inline import InlineEngine
+from fedlora.client import Setter
+from fedlora.data.store import Dataset
+from fedlora.engine import Setup
 from fedlora.engine.worker import Worker
 from fedlora.errors import FedloraError, SettingError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Event
-from fedlora.privacy.budget import Budget
-from fedlora.privacy.ledger import Holder, Ledger, neighbours
+from fedlora.privacy.ledger import Holder, neighbours
 from fedlora.privacy.ledger import unit as unit_of
-from fedlora.privacy.mechanisms import central
+from fedlora.rehearsal import Rehearsal, Stage
 from fedlora.reports.summary import peer_epsilon, server_epsilon
-from fedlora.rounds.checkpoint import Merges
-from fedlora.rounds.loop import Loop
-from fedlora.rounds.progress import Line, Progress, Stopwatch
+from fedlora.rounds.progress import Line
 from fedlora.scenario import Scenario
-from fedlora.seeding import generator
 from fedlora.tasks.base_model import at_hand
-
-if TYPE_CHECKING:
-    from fedlora.tasks.contract import Task
 
 FEW_EXAMPLES = 100  # of a client: below it the noise of a useful epsilon outweighs what they say
 LARGE_RATE = 0.1  # share of a client's examples in one step, from which sampling hides little
@@ -127,7 +114,7 @@ def _plan(scenario: Scenario) -> Plan:
     noise = prepare.calibrate(scenario, ready.data)
     setup = replace(ready.setup, noise=noise)
     cost = _try(setup, ready) if _can_train(scenario) else None
-    stage = _Stage(scenario, setup, ready, cost.metrics if cost else _expected_metrics(scenario))
+    stage = Stage(scenario, setup, ready, cost.metrics if cost else _expected_metrics(scenario))
     real = stage.rehearse(scenario.strategy.use, scenario.strategy.options, scenario.rounds)
     asked = scenario.privacy
     epsilons, each = _epsilons(real.ledger.spent_by, len(real.lines), asked)
@@ -175,167 +162,7 @@ def _expected_metrics(scenario: Scenario) -> Mapping[str, float]:
     return {"train_loss": 0.0} if scenario.privacy is None or scenario.privacy.share_metrics else {}
 
 
-class _Stage:
-    """Where strategies are rehearsed: a worker for each kind of adapter, of shapes without weights."""
-
-    def __init__(
-        self, scenario: Scenario, setup: Setup, ready: prepare.Prepared, metrics: Mapping[str, float]
-    ) -> None:
-        self.scenario, self.setup, self.ready, self.metrics = scenario, setup, ready, metrics
-        self.engines: dict[str, _Engine] = {}
-
-    def rehearse(self, use: str, options: Mapping[str, Any], rounds: int) -> "_Loop":
-        """The first rounds of a strategy.
-
-        Raises:
-            FedloraError: it cannot do what the scenario asks for.
-        """
-        part = scenarios.Strategy(use=use, **options)
-        told = self.scenario.clients.model_copy(update={"max_norm": None})  # what a stand-in sends is no change
-        scenario = self.scenario.model_copy(update={"strategy": part, "rounds": rounds, "clients": told})
-        strategy = strategies.load(use, options)
-        strategies.check(strategy, scenario)
-        engine = self._engine(scenario, strategy)
-        found, worker, real = engine.description, engine.worker, self.ready.client
-        strategy.bind(found.layout, found.kind, found.initial, real.private)
-        strategies.check_bound(strategy)
-        vars(strategy)["diagnose"] = lambda *told: {}  # how far averages are off says nothing of stand-ins
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            ledger, whole = _Memory(folder), prepare.central(scenario, scenario.seed)
-            worker.client = real
-            worker.serve(strategies.load(use, options), folder)
-            worker.client = _StandIn(real, self.metrics, found.layout)
-            budget = _Budget(
-                scenario=scenario,
-                client=real,
-                settings=Setter(scenario, self.setup.noise),
-                data=self.ready.data,
-                central=whole,
-                ledger=ledger,
-                repeatable=False,  # nothing is drawn
-            )
-            loop = _Loop(
-                scenario=scenario,
-                strategy=strategy,
-                engine=engine,
-                data=self.ready.data,
-                budget=budget,
-                ledger=ledger,
-                central=whole,
-                merges=Merges(folder / "merges", found.weights),
-                folder=folder,
-                on_round=lambda line: None,
-            )
-            end = loop.run(Progress(round=0, adapter=dict(found.initial)))
-        loop.stopped = end.last.get("stopped")
-        return loop
-
-    def base_parameters(self) -> int:
-        """Numbers in the base model, without what the adapter adds."""
-        held = next(iter(self.engines.values())).worker.task.model.named_parameters()
-        return sum(p.numel() for n, p in held if "lora_" not in n and ".modules_to_save." not in n)
-
-    def _engine(self, scenario: Scenario, strategy: strategies.Strategy) -> "_Engine":
-        name = type(strategies.kind_of(strategy, scenario)).__name__
-        if name not in self.engines:
-            self.engines[name] = _Engine(scenario.clients.total)
-            self.engines[name].start(replace(self.setup, scenario=scenario.model_dump(), device="meta"))
-        return self.engines[name]
-
-
-class _Engine(InlineEngine):
-    """Nothing is evaluated, and the base stays as it is."""
-
-    def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
-        replies = super().train(instruction, cohort, partial_sums)
-        if central.SUM_NOISE not in instruction.config:
-            return replies
-        return replace(replies, carried=1.0)  # nobody drops out
-
-    def evaluate(self, adapter: Adapter) -> dict[str, float]:
-        return {"loss": 0.0, self.description.metric: 0.0}
-
-    def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
-        return self.evaluate({})
-
-    def merge(self, change: Change) -> None:
-        pass
-
-
-class _StandIn(Client):
-    """Sends tensors of the right shapes: random, so that no strategy meets a rank below the full one."""
-
-    def __init__(self, real: Client, metrics: Mapping[str, float], layout: Layout) -> None:
-        self.real, self.metrics, self.private = real, metrics, real.private
-        rng = generator(0, "stand-in")
-        self.tensors: dict[str, Tensor] = {
-            name: (rng.standard_normal(slot.shape) * 1e-3).astype(np.float32) for name, slot in layout.items()
-        }
-
-    def spends(self, num_examples: int, settings: Settings) -> Event | None:
-        return self.real.spends(num_examples, settings)
-
-    def fit(self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng) -> Update:
-        sent = {}
-        for name in settings.send:
-            shape = task.kind.shape(task.layout[name], task.rank)
-            sent[name] = self.tensors[name][tuple(slice(size) for size in shape)]
-        return Update(adapter=sent, weight=1.0, clients=(partition.client,), metrics=self.metrics)
-
-
-class _Memory(Ledger):
-    """A ledger that writes nothing."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.spent_by: dict[Holder, list[tuple[int, Event]]] = {}  # rounds and events of each holder
-
-    def spend(
-        self,
-        round: int,
-        events: Mapping[Holder, Event],
-        attempt: int = 0,
-        drawn: Mapping[Holder, tuple[str, int]] | None = None,
-        **guarantee: Any,
-    ) -> None:
-        for holder, event in events.items():
-            self.events[holder] = accounting.added(self.events.get(holder, ()), event)
-            self.spent_by.setdefault(holder, []).append((round, event))
-
-
-class _Budget(Budget):
-    """Where noise is calibrated to a budget nobody passes it."""
-
-    def within(self, instruction: Instruction, cohort: list[int], attempt: int = 0) -> tuple[list[int], int]:
-        asked = (self.scenario.client_privacy, self.scenario.example_privacy)
-        if all(a is None or a.noise_multiplier is None for a in asked):
-            return cohort, 0
-        return super().within(instruction, cohort, attempt)
-
-
-@dataclass(kw_only=True)
-class _Loop(Loop):
-    """The round loop without a disk."""
-
-    ledger: _Memory
-    lines: list[Line] = field(default_factory=list)
-    stopped: str | None = None
-
-    def _record(
-        self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, watch: Stopwatch
-    ) -> None:
-        now.round, now.adapter, now.merges = round, adapter, len(self.merges)
-        reports = replies.reports
-        if failed := next((r.error for r in reports if r.error and not r.late), None):
-            raise SettingError("strategy.use", failed)
-        sizes = {f"bytes_{way}": sum(getattr(r, f"bytes_{way}") for r in reports) for way in ("up", "down")}
-        late = sum(r.late for r in reports)
-        clock = {"late": late, "virtual_seconds": now.virtual_seconds} if self._pace else {}
-        self.lines.append({"round": round, "clients": len(reports) - late, **sizes, **clock})
-
-
-def _alternative(name: str, stage: _Stage) -> Line:
+def _alternative(name: str, stage: Stage) -> Line:
     """What a built-in strategy with its default options would send."""
     rounds = stage.scenario.rounds
     try:
@@ -350,7 +177,7 @@ def _alternative(name: str, stage: _Stage) -> Line:
     return {"strategy": name, **totals, "exact": not rest, **_trained(loop)}
 
 
-def _trained(loop: _Loop) -> dict[str, int]:
+def _trained(loop: Rehearsal) -> dict[str, int]:
     """Numbers that clients train in some round, in the adapter and in the head."""
     layout, rounds = loop.strategy.layout, range(1, min(len(loop.lines), 2) + 1)
     names = {n for r in rounds for n in loop.strategy.trains(r, layout) if layout[n].trainable}
@@ -380,7 +207,7 @@ def _epsilons(
     return table, (time.perf_counter() - began) / len(table)
 
 
-def _groups(scenario: Scenario, data: Dataset, noise: Mapping[int, float] | None, loop: _Loop) -> list[Line]:
+def _groups(scenario: Scenario, data: Dataset, noise: Mapping[int, float] | None, loop: Rehearsal) -> list[Line]:
     """Clients that hold equally many examples, from the fewest; without privacy only how many they are."""
     asked, groups = scenario.example_privacy, []
     most: dict[int, float] = {}  # epsilon, by the number of examples

@@ -8,6 +8,7 @@ from typing import Any
 from fedlora import client as clients
 from fedlora import engine as engines
 from fedlora import strategy as strategies
+from fedlora import suitability
 from fedlora.data import reading
 from fedlora.data import store as datasets
 from fedlora.engine.setup import Setup
@@ -97,7 +98,7 @@ def _prepared(
 ) -> Prepared:
     """Everything that a run needs but the noise, with what `hold` makes of the tokenizer for its data."""
     strategy = strategies.load(scenario.strategy.use, scenario.strategy.options)
-    strategies.check(strategy, scenario)
+    suitability.check(strategy, scenario)
     client = clients.load(scenario.clients.use, scenario.clients.options)
     clients.check_fused(client, scenario.engine.fused)
     if client.private and scenario.example_privacy is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedlora import engine as engines
 from fedlora import scenario as scenarios
-from fedlora import strategy as strategies
+from fedlora import suitability
 from fedlora.adapter import Adapter
 from fedlora.client import Setter
 from fedlora.engine.setup import Description
@@ -138,7 +138,7 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
     shown.stage("loading the model")
     found = engine.start(setup)
     strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
-    strategies.check_bound(strategy)
+    suitability.check_bound(strategy)
     now = Progress(round=0, adapter=dict(found.initial))
     origin = {
         "scenario": scenario.model_dump(mode="json"),

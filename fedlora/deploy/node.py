@@ -6,14 +6,10 @@ has: nothing that a server can choose makes it depend on what is in them.
 """
 
 import contextlib
-import json
 import logging
-import os
-import re
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,48 +17,29 @@ from typing import Any
 from flwr.app import RecordDict
 
 from fedlora import prepare, seeding, wire
-from fedlora.adapter import Instruction, Update
+from fedlora.adapter import Instruction
 from fedlora.data import reading
 from fedlora.deploy import signing, sources
 from fedlora.deploy import site as sites
+from fedlora.deploy.account import Account, pay
+from fedlora.deploy.masks import Masks, member_of
+from fedlora.deploy.serving import Serving, Words
 from fedlora.deploy.site import FLOOR, Site
-from fedlora.engine import secure as masking
+from fedlora.deploy.state import RUN, State
 from fedlora.engine.flower import BEHIND, STRANGER
-from fedlora.engine.replies import Report
 from fedlora.engine.worker import Worker
 from fedlora.errors import ContractError, Refusal, SettingError, UserError
-from fedlora.privacy import lock, noise, secure
-from fedlora.privacy.accounting import Event, epsilon
-from fedlora.privacy.ledger import Ledger, Own
+from fedlora.privacy import lock, secure
+from fedlora.privacy.accounting import Event
+from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanisms.central import WITHIN
-from fedlora.privacy.noise import Stream
 from fedlora.rounds.checkpoint import Merges
 from fedlora.rounds.folder import same_run
-from fedlora.run import INTRODUCTION
 from fedlora.scenario import Scenario
 
 logger = logging.getLogger(__name__)
 
-Words = Mapping[str, Any]
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a run's name, which is a folder's
-_JUDGED = "judged.json"  # what a site has said of its own rows in a run, by round
 _WAIT = 10.0  # seconds that a worker before this one may take to end
-
-
-@dataclass
-class Serving:
-    """The run that a node's model is loaded for."""
-
-    words: Words  # of its introduction
-    worker: Worker
-    ledger: Ledger
-    merges: Merges
-    member: tuple[object, secure.Member] | None = None  # its part in secure aggregation, with the round
-
-    @property
-    def key(self) -> str:
-        """What its files are under."""
-        return str(self.words["run"])
 
 
 class Node:
@@ -87,27 +64,25 @@ class Node:
         """
         self.file, self.app = where, app
         self.site: Site | None = None
-        self.account: Ledger | None = None
+        self.account: Account | None = None
         self._lock: lock.Lock | None = None
         self.run: Serving | None = None
-        self.folder = where
+        self.state, self.masks = State(where), Masks()
         self._read_site()
         self.served, self.failed, self.trained = 0, 0, 0.0
-        self._masked: Counter[tuple[str, object]] = Counter()  # updates by run and round, whatever the server lost
 
     def _read_site(self) -> None:
         """Read the site file, which may have changed since the last run."""
         if self.file.is_dir():
             return
         before, self.site = self.site, sites.load(self.file)
-        self.folder = self.site.folder
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.state = State(self.site.folder)
+        self.state.folder.mkdir(parents=True, exist_ok=True)
         if self.site != before:
             self.run = self.account = None
-            self._lock = lock.hold(self.folder / "lock", _WAIT)
+            self._lock = lock.hold(self.state.folder / "lock", _WAIT)
         if self.site.privacy is not None and self.account is None:
-            (self.folder / "ledger").mkdir(exist_ok=True)
-            self.account = Ledger(self.folder / "ledger")
+            self.account = Account(self.state.folder / "ledger", self.site.privacy)
 
     def close(self) -> None:
         """Let the model, the ledgers and the state folder go."""
@@ -116,10 +91,7 @@ class Node:
     @property
     def epsilon(self) -> float | None:
         """What the site's examples have lost in all runs together; None where it keeps no account."""
-        if self.site is None or self.site.privacy is None or self.account is None:
-            return None
-        events, terms = self.account.events.get(Own(), ()), self.site.privacy
-        return epsilon(events, terms.delta, terms.accountant)
+        return None if self.account is None else self.account.epsilon
 
     def answer(self, kind: str, content: RecordDict, partition: int) -> RecordDict:
         """Do what a message asks for.
@@ -146,7 +118,7 @@ class Node:
                     with _understood():
                         wire.unpack_parts(content)
                         seen["round"] = wire.whole(words.get("round"), "round", 1, rounds)
-                    return self._exchange(run, kind.partition(".")[2], content, client)
+                    return self.masks.exchange(run, kind.partition(".")[2], content, client)
                 with _understood():
                     layout, trips = run.worker.task.layout, run.worker.strategy.trips
                     instruction = wire.unpack_instruction(content, layout, rounds, trips)
@@ -193,9 +165,9 @@ class Node:
                     f"its {what} is another than the server's ({mine[:8]} here, {str(theirs)[:8]} there): install "
                     f"the same weights of {scenario.model.base} and the same torch on both sides"
                 )
-        self._keep(words)
+        self.state.keep(words)
         held = run.worker.dataset.num_examples(client)  # its event tells it too: q = batch_size / n
-        event = self._event(run, Instruction(round=1, adapter={}, train=(), send=()), client)
+        event = run.event(Instruction(round=1, adapter={}, train=(), send=()), client)
         return wire.pack_words(
             {
                 "client": client,
@@ -215,7 +187,7 @@ class Node:
         if there != here:
             raise Refusal(f"it runs fedlora {here}, and the server {there}: install one version on both sides")
         key = words.get("run")
-        if not isinstance(key, str) or not _KEY.fullmatch(key):
+        if not isinstance(key, str) or not RUN.fullmatch(key):
             raise Refusal("the run has no name that could be a folder's")
         try:
             scenario = Scenario.model_validate(words["scenario"])
@@ -234,9 +206,9 @@ class Node:
             str(words.get("signature")), keys, words["scenario"], key, self.app
         ):
             raise Refusal("nobody whom it knows has signed this run: submit it by fedlora submit --key FILE")
-        if (before := self._introduction(key)) is not None:
+        if (before := self.state.introduction(key)) is not None:
             try:  # what it keeps under a name is of one run: residuals of a plain one would spoil a private one
-                same_run(self.folder, before["scenario"], words["scenario"])
+                same_run(self.state.folder, before["scenario"], words["scenario"])
             except (KeyError, UserError) as error:
                 raise Refusal(
                     "it knows another run by this name: a resumed one may change its rounds, and not much else"
@@ -255,7 +227,7 @@ class Node:
             Refusal: the data do not fit; the log says how.
         """
         scenario, key = Scenario.model_validate(words["scenario"]), str(words["run"])
-        folder = self.folder / "runs" / key
+        folder = self.state.of_run(key)
         folder.mkdir(parents=True, exist_ok=True)
         self.run = None
         if self.site is None or self.site.accept.own_code:
@@ -271,7 +243,7 @@ class Node:
                 if left_out:
                     logger.warning("%d rows are left out: their label is not in data.labels", left_out)
                 placed = {"threads": self.site.threads, "device": self.site.device}
-                own = seeding.key(self._key(), "held-out", repr(scenario.data.client_test_share))
+                own = seeding.key(self.state.key(), "held-out", repr(scenario.data.client_test_share))
                 setup = prepare.prepare_site(scenario, words["labels"], rows, client, own, **placed)
             worker = Worker(replace(setup, personal=folder / "personal"))
         except SettingError as error:
@@ -296,43 +268,6 @@ class Node:
         self.run = Serving(words, worker, Ledger(folder), merges)
         return self.run
 
-    def _keep(self, words: Words) -> None:
-        """Write an introduction down, so that a restart needs no other, and the scenario for people."""
-        file = self.folder / "runs" / str(words["run"]) / INTRODUCTION
-        file.with_name("scenario.yaml").write_text(Scenario.model_validate(words["scenario"]).to_yaml())
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(dict(words)))
-        part.replace(file)
-
-    def _introduction(self, key: str) -> dict[str, Any] | None:
-        """The introduction of a run that is kept here."""
-        try:
-            if not _KEY.fullmatch(key):
-                raise ValueError(key)
-            words = json.loads((self.folder / "runs" / key / INTRODUCTION).read_text())
-        except (OSError, ValueError):
-            return None
-        return words if isinstance(words, dict) else None
-
-    def _key(self) -> bytes:
-        """The site's own key, from which it draws the rows that it holds out: nobody else can tell which they are.
-
-        Raises:
-            UserError: its file is damaged.
-        """
-        file = self.folder / "held.key"
-        if not file.exists():
-            part = file.with_suffix(".part")
-            part.unlink(missing_ok=True)
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
-                stream.write(noise.fresh_key())
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(file)
-        if len(key := file.read_bytes()) != 32:
-            raise UserError(f"{file}: is damaged; restore it, or remove it to hold other rows out")
-        return key
-
     def _resumed(self, told: Words, client: int) -> Serving:
         """The run that a message is about; loaded again if this process was not the one that met it.
 
@@ -342,7 +277,7 @@ class Node:
         key = str(told.get("run"))[:100]
         if self.run is not None and self.run.key == key:
             return self.run
-        if (words := self._introduction(key)) is None:
+        if (words := self.state.introduction(key)) is None:
             raise Refusal(f"{STRANGER}: it knows nothing of the run {key}")
         self._acceptable(words, client)  # the site file, or the app, may be another by now
         return self._load(words, client)
@@ -376,7 +311,7 @@ class Node:
         scenario = run.worker.scenario
         masked = scenario.secure_aggregation is not None
         if masked:
-            self._member(run, instruction.round)
+            member_of(run, instruction.round)
         if (asked := scenario.client_privacy) and (whole := prepare.central(scenario, root=0)):
             try:
                 whole.check_words(instruction.config, asked.clip_norm)
@@ -385,7 +320,7 @@ class Node:
         update, report = run.worker.fit(instruction, client)
         event, self.trained = report.event, report.seconds
         if self.site is not None and instruction.trip == 1:
-            run.ledger.metrics(_line(run, report, instruction.round, client))
+            run.ledger.metrics(run.line(report, instruction.round, client))
         if update is None:
             logger.error("%s", report.error, extra={"client": client, "round": instruction.round})
             raise Refusal("training failed: its log says why", event)
@@ -395,72 +330,9 @@ class Node:
         if not masked:
             return wire.pack_update(update, event, transport.packing_up(instruction, client))
         trained = (instruction, transport.arrived(update, instruction))
-        made = self._exchange(run, secure.MASKED, content, client, trained)
+        made = self.masks.exchange(run, secure.MASKED, content, client, trained)
         spent = {} if event is None else {"privacy": event.to_json()}
         return RecordDict({**made, **wire.pack_words(spent)})
-
-    def _exchange(
-        self,
-        run: Serving,
-        what: str,
-        content: RecordDict,
-        client: int,
-        trained: tuple[Instruction, Update] | None = None,
-    ) -> RecordDict:
-        """The site's part in an exchange of secure aggregation; its secrets are in memory alone, for one round.
-
-        Raises:
-            Refusal: it holds no secrets of this round, or the server asks for what would show its update.
-        """
-        scenario, parts = run.worker.scenario, wire.unpack_parts(content)
-        asked, most = scenario.secure_aggregation, scenario.most_members
-        if asked is None or what not in (secure.KEYS, secure.SHARES, secure.MASKED, secure.REVEAL):
-            raise Refusal(f"this run has no exchange of {what}")
-        round = trained[0].round if trained else wire.unpack_words(content).get("round")
-        if what == secure.KEYS:
-            run.member = (round, self._fresh(run, round, parts))
-        member = self._member(run, round)
-
-        def vector(among: int) -> secure.Vector:
-            if trained is None:
-                raise ContractError("the server asks for a masked change, and for no training")
-            return masking.to_vector(*trained, among, most, asked.range, lambda _: Stream.fresh())
-
-        before = member.masked
-        try:
-            return wire.pack_parts(member.answer(what, parts, vector, asked.survivors, most))
-        except ContractError as error:
-            raise Refusal(str(error), None if trained is None else self._event(run, trained[0], client)) from error
-        finally:
-            self._masked[run.key, round] += member.masked - before
-
-    def _fresh(self, run: Serving, round: object, parts: secure.Parts) -> secure.Member:
-        """Secrets for a round, under the pseudonym that the server deals.
-
-        Raises:
-            Refusal: an update of that round was masked already, as often as the scenario tries one; or there is
-                no such round, or the server deals no pseudonym.
-        """
-        scenario, names = run.worker.scenario, list(parts["you"])
-        if type(round) is not int or not 1 <= round <= scenario.rounds or len(names) != 1 or names[0] >= 2**63:
-            raise Refusal("the server asks for keys for no round of this run, or for nobody")
-        if self._masked[run.key, round] > scenario.clients.retries:
-            raise Refusal(
-                f"it has masked its update of round {round}: start its worker anew if the server was resumed"
-            )
-        return secure.Member(names[0])
-
-    def _member(self, run: Serving, round: object) -> secure.Member:
-        """The site's secrets for a round.
-
-        Raises:
-            Refusal: it has none.
-        """
-        if run.member is None or run.member[0] != round:
-            raise Refusal(
-                "it has no masks for this round: its worker was started anew, or it was not asked for keys"
-            )
-        return run.member[1]
 
     def _judge(self, run: Serving, instruction: Instruction, client: int) -> RecordDict:
         """Loss and metric of the client's own model on the examples that it holds out.
@@ -477,18 +349,8 @@ class Node:
             return wire.pack_words(run.worker.judge(instruction, [client]))
         if not self.site.accept.metrics:
             raise Refusal("it tells no figures of its own rows")
-        file, round = self.folder / "runs" / run.key / _JUDGED, str(instruction.round)
-        said: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
-        if round not in said:
-            said[round] = run.worker.judge(instruction, [client])
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(said))
-            part.replace(file)
-        return wire.pack_words(said[round])
-
-    def _event(self, run: Serving, instruction: Instruction, client: int) -> Event | None:
-        held = run.worker.dataset.num_examples(client)
-        return run.worker.client.spends(held, run.worker.settings(instruction, held))
+        figures = self.state.judged(run.key, instruction.round, lambda: run.worker.judge(instruction, [client]))
+        return wire.pack_words(figures)
 
     def _pay(self, key: str, round: int, client: int, event: Event) -> None:
         """Write an event into the run's ledger and the site's, unless it would pass what either allows.
@@ -499,32 +361,7 @@ class Node:
         run = self.run
         if run is None or run.key != key:
             raise Refusal("it serves another run by now")
-        asked = run.worker.scenario.example_privacy
-        assert asked is not None
-        paid = epsilon([*run.ledger.events.get(client, ()), event], asked.delta, asked.accountant)
-        if asked.epsilon is not None and paid > asked.epsilon * (1 + 1e-9):
-            raise Refusal(f"another round would make epsilon {paid:.3f}, and {asked.epsilon:g} was promised")
-        terms: dict[str, Any] = {"delta": asked.delta, "unit": "example", "accountant": asked.accountant}
-        try:
-            if self.site is not None and self.site.privacy is not None and self.account is not None:
-                cap = self.site.privacy
-                spent = epsilon([*self.account.events.get(Own(), ()), event], cap.delta, cap.accountant)
-                if spent > cap.max_epsilon * (1 + 1e-9):
-                    logger.warning(
-                        "it would come to epsilon %.3f; privacy.max_epsilon: %g", spent, cap.max_epsilon
-                    )
-                    raise Refusal("another round would pass the epsilon that the site allows over all runs")
-                mine: dict[str, Any] = {
-                    "delta": cap.delta,
-                    "unit": "example",
-                    "accountant": cap.accountant,
-                    "run": run.key,
-                }
-                self.account.spend(round, {client: event}, **mine)
-            run.ledger.spend(round, {client: event}, **terms)
-        except (OSError, UserError) as error:
-            logger.error("%s", error, extra={"client": client, "round": round, "run": key})
-            raise Refusal("its ledger cannot be written: its log says why") from error
+        pay(run, self.account, round, client, event)
 
 
 @contextlib.contextmanager
@@ -534,21 +371,3 @@ def _understood() -> Iterator[None]:
         yield
     except ContractError as error:
         raise Refusal(str(error)) from error
-
-
-def _line(run: Serving, report: Report, round: int, client: int) -> dict[str, Any]:
-    """A round as a site saw it, which `fedlora watch` shows; what was learnt only the server can tell."""
-    asked, events = run.worker.scenario.example_privacy, run.ledger.events.get(client, ())
-    spent = None if asked is None else epsilon(events, asked.delta, asked.accountant)
-    return {
-        "round": round,
-        "clients": int(report.error is None),
-        "failures": int(report.error is not None),
-        "loss": None,
-        "train_loss": None,
-        run.worker.task.metric: None,
-        "bytes_up": report.bytes_up,
-        "bytes_down": report.bytes_down,
-        "epsilon": spent,
-        "seconds": report.seconds,
-    }

@@ -179,7 +179,9 @@ def _serve(where: Path, app: Path, shown: logging.Handler) -> int:
     from fedlora.deploy.node import Node
 
     node, idle = Node(where, app), _IDLE
-    logs.start(node.site.name if node.site else "sites", shown, logging.FileHandler(node.folder / "site.log"))
+    logs.start(
+        node.site.name if node.site else "sites", shown, logging.FileHandler(node.state.folder / "site.log")
+    )
     if node.site is not None:
         idle = 60 * node.site.idle_minutes
         if node.site.metrics_port is not None:

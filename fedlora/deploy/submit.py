@@ -24,6 +24,7 @@ from typing import Any
 
 from fedlora import client as clients
 from fedlora import strategy as strategies
+from fedlora import suitability
 from fedlora.deploy import signing
 from fedlora.deploy.report import Follower
 from fedlora.errors import RoundError, SettingError, UserError
@@ -81,7 +82,7 @@ def submit(
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not an empty folder; name another with --out")
     try:
-        strategies.check(strategies.load(scenario.strategy.use, scenario.strategy.options), scenario)
+        suitability.check(strategies.load(scenario.strategy.use, scenario.strategy.options), scenario)
         clients.load(scenario.clients.use, scenario.clients.options)
     except SettingError as error:
         raise scenario.located(error) from error

@@ -26,7 +26,7 @@ from fedlora.engine.inline import InlineEngine
 from fedlora.engine.replies import Replies, Report
 from fedlora.engine.setup import Description, Setup
 from fedlora.errors import ContractError, FedloraError, RoundError
-from fedlora.privacy import secure
+from fedlora.privacy import collector, secure
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms import central
 from fedlora.privacy.noise import Stream
@@ -372,7 +372,7 @@ class FlowerEngine(Engine):
                         self._forget(site, str(refused))
                         raise ContractError(str(refused))
                     parts = wire.unpack_parts(reply.content)
-                    secure.check(what, told[client], parts, masking.size(instruction))
+                    collector.check(what, told[client], parts, masking.size(instruction))
                     if what == secure.MASKED:
                         spends, site.merged = wire.unpack_event(reply.content) or spends, len(self.merges)
                         report = replace(report, steps=scenario.clients.local_steps)

@@ -14,8 +14,10 @@ from fedlora.engine.base import Engine
 from fedlora.engine.replies import Replies, Report
 from fedlora.engine.setup import Description, Setup
 from fedlora.errors import ContractError, RoundError
-from fedlora.privacy import secure
+from fedlora.privacy import grid, secure
+from fedlora.privacy.collector import Sum, collect
 from fedlora.privacy.mechanisms.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE, WITHIN
+from fedlora.privacy.member import Member
 from fedlora.privacy.noise import Stream
 from fedlora.privacy.replay import Drawn, digest, versions
 from fedlora.scenario import SecureAggregation
@@ -31,7 +33,7 @@ def size(instruction: Instruction) -> int:
 
 def to_vector(
     instruction: Instruction, update: Update, members: int, most: int, largest: float, draws: Draws
-) -> secure.Vector:
+) -> grid.Vector:
     """A client's change in whole steps, before it is masked; with its share of the noise where clients add it.
 
     Where the change is bounded, it is so after rounding too, and no number of it is refused: what is beyond
@@ -58,11 +60,11 @@ def to_vector(
         change = np.append(change, update.metrics[WITHIN] * largest)
         stds.append(np.array([float(told[COUNT_NOISE]) * largest]))
     std = np.concatenate(stds)
-    secure.check_grid(std, largest, most)
-    vector = secure.quantise(change, largest, draws("rounding"))
+    grid.check_grid(std, largest, most)
+    vector = grid.quantise(change, largest, draws("rounding"))
     if SUM_NOISE in told:
         share = draws(f"noise {told[SUM_NOISE]!r} {bound!r} {members}")
-        vector += secure.noise(std / math.sqrt(members), largest, share)
+        vector += grid.noise(std / math.sqrt(members), largest, share)
     return vector
 
 
@@ -72,20 +74,20 @@ def _within(change: NDArray[np.float64], bound: float, largest: float) -> NDArra
     Raises:
         ContractError: rounding alone may be as long.
     """
-    if (left := bound - secure.rounding(change.size, largest)) <= 0:
+    if (left := bound - grid.rounding(change.size, largest)) <= 0:
         raise ContractError("the grid is too coarse for clip_norm: lower secure_aggregation.range")
     norm = float(np.sqrt((change**2).sum()))
     return change * (left / norm) if norm > left else change
 
 
-def mean(instruction: Instruction, made: secure.Sum, largest: float) -> Update:
+def mean(instruction: Instruction, made: Sum, largest: float) -> Update:
     """The plain mean of those who sent.
 
     Raises:
         RoundError: it is no mean of theirs: somebody's shares or masks were wrong.
     """
     sent = len(made.sent)
-    values = secure.dequantise(made.total, largest) / sent
+    values = grid.dequantise(made.total, largest) / sent
     told = instruction.config
     noise = float(told.get(SUM_NOISE, 0.0)) * float(told.get(CLIP_NORM, 0.0))
     noise = max(noise, float(told.get(COUNT_NOISE, 0.0)) * largest)
@@ -118,7 +120,7 @@ def replies(
         rng: deals pseudonyms out.
     """
     try:
-        made = secure.collect(exchange, sorted(reports), rng, asked.survivors)
+        made = collect(exchange, sorted(reports), rng, asked.survivors)
         update = mean(instruction, made, asked.range)
     except RoundError as error:  # what clients spent counts all the same
         told = (
@@ -170,7 +172,7 @@ class SecureEngine(Engine):
         made_of = self._digest(instruction, cohort, trained) if SUM_NOISE in instruction.config else ""
         draw = instruction.drawn.get(None, Drawn()).draw(made_of) if made_of else 0
         again = ("draw", draw) if draw else ()
-        members: dict[int, secure.Member] = {}
+        members: dict[int, Member] = {}
 
         def exchange(what: str, told: Mapping[int, secure.Parts]) -> dict[int, secure.Parts]:
             made: dict[int, secure.Parts] = {}
@@ -181,13 +183,13 @@ class SecureEngine(Engine):
                 def draws(purpose: str, client: int = client) -> Stream:
                     return stream(self.seed, instruction.round, client, purpose, *again)
 
-                def vector(among: int, client: int = client, draws: Draws = draws) -> secure.Vector:
+                def vector(among: int, client: int = client, draws: Draws = draws) -> grid.Vector:
                     return to_vector(instruction, updates[client], among, self.most, self.asked.range, draws)
 
                 had = reports[client]
                 if what == secure.KEYS:
                     (name,) = parts["you"]
-                    members[client] = secure.Member(name)
+                    members[client] = Member(name)
                 try:
                     made[client] = members[client].answer(what, parts, vector, self.asked.survivors, self.most)
                 except ContractError as error:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedlora import client as clients
 from fedlora import strategy as strategies
-from fedlora import wire
+from fedlora import suitability, wire
 from fedlora.adapter import Adapter, Change, Instruction, Sum, Update, fingerprint
 from fedlora.client import Setter
 from fedlora.data.store import Dataset, Examples, Partition
@@ -83,7 +83,7 @@ class Worker:
             self.task = loading.load(
                 self.scenario.task,
                 model.base,
-                strategies.kind_of(strategy, self.scenario),
+                suitability.kind_of(strategy, self.scenario),
                 labels=self.dataset.labels,
                 seed=self.scenario.seed,
                 head=model.head,

@@ -9,7 +9,7 @@ from fedlora.adapter import Instruction
 from fedlora.client import Client, Setter
 from fedlora.data.store import Dataset
 from fedlora.engine import Replies
-from fedlora.privacy import secure
+from fedlora.privacy import grid
 from fedlora.privacy.accounting import FROM_SERVER, Event, epsilon
 from fedlora.privacy.ledger import Holder, Ledger, Own, Whole
 from fedlora.privacy.mechanisms.central import CLIP_NORM, Central
@@ -157,7 +157,7 @@ class Budget:
         yield terms(whole), {None: self.central.event(bound, draw)}
         asked = self.scenario.secure_aggregation
         if asked is not None and asked.noise == "shared":
-            longer = secure.rounding(sum(instruction.adapter[n].size for n in instruction.send), asked.range)
+            longer = grid.rounding(sum(instruction.adapter[n].size for n in instruction.send), asked.range)
             for update in replies.updates:
                 seen = self.central.seen(bound, asked.honest * replies.carried, longer)
                 shared = {"unit": FROM_SERVER, "honest": asked.honest}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora import plugins, strategy
+from fedlora import plugins, strategy, suitability
 from fedlora.adapter import Slot, Update, weighted_mean
 from fedlora.engine import Replies
 from fedlora.engine.base import gathered
@@ -330,10 +330,10 @@ rounds: 1
 """
     asked = parse(text)
     if world.made.unequal_ranks:
-        strategy.check(world.made, asked)
+        suitability.check(world.made, asked)
         return
     with pytest.raises(SettingError) as raised:
-        strategy.check(world.made, asked)
+        suitability.check(world.made, asked)
     assert "equal ranks" in str(raised.value) and "flexlora" in str(raised.value)
 
 
@@ -412,7 +412,7 @@ rounds: 1
 """
     asked = parse(text, "x.yaml", [f"{key}={value}" for key, value in changes.items()])
     with pytest.raises(SettingError) as raised:
-        strategy.check(strategy.load(asked.strategy.use, {}), asked)
+        suitability.check(strategy.load(asked.strategy.use, {}), asked)
     return f"{raised.value.key}: {raised.value.message}"
 
 

@@ -79,17 +79,17 @@ def test_a_private_run_is_accounted_for_on_both_sides(sites, nodes, deployed, tm
     assert {client: len(e) for client, e in events.items()} == {0: 2, 1: 2, 2: 2, 3: 2}
     assert 0 < run.summary["epsilon"] <= 8.0 and "from the operating system" in run.summary["privacy"]
     for client, node in enumerate(made.values()):
-        here = ledger.replay(node.folder / "runs" / "run-1" / "privacy.jsonl")
+        here = ledger.replay(node.state.folder / "runs" / "run-1" / "privacy.jsonl")
         assert here == {client: events[client]}
-        assert ledger.replay(node.folder / "ledger" / "privacy.jsonl") == {ledger.Own(): events[client]}
-        assert node.epsilon == pytest.approx(ledger.epsilon_of(node.folder / "ledger" / "privacy.jsonl"))
+        assert ledger.replay(node.state.folder / "ledger" / "privacy.jsonl") == {ledger.Own(): events[client]}
+        assert node.epsilon == pytest.approx(ledger.epsilon_of(node.state.folder / "ledger" / "privacy.jsonl"))
 
 
 def test_a_site_watches_its_own_rounds(sites, nodes, deployed, capsys, monkeypatch):
     scenario, files = sites()
     run, _ = deployed(scenario, LocalGrid(made := nodes(files)))
     monkeypatch.setenv("COLUMNS", "120")
-    own = made[2].folder / "runs" / "run-1"
+    own = made[2].state.folder / "runs" / "run-1"
     assert main(["watch", str(own)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "/2 " in line]
     spent = [t["epsilon"] for t in lines(run.folder, "clients.jsonl") if t["client"] == 1]
@@ -151,7 +151,7 @@ def test_a_full_disk_at_a_site_costs_its_replies_until_there_is_room(sites, node
     errors = [(t["round"], t["client"], t["error"]) for t in lines(run.folder, "clients.jsonl") if t["error"]]
     why = "its ledger cannot be written: its log says why"
     assert errors == [(2, 2, why), (3, 2, why)] and [t["clients"] for t in run.rounds] == [4, 3, 3, 4]
-    own = [made[3].folder / folder / "privacy.jsonl" for folder in ("ledger", "runs/run-1")]
+    own = [made[3].state.folder / folder / "privacy.jsonl" for folder in ("ledger", "runs/run-1")]
     assert [sum(map(len, ledger.replay(file).values())) for file in own] == [2, 2]
     assert len(ledger.replay(run.folder / "privacy.jsonl")[2]) == 2  # it said that it did not train
 
@@ -187,7 +187,7 @@ def test_a_node_that_lost_its_disk_is_introduced_again(sites, nodes, deployed, t
     def loses(kind, content, partition):
         count["train"] += kind == "train"
         if kind == "train" and count["train"] == 2:
-            shutil.rmtree(made[1].folder)
+            shutil.rmtree(made[1].state.folder)
             grid.nodes[1] = Node(files[0], tmp_path)
             return grid.nodes[1].answer(kind, content, partition)
         return answer(kind, content, partition)

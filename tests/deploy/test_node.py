@@ -142,10 +142,10 @@ def test_pays_before_it_trains_and_never_beyond_what_was_promised(server, node):
     meet(made := node(files[0]), words)
     for round in (1, 2):
         assert refusal(made, train(round)) is None
-    paid = ledger.replay(made.folder / "runs" / "tiny-1" / "privacy.jsonl")
+    paid = ledger.replay(made.state.folder / "runs" / "tiny-1" / "privacy.jsonl")
     assert len(paid[0]) == 2 and made.served == 2
     assert "and 8 was promised" in refusal(made, train(2)) and made.failed == 1
-    assert ledger.replay(made.folder / "runs" / "tiny-1" / "privacy.jsonl") == paid
+    assert ledger.replay(made.state.folder / "runs" / "tiny-1" / "privacy.jsonl") == paid
     assert "and 8 was promised" in refusal(made, train(1))  # nor by asking for a round again: its noise is new
 
 
@@ -159,7 +159,7 @@ def test_a_site_s_own_cap_holds_over_all_runs_and_restarts(server, node):
     assert 7 < made.epsilon <= 8
     meet(made, {**words, "run": "tiny-2"})
     assert "pass the epsilon that the site allows over all runs" in refusal(made, train(1, run="tiny-2"))
-    assert not (made.folder / "runs" / "tiny-2" / "privacy.jsonl").exists()
+    assert not (made.state.folder / "runs" / "tiny-2" / "privacy.jsonl").exists()
     files[0].write_text(text)  # the site allows more by now, and says so without a restart
     meet(made, {**words, "run": "tiny-2"})
     assert refusal(made, train(1, run="tiny-2")) is None
@@ -171,7 +171,7 @@ def test_a_failure_that_was_paid_for_says_what_it_cost(server, node):
     made.run.worker.client.fit = lambda *_: 1 / 0
     told = wire.unpack_words(reply := made.answer("train", train(), 0))
     assert told["refused"] == "training failed: its log says why"
-    (paid,) = ledger.replay(made.folder / "ledger" / "privacy.jsonl")[ledger.Own()]
+    (paid,) = ledger.replay(made.state.folder / "ledger" / "privacy.jsonl")[ledger.Own()]
     assert wire.unpack_event(reply) == paid
 
 
@@ -200,7 +200,10 @@ def test_a_log_line_is_json_with_round_and_client(server, node, caplog):
 
 def lines_paid(made):
     """Of the site's own account, and of the run."""
-    files = [made.folder / "ledger" / "privacy.jsonl", made.folder / "runs" / "tiny-1" / "privacy.jsonl"]
+    files = [
+        made.state.folder / "ledger" / "privacy.jsonl",
+        made.state.folder / "runs" / "tiny-1" / "privacy.jsonl",
+    ]
     return [sum(map(len, ledger.replay(file).values())) if file.exists() else 0 for file in files]
 
 
@@ -313,7 +316,7 @@ def test_the_cap_holds_whatever_the_client_number_is(server, node):
         said = [refusal(made, train(round, run=f"tiny-{client}")) for round in (1, 2)]
         assert all(s is None if w is None else w in s for s, w in zip(said, why, strict=True)), said
         assert 7 < made.epsilon <= 8
-    assert ledger.epsilon_of(made.folder / "ledger" / "privacy.jsonl") == pytest.approx(made.epsilon)
+    assert ledger.epsilon_of(made.state.folder / "ledger" / "privacy.jsonl") == pytest.approx(made.epsilon)
 
 
 def test_of_two_workers_of_one_state_the_second_that_pays_is_refused(server, node):

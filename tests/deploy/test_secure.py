@@ -104,7 +104,7 @@ def test_twenty_sites_of_which_five_drop_out_give_the_plain_mean_and_show_nobody
         assert all(tensor.tobytes() not in words for tensor in trained[client][1].adapter.values())
         vector = np.frombuffer(wire.unpack_parts(content)["masked"][names[client]], "<u4")
         seed = combine_shares([held[names[client]] for held in shares.values()])
-        for seen in (vector, vector - secure._stream(seed, len(vector))):  # and with the mask that it learns off
+        for seen in (vector, vector - secure.keystream(seed, len(vector))):  # and with the mask that it learns off
             assert abs(np.corrcoef(plain, seen.view(np.int32).astype(float))[0, 1]) < 5 / len(plain) ** 0.5
     for held in shares.values():  # nobody's two secrets are both told
         assert set(held) == {names[client] for client in range(20) if client != 2}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedlora import scenario
-from fedlora.privacy import accounting, secure
+from fedlora.privacy import accounting, cohorts, grid
 
 PAGE = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
 NUMBER = r"([\d.]+)"
@@ -47,11 +47,11 @@ def test_the_claims_are_what_the_scenario_s_ledger_says(row):
 
 def test_what_it_says_of_secure_aggregation_are_the_code_s_constants():
     for said in (
-        f"`range` / 2^{secure.BITS - 1}",
-        f"Up to {secure.MOST:,} clients",
-        f"{['', 'one', 'two', 'three'][secure.LEAST]} clients at least",
-        f"{['eight'][int(secure.FINE) - 8]} steps to a standard deviation",
+        f"`range` / 2^{grid.BITS - 1}",
+        f"Up to {cohorts.MOST:,} clients",
+        f"{['', 'one', 'two', 'three'][cohorts.LEAST]} clients at least",
+        f"{['eight'][int(grid.FINE) - 8]} steps to a standard deviation",
     ):
         assert said in PAGE
-    worst = -2 * math.pi**2 * secure.FINE**2 / 2  # of the exponents in the paper's Theorem 1: k / (k + 1) = 1/2
+    worst = -2 * math.pi**2 * grid.FINE**2 / 2  # of the exponents in the paper's Theorem 1: k / (k + 1) = 1/2
     assert worst < -600

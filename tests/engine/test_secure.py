@@ -12,7 +12,8 @@ from fedlora.engine.inline import InlineEngine
 from fedlora.engine.secure import SecureEngine, mean, to_vector
 from fedlora.errors import ContractError, RoundError, UserError
 from fedlora.prepare import calibrate, prepare
-from fedlora.privacy import ledger, secure
+from fedlora.privacy import grid, ledger
+from fedlora.privacy.collector import Collector, Sum
 from fedlora.privacy.mechanisms import central
 from fedlora.privacy.noise import Stream
 from fedlora.scenario import SecureAggregation
@@ -45,7 +46,7 @@ def instruct(engine, **config):
 def test_the_mean_is_the_plain_one_to_quantisation(plain, lost, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        secure.Collector, "total", lambda s, m, h, total=secure.Collector.total: seen.append(m) or total(s, m, h)
+        Collector, "total", lambda s, m, h, total=Collector.total: seen.append(m) or total(s, m, h)
     )
     told = instruct(plain, lose=lost)
     expected = plain.train(told, range(20), partial_sums=False)
@@ -107,7 +108,7 @@ def test_where_clients_are_protected_whole_a_change_beyond_the_range_is_cut_and_
     told = Instruction(round=1, adapter=held, train=("w",), send=("w",), config={central.CLIP_NORM: 5.0})
     update = Update(adapter={"w": np.array([3, 0.25, -4], np.float32)}, weight=1.0, clients=(0,))
     vector = to_vector(told, update, 3, 3, 1.0, lambda _: Stream.fresh())
-    assert secure.dequantise(vector, 1.0) == pytest.approx([1, 0.25, -1], abs=2**-18)
+    assert grid.dequantise(vector, 1.0) == pytest.approx([1, 0.25, -1], abs=2**-18)
 
 
 def test_a_change_is_no_longer_than_the_bound_when_it_is_rounded():
@@ -120,7 +121,7 @@ def test_a_change_is_no_longer_than_the_bound_when_it_is_rounded():
             adapter={"w": (drawn * bound / np.linalg.norm(drawn)).astype(np.float32)}, weight=1.0, clients=()
         )
         vector = to_vector(told, update, 3, 3, 1.0, lambda _, k=k: stream(k, "test"))
-        assert np.linalg.norm(secure.dequantise(vector, 1.0)) <= bound
+        assert np.linalg.norm(grid.dequantise(vector, 1.0)) <= bound
     with pytest.raises(ContractError, match="too coarse for clip_norm"):
         to_vector(replace(told, config={central.CLIP_NORM: 1e-5}), update, 3, 3, 1.0, lambda _: Stream.fresh())
 
@@ -180,7 +181,7 @@ def test_noise_of_all_members_adds_up_to_the_stated_one_and_the_server_adds_what
     whole = central.Central(noise_multiplier=2.0, sample_rate=0.5, total=20, root=1, shared=True)
     for stayed in (10, 7):
         total = sum(every[:stayed], np.zeros(20_000, np.uint32))
-        made = mean(instruction, secure.Sum(total, tuple(range(10)), tuple(range(stayed))), 1.0)
+        made = mean(instruction, Sum(total, tuple(range(10)), tuple(range(stayed))), 1.0)
         assert made.metrics == {} and made.weight == stayed
         for noised, variance in (
             (made.adapter["w"] * stayed, stayed / 10),
@@ -204,7 +205,7 @@ def test_the_count_of_a_bound_that_adapts_carries_its_noise_too():
         update = Update(adapter=dict(instruction.adapter), weight=1.0, clients=(0,), metrics={central.WITHIN: 1.0})
         parts = [to_vector(instruction, update, 100, 100, 1.0, lambda _, rng=rng: rng) for _ in range(100)]
         made = mean(
-            instruction, secure.Sum(sum(parts, np.zeros(11, np.uint32)), tuple(range(100)), tuple(range(100))), 1.0
+            instruction, Sum(sum(parts, np.zeros(11, np.uint32)), tuple(range(100)), tuple(range(100))), 1.0
         )
         drawn.append(100 * (made.metrics[central.WITHIN] - 1))
     assert 0.6 < np.std(drawn) / 5 < 1.5 and abs(np.mean(drawn)) < 5 * 5 / 60**0.5
@@ -235,8 +236,8 @@ def test_what_the_server_sees_is_accounted_for_by_who_stayed():
 def test_rounding_lengthens_a_change_by_no_more_than_is_accounted_for():
     values = np.random.default_rng(2).normal(0, 1e-6, 1000)
     for seed in range(20):
-        made = secure.dequantise(secure.quantise(values, 1.0, np.random.default_rng(seed)), 1.0)
-        assert np.linalg.norm(made - values) <= secure.rounding(1000, 1.0)
+        made = grid.dequantise(grid.quantise(values, 1.0, np.random.default_rng(seed)), 1.0)
+        assert np.linalg.norm(made - values) <= grid.rounding(1000, 1.0)
 
 
 def test_a_run_with_shared_noise_has_two_epsilons_and_the_ledger_alone_gives_both(tiny, tmp_path, capsys):

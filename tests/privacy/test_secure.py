@@ -2,22 +2,22 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from fedlora.errors import ContractError, RoundError
-from fedlora.privacy import secure
+from fedlora.privacy import graph, member, secure
+from fedlora.privacy.cohorts import LEAST
+from fedlora.privacy.collector import Collector, check, collect, pseudonyms
+from fedlora.privacy.member import Member
 from fedlora.privacy.noise import Stream
-from fedlora.privacy.secure import Collector, Member
 from fedlora.seeding import stream
 
 
 def play(vectors, dropped=(), share=0.66, around=None):
     """A round by hand: who knows what is what the arguments say. Returns what the server was told, and the sum."""
     names = sorted(vectors)
-    around = around or secure.neighbours(names)
-    needed = secure.threshold(len(around[names[0]]), share)
+    around = around or graph.neighbours(names)
+    needed = graph.threshold(len(around[names[0]]), share)
     members = {n: Member(n) for n in names}
     keys = {n: m.keys for n, m in members.items()}
     sealed = {n: m.share({o: keys[o] for o in around[n]}, needed) for n, m in members.items()}
@@ -47,21 +47,14 @@ def test_twenty_clients_and_five_dropouts_sum_exactly(dropped):
 @pytest.fixture
 def small_rings(monkeypatch):
     """More than seven have a ring of six neighbours each, of whom with themselves six must stay."""
-    monkeypatch.setattr(secure, "MOST_NEIGHBOURS", 6)
+    monkeypatch.setattr(graph, "MOST_NEIGHBOURS", 6)
 
 
 def test_on_a_ring_of_neighbours_too(small_rings):
     vectors = random_vectors(16)
-    assert secure.neighbours(vectors)[1] == [0, 1, 2, 3, 4, 14, 15]
+    assert graph.neighbours(vectors)[1] == [0, 1, 2, 3, 4, 14, 15]
     _, total, _ = play(vectors, dropped=(2, 10))
     assert np.array_equal(total, sum((v for n, v in vectors.items() if n not in (2, 10)), np.zeros(50, np.uint32)))
-
-
-def test_a_large_cohort_has_a_ring_and_a_small_one_everybody():
-    ring = secure.neighbours(range(100))
-    assert {len(a) for a in ring.values()} == {33} and all(m in a for m, a in ring.items())
-    assert all(m in ring[o] for m, a in ring.items() for o in a)
-    assert secure.neighbours([4, 2, 9]) == {m: [2, 4, 9] for m in (4, 2, 9)}
 
 
 def test_what_the_server_sees_of_a_client_is_chance():
@@ -83,7 +76,7 @@ def test_all_that_the_server_is_told_takes_no_single_mask_off():
     told, _, _ = play(vectors)
     for name, masked in told["masked"].items():
         seed = combine_shares([held[name] for held in told["shares"].values()])
-        left = masked - secure._stream(seed, 2000)
+        left = masked - secure.keystream(seed, 2000)
         assert not np.array_equal(left, vectors[name])
         assert abs(np.corrcoef(left, vectors[name])[0, 1]) < 5 / 2000**0.5
     for shares in told["shares"].values():  # nobody who sent has a share of a mask key given away
@@ -123,7 +116,7 @@ def test_shares_under_another_clients_name_are_refused():
     from flwr.common.secure_aggregation.secaggplus_utils import share_keys_plaintext_concat
 
     members, _ = shared()
-    plain = secure._pack_view({}) + share_keys_plaintext_concat(2, 0, b"seed", b"key")
+    plain = graph.pack_view({}) + share_keys_plaintext_concat(2, 0, b"seed", b"key")
     forged = encrypt(members[1]._secret_with(0, 1), plain)
     with pytest.raises(ContractError, match="shares of client 2 for 0 came as those of 1"):
         members[0].mask(np.zeros(1, np.uint32), {1: forged})
@@ -177,7 +170,7 @@ def test_a_threshold_below_two_thirds_and_one_is_refused():
         members[0].share({n: m.keys for n, m in members.items()}, 4)
     with pytest.raises(ContractError, match="too few neighbours"):
         members[0].share({n: members[n].keys for n in (0, 1)}, 2)
-    assert [secure.threshold(n, 0.66) for n in (3, 4, 6, 9, 20, 32, 33)] == [3, 3, 5, 7, 14, 22, 25]
+    assert [graph.threshold(n, 0.66) for n in (3, 4, 6, 9, 20, 32, 33)] == [3, 3, 5, 7, 14, 22, 25]
 
 
 def test_clients_that_see_different_neighbours_do_not_mask():
@@ -221,22 +214,6 @@ def test_clients_told_other_keys_of_a_neighbour_do_not_mask():
         members[0].mask(np.zeros(1, np.uint32), {n: sealed[n][0] for n in (1, 2)})
 
 
-def test_pieces_of_one_ring_go_together_and_others_do_not(small_rings):
-    """Sixteen on a ring with three neighbours on each side; then 1 has its piece from another ring."""
-    ring = secure.neighbours([10 * n for n in range(16)])
-    views = {n: {o: bytes([o]) for o in around} for n, around in ring.items() if n in ring[0]}
-    secure.check_views(views)
-    far = {o: bytes([o]) for o in (0, 10, 20, 30, 140, 150, 155)}  # a client that nobody else sees
-    for wrong in (
-        {10: far},
-        {10: {**views[10], 20: b"other keys"}},
-        {10: {o: d for o, d in views[10].items() if o != 20}},
-        {10: {o: d for o, d in views[10].items() if o != 10} | {50: bytes([50])}},
-    ):
-        with pytest.raises(ContractError, match="do not go together"):
-            secure.check_views(views | wrong)
-
-
 # A server that lies about who dropped out.
 
 
@@ -253,7 +230,7 @@ def stories(count, needed, partners, itself):
 
 def lie(count, share, itself=False):
     """How many secrets of client 0's masks a server lacks that passes the shares of few on, and tells stories."""
-    needed = secure.threshold(count, share)
+    needed = graph.threshold(count, share)
     members = {n: Member(n) for n in range(count)}
     keys = {n: m.keys for n, m in members.items()}
     sealed = {n: m.share(keys, needed) for n, m in members.items()}
@@ -289,7 +266,7 @@ def cheap(monkeypatch):
     monkeypatch.setattr(shamir, "combine_shares", lambda parts: parts[0])
     monkeypatch.setattr(symmetric_encryption, "encrypt", lambda key, plain: plain)
     monkeypatch.setattr(symmetric_encryption, "decrypt", lambda key, text: text)
-    monkeypatch.setattr(secure, "_agree", lambda key, public: public)
+    monkeypatch.setattr(member, "agree", lambda key, public: public)
 
 
 @pytest.mark.parametrize("itself", [False, True], ids=["", "who is told that it dropped out itself"])
@@ -303,18 +280,18 @@ def test_nor_with_real_shares_and_seals():
 
 
 def test_no_stories_show_a_sum_of_fewer_than_three():
-    """The count of the module's docstring: a clients whose sum would be seen, d whose mask keys that takes.
+    """The count of the protocol's docstring: a clients whose sum would be seen, d whose mask keys that takes.
 
     Each of d must be called dropped by t clients. One that is not among the a fixed at most all n and calls n - t
     dropped; one that is has fixed no others than a + d.
     """
-    for n in range(3, secure.MOST_NEIGHBOURS + 2):
-        t = secure.threshold(n, 0)
-        for a in range(1, secure.LEAST):
+    for n in range(3, graph.MOST_NEIGHBOURS + 2):
+        t = graph.threshold(n, 0)
+        for a in range(1, LEAST):
             for d in range(max(t - a, 1), n - a + 1):
                 assert t * d > a * max(a + d - t, 0) + (n - a) * (n - t)
-    t, window = secure.threshold(33, 0), 2 * 33 - 1  # on a ring: who has a neighbour of one client for a neighbour
-    assert all(t * (t - a) > window * (33 - t) for a in range(1, secure.LEAST))
+    t, window = graph.threshold(33, 0), 2 * 33 - 1  # on a ring: who has a neighbour of one client for a neighbour
+    assert all(t * (t - a) > window * (33 - t) for a in range(1, LEAST))
 
 
 # Who is told what.
@@ -331,12 +308,12 @@ def recorded(cohort, fails=()):
             if (what, client) in fails:
                 continue
             (name,) = parts["you"]
-            member = members.setdefault(client, Member(name))
-            made[client] = member.answer(what, parts, lambda among: np.array([among], np.uint32), 0.66, 8)
-            secure.check(what, parts, made[client], 1)
+            one = members.setdefault(client, Member(name))
+            made[client] = one.answer(what, parts, lambda among: np.array([among], np.uint32), 0.66, 8)
+            check(what, parts, made[client], 1)
         return made
 
-    return told_to, secure.collect(exchange, cohort, stream(3, "test"), 0.66)
+    return told_to, collect(exchange, cohort, stream(3, "test"), 0.66)
 
 
 def test_a_client_is_told_who_is_in_a_round_by_pseudonyms_alone_and_how_many():
@@ -346,7 +323,7 @@ def test_a_client_is_told_who_is_in_a_round_by_pseudonyms_alone_and_how_many():
     assert names >= {4} and len(names) == 5 and min(names - {4}) > 2**40
     for exchanges in told.values():
         assert [list(parts["members"]) for what, parts in exchanges if what == secure.MASKED] == [[4]]
-    assert secure.pseudonyms(1000, Stream.fresh())[0] != secure.pseudonyms(1000, Stream.fresh())[0]
+    assert pseudonyms(1000, Stream.fresh())[0] != pseudonyms(1000, Stream.fresh())[0]
 
 
 @pytest.mark.parametrize(
@@ -383,7 +360,7 @@ def test_shares_that_do_not_fit_together_are_a_failed_round():
     told, _, _ = play(random_vectors(4))
     spoiled = {n: {o: bytes(len(part)) for o, part in held.items()} for n, held in told["shares"].items()}
     with pytest.raises(RoundError, match="masks did not come off"):
-        Collector(secure.neighbours(range(4)), told["keys"], 3).total(told["masked"], spoiled)
+        Collector(graph.neighbours(range(4)), told["keys"], 3).total(told["masked"], spoiled)
 
 
 def test_too_few_left_are_a_failed_round():
@@ -395,24 +372,3 @@ def test_too_few_left_are_a_failed_round():
     masked = {n: members[n].mask(vectors[n], {o: sealed[o][n] for o in vectors if o != n}) for n in range(3)}
     with pytest.raises(RoundError, match="0 of the 5 shares of a client came"):
         Collector(around, keys, 5).total(masked, {})
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(-3, 3), min_size=1, max_size=30), st.integers(1, 8))
-def test_sums_of_quantised_numbers_are_off_by_a_step_each_at_most(values, count):
-    numbers, rng = np.array(values), np.random.default_rng(0)
-    total = sum((secure.quantise(numbers, 3.0, rng) for _ in range(count)), np.zeros(len(numbers), np.uint32))
-    assert np.abs(secure.dequantise(total, 3.0) - count * numbers).max() <= count * 3.0 / 2**19 + 1e-12
-
-
-def test_rounding_is_right_on_average():
-    rng = np.random.default_rng(0)
-    drawn = secure.dequantise(secure.quantise(np.full(40_000, 0.25 * 2**-19), 1.0, rng), 1.0) * 2**19
-    assert set(drawn) == {0.0, 1.0} and abs(drawn.mean() - 0.25) < 5 * (0.1875 / 40_000) ** 0.5
-
-
-@pytest.mark.parametrize("beyond", [-1.5, np.nan, np.inf])
-def test_a_number_beyond_the_range_is_refused_in_words_that_do_not_tell_it(beyond):
-    with pytest.raises(ContractError) as told:
-        secure.quantise(np.array([0.0, beyond]), 1.0, Stream.fresh())
-    assert str(told.value) == "a number changed by more than secure_aggregation.range, 1"

@@ -1,0 +1,77 @@
+"""A site's own account: what its examples have lost in all runs together, and the most that they may lose."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from fedlora.deploy.serving import Serving
+from fedlora.deploy.site import Budget
+from fedlora.errors import Refusal, UserError
+from fedlora.privacy.accounting import Event, epsilon
+from fedlora.privacy.ledger import Ledger, Own
+
+logger = logging.getLogger(__name__)
+
+
+class Account:
+    """What the site's examples have lost, and the most that they may lose."""
+
+    def __init__(self, folder: Path, terms: Budget) -> None:
+        """An account whose ledger is in a folder.
+
+        Args:
+            folder: of the ledger, which is made where it is missing.
+            terms: of the site file.
+
+        Raises:
+            UserError: the ledger is damaged.
+        """
+        folder.mkdir(exist_ok=True)
+        self.terms, self.ledger = terms, Ledger(folder)
+
+    @property
+    def epsilon(self) -> float:
+        """Of all runs together."""
+        return epsilon(self.ledger.events.get(Own(), ()), self.terms.delta, self.terms.accountant)
+
+    def spend(self, run: str, round: int, client: int, event: Event) -> None:
+        """Write an event into the ledger.
+
+        Raises:
+            Refusal: it would pass what the site allows.
+            OSError: it cannot be written.
+            UserError: another process writes there too.
+        """
+        cap = self.terms
+        spent = epsilon([*self.ledger.events.get(Own(), ()), event], cap.delta, cap.accountant)
+        if spent > cap.max_epsilon * (1 + 1e-9):
+            logger.warning("it would come to epsilon %.3f; privacy.max_epsilon: %g", spent, cap.max_epsilon)
+            raise Refusal("another round would pass the epsilon that the site allows over all runs")
+        mine: dict[str, Any] = {
+            "delta": cap.delta,
+            "unit": "example",
+            "accountant": cap.accountant,
+            "run": run,
+        }
+        self.ledger.spend(round, {client: event}, **mine)
+
+
+def pay(run: Serving, account: Account | None, round: int, client: int, event: Event) -> None:
+    """Write an event into the run's ledger and the site's, unless it would pass what either allows.
+
+    Raises:
+        Refusal: it would, or cannot be written.
+    """
+    asked = run.worker.scenario.example_privacy
+    assert asked is not None
+    paid = epsilon([*run.ledger.events.get(client, ()), event], asked.delta, asked.accountant)
+    if asked.epsilon is not None and paid > asked.epsilon * (1 + 1e-9):
+        raise Refusal(f"another round would make epsilon {paid:.3f}, and {asked.epsilon:g} was promised")
+    terms: dict[str, Any] = {"delta": asked.delta, "unit": "example", "accountant": asked.accountant}
+    try:
+        if account is not None:
+            account.spend(run.key, round, client, event)
+        run.ledger.spend(round, {client: event}, **terms)
+    except (OSError, UserError) as error:
+        logger.error("%s", error, extra={"client": client, "round": round, "run": run.key})
+        raise Refusal("its ledger cannot be written: its log says why") from error

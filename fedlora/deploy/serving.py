@@ -1,0 +1,53 @@
+"""A run at a site: the worker that trains for it, what was paid and merged, and its part in secure aggregation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedlora.adapter import Instruction
+from fedlora.engine.replies import Report
+from fedlora.engine.worker import Worker
+from fedlora.privacy.accounting import Event, epsilon
+from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.member import Member
+from fedlora.rounds.checkpoint import Merges
+
+Words = Mapping[str, Any]
+
+
+@dataclass
+class Serving:
+    """The run that a node's model is loaded for."""
+
+    words: Words  # of its introduction
+    worker: Worker
+    ledger: Ledger
+    merges: Merges
+    member: tuple[object, Member] | None = None  # its part in secure aggregation, with the round
+
+    @property
+    def key(self) -> str:
+        """What its files are under."""
+        return str(self.words["run"])
+
+    def event(self, instruction: Instruction, client: int) -> Event | None:
+        """What an instruction costs the client's examples; None without privacy."""
+        held = self.worker.dataset.num_examples(client)
+        return self.worker.client.spends(held, self.worker.settings(instruction, held))
+
+    def line(self, report: Report, round: int, client: int) -> dict[str, Any]:
+        """A round as a site saw it, which `fedlora watch` shows; what was learnt only the server can tell."""
+        asked, events = self.worker.scenario.example_privacy, self.ledger.events.get(client, ())
+        spent = None if asked is None else epsilon(events, asked.delta, asked.accountant)
+        return {
+            "round": round,
+            "clients": int(report.error is None),
+            "failures": int(report.error is not None),
+            "loss": None,
+            "train_loss": None,
+            self.worker.task.metric: None,
+            "bytes_up": report.bytes_up,
+            "bytes_down": report.bytes_down,
+            "epsilon": spent,
+            "seconds": report.seconds,
+        }

@@ -1,0 +1,76 @@
+"""A site's state folder, beside its account: its own key, and of each run what it was told and said."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedlora.deploy.serving import Words
+from fedlora.errors import UserError
+from fedlora.privacy.noise import fresh_key
+from fedlora.run import INTRODUCTION
+from fedlora.scenario import Scenario
+
+RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a run's name, which is a folder's
+_JUDGED = "judged.json"  # what a site has said of its own rows in a run, by round
+
+
+class State:
+    """A site's state folder; in Flower's own simulation that of all of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def of_run(self, key: str) -> Path:
+        """The folder of a run."""
+        return self.folder / "runs" / key
+
+    def keep(self, words: Words) -> None:
+        """Write an introduction down, so that a restart needs no other, and the scenario for people."""
+        file = self.of_run(str(words["run"])) / INTRODUCTION
+        file.with_name("scenario.yaml").write_text(Scenario.model_validate(words["scenario"]).to_yaml())
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(dict(words)))
+        part.replace(file)
+
+    def introduction(self, key: str) -> dict[str, Any] | None:
+        """The introduction of a run that is kept here."""
+        try:
+            if not RUN.fullmatch(key):
+                raise ValueError(key)
+            words = json.loads((self.of_run(key) / INTRODUCTION).read_text())
+        except (OSError, ValueError):
+            return None
+        return words if isinstance(words, dict) else None
+
+    def key(self) -> bytes:
+        """The site's own key, from which it draws the rows that it holds out: nobody else can tell which they are.
+
+        Raises:
+            UserError: its file is damaged.
+        """
+        file = self.folder / "held.key"
+        if not file.exists():
+            part = file.with_suffix(".part")
+            part.unlink(missing_ok=True)
+            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+                stream.write(fresh_key())
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(file)
+        if len(key := file.read_bytes()) != 32:
+            raise UserError(f"{file}: is damaged; restore it, or remove it to hold other rows out")
+        return key
+
+    def judged(self, key: str, round: int, judge: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What the site says of its own rows in a round of a run: as it said before, or what `judge` finds."""
+        file = self.of_run(key) / _JUDGED
+        said: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+        if str(round) not in said:
+            said[str(round)] = judge()
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(said))
+            part.replace(file)
+        return said[str(round)]

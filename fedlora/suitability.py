@@ -1,0 +1,109 @@
+"""Whether a strategy can do what a scenario asks for, and which ones can."""
+
+from typing import Any
+
+from fedlora import plugins
+from fedlora.adapter import Slot
+from fedlora.errors import SettingError
+from fedlora.kinds.contract import Kind
+from fedlora.kinds.contract import load as load_kind
+from fedlora.scenario import Scenario
+from fedlora.strategy import Stock, Strategy
+from fedlora.tasks import base_model
+
+
+def check(strategy: Strategy, scenario: Scenario) -> None:
+    """Refuse a strategy that cannot do what the scenario asks for.
+
+    Raises:
+        SettingError: with the reason, and the strategies that can.
+    """
+    use, told = scenario.strategy.use, scenario.clients
+    if told.unequal_ranks(scenario.model.adapter.r) and not strategy.unequal_ranks:
+        can = _those(lambda cls: cls.unequal_ranks)
+        raise SettingError("clients.ranks", f"{use} needs equal ranks; these take unequal ones: {can}")
+    if strategy.merges and scenario.model.quantize is not None:
+        can = _those(lambda cls: not cls.merges)
+        raise SettingError(
+            "model.quantize", f"{use} adds to the frozen weights: leave it out, or take one of {can}"
+        )
+    if strategy.personal and scenario.data.client_test_share is None:
+        raise SettingError(
+            "strategy.use",
+            f"{use} gives each client a model of its own, which needs examples of its own to be judged by: "
+            "set data.client_test_share, such as 0.2",
+        )
+    if not (strategy.linear and strategy.trips == 1):
+        can = _those(lambda cls: cls.linear and cls.trips == 1)
+        if scenario.client_privacy is not None:
+            raise SettingError(
+                "strategy.use",
+                f"unit: client noises a mean, and how much one client can change what {use} makes is unknown; "
+                f"take one of {can}",
+            )
+        if scenario.secure_aggregation is not None:
+            raise SettingError(
+                "strategy.use", f"secure aggregation gives sums, and {use} needs each update; take one of {can}"
+            )
+    if scenario.feeds_back and not (strategy.trips == 1 and (strategy.linear or isinstance(strategy, Stock))):
+        can = _those(lambda cls: cls.linear and cls.trips == 1)
+        raise SettingError(
+            "compression.up",
+            f"what top_k leaves out is added to a later change, and {use} is no mean of changes: take one of "
+            f"{can} or of Flower's own, or another kind",
+        )
+    if scenario.world is not None and strategy.trips > 1:
+        raise SettingError("world", f"{use} makes {strategy.trips} trips in a round, and devices here make one")
+    if scenario.world is not None and scenario.world.concurrency is not None and not _at_any_time(strategy):
+        can = _those(lambda cls: _at_any_time(cls()))
+        raise SettingError(
+            "world.concurrency",
+            f"updates to older adapters go into a mean of changes, which {use} does not take; take one of {can}",
+        )
+    kind = scenario.model.adapter.kind
+    if kind not in ("auto", *strategy.kinds):
+        can = _those(lambda cls: kind in cls.kinds)
+        raise SettingError(
+            "model.adapter.kind",
+            f"{use} is for adapters of kind {' or '.join(strategy.kinds)}: leave kind out; with {kind} go {can}",
+        )
+    xs = (strategy.kinds[0] if kind == "auto" else kind) == "lora_xs"
+    if xs and (width := base_model.width(scenario.model.base)) and scenario.model.adapter.r > width:
+        can = _those(lambda cls: cls.kinds[0] == "lora")
+        raise SettingError(
+            "model.adapter.r",
+            f"{use} takes r singular vectors of a weight, and those of {scenario.model.base} are {width} wide: "
+            f"take at most {width}; any r go {can}",
+        )
+
+
+def _at_any_time(strategy: Strategy) -> bool:
+    """Whether updates of several rounds have one mean: it is linear, and each round is about the same tensors."""
+    layout = {name: Slot(name, (1, 1), name, "x") for name in ("A", "B", "core", "head")}
+    first, second = ([*map(set, (strategy.trains(r, layout), strategy.sends(r, layout)))] for r in (1, 2))
+    return strategy.linear and strategy.trips == 1 and first == second and strategy.draw(1) == strategy.draw(2)
+
+
+def _those(test: Any) -> str:
+    return ", ".join(name for name in plugins.names("strategies") if test(plugins.find("strategies", name)))
+
+
+def check_bound(strategy: Strategy) -> None:
+    """Make sure that a bound strategy trains something of its model.
+
+    Raises:
+        SettingError: it does not.
+    """
+    layout = strategy.layout
+    for what, names in (("federates", strategy.federates(layout)), ("trains", strategy.trains(1, layout))):
+        if strange := sorted(set(names) - set(layout)):
+            raise SettingError("strategy.use", f"{what} {strange[0]!r}, which the adapter does not have")
+    if not any(layout[name].trainable for name in strategy.trains(1, layout)):
+        raise SettingError("strategy.use", "trains no tensor of this adapter")
+
+
+def kind_of(strategy: Strategy, scenario: Scenario) -> Kind:
+    """The kind of adapter that a scenario and its strategy ask for."""
+    told = scenario.model.adapter
+    name = strategy.kinds[0] if told.kind == "auto" else told.kind
+    return load_kind(name, told.r, told.alpha, told.targets, told.layers)
