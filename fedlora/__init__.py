@@ -9,53 +9,91 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedlora.adapter import Adapter, Layout, Slot, Update, weighted_mean
-    from fedlora.client import Client, Rng, Settings
+    from fedlora.client import Client, Pass, Rng, Settings, Stepwise
+    from fedlora.data.reading import Rows
+    from fedlora.data.store import Encoded, Examples, Partition
     from fedlora.errors import FedloraError, UserError
+    from fedlora.exporting import export, load_adapter, predict
     from fedlora.kinds.averages import aggregation_error
+    from fedlora.kinds.contract import Kind, Part
+    from fedlora.planning import plan
     from fedlora.privacy.accounting import Event
+    from fedlora.reports.comparison import compare
+    from fedlora.reports.single import report
     from fedlora.run import Run
     from fedlora.scenario import Scenario, load
     from fedlora.simulation import simulate
     from fedlora.strategy import Strategy
+    from fedlora.tasks.contract import Task
 
 __all__ = [
     "Adapter",
     "Client",
+    "Encoded",
     "Event",
+    "Examples",
     "FedloraError",
+    "Kind",
     "Layout",
+    "Part",
+    "Partition",
+    "Pass",
     "Rng",
+    "Rows",
     "Run",
     "Scenario",
     "Settings",
     "Slot",
+    "Stepwise",
     "Strategy",
+    "Task",
     "Update",
     "UserError",
     "aggregation_error",
+    "compare",
+    "export",
     "load",
+    "load_adapter",
+    "plan",
+    "predict",
+    "report",
     "simulate",
     "weighted_mean",
 ]
 
 _HOME = {
     "Adapter": "adapter",
-    "Layout": "adapter",
-    "Slot": "adapter",
-    "Update": "adapter",
-    "aggregation_error": "adapter",
-    "weighted_mean": "adapter",
     "Client": "client",
-    "Rng": "client",
-    "Settings": "client",
-    "FedloraError": "errors",
-    "UserError": "errors",
+    "Encoded": "data.store",
     "Event": "privacy.accounting",
-    "Scenario": "scenario",
-    "load": "scenario",
+    "Examples": "data.store",
+    "FedloraError": "errors",
+    "Kind": "kinds.contract",
+    "Layout": "adapter",
+    "Part": "kinds.contract",
+    "Partition": "data.store",
+    "Pass": "client",
+    "Rng": "client",
+    "Rows": "data.reading",
     "Run": "run",
-    "simulate": "simulation",
+    "Scenario": "scenario",
+    "Settings": "client",
+    "Slot": "adapter",
+    "Stepwise": "client",
     "Strategy": "strategy",
+    "Task": "tasks.contract",
+    "Update": "adapter",
+    "UserError": "errors",
+    "aggregation_error": "kinds.averages",
+    "compare": "reports.comparison",
+    "export": "exporting",
+    "load": "scenario",
+    "load_adapter": "exporting",
+    "plan": "planning",
+    "predict": "exporting",
+    "report": "reports.single",
+    "simulate": "simulation",
+    "weighted_mean": "adapter",
 }
 
 

@@ -246,24 +246,16 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
+    from fedlora.reports.single import report
 
-    from fedlora.reports import single
-    from fedlora.run import Run
-
-    print(single.write(Run.open(arguments.run), Path(arguments.out) if arguments.out else None))
+    print(report(arguments.run, arguments.out))
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
+    from fedlora.reports.comparison import compare
 
-    from fedlora.reports import page
-    from fedlora.reports.comparison import Comparison
-    from fedlora.run import Run
-
-    made = Comparison([Run.open(folder) for folder in arguments.runs])
-    page.save(made.html(), Path(arguments.out))
+    made = compare(arguments.runs, arguments.out)
     table = made.table()
     if arguments.form == "markdown":
         print(table.markdown())

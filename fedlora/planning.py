@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,12 +98,20 @@ class Plan:
         return asdict(self)
 
 
-def plan(scenario: Scenario) -> Plan:
-    """Rehearse a scenario.
+def plan(scenario: Scenario | str | Path, *, overrides: Sequence[str] = ()) -> Plan:
+    """What a scenario will cost, by a rehearsal that trains nothing.
+
+    Args:
+        scenario: a loaded one, a file, or the name of one that ships with fedlora.
+        overrides: `a.b=value` settings; only with a file or a name.
+
+    Returns:
+        Bytes, epsilon by round, noise, parameters, time and memory.
 
     Raises:
         UserError: the input is wrong.
     """
+    scenario = scenarios.given(scenario, overrides)
     try:
         return _plan(scenario)
     except SettingError as error:

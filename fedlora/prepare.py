@@ -13,7 +13,7 @@ from fedlora.data import reading
 from fedlora.data import store as datasets
 from fedlora.engine.setup import Setup
 from fedlora.errors import SettingError
-from fedlora.privacy import accounting
+from fedlora.privacy import accounting, replay
 from fedlora.privacy.mechanisms.central import Central
 from fedlora.rounds.world import World
 from fedlora.scenario import Scenario
@@ -116,7 +116,8 @@ def _prepared(
             names.extend(sorted(set(rows.labels or ())))
         return task.encode(reader, rows, names, data.max_length)
 
-    dataset = hold(encode, base_model.encoding_fingerprint(reader))
+    encoding = base_model.encoding_fingerprint(reader)
+    dataset = hold(encode, f"{encoding} {replay.code(task)}" if ":" in scenario.task else encoding)
     setup = Setup(
         scenario=scenario.model_dump(),
         dataset=dataset.folder,

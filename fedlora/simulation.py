@@ -63,10 +63,7 @@ def simulate(
         UserError: the input is wrong; nothing was written.
         RoundError: too few clients of a round replied, in every attempt at it.
     """
-    if not isinstance(scenario, Scenario):
-        scenario = scenarios.load(scenario, overrides)
-    elif overrides:
-        raise UserError("overrides go with a scenario's file or name, not with a loaded one")
+    scenario = scenarios.given(scenario, overrides)
     folder = Path(out) if out else Path("runs") / f"{scenario.name}-{scenario.hash}"
     folders.check(folder, scenario, resume)
     shown = Tracked(display or default_display(), folder)

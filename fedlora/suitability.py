@@ -61,7 +61,7 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             f"updates to older adapters go into a mean of changes, which {use} does not take; take one of {can}",
         )
     kind = scenario.model.adapter.kind
-    if kind not in ("auto", *strategy.kinds):
+    if kind not in ("auto", *strategy.kinds) and not (":" in kind and _takes(strategy, kind)):
         can = _those(lambda cls: kind in cls.kinds)
         raise SettingError(
             "model.adapter.kind",
@@ -75,6 +75,13 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             f"{use} takes r singular vectors of a weight, and those of {scenario.model.base} are {width} wide: "
             f"take at most {width}; any r go {can}",
         )
+
+
+def _takes(strategy: Strategy, kind: str) -> bool:
+    """Whether it works on a kind of one's own: it is about no kind in particular, or about one that this is."""
+    cls = plugins.find("kinds", kind)
+    known = (plugins.find("kinds", name) for name in strategy.kinds)
+    return strategy.kinds == Strategy.kinds or issubclass(cls, tuple(known))
 
 
 def _at_any_time(strategy: Strategy) -> bool:

@@ -6,7 +6,7 @@ import pytest
 
 from fedlora import simulate
 from fedlora.errors import UserError
-from fedlora.run import METRICS, Run
+from fedlora.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -94,5 +94,16 @@ def test_no_folder_is_no_run(tmp_path):
         Run.open(tmp_path / "none")
 
 
-def test_metrics_say_what_is_better():
-    assert METRICS == {"accuracy": True, "perplexity": False}
+@pytest.mark.parametrize(
+    "summary, expected",
+    [
+        ('{"accuracy": 0.5}', ("accuracy", True)),
+        ('{"perplexity": 9.0}', ("perplexity", False)),
+        ('{"metric": "hours_lost", "hours_lost": 1.0, "higher_is_better": false}', ("hours_lost", False)),
+    ],
+)
+def test_a_summary_says_by_what_a_run_is_judged_and_what_is_better(tmp_path, summary, expected):
+    (tmp_path / "scenario.yaml").write_text("name: x\n")
+    (tmp_path / "summary.json").write_text(summary)
+    run = Run.open(tmp_path)
+    assert (run.metric, run.higher_is_better) == expected

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fedlora import plugins
 from fedlora import scenario as settings
 from fedlora.data.partitions import draw
 from fedlora.errors import SettingError, suggestion
@@ -102,12 +103,12 @@ def check(data: settings.Data, task: str, num_clients: int) -> None:
 
 
 def label_names(data: settings.Data, rows: Rows, task: str) -> tuple[str, ...]:
-    """The names of the classes, in order: as the settings say, or those of some rows; none for causal_lm.
+    """The names of the classes, in order: as the settings say, or those of some rows; none for a task without.
 
     Raises:
         SettingError: there is only one, or rows have one that the settings do not name.
     """
-    if task == "causal_lm":
+    if not plugins.find("tasks", task).labelled:
         return ()
     names = data.labels or tuple(sorted(set(rows.labels or ())))
     if len(names) < 2:

@@ -85,6 +85,8 @@ class Site(Section):
         for what, use, known in (
             ("strategy", scenario.strategy.use, rules.strategies),
             ("client", scenario.clients.use, rules.clients),
+            ("task", scenario.task, None),
+            ("kind of adapter", scenario.model.adapter.kind, None),
         ):
             if known is not None and use not in known:
                 return f"it does not accept the {what} {use!r}"

@@ -33,6 +33,7 @@ from fedlora.reports.console import Display
 from fedlora.rounds.checkpoint import whole_folder
 from fedlora.run import Run
 from fedlora.scenario import Scenario
+from fedlora.tasks.contract import find
 
 _APP = """\
 [project]
@@ -117,7 +118,7 @@ def _make(app: Path, scenario: Scenario, name: str, resume: bool, key: Path | No
         UserError: it is to be signed, and lacks what sites ask a signed run for; or the key cannot be used.
     """
     app.mkdir()
-    for use in {scenario.strategy.use, scenario.clients.use}:
+    for use in {scenario.strategy.use, scenario.clients.use, scenario.task, scenario.model.adapter.kind}:
         if ":" in use:
             _copy_code(use.partition(":")[0], app)
     sent = json.loads(json.dumps(scenario.model_dump()))  # what the server reads, and sites check the signature of
@@ -126,7 +127,7 @@ def _make(app: Path, scenario: Scenario, name: str, resume: bool, key: Path | No
     _leave_what_stays(app)
     if key is None:
         return
-    if scenario.task != "causal_lm" and scenario.data.labels is None:
+    if find(scenario.task).labelled and scenario.data.labels is None:
         raise scenario.located(SettingError("data.labels", "a signed run names its labels: write them, in order"))
     _configure(app, {**config, "signature": signing.sign(key, sent, name, app)})
 

@@ -48,7 +48,8 @@ class Digests:
             on_gpu = self.setup.device.startswith("cuda")
             chip = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
             machine = (platform.machine(), chip, self.setup.device, self.setup.precision, self.setup.threads)
-            own = (replay.code(self.client), self.scenario.clients.options, replay.code(self.strategy))
+            codes = [replay.code(of) for of in (self.client, self.strategy, self.task, self.task.kind)]
+            own = (codes, self.scenario.clients.options)
             parts = (self.task.base_fingerprint(), replay.versions(), machine, own, self.scenario.engine.fused)
             self._based = replay.digest(self.scenario.seed, *parts)
         return self._based

@@ -78,3 +78,20 @@ class Replies:
         again = {report.client: report for report in later.reports}
         reports = [report.then(again.get(report.client)) for report in self.reports]
         return replace(self, updates=later.updates, reports=reports)
+
+
+@dataclass
+class Deed:
+    """What a client's training costs, once it has begun; all at rest where it has not.
+
+    Attributes:
+        event: that it was or will be paid for.
+        steps: that it takes.
+        digest: of all that makes its update (`fedlora.privacy.replay`).
+        draw: which draw of its noise it takes.
+    """
+
+    event: Event | None = None
+    steps: int = 0
+    digest: str = ""
+    draw: int = 0

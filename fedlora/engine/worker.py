@@ -1,10 +1,9 @@
 """The worker: the resident process that holds the base model and serves clients one after another."""
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from fedlora.data.store import Dataset, Examples, Partition
 from fedlora.engine import hardware
 from fedlora.engine.digests import Digests
 from fedlora.engine.intake import Intake, check_tensors
-from fedlora.engine.replies import Replies, Report
+from fedlora.engine.replies import Deed, Replies, Report
 from fedlora.engine.setup import Description, Setup
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError, Refusal
@@ -32,23 +31,6 @@ from fedlora.privacy.mechanisms import central
 from fedlora.privacy.noise import fresh_key
 from fedlora.rounds.checkpoint import Personal
 from fedlora.scenario import Scenario
-
-
-@dataclass
-class Deed:
-    """What a client's training costs, once it has begun; all at rest where it has not.
-
-    Attributes:
-        event: that it was or will be paid for.
-        steps: that it takes.
-        digest: of all that makes its update (`fedlora.privacy.replay`).
-        draw: which draw of its noise it takes.
-    """
-
-    event: Event | None = None
-    steps: int = 0
-    digest: str = ""
-    draw: int = 0
 
 
 class Worker:
@@ -462,23 +444,8 @@ class Worker:
         return self.task.figures(sums)
 
     def export(self, adapter: Adapter, folder: Path, merged: Change | None) -> None:
-        """Write an ordinary LoRA adapter of the untouched base, as peft reads it.
-
-        Args:
-            adapter: every tensor of the layout.
-            folder: to make.
-            merged: all that was folded into the base; it becomes part of the adapter, whose rank grows.
-        """
-        from safetensors.numpy import save_file
-
-        config = self.task.model.peft_config["default"]
-        tensors, rank = self.task.kind.export(self.task.layout, adapter, merged)
-        if rank is not None:
-            config = dataclasses.replace(config, r=rank, lora_alpha=rank)
-        folder.mkdir(parents=True)
-        config.save_pretrained(str(folder))
-        whole = {n: np.ascontiguousarray(t) for n, t in tensors.items()}
-        save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        """Write an ordinary LoRA adapter of the untouched base, as `Task.export` does."""
+        self.task.export(adapter, folder, merged)
 
 
 def _longest(examples: Examples, count: int) -> NDArray[np.int64]:

@@ -103,11 +103,11 @@ def versions() -> dict[str, str]:
 
 
 def code(of: object) -> str:
-    """A hash of the files that the class of an object comes from, where they are somebody's own; else its name.
+    """A hash of the files that a class, or the class of an object, comes from, if somebody's own; else its name.
 
     Its module's, and those of all modules of its owner's that it imports, however many between.
     """
-    cls = type(of)
+    cls = of if isinstance(of, type) else type(of)
     made, waiting, seen = hashlib.sha256(f"{cls.__module__}:{cls.__qualname__}".encode()), [cls.__module__], set()
     while waiting:
         name = waiting.pop()

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -14,7 +14,7 @@ from typing import Any
 from fedlora.errors import UserError
 from fedlora.reports import charts
 from fedlora.reports.charts import Figure, Row
-from fedlora.reports.page import Page
+from fedlora.reports.page import Page, save
 from fedlora.reports.tables import Table
 from fedlora.run import Run
 
@@ -379,3 +379,22 @@ def _curve(group: Group, metric: str) -> Iterator[Row]:
                 "low": mean - around,
                 "high": mean + around,
             }
+
+
+def compare(runs: Iterable[Run | str | Path], out: str | Path | None = None) -> Comparison:
+    """Runs side by side; those that differ by their seed alone are one row, with its spread.
+
+    Args:
+        runs: or their folders; the first is what the others are compared with.
+        out: a file to write the page to, one HTML file that opens offline; None: none is written.
+
+    Returns:
+        The comparison: `table()`, `legend()`, `notes`, `html()`.
+
+    Raises:
+        UserError: a folder holds no run, or the file cannot be written.
+    """
+    made = Comparison([run if isinstance(run, Run) else Run.open(run) for run in runs])
+    if out is not None:
+        save(made.html(), Path(out))
+    return made

@@ -15,17 +15,21 @@ from fedlora.run import Run
 NAME = "report.html"
 
 
-def write(run: Run, out: Path | None = None) -> Path:
-    """Write the page of a run.
+def report(run: Run | str | Path, out: str | Path | None = None) -> Path:
+    """Write the page of a run, one HTML file that opens offline.
 
     Args:
-        run: in whatever state it is; what it lacks is said.
+        run: in whatever state it is, or its folder; what it lacks is said.
         out: the file, by default `report.html` in the run folder.
 
+    Returns:
+        The file.
+
     Raises:
-        UserError: it cannot be written.
+        UserError: there is no run, or the file cannot be written.
     """
-    page.save(html(run), file := out or run.folder / NAME)
+    run = run if isinstance(run, Run) else Run.open(run)
+    page.save(html(run), file := Path(out) if out else run.folder / NAME)
     return file
 
 

@@ -21,7 +21,7 @@ from fedlora.scenario.data import (
     Shards,
     Size,
 )
-from fedlora.scenario.files import SHIPPED, SWEEPS, find, load, parse, shipped
+from fedlora.scenario.files import SHIPPED, SWEEPS, find, given, load, parse, shipped
 from fedlora.scenario.keys import KeyPath, Source
 from fedlora.scenario.privacy import Privacy, SecureAggregation
 from fedlora.scenario.reading import read, values
@@ -65,6 +65,7 @@ __all__ = [
     "TopK",
     "Trace",
     "find",
+    "given",
     "load",
     "parse",
     "read",

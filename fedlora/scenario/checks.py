@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from fedlora import plugins
-from fedlora.errors import suggestion
+from fedlora.errors import SettingError, suggestion
 from fedlora.privacy import cohorts
 from fedlora.scenario.clients import Clients
-from fedlora.scenario.data import LabelShares
+from fedlora.scenario.data import TASK_OF, LabelShares
 from fedlora.scenario.explain import explain
 from fedlora.scenario.keys import Problem
 from fedlora.scenario.privacy import Privacy
@@ -66,7 +66,7 @@ def _slips(name: str, section: object, cls: type[PlugIn]) -> Iterator[Problem]:
 def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
     """What only shows when two sections are read together."""
     clients, data = sections.get("clients"), sections.get("data")
-    task, model = sections.get("task"), sections.get("model")
+    task = sections.get("task")
     if clients and "privacy" in sections:
         privacy = sections["privacy"]
         example = privacy if privacy is None or privacy.unit == "example" else privacy.example
@@ -117,36 +117,22 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
                 ("data", "partition", "shares"),
                 f"{rows} rows of shares do not divide {clients.total} clients: write a multiple of {rows}",
             )
-    if data and task == "causal_lm":
-        by_label = {"dirichlet", "pathological", "shards", "label_shares"}
-        if data.partition.kind in by_label:
-            yield Problem(
-                ("data", "partition", "kind"),
-                f"{data.partition.kind} splits by label, and causal_lm has none: use iid, size or natural",
-            )
-    if data and task == "classification" and data.files and data.files.label is None:
-        yield Problem(("data", "files", "label"), "classification needs the name of the column of labels")
-    if (
-        data
-        and task
-        and data.dataset
-        and (fit := "causal_lm" if data.dataset == "gsm8k" else "classification") != task
-    ):
+    if task:
+        yield from _of_task(task, sections)
+
+
+def _of_task(task: str, sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """What does not go with the task, as the task says it; one's own tasks are imported."""
+    data = sections.get("data")
+    if data and data.dataset and ":" not in task and (fit := TASK_OF.get(data.dataset, "classification")) != task:
         yield Problem(("data", "dataset"), f"{data.dataset} is for task: {fit}, and the task is {task}")
-    if data and task == "image_classification" and data.files:
-        yield Problem(("data", "files"), "rows of text hold no images: name a folder of them as data.hub.path")
-    if data and task in ("causal_lm", "image_classification"):
-        source = "hub" if data.hub else "files"
-        if (named := data.hub or data.files) and not isinstance(named.text, str):
-            yield Problem(
-                ("data", source, "text"), f"pairs of columns are for classification, and the task is {task}"
-            )
-    if sections.get("exact_match") and task != "causal_lm" and task:
-        yield Problem(("exact_match",), "a classifier writes no answers: drop it, or use task: causal_lm")
-    if sections.get("exact_match") and task == "causal_lm" and data and data.files and data.files.label is None:
-        yield Problem(("data", "files", "label"), "exact_match needs the name of the column of answers")
-    if model and task == "causal_lm" and model.pooler == "trained":
-        yield Problem(("model", "pooler"), "a causal language model has no pooler")
+    try:
+        found = plugins.find("tasks", task)
+        yield from (Problem(path, what) for path, what in found.needs(sections))
+    except SettingError as error:
+        yield Problem(("task",), error.message)
+    except AttributeError:
+        yield Problem(("task",), f"{task} is no fedlora.Task")
 
 
 def _summed(clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ DATASETS = {
     "banking77": "customer queries by intent, 77 classes (Hub: PolyAI/banking77)",
     "gsm8k": "grade-school mathematics with worked answers, for causal_lm (Hub: openai/gsm8k)",
 }
+TASK_OF = {"gsm8k": "causal_lm"}  # of the others: classification
 
 
 Columns = str | Annotated[tuple[str, ...], Field(min_length=2, max_length=2)]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlora.errors import ScenarioError, suggestion
+from fedlora.errors import ScenarioError, UserError, suggestion
 from fedlora.scenario.checks import validate
 from fedlora.scenario.keys import KeyPath, Source
 from fedlora.scenario.reading import apply, read
@@ -30,6 +30,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
     except (OSError, UnicodeDecodeError) as error:
         raise ScenarioError(f"{path}: cannot be read: {error}") from error
     return parse(text, str(path), overrides)
+
+
+def given(scenario: Scenario | str | Path, overrides: Sequence[str] = ()) -> Scenario:
+    """A scenario as it is, or from its file or its name.
+
+    Raises:
+        UserError: it cannot be read or is wrong, or overrides came with a loaded one.
+    """
+    if not isinstance(scenario, Scenario):
+        return load(scenario, overrides)
+    if overrides:
+        raise UserError("overrides go with a scenario's file or name, not with a loaded one")
+    return scenario
 
 
 def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> Scenario:

@@ -25,10 +25,16 @@ def schema() -> dict[str, Any]:
         if key in parts.get(section, {}).get("properties", {}):
             parts[section]["properties"][key]["description"] = comment
     parts["Data"]["properties"]["dataset"]["examples"] = sorted(data.DATASETS)
-    for section, kind in (("Strategy", "strategies"), ("Clients", "clients")):
-        use = parts[section]["properties"]["use"]
-        use["anyOf"] = [
-            {"enum": plugins.names(kind)},  # type: ignore[arg-type]
+    named: tuple[tuple[str, str, plugins.Shelf], ...] = (
+        ("Strategy", "use", "strategies"),
+        ("Clients", "use", "clients"),
+        ("Scenario", "task", "tasks"),
+        ("Adapter", "kind", "kinds"),
+    )
+    for section, key, shelf in named:
+        auto = ["auto"] if shelf == "kinds" else []
+        parts[section]["properties"][key]["anyOf"] = [
+            {"enum": [*auto, *plugins.names(shelf)]},
             {"pattern": r"^[\w.]+:\w+$", "description": "a class of one's own, as module:Class"},
         ]
     return made

@@ -24,13 +24,20 @@ from fedlora.scenario.world import World
 class Adapter(Section):
     """Low-rank factors beside each matched linear layer (Hu et al., 2021)."""
 
-    kind: Literal["auto", "lora", "lora_xs"] = "auto"  # auto: what the strategy is for, which is lora for most
+    kind: str = "auto"  # a name, or module:Class of one's own; auto: what the strategy is for, lora for most
     r: PositiveInt = 8  # the rank; with `clients.ranks` the server's, and the highest
     alpha: PositiveFloat = 8.0  # the change of a weight is alpha / r * B @ A
     targets: tuple[str, ...] = Field(default=("query", "value"), min_length=1)
     layers: tuple[Annotated[Int, Field(ge=0)], ...] | None = (
         None  # that have targets, from 0; null: all. Upper ones alone, as [4, 5] of 6, train quicker
     )
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind != "auto" and (wrong := plugins.problem("kinds", kind)):
+            raise PydanticCustomError("unknown", wrong)
+        return kind
 
 
 class Model(Section):
@@ -91,7 +98,7 @@ class Scenario(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
-    task: Literal["classification", "causal_lm", "image_classification"] = "classification"
+    task: str = "classification"  # a name, or module:Class of one's own
     model: Model = Model()
     data: Data
     clients: Clients
@@ -105,6 +112,13 @@ class Scenario(Section):
     exact_match: ExactMatch | None = None  # judge a causal_lm by its own words too
     engine: Engine = Engine()
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # where the figures of each round go too
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, task: str) -> str:
+        if wrong := plugins.problem("tasks", task):
+            raise PydanticCustomError("unknown", wrong)
+        return task
 
     @property
     def example_privacy(self) -> Privacy | None:

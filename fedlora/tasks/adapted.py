@@ -4,10 +4,12 @@ Nothing is loaded or wrapped again from one client to the next.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -305,6 +307,25 @@ class Adapted:
             for parameter, full, small in self._frozen:
                 parameter.data = small if half else full
             self._in_half = half
+
+    def export(self, adapter: Adapter, folder: Path, merged: Change | None) -> None:
+        """Write an ordinary LoRA adapter of the untouched base, as peft reads it.
+
+        Args:
+            adapter: every tensor of the layout.
+            folder: to make.
+            merged: all that was folded into the base; it becomes part of the adapter, whose rank grows.
+        """
+        from safetensors.numpy import save_file
+
+        config = self.model.peft_config["default"]
+        tensors, rank = self.kind.export(self.layout, adapter, merged)
+        if rank is not None:
+            config = dataclasses.replace(config, r=rank, lora_alpha=rank)
+        folder.mkdir(parents=True)
+        config.save_pretrained(str(folder))
+        whole = {n: np.ascontiguousarray(t) for n, t in tensors.items()}
+        save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _kept(model: Any, heads: Sequence[str], fresh: Collection[str] | None) -> Adapter:

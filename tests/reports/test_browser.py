@@ -27,7 +27,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def file(ten, tmp_path_factory):
-    return single.write(ten, tmp_path_factory.mktemp("page") / "report.html")
+    return single.report(ten, tmp_path_factory.mktemp("page") / "report.html")
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_defaults_are_filled_in():
         ("clients: {total: 4, per_round: 5}", "clients.per_round: should be at most the 4 clients in total, not"),
         (
             "model: {adapter: {kind: dora}}",
-            "f.yaml:6: model.adapter.kind: should be 'auto', 'lora' or 'lora_xs', not 'dora'",
+            "f.yaml:6: model.adapter.kind: unknown kind of adapter 'dora': did you mean 'lora'?",
         ),
         ("model: ~", "f.yaml:6: model: should be a mapping of keys to values, not None"),
         (DATA % "{kind: dirichlet, alpha: 0}", "f.yaml:2: data.partition.alpha: should be greater than 0, not 0"),
