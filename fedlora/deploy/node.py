@@ -26,7 +26,7 @@ from fedlora.deploy.masks import Masks, member_of
 from fedlora.deploy.serving import Serving, Words
 from fedlora.deploy.site import FLOOR, Site
 from fedlora.deploy.state import RUN, State
-from fedlora.engine.flower import BEHIND, STRANGER
+from fedlora.engine.roster import BEHIND, STRANGER
 from fedlora.engine.worker import Worker
 from fedlora.errors import ContractError, Refusal, SettingError, UserError
 from fedlora.privacy import lock, secure

@@ -285,9 +285,7 @@ class Worker:
         clients.check_kept(self.client)
         if plain and not instruction.keep:  # all of it is sent, and checked when it comes in
             return replace(update, scaling=kind.scaling(rank))
-        check_tensors(
-            update.adapter, {name: kind.shape(layout[name], rank) for name in wanted}
-        )  # before it is kept
+        check_tensors(update.adapter, {n: kind.shape(layout[n], rank) for n in wanted})  # before it is kept
         if instruction.keep and self.personal is not None:
             self.personal.save(client, round, {name: update.adapter[name] for name in instruction.keep})
         if strategy.trips > 1 and self.personal is not None:

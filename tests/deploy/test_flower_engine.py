@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from fedlora import prepare, simulate, wire
 from fedlora.cli import main
 from fedlora.deploy.node import Node
-from fedlora.engine.flower import FlowerEngine
+from fedlora.engine.roster import Roster
 from fedlora.errors import ContractError, RoundError, SettingError
 from fedlora.privacy import ledger
 from tests.deploy.federation import LocalGrid
@@ -45,7 +45,7 @@ def test_sites_give_what_a_simulation_gives_bit_for_bit(sites, nodes, deployed, 
     one, other = adapter(run.folder), adapter(plain.folder)
     assert set(one) == set(other) and all(np.array_equal(one[n], other[n]) for n in one)
     assert run.summary["accuracy"] == pytest.approx(plain.summary["accuracy"], abs=1e-6)
-    assert run.summary["failures"] == 0 and engine.late == 0
+    assert run.summary["failures"] == 0 and engine.roster.late == 0
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_site_that_says_nothing_is_missed_at_the_deadline_and_its_late_reply_i
         (1, 1, "no reply within 3 s"),
         (2, 1, "no reply within 3 s"),
     ]
-    assert engine.late == 1  # that of round 1; that of round 2 never came
+    assert engine.roster.late == 1  # that of round 1; that of round 2 never came
     assert len(ledger.replay(run.folder / "privacy.jsonl")[1]) == 2  # it trained, for all the server knows
 
 
@@ -299,12 +299,11 @@ def test_a_site_that_judges_nonsense_counts_for_nothing(sites, nodes, deployed, 
     ids=str,
 )
 def test_a_site_that_introduces_itself_as_nonsense_is_turned_away(says, words):
-    engine = FlowerEngine(LocalGrid({}), 4, run="run-1")
+    roster = Roster(LocalGrid({}), 4, deadline=60.0, join=0.0)
     good = {"client": 1, "name": "site-1", "num_examples": 45, "event": None}
-    assert engine._introduced(7, good).num_examples == 45
+    assert roster._introduced(7, good).num_examples == 45
     with pytest.raises(ContractError, match=words):
-        engine._introduced(7, {**good, **says})
-    engine.close()
+        roster._introduced(7, {**good, **says})
 
 
 def test_nobody_is_an_error_that_says_why(sites, nodes, deployed, tmp_path):
@@ -320,8 +319,8 @@ def test_two_nodes_for_one_client_are_one_too_many(sites, nodes, deployed):
     scenario, files = sites("rounds=1")
     grid = LocalGrid({**nodes(files), 9: nodes(files[:1])[1]})
     run, engine = deployed(scenario, grid)
-    assert run.summary["failures"] == 0 and engine.sites[0].node == 1
-    assert "is served by node 1 already" in engine._turned_away[9][1]
+    assert run.summary["failures"] == 0 and engine.roster.sites[0].node == 1
+    assert "is served by node 1 already" in engine.roster.turned_away[9][1]
 
 
 def test_what_sites_cannot_do_is_said_before_anything_starts(sites):

@@ -108,7 +108,7 @@ def test_twenty_sites_of_which_five_drop_out_give_the_plain_mean_and_show_nobody
             assert abs(np.corrcoef(plain, seen.view(np.int32).astype(float))[0, 1]) < 5 / len(plain) ** 0.5
     for held in shares.values():  # nobody's two secrets are both told
         assert set(held) == {names[client] for client in range(20) if client != 2}
-    assert engine.late == 0
+    assert engine.roster.late == 0
 
 
 def engine_adapter(run):

@@ -1,0 +1,195 @@
+"""The sites of a run: who joined, what they are sent, and what they answer in time.
+
+A node is greeted with the run's introduction, and joins as the client that it answers for. Who did not answer a
+message is found by comparing with who was asked.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedlora import wire
+from fedlora.errors import ContractError
+from fedlora.privacy.accounting import Event
+
+AGAIN = 60.0  # seconds after which a node that would not serve is asked again: it may have been mended
+_PAUSE = 0.25  # seconds between two looks for replies
+
+STRANGER = "not introduced"  # what a site says that has lost, or never had, the run of a message
+BEHIND = "merges missing"  # what a site says that lacks merges which the server thought it had
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Site:
+    """What the server knows of a site that joined.
+
+    Attributes:
+        node: its id in the federation.
+        client: which client it is.
+        name: what it calls itself.
+        num_examples: that it trains on.
+        event: what a round costs its examples; None without privacy.
+        merged: how many merges it has.
+        silent: whether it missed the last deadline.
+    """
+
+    node: int
+    client: int
+    name: str
+    num_examples: int
+    event: Event | None
+    merged: int = 0
+    silent: bool = False
+
+    def __str__(self) -> str:
+        return f"client {self.client} ({self.name})"
+
+
+class Roster:
+    """The sites behind a Flower grid.
+
+    Attributes:
+        sites: that joined, by client.
+        turned_away: nodes that would not serve: since when, and why.
+        late: replies that came after nobody waited for them any more.
+    """
+
+    def __init__(self, grid: Grid, num_clients: int, deadline: float, join: float) -> None:
+        """Of nobody yet.
+
+        Args:
+            grid: of the run.
+            num_clients: sites that the scenario has.
+            deadline: seconds for which replies are waited for.
+            join: seconds more that a node has to answer its introduction.
+        """
+        self.grid, self.num_clients = grid, num_clients
+        self.deadline, self.join = deadline, join
+        self.sites: dict[int, Site] = {}
+        self.turned_away: dict[int, tuple[float, str]] = {}
+        self.late = 0
+        self._asked: dict[str, int] = {}  # introductions under way: the node by message
+        self._overdue: set[str] = set()
+
+    def gather(self, hello: RecordDict, wait: float, enough: Callable[[], bool]) -> None:
+        """Greet nodes that are new, drop sites whose node is gone, and take in who has answered.
+
+        Args:
+            hello: the run's introduction, which they answer with their own.
+            wait: seconds to go on for, while not `enough`; those greeted may answer later.
+            enough: whether to stop.
+        """
+        end = time.monotonic() + wait
+        while True:
+            here = set(self.grid.get_node_ids())
+            for client, site in list(self.sites.items()):
+                if site.node not in here:
+                    logger.warning("%s is no longer connected", site)
+                    del self.sites[client]
+            now = time.monotonic()
+            away = {node for node, (since, _) in self.turned_away.items() if now - since < AGAIN}
+            busy = {*self._asked.values(), *(site.node for site in self.sites.values()), *away}
+            for node in sorted(here - busy):
+                ids = self._send({node: ("query", hello)})
+                self._asked.update(dict.fromkeys(ids, node))
+            for reply in self._pull(self._asked):
+                self._meet(self._asked.pop(reply.metadata.reply_to_message_id), reply)
+            if enough() or time.monotonic() >= end:
+                return
+            time.sleep(_PAUSE)
+
+    def _meet(self, node: int, reply: Message) -> None:
+        """Take a site in, or note why not."""
+        why = reply.error.reason if reply.has_error() else None
+        if why is None:
+            try:
+                site = self._introduced(node, wire.unpack_words(reply.content))
+            except ContractError as error:
+                why = str(error)
+        other = None if why is not None else self.sites.get(site.client)
+        if other is not None and not other.silent:  # a silent one may have come back as another node
+            why = f"{other} is served by node {other.node} already"
+        if why is not None:
+            logger.warning("node %d does not serve this run: %s", node, why)
+            self.turned_away[node] = (time.monotonic(), why)
+            return
+        self.sites[site.client] = site
+        logger.info("%s joined", site)
+
+    def _introduced(self, node: int, words: Mapping[str, Any]) -> Site:
+        """What a site said of itself.
+
+        Raises:
+            ContractError: it is no client of this run, or says what cannot be.
+        """
+        if refused := words.get("refused"):
+            raise ContractError(str(refused))
+        client, held, event = (words.get(key) for key in ("client", "num_examples", "event"))
+        return Site(
+            node=node,
+            client=wire.whole(client, "client", 0, self.num_clients - 1),
+            name=str(words.get("name"))[:64],
+            num_examples=wire.whole(held, "num_examples", 1, wire.MOST),
+            event=wire.read_event(event),
+        )
+
+    def forget(self, site: Site, refused: str) -> None:
+        """Greet a site again that has lost the run, and send all merges to one that lacks some."""
+        if refused.startswith(STRANGER):
+            del self.sites[site.client]
+        elif refused.startswith(BEHIND):
+            site.merged = 0
+
+    def ask(self, kind: str, contents: Mapping[int, RecordDict]) -> dict[int, tuple[Message, float]]:
+        """Send each client a message; the replies that came in time, and after how many seconds each."""
+        self._drop_late()
+        began = time.monotonic()
+        nodes = {self.sites[c].node: c for c in contents}
+        ids = self._send({self.sites[c].node: (kind, content) for c, content in contents.items()})
+        waiting = {i: nodes[node] for i, node in ids.items()}
+        answers: dict[int, tuple[Message, float]] = {}
+        while waiting and time.monotonic() - began < self.deadline:
+            for reply in self._pull(waiting):
+                client = waiting.pop(reply.metadata.reply_to_message_id)
+                answers[client] = (reply, time.monotonic() - began)
+            if waiting:
+                time.sleep(_PAUSE)
+        for client in contents:
+            self.sites[client].silent = client not in answers
+        if waiting:
+            who = ", ".join(str(self.sites[c]) for c in sorted(waiting.values()))
+            logger.warning("no reply within %g s from %s", self.deadline, who)
+        self._drop_late()
+        self._overdue.update(waiting)
+        return answers
+
+    def _drop_late(self) -> None:
+        """Throw replies away that came after their round."""
+        for reply in self._pull(self._overdue):
+            self._overdue.discard(reply.metadata.reply_to_message_id)
+            self.late += 1
+            logger.warning("a reply came after its round had ended, and is dropped (%d so far)", self.late)
+
+    def _send(self, contents: Mapping[int, tuple[str, RecordDict]]) -> dict[str, int]:
+        """Push a message to each node, which lapses when nobody waits for its reply; gives the node by message."""
+        messages = [
+            Message(content, node, kind, ttl=self.deadline + (self.join if kind == "query" else 0), group_id="")
+            for node, (kind, content) in contents.items()
+        ]
+        ids = list(self.grid.push_messages(messages))
+        nodes = (message.metadata.dst_node_id for message in messages)
+        return {i: node for i, node in zip(ids, nodes, strict=True) if i}
+
+    def _pull(self, ids: Iterable[str]) -> list[Message]:
+        """The replies that are there in the order of what they answer, each once however often it came."""
+        wanted = list(ids)
+        came = self.grid.pull_messages(wanted) if wanted else ()
+        replies = {reply.metadata.reply_to_message_id: reply for reply in came}
+        return [replies[i] for i in wanted if i in replies]
