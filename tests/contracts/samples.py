@@ -1,0 +1,96 @@
+"""Of each task that comes with fedlora rows to try it on, and a tiny base model; a new task adds its own here."""
+
+import io
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fedlora.data.reading import Rows
+
+
+class Sample(NamedTuple):
+    """What a task is tried on."""
+
+    rows: Rows
+    labels: tuple[str, ...]
+    base: str
+    targets: tuple[str, ...]
+    question: str  # that a finished model is asked
+    right: dict  # sections of a scenario that go with the task
+    wrong: dict  # and that do not
+
+
+class _Section:
+    """A section of a scenario with the keys that are given; others are None."""
+
+    def __init__(self, **keys):
+        vars(self).update(keys)
+
+    def __getattr__(self, name):
+        return None
+
+
+def sections(task, *, text="text", label="label", partition="iid", source="files", **more):
+    data = _Section(**{source: _Section(text=text, label=label)}, partition=_Section(kind=partition))
+    return {"task": task, "data": data, "model": _Section(pooler="frozen"), **more}
+
+
+def classification(folder: Path, bases) -> Sample:
+    rows = Rows([("a fine film", "yes"), ("poor", "no no"), ("so so and so", "no")], ["good", "bad", "bad"])
+    right = sections("classification")
+    return Sample(
+        rows,
+        ("bad", "good"),
+        bases("tiny_base"),
+        ("query", "value"),
+        "a fine film",
+        right,
+        right | {"exact_match": _Section(examples=1)},
+    )
+
+
+def causal_lm(folder: Path, bases) -> Sample:
+    rows = Rows(["two and two", "three and four more"], ["four", "seven or so"])
+    right = sections("causal_lm")
+    return Sample(
+        rows,
+        (),
+        bases("tiny_lm"),
+        ("q_proj", "v_proj"),
+        "two and two",
+        right,
+        sections("causal_lm", partition="shards"),
+    )
+
+
+def image_classification(folder: Path, bases) -> Sample:
+    import torch
+    from PIL import Image
+    from transformers import ViTConfig, ViTForImageClassification
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    base = folder / "vit"
+    shutil.rmtree(base, ignore_errors=True)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = ViTConfig(image_size=16, patch_size=8, initializer_range=0.3, num_labels=2, **sizes)
+    ViTForImageClassification(config).save_pretrained(base)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(base)
+    pictures = []
+    for seed in range(3):
+        pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(held := io.BytesIO(), "PNG")
+        pictures.append(held.getvalue())
+    (file := folder / "picture.png").write_bytes(pictures[0])
+    right = sections("image_classification", source="hub")
+    return Sample(
+        Rows(pictures, ["one", "zero", "one"]),
+        ("one", "zero"),
+        str(base),
+        ("q_proj", "v_proj"),
+        str(file),
+        right,
+        sections("image_classification"),
+    )

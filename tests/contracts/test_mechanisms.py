@@ -1,0 +1,70 @@
+"""What every mechanism promises; found by listing the package, so that a new file is tested by existing."""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+
+import numpy as np
+import pytest
+
+from fedlora.privacy import mechanisms
+from fedlora.privacy.mechanisms.central import Central
+from fedlora.privacy.mechanisms.contract import Mechanism
+from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
+from fedlora.seeding import stream
+
+COMMON = {"noise_multiplier": 1.5, "sample_rate": 0.2}
+MADE = {  # one of each, and of each that adapts
+    Central: lambda **more: Central(total=200, root=3, **COMMON, **more),
+    ExampleGaussian: lambda **more: ExampleGaussian(
+        total=200, batch_size=40, steps=3, clip_norm=0.5, **COMMON, **more
+    ),
+}
+
+
+def found():
+    for module in pkgutil.iter_modules(mechanisms.__path__):
+        for value in vars(importlib.import_module(f"{mechanisms.__name__}.{module.name}")).values():
+            if isinstance(value, type) and issubclass(value, Mechanism) and not inspect.isabstract(value):
+                yield value
+
+
+CLASSES = sorted(set(found()), key=lambda cls: cls.__name__)
+
+
+@pytest.fixture(params=CLASSES, ids=lambda cls: cls.__name__)
+def make(request):
+    return MADE[request.param]
+
+
+def test_what_is_public_is_a_field_and_nothing_moves_it(make):
+    made = make()
+    for field in dataclasses.fields(made):
+        assert isinstance(getattr(made, field.name), int | float | bool | bytes | None)  # no array, no gradient
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, field.name, 0)
+
+
+def test_what_it_costs_depends_on_what_is_public_alone(make):
+    names = inspect.signature(type(make()).event).parameters
+    assert set(names) <= {"self", "clip_norm", "draw"}
+    event = make().event(0.5)
+    assert (event.noise_multiplier, event.sample_rate, event.clip_norm) == (1.5, 0.2, 0.5)
+
+
+def test_it_takes_each_by_a_coin_of_its_own(make):
+    made = make()
+    taken = np.stack([made.taken(stream(0, "coins", k)) for k in range(500)])  # (draws, total)
+    assert taken.shape == (500, made.total) and made.expected == pytest.approx(made.sample_rate * made.total)
+    shares = taken.mean(0)
+    assert abs(shares.mean() - 0.2) < 0.01 and shares.std() == pytest.approx((0.2 * 0.8 / 500) ** 0.5, rel=0.25)
+    assert taken.sum(1).std() == pytest.approx((200 * 0.2 * 0.8) ** 0.5, rel=0.15)  # no fixed number of them
+
+
+def test_a_bound_that_adapts_costs_no_more(make):
+    """`z_sum^-2 + (2 sigma_b)^-2 = z^-2`: by the definition of both."""
+    made = make(quantile=0.5)
+    count = made.adapts.count_noise
+    assert made.sum_noise**-2 + (2 * count) ** -2 == pytest.approx(1.5**-2)
+    assert made.event(0.5) == make().event(0.5) and make().sum_noise == 1.5 and make().adapts is None

@@ -1,0 +1,147 @@
+"""What every task promises; found by listing the package, so that a new file is tested by existing."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora import plugins, simulate
+from fedlora.data.store import Examples
+from fedlora.errors import SettingError
+from fedlora.kinds.lora import Lora
+from fedlora.passes import gradients
+from fedlora.tasks import contract, loading
+from tests.contracts import samples
+
+NAMES = plugins.names("tasks")
+LENGTH = 24
+
+
+class Tried:
+    """A task on the rows of its sample."""
+
+    def __init__(self, name, folder, bases):
+        self.name, self.cls = name, contract.find(name)
+        self.sample = getattr(samples, name)(folder, bases)
+        sample = self.sample
+        self.reader = self.cls.reader(sample.base, None)
+        self.encoded = self.cls.encode(self.reader, sample.rows, sample.labels, LENGTH)
+        lengths = [len(row) for row in self.encoded.tokens]
+        flat = np.concatenate([np.asarray(row) for row in self.encoded.tokens])
+        types = self.encoded.types and np.concatenate([np.asarray(row, np.uint8) for row in self.encoded.types])
+        self.examples = Examples(
+            flat if flat.dtype == np.uint8 else flat.astype(np.int32),
+            np.concatenate([[0], np.cumsum(lengths)]),
+            np.asarray(self.encoded.targets, np.int64),
+            types,
+        )
+        self.rows = np.arange(len(self.examples))
+        kind = Lora(4, 8, sample.targets)
+        told = {"labels": sample.labels, "seed": 3, "max_length": LENGTH}
+        self.task = loading.load(name, sample.base, kind, private=True, **told)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def tried(request, tmp_path_factory):
+    return Tried(request.param, tmp_path_factory.mktemp(request.param), request.getfixturevalue)
+
+
+def test_a_row_is_an_example(tried):
+    assert len(tried.encoded.tokens) == len(tried.encoded.targets) == len(tried.sample.rows.texts)
+    if tried.cls.tokens:
+        assert all(0 < len(row) <= LENGTH for row in tried.encoded.tokens)
+    if tried.cls.labelled:
+        names = [tried.sample.labels[target] for target in tried.encoded.targets]
+        assert names == tried.sample.rows.labels
+
+
+def test_an_examples_loss_and_gradient_are_its_own(tried):
+    """Beside others as by itself: clipping an example bounds what it does."""
+    task, names = tried.task, tuple(n for n, s in tried.task.layout.items() if s.role != "A")
+    parameters = task.begin(task.initial, names)
+    alone = []
+    for row in tried.rows:
+        task.losses(task.batch(tried.examples, tried.rows[row : row + 1])).sum().backward()
+        alone.append([p.grad.clone() for p in parameters])
+        for p in parameters:
+            p.grad = None
+    together = gradients.apart(task, task.initial, names, task.batch(tried.examples, tried.rows))
+    for i, mine in enumerate(alone):
+        for one, all_of_them in zip(mine, together, strict=True):
+            torch.testing.assert_close(all_of_them[i], one, rtol=1e-3, atol=1e-6)
+
+
+def test_figures_are_those_of_all_examples_however_they_were_cut(tried):
+    task = tried.task
+    whole = task.evaluate(task.initial, tried.examples, tried.rows)
+    parts = [task.evaluate(task.initial, tried.examples, tried.rows[i : i + 1]) for i in tried.rows]
+    summed = {key: sum(part[key] for part in parts) for key in whole}
+    one, other = task.figures(whole), task.figures(summed)
+    assert {"loss", tried.cls.metric} <= set(one) == set(other)
+    assert all(np.isclose(one[key], other[key], rtol=1e-4) for key in one)
+
+
+def test_a_finished_model_answers(tried):
+    model = tried.task.model.eval()
+    tried.task.begin(tried.task.initial, ())
+    model.eval()
+    packing = tried.task.packing
+    told = (model, tried.reader, tried.sample.question, tried.sample.labels, LENGTH, 4)
+    with torch.inference_mode():
+        if packing is None:
+            said, sure = tried.cls.answer(*told)
+        else:
+            with packing.away():
+                said, sure = tried.cls.answer(*told)
+    assert isinstance(said, str) and (sure is None or 0 <= sure <= 1)
+    assert not tried.cls.labelled or said in tried.sample.labels
+
+
+def test_a_scenario_that_does_not_go_with_it_is_told_by_its_key(tried):
+    assert [*tried.cls.needs(tried.sample.right)] == []
+    problems = [*tried.cls.needs(tried.sample.wrong)]
+    assert problems and all(path and isinstance(what, str) for path, what in problems)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_scenario_needs_is_told_without_torch(name):
+    code = (
+        f"import sys; from fedlora.tasks.contract import find; found = find({name!r}); "
+        "print(found.metric, found.higher_is_better, found.auto, *({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    cls = contract.find(name)
+    assert done.stdout.split() == [cls.metric, str(cls.higher_is_better), cls.auto]
+
+
+OWN = '''
+"""A task of somebody's own: what is judged is the share of mistakes."""
+from fedlora.tasks.classification import Classification
+
+
+class Mistakes(Classification):
+    metric = "mistakes"
+    higher_is_better = False
+
+    def figures(self, sums):
+        told = super().figures(sums)
+        return {"loss": told["loss"], "mistakes": 1 - told["accuracy"]}
+
+
+class Nothing:
+    pass
+'''
+
+
+def test_a_task_of_ones_own_runs(tiny, tmp_path, monkeypatch):
+    (tmp_path / "my_tasks.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = simulate(tiny("task=my_tasks:Mistakes", "rounds=1"), out=tmp_path / "run")
+    plain = simulate(tiny("rounds=1"), out=tmp_path / "plain")
+    assert run.metric == "mistakes" and not run.higher_is_better
+    assert run.summary["mistakes"] == pytest.approx(1 - plain.summary["accuracy"])
+    assert "mistakes" in run.rounds[-1] and "mistakes" in (run.folder / "adapter" / "README.md").read_text()
+    with pytest.raises(SettingError, match=r"my_tasks:Nothing is no fedlora\.Task"):
+        contract.find("my_tasks:Nothing")
