@@ -103,6 +103,8 @@ class Adapted:
             for name, p in sorted(self._parameters.items())
         }
         self._layers = kind.held(self.model)
+        for layer in self._layers.values():
+            kind.rescale(layer, kind.r)
         self.rank = kind.r
         self.weighs = self.device.type != "meta"  # has weights, and not only shapes
         weights = self.weight if self.weighs else None
