@@ -71,6 +71,21 @@ def test_the_python_of_the_concepts_runs(small):
     assert names["run"].summary["rounds"] == 1
 
 
+def test_the_python_of_the_interface_runs(small, monkeypatch):
+    """The first block as it is; the others as `mine.py`, by the settings that the page names them with."""
+    first, *own = blocks("api", "python")
+    exec(first, names := {})
+    assert (names["folder"] / "adapter_config.json").exists() and names["answers"][0].text == "what a lovely day"
+    monkeypatch.syspath_prepend(str(small))
+    (small / "mine.py").write_text("\n\n".join(own))
+    plain = ["privacy=null", "rounds=1", "clients.use=mine:Momentum", "clients.momentum=0.5"]
+    more = ["task=mine:Mistakes", "model.adapter.kind=mine:RsLora", "engine.fused=2"]
+    run = names["fedlora"].simulate(names["fedlora"].load("smoke", [*plain, *more]), out="own")
+    assert 0 <= run.summary["mistakes"] <= 1 and run.metric == "mistakes"
+    named = re.findall(r"^::: fedlora\.(\w+)$", PAGES["api"], re.M)
+    assert sorted(named) == sorted({*names["fedlora"].__all__} - {"Adapter"})
+
+
 @pytest.mark.parametrize("page", ["concepts", "scenarios", "privacy", "devices"])
 def test_the_settings_on_a_page_are_real(page):
     whole = {"name": "x", "data": {"dataset": "tweets"}, "clients": {"total": 20}, "rounds": 1}
