@@ -24,6 +24,7 @@ from fedlora.adapter import Adapter, Update
 from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_towards, resting, smooth
 from fedlora.data.store import Partition
 from fedlora.errors import ContractError, SettingError
+from fedlora.optimizers.contract import Steps, grouped, noise_left
 from fedlora.passes.lowrank import by_example
 from fedlora.privacy.accounting import Event, Quantile
 from fedlora.privacy.noise import Stream
@@ -47,6 +48,7 @@ class DPSGD(Stepwise):
     """
 
     private = True
+    hooked = True
     per_layer: bool = False
     quantile: float | None = None
 
@@ -84,8 +86,10 @@ class DPSGD(Stepwise):
         parameters = task.begin(adapter, settings.train)
         _hook(task, settings.train)
         received = [p.detach().clone() for p in parameters]
+        inner = self.optimizer(grouped(task.layout, settings.train, parameters, settings), settings)
+        steps = Steps(inner, settings.train, parameters, settings)
         optimizer = self._optimizer(
-            torch.optim.SGD(parameters, lr=settings.lr),
+            inner,
             noise_multiplier=event.noise_multiplier,
             max_grad_norm=event.clip_norm,
             expected_batch_size=settings.batch_size,
@@ -111,13 +115,14 @@ class DPSGD(Stepwise):
             if not len(rows):
                 optimizer.zero_grad(set_to_none=True)
                 _fill(parameters, 0, all=True)
+            variance = (optimizer.noise_multiplier * optimizer.max_grad_norm / settings.batch_size) ** 2
             if optimizer.pre_step():
                 for parameter in parameters:
                     if not parameter.requires_grad:
                         parameter.grad = None  # what rests is not moved by the noise either
                 smooth(task, dict(zip(settings.train, parameters, strict=True)), settings.config)
                 pull_towards(parameters, received, settings.config)  # looks at no example: costs no privacy
-                optimizer.original_optimizer.step()
+                steps.take(step, _variances(task, settings, variance))
             taken += len(rows)
             if step == 0:
                 first = [r for p, r in zip(parameters, received, strict=True) if p.requires_grad]
@@ -131,6 +136,7 @@ class DPSGD(Stepwise):
             weight=float(len(partition)) if shared else 1.0,
             clients=(partition.client,),
             metrics={"train_loss": float(loss_sum) / max(taken, 1)} | odd if shared else {},
+            state=steps.kept(),
         )
 
     def backward(self, task: "Task", asked: Pass) -> "torch.Tensor":
@@ -150,7 +156,7 @@ class DPSGD(Stepwise):
             return _adaptive(inner, noise, self.quantile, max_grad_norm=max_grad_norm, **told)
         if not self.per_layer:
             return _noised("DPOptimizer")(inner, noise, max_grad_norm=max_grad_norm, **told)
-        count = len(inner.param_groups[0]["params"])
+        count = sum(len(group["params"]) for group in inner.param_groups)
         bounds = [max_grad_norm / math.sqrt(count)] * count
         return _noised("DPPerLayerOptimizer")(inner, noise, max_grad_norm=bounds, **told)
 
@@ -208,6 +214,13 @@ def _adaptive(
 
     moves = Quantile(quantile=quantile, expected=told["expected_batch_size"], noise_multiplier=noise_multiplier)
     return Adaptive(inner, noise, noise_multiplier=moves.sum_noise, **told)
+
+
+def _variances(task: "Task", settings: Settings, variance: float) -> "dict[str, torch.Tensor | float]":
+    """Of the noise in the gradient of each tensor, once it is filtered where the strategy asks for that."""
+    low_pass = bool(settings.config.get("low-pass"))
+    shapes = {name: task.kind.shape(task.layout[name], task.rank) for name in settings.train}
+    return {name: variance * noise_left(shape, task.layout[name].role, low_pass) for name, shape in shapes.items()}
 
 
 def noise_stream(event: Event) -> str:

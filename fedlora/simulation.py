@@ -23,6 +23,7 @@ from fedlora.adapter import Adapter
 from fedlora.data import store as datasets
 from fedlora.engine.worker import Setter
 from fedlora.errors import SettingError, UserError
+from fedlora.optimizers import contract as optimizers
 from fedlora.privacy import accounting, cohorts, ledger
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.central import Central
@@ -32,7 +33,7 @@ from fedlora.privacy.replay import versions
 from fedlora.reports import trackers
 from fedlora.reports.console import Display, default_display
 from fedlora.reports.trackers import Tracked
-from fedlora.rounds import checkpoint
+from fedlora.rounds import checkpoint, server
 from fedlora.rounds.checkpoint import Merges, whole_folder
 from fedlora.rounds.loop import Loop, round_to
 from fedlora.rounds.progress import Progress
@@ -150,12 +151,15 @@ def _carry_out(ready: Prepared, engine: engines.Engine, folder: Path, resume: bo
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     scenario, setup = ready.scenario, ready.setup
     whole = central(scenario, fresh_key() if setup.secret else scenario.seed)
-    if ready.strategy.personal or ready.strategy.trips > 1 or scenario.feeds_back:
+    kept = scenario.clients.optimizer is not None and scenario.clients.optimizer.state == "kept"
+    if ready.strategy.personal or ready.strategy.trips > 1 or scenario.feeds_back or kept:
         setup = replace(setup, personal=folder.absolute() / "personal")
     shown.stage("loading the model")
     found = engine.start(setup)
     ready.strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
     check_strategy(ready.strategy)
+    check_optimizer(ready)
+    stage = server.make(scenario.strategy.server, found.layout, ready.strategy.held, scenario.rounds)
     now = Progress(round=0, adapter=dict(found.initial))
     origin = {
         "scenario": scenario.model_dump(mode="json"),
@@ -163,7 +167,7 @@ def _carry_out(ready: Prepared, engine: engines.Engine, folder: Path, resume: bo
         "data": ready.data.fingerprint,
     }
     if resume:
-        now, record = _restore(folder, ready, now, origin)
+        now, record = _restore(folder, ready, now, origin, stage)
     else:
         _create(folder, ready)
         record = Ledger(folder)
@@ -189,6 +193,7 @@ def _carry_out(ready: Prepared, engine: engines.Engine, folder: Path, resume: bo
         ledger=record,
         merges=merges,
         central=whole,
+        server=stage,
         folder=folder,
         origin=origin,
         on_round=shown.round,
@@ -278,6 +283,7 @@ def _prepared(
     strategies.check(strategy, scenario)
     client = clients.load(scenario.clients.use, scenario.clients.options)
     clients.check_fused(client, scenario.engine.fused)
+    optimizers.check(client, scenario)
     if client.private and scenario.example_privacy is None:
         raise SettingError("clients.use", f"{scenario.clients.use} needs a privacy section")
     if not client.private and scenario.example_privacy is not None:
@@ -422,6 +428,22 @@ def check_strategy(strategy: strategies.Strategy) -> None:
         raise SettingError("strategy.use", "trains no tensor of this adapter")
 
 
+def check_optimizer(ready: Prepared) -> None:
+    """Make sure that clients can step as asked on the tensors of a bound strategy.
+
+    Raises:
+        SettingError: they cannot, or a role has no rate.
+    """
+    strategy, told, layout = ready.strategy, ready.scenario.clients, ready.strategy.layout
+    if told.optimizer is None and not told.rates:
+        return
+    names = {n for round in (1, 2) for n in strategy.trains(round, layout) if layout[n].trainable}
+    server.check_rates("clients.lr", told.lr, layout, names)
+    instruction = strategy.instruct(1, strategy.initial)
+    settings = replace(Setter(ready.scenario, None)(instruction, 0), train=tuple(sorted(names)))
+    optimizers.check_steps(ready.client, layout, settings.train, settings)
+
+
 def _create(folder: Path, ready: Prepared) -> None:
     """Make the run folder, whole or not at all."""
     try:
@@ -448,7 +470,13 @@ def _partitions(data: datasets.Dataset) -> dict[str, Any]:
     }
 
 
-def _restore(folder: Path, ready: Prepared, first: Progress, origin: Mapping[str, Any]) -> tuple[Progress, Ledger]:
+def _restore(
+    folder: Path,
+    ready: Prepared,
+    first: Progress,
+    origin: Mapping[str, Any],
+    stage: server.ServerOptimizer | None,
+) -> tuple[Progress, Ledger]:
     """Where the folder's run stands, at its start if it was stopped before any round was saved; and its ledger.
 
     Raises:
@@ -465,7 +493,10 @@ def _restore(folder: Path, ready: Prepared, first: Progress, origin: Mapping[str
                 )
             if set(saved.adapter) != set(first.adapter):
                 raise UserError(f"{folder}: its checkpoint holds another adapter than this scenario builds")
-            ready.strategy.load_state(saved.strategy)
+            if stage is None:
+                ready.strategy.load_state(saved.strategy)
+            else:
+                ready.strategy.load_state(stage.load_state(saved.strategy))
             now = Progress.restored(saved)
             known, before = tuple(saved.origin["ledger"]), dict(saved.origin["versions"])
         except (KeyError, TypeError, ValueError) as error:

@@ -103,17 +103,22 @@ class Setter:
     def __call__(self, instruction: Instruction, num_examples: int, client: int | None = None) -> clients.Settings:
         """The settings of a client that holds `num_examples`; which one matters where some take fewer steps."""
         told, privacy = self.scenario.clients, self.scenario.example_privacy
+        first, pace = told.pace(instruction.round, self.scenario.rounds)
+        lrs = {role: first * lr for role, lr in told.rates.items()}
         return clients.Settings(
             round=instruction.round,
             train=instruction.train,
             send=instruction.send,
             local_steps=told.local_steps if client is None else instruction.steps.get(client, told.local_steps),
             batch_size=told.batch_size,
-            lr=told.lr,
+            lr=max(lrs.values()) if isinstance(told.lr, dict) else first * told.lr,
             micro_batch_size=told.micro_batch_size,
             noise_multiplier=None if self.noise is None else self.noise[num_examples],
             clip_norm=privacy.clip_norm if privacy else None,
             share_metrics=privacy.share_metrics if privacy else True,
+            lrs=lrs,
+            pace=pace,
+            optimizer={} if told.optimizer is None else told.optimizer.model_dump(),
             config=instruction.config,
         )
 
@@ -181,6 +186,9 @@ class Worker:
         self.personal = Personal(personal) if personal else None
         self.transport = Transport(self.scenario, strategy, Personal(personal / "left_out") if personal else None)
         self._fingerprints: dict[frozenset[str], str] = {}
+        told = self.scenario.clients.optimizer
+        keeps = personal is not None and told is not None and told.state == "kept"
+        self.optimizers = Personal(personal / "optimizer") if keeps and personal else None
 
     def describe(self) -> Description:
         """What was built."""
@@ -367,6 +375,8 @@ class Worker:
         received = self._received(instruction, client)
         plain = type(strategy).reply is strategies.Strategy.reply
         settings = self.settings(instruction, len(partition), partition.client)
+        if self.optimizers is not None:
+            settings = replace(settings, state=self.optimizers.load(client, before=round))
         wanted = tuple(sorted({*settings.send, *instruction.keep} if plain else self.task.layout))
         self.task.become(rank, instruction.draw)
         self._agree(instruction)
@@ -380,6 +390,10 @@ class Worker:
             else:
                 update = self.client.fit(*told)
         clients.check_kept(self.client)
+        if self.optimizers is not None:
+            self.optimizers.save(client, round, update.state)
+        if update.state:
+            update = replace(update, state={})
         kind, layout = self.task.kind, self.task.layout
         if plain and not instruction.keep:  # all of it is sent, and checked when it comes in
             return replace(update, scaling=kind.scaling(rank))

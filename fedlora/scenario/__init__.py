@@ -4,6 +4,7 @@
 what to write instead. Beneath this package functions take plain values, never the scenario's file.
 """
 
+from fedlora.scenario.base import Float, Int, PositiveFloat, PositiveInt, Section
 from fedlora.scenario.files import SHIPPED, SWEEPS, find, load, parse, shipped
 from fedlora.scenario.keys import KeyPath, Source
 from fedlora.scenario.reading import read, values
@@ -14,23 +15,18 @@ from fedlora.scenario.sections import (
     Diurnal,
     Engine,
     Files,
-    Float,
     Hub,
     Iid,
-    Int,
     LabelShares,
     Markov,
     Natural,
     Partition,
     Pathological,
     PlugIn,
-    PositiveFloat,
-    PositiveInt,
     Privacy,
     Rounded,
     Sampled,
     Scenario,
-    Section,
     SecureAggregation,
     Shards,
     Size,

@@ -8,6 +8,7 @@ from pydantic_core import ErrorDetails
 
 from fedlora.errors import suggestion
 from fedlora.scenario.keys import Problem, dotted
+from fedlora.scenario.learning import TAGS
 from fedlora.scenario.sections import Availability, Packed, Partition, Ranks, Scenario
 
 
@@ -18,6 +19,8 @@ def explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
     for part in detail["loc"]:
         if isinstance(here, dict) and part not in here and part == here.get("kind"):
             continue  # pydantic's name for a branch of a union, not a key
+        if part in TAGS:
+            continue
         inside = isinstance(here, dict) and part in here
         inside = inside or (isinstance(here, list) and isinstance(part, int) and part < len(here))
         if not inside and detail["type"] != "missing":

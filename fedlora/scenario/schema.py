@@ -1,7 +1,7 @@
 """The JSON Schema of scenarios, for editors that complete and check YAML.
 
 Its descriptions are the docstrings of the sections and the comments beside their keys in
-`fedlora.scenario.sections`.
+`fedlora.scenario.sections` and `fedlora.scenario.learning`.
 """
 
 import ast
@@ -11,6 +11,7 @@ import tokenize
 from typing import Any
 
 from fedlora import plugins
+from fedlora.scenario import learning
 from fedlora.scenario import sections as settings
 
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
@@ -43,7 +44,10 @@ def _bounded(node: Any) -> Any:
 
 def _comments() -> list[tuple[str, str, str]]:
     """Section, key and the comment on its line, for each key that has one."""
-    text = inspect.getsource(settings)
+    return [found for module in (settings, learning) for found in _beside_keys(inspect.getsource(module))]
+
+
+def _beside_keys(text: str) -> list[tuple[str, str, str]]:
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(text).readline)

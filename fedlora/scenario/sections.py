@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -25,7 +24,9 @@ from pydantic_core import PydanticCustomError
 from fedlora import plugins
 from fedlora.errors import SettingError, UserError, suggestion
 from fedlora.privacy import cohorts
+from fedlora.scenario.base import Float, Int, PositiveFloat, PositiveInt, Section
 from fedlora.scenario.keys import Source
+from fedlora.scenario.learning import Optimizer, Rates, Schedule, ServerOptimizer
 from fedlora.seeding import generator
 
 # What `data.dataset` may name. Where each comes from: fedlora.data.store.
@@ -36,24 +37,6 @@ DATASETS = {
     "banking77": "customer queries by intent, 77 classes (Hub: PolyAI/banking77)",
     "gsm8k": "grade-school mathematics with worked answers, for causal_lm (Hub: openai/gsm8k)",
 }
-
-
-def _number(value: object) -> object:
-    if isinstance(value, bool):
-        raise PydanticCustomError("number", "should be a number")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-PositiveInt = Annotated[Int, Field(ge=1)]
-PositiveFloat = Annotated[Float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """A mapping in a scenario: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class Adapter(Section):
@@ -257,7 +240,9 @@ class Clients(PlugIn):
     per_round: PositiveInt | None = None  # null: all of them
     local_steps: PositiveInt = 10
     batch_size: PositiveInt = 32  # under DP the expected size of a Poisson batch
-    lr: PositiveFloat = 0.1
+    lr: Rates = 0.1  # by role where roles differ, such as {A: 0.001, B: 0.004, head: 0.01}
+    optimizer: Optimizer | None = None  # sgd, adamw, {kind: adamw, ...} or a class of torch.optim; null: plain SGD
+    schedule: Schedule | None = None  # of lr, over all local steps of the run; null: constant
     micro_batch_size: PositiveInt = 16  # about how many examples are in memory at once; does not change the result
     ranks: Ranks | None = None  # of each client, at most model.adapter.r; null: all have that
     tiers: dict[str, Tier] | None = None  # kinds of device by name, such as {phone: {share: 0.8, rank: 4}, ...}
@@ -297,6 +282,19 @@ class Clients(PlugIn):
         if tiers is not None and info.data.get("ranks") is not None:
             raise PydanticCustomError("shares", "give each tier its rank, or clients their ranks, not both")
         return tiers
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rates by role; empty where all have one."""
+        return self.lr if isinstance(self.lr, dict) else {}
+
+    def pace(self, round: int, rounds: int) -> tuple[float, tuple[float, ...]]:
+        """What a round's first local step makes of the rate, and what each of its steps is over that."""
+        if self.schedule is None:
+            return 1.0, ()
+        before, all_steps = (round - 1) * self.local_steps, rounds * self.local_steps
+        factors = [self.schedule.factor(before + step, all_steps) for step in range(1, self.local_steps + 1)]
+        return factors[0], tuple(factor / factors[0] for factor in factors)
 
     @property
     def cohort_size(self) -> int:
@@ -474,6 +472,8 @@ class ExactMatch(Section):
 
 class Strategy(PlugIn):
     """How the server turns updates into the next adapter."""
+
+    server: ServerOptimizer | None = None  # steps along the mean of the updates; null: takes the mean itself
 
     @field_validator("use")
     @classmethod
