@@ -22,6 +22,7 @@ from fedlora.adapter import Adapter, Update
 from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_towards, resting, smooth
 from fedlora.data.store import Partition
 from fedlora.errors import ContractError
+from fedlora.optimizers.contract import Steps, grouped, noise_left
 from fedlora.passes import gradients
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
@@ -45,6 +46,7 @@ class DPSGD(Stepwise):
     """
 
     private = True
+    hooked = True
     per_layer: bool = False
     quantile: float | None = None
 
@@ -83,7 +85,9 @@ class DPSGD(Stepwise):
         parameters = task.begin(adapter, settings.train)
         gradients.hook(task, settings.train)
         received = [p.detach().clone() for p in parameters]
-        optimizer = mechanism.optimizer(torch.optim.SGD(parameters, lr=settings.lr), rng(mechanism.purpose))
+        inner = self.optimizer(grouped(task.layout, settings.train, parameters, settings), settings)
+        steps = Steps(inner, settings.train, parameters, settings)
+        optimizer = mechanism.optimizer(inner, rng(mechanism.purpose))
         batches = rng("batches")
         loss_sum, taken, dropped = torch.zeros((), device=task.device), 0, 0
         for step in range(settings.local_steps):
@@ -104,13 +108,14 @@ class DPSGD(Stepwise):
             if not len(rows):
                 optimizer.zero_grad(set_to_none=True)
                 gradients.fill(parameters, 0, all=True)
+            variance = (optimizer.noise_multiplier * optimizer.max_grad_norm / settings.batch_size) ** 2
             if optimizer.pre_step():
                 for parameter in parameters:
                     if not parameter.requires_grad:
                         parameter.grad = None  # what rests is not moved by the noise either
                 smooth(task, dict(zip(settings.train, parameters, strict=True)), settings.config)
                 pull_towards(parameters, received, settings.config)  # looks at no example: costs no privacy
-                optimizer.original_optimizer.step()
+                steps.take(step, _variances(task, settings, variance))
             taken += len(rows)
             if step == 0:
                 first = [r for p, r in zip(parameters, received, strict=True) if p.requires_grad]
@@ -124,8 +129,16 @@ class DPSGD(Stepwise):
             weight=float(len(partition)) if shared else 1.0,
             clients=(partition.client,),
             metrics={"train_loss": float(loss_sum) / max(taken, 1)} | odd if shared else {},
+            state=steps.kept(),
         )
 
     def backward(self, task: "Task", asked: Pass) -> "torch.Tensor":
         """Leave the gradient of each example; the sum of the losses."""
         return gradients.backward(task, asked.batch)
+
+
+def _variances(task: "Task", settings: Settings, variance: float) -> "dict[str, torch.Tensor | float]":
+    """Of the noise in the gradient of each tensor, once it is filtered where the strategy asks for that."""
+    low_pass = bool(settings.config.get("low-pass"))
+    shapes = {name: task.kind.shape(task.layout[name], task.rank) for name in settings.train}
+    return {name: variance * noise_left(shape, task.layout[name].role, low_pass) for name, shape in shapes.items()}

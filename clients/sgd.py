@@ -7,6 +7,7 @@ import numpy as np
 from fedlora.adapter import Adapter, Update
 from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_towards, resting, smooth
 from fedlora.data.store import Partition
+from fedlora.optimizers.contract import Steps, grouped
 
 if TYPE_CHECKING:
     from fedlora.tasks.contract import Task
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 class SGD(Stepwise):
     """`local_steps` of SGD over shuffled passes; weighs by its number of examples."""
+
+    hooked = True
 
     def passes(
         self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng
@@ -23,7 +26,8 @@ class SGD(Stepwise):
 
         parameters = task.begin(adapter, settings.train)
         received = [p.detach().clone() for p in parameters]
-        optimizer = torch.optim.SGD(parameters, lr=settings.lr)
+        optimizer = self.optimizer(grouped(task.layout, settings.train, parameters, settings), settings)
+        steps = Steps(optimizer, settings.train, parameters, settings)
         batches, size = rng("batches"), min(settings.batch_size, len(partition))
         waiting = np.empty(0, np.int64)
         loss_sum = torch.zeros((), device=task.device)
@@ -39,7 +43,7 @@ class SGD(Stepwise):
                 loss_sum += yield Pass(batch, over=size)
             pull_towards(parameters, received, settings.config)
             smooth(task, dict(zip(settings.train, parameters, strict=True)), settings.config)
-            optimizer.step()
+            steps.take(step)
             if step == 0:
                 moved(parameters, received, each=False)
         return Update(
@@ -47,4 +51,5 @@ class SGD(Stepwise):
             weight=float(len(partition)),
             clients=(partition.client,),
             metrics={"train_loss": float(loss_sum) / settings.local_steps},
+            state=steps.kept(),
         )

@@ -46,6 +46,7 @@ class Update:
         clients: whose work this is, ascending.
         scaling: the client's own factor before `B @ A`, which its rank makes.
         metrics: figures that the clients chose to share, such as `train_loss`.
+        state: of the client's optimiser, by tensor and name; it stays with the client, and never travels.
     """
 
     adapter: Adapter
@@ -53,6 +54,7 @@ class Update:
     clients: tuple[int, ...]
     scaling: float = 1.0
     metrics: Mapping[str, float] = field(default_factory=dict)
+    state: Adapter = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

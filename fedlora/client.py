@@ -9,6 +9,7 @@ from fedlora import plugins
 from fedlora.adapter import Adapter, Instruction, Update
 from fedlora.data.store import Partition
 from fedlora.errors import ContractError, SettingError
+from fedlora.optimizers import contract
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.noise import Stream
 from fedlora.scenario import Scenario
@@ -32,7 +33,11 @@ class Settings:
         send: names of the tensors to send back.
         local_steps: optimiser steps.
         batch_size: examples in a step; under Poisson sampling the expected number.
-        lr: learning rate.
+        lr: learning rate in the first local step; where roles have rates of their own the largest of these.
+        lrs: learning rates by role, in the first local step; empty where all have `lr`.
+        pace: what the rate of each local step is over that of the first; empty: it is constant.
+        optimizer: its kind, options and state, as `clients.optimizer` has them; empty: plain SGD.
+        state: of the optimiser, as the client kept it; empty where it begins anew.
         micro_batch_size: about how many examples are in memory at once: at most half as many again.
         noise_multiplier: standard deviation of the noise over `clip_norm`; None without privacy.
         clip_norm: L2 bound on one example's gradient; None without privacy.
@@ -50,6 +55,10 @@ class Settings:
     noise_multiplier: float | None = None
     clip_norm: float | None = None
     share_metrics: bool = False
+    lrs: Mapping[str, float] = field(default_factory=dict)
+    pace: tuple[float, ...] = ()
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    state: Adapter = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -62,17 +71,22 @@ class Setter:
     def __call__(self, instruction: Instruction, num_examples: int, client: int | None = None) -> Settings:
         """The settings of a client that holds `num_examples`; which one matters where some take fewer steps."""
         told, privacy = self.scenario.clients, self.scenario.example_privacy
+        first, pace = told.pace(instruction.round, self.scenario.rounds)
+        lrs = {role: first * lr for role, lr in told.rates.items()}
         return Settings(
             round=instruction.round,
             train=instruction.train,
             send=instruction.send,
             local_steps=told.local_steps if client is None else instruction.steps.get(client, told.local_steps),
             batch_size=told.batch_size,
-            lr=told.lr,
+            lr=max(lrs.values()) if isinstance(told.lr, dict) else first * told.lr,
             micro_batch_size=told.micro_batch_size,
             noise_multiplier=None if self.noise is None else self.noise[num_examples],
             clip_norm=privacy.clip_norm if privacy else None,
             share_metrics=privacy.share_metrics if privacy else True,
+            lrs=lrs,
+            pace=pace,
+            optimizer={} if told.optimizer is None else told.optimizer.model_dump(),
             config=instruction.config,
         )
 
@@ -106,13 +120,25 @@ class Client(ABC):
 
     Attributes:
         private: whether updates are clipped and noised; such a client needs a `privacy` section.
+        hooked: whether it steps by `optimizer` and `fedlora.optimizers.contract.Steps`, so that
+            `clients.optimizer`, `clients.schedule` and rates by role work.
     """
 
     private: bool = False
+    hooked: bool = False
 
     def spends(self, num_examples: int, settings: Settings) -> Event | None:
         """The privacy event that `fit` amounts to, known before it starts; None if it is not private."""
         return None
+
+    def optimizer(self, parameters: Any, settings: Settings) -> "torch.optim.Optimizer":
+        """The optimiser of a round; by default the one that the scenario names.
+
+        Args:
+            parameters: as an optimiser of torch takes them; in groups where roles have rates of their own.
+            settings: of the round.
+        """
+        return contract.build(parameters, settings)
 
     @abstractmethod
     def fit(self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng) -> Update:

@@ -80,9 +80,22 @@ class About:
             told = json.loads(file.read_bytes())
             return cls(**{**told, "labels": tuple(told["labels"])})
         except FileNotFoundError:
+            if (folder.parent / "scenario.yaml").is_file():
+                return cls._of_an_older(Run.open(folder.parent))
             raise UserError(f"{file}: is not there; name the folder that fedlora wrote the adapter to") from None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{file}: does not say what the adapter is for; it is damaged") from error
+
+    @classmethod
+    def _of_an_older(cls, run: Run) -> Self:
+        """Of a run of a version that wrote nothing beside its adapter."""
+        model, data = run.scenario.get("model") or {}, run.scenario.get("data") or {}
+        labels = run.partitions.get("labels")
+        if not isinstance(labels, list):
+            raise UserError(f"{run.folder / 'partitions.json'}: does not name the labels; the run is damaged")
+        pairs = any(isinstance((data.get(key) or {}).get("text"), list) for key in ("hub", "files"))
+        told = (str(run.scenario.get("task", "classification")), str(model.get("base")), model.get("revision"))
+        return cls(*told, tuple(labels), data.get("max_length") or 128, pairs)
 
 
 def adapter_of(run: Run | str | Path) -> Path:

@@ -13,6 +13,7 @@ from fedlora.data import reading
 from fedlora.data import store as datasets
 from fedlora.engine.setup import Setup
 from fedlora.errors import SettingError
+from fedlora.optimizers import steps
 from fedlora.privacy import accounting, replay
 from fedlora.privacy.mechanisms.central import Central
 from fedlora.rounds.world import World
@@ -101,6 +102,7 @@ def _prepared(
     suitability.check(strategy, scenario)
     client = clients.load(scenario.clients.use, scenario.clients.options)
     clients.check_fused(client, scenario.engine.fused)
+    steps.check(client, scenario)
     if client.private and scenario.example_privacy is None:
         raise SettingError("clients.use", f"{scenario.clients.use} needs a privacy section")
     if not client.private and scenario.example_privacy is not None:

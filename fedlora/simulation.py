@@ -17,6 +17,7 @@ from fedlora.client import Setter
 from fedlora.engine.setup import Description
 from fedlora.errors import SettingError, UserError
 from fedlora.exporting import ABOUT, About
+from fedlora.optimizers import steps
 from fedlora.prepare import Prepared, calibrate, central, prepare
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.ledger import Ledger
@@ -27,6 +28,7 @@ from fedlora.reports.console import Display, default_display
 from fedlora.reports.summary import summary_of
 from fedlora.reports.trackers import Tracked
 from fedlora.rounds import folder as folders
+from fedlora.rounds import server
 from fedlora.rounds.checkpoint import Merges
 from fedlora.rounds.loop import Loop
 from fedlora.rounds.progress import Progress
@@ -130,12 +132,14 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     scenario, strategy, setup = ready.scenario, ready.strategy, ready.setup
     whole = central(scenario, fresh_key() if setup.secret else scenario.seed)
-    if strategy.personal or strategy.trips > 1 or scenario.feeds_back:
+    if strategy.personal or strategy.trips > 1 or scenario.feeds_back or scenario.clients.keeps_state:
         setup = replace(setup, personal=folder.absolute() / "personal")
     shown.stage("loading the model")
     found = engine.start(setup)
     strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
     suitability.check_bound(strategy)
+    steps.check_bound(ready.client, strategy, scenario)
+    stage = server.make(scenario.strategy.server, found.layout, strategy.held, scenario.rounds)
     now = Progress(round=0, adapter=dict(found.initial))
     origin = {
         "scenario": scenario.model_dump(mode="json"),
@@ -144,7 +148,7 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
         "data": ready.data.fingerprint,
     }
     if resume:
-        now, record = folders.restore(folder, scenario, strategy, now, origin)
+        now, record = folders.restore(folder, scenario, strategy, now, origin, stage)
     else:
         folders.create(folder, scenario, ready.data)
         record = Ledger(folder)
@@ -170,6 +174,7 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
         ledger=record,
         merges=merges,
         central=whole,
+        server=stage,
         folder=folder,
         origin=origin,
         on_round=shown.round,

@@ -45,6 +45,15 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             raise SettingError(
                 "strategy.use", f"secure aggregation gives sums, and {use} needs each update; take one of {can}"
             )
+    if (stage := scenario.strategy.server) and not (
+        strategy.linear and strategy.trips == 1 and not strategy.merges
+    ):
+        can = _those(lambda cls: cls.linear and cls.trips == 1)
+        raise SettingError(
+            "strategy.server",
+            f"{stage.kind} steps along a mean of changes, and what {use} makes is none: leave it out, or take one "
+            f"of {can}",
+        )
     if scenario.feeds_back and not (strategy.trips == 1 and (strategy.linear or isinstance(strategy, Stock))):
         can = _those(lambda cls: cls.linear and cls.trips == 1)
         raise SettingError(

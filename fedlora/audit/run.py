@@ -130,6 +130,12 @@ def audit(
     folder = Path(out) if out else Path("audits") / f"{scenario.name}-{scenario.hash}"
     if scenario.privacy is None or scenario.privacy.unit != "example":
         raise ScenarioError(f"{scenario.name}: has no privacy section of unit: example, and so no claim to audit")
+    told = scenario.clients
+    for key, value in (("optimizer", told.optimizer), ("schedule", told.schedule), ("lr", told.rates or None)):
+        if value is not None:
+            raise scenario.located(
+                SettingError(f"clients.{key}", "an audit reads steps of plain SGD at one rate: leave it out")
+            )
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another with --out")
     hidden = Canaries(scenario.seed, canaries, scenario.clients.total)
@@ -234,6 +240,7 @@ class Server(Engine):
         self, instruction: Instruction, before: Adapter, after: Adapter, report: Report, event: Event
     ) -> Seen:
         names, told, layout = instruction.send, self.scenario.clients, self.description.layout
+        lr = _rate(told.lr)
         sizes = tuple(after[name].size for name in names)
         change = self._steps(before, after)
         tensors = np.split(change, np.cumsum(sizes)[:-1])
@@ -247,7 +254,7 @@ class Server(Engine):
             examples=report.num_examples,
             names=names,
             sizes=sizes,
-            worth=np.array([worth(instruction.config, layout[n].role, report.steps, told.lr) for n in names]),
+            worth=np.array([worth(instruction.config, layout[n].role, report.steps, lr) for n in names]),
             squares=np.array([float(np.square(t, dtype=np.float64).sum()) for t in tensors]),
             kept=tuple(t[chosen] for t, chosen in zip(tensors, kept, strict=True)),
             parts=self.hidden.within(sizes).along(change, self.hidden.of(report.client)),
@@ -338,9 +345,14 @@ class Server(Engine):
     def _steps(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> NDArray[np.float32]:
         """The sum of clipped gradients that a change stands for, in units of the clipping bound."""
         told, privacy = self.scenario.clients, self.scenario.privacy
-        unit = told.lr * (privacy.clip_norm if privacy else 1.0) / told.batch_size
+        unit = _rate(told.lr) * (privacy.clip_norm if privacy else 1.0) / told.batch_size
         change: NDArray[np.float32] = np.concatenate([(before[n] - after[n]).ravel() for n in self._sent])
         return change / np.float32(unit)
+
+
+def _rate(lr: float | dict[str, float]) -> float:
+    assert not isinstance(lr, dict)  # `audit` refused
+    return lr
 
 
 def _ways(canaries: int) -> list[tuple[int, int, float]]:

@@ -97,6 +97,8 @@ class Worker:
         self.personal = Personal(personal) if personal else None
         self.transport = Transport(self.scenario, strategy, Personal(personal / "left_out") if personal else None)
         self._fingerprints: dict[frozenset[str], str] = {}
+        keeps = personal is not None and self.scenario.clients.keeps_state
+        self.optimizers = Personal(personal / "optimizer") if keeps and personal else None
 
     def describe(self) -> Description:
         """What was built."""
@@ -280,9 +282,14 @@ class Worker:
             )
         plain = type(strategy).reply is strategies.Strategy.reply
         settings = self.settings(instruction, len(partition), client)
+        if self.optimizers is not None:
+            settings = replace(settings, state=self.optimizers.load(client, before=round))
         wanted = tuple(sorted({*settings.send, *instruction.keep} if plain else layout))
         update = yield from self._train(instruction, partition, settings, wanted, rank, sharing, deed)
         clients.check_kept(self.client)
+        if self.optimizers is not None:
+            self.optimizers.save(client, round, update.state)
+        update = replace(update, state={})
         if plain and not instruction.keep:  # all of it is sent, and checked when it comes in
             return replace(update, scaling=kind.scaling(rank))
         check_tensors(update.adapter, {n: kind.shape(layout[n], rank) for n in wanted})  # before it is kept

@@ -15,6 +15,7 @@ from fedlora.privacy.ledger import Ledger
 from fedlora.rounds import checkpoint
 from fedlora.rounds.checkpoint import whole_folder
 from fedlora.rounds.progress import Progress
+from fedlora.rounds.server import ServerOptimizer
 from fedlora.scenario import Scenario
 from fedlora.strategy import Strategy
 
@@ -100,7 +101,12 @@ def partitions(data: Dataset) -> dict[str, Any]:
 
 
 def restore(
-    folder: Path, scenario: Scenario, strategy: Strategy, first: Progress, origin: Mapping[str, Any]
+    folder: Path,
+    scenario: Scenario,
+    strategy: Strategy,
+    first: Progress,
+    origin: Mapping[str, Any],
+    stage: ServerOptimizer | None = None,
 ) -> tuple[Progress, Ledger]:
     """Where the folder's run stands, at its start if it was stopped before any round was saved; and its ledger.
 
@@ -118,7 +124,7 @@ def restore(
                 )
             if set(saved.adapter) != set(first.adapter):
                 raise UserError(f"{folder}: its checkpoint holds another adapter than this scenario builds")
-            strategy.load_state(saved.strategy)
+            strategy.load_state(saved.strategy if stage is None else stage.load_state(saved.strategy))
             now = Progress.restored(saved)
             known, before = tuple(saved.origin["ledger"]), dict(saved.origin["versions"])
         except (KeyError, TypeError, ValueError) as error:

@@ -24,6 +24,7 @@ from fedlora.rounds import checkpoint
 from fedlora.rounds.checkpoint import Checkpoint, Merges
 from fedlora.rounds.pace import Pace
 from fedlora.rounds.progress import Line, Progress, Stopwatch
+from fedlora.rounds.server import ServerOptimizer
 from fedlora.scenario import Scenario
 from fedlora.seeding import generator
 from fedlora.strategy import Merged, Strategy
@@ -47,6 +48,7 @@ class Loop:
     central: Central | None
     folder: Path
     on_round: Callable[[Line], None]
+    server: ServerOptimizer | None = None  # the stage after the aggregate, where that is a mean
     origin: Mapping[str, Any] = field(default_factory=dict)  # the scenario and the versions, for checkpoints
     stop: Callable[[], bool] = lambda: False
     _beside: Callable[[], Mapping[str, float]] | None = None  # gives the figures of `Progress.unjudged`
@@ -88,7 +90,10 @@ class Loop:
             updates = self._released(instruction, replies, now)
             made = self.strategy.aggregate(before, updates)
             made = made if isinstance(made, Merged) else Merged(made, {})
-            after = {**before, **made.adapter}
+            mean = after = {**before, **made.adapter}
+            if self.server is not None:
+                self._check(before, mean, made.base)  # nothing that is not finite gets into its moments
+                after = {**before, **self.server.step(round, before, made.adapter)}
             self._check(before, after, made.base)
             adapter = {**now.adapter, **after}
             if made.base:
@@ -97,7 +102,7 @@ class Loop:
             figures = self._figures(round, adapter)
             watch.lap("evaluate")
             if not self._summed:
-                figures |= self.strategy.diagnose(before, updates, after, made.base)
+                figures |= self.strategy.diagnose(before, updates, mean, made.base)
             watch.lap("diagnose")
             self._record(round, adapter, replies, figures | noted, now, watch)
 
@@ -328,7 +333,7 @@ class Loop:
             Checkpoint(
                 round=round,
                 adapter=now.adapter,
-                strategy=self.strategy.state(),
+                strategy={**self.strategy.state(), **(self.server.state() if self.server else {})},
                 words=now.words(),
                 under_way=now.tensors(),
                 origin={**self.origin, "ledger": self.ledger.position},

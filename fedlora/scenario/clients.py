@@ -7,6 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora import plugins
+from fedlora.scenario.learning import Optimizer, Rates, Schedule
 from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Section
 from fedlora.seeding import generator
 
@@ -53,7 +54,9 @@ class Clients(PlugIn):
     per_round: PositiveInt | None = None  # null: all of them
     local_steps: PositiveInt = 10
     batch_size: PositiveInt = 32  # under DP the expected size of a Poisson batch
-    lr: PositiveFloat = 0.1
+    lr: Rates = 0.1  # by role where roles differ, such as {A: 0.001, B: 0.004, head: 0.01}
+    optimizer: Optimizer | None = None  # sgd, adamw, {kind: adamw, ...} or a class of torch.optim; null: plain SGD
+    schedule: Schedule | None = None  # of lr, over all local steps of the run; null: constant
     micro_batch_size: PositiveInt = 16  # about how many examples are in memory at once; does not change the result
     ranks: Ranks | None = None  # of each client, at most model.adapter.r; null: all have that
     tiers: dict[str, Tier] | None = None  # kinds of device by name, such as {phone: {share: 0.8, rank: 4}, ...}
@@ -93,6 +96,24 @@ class Clients(PlugIn):
         if tiers is not None and info.data.get("ranks") is not None:
             raise PydanticCustomError("shares", "give each tier its rank, or clients their ranks, not both")
         return tiers
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rates by role; empty where all have one."""
+        return self.lr if isinstance(self.lr, dict) else {}
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the state of a client's optimiser stays with it from one of its rounds to the next."""
+        return self.optimizer is not None and self.optimizer.state == "kept"
+
+    def pace(self, round: int, rounds: int) -> tuple[float, tuple[float, ...]]:
+        """What a round's first local step makes of the rate, and what each of its steps is over that."""
+        if self.schedule is None:
+            return 1.0, ()
+        before, all_steps = (round - 1) * self.local_steps, rounds * self.local_steps
+        factors = [self.schedule.factor(before + step, all_steps) for step in range(1, self.local_steps + 1)]
+        return factors[0], tuple(factor / factors[0] for factor in factors)
 
     @property
     def cohort_size(self) -> int:

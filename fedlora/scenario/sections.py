@@ -16,6 +16,7 @@ from fedlora.scenario.clients import Clients
 from fedlora.scenario.compression import Compression, TopK
 from fedlora.scenario.data import Data
 from fedlora.scenario.keys import Source
+from fedlora.scenario.learning import ServerOptimizer
 from fedlora.scenario.privacy import Privacy, SecureAggregation
 from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Section
 from fedlora.scenario.world import World
@@ -70,6 +71,8 @@ class ExactMatch(Section):
 
 class Strategy(PlugIn):
     """How the server turns updates into the next adapter."""
+
+    server: ServerOptimizer | None = None  # steps along the mean of the updates; null: takes the mean itself
 
     @field_validator("use")
     @classmethod

@@ -82,7 +82,7 @@ class ExampleGaussian(Mechanism):
             return _adaptive(inner, noise, self.adapts, max_grad_norm=self.clip_norm, **told)
         if not self.per_layer:
             return _noised("DPOptimizer")(inner, noise, max_grad_norm=self.clip_norm, **told)
-        count = len(inner.param_groups[0]["params"])
+        count = sum(len(group["params"]) for group in inner.param_groups)
         bounds = [self.clip_norm / math.sqrt(count)] * count
         return _noised("DPPerLayerOptimizer")(inner, noise, max_grad_norm=bounds, **told)
 
