@@ -82,6 +82,10 @@ class DPSGD(Stepwise):
         import torch
 
         mechanism = self.mechanism(len(partition), settings)
+        if self.spends(len(partition), settings) != mechanism.event():
+            raise ContractError(
+                f"{type(self).__name__} pays for something else than it does: override `mechanism`"
+            )
         parameters = task.begin(adapter, settings.train)
         gradients.hook(task, settings.train)
         received = [p.detach().clone() for p in parameters]

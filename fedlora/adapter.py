@@ -24,13 +24,21 @@ Change = Mapping[str, Factors]
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of an adapter: what it is, not what it holds."""
+    """One tensor of an adapter: what it is, not what it holds.
+
+    Attributes:
+        name: as peft saves it.
+        shape: at the server's rank.
+        role: `A` (r x in) or `B` (out x r) of a LoRA pair, `core` (r x r) between them, or `head`.
+        module: the layer that it belongs to.
+        trainable: False: it stays as it was first made, whatever a strategy asks.
+    """
 
     name: str
     shape: tuple[int, ...]
-    role: str  # "A" (r x in) or "B" (out x r) of a LoRA pair, "core" (r x r) between them, or "head"
-    module: str  # the layer it belongs to
-    trainable: bool = True  # False: stays as the seed made it, whatever a strategy asks
+    role: str
+    module: str
+    trainable: bool = True
 
 
 Layout = Mapping[str, Slot]

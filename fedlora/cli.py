@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,12 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", help="a run folder")
     export.add_argument("--out", metavar="DIR", help="a folder to make (default: <run>-adapter or <run>-merged)")
     export.add_argument("--merge", action="store_true", help="write the whole model instead of the adapter")
+    _own_code(export)
     export.add_argument("--push", metavar="REPO", help="upload it to the Hugging Face Hub, as you/name")
     export.set_defaults(command=_export)
 
     predict = commands.add_parser("predict", help="ask a run's model about a text")
     predict.add_argument("run", metavar="RUN", help="a run folder")
     predict.add_argument("texts", metavar="TEXT", nargs="+", help="one or more texts")
+    _own_code(predict)
     predict.set_defaults(command=_predict)
 
     watch = commands.add_parser("watch", help="follow a run that another terminal started")
@@ -121,8 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     account.add_argument("run", metavar="RUN", help="a run folder, or a privacy.jsonl")
     account.set_defaults(command=_ledger)
 
-    listing = commands.add_parser("list", help="strategies, clients, datasets, scenarios and sweeps, a line each")
-    listing.add_argument("what", nargs="?", choices=["strategies", "clients", "datasets", "scenarios", "sweeps"])
+    listing = commands.add_parser("list", help="strategies, clients, tasks, kinds, datasets and more, a line each")
+    shelves = ["strategies", "clients", "tasks", "kinds", "datasets", "scenarios", "sweeps"]
+    listing.add_argument("what", nargs="?", choices=shelves)
     listing.set_defaults(command=_list)
     return parser
 
@@ -130,6 +134,10 @@ def _parser() -> argparse.ArgumentParser:
 def _scenario(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("scenario", metavar="SCENARIO", help="a YAML file, or the name of one that ships here")
     _overrides(parser)
+
+
+def _own_code(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--own-code", action="store_true", help="import the run's own task: it is a program")
 
 
 def _overrides(parser: argparse.ArgumentParser) -> None:
@@ -207,11 +215,24 @@ def _check(arguments: argparse.Namespace) -> int:
     from fedlora.data import reading
     from fedlora.errors import SettingError, UserError
     from fedlora.tasks.base_model import find_base
+    from fedlora.tasks.contract import find
 
     loaded = scenario.load(arguments.scenario, arguments.overrides)
-    checks = (
-        lambda: suitability.check(strategy.load(loaded.strategy.use, loaded.strategy.options), loaded),
-        lambda: client.check_fused(client.load(loaded.clients.use, loaded.clients.options), loaded.engine.fused),
+
+    def of_strategy() -> None:
+        made = strategy.load(loaded.strategy.use, loaded.strategy.options)
+        suitability.check(made, loaded)
+        suitability.kind_of(made, loaded)
+
+    def of_clients() -> None:
+        made = client.load(loaded.clients.use, loaded.clients.options)
+        client.check_fused(made, loaded.engine.fused)
+        client.check_private(made, loaded)
+
+    checks: tuple[Callable[[], object], ...] = (
+        lambda: find(loaded.task),
+        of_strategy,
+        of_clients,
         lambda: find_base(loaded.model.base),
         lambda: reading.check(loaded.data, loaded.task, loaded.clients.total),
     )
@@ -285,7 +306,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
     run = Run.open(arguments.run)
     default = f"{run.folder.resolve()}-{'merged' if arguments.merge else 'adapter'}"
-    folder = export(run, Path(arguments.out or default), arguments.merge)
+    folder = export(run, Path(arguments.out or default), arguments.merge, own_code=arguments.own_code)
     print(folder)
     if arguments.push:
         print(push(folder, arguments.push))
@@ -296,7 +317,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     from fedlora.exporting import predict
     from fedlora.run import Run
 
-    for told in predict(Run.open(arguments.run), arguments.texts):
+    for told in predict(Run.open(arguments.run), arguments.texts, own_code=arguments.own_code):
         sure = "" if told.probability is None else f"  {told.probability:.3f}"
         print(f"{told.answer}{sure}  {told.text}")
     return 0
@@ -365,11 +386,13 @@ def _ledger(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from fedlora import plugins, scenario
+    from fedlora import scenario
 
     tables: dict[str, Callable[[], dict[str, str]]] = {
         "strategies": _strategies,
-        "clients": lambda: {n: plugins.summary("clients", n) for n in plugins.names("clients")},
+        "clients": lambda: _shelf("clients"),
+        "tasks": lambda: _shelf("tasks"),
+        "kinds": lambda: _shelf("kinds"),
         "datasets": lambda: scenario.DATASETS,
         "scenarios": scenario.shipped,
         "sweeps": lambda: scenario.shipped(scenario.SWEEPS),
@@ -381,6 +404,12 @@ def _list(arguments: argparse.Namespace) -> int:
         for name, line in table.items():
             print(f"  {name:<{wide}} {line}")
     return 0
+
+
+def _shelf(shelf: Literal["clients", "tasks", "kinds"]) -> dict[str, str]:
+    from fedlora import plugins
+
+    return {name: plugins.summary(shelf, name) for name in plugins.names(shelf)}
 
 
 def _strategies() -> dict[str, str]:

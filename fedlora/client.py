@@ -221,6 +221,19 @@ def check_fused(client: Client, fused: int) -> None:
         )
 
 
+def check_private(client: Client, scenario: Scenario) -> None:
+    """Make sure that clients protect examples where a scenario promises that, and not elsewhere.
+
+    Raises:
+        SettingError: they do not, or they do.
+    """
+    use = scenario.clients.use
+    if client.private and scenario.example_privacy is None:
+        raise SettingError("clients.use", f"{use} needs a privacy section")
+    if not client.private and scenario.example_privacy is not None:
+        raise SettingError("clients.use", f"{use} adds no noise, and a privacy section is given")
+
+
 def load(use: str, options: Mapping[str, Any]) -> Client:
     """The client class that a scenario names, with its options.
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import TypeAdapter
+
 from fedlora.errors import SettingError, UserError
 from fedlora.run import Run
 from fedlora.scenario import Scenario
 from fedlora.tasks import base_model
-from fedlora.tasks.contract import find
+from fedlora.tasks.contract import Task, find
 
 ABOUT = "fedlora.json"  # beside an adapter: what peft's own files do not say
 
@@ -77,13 +79,12 @@ class About:
         """
         file = folder / ABOUT
         try:
-            told = json.loads(file.read_bytes())
-            return cls(**{**told, "labels": tuple(told["labels"])})
+            return TypeAdapter(cls).validate_python(json.loads(file.read_bytes()))
         except FileNotFoundError:
             if (folder.parent / "scenario.yaml").is_file():
                 return cls._of_an_older(Run.open(folder.parent))
             raise UserError(f"{file}: is not there; name the folder that fedlora wrote the adapter to") from None
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{file}: does not say what the adapter is for; it is damaged") from error
 
     @classmethod
@@ -107,18 +108,25 @@ def adapter_of(run: Run | str | Path) -> Path:
     folder = run.folder if isinstance(run, Run) else Path(run)
     if not isinstance(run, Run) and (folder / "adapter_config.json").is_file():
         return folder
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if (folder / "config.json").is_file():
+        raise UserError(f"{folder}: holds a whole model; load it with transformers")
+    if not (folder / "adapter" / "adapter_config.json").is_file() and not (folder / "scenario.yaml").is_file():
+        raise UserError(f"{folder}: holds no run and no adapter")
     if not (folder / "adapter" / "adapter_config.json").is_file():
         raise UserError(f"{folder}: has no adapter yet; it is written when the run ends, or on Ctrl-C")
     return folder / "adapter"
 
 
-def export(run: Run | str | Path, out: str | Path, merge: bool = False) -> Path:
+def export(run: Run | str | Path, out: str | Path, merge: bool = False, *, own_code: bool = False) -> Path:
     """Copy a run's adapter, or merge it into its base, with the model card.
 
     Args:
         run: that has ended, or its folder.
         out: a folder to make.
         merge: write the whole model, as safetensors with its tokenizer, instead of the adapter.
+        own_code: as `load_adapter` takes it.
 
     Returns:
         The folder.
@@ -131,9 +139,9 @@ def export(run: Run | str | Path, out: str | Path, merge: bool = False) -> Path:
         raise UserError(f"{out}: is there already; name another folder with --out")
     if not merge:
         return Path(shutil.copytree(source, out))
-    model, reader = load_adapter(source)
+    model, reader = load_adapter(source, own_code=own_code)
     card = (source / "README.md").read_text(encoding="utf-8")
-    how = _MERGED.format(auto=find(About.read(source).task).auto, folder=out.name)
+    how = _MERGED.format(auto=_task(About.read(source), source, own_code).auto, folder=out.name)
     card = re.sub(r"```python\n.*?```\n", lambda _: how, card, flags=re.S)
     card = card.replace("library_name: peft\n", "library_name: transformers\nbase_model_relation: merge\n")
     for layer in [m.get_base_layer() for m in model.modules() if hasattr(m, "lora_A")]:
@@ -163,13 +171,16 @@ def push(folder: Path, repository: str) -> str:
     return str(address)
 
 
-def predict(run: Run | str | Path, texts: Sequence[str], max_new_tokens: int = 64) -> list[Answer]:
+def predict(
+    run: Run | str | Path, texts: Sequence[str], max_new_tokens: int = 64, *, own_code: bool = False
+) -> list[Answer]:
     """What a run's model makes of texts, one after another: a label, or a completion; of images by their files.
 
     Args:
         run: that has ended, its folder, or the folder of an exported adapter.
         texts: to ask about.
         max_new_tokens: the most that a completion has.
+        own_code: as `load_adapter` takes it.
 
     Returns:
         One answer for each text, in order.
@@ -182,22 +193,22 @@ def predict(run: Run | str | Path, texts: Sequence[str], max_new_tokens: int = 6
     about = About.read(folder := adapter_of(run))
     if about.pairs:
         raise UserError(f"{folder}: its model judges pairs of texts, which predict does not take")
-    model, reader = load_adapter(folder)
+    task = _task(about, folder, own_code)
+    model, reader = load_adapter(folder, own_code=own_code)
     answers = []
-    for text in texts:
+    for text in [texts] if isinstance(texts, str) else texts:
         with torch.inference_mode():
-            said, probability = find(about.task).answer(
-                model, reader, text, about.labels, about.max_length, max_new_tokens
-            )
+            said, probability = task.answer(model, reader, text, about.labels, about.max_length, max_new_tokens)
         answers.append(Answer(text, said, probability))
     return answers
 
 
-def load_adapter(run: Run | str | Path) -> tuple[Any, Any]:
+def load_adapter(run: Run | str | Path, *, own_code: bool = False) -> tuple[Any, Any]:
     """The base model with a run's adapter in it, in float32 and evaluation, and what makes its inputs.
 
     Args:
         run: that has ended, its folder, or the folder of an exported adapter.
+        own_code: import a task of somebody's own where the run was of one; a folder may name any module.
 
     Returns:
         A `peft.PeftModel`, and the tokenizer or image processor.
@@ -209,7 +220,7 @@ def load_adapter(run: Run | str | Path) -> tuple[Any, Any]:
     from peft import PeftModel
 
     about = About.read(folder := adapter_of(run))
-    task, revision = find(about.task), about.revision
+    task, revision = _task(about, folder, own_code), about.revision
     named: dict[str, Any] = {}
     if about.labels:
         named = {"id2label": dict(enumerate(about.labels)), "label2id": {n: i for i, n in enumerate(about.labels)}}
@@ -229,3 +240,20 @@ def load_adapter(run: Run | str | Path) -> tuple[Any, Any]:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: its model {about.base!r} cannot be loaded: {reason}") from error
+
+
+def _task(about: About, folder: Path, own_code: bool) -> type[Task]:
+    """The task of an adapter; one of somebody's own only where that is asked for: it is a program.
+
+    Raises:
+        UserError: it is not there, or not asked for.
+    """
+    if ":" in about.task and not own_code:
+        raise UserError(
+            f"{folder}: its task {about.task!r} is code of somebody's own: where you trust it, say own_code=True "
+            "(--own-code)"
+        )
+    try:
+        return find(about.task)
+    except SettingError as error:
+        raise UserError(f"{folder}: {error.message}") from error

@@ -86,10 +86,22 @@ def find(shelf: Shelf, use: str) -> type[Any]:
         module = importlib.import_module(path)
     except ImportError as error:
         raise SettingError(key, f"cannot import {path!r} ({error}); is its folder on PYTHONPATH?") from error
+    except Exception as error:  # somebody's own code
+        raise SettingError(key, f"cannot import {path!r}: {type(error).__name__}: {error}") from error
     if not isinstance(found := getattr(module, name, None), type):
         known = [n for n, v in vars(module).items() if isinstance(v, type)]
         raise SettingError(key, f"module {path!r} has no class {name!r}: {suggestion(name, known)}")
     return found
+
+
+def check_whole(cls: type[Any], key: str, use: str) -> None:
+    """Make sure that a class has all that its contract asks for.
+
+    Raises:
+        SettingError: it lacks something.
+    """
+    if lacking := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise SettingError(key, f"{use} lacks {', '.join(lacking)}")
 
 
 def build(cls: type[Any], options: Mapping[str, Any], section: str) -> Any:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from fedlora import client as clients
 from fedlora import engine as engines
 from fedlora import strategy as strategies
@@ -12,7 +14,7 @@ from fedlora import suitability
 from fedlora.data import reading
 from fedlora.data import store as datasets
 from fedlora.engine.setup import Setup
-from fedlora.errors import SettingError
+from fedlora.errors import SettingError, UserError
 from fedlora.optimizers import steps
 from fedlora.privacy import accounting, replay
 from fedlora.privacy.mechanisms.central import Central
@@ -103,10 +105,7 @@ def _prepared(
     client = clients.load(scenario.clients.use, scenario.clients.options)
     clients.check_fused(client, scenario.engine.fused)
     steps.check(client, scenario)
-    if client.private and scenario.example_privacy is None:
-        raise SettingError("clients.use", f"{scenario.clients.use} needs a privacy section")
-    if not client.private and scenario.example_privacy is not None:
-        raise SettingError("clients.use", f"{scenario.clients.use} adds no noise, and a privacy section is given")
+    clients.check_private(client, scenario)
     if scenario.world is not None:
         World(scenario)  # reads its trace
     model, data, task = scenario.model, scenario.data, tasks.find(scenario.task)
@@ -116,7 +115,7 @@ def _prepared(
     def encode(rows: reading.Rows) -> datasets.Encoded:
         if task.labelled and not names:  # the training rows come first, and hold every label
             names.extend(sorted(set(rows.labels or ())))
-        return task.encode(reader, rows, names, data.max_length)
+        return _encoded(task, scenario.task, reader, rows, names, data.max_length)
 
     encoding = base_model.encoding_fingerprint(reader)
     dataset = hold(encode, f"{encoding} {replay.code(task)}" if ":" in scenario.task else encoding)
@@ -129,6 +128,40 @@ def _prepared(
         device=engines.device(scenario),
     )
     return Prepared(scenario=scenario, strategy=strategy, client=client, data=dataset, setup=setup)
+
+
+def _encoded(
+    task: type[tasks.Task], use: str, reader: Any, rows: reading.Rows, names: Sequence[str], max_length: int
+) -> datasets.Encoded:
+    """Rows as the task encodes them, held to what it promises; of its errors the kind alone: they may hold text.
+
+    Raises:
+        SettingError: it breaks its promise.
+    """
+    try:
+        made = task.encode(reader, rows, names, max_length)
+    except UserError:
+        raise
+    except Exception as error:
+        if ":" not in use:
+            raise
+        raise SettingError("task", f"{use}.encode fails: {type(error).__name__}") from error
+    if not isinstance(made, datasets.Encoded):
+        raise SettingError("task", f"{use}.encode returns {type(made).__name__}, and should a fedlora.Encoded")
+    count = len(rows.texts)
+    for what, found in (("tokens", made.tokens), ("targets", made.targets), ("types", made.types)):
+        if found is not None and len(found) != count:
+            raise SettingError("task", f"{use}.encode makes {len(found)} {what} of {count} rows: one for each")
+    try:
+        targets = np.asarray(made.targets, np.int64)
+        whole = all(np.asarray(row).dtype.kind in "iu" for row in made.tokens if len(row))
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise SettingError("task", f"{use}.encode makes tokens or targets that are no whole numbers")
+    if task.labelled and names and count and not 0 <= targets.min() <= targets.max() < len(names):
+        raise SettingError("task", f"{use}.encode makes targets beyond the {len(names)} labels")
+    return made
 
 
 def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Line = dict[str, Any]
 
 INTRODUCTION = "run.json"  # what a server told a site about a run
-_BUILT_IN = {cls.metric: cls.higher_is_better for cls in map(find, plugins.names("tasks"))}
+_BUILT_IN = {"accuracy": True} | {c.metric: c.higher_is_better for c in map(find, plugins.names("tasks"))}
 
 
 @dataclass(frozen=True)

@@ -111,14 +111,16 @@ def test_a_run_without_an_adapter_is_one_line(made, tmp_path, capsys, command):
 
 def test_a_base_that_went_away_is_one_line(made, tmp_path):
     folder = shutil.copytree(made.folder, tmp_path / "run")
-    text = (folder / "scenario.yaml").read_text()
-    (folder / "scenario.yaml").write_text(text.replace(made.scenario["model"]["base"], "/no/such/model"))
+    about = folder / "adapter" / "fedlora.json"
+    about.write_text(about.read_text().replace(made.scenario["model"]["base"], "/no/such/model"))
     with pytest.raises(UserError, match="no such folder: /no/such/model"):
         predict(Run.open(folder), ["x"])
 
 
 def test_labels_that_are_missing_are_one_line(made, tmp_path):
     folder = shutil.copytree(made.folder, tmp_path / "run")
+    (folder / "adapter" / "fedlora.json").unlink()  # as versions before 0.3 left it
+    assert predict(folder, ["x"])[0].text == "x"
     (folder / "partitions.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match="does not name the labels"):
         predict(Run.open(folder), ["x"])

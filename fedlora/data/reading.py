@@ -31,11 +31,17 @@ Input = str | tuple[str, str] | bytes
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one split before they are encoded."""
+    """Rows of one split before they are encoded.
+
+    Attributes:
+        texts: of each row a text, a pair of texts, or the bytes of an image's file.
+        labels: of each row its class, or its completion for causal_lm; None where there are none.
+        owners: of each row whose it is, by the natural partition's column; None elsewhere.
+    """
 
     texts: Sequence[Input]
-    labels: list[str] | None  # class names, or completions for causal_lm
-    owners: list[str] | None = None  # the natural partition's column
+    labels: list[str] | None
+    owners: list[str] | None = None
 
 
 NOTHING = Rows([], [])

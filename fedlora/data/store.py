@@ -28,11 +28,17 @@ _FORMAT = "2"  # raise it when what is cached changes its meaning
 
 @dataclass(frozen=True)
 class Encoded:
-    """Encoded rows, in the order of the rows."""
+    """Encoded rows, in the order of the rows.
 
-    tokens: Sequence[Sequence[int] | NDArray[np.uint8]]  # or the pixels of an image, channels first
-    targets: list[int]  # the class, or for causal_lm how many leading tokens are not scored
-    types: Sequence[Sequence[int]] | None = None  # of each token, which text of a pair it is of; None: no pairs
+    Attributes:
+        tokens: of each row its tokens, or the pixels of an image, channels first.
+        targets: of each row the number of its class, or for causal_lm how many leading tokens are not scored.
+        types: of each token which text of a pair it is of; None where there are no pairs.
+    """
+
+    tokens: Sequence[Sequence[int] | NDArray[np.uint8]]
+    targets: list[int]
+    types: Sequence[Sequence[int]] | None = None
 
 
 Encode = Callable[[Rows], Encoded]
@@ -40,7 +46,14 @@ Encode = Callable[[Rows], Encoded]
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded examples, memory-mapped. Row i holds `tokens[offsets[i]:offsets[i + 1]]`."""
+    """Encoded examples, memory-mapped. Row i holds `tokens[offsets[i]:offsets[i + 1]]`.
+
+    Attributes:
+        tokens: of all rows one after another, (total tokens,), or all pixels.
+        offsets: where each row begins, (rows + 1,).
+        targets: of each row, (rows,).
+        types: which text of a pair each token is of, (total tokens,); None where there are no pairs.
+    """
 
     tokens: NDArray[np.int32 | np.uint8]  # (total tokens,), or all pixels
     offsets: NDArray[np.int64]  # (rows + 1,)
@@ -66,7 +79,13 @@ class Examples:
 
 @dataclass(frozen=True)
 class Partition:
-    """One client's examples: rows of the shared training set."""
+    """One client's examples: rows of the shared training set.
+
+    Attributes:
+        client: its id.
+        examples: of all clients.
+        rows: the numbers of its own, (num_examples,).
+    """
 
     client: int
     examples: Examples

@@ -20,6 +20,7 @@ from fedlora.scenario import (
     Source,
     read,
 )
+from fedlora.tasks.contract import find
 
 FLOOR = 20  # rows that a site holds out at least where it judges: a mean over few tells each of them
 
@@ -47,6 +48,10 @@ class Accept(Section):
     bases: tuple[str, ...] | None = None  # as in `model.base`; null: minilm alone. Its files read every row
     strategies: tuple[str, ...] | None = None  # as in `strategy.use`; null: any that comes with fedlora
     clients: tuple[str, ...] | None = None  # as in `clients.use`; null: any that comes with fedlora
+    tasks: tuple[str, ...] | None = (
+        None  # as in `task`; null: those that come with fedlora, whatever own_code says
+    )
+    kinds: tuple[str, ...] | None = None  # as in `model.adapter.kind`; null: likewise
     own_code: bool = False  # whether strategies and clients may come with the run: they are programs
     masked_only: bool = (
         False  # whether a run must have `secure_aggregation`: nobody sees the site's update by itself
@@ -85,12 +90,16 @@ class Site(Section):
         for what, use, known in (
             ("strategy", scenario.strategy.use, rules.strategies),
             ("client", scenario.clients.use, rules.clients),
-            ("task", scenario.task, None),
-            ("kind of adapter", scenario.model.adapter.kind, None),
+            ("task", scenario.task, rules.tasks),
+            ("kind of adapter", scenario.model.adapter.kind, rules.kinds),
         ):
             if known is not None and use not in known:
                 return f"it does not accept the {what} {use!r}"
-            if ":" in use and not rules.own_code and not use.startswith("flwr.serverapp.strategy:"):
+            if what == "strategy" and use.startswith("flwr.serverapp.strategy:"):
+                continue
+            if ":" in use and known is None and what not in ("strategy", "client"):
+                return f"it does not accept the {what} {use!r}"
+            if ":" in use and not rules.own_code:
                 return f"it runs no code that comes with a run, such as the {what} {use!r}"
         if rules.masked_only and scenario.secure_aggregation is None:
             return "it sends masked updates only, and the scenario has no secure_aggregation"
@@ -112,7 +121,7 @@ class Site(Section):
         One set of labels, whoever asks: else the number of rows that are left would tell how many of each there
         are.
         """
-        if scenario.task == "causal_lm":
+        if not find(scenario.task).labelled:
             return "the run names labels, and its task has none" if labels else None
         if scenario.data.labels is not None and tuple(labels) != scenario.data.labels:
             return "the run has other labels than its scenario"

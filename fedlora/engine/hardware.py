@@ -174,6 +174,14 @@ def _gib(count: int) -> str:
     return f"{count / 2**30:.3g} GiB"
 
 
+def settle() -> None:
+    """Set what libraries read once, before torch is imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "64")  # rows have a length of their own each: at 1,024, gigabytes in time
+    keep_memory()
+
+
 def keep_memory() -> None:
     """Keep what a step frees for the next one: else glibc gives it back, and each step pays for its pages anew."""
     with contextlib.suppress(OSError, AttributeError):  # another C library

@@ -45,15 +45,12 @@ class Worker:
     pay: Callable[[int, int, Event], None] | None = None
 
     def __init__(self, setup: Setup) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            os.environ.setdefault(cache, "64")  # rows have a length of their own each: at 1,024, gigabytes in time
+        hardware.settle()
         import torch
 
         from fedlora.tasks import loading
 
         torch.set_num_threads(setup.threads)
-        hardware.keep_memory()
         device = hardware.device(setup.device)
         self.setup = setup = replace(setup, device=device, precision=hardware.precision(setup.precision, device))
         self.scenario = Scenario.model_validate(setup.scenario)
@@ -97,8 +94,8 @@ class Worker:
         self.personal = Personal(personal) if personal else None
         self.transport = Transport(self.scenario, strategy, Personal(personal / "left_out") if personal else None)
         self._fingerprints: dict[frozenset[str], str] = {}
-        keeps = personal is not None and self.scenario.clients.keeps_state
-        self.optimizers = Personal(personal / "optimizer") if keeps and personal else None
+        keeps = personal if self.scenario.clients.keeps_state else None
+        self.optimizers = Personal(keeps / "optimizer") if keeps else None
 
     def describe(self) -> Description:
         """What was built."""
@@ -180,11 +177,7 @@ class Worker:
         return wire.instruction_bytes(instruction, self.task.layout, self.transport.down)
 
     def fit(self, instruction: Instruction, client: int) -> tuple[Update | None, Report]:
-        """Run one client.
-
-        Args:
-            instruction: as the client received it.
-            client: its id.
+        """Run one client, by an instruction as it received it.
 
         Returns:
             What it sends, as `Transport.outgoing` has it; None where it failed. And what became of it.
@@ -218,6 +211,19 @@ class Worker:
         began = time.perf_counter()
         partition = self.dataset.partition(client)
         deed = Deed()
+
+        def report(began: float, **more: Any) -> Report:
+            return Report(
+                client=client,
+                num_examples=len(partition),
+                bytes_down=down,
+                seconds=(time.perf_counter() - began) / max(sharing, 1),
+                event=deed.event,
+                digest=deed.digest,
+                draw=deed.draw,
+                **more,
+            )
+
         try:
             update = yield from self._answer(instruction, partition, rank, sharing, deed)
             if update.clients != (client,):
@@ -230,29 +236,14 @@ class Worker:
             update = self.transport.outgoing(update, instruction)
         except Refusal:
             raise
-        except Exception as error:  # a client is anybody's code
-            return None, Report(
-                client=client,
-                num_examples=len(partition),
-                steps=0,
-                bytes_up=0,
-                bytes_down=down,
-                seconds=(time.perf_counter() - began) / max(sharing, 1),
-                event=deed.event,  # it may have trained: what it meant to spend counts
-                digest=deed.digest,
-                draw=deed.draw,
-                error=hardware.reason(error),
-            )
-        return update, Report(
-            client=client,
-            num_examples=len(partition),
+        except (
+            Exception
+        ) as error:  # a client is anybody's code, and may have trained: what it meant to spend counts
+            return None, report(began, steps=0, bytes_up=0, error=hardware.reason(error))
+        return update, report(
+            began,
             steps=deed.steps,
             bytes_up=wire.update_bytes(update, deed.event, self.transport.up),
-            bytes_down=down,
-            seconds=(time.perf_counter() - began) / max(sharing, 1),
-            event=deed.event,
-            digest=deed.digest,
-            draw=deed.draw,
             metrics={k: v for k, v in update.metrics.items() if k != central.WITHIN},
         )
 
@@ -449,7 +440,7 @@ class Worker:
         return self.task.figures(sums)
 
     def export(self, adapter: Adapter, folder: Path, merged: Change | None) -> None:
-        """Write an ordinary LoRA adapter of the untouched base, as `Task.export` does."""
+        """As `Task.export`."""
         self.task.export(adapter, folder, merged)
 
 

@@ -148,7 +148,7 @@ class Kind(ABC):
         Returns:
             Tensors by peft's names, and the rank, which then is `lora_alpha` too; None: as the kind's own.
         """
-        if self.ordinary and not merged:
+        if self.ordinary and not merged and self.scaling() == self.alpha / self.r:
             return {n: t for n, t in adapter.items() if layout[n].role in (*self.parts, "head")}, None
         plain: dict[str, factors.Factors] = {}
         for name, (b, a) in self.change(layout, adapter).items():
@@ -201,6 +201,7 @@ def load(use: str, r: int, alpha: float, targets: tuple[str, ...], layers: tuple
     cls = plugins.find("kinds", use)
     if not issubclass(cls, Kind):
         raise SettingError("model.adapter.kind", f"{use} is no fedlora.Kind")
+    plugins.check_whole(cls, "model.adapter.kind", use)
     return cls(r, alpha, targets, layers)
 
 

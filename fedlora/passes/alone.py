@@ -8,6 +8,7 @@ on who is beside it: clipping would not bound it, and a private run is refused.
 
 import logging
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +168,7 @@ def settle(task: "Task", max_length: int, special: Collection[int]) -> None:
 
 def _settle(task: "Task", max_length: int, special: Collection[int]) -> None:
     try:
-        task.trial = task.samples(max_length, special)
+        task.trial = _mixed_targets(task, task.samples(max_length, special))
         alone = Alone(task, task.trial)
         if unfit := alone.again():
             _complain(task, unfit)
@@ -185,6 +186,14 @@ def _settle(task: "Task", max_length: int, special: Collection[int]) -> None:
     if unfit:
         logger.warning("examples are padded, not packed: as exact, and slower; %s", unfit)
         _hold(alone)
+
+
+def _mixed_targets(task: "Task", examples: Examples) -> Examples:
+    """Examples of several labels in turn: a loss that weighs an example by the labels beside it shows."""
+    if not task.labelled:
+        return examples
+    labels = max(int(getattr(task.model.get_base_model().config, "num_labels", 2)), 1)
+    return replace(examples, targets=np.arange(len(examples)) % labels)
 
 
 def mingle(task: "Task", adapter: Mapping[str, Tensor]) -> str:

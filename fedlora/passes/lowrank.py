@@ -38,9 +38,16 @@ class LowRank:
         shares: layers that were given something that all examples of a pass share.
     """
 
-    def __init__(self, model: Any, find: Find) -> None:
-        """Take over every layer with plain factors beside a linear layer; the others stay as they are."""
-        self.singly, self.examples, self.find, self.layers = False, 0, find, list(_plain(model))
+    def __init__(self, model: Any, find: Find, product: bool = True) -> None:
+        """Take over every layer with plain factors beside a linear layer; the others stay as they are.
+
+        Args:
+            model: with the factors in it.
+            find: gives the examples of a row, where it is one.
+            product: whether the kind of adapter is such a product; else no layer is taken over.
+        """
+        self.singly, self.examples, self.find = False, 0, find
+        self.layers = list(_plain(model)) if product else []
         self.shares: set[Any] = set()
         self._names = {module: name for name, module in model.named_modules()}
         for layer in self.layers:
@@ -133,7 +140,8 @@ def _plain(model: Any) -> Iterator[Any]:
         plain = type(module) is Linear and type(module.base_layer) is torch.nn.Linear
         if plain or (isinstance(module, LoraLayer) and quantized.is_held(module.base_layer)):
             pair = (module.lora_A["default"], module.lora_B["default"])
-            if all(type(factor) is torch.nn.Linear and factor.bias is None for factor in pair):
+            varies = getattr(module, "lora_variant", None)  # of peft, such as DoRA: another product
+            if not varies and all(type(factor) is torch.nn.Linear and factor.bias is None for factor in pair):
                 yield module
 
 

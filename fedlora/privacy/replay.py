@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,7 +112,7 @@ def code(of: object) -> str:
     made, waiting, seen = hashlib.sha256(f"{cls.__module__}:{cls.__qualname__}".encode()), [cls.__module__], set()
     while waiting:
         name = waiting.pop()
-        file = getattr(sys.modules.get(name), "__file__", None)
+        file = _file(name)
         if name in seen or file is None or not file.endswith(".py") or _installed(file):
             continue  # whose version says it
         seen.add(name)
@@ -122,11 +123,23 @@ def code(of: object) -> str:
     return made.hexdigest()
 
 
+def _file(name: str) -> str | None:
+    """The file of a module, imported yet or not; None where it has none."""
+    if name in sys.modules:
+        return getattr(sys.modules[name], "__file__", None)
+    try:
+        spec = find_spec(name)
+    except (ImportError, ValueError):  # of a parent that is no package
+        return None
+    return spec.origin if spec else None
+
+
 def _installed(file: str) -> bool:
     """Whether a file is Python's, of an installed package or fedlora's."""
     places = {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
-    places.add(str(Path(__file__).parent))
-    tops = {str(Path(__file__).parent.parent / part) for part in ("strategies", "clients")}  # of a checkout
+    package = Path(__file__).parents[1]
+    places.add(str(package))
+    tops = {str(package.parent / part) for part in ("strategies", "clients")}  # of a checkout
     return any(str(Path(file).resolve()).startswith(f"{place}{os.sep}") for place in places | tops)
 
 

@@ -394,6 +394,7 @@ def compare(runs: Iterable[Run | str | Path], out: str | Path | None = None) -> 
     Raises:
         UserError: a folder holds no run, or the file cannot be written.
     """
+    runs = [runs] if isinstance(runs, str | Path) else runs
     made = Comparison([run if isinstance(run, Run) else Run.open(run) for run in runs])
     if out is not None:
         save(made.html(), Path(out))

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from fedlora.privacy.accounting import neighbours, terms
 from fedlora.reports.tables import Table
 from fedlora.run import Run
-from fedlora.scenario import Scenario, load
+from fedlora.scenario import Scenario, written
 
 
 def size(count: float) -> str:
@@ -168,7 +168,7 @@ def follow(run: Run, display: Live, pause: float = 0.5) -> Run:
     Raises:
         UserError: its scenario cannot be read by this version.
     """
-    display.begin(load(run.folder / "scenario.yaml"), run.metric, 0)
+    display.begin(written(run.folder), run.metric, 0)
     told = 0
     while True:
         run = Run.open(run.folder)

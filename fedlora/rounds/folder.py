@@ -41,15 +41,15 @@ def check(folder: Path, scenario: Scenario, resume: bool) -> None:
     Raises:
         UserError: with what to do instead.
     """
-    written = folder / "scenario.yaml"
+    file = folder / "scenario.yaml"
     if not resume:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            what = "already holds a run" if written.exists() else "is not an empty folder"
+            what = "already holds a run" if file.exists() else "is not an empty folder"
             raise UserError(f"{folder}: {what}; name another with --out, or go on with it with --resume")
         return
-    if not written.exists():
+    if not file.exists():
         raise UserError(f"{folder}: holds no run to resume")
-    same_run(folder, scenarios.load(written).model_dump(mode="json"), scenario.model_dump(mode="json"))
+    same_run(folder, scenarios.written(folder).model_dump(mode="json"), scenario.model_dump(mode="json"))
 
 
 def same_run(folder: Path, before: Any, after: Any) -> None:

@@ -21,7 +21,7 @@ from fedlora.scenario.data import (
     Shards,
     Size,
 )
-from fedlora.scenario.files import SHIPPED, SWEEPS, find, given, load, parse, shipped
+from fedlora.scenario.files import SHIPPED, SWEEPS, find, given, load, parse, shipped, written
 from fedlora.scenario.keys import KeyPath, Source
 from fedlora.scenario.privacy import Privacy, SecureAggregation
 from fedlora.scenario.reading import read, values
@@ -71,4 +71,5 @@ __all__ = [
     "read",
     "shipped",
     "values",
+    "written",
 ]

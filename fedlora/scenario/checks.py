@@ -128,11 +128,13 @@ def _of_task(task: str, sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("data", "dataset"), f"{data.dataset} is for task: {fit}, and the task is {task}")
     try:
         found = plugins.find("tasks", task)
-        yield from (Problem(path, what) for path, what in found.needs(sections))
     except SettingError as error:
         yield Problem(("task",), error.message)
-    except AttributeError:
+        return
+    if not hasattr(found, "needs"):
         yield Problem(("task",), f"{task} is no fedlora.Task")
+        return
+    yield from (Problem(path, what) for path, what in found.needs(sections))
 
 
 def _summed(clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:

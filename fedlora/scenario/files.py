@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from fedlora.errors import ScenarioError, UserError, suggestion
 from fedlora.scenario.checks import validate
 from fedlora.scenario.keys import KeyPath, Source
@@ -45,6 +47,20 @@ def given(scenario: Scenario | str | Path, overrides: Sequence[str] = ()) -> Sce
     return scenario
 
 
+def written(folder: Path) -> Scenario:
+    """The resolved scenario of a run's folder; whoever wrote it, nothing that it names is imported.
+
+    Raises:
+        ScenarioError: it cannot be read, or is of another version.
+    """
+    file = folder / "scenario.yaml"
+    try:
+        return Scenario.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ScenarioError(f"{file}: cannot be read by this version: {reason}") from error
+
+
 def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> Scenario:
     """`load` for text that is already in hand; `file` names it in messages."""
     raw, lines, problems = read(text, file)
@@ -67,11 +83,11 @@ def find(path: str | Path, folder: Path = SHIPPED) -> Path:
     if file.exists() and not file.is_dir():
         return file
     known = _shipped(folder)
-    if (name := file.with_suffix("").as_posix().rpartition(f"{folder.name}/")[2]) in known:
+    if file.name and (name := file.with_suffix("").as_posix().rpartition(f"{folder.name}/")[2]) in known:
         return known[name]
     if file.is_dir():
         raise ScenarioError(f"{path}: is a folder; name a YAML file")
-    raise ScenarioError(f"{path}: no such file; {suggestion(name, known)}")
+    raise ScenarioError(f"{path}: no such file; {suggestion(file.stem, known)}")
 
 
 def shipped(folder: Path = SHIPPED) -> dict[str, str]:

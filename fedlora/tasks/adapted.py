@@ -91,6 +91,12 @@ class Adapted:
         self._held = list(quantized.hold(self.model))
         self._parameters = {public(n): p for n, p in self.model.named_parameters() if kind.federates(n)}
         self.own = True
+        for name in self._parameters:
+            if (role := kind.role(name)) not in (*kind.parts, "head"):
+                known = ", ".join([*kind.parts, "head"])
+                raise SettingError(
+                    "model.adapter.kind", f"{type(kind).__name__} gives {name} the role {role!r}: known: {known}"
+                )
         self.layout: Layout = {
             name: Slot(
                 name,
@@ -113,7 +119,11 @@ class Adapted:
         self._start = self.initial
         self.write(self.initial)
         self.packing: Packing | None = None
-        self.low_rank = LowRank(self.model, lambda tensor: self.packing.segments(tensor) if self.packing else None)
+        self.low_rank = LowRank(
+            self.model,
+            lambda tensor: self.packing.segments(tensor) if self.packing else None,
+            kind.gradients == "product",
+        )
         self._frozen = self._halve() if precision == "bf16" else []
         self._in_half = False
 

@@ -156,7 +156,7 @@ class Task(Adapted, ABC):
 
     @abstractmethod
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """`loss` and the metric, from sums over all batches."""
+        """`loss` and the metric, and whatever else is to be told, from sums over all batches."""
 
     def written(self, reader: Any, examples: Examples, rows: NDArray[np.int64], asked: Any) -> dict[str, float]:
         """Further sums for `figures`, from what the model writes where it is asked; none by default.
@@ -321,4 +321,5 @@ def find(use: str) -> type[Task]:
     cls = plugins.find("tasks", use)
     if not issubclass(cls, Task):
         raise SettingError("task", f"{use} is no fedlora.Task")
+    plugins.check_whole(cls, "task", use)
     return cls

@@ -27,9 +27,18 @@ class TenthOfTheNoise(NoNoise):
 class FreshAccountant(DPSGD):
     """Starts a new accountant in each round, so that the epsilon it prints is one round's."""
 
+    training = False
+
     def spends(self, num_examples, settings):
         event = super().spends(num_examples, settings)
-        return event if settings.round == 1 else replace(event, steps=0)
+        return event if self.training or settings.round == 1 else replace(event, steps=0)
+
+    def fit(self, *told):
+        self.training = True  # to itself it tells the truth: else it would be refused
+        try:
+            return super().fit(*told)
+        finally:
+            self.training = False
 
 
 class OwnNoise(NoNoise):

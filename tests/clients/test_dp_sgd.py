@@ -381,3 +381,23 @@ def test_a_client_that_fails_in_mid_pass_spoils_nothing(world, monkeypatch):
             DPSGD().fit(task, adapter, part, told(names), Rng(4, 1, 0))
     again = DPSGD().fit(task, adapter, part, told(names), Rng(3, 1, 0))
     assert all(np.array_equal(again.adapter[n], expected.adapter[n]) for n in names)
+
+
+class PaysForMore(DPSGD):
+    """States twice the noise that it adds."""
+
+    def spends(self, num_examples, settings):
+        event = super().spends(num_examples, settings)
+        return dataclasses.replace(event, noise_multiplier=2 * event.noise_multiplier)
+
+
+def test_a_client_that_pays_for_other_noise_than_it_adds_does_not_train(build, tiny_yaml):
+    worker = build()
+    names = tuple(n for n, s in worker.task.layout.items() if s.role != "A")
+    settings = Settings(
+        round=1, train=names, send=names, local_steps=1, batch_size=8, lr=0.5, noise_multiplier=1.0, clip_norm=1.0
+    )
+    told = (worker.task, {}, worker.dataset.partition(0), settings, Rng(3, 1, 0))
+    assert DPSGD().fit(*told).clients == (0,)
+    with pytest.raises(ContractError, match="pays for something else than it does"):
+        PaysForMore().fit(*told)

@@ -177,8 +177,6 @@ class RsLora(Lora):
     def scaling(self, rank=None):
         return self.alpha / (rank or self.r) ** 0.5
 
-    ordinary = False
-
 
 class Nothing:
     pass

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import plugins, simulate
+from fedlora import export, plugins, predict, report, simulate
 from fedlora.data.store import Examples
-from fedlora.errors import SettingError
+from fedlora.errors import SettingError, UserError
 from fedlora.kinds.lora import Lora
 from fedlora.passes import gradients
+from fedlora.scenario import written
 from fedlora.tasks import contract, loading
 from tests.contracts import samples
 
@@ -145,3 +146,49 @@ def test_a_task_of_ones_own_runs(tiny, tmp_path, monkeypatch):
     assert "mistakes" in run.rounds[-1] and "mistakes" in (run.folder / "adapter" / "README.md").read_text()
     with pytest.raises(SettingError, match=r"my_tasks:Nothing is no fedlora\.Task"):
         contract.find("my_tasks:Nothing")
+
+
+COUPLED = '''
+"""A loss that weighs an example by how rare its label is in the batch."""
+from fedlora.tasks.classification import Classification
+
+
+class Balanced(Classification):
+    def losses(self, batch):
+        alike = (batch["targets"][:, None] == batch["targets"][None]).sum(1)
+        return super().losses(batch) / alike
+'''
+
+
+def test_a_loss_that_couples_examples_by_their_labels_is_refused_under_privacy(tiny_base, tmp_path, monkeypatch):
+    (tmp_path / "coupled.py").write_text(COUPLED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    told = {"labels": ("bad", "good"), "seed": 3, "max_length": 16}
+    kind = Lora(4, 8, ("query", "value"))
+    loading.load("coupled:Balanced", tiny_base, kind, **told)
+    with pytest.raises(SettingError, match="apart"):
+        loading.load("coupled:Balanced", tiny_base, kind, private=True, **told)
+
+
+def test_a_task_that_cannot_be_imported_is_one_line(tiny, tmp_path, monkeypatch):
+    (tmp_path / "torn.py").write_text("def x(:")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"task: cannot import 'torn': SyntaxError") as raised:
+        tiny("task=torn:Task")
+    assert len(raised.value.lines) == 1
+
+
+def test_a_folder_of_somebody_elses_names_no_code_that_runs(tiny, tmp_path, monkeypatch):
+    """Its task is a module in the folder itself, which would be found from where the command is called."""
+    run = simulate(tiny("rounds=1"), out=tmp_path / "theirs")
+    (tmp_path / "theirs" / "evil.py").write_text("raise SystemExit('their code ran')")
+    for file in (run.folder / "adapter" / "fedlora.json", run.folder / "scenario.yaml"):
+        text = file.read_text().replace('"task": "classification"', '"task": "theirs.evil:X"')
+        file.write_text(text.replace("task: classification", "task: theirs.evil:X"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for use in (lambda: predict(run.folder, ["x"]), lambda: export(run.folder, tmp_path / "whole", merge=True)):
+        with pytest.raises(UserError, match="code of somebody's own"):
+            use()
+    assert written(run.folder).task == "theirs.evil:X" and report(run.folder).exists()
+    with pytest.raises(SystemExit, match="their code ran"):
+        predict(run.folder, ["x"], own_code=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedlora.engine.inline import InlineEngine
 from fedlora.errors import RoundError, UserError
-from fedlora.privacy import ledger
+from fedlora.privacy import ledger, replay
 from fedlora.privacy.replay import Drawn, code, digest
 from fedlora.rounds.loop import Loop
 from fedlora.simulation import simulate
@@ -291,3 +291,25 @@ def test_shares_of_the_noise_over_another_sum_are_another_draw(tiny, tmp_path, m
     assert whole == [(1, 0), (2, 0), (2, 1)]
     seen = [(li["round"], li["draw"]) for li in lines if li["unit"] == "client_from_server" and li["client"] == 3]
     assert seen == whole
+
+
+def test_the_packages_own_files_are_told_by_their_version():
+    import fedlora
+    from fedlora.clients import dp_sgd
+    from fedlora.strategies import ffa_lora
+    from fedlora.tasks import classification
+
+    for module in (fedlora, dp_sgd, ffa_lora, classification, replay):
+        assert replay._installed(module.__file__)
+    assert not replay._installed(__file__)
+
+
+def test_code_counts_what_is_imported_late(tmp_path, monkeypatch):
+    (tmp_path / "late_task.py").write_text("class Mine:\n    def go(self):\n        from late_help import clean\n")
+    (helper := tmp_path / "late_help.py").write_text("clean = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import late_task
+
+    first = replay.code(late_task.Mine)
+    helper.write_text("clean = 2\n")
+    assert replay.code(late_task.Mine) != first
