@@ -36,7 +36,7 @@ scenario: {tmp_path / "tiny.yaml"}
 settings: {{clients.lr: 0.25}}
 search:
   strategy.use: [ffa_lora, fedavg_lora]
-  accounting.epsilon: [4, 8]
+  privacy.epsilon: [4, 8]
   seed: [0, 1]
 parallel: 1
 """)
@@ -199,7 +199,7 @@ def test_settings_joined_by_commas_move_together(file):
     )
     file.write_text(
         text.replace(
-            "accounting.epsilon: [4, 8]",
+            "privacy.epsilon: [4, 8]",
             """privacy, clients.use:
     - [null, sgd]
     - [{epsilon: 4, delta: 0.001}, dp_sgd]""",

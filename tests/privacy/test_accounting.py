@@ -161,7 +161,7 @@ def test_a_target_out_of_reach_is_told_at_once_and_in_a_line(accountant):
     with pytest.raises(SettingError) as caught:
         calibrate(1e-6, DELTA, 1.0, 10_000, accountant)
     assert time.perf_counter() - began < 5
-    assert caught.value.key == "accounting.epsilon" and len(str(caught.value).splitlines()) == 1
+    assert caught.value.key == "privacy.epsilon" and len(str(caught.value).splitlines()) == 1
     assert "no noise reaches epsilon 1e-06 at delta 1e-05 over 10000 steps" in caught.value.message
 
 
