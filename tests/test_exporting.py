@@ -119,7 +119,7 @@ def test_a_base_that_went_away_is_one_line(made, tmp_path):
 
 def test_labels_that_are_missing_are_one_line(made, tmp_path):
     folder = shutil.copytree(made.folder, tmp_path / "run")
-    (folder / "adapter" / "fedlora.json").unlink()  # as versions before 0.3 left it
+    (folder / "adapter" / "fedlora.json").unlink()  # as version 0.2.0 left it
     assert predict(folder, ["x"])[0].text == "x"
     (folder / "partitions.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match="does not name the labels"):
