@@ -71,15 +71,15 @@ def _prepare(place: Path, rounds: int) -> tuple[dict[str, Path], list[Path]]:
     import shutil
     from importlib.metadata import version
 
+    from fedlora import prepare, wire
     from fedlora import scenario as scenarios
-    from fedlora import simulation, wire
     from fedlora.deploy.node import Node
     from fedlora.deploy.split import split
     from fedlora.engine.worker import Worker
 
     told = scenarios.load("sites", [f"rounds={2 * rounds}"])
     files = split(told, place / "sites")
-    ready = simulation.prepare_server(told)
+    ready = prepare.prepare_server(told)
     worker = Worker(ready.setup)
     words = {
         "run": "bench",

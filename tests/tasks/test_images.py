@@ -128,19 +128,19 @@ def test_what_the_model_sees_is_what_its_processor_makes(file, tiny_vit):
 
 def test_an_images_private_gradient_is_its_own(file, tiny_vit):
     """Per-example gradients are those of one image at a time."""
-    from fedlora.clients.dp_sgd import _backward, _hook
+    from fedlora.passes.gradients import backward, hook
 
     made, data = load(tiny_vit), prepare(scenario.load(file)).data
     names = tuple(n for n, s in made.layout.items() if s.role != "A")
     parameters = made.begin({}, names)
-    _hook(made, names)
-    _backward(made, made.batch(data.train, np.arange(3)))
+    hook(made, names)
+    backward(made, made.batch(data.train, np.arange(3)))
     together = [p.grad_sample.clone() for p in parameters]
     for image in range(3):
         for parameter in parameters:
             parameter.grad = parameter.grad_sample = None
         made.low_rank.singly = False  # as a plain client's backward pass
-        _backward(made, made.batch(data.train, np.array([image])))
+        backward(made, made.batch(data.train, np.array([image])))
         for each, parameter in zip(together, parameters, strict=True):
             torch.testing.assert_close(each[image], parameter.grad, rtol=1e-4, atol=1e-6)
 

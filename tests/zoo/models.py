@@ -194,7 +194,7 @@ def singles(task, model, examples, adapter):
 
 def privately(task, adapter, examples):
     """The same gradients as a private client's pass over all of them makes them."""
-    from fedlora.clients.dp_sgd import apart
+    from fedlora.passes.gradients import apart
 
     names = tuple(sorted(task.layout))
     made = apart(task, adapter, names, task.batch(examples, np.arange(len(examples))))
