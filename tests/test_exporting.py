@@ -64,7 +64,7 @@ def test_a_merged_model_answers_as_the_adapter_does(made, tiny_base, tmp_path):
 
 def test_an_exported_adapter_is_the_runs(made, tmp_path):
     folder = export(made, tmp_path / "adapter")
-    names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    names = {"adapter_config.json", "adapter_model.safetensors", "README.md", "fedlora.json"}
     assert {f.name for f in folder.iterdir()} == names
     assert all((folder / n).read_bytes() == (made.folder / "adapter" / n).read_bytes() for n in names)
     with pytest.raises(UserError, match="is there already"):

@@ -173,7 +173,7 @@ def test_a_loss_that_couples_examples_by_their_labels_is_refused_under_privacy(t
 def test_a_task_that_cannot_be_imported_is_one_line(tiny, tmp_path, monkeypatch):
     (tmp_path / "torn.py").write_text("def x(:")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UserError, match=r"task: cannot import 'torn': SyntaxError") as raised:
+    with pytest.raises(UserError, match=r"cannot import 'torn': SyntaxError") as raised:
         tiny("task=torn:Task")
     assert len(raised.value.lines) == 1
 

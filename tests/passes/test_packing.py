@@ -32,7 +32,7 @@ from fedlora.passes import packing
 from fedlora.passes.packing import Packing, Segments
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.classification import Classification
-from fedlora.tasks.loading import build
+from fedlora.tasks.loading import build as built
 
 LENGTHS = (7, 3, 11, 1)
 ENCODER = {
@@ -80,9 +80,9 @@ def make(name):
     build, target = MODELS[name]
     model = build().eval()
     if "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__:
-        return build(CausalLM, model, Lora(4, 8, (target,)), heads={}, seed=3, pad=1)
+        return built(CausalLM, model, Lora(4, 8, (target,)), heads={}, seed=3, pad=1)
     heads = {n: True for n, _ in model.named_children() if n != model.base_model_prefix and "drop" not in n}
-    return build(Classification, model, Lora(4, 8, (target,)), heads=heads, seed=3, pad=1)
+    return built(Classification, model, Lora(4, 8, (target,)), heads=heads, seed=3, pad=1)
 
 
 def ragged(lengths=LENGTHS, seed=0):
@@ -217,7 +217,7 @@ def test_a_model_that_reads_padding_in_its_own_way_is_padded(caplog):
 @pytest.mark.parametrize("window, packs", [(64, True), (63, False), (None, True)])
 def test_a_model_that_attends_within_a_window_is_padded(window, packs, caplog):
     model = MistralForCausalLM(MistralConfig(**DECODER, sliding_window=window))
-    task = build(CausalLM, model.eval(), Lora(4, 8, ("q_proj",)), heads={}, seed=3, pad=1, max_length=64)
+    task = built(CausalLM, model.eval(), Lora(4, 8, ("q_proj",)), heads={}, seed=3, pad=1, max_length=64)
     assert (task.packing is not None) is packs and ("within a window" in caplog.text) is not packs
 
 

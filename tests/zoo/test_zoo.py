@@ -134,7 +134,7 @@ def test_positions_over_the_whole_row_are_seen_by_what_they_do(name, precision, 
 @pytest.mark.parametrize("pad", [0, 1, VOCABULARY - 1])
 def test_the_check_has_examples_of_many_tokens_wherever_the_padding_id_lies(pad):
     task, _ = make("gpt2", pad=pad, special=(pad, 7))
-    made = alone.texts(task, 32, {pad, 7})
+    made = task.samples(32, {pad, 7})
     assert made.lengths(np.arange(len(made))).tolist() == [2, 5, 13, 16, 32]
     held = set(made.tokens.tolist())
     assert len(held) > 50 and not held & {pad, 7, 0, 2} and max(held) < VOCABULARY
