@@ -205,7 +205,7 @@ def test_a_model_that_reads_padding_in_its_own_way_is_padded(caplog):
     torch.manual_seed(0)
     model = DebertaForSequenceClassification(DebertaConfig(**ENCODER, relative_attention=True, type_vocab_size=0))
     with caplog.at_level(logging.WARNING):
-        task = build(
+        task = built(
             Classification, model.eval(), Lora(4, 8, ("in_proj",)), heads={"classifier": True}, seed=3, pad=1
         )
     assert task.packing is None and [r.name for r in caplog.records].count("fedlora.passes.alone") == 1
