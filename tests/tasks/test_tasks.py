@@ -438,20 +438,3 @@ def test_what_another_round_of_merges_adds_to_a_tied_head_leaves_the_embeddings_
     made.merge({"lm_head": (np.ones((30522, 1), np.float32), np.ones((1, 32), np.float32))})
     assert torch.equal(base.get_input_embeddings().weight, before)
     torch.testing.assert_close(made.weight("lm_head"), before + 1)
-
-
-def test_the_check_takes_under_a_second_for_minilm():
-    """Processor time of one thread, without what loading takes; several tries on a machine that others use."""
-    import time
-
-    from fedlora.passes import alone
-
-    made = load("minilm", private=True, max_length=128)
-    taken = []
-    for _ in range(3):
-        made.packing.remove()
-        made.packing = None
-        began = time.process_time()
-        alone.settle(made, 128, ())
-        taken.append(time.process_time() - began)
-    assert made.packing is not None and min(taken) < 1.0
