@@ -240,9 +240,7 @@ def load(use: str, options: Mapping[str, Any]) -> Client:
     Raises:
         SettingError: the name or an option is wrong.
     """
-    cls = plugins.find("clients", use)
-    if not issubclass(cls, Client):
-        raise SettingError("clients.use", f"{use} is no fedlora.Client")
+    cls = plugins.find_of("clients", use, Client)  # type: ignore[type-abstract]
     client: Client = plugins.build(cls, options, "clients")
     return client
 

@@ -10,10 +10,11 @@ import pkgutil
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from fedlora.errors import SettingError, suggestion
 
+T = TypeVar("T")
 Shelf = Literal["strategies", "clients", "tasks", "kinds"]
 
 
@@ -94,14 +95,18 @@ def find(shelf: Shelf, use: str) -> type[Any]:
     return found
 
 
-def check_whole(cls: type[Any], key: str, use: str) -> None:
-    """Make sure that a class has all that its contract asks for.
+def find_of(shelf: Shelf, use: str, contract: type[T]) -> type[T]:
+    """The class behind a name, which keeps a contract.
 
     Raises:
-        SettingError: it lacks something.
+        SettingError: nothing importable has that name, it is no such class, or it lacks a method.
     """
+    key, cls = _SHELVES[shelf].key, find(shelf, use)
+    if not issubclass(cls, contract):
+        raise SettingError(key, f"{use} is no fedlora.{contract.__name__}")
     if lacking := sorted(getattr(cls, "__abstractmethods__", ())):
         raise SettingError(key, f"{use} lacks {', '.join(lacking)}")
+    return cls
 
 
 def build(cls: type[Any], options: Mapping[str, Any], section: str) -> Any:

@@ -14,7 +14,6 @@ import numpy as np
 
 from fedlora import factors, plugins
 from fedlora.adapter import Adapter, Change, Layout, Slot, Tensor
-from fedlora.errors import SettingError
 from fedlora.seeding import generator
 
 if TYPE_CHECKING:
@@ -198,10 +197,7 @@ def load(use: str, r: int, alpha: float, targets: tuple[str, ...], layers: tuple
     Raises:
         SettingError: nothing importable has that name.
     """
-    cls = plugins.find("kinds", use)
-    if not issubclass(cls, Kind):
-        raise SettingError("model.adapter.kind", f"{use} is no fedlora.Kind")
-    plugins.check_whole(cls, "model.adapter.kind", use)
+    cls: type[Kind] = plugins.find_of("kinds", use, Kind)  # type: ignore[type-abstract]
     return cls(r, alpha, targets, layers)
 
 

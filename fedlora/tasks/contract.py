@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from fedlora import plugins
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded, Examples, Partition
-from fedlora.errors import SettingError
 from fedlora.kinds.contract import Kind
 from fedlora.passes.prefix import Prefix, below
 from fedlora.seeding import generator
@@ -318,8 +317,4 @@ def find(use: str) -> type[Task]:
     Raises:
         SettingError: nothing importable has that name.
     """
-    cls = plugins.find("tasks", use)
-    if not issubclass(cls, Task):
-        raise SettingError("task", f"{use} is no fedlora.Task")
-    plugins.check_whole(cls, "task", use)
-    return cls
+    return plugins.find_of("tasks", use, Task)  # type: ignore[type-abstract]
