@@ -45,9 +45,10 @@ def prepare(scenario: Scenario) -> Prepared:
         SettingError: a setting does not fit the data.
     """
     data, total = scenario.data, scenario.clients.total
-    return _prepared(
+    ready = _prepared(
         scenario, lambda encode, key: datasets.prepare(data, scenario.task, total, scenario.seed, encode, key)
     )
+    return replace(ready, setup=replace(ready.setup, kept=(datasets.cache_folder() / "frozen").absolute()))
 
 
 def prepare_server(scenario: Scenario) -> Prepared:

@@ -150,7 +150,7 @@ def build(tiny):
         key = (overrides, private)
         if key not in made:
             ready = prepare(tiny(*overrides, private=private))
-            made[key] = Worker(replace(ready.setup, noise=calibrate(ready.scenario, ready.data)))
+            made[key] = Worker(replace(ready.setup, noise=calibrate(ready.scenario, ready.data), kept=None))
         return made[key]
 
     return worker

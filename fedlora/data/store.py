@@ -193,7 +193,7 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
         _write_partitions(to, data.client_test_share, parts, seed)
 
     key = _fingerprint(_FORMAT, how, owners, str(num_clients), str(seed))
-    return Dataset.open(folder, _cached(folder.with_name(f"{folder.name}-{key}"), write))
+    return Dataset.open(folder, cached(folder.with_name(f"{folder.name}-{key}"), write))
 
 
 def hold(
@@ -235,14 +235,14 @@ def hold(
 
     told = seed.hex() if isinstance(seed, bytes) else str(seed)
     key = _fingerprint(_FORMAT, "held", str(data.client_test_share), str(client), str(num_clients), told)
-    return Dataset.open(folder, _cached(folder.with_name(f"{folder.name}-{key}"), write))
+    return Dataset.open(folder, cached(folder.with_name(f"{folder.name}-{key}"), write))
 
 
 def _tokenised(
     data: settings.Data, task: str, train: Rows, test: Rows, names: Sequence[str], encode: Encode, encoding: str
 ) -> Path:
     key = _fingerprint(_FORMAT, task, encoding, str(data.max_length), _content(train), _content(test), *names)
-    return _cached(cache_folder() / "tokens" / key, lambda to: _write(to, train, test, names, encode))
+    return cached(cache_folder() / "tokens" / key, lambda to: _write(to, train, test, names, encode))
 
 
 def _write(folder: Path, train: Rows, test: Rows, names: Sequence[str], encode: Encode) -> None:
@@ -294,8 +294,13 @@ def _fingerprint(*parts: Input) -> str:
     return digest.hexdigest()[:16]
 
 
-def _cached(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, made once: it appears whole or not at all, also when two runs make it at once."""
+def cached(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, made once: it appears whole or not at all, also when two runs make it at once.
+
+    Args:
+        folder: to make.
+        make: writes into a folder that takes its place.
+    """
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -236,7 +236,7 @@ class Node:
             if self.site is None:
                 ready = prepare.prepare(scenario)
                 noise = prepare.calibrate(scenario, ready.data)
-                setup = replace(ready.setup, noise=noise, secret=ready.client.private)
+                setup = replace(ready.setup, noise=noise, secret=ready.client.private, kept=None)
             else:
                 told = self.site.data.labels
                 rows, left_out = reading.read_site(self.site.data, told)

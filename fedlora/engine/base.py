@@ -17,6 +17,7 @@ from fedlora import wire
 from fedlora.adapter import Adapter, Change, Instruction, Sum
 from fedlora.engine.replies import Replies
 from fedlora.engine.setup import Description, Setup
+from fedlora.passes.kept import Piece
 
 EVALUATION_CHUNK = 256  # test examples: fixed, so that sums do not depend on the number of workers
 
@@ -73,6 +74,15 @@ class Engine(Grid):
     @abstractmethod
     def start(self, setup: Setup) -> Description:
         """Build the workers, and say what they built."""
+
+    def keep(self, work: Callable[[Path, Sequence[Piece]], None]) -> None:
+        """Have on disk what the layers below all factors make of the examples, where that is wanted.
+
+        Args:
+            work: lets workers fill a folder.
+        """
+        if (wanted := self.description.wanted) is not None:
+            wanted.make(lambda to: work(to, wanted.pieces))
 
     @abstractmethod
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:

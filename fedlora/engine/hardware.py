@@ -125,12 +125,11 @@ def pack(
     return wanted, share(next(n for n in range(1, most + 1) if room(nodes, n, threads) >= wanted))
 
 
-def measure(rehearse: Callable[[], None], cache: int) -> Measured:
+def measure(rehearse: Callable[[], None]) -> Measured:
     """What a worker takes of its GPU at most, by trying; it has loaded, and serves clients as before.
 
     Args:
         rehearse: what a worker does at most.
-        cache: bytes that it keeps more as clients come.
     """
     import torch
 
@@ -139,7 +138,7 @@ def measure(rehearse: Callable[[], None], cache: int) -> Measured:
     free, _ = torch.cuda.mem_get_info()
     return Measured(
         free=free + torch.cuda.memory_reserved() + CONTEXT,
-        worker=torch.cuda.max_memory_reserved() + cache + CONTEXT,
+        worker=torch.cuda.max_memory_reserved() + CONTEXT,
     )
 
 

@@ -8,6 +8,7 @@ from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks, gathered, summ
 from fedlora.engine.replies import Replies
 from fedlora.engine.setup import Description, Setup
 from fedlora.engine.worker import Worker
+from fedlora.passes.kept import Piece
 
 
 class InlineEngine(Engine):
@@ -17,7 +18,12 @@ class InlineEngine(Engine):
         """Load the model here."""
         self.worker = Worker(setup)
         self.description = self.worker.describe()
+        self.keep(self._fill)
         return self.description
+
+    def _fill(self, to: Path, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            self.worker.fill(to, piece)
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
         """Run the clients in order, in the chunks that other engines make."""

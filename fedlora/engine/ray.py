@@ -21,6 +21,7 @@ from fedlora.engine.pool import Job, Pool
 from fedlora.engine.replies import Replies, Report
 from fedlora.engine.setup import Description, Setup
 from fedlora.errors import FedloraError, SettingError
+from fedlora.passes.kept import Piece
 from fedlora.scenario import Scenario
 
 IDLE = 0.1  # of what workers could do in a round: as much must stay idle for evaluation to go beside it
@@ -76,7 +77,17 @@ class RayEngine(Engine):
         self.description = descriptions[0]
         self.setup = replace(setup, precision=self.description.precision)
         self.pool.tell(self.setup)
+        self.keep(self._fill)
         return self.description
+
+    def _fill(self, to: Path, pieces: Sequence[Piece]) -> None:
+        """Let all workers pass the examples through the layers below all factors."""
+
+        def lost(_: int, why: str) -> None:
+            raise FedloraError(f"the examples could not be passed through the frozen layers: {why}")
+
+        for _ in self.pool.spread([self.pool.call("fill", to.absolute(), piece) for piece in pieces], lost):
+            pass
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
         """Run the clients wherever a worker is free, and then what is to be evaluated beside them."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedlora.adapter import Adapter, Layout
 from fedlora.kinds.contract import Kind
+from fedlora.passes.kept import Wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class Setup:
         device: a torch device, or `auto`: a GPU where there is one.
         noise: the calibrated noise multiplier for each number of examples; None without privacy.
         personal: folder of what stays with each client; None where nothing does.
+        kept: folder of what the layers below all factors make of examples; None: in memory, where it fits.
         secret: whether noise is drawn from the operating system and not from the scenario's seed.
     """
 
@@ -33,6 +35,7 @@ class Setup:
     device: str = "cpu"
     noise: Mapping[int, float] | None = None
     personal: Path | None = None
+    kept: Path | None = None
     secret: bool = False
 
 
@@ -50,3 +53,4 @@ class Description:
     fingerprint: str  # of the first adapter, bit for bit: workers that differ must not serve one run
     device: str  # that it is on: `cpu` or `cuda`
     precision: str  # of training
+    wanted: Wanted | None = None  # on disk before clients train

@@ -23,8 +23,9 @@ from fedlora.engine.replies import Deed, Replies, Report
 from fedlora.engine.setup import Description, Setup
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError, Refusal
-from fedlora.passes import alone, prefix
+from fedlora.passes import alone
 from fedlora.passes.fused import Fused
+from fedlora.passes.kept import Kept, Piece, pays
 from fedlora.privacy import replay
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms import central
@@ -74,6 +75,10 @@ class Worker:
                 private=self.client.private,
                 precision="bf16" if setup.precision == "bf16" else "fp32",
             )
+        self.kept: Kept | None = None
+        if self.task.prefix is not None and pays(self.scenario, self.dataset):
+            self.kept = Kept(self.task, self.dataset, setup.kept, setup.threads)
+            self.task.prefix.kept = self.kept.of
         self.fused = Fused(self.task) if self.scenario.engine.fused > 1 else None
         self.settings = Setter(self.scenario, setup.noise)
         self.serve(strategy, setup.personal)
@@ -110,7 +115,14 @@ class Worker:
             fingerprint=fingerprint(self.task.initial),
             device=self.setup.device,
             precision=self.setup.precision,
+            wanted=self.kept.wanted if self.kept is not None else None,
         )
+
+    def fill(self, to: Path, piece: Piece) -> None:
+        """Pass some examples through the layers below all factors, into the arrays of a folder."""
+        assert self.kept is not None
+        self.task.begin(self.task.initial, ())
+        self.kept.fill(to, piece)
 
     def base_fingerprint(self) -> str:
         """Of the base model's own weights, before any merge."""
@@ -333,14 +345,10 @@ class Worker:
             deed.draw = drawn.draw(deed.digest)
         root = fresh_key() if self.setup.secret else self.scenario.seed
         rng = clients.Rng(root, settings.round, client, deed.draw)
-        passes = settings.local_steps * settings.batch_size
-        with self.task.knowing(partition, passes, settings.micro_batch_size):
-            told = (self.task, received, partition, replace(settings, send=wanted), rng)
-            if sharing and isinstance(self.client, clients.Stepwise):
-                update = yield from self.client.passes(*told)
-            else:
-                update = self.client.fit(*told)
-        return update
+        told = (self.task, received, partition, replace(settings, send=wanted), rng)
+        if sharing and isinstance(self.client, clients.Stepwise):
+            return (yield from self.client.passes(*told))
+        return self.client.fit(*told)
 
     def _received(self, instruction: Instruction, client: int) -> Adapter:
         """The tensors that a client trains from: those sent, and those that it kept."""
@@ -368,12 +376,11 @@ class Worker:
         partition = Partition(-1, self.dataset.train, rows)  # no client's
         self.task.become(ranks[-1], instruction.draw)
         received, rng = instruction.at(ranks[-1]).adapter, clients.Rng(self.scenario.seed, 0, 0)
-        with self.task.knowing(partition, len(rows), len(longest)):
-            one = (self.task, received, partition, settings, rng)
-            if self.fused is not None and isinstance(self.client, clients.Stepwise):
-                self.fused.run(ranks[-1], [self.client.passes(*one) for _ in range(self.scenario.engine.fused)])
-            else:
-                self.client.fit(*one)
+        one = (self.task, received, partition, settings, rng)
+        if self.fused is not None and isinstance(self.client, clients.Stepwise):
+            self.fused.run(ranks[-1], [self.client.passes(*one) for _ in range(self.scenario.engine.fused)])
+        else:
+            self.client.fit(*one)
         self.task.become()
         test = self.dataset.test
         width = int(test.lengths(_longest(test, 1))[0])
@@ -381,9 +388,7 @@ class Worker:
 
     def measure(self) -> hardware.Measured:
         """What it takes of its GPU at most."""
-        return hardware.measure(
-            self.rehearse, prefix.LIMIT if self.task.prefix else 0
-        )  # which fills as clients come
+        return hardware.measure(self.rehearse)
 
     def _agree(self, instruction: Instruction) -> None:
         """Make sure that the tensors that did not travel are what the server has.

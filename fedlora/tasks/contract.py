@@ -4,7 +4,6 @@ A task is one file: which columns its rows have, how they are encoded, the loss 
 judged by, and how an answer is shown. It is found by its name, like a strategy, or as `module:Class`.
 """
 
-import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedlora import plugins
 from fedlora.data.reading import Rows
-from fedlora.data.store import Encoded, Examples, Partition
+from fedlora.data.store import Encoded, Examples
 from fedlora.kinds.contract import Kind
 from fedlora.passes.prefix import Prefix, below
 from fedlora.seeding import generator
@@ -207,9 +206,17 @@ class Task(Adapted, ABC):
         if types is not None:
             arrays["token_type_ids"] = types
         batch = {key: self.place(array) for key, array in arrays.items()}
-        if self.prefix is not None and (row := self.prefix.find(examples, rows)) is not None:
-            batch["prefix"] = row
+        row = self.prefix.find(examples, rows) if self.prefix is not None else None
+        if row is not None and (row.dtype == np.uint16) is self._in_half:
+            batch["prefix"] = self._placed(row)
         return batch
+
+    def _placed(self, row: NDArray[Any]) -> "torch.Tensor":
+        """Tokens above the frozen layers on the device, (1, tokens, width); bfloat16 is kept as its bits."""
+        import torch
+
+        placed = self.place(row)[None]
+        return placed.view(torch.bfloat16) if row.dtype == np.uint16 else placed
 
     def join(self, batches: Sequence[Batch]) -> Batch:
         """Batches as one, of their examples one after another."""
@@ -250,31 +257,25 @@ class Task(Adapted, ABC):
         """Examples of a batch of evaluation, of which the longest has so many tokens."""
         return max(1, _EVALUATION_TOKENS // longest)
 
-    @contextlib.contextmanager
-    def knowing(self, partition: Partition, passes: int, size: int) -> Iterator[None]:
-        """Pass a client's examples through the layers that never change once, for as long as it trains.
+    def below(self, examples: Examples, rows: NDArray[np.int64], half: bool) -> "torch.Tensor":
+        """What enters the lowest layer with factors, (1, tokens, width), of examples one after another.
 
         Args:
-            partition: the client's examples.
-            passes: how many examples it will train on, again and again those it has: with fewer than it holds
-                there is nothing to win.
-            size: about how many examples are in memory at once.
+            examples: of a dataset.
+            rows: to pass together.
+            half: in bfloat16, and not in float32.
         """
         import torch
 
-        if self.prefix is None or passes < len(partition):
-            yield
-            return
+        assert self.prefix is not None
+        before = self._in_half
+        try:
+            with torch.no_grad(), self.precisely(half):
+                return self.prefix.come(lambda: self.logits(self.batch(examples, rows)))
+        finally:
+            self._use_half(before)
 
-        def run(rows: NDArray[np.int64]) -> None:
-            self.begin({}, ())
-            with torch.no_grad(), self.autocast():
-                self.logits(self.batch(partition.examples, rows))
-
-        with self.prefix.of(partition, run, size):
-            yield
-
-    def below(self) -> Prefix | None:
+    def lower(self) -> Prefix | None:
         """The layers below the lowest factors, if there are any and the model packs."""
         base = self.model.get_base_model()
         name = base.base_model_prefix

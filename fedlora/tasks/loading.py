@@ -42,7 +42,7 @@ def build(
     made.sees(reader)
     if made.weighs:
         alone.settle(made, max_length, {made.pad, *special})
-    made.prefix = made.below()
+    made.prefix = made.lower()
     return made
 
 
