@@ -289,7 +289,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     elif arguments.form == "latex":
         print(table.latex())
     else:
-        print("\n".join([*table.text(""), "", *made.legend(), *made.notes, f"page: {arguments.out}"]))
+        told = [*made.sentences, ""] if made.sentences else []
+        print("\n".join([*table.text(""), "", *told, *made.legend(), *made.notes, f"page: {arguments.out}"]))
     return 0
 
 

@@ -31,6 +31,7 @@ def test_the_figures_are_those_of_clients_models_on_the_test_set(run, tiny):
         each.append(worker.task.figures(sums)["accuracy"])
     assert run.summary["accuracy"] == pytest.approx(np.mean(each), abs=1e-12)
     assert (run.summary["accuracy_least"], run.summary["accuracy_most"]) == (min(each), max(each))
+    assert "what all of them began with, untrained" in (run.folder / "adapter" / "README.md").read_text()
     assert run.summary["majority"] == Dataset.open(worker.setup.dataset, worker.setup.partitions).majority
     assert [line["accuracy"] is None for line in run.rounds] == [False, False]  # four clients are few
 
