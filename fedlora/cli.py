@@ -41,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
 
     simulate = commands.add_parser("simulate", help="run a scenario on this machine or a Ray cluster")
     _scenario(simulate)
+    simulate.add_argument(
+        "--baseline",
+        choices=["pooled", "pooled_private", "alone"],
+        help="run this instead: one model on all rows without privacy, or with; or each client by itself",
+    )
     simulate.add_argument("--out", metavar="DIR", help="run folder (default: runs/<name>-<hash>)")
     simulate.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
     simulate.add_argument("--engine", choices=["inline", "ray"], help="where clients run (default: as it pays)")
@@ -167,6 +172,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
 
         run = simulate(
             loaded,
+            baseline=arguments.baseline,
             out=arguments.out,
             resume=arguments.resume,
             ray_address=arguments.ray_address,
@@ -283,7 +289,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     elif arguments.form == "latex":
         print(table.latex())
     else:
-        print("\n".join([*table.text(""), "", *made.legend(), *made.notes, f"page: {arguments.out}"]))
+        told = [*made.sentences, ""] if made.sentences else []
+        print("\n".join([*table.text(""), "", *told, *made.legend(), *made.notes, f"page: {arguments.out}"]))
     return 0
 
 

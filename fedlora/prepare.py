@@ -59,6 +59,10 @@ def prepare_server(scenario: Scenario) -> Prepared:
     """
     if scenario.world is not None:
         raise SettingError("world", "is of simulated devices: leave it out to run on sites")
+    if strategies.load(scenario.strategy.use, scenario.strategy.options).tested:
+        raise SettingError(
+            "strategy.use", f"{scenario.strategy.use} is judged by the test set, which sites have not: simulate it"
+        )
     data, total = scenario.data, scenario.clients.total
     test, labels = reading.read_test(data, scenario.task)
 

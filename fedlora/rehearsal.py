@@ -117,8 +117,8 @@ class _Engine(InlineEngine):
     def evaluate(self, adapter: Adapter) -> dict[str, float]:
         return {"loss": 0.0, self.description.metric: 0.0}
 
-    def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
-        return self.evaluate({})
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
+        return [self.evaluate({})]
 
     def merge(self, change: Change) -> None:
         pass

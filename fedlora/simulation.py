@@ -13,6 +13,7 @@ from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora import suitability
 from fedlora.adapter import Adapter
+from fedlora.baselines import derive
 from fedlora.client import Setter
 from fedlora.engine.setup import Description
 from fedlora.errors import SettingError, UserError
@@ -41,6 +42,7 @@ def simulate(
     scenario: Scenario | str | Path,
     *,
     overrides: Sequence[str] = (),
+    baseline: str | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     ray_address: str | None = None,
@@ -52,6 +54,7 @@ def simulate(
     Args:
         scenario: a loaded one, a file, or the name of one that ships with fedlora.
         overrides: `a.b=value` settings; only with a file or a name.
+        baseline: run this one of the scenario instead: `pooled`, `pooled_private` or `alone`.
         out: the run folder, by default `runs/<name>-<hash>`.
         resume: go on from the folder's checkpoint.
         ray_address: of a running Ray cluster to join.
@@ -66,6 +69,8 @@ def simulate(
         RoundError: too few clients of a round replied, in every attempt at it.
     """
     scenario = scenarios.given(scenario, overrides)
+    if baseline is not None:
+        scenario = derive(scenario, baseline)
     folder = Path(out) if out else Path("runs") / f"{scenario.name}-{scenario.hash}"
     folders.check(folder, scenario, resume)
     shown = Tracked(display or default_display(), folder)
@@ -199,8 +204,11 @@ def finish(begun: Begun, now: Progress, stopped: str | None) -> Run:
     """Write adapter, summary and card."""
     ready, found, folder = begun.ready, begun.found, begun.folder
     with undisturbed():
-        if stopped is not None and now.round and found.metric not in now.last and not ready.strategy.personal:
-            now.last.update(begun.engine.evaluate(now.adapter))
+        if stopped is not None and now.round and found.metric not in now.last:
+            if ready.strategy.tested:
+                now.last.update(begun.loop.tested(now.round, now.adapter))
+            elif not ready.strategy.personal:
+                now.last.update(begun.engine.evaluate(now.adapter))
         about = About.of(ready.scenario, ready.data.labels)
         _export(begun.engine, now.adapter, folder, begun.loop.merges, about)
         summary = summary_of(ready, now, found, begun.loop.ledger, stopped)

@@ -88,6 +88,9 @@ class Strategy(FlowerStrategy):
     personal: ClassVar[bool] = False
     """Whether each client ends with a model of its own, to be judged by its own examples."""
 
+    tested: ClassVar[bool] = False
+    """Whether clients' own models are judged by the test set all the same, as their mean; not on sites."""
+
     kinds: ClassVar[tuple[str, ...]] = ("lora", "lora_xs")
     """The kinds of adapter that it works on; the first is built where the scenario does not say."""
 

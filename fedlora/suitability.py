@@ -27,7 +27,7 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
         raise SettingError(
             "model.quantize", f"{use} adds to the frozen weights: leave it out, or take one of {can}"
         )
-    if strategy.personal and scenario.data.client_test_share is None:
+    if strategy.personal and not strategy.tested and scenario.data.client_test_share is None:
         raise SettingError(
             "strategy.use",
             f"{use} gives each client a model of its own, which needs examples of its own to be judged by: "

@@ -110,8 +110,14 @@ class Engine(Grid):
         return None
 
     @abstractmethod
-    def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
-        """Means over clients of loss and metric, each of its own model on the examples that it holds out."""
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
+        """Loss and metric of each client's own model on the examples that it holds out, of those that can be had.
+
+        Args:
+            instruction: with the tensors that the server holds after a round.
+            cohort: client ids.
+            test: judge by the test set and not by the client's own examples; sites cannot.
+        """
 
     @abstractmethod
     def merge(self, change: Change) -> None:

@@ -20,7 +20,7 @@ from flwr.supercore.run import Run
 from fedlora import wire
 from fedlora.adapter import Adapter, Change, Instruction, Update
 from fedlora.engine import secure as masking
-from fedlora.engine.base import Engine, summed
+from fedlora.engine.base import Engine
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.replies import Replies, Report
 from fedlora.engine.roster import Roster, Site
@@ -127,8 +127,8 @@ class FlowerEngine(Engine):
         """The server's own model is idle while sites train."""
         return self._evaluations.submit(self.here.evaluate, adapter).result
 
-    def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
-        """Means over the sites that answer of the figures of each one's own model.
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
+        """The figures of each site that answers, of its own model.
 
         Raises:
             RoundError: none does.
@@ -151,7 +151,7 @@ class FlowerEngine(Engine):
                 logger.warning("%s did not judge: %s", self.roster.sites[client], error)
         if not figures:
             raise RoundError("no site judged its own model")
-        return {key: value / len(figures) for key, value in summed(figures).items()}
+        return figures
 
     def merge(self, change: Change) -> None:
         """Fold a change into the base here; sites get it beside their next instruction."""

@@ -39,10 +39,9 @@ class InlineEngine(Engine):
             summed(self.worker.evaluate(adapter, a, min(a + EVALUATION_CHUNK, count)) for a in starts)
         )
 
-    def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
         """Loss and metric of clients' own models."""
-        sums = summed(self.worker.judge(instruction, chunk) for chunk in chunks(cohort))
-        return {key: value / len(cohort) for key, value in sums.items()}
+        return self.worker.judge(instruction, cohort, test)
 
     def merge(self, change: Change) -> None:
         """Fold a change into the base."""

@@ -150,16 +150,16 @@ class RayEngine(Engine):
         (figures,) = self.pool.spread([self.pool.call("figures", summed(parts))], _not_evaluated)
         return figures
 
-    def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
         """Loss and metric of clients' own models."""
         import ray
 
-        def lost(_: int, why: str) -> dict[str, float]:
+        def lost(_: int, why: str) -> list[dict[str, float]]:
             raise FedloraError(f"clients' own models could not be evaluated: {why}")
 
         told = ray.put(instruction)
-        sums = summed(self.pool.spread([self.pool.call("judge", told, piece) for piece in chunks(cohort)], lost))
-        return {key: value / len(cohort) for key, value in sums.items()}
+        jobs = [self.pool.call("judge", told, piece, test) for piece in chunks(cohort)]
+        return [*itertools.chain.from_iterable(self.pool.spread(jobs, lost))]
 
     def merge(self, change: Change) -> None:
         """Workers fold it in before they do anything else."""

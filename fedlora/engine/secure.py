@@ -216,9 +216,9 @@ class SecureEngine(Engine):
         """The inner engine's."""
         return self.inner.beside(adapter)
 
-    def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
         """The inner engine's."""
-        return self.inner.judge(instruction, cohort)
+        return self.inner.judge(instruction, cohort, test)
 
     def merge(self, change: Change) -> None:
         """The inner engine's."""

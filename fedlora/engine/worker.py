@@ -297,7 +297,8 @@ class Worker:
             return replace(update, scaling=kind.scaling(rank))
         check_tensors(update.adapter, {n: kind.shape(layout[n], rank) for n in wanted})  # before it is kept
         if instruction.keep and self.personal is not None:
-            self.personal.save(client, round, {name: update.adapter[name] for name in instruction.keep})
+            kept = {name: update.adapter[name] for name in instruction.keep}
+            self.personal.save(client, round, {**self.personal.load(client, before=round), **kept})
         if strategy.trips > 1 and self.personal is not None:
             self.personal.save_trip(client, round, update.adapter, update.weight)
         return replace(update, adapter=strategy.reply(instruction, update.adapter), scaling=kind.scaling(rank))
@@ -327,7 +328,7 @@ class Worker:
             Refusal: whoever pays does not allow it.
             RoundError: it would need another draw, and no epsilon is left for that.
         """
-        client, received = partition.client, self._received(instruction, partition.client)
+        client, received = partition.client, self._received(instruction, partition.client, instruction.round)
         self.task.become(rank, instruction.draw)
         self._agree(instruction)
         event = self.client.spends(len(partition), settings)
@@ -350,10 +351,10 @@ class Worker:
             return (yield from self.client.passes(*told))
         return self.client.fit(*told)
 
-    def _received(self, instruction: Instruction, client: int) -> Adapter:
-        """The tensors that a client trains from: those sent, and those that it kept."""
+    def _received(self, instruction: Instruction, client: int, before: int) -> Adapter:
+        """The tensors that a client has before a round: those sent, and those that it kept."""
         if instruction.keep and self.personal is not None:
-            return {**instruction.adapter, **self.personal.load(client, before=instruction.round)}
+            return {**instruction.adapter, **self.personal.load(client, before)}
         return instruction.adapter
 
     @hardware.on_gpu("a step")
@@ -414,24 +415,22 @@ class Worker:
             sums |= self.task.written(lambda: self.task.reader(model.base, model.revision), test, rows, asked)
         return sums
 
-    def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:
-        """Sums over clients of the figures of each one's own model on the examples that it holds out.
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
+        """Figures of each client's own model on the examples that it holds out, or on those of the test set.
 
         Args:
             instruction: with the tensors that the server holds after a round, for every rank.
             cohort: client ids.
+            test: judge by the test set.
         """
-        sums: dict[str, float] = {}
+        found, rows = [], Partition(-1, self.dataset.test, np.arange(len(self.dataset.test)))
         for client in cohort:
             rank = self._rank(client)
-            adapter = instruction.at(rank).adapter
-            if instruction.keep and self.personal is not None:
-                adapter = {**adapter, **self.personal.load(client, before=instruction.round + 1)}
+            adapter = self._received(instruction.at(rank), client, instruction.round + 1)
             self.task.become(rank, instruction.draw)
-            held = self.dataset.held_out(client)
-            for key, value in self.task.figures(self.task.evaluate(adapter, held.examples, held.rows)).items():
-                sums[key] = sums.get(key, 0.0) + value
-        return sums
+            held = rows if test else self.dataset.held_out(client)
+            found.append(self.task.figures(self.task.evaluate(adapter, held.examples, held.rows)))
+        return found
 
     def merge(self, change: Change) -> None:
         """Fold the next of the run's merges into the base."""

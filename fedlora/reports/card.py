@@ -24,7 +24,9 @@ def write(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:
     if scenario.client_privacy is not None:
         sent = "not told: it says how many were drawn"
     judged = f"{summary['test_examples']} held-out examples"
-    if ready.strategy.personal:
+    if ready.strategy.tested:
+        judged += ", the mean of clients' own models; this adapter is what all of them began with, untrained"
+    elif ready.strategy.personal:
         judged = "the examples that clients hold out, by clients' own models; this adapter is what they share"
     (folder / "adapter" / "README.md").write_text(
         f"""---

@@ -13,16 +13,15 @@ from typing import Any
 
 from fedlora.errors import UserError
 from fedlora.reports import charts
+from fedlora.reports.baselines import Measured, ends, kind_of, of, sentences
 from fedlora.reports.charts import Figure, Row
+from fedlora.reports.labels import labels_of
 from fedlora.reports.page import Page, save
-from fedlora.reports.tables import Table
+from fedlora.reports.tables import Table, spread
 from fedlora.run import Run
 
 FEW = 3  # seeds from which a difference is tested
-_ASIDE = ("name", "seed", "engine", "trackers")  # what may differ within a group
-_FIRST = "strategy.use"  # in a label
 _NONE = "-"
-_OFF, _ON = object(), object()
 
 
 @dataclass
@@ -40,6 +39,16 @@ class Group:
     def final(self) -> list[float]:
         """The last measured metric of each run that has one."""
         return [value for run in self.runs if (value := final(run)) is not None]
+
+    @property
+    def by_seed(self) -> dict[Any, float]:
+        """The same by seed."""
+        return {run.scenario.get("seed"): v for run in self.runs if (v := final(run)) is not None}
+
+    @property
+    def baseline(self) -> str | None:
+        """The kind of baseline that it is; None if it is none."""
+        return kind_of(self.runs[0])
 
     @property
     def mean(self) -> float | None:
@@ -112,7 +121,7 @@ class Comparison:
             self.notes.append(
                 "epsilon is for each client in some runs and for each example in others: do not compare the two."
             )
-        labels = _labels(unique)
+        labels = labels_of(unique)
         self.groups, self.apart = _grouped(kept, labels), _grouped(others, labels)
 
     @cached_property
@@ -133,8 +142,18 @@ class Comparison:
 
     @cached_property
     def front(self) -> set[str]:
-        """Labels of the groups that no other beats in metric, bytes and epsilon at once."""
-        return _front({g.label: self._costs(g, "bytes", "epsilon") for g in self.groups if g.mean is not None})
+        """Labels of the groups but baselines that no other beats in metric, bytes and epsilon at once."""
+        racing = [g for g in self.groups if g.mean is not None and g.baseline is None]
+        return _front({g.label: self._costs(g, "bytes", "epsilon") for g in racing})
+
+    @cached_property
+    def sentences(self) -> list[str]:
+        """What baselines say of the runs that they belong to: the price of privacy, the gain of federating."""
+        measured = [
+            Measured(g.label, g.baseline, of(g.runs[0]), g.by_seed, g.epsilon, ends(g.runs, self.metric))
+            for g in self.groups
+        ]
+        return sentences(measured, self.metric, self.higher_is_better)
 
     def _costs(self, group: Group, *what: str) -> tuple[float, ...]:
         """What is to be low: the metric, turned over where more of it is better, and what is asked for."""
@@ -184,6 +203,8 @@ class Comparison:
             "Welch's, with Holm's correction.",
             f"front: no other is as good in {self.metric}, megabytes and epsilon at once.",
         ]
+        if any(g.baseline for g in self.groups):
+            said.append("pooled, pooled_private and alone are baselines, and stay out of the front.")
         if few and len(self.groups) > 1:
             said.append(f"Fewer than {FEW} seeds, so not tested: {', '.join(few)}.")
         return said
@@ -195,16 +216,22 @@ class Comparison:
         if rows := [row for g in self.groups for row in _curve(g, metric)]:
             many = any(len(g.runs) > 1 for g in self.groups)
             note = "Mean over seeds; the band is one standard deviation." if many else "One seed each."
+            if any(charts.MAJORITY in row for row in rows):
+                note += " Dashed: the commonest label."
             band = ("low", "high") if many else None
             axes = [("round", "round"), ("megabytes", "megabytes, up and down")]
             if all("hours" in row for row in rows):
                 axes.append(("hours", "virtual hours, of the simulated devices"))
             for x, title in axes:
                 chart = charts.lines(
-                    rows, (x, title), (metric, metric), series="run", band=band, whole=x == "round"
+                    *(rows, (x, title), (metric, metric)),
+                    series="run",
+                    band=band,
+                    whole=x == "round",
+                    rule=charts.MAJORITY,
                 )
                 found.append(Figure(f"{metric.capitalize()} by {x.removesuffix('s')}", note, chart))
-        measured = [g for g in self.groups if g.mean is not None]
+        measured = [g for g in self.groups if g.mean is not None and g.baseline is None]
         for cost, title in (("bytes", "megabytes, up and down"), ("epsilon", "epsilon")):
             known = [g for g in measured if cost == "bytes" or g.epsilon is not None]
             if len(known) < 2:
@@ -241,7 +268,12 @@ class Comparison:
         )
         page.notices(self.notes)
         table = f'<div class="scroll" tabindex="0" role="region" aria-label="Results">{self.table().html()}</div>'
-        page.section("Results", table, *(f'<p class="note">{escape(said)}</p>' for said in self.legend()))
+        page.section(
+            "Results",
+            *(f"<p>{escape(said)}</p>" for said in self.sentences),
+            table,
+            *(f'<p class="note">{escape(said)}</p>' for said in self.legend()),
+        )
         page.section("Curves and costs", page.figures(self.figures()) or "<p>Nothing was measured yet.</p>")
         for title, text in (("Markdown", self.table().markdown()), ("LaTeX", self.table().latex())):
             page.section(
@@ -258,44 +290,11 @@ def final(run: Run) -> float | None:
     return values[-1] if values else None
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation, as a cell."""
-    if not values:
-        return "not measured"
-    mean = f"{statistics.fmean(values):.4f}"
-    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
-
-
 def _judged_by(run: Run) -> tuple[Any, ...]:
     """What has to be the same for two metrics to be comparable."""
     data = run.scenario.get("data") or {}
     source = {key: data.get(key) for key in ("dataset", "hub", "files", "test_share")}
     return run.scenario.get("task"), json.dumps(source, sort_keys=True, default=str)
-
-
-def _labels(runs: Sequence[Run]) -> dict[Path, str]:
-    """The settings that differ between runs, in words; equal for runs that differ by their seed alone."""
-    flat = {run.folder: dict(_leaves({k: v for k, v in run.scenario.items() if k not in _ASIDE})) for run in runs}
-    keys = sorted({key for leaves in flat.values() for key in leaves}, key=lambda key: (key != _FIRST, key))
-    values = {key: {folder: _told(leaves, key) for folder, leaves in flat.items()} for key in keys}
-    varied = [
-        key for key in keys if len({json.dumps(v, default=str) for v in values[key].values() if v is not _OFF}) > 1
-    ]
-    found = {}
-    for folder in flat:
-        words = [_word(key, v) for key in varied if (v := values[key][folder]) is not _OFF and v is not _ON]
-        found[folder] = ", ".join(words) or _word(_FIRST, values[_FIRST][folder])
-    return found
-
-
-def _told(leaves: Mapping[str, Any], key: str) -> Any:
-    """A setting of a run: `_OFF` if it belongs to a section that is null, `_ON` for a section that is not."""
-    if key in leaves:
-        return leaves[key]
-    if any(name.startswith(f"{key}.") for name in leaves):
-        return _ON
-    parts = key.split(".")
-    return _OFF if any(".".join(parts[:end]) in leaves for end in range(1, len(parts))) else None
 
 
 def _grouped(runs: Sequence[Run], labels: Mapping[Path, str]) -> list[Group]:
@@ -307,29 +306,11 @@ def _grouped(runs: Sequence[Run], labels: Mapping[Path, str]) -> list[Group]:
     return list(groups.values())
 
 
-def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
-
-
-def _word(key: str, value: object) -> str:
-    """A setting as part of a label."""
-    if key.endswith(".use"):
-        return str(value).rpartition(":")[2]
-    shown = f"{value:g}" if isinstance(value, float) else _NONE if value is None else str(value)
-    return f"{key.rpartition('.')[2].replace('_', ' ')} {shown}"
-
-
 def _p_value(base: Group, group: Group) -> tuple[float | None, bool]:
     """Two-sided p of equal means, and whether seeds were matched."""
     from scipy.stats import ttest_ind, ttest_rel
 
-    by_seed = [
-        {run.scenario.get("seed"): v for run in g.runs if (v := final(run)) is not None} for g in (base, group)
-    ]
+    by_seed = [base.by_seed, group.by_seed]
     shared = [seed for seed in by_seed[0] if seed in by_seed[1]]
     paired = len(shared) >= FEW
     if paired:
@@ -369,6 +350,7 @@ def _curve(group: Group, metric: str) -> Iterator[Row]:
         if len(found) == len(group.runs):
             mean = statistics.fmean(value for _, value, _ in found)
             around = statistics.stdev(value for _, value, _ in found) if len(found) > 1 else 0.0
+            guesses = [run.majority for run in group.runs if run.majority is not None]
             clocks = [clock / 3600 for _, _, clock in found if clock is not None]
             yield {
                 "run": group.label,
@@ -378,6 +360,7 @@ def _curve(group: Group, metric: str) -> Iterator[Row]:
                 metric: mean,
                 "low": mean - around,
                 "high": mean + around,
+                **({charts.MAJORITY: guesses[0]} if guesses else {}),
             }
 
 

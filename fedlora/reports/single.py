@@ -6,7 +6,8 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
-from fedlora.reports import page
+from fedlora.reports import baselines, page
+from fedlora.reports.comparison import Comparison
 from fedlora.reports.console import size, span
 from fedlora.reports.figures import figures
 from fedlora.reports.tables import Table
@@ -47,7 +48,8 @@ def html(run: Run) -> str:
     made.notices(run.remarks())
     made.key_figures(_key_figures(run))
     found = figures(run)
-    made.section("What was learnt", made.figures(found["learning"]) or "<p>No round was measured yet.</p>")
+    told = [f"<p>{escape(said)}</p>" for said in Comparison([run, *baselines.beside(run)]).sentences]
+    made.section("What was learnt", *told, made.figures(found["learning"]) or "<p>No round was measured yet.</p>")
     made.section("What privacy it keeps", *_privacy(run), made.figures(found["privacy"]))
     made.section("Who took part", *_clients(run), made.figures(found["clients"]), *_failures(run))
     made.section("What it cost", made.figures(found["cost"]) or "<p>No round is recorded yet.</p>")
@@ -68,6 +70,8 @@ def _key_figures(run: Run) -> Iterator[tuple[str, str, str]]:
     held_out = (
         f"on {summary['test_examples']:,} test examples" if "test_examples" in summary else "on the test set"
     )
+    if run.majority is not None:
+        held_out += f", of which the commonest label is {run.majority:.4f}"
     yield (
         metric.capitalize(),
         "–" if value is None else f"{value:.4f}",  # noqa: RUF001

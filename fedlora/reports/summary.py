@@ -53,9 +53,13 @@ def summary_of(
         "device": found.device,
         "threads": ready.setup.threads,
         "test_examples": found.test_examples,
+        "majority": None if ready.strategy.personal and not ready.strategy.tested else ready.data.majority,
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    if ready.strategy.tested:  # each client's own model; the metric is their mean
+        ends = (f"{found.metric}_least", f"{found.metric}_most")
+        summary |= {key: now.last.get(key) for key in ends}
     if scenario.world is not None:
         summary["virtual_seconds"] = round_to(now.virtual_seconds)
     if scenario.exact_match is not None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -70,3 +71,11 @@ class Table:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self.head, *self.rows])
         return text.getvalue()
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation, as a cell."""
+    if not values:
+        return "not measured"
+    mean = f"{statistics.fmean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean

@@ -13,6 +13,7 @@ from fedlora import wire
 from fedlora.adapter import Adapter, Change, Instruction, Update, fingerprint
 from fedlora.data.store import Dataset
 from fedlora.engine import Engine, Replies, Report
+from fedlora.engine.base import summed
 from fedlora.engine.intake import Intake
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError, RoundError
@@ -30,6 +31,7 @@ from fedlora.seeding import generator
 from fedlora.strategy import Merged, Strategy
 
 JUDGED = 100  # clients whose own models are evaluated, at most
+FEW = 10  # clients whose own models meet the test set in every evaluated round; those of more at the end alone
 
 logger = logging.getLogger(__name__)
 
@@ -212,14 +214,25 @@ class Loop:
             if (beside := self.engine.beside(adapter)) is not None:
                 self._beside = beside
                 return {"loss": None, metric: None}
-        figures = {} if self.strategy.personal else dict(self.engine.evaluate(adapter))
+        figures: Line = {} if self.strategy.personal else dict(self.engine.evaluate(adapter))
+        if self.strategy.tested:
+            last = round == self.scenario.rounds or self.scenario.clients.total <= FEW
+            figures = self.tested(round, adapter) if last else {"loss": None, metric: None}
         if judges:
             told = self.strategy.instruct(round, adapter, self._ranks)
-            local = self.engine.judge(told, self._judged)
+            local = _means(self.engine.judge(told, self._judged))
             figures |= {f"local_{key}": value for key, value in local.items()}
-            if self.strategy.personal:
+            if self.strategy.personal and not self.strategy.tested:
                 figures |= local
         return figures
+
+    def tested(self, round: int, adapter: Adapter) -> Line:
+        """Means over clients' own models on the test set after a round, and the metric's least and most."""
+        told, metric = self.strategy.instruct(round, adapter, self._ranks), self.engine.description.metric
+        found = self.engine.judge(told, self._judged, test=True)
+        each = [figures[metric] for figures in found]
+        least, most = (None, None) if None in each or not each else (min(each), max(each))
+        return {"loss": None, metric: None} | _means(found) | {f"{metric}_least": least, f"{metric}_most": most}
 
     @property
     def _ranks(self) -> list[int]:
@@ -354,7 +367,8 @@ class Loop:
     def _measure(self, line: Line, now: Progress) -> None:
         """Write the line of a round, and remember what was measured."""
         if line["loss"] is not None:
-            measured = ("loss", self.engine.description.metric, "exact_match")
+            metric = self.engine.description.metric
+            measured = ("loss", metric, f"{metric}_least", f"{metric}_most", "exact_match")
             now.last.update({key: line[key] for key in measured if key in line})
         self.ledger.metrics(line)
 
@@ -381,6 +395,11 @@ def _line(round: int, report: Report, epsilon: float | None) -> Line:
     if report.virtual_seconds is not None:
         own["virtual_seconds"] = round_to(report.virtual_seconds)
     return {**own, **report.metrics, **own}  # no figure of a client's takes the place of one of these
+
+
+def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Over clients, of each figure."""
+    return {key: value / len(figures) for key, value in summed(figures).items()}
 
 
 def round_to(seconds: float) -> float:

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from fedlora import plugins
 from fedlora.errors import SettingError, UserError
 from fedlora.privacy import cohorts
+from fedlora.scenario.baseline import Baseline
 from fedlora.scenario.clients import Clients
 from fedlora.scenario.compression import Compression, TopK
 from fedlora.scenario.data import Data
@@ -114,6 +115,7 @@ class Scenario(Section):
     eval_every: PositiveInt = 1
     exact_match: ExactMatch | None = None  # judge a causal_lm by its own words too
     engine: Engine = Engine()
+    baseline: Baseline | None = None  # of which scenario this is one; written by `simulate --baseline`
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # where the figures of each round go too
 
     @field_validator("task")

@@ -51,7 +51,7 @@ def test_defaults_are_filled_in():
     [
         # misspelt keys
         ("round: 3", "f.yaml:6: unknown key 'round': did you mean 'rounds'?"),
-        ("zzz: 3", "f.yaml:6: unknown key 'zzz': known: clients, compression, data, engine"),
+        ("zzz: 3", "f.yaml:6: unknown key 'zzz': known: baseline, clients, compression, data, engine"),
         ("data: {dataset: tweets, max_len: 3}", "f.yaml:2: unknown key 'max_len' in data: did you mean 'max_len"),
         ("model:\n  adapter:\n    rr: 4", "f.yaml:8: unknown key 'rr' in model.adapter: did you mean 'r'?"),
         ("clients: {total: 4, per_rond: 2}", "f.yaml:3: unknown key 'per_rond' in clients: did you mean 'per_r"),

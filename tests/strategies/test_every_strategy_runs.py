@@ -10,7 +10,7 @@ from fedlora.simulation import simulate
 from fedlora.strategies.fedsa_lora import FedSALoRA
 
 NAMES = plugins.names("strategies")
-UNEQUAL = [n for n in NAMES if plugins.find("strategies", n).unequal_ranks]
+UNEQUAL = [n for n in NAMES if (s := plugins.find("strategies", n)).unequal_ranks and not s.personal]
 HELD = "data.client_test_share=0.2"
 
 
@@ -53,7 +53,8 @@ def test_runs_privately_and_exports_what_it_scored(name, tiny, tiny_base, tmp_pa
     for line in run.rounds:
         assert line["bytes_up"] > 0 and line["bytes_down"] > 0 and np.isfinite(line["local_loss"])
     if plugins.find("strategies", name).personal:
-        assert run.summary["accuracy"] == run.rounds[-1]["local_accuracy"]
+        by = "" if plugins.find("strategies", name).tested else "local_"
+        assert run.summary["accuracy"] == run.rounds[-1][f"{by}accuracy"]
         assert len(list((run.folder / "personal").glob("0.*.safetensors"))) == 2
     else:
         loss, accuracy = score(run, tiny_base)

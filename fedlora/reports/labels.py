@@ -1,0 +1,79 @@
+"""What runs are called beside each other: by the settings in which they differ."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora.reports.baselines import kind_of, of
+from fedlora.run import Run
+from fedlora.scenario.baseline import ASIDE, configuration
+
+_FIRST = "strategy.use"  # in a label
+_NONE = "-"
+_OFF, _ON = object(), object()
+
+
+def labels_of(runs: Sequence[Run]) -> dict[Path, str]:
+    """Labels by folder, equal for runs that differ by their seed alone.
+
+    Baselines are called by their kind, and by the run that they belong to where there are several; what differs
+    between those of one kind and run comes after.
+    """
+    plain = [run for run in runs if kind_of(run) is None]
+    found = {folder: words or _use(runs, folder) for folder, words in _differences(plain).items()}
+    names = {configuration(run.scenario): found[run.folder] for run in plain}
+    made = [run for run in runs if kind_of(run) is not None]
+    several = len({of(run) for run in made} | set(names)) > 1
+    for kind, whose in dict.fromkeys((kind_of(run), of(run)) for run in made):
+        same = [run for run in made if (kind_of(run), of(run)) == (kind, whose)]
+        for folder, words in _differences(same).items():
+            name = f"{kind} of {names.get(whose, whose)}" if several else str(kind)
+            found[folder] = f"{name}, {words}" if words else name
+    return found
+
+
+def _use(runs: Sequence[Run], folder: Path) -> str:
+    (run,) = [run for run in runs if run.folder == folder]
+    return _word(_FIRST, (run.scenario.get("strategy") or {}).get("use"))
+
+
+def _differences(runs: Sequence[Run]) -> dict[Path, str]:
+    """The settings that differ between runs, in words; nothing where none do."""
+    flat = {run.folder: dict(_leaves({k: v for k, v in run.scenario.items() if k not in ASIDE})) for run in runs}
+    keys = sorted({key for leaves in flat.values() for key in leaves}, key=lambda key: (key != _FIRST, key))
+    values = {key: {folder: _told(leaves, key) for folder, leaves in flat.items()} for key in keys}
+    varied = [
+        key for key in keys if len({json.dumps(v, default=str) for v in values[key].values() if v is not _OFF}) > 1
+    ]
+    found = {}
+    for folder in flat:
+        words = [_word(key, v) for key in varied if (v := values[key][folder]) is not _OFF and v is not _ON]
+        found[folder] = ", ".join(words)
+    return found
+
+
+def _told(leaves: Mapping[str, Any], key: str) -> Any:
+    """A setting of a run: `_OFF` if it belongs to a section that is null, `_ON` for a section that is not."""
+    if key in leaves:
+        return leaves[key]
+    if any(name.startswith(f"{key}.") for name in leaves):
+        return _ON
+    parts = key.split(".")
+    return _OFF if any(".".join(parts[:end]) in leaves for end in range(1, len(parts))) else None
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def _word(key: str, value: object) -> str:
+    """A setting as part of a label."""
+    if key.endswith(".use"):
+        return str(value).rpartition(":")[2]
+    shown = f"{value:g}" if isinstance(value, float) else _NONE if value is None else str(value)
+    return f"{key.rpartition('.')[2].replace('_', ' ')} {shown}"

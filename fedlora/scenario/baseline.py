@@ -1,0 +1,31 @@
+"""The section `baseline`: what a scenario that was made of another is there to be compared with."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
+
+from fedlora.scenario.section import Section
+
+Kind = Literal["pooled", "pooled_private", "alone"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+ASIDE = ("name", "seed", "engine", "trackers", "baseline")  # of a scenario, what is not its configuration
+
+
+class Baseline(Section):
+    """What `fedlora simulate --baseline` made this scenario of; not written by hand."""
+
+    kind: Kind
+    of: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]  # the configuration that it is a baseline of, for any seed
+
+
+def configuration(scenario: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits for a resolved scenario that differ when any setting does but its `ASIDE`.
+
+    Args:
+        scenario: as `Scenario.model_dump` gives it, or as a run's `scenario.yaml` holds it.
+    """
+    plain = json.loads(json.dumps({k: v for k, v in scenario.items() if k not in ASIDE}, default=str))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
