@@ -265,7 +265,8 @@ class Server(Engine):
         told = self.scenario
         if told.compression and told.compression.up:
             return Noise(skipped="compression.up rounds what clients send")
-        if told.clients.options.get("quantile") is not None and told.clients.local_steps > 1:
+        asked = told.example_privacy
+        if asked is not None and asked.clip.kind == "quantile" and told.clients.local_steps > 1:
             return Noise(skipped="the clipping bound moves within a round")
         return measure(self.seen, -(-self.hidden.count // self.hidden.clients))
 
