@@ -19,6 +19,7 @@ from fedlora.optimizers import steps
 from fedlora.privacy import accounting, replay
 from fedlora.privacy.mechanisms.central import Central
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
+from fedlora.rounds import choice
 from fedlora.rounds.world import World
 from fedlora.scenario import Scenario
 from fedlora.seeding import Root
@@ -60,10 +61,12 @@ def prepare_server(scenario: Scenario) -> Prepared:
     if scenario.world is not None:
         raise SettingError("world", "is of simulated devices: leave it out to run on sites")
     data, total = scenario.data, scenario.clients.total
-    test, labels = reading.read_test(data, scenario.task)
+    every, labels = reading.read_test(data, scenario.task)
+    test, validation = reading.set_aside(data, every)
 
     def hold(encode: datasets.Encode, key: str) -> datasets.Dataset:
-        return datasets.hold(data, scenario.task, total, scenario.seed, encode, key, labels, test=test)
+        told = (data, scenario.task, total, scenario.seed, encode, key, labels)
+        return datasets.hold(*told, test=test, validation=validation)
 
     ready = _prepared(scenario, hold, labels)
     return replace(ready, setup=replace(ready.setup, secret=True))
@@ -110,6 +113,7 @@ def _prepared(
     if scenario.world is not None:
         World(scenario)  # reads its trace
     model, data, task = scenario.model, scenario.data, tasks.find(scenario.task)
+    choice.make(scenario, task.metric, task.higher_is_better)
     reader = task.reader(model.base, model.revision)
     names = list(labels or data.labels or ())
 

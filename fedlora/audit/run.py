@@ -186,7 +186,8 @@ def _planted(scenario: Scenario, hidden: Canaries) -> Scenario:
         "among": told.total,
     }
     use = f"{Canaried.__module__}:{Canaried.__name__}"
-    return Scenario.model_validate({**scenario.model_dump(), "clients": {**known, **options, "use": use}})
+    whole = {"keep": "last", "stop": None}  # every round tells something
+    return Scenario.model_validate({**scenario.model_dump(), **whole, "clients": {**known, **options, "use": use}})
 
 
 class Server(Engine):

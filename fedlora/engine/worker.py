@@ -20,7 +20,7 @@ from fedlora.engine import hardware
 from fedlora.engine.digests import Digests
 from fedlora.engine.intake import Intake, check_tensors
 from fedlora.engine.replies import Deed, Replies, Report
-from fedlora.engine.setup import Description, Setup
+from fedlora.engine.setup import Description, Half, Setup
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError, Refusal
 from fedlora.passes import alone, prefix
@@ -105,6 +105,7 @@ class Worker:
             metric=self.task.metric,
             higher_is_better=self.task.higher_is_better,
             test_examples=len(self.dataset.test),
+            validation_examples=len(self.dataset.validation),
             kind=self.task.kind,
             weights=self.task.weights,
             fingerprint=fingerprint(self.task.initial),
@@ -375,9 +376,9 @@ class Worker:
             else:
                 self.client.fit(*one)
         self.task.become()
-        test = self.dataset.test
-        width = int(test.lengths(_longest(test, 1))[0])
-        self.task.evaluate(self.task.initial, test, _longest(test, self.task.at_once(width)))
+        for held in filter(len, (self.dataset.test, self.dataset.validation)):
+            width = int(held.lengths(_longest(held, 1))[0])
+            self.task.evaluate(self.task.initial, held, _longest(held, self.task.at_once(width)))
 
     def measure(self) -> hardware.Measured:
         """What it takes of its GPU at most."""
@@ -399,14 +400,15 @@ class Worker:
             raise ContractError("the tensors that stay frozen are not the server's: another seed, base or torch")
 
     @hardware.on_gpu("the test set")
-    def evaluate(self, adapter: Adapter, start: int, stop: int) -> dict[str, float]:
-        """Sums of the metric over test examples `start` to `stop`."""
+    def evaluate(self, adapter: Adapter, half: Half, start: int, stop: int) -> dict[str, float]:
+        """Sums of the metric over examples `start` to `stop` of those that report, or of those that choose."""
         self.task.become()
-        rows, test, asked = np.arange(start, stop), self.dataset.test, self.scenario.exact_match
-        sums = self.task.evaluate(adapter, test, rows)
-        if asked and start < asked.examples:
+        rows, examples, asked = np.arange(start, stop), getattr(self.dataset, half), self.scenario.exact_match
+        sums = self.task.evaluate(adapter, examples, rows)
+        writes = half == "test" or self.scenario.chosen_by(self.task.metric) == "exact_match"
+        if asked and writes and start < asked.examples:
             model = self.scenario.model
-            sums |= self.task.written(lambda: self.task.reader(model.base, model.revision), test, rows, asked)
+            sums |= self.task.written(lambda: self.task.reader(model.base, model.revision), examples, rows, asked)
         return sums
 
     def judge(self, instruction: Instruction, cohort: Sequence[int]) -> dict[str, float]:

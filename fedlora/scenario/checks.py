@@ -136,6 +136,13 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
                 ("data", "partition", "shares"),
                 f"{rows} rows of shares do not divide {clients.total} clients: write a multiple of {rows}",
             )
+    for key in ("keep", "stop"):
+        if data and not data.validates and sections.get(key) not in (None, "last"):
+            yield Problem(
+                (key,),
+                f"{key}: what chooses must not be what reports: set data.validation_share, such as 0.3, "
+                "which takes rows off the test set to choose by",
+            )
     if task:
         yield from _of_task(task, sections)
 

@@ -116,7 +116,21 @@ def test_defaults_are_filled_in():
             "clients: {total: 4, use: dp_sgd, per_layer: true}\nprivacy: {epsilon: 6, delta: 1.0e-5}",
             "f.yaml:3: clients.per_layer: moved: write privacy.clip: per_layer",
         ),
+        ("keep: bst", "f.yaml:6: keep: should be 'last' or 'best', not 'bst'"),
+        ("keep: {best: loss, bst: 1}", "f.yaml:6: unknown key 'bst' in keep: did you mean 'best'?"),
+        ("stop: {patience: 0}", "f.yaml:6: stop.patience: should be greater than or equal to 1, not 0"),
+        ("data: {dataset: tweets, validation_share: 1}", "f.yaml:2: data.validation_share: should be less than 1"),
+        (
+            "data: {files: {train: a.csv, validation: b.csv}, validation_share: 0.5}",
+            "f.yaml:2: data: validation rows are given: leave validation_share out",
+        ),
         # what spans sections
+        (
+            "keep: best",
+            "f.yaml:6: keep: what chooses must not be what reports: set data.validation_share, such as",
+        ),
+        ("keep: {best: loss}", "f.yaml:6: keep: what chooses must not be what reports"),
+        ("stop: {patience: 3}", "f.yaml:6: stop: what chooses must not be what reports"),
         ("clients: {total: 4, use: dp_sgd}", "f.yaml:3: dp_sgd needs a privacy section, such as 'privacy: {eps"),
         ("privacy: {epsilon: 6, delta: 1.0e-5}", "f.yaml:3: sgd adds no noise, and a privacy section is given"),
         ("data: {dataset: gsm8k}", "f.yaml:2: gsm8k is for task: causal_lm, and the task is classification"),
