@@ -145,7 +145,7 @@ class Run:
         """The metric by round, as a chart that a notebook shows."""
         from fedlora.reports import charts
 
-        return charts.metric_by_round(self.rounds, self.metric)
+        return charts.metric_by_round(self.rounds, self.metric, self.best_round)
 
     def _lines(self, name: str) -> list[Line]:
         """The whole lines of a record; the last may be half written while the run goes on."""

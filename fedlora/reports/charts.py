@@ -41,6 +41,7 @@ def lines(
     band: tuple[str, str] | None = None,
     whole: bool = False,
     zero: bool = False,
+    ringed: float | None = None,
 ) -> alt.LayerChart:
     """Points joined by lines.
 
@@ -52,6 +53,7 @@ def lines(
         band: columns of the lower and upper edge of a band around each line.
         whole: x holds whole numbers.
         zero: the y axis starts at zero.
+        ringed: the x whose points have a ring around them; None: none has.
     """
     base = alt.Chart(data(rows)).encode(
         x=alt.X(
@@ -73,6 +75,9 @@ def lines(
     if band:
         layers.append(base.mark_area(opacity=0.18).encode(y=alt.Y(f"{band[0]}:Q", title=y[1]), y2=f"{band[1]}:Q"))
     layers += [base.mark_line(), base.mark_point(filled=True, size=28, opacity=1)]
+    if ringed is not None:
+        ring = base.transform_filter(f"datum.{x[0]} == {ringed}")
+        layers.append(ring.mark_point(filled=False, size=160, strokeWidth=2, opacity=1))
     layers.append(base.mark_point(filled=True, size=500, opacity=0))  # something larger to hover over
     return alt.LayerChart(layer=layers, width="container", height=230)
 
@@ -167,9 +172,24 @@ def points(
     return alt.LayerChart(layer=[best, bars, dots], width="container", height=260)
 
 
-def metric_by_round(recorded: Sequence[Row], metric: str) -> alt.LayerChart:
-    """A metric in each round in which it was measured."""
-    return lines(measured(recorded, metric), ("round", "round"), (metric, metric), whole=True)
+def metric_by_round(recorded: Sequence[Row], metric: str, best: int | None = None) -> alt.LayerChart:
+    """A metric in each round in which it was measured, on the rows that report and on those that choose.
+
+    Args:
+        recorded: the lines of `metrics.jsonl`.
+        metric: of the test rows.
+        best: the round that was kept, which has a ring; None: the last one was.
+    """
+    rows, chosen = measured(recorded, metric), f"validation_{metric}"
+    on = {line["round"]: line[chosen] for line in recorded if line.get(chosen) is not None}
+    series = "set" if on else None
+    if series:
+        loss = {line["round"]: line.get("validation_loss") for line in recorded}
+        told = [row for row in rows if row["round"] in on]
+        rows = [{**row, "set": "test"} for row in rows] + [
+            {**row, metric: on[row["round"]], "loss": loss[row["round"]], "set": "validation"} for row in told
+        ]
+    return lines(rows, ("round", "round"), (metric, metric), series=series, whole=True, ringed=best)
 
 
 def measured(recorded: Sequence[Row], metric: str) -> list[Row]:

@@ -30,8 +30,13 @@ def figures(run: Run) -> Mapping[Literal["learning", "privacy", "clients", "cost
 def _learning(run: Run) -> Sequence[Figure]:
     found, metric = [], run.metric
     if rows := measured(run.rounds, metric):
-        by_round = metric_by_round(run.rounds, metric)
-        found.append(Figure(f"{metric.capitalize()} by round", "Measured on the held-out test set.", by_round))
+        note = "Measured on the held-out test set."
+        if any(f"validation_{metric}" in line for line in run.rounds):
+            note = "Measured on the held-out test set, and on the validation rows that choose and do not report."
+        if run.best_round is not None:
+            note += f" Round {run.best_round}, ringed, is the one that was kept."
+        by_round = metric_by_round(run.rounds, metric, run.best_round)
+        found.append(Figure(f"{metric.capitalize()} by round", note, by_round))
         chart = lines(rows, ("megabytes", "megabytes, up and down, all clients"), (metric, metric))
         found.append(
             Figure(f"{metric.capitalize()} by megabyte", "The same against all that was sent so far.", chart)
@@ -42,7 +47,7 @@ def _learning(run: Run) -> Sequence[Figure]:
             found.append(Figure(f"{metric.capitalize()} by virtual hour", note, chart))
     losses = [
         {"round": line["round"], "set": label, "loss": line[key]}
-        for key, label in (("loss", "test"), ("train_loss", "training"))
+        for key, label in (("loss", "test"), ("validation_loss", "validation"), ("train_loss", "training"))
         for line in run.rounds
         if line.get(key) is not None
     ]
