@@ -8,14 +8,11 @@ example i over all trained tensors together
 The batch may be empty: the noise is added all the same. Large batches pass through the model in
 micro-batches, which changes nothing in the sum.
 
-`per_layer` clips the gradient of each of the L trained tensors by itself, to C / sqrt(L): together they stay
-within C.
-With `quantile` C starts each round at `clip_norm` and moves after each step
-(`fedlora.privacy.accounting.Quantile`).
+How an example is held to C is `privacy.clip`; the equation is that of `flat`, and the others are in
+`fedlora.privacy.mechanisms.dp_sgd`.
 """
 
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedlora.adapter import Adapter, Update
@@ -36,25 +33,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
 class DPSGD(Stepwise):
-    """Clips each example, noises the sum; weighs all clients alike, so that no count leaves.
-
-    Attributes:
-        per_layer: clip each trained tensor by itself; helps where one tensor's gradients outweigh the others'.
-        quantile: of the examples' norms, in (0, 1), that the bound moves towards in a round; None: it is fixed.
-    """
+    """Clips each example, noises the sum; weighs all clients alike, so that no count leaves."""
 
     private = True
     hooked = True
-    per_layer: bool = False
-    quantile: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.quantile is not None and not 0 < self.quantile < 1:
-            raise ValueError(f"quantile lies between 0 and 1, not at {self.quantile!r}")
-        if self.quantile is not None and self.per_layer:
-            raise ValueError("per_layer goes with a fixed bound: leave quantile out")
+    clips = ("flat", "per_layer", "quantile", "automatic")
 
     def spends(self, num_examples: int, settings: Settings) -> Event:
         """`local_steps` steps at `batch_size / n`; where the bound adapts, sum and count together."""
@@ -68,11 +52,11 @@ class DPSGD(Stepwise):
             noise_multiplier=settings.noise_multiplier,
             sample_rate=settings.batch_size / num_examples,
             total=num_examples,
-            quantile=self.quantile,
+            quantile=settings.quantile,
             batch_size=settings.batch_size,
             steps=settings.local_steps,
             clip_norm=settings.clip_norm,
-            per_layer=self.per_layer,
+            clip=settings.clip,
         )
 
     def passes(

@@ -41,6 +41,8 @@ class Settings:
         micro_batch_size: about how many examples are in memory at once: at most half as many again.
         noise_multiplier: standard deviation of the noise over `clip_norm`; None without privacy.
         clip_norm: L2 bound on one example's gradient; None without privacy.
+        clip: how examples are held to it, in the words of `privacy.clip`.
+        quantile: of the examples' norms, where the bound moves.
         share_metrics: whether figures computed from private examples may leave a private client.
         config: words of the strategy to the client.
     """
@@ -54,6 +56,8 @@ class Settings:
     micro_batch_size: int = 16
     noise_multiplier: float | None = None
     clip_norm: float | None = None
+    clip: str = "flat"
+    quantile: float | None = None
     share_metrics: bool = False
     lrs: Mapping[str, float] = field(default_factory=dict)
     pace: tuple[float, ...] = ()
@@ -83,6 +87,8 @@ class Setter:
             micro_batch_size=told.micro_batch_size,
             noise_multiplier=None if self.noise is None else self.noise[num_examples],
             clip_norm=privacy.clip_norm if privacy else None,
+            clip=privacy.clip.kind if privacy else "flat",
+            quantile=privacy.clip.quantile if privacy else None,
             share_metrics=privacy.share_metrics if privacy else True,
             lrs=lrs,
             pace=pace,
@@ -122,10 +128,12 @@ class Client(ABC):
         private: whether updates are clipped and noised; such a client needs a `privacy` section.
         hooked: whether it steps by `optimizer` and `fedlora.optimizers.contract.Steps`, so that
             `clients.optimizer`, `clients.schedule` and rates by role work.
+        clips: the ways of `privacy.clip` that a private one knows.
     """
 
     private: bool = False
     hooked: bool = False
+    clips: tuple[str, ...] = ("flat",)
 
     def spends(self, num_examples: int, settings: Settings) -> Event | None:
         """The privacy event that `fit` amounts to, known before it starts; None if it is not private."""
@@ -222,16 +230,19 @@ def check_fused(client: Client, fused: int) -> None:
 
 
 def check_private(client: Client, scenario: Scenario) -> None:
-    """Make sure that clients protect examples where a scenario promises that, and not elsewhere.
+    """Make sure that clients protect examples where a scenario promises that, as it says, and not elsewhere.
 
     Raises:
         SettingError: they do not, or they do.
     """
-    use = scenario.clients.use
-    if client.private and scenario.example_privacy is None:
+    use, asked = scenario.clients.use, scenario.example_privacy
+    if client.private and asked is None:
         raise SettingError("clients.use", f"{use} needs a privacy section")
-    if not client.private and scenario.example_privacy is not None:
+    if not client.private and asked is not None:
         raise SettingError("clients.use", f"{use} adds no noise, and a privacy section is given")
+    if asked is not None and asked.clip.kind not in client.clips:
+        key = "privacy.clip" if asked is scenario.privacy else "privacy.example.clip"
+        raise SettingError(key, f"{use} knows no {asked.clip.kind}: take one of {', '.join(client.clips)}")
 
 
 def load(use: str, options: Mapping[str, Any]) -> Client:

@@ -275,8 +275,8 @@ def _try(setup: Setup, ready: prepare.Prepared) -> _Cost:
         if replies.reports[0].error is not None:
             raise SettingError("clients.use", f"a client that was tried failed: {replies.reports[0].error}")
     rows, began = min(len(data.test), engines.EVALUATION_CHUNK), time.perf_counter()
-    worker.evaluate(worker.task.initial, 0, rows)
-    evaluation = (time.perf_counter() - began) * len(data.test) / rows
+    worker.evaluate(worker.task.initial, "test", 0, rows)
+    evaluation = (time.perf_counter() - began) * (len(data.test) + len(data.validation)) / rows
     step = replies.reports[0].seconds / _STEPS * told.batch_size / batch
     return _Cost(
         client_seconds=step * told.local_steps,

@@ -18,6 +18,8 @@ from fedlora.errors import SettingError, UserError
 from fedlora.optimizers import steps
 from fedlora.privacy import accounting, replay
 from fedlora.privacy.mechanisms.central import Central
+from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
+from fedlora.rounds import choice
 from fedlora.rounds.world import World
 from fedlora.scenario import Scenario
 from fedlora.seeding import Root
@@ -64,10 +66,12 @@ def prepare_server(scenario: Scenario) -> Prepared:
             "strategy.use", f"{scenario.strategy.use} is judged by the test set, which sites have not: simulate it"
         )
     data, total = scenario.data, scenario.clients.total
-    test, labels = reading.read_test(data, scenario.task)
+    every, labels = reading.read_test(data, scenario.task)
+    test, validation = reading.set_aside(data, every)
 
     def hold(encode: datasets.Encode, key: str) -> datasets.Dataset:
-        return datasets.hold(data, scenario.task, total, scenario.seed, encode, key, labels, test=test)
+        told = (data, scenario.task, total, scenario.seed, encode, key, labels)
+        return datasets.hold(*told, test=test, validation=validation)
 
     ready = _prepared(scenario, hold, labels)
     return replace(ready, setup=replace(ready.setup, secret=True))
@@ -114,6 +118,7 @@ def _prepared(
     if scenario.world is not None:
         World(scenario)  # reads its trace
     model, data, task = scenario.model, scenario.data, tasks.find(scenario.task)
+    choice.make(scenario, task.metric, task.higher_is_better)
     reader = task.reader(model.base, model.revision)
     names = list(labels or data.labels or ())
 
@@ -190,12 +195,24 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
             f"a client has {sizes[0]} examples, and a private batch takes {told.batch_size} of them on "
             "average; lower it, use fewer clients, or raise data.partition.min_examples",
         )
-    if asked.noise_multiplier is not None:
-        return dict.fromkeys(sizes, asked.noise_multiplier)
-    assert asked.epsilon is not None
     rates, steps = [told.batch_size / size for size in sizes], scenario.rounds * told.local_steps
-    found = accounting.calibrations(asked.epsilon, asked.delta, rates, steps, asked.accountant)
-    return dict(zip(sizes, found, strict=True))
+    if asked.noise_multiplier is not None:
+        noise = dict.fromkeys(sizes, asked.noise_multiplier)
+    else:
+        assert asked.epsilon is not None
+        found = accounting.calibrations(asked.epsilon, asked.delta, rates, steps, asked.accountant)
+        noise = dict(zip(sizes, found, strict=True))
+    ExampleGaussian(  # refuses what does not fit the largest noise
+        noise_multiplier=max(noise.values()),
+        sample_rate=rates[0],
+        total=sizes[0],
+        quantile=asked.clip.quantile,
+        batch_size=told.batch_size,
+        steps=told.local_steps,
+        clip_norm=asked.clip_norm,
+        clip=asked.clip.kind,
+    )
+    return noise
 
 
 def central(scenario: Scenario, root: Root) -> Central | None:
@@ -223,6 +240,6 @@ def central(scenario: Scenario, root: Root) -> Central | None:
         sample_rate=rate,
         total=told.total,
         root=root,
-        quantile=asked.quantile,
+        quantile=asked.clip.quantile,
         shared=scenario.shares_noise,
     )

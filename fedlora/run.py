@@ -105,6 +105,11 @@ class Run:
         return "stopped" if "stopped" in self.summary else "finished"
 
     @property
+    def best_round(self) -> int | None:
+        """The round whose adapter was kept, where a choice was made; None where that is the last."""
+        return self.summary.get("best_round") if self.state != "unfinished" else None
+
+    @property
     def at_site(self) -> bool:
         """Whether this is what a site keeps of a run that a server drives: it has no summary at its end."""
         return (self.folder / INTRODUCTION).exists()
@@ -124,6 +129,10 @@ class Run:
             )
         if self.state == "stopped":
             said.append(f"This run stopped early, {self.summary['stopped']}: {done} of {asked} rounds.")
+        if "ended" in self.summary and self.state == "finished":
+            said.append(f"This run ended early, {self.summary['ended']}: {done} of {asked} rounds.")
+        if (best := self.best_round) is not None:
+            said.append(f"Its figures and its adapter are of round {best}, which validation rows chose.")
         wrote = self.summary.get("versions", {}).get("fedlora")
         if self.summary and wrote != (here := version("fedlora")):
             said.append(f"Written by fedlora {wrote or 'of an unknown version'}, read by {here}.")
@@ -142,7 +151,7 @@ class Run:
         """The metric by round, as a chart that a notebook shows."""
         from fedlora.reports import charts
 
-        return charts.metric_by_round(self.rounds, self.metric, self.majority)
+        return charts.metric_by_round(self.rounds, self.metric, self.majority, self.best_round)
 
     def _lines(self, name: str) -> list[Line]:
         """The whole lines of a record; the last may be half written while the run goes on."""

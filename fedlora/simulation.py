@@ -12,7 +12,7 @@ from pathlib import Path
 from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora import suitability
-from fedlora.adapter import Adapter
+from fedlora.adapter import Adapter, Change
 from fedlora.baselines import derive
 from fedlora.client import Setter
 from fedlora.engine.setup import Description
@@ -28,8 +28,8 @@ from fedlora.reports import card, trackers
 from fedlora.reports.console import Display, default_display
 from fedlora.reports.summary import summary_of
 from fedlora.reports.trackers import Tracked
+from fedlora.rounds import choice, server
 from fedlora.rounds import folder as folders
-from fedlora.rounds import server
 from fedlora.rounds.checkpoint import Merges
 from fedlora.rounds.loop import Loop
 from fedlora.rounds.progress import Progress
@@ -181,6 +181,7 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
         central=whole,
         server=stage,
         folder=folder,
+        choice=choice.make(scenario, found.metric, found.higher_is_better),
         origin=origin,
         on_round=shown.round,
     )
@@ -209,18 +210,21 @@ def finish(begun: Begun, now: Progress, stopped: str | None) -> Run:
                 now.last.update(begun.loop.tested(now.round, now.adapter))
             elif not ready.strategy.personal:
                 now.last.update(begun.engine.evaluate(now.adapter))
-        about = About.of(ready.scenario, ready.data.labels)
-        _export(begun.engine, now.adapter, folder, begun.loop.merges, about)
-        summary = summary_of(ready, now, found, begun.loop.ledger, stopped)
+        about, chosen, merges = About.of(ready.scenario, ready.data.labels), begun.loop.choice, begun.loop.merges
+        if chosen is not None and chosen.keeps and (best := now.best) is not None:
+            _export(begun.engine, best.adapter, folder, merges.total(best.merges), about)
+        else:
+            _export(begun.engine, now.adapter, folder, merges.total(), about)
+        summary = summary_of(ready, now, found, begun.loop.ledger, stopped, chosen)
         folders.write_json(folder / "summary.json", summary)
         card.write(folder, ready, summary)
     return Run(folder, summary)
 
 
-def _export(engine: engines.Engine, adapter: Adapter, folder: Path, merges: Merges, about: About) -> None:
+def _export(engine: engines.Engine, adapter: Adapter, folder: Path, merged: Change, about: About) -> None:
     new = folder / ".adapter"
     shutil.rmtree(new, ignore_errors=True)
-    engine.export(adapter, new, merges.total() or None)
+    engine.export(adapter, new, merged or None)
     folders.write_json(new / ABOUT, asdict(about))
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     new.rename(folder / "adapter")

@@ -33,6 +33,14 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             f"{use} gives each client a model of its own, which needs examples of its own to be judged by: "
             "set data.client_test_share, such as 0.2",
         )
+    for key, asked in (("keep", scenario.keep != "last"), ("stop", scenario.stop is not None)):
+        if strategy.personal and asked:
+            can = _those(lambda cls: not cls.personal)
+            raise SettingError(
+                key,
+                f"{use} gives each client a model of its own, and the server has none to try on rows of its own: "
+                f"leave it out, or take one of {can}",
+            )
     if not (strategy.linear and strategy.trips == 1):
         can = _those(lambda cls: cls.linear and cls.trips == 1)
         if scenario.client_privacy is not None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fedlora.clients.dp_sgd import DPSGD
 from fedlora.errors import RoundError, UserError
 from fedlora.prepare import calibrate, prepare
 from fedlora.privacy import ledger
@@ -487,7 +488,7 @@ def test_a_budget_of_clients_ends_a_run_that_would_pass_it(tiny, tmp_path):
 
 
 def test_a_run_that_protects_clients_resumes_bit_for_bit(tiny, tmp_path):
-    adaptive = FOR_CLIENTS.replace("epsilon: 8", "noise_multiplier: 0.09, quantile: 0.5")
+    adaptive = FOR_CLIENTS.replace("epsilon: 8", "noise_multiplier: 0.09, clip: quantile")
     whole = simulate(tiny(*WHOLE, adaptive), out=tmp_path / "whole")
 
     class Stop(Silent):
@@ -508,7 +509,7 @@ def test_a_run_that_protects_clients_resumes_bit_for_bit(tiny, tmp_path):
     [
         ("strategy.use=flexlora", "strategy.use"),
         ("strategy.use=flwr.serverapp.strategy:FedAdam", "strategy.use"),
-        ("privacy.quantile=0.5", "privacy.quantile"),
+        ("privacy.clip=quantile", "privacy.clip: 2 clients a round are too few for a bound that adapts"),
     ],
 )
 def test_what_has_no_known_sensitivity_for_a_client_is_refused(tiny, tmp_path, override, where):
@@ -520,7 +521,7 @@ def test_what_has_no_known_sensitivity_for_a_client_is_refused(tiny, tmp_path, o
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["privacy.quantile=0.5"], "go with unit: client"),
+        (["privacy.example={epsilon: 1, delta: 0.1}"], "goes with unit: client"),
         ([FOR_CLIENTS, "clients.use=dp_sgd"], "add privacy.example, or use: sgd"),
         (["privacy.unit=client", "privacy.example={delta: 0.1}"], "needs epsilon"),
     ],
@@ -528,3 +529,33 @@ def test_what_has_no_known_sensitivity_for_a_client_is_refused(tiny, tmp_path, o
 def test_a_unit_that_does_not_fit_its_client_is_a_line(tiny, overrides, words):
     with pytest.raises(UserError, match=words):
         tiny(*overrides)
+
+
+def test_a_batch_too_small_for_a_bound_that_adapts_is_a_line_before_anything_is_written(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"privacy.clip: batches of 8 are too small for a bound that adapts"):
+        simulate(tiny("privacy.clip=quantile", "privacy.epsilon=1"), out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Flat(DPSGD):
+    """A client of one's own that knows one way to clip."""
+
+    clips = ("flat",)
+
+
+def test_a_client_that_does_not_know_the_way_to_clip_is_a_line(tiny, tmp_path):
+    use = f"clients.use={__name__}:Flat"
+    with pytest.raises(UserError, match=r"privacy.clip: .*:Flat knows no automatic: take one of flat"):
+        simulate(tiny(use, "privacy.clip=automatic"), out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_automatic_clipping_costs_what_flat_clipping_costs(tiny, tmp_path):
+    flat, automatic = (
+        simulate(tiny(f"privacy.clip={way}", "engine.fused=2"), out=tmp_path / way)
+        for way in ("flat", "automatic")
+    )
+    one, other = (ledger.read(made.folder / "privacy.jsonl") for made in (flat, automatic))
+    kept = ("round", "client", "noise_multiplier", "sample_rate", "steps", "clip_norm")
+    assert [[line[k] for k in kept] for line in one] == [[line[k] for k in kept] for line in other]
+    assert not same(adapter(flat), adapter(automatic))

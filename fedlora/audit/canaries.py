@@ -151,7 +151,7 @@ class Canaried(Client):
 
     def __init__(self, inner: str, options: Mapping[str, Any], seed: int, canaries: int, among: int) -> None:
         self.inner = clients.load(inner, options)
-        self.private = self.inner.private
+        self.private, self.clips = self.inner.private, self.inner.clips
         self.canaries = Canaries(seed, canaries, among)
 
     def spends(self, num_examples: int, settings: Settings) -> Event | None:
@@ -168,6 +168,10 @@ class Canaried(Client):
         mine = mine[self.canaries.included[mine]]
         names = dict(zip(map(id, task.begin(adapter, settings.train)), settings.train, strict=True))
         coins, rate = rng("canaries"), settings.batch_size / len(partition)
+        bound = settings.clip_norm or 1.0
+        if settings.clip == "automatic":  # long beside its constant too
+            bound = max(bound, 1.0)
+        length = LOUDNESS * bound
         steps = 0
 
         def gradients(parameters: "list[torch.Tensor]") -> "list[torch.Tensor]":
@@ -181,7 +185,7 @@ class Canaried(Client):
             made = {id(p): p.new_zeros((len(drawn), *p.shape)) for p in parameters}
             start = 0
             for p in sent:
-                part = LOUDNESS * (settings.clip_norm or 1.0) * rows[:, start : start + p.numel()]
+                part = length * rows[:, start : start + p.numel()]
                 made[id(p)] = p.new_tensor(part).view(len(drawn), *p.shape)
                 start += p.numel()
             return [made[id(p)] for p in parameters]

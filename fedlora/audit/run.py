@@ -186,7 +186,8 @@ def _planted(scenario: Scenario, hidden: Canaries) -> Scenario:
         "among": told.total,
     }
     use = f"{Canaried.__module__}:{Canaried.__name__}"
-    return Scenario.model_validate({**scenario.model_dump(), "clients": {**known, **options, "use": use}})
+    whole = {"keep": "last", "stop": None}  # every round tells something
+    return Scenario.model_validate({**scenario.model_dump(), **whole, "clients": {**known, **options, "use": use}})
 
 
 class Server(Engine):
@@ -265,7 +266,8 @@ class Server(Engine):
         told = self.scenario
         if told.compression and told.compression.up:
             return Noise(skipped="compression.up rounds what clients send")
-        if told.clients.options.get("quantile") is not None and told.clients.local_steps > 1:
+        asked = told.example_privacy
+        if asked is not None and asked.clip.kind == "quantile" and told.clients.local_steps > 1:
             return Noise(skipped="the clipping bound moves within a round")
         return measure(self.seen, -(-self.hidden.count // self.hidden.clients))
 

@@ -66,6 +66,26 @@ def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
     return train, test
 
 
+def set_aside(data: settings.Data, test: Rows) -> tuple[Rows, Rows]:
+    """The test rows that report, and the rows that choose the best round; none of these unless they are asked for.
+
+    Raises:
+        SettingError: they cannot be read, or one of the two would be empty.
+    """
+    if data.files is not None and data.files.validation is not None:
+        chosen = _read_rows(data.files, "validation", data.files.validation, None)
+    elif data.hub is not None and data.hub.validation is not None:
+        chosen = _read_split(data.hub, "validation", data.hub.validation, None)
+    elif data.validation_share is not None:
+        test, chosen = _hold_out(test, data.validation_share, again=True)
+    else:
+        return test, NOTHING
+    if not test.texts or not chosen.texts:
+        short = "validation" if test.texts else "test"
+        raise SettingError("data", f"the {short} set is empty; give more rows, or another data.validation_share")
+    return test, chosen
+
+
 def read_test(data: settings.Data, task: str) -> tuple[Rows, tuple[str, ...]]:
     """The test rows and the labels, where the training rows are elsewhere.
 
@@ -101,7 +121,8 @@ def check(data: settings.Data, task: str, num_clients: int) -> None:
     """
     if data.files is None and data.dataset != "tweets":
         return
-    train, _ = read(data, task)
+    train, test = read(data, task)
+    set_aside(data, test)
     if isinstance(data.partition, settings.Sampled):
         draw(data.partition, len(train.texts), data.client_test_share, num_clients, 0)
     elif num_clients > len(train.texts):
@@ -213,43 +234,46 @@ def _read_table(key: str, path: Path, columns: Sequence[str] | None) -> Any:
 
 
 def _read_hub(hub: settings.Hub, owner: str | None) -> tuple[Rows, Rows | None]:
+    train = _read_split(hub, "train", hub.train, owner)
+    return train, (_read_split(hub, "test", hub.test, None) if hub.test else None)
+
+
+def _read_split(hub: settings.Hub, key: str, split: str, owner: str | None) -> Rows:
+    """The rows of a split, which the setting `key` of the hub names."""
     import datasets
 
-    def rows(key: str, split: str) -> Rows:
-        try:
-            with quiet_hub():
-                if (Path(hub.path) / "dataset_dict.json").exists():
-                    table = datasets.load_from_disk(hub.path)[split]
-                else:
-                    table = datasets.load_dataset(hub.path, hub.config, revision=hub.revision, split=split)
-        except Exception as error:  # whatever the Hub, the network or the cache raise
-            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+    try:
+        with quiet_hub():
+            if (Path(hub.path) / "dataset_dict.json").exists():
+                table = datasets.load_from_disk(hub.path)[split]
+            else:
+                table = datasets.load_dataset(hub.path, hub.config, revision=hub.revision, split=split)
+    except Exception as error:  # whatever the Hub, the network or the cache raise
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingError(
+            f"data.hub.{key}",
+            f"cannot load {hub.path}, split {split!r}, from the Hub or its cache: {what}",
+        ) from error
+
+    def column(setting: str, name: str) -> list[str]:
+        if name not in table.column_names:
             raise SettingError(
-                f"data.hub.{key}",
-                f"cannot load {hub.path}, split {split!r}, from the Hub or its cache: {what}",
-            ) from error
+                setting, f"{hub.path} has no column {name!r}: {suggestion(name, table.column_names)}"
+            )
+        feature = table.features[name]
+        named = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
+        return [named(v) for v in table[name]]
 
-        def column(setting: str, name: str) -> list[str]:
-            if name not in table.column_names:
-                raise SettingError(
-                    setting, f"{hub.path} has no column {name!r}: {suggestion(name, table.column_names)}"
-                )
-            feature = table.features[name]
-            named = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
-            return [named(v) for v in table[name]]
+    def inputs(name: str) -> list[Any]:
+        if isinstance(table.features.get(name), datasets.Image):
+            return _files_of(table, name)
+        return column("data.hub.text", name)
 
-        def inputs(name: str) -> list[Any]:
-            if isinstance(table.features.get(name), datasets.Image):
-                return _files_of(table, name)
-            return column("data.hub.text", name)
-
-        return Rows(
-            _inputs(hub.text, inputs),
-            column("data.hub.label", hub.label),
-            column("data.partition.column", owner) if owner and key == "train" else None,
-        )
-
-    return rows("train", hub.train), (rows("test", hub.test) if hub.test else None)
+    return Rows(
+        _inputs(hub.text, inputs),
+        column("data.hub.label", hub.label),
+        column("data.partition.column", owner) if owner else None,
+    )
 
 
 def _files_of(table: Any, name: str) -> list[bytes]:
@@ -272,10 +296,16 @@ def quiet_hub() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _hold_out(rows: Rows, share: float) -> tuple[Rows, Rows]:
-    """Split off a test set by a hash of each text: the same for every seed, and equal texts stay together."""
-    limit = int(share * 2**32)
-    held = [int.from_bytes(hashlib.sha1(as_bytes(t)).digest()[:4], "big") < limit for t in rows.texts]
+def _hold_out(rows: Rows, share: float, again: bool = False) -> tuple[Rows, Rows]:
+    """Split off a test set by a hash of each text: the same for every seed, and equal texts stay together.
+
+    Args:
+        rows: to split.
+        share: to split off.
+        again: what is split was split off itself: by other bytes of the hash.
+    """
+    limit, at = int(share * 2**32), slice(4, 8) if again else slice(4)
+    held = [int.from_bytes(hashlib.sha1(as_bytes(t)).digest()[at], "big") < limit for t in rows.texts]
 
     def pick(test: bool) -> Rows:
         def keep(column: Sequence[Any] | None) -> list[Any] | None:

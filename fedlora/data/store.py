@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fedlora import scenario as settings
 from fedlora.data.partitions import Drawn, Stored, draw, keep_back, split
-from fedlora.data.reading import NOTHING, Input, Rows, as_bytes, check_labels, label_names, read
+from fedlora.data.reading import NOTHING, Input, Rows, as_bytes, check_labels, label_names, read, set_aside
 from fedlora.seeding import Root
 
 _DRAWN = "drawn.json"  # in the place of a partition's arrays
@@ -103,6 +103,7 @@ class Dataset:
     partition_folder: Path
     train: Examples
     test: Examples
+    validation: Examples  # that choose the best round; none unless the scenario asks for some
     labels: tuple[str, ...]  # class names in order; empty for causal_lm
     holdings: Stored | Drawn
 
@@ -116,6 +117,7 @@ class Dataset:
             partition_folder=partition_folder,
             train=_examples(folder, "train"),
             test=_examples(folder, "test"),
+            validation=_examples(folder, "validation"),
             labels=tuple(meta["labels"]),
             holdings=Drawn(**json.loads(drawn.read_text()))
             if drawn.exists()
@@ -186,7 +188,9 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
     train, test = read(data, task)
     names = label_names(data, train, task)
     check_labels("data", test, names, "the test set has labels that the training set has not")
-    folder = _tokenised(data, task, train, test, names, encode, encoding)
+    test, validation = set_aside(data, test)
+    check_labels("data", validation, names, "the validation set has labels that the training set has not")
+    folder = _tokenised(data, task, train, test, validation, names, encode, encoding)
     how = f"{data.partition.model_dump_json()} {data.client_test_share}"
     owners = _fingerprint(*train.owners) if train.owners else ""
 
@@ -214,6 +218,7 @@ def hold(
     *,
     train: Rows = NOTHING,
     test: Rows = NOTHING,
+    validation: Rows = NOTHING,
     client: int = 0,
 ) -> Dataset:
     """A dataset of which this machine holds a part: the test rows, or one client's.
@@ -228,13 +233,15 @@ def hold(
         labels: of the run, in order.
         train: the client's rows, in their order in its partition.
         test: rows to judge by.
+        validation: rows to choose the best round by.
         client: whose the training rows are.
 
     Raises:
         SettingError: a row has another label, or a client with rows has too few to hold any out.
     """
-    check_labels("data", train, labels, f"there are labels beside the run's own {list(labels)}")
-    folder = _tokenised(data, task, train, test, labels, encode, encoding)
+    for rows in (train, validation):
+        check_labels("data", rows, labels, f"there are labels beside the run's own {list(labels)}")
+    folder = _tokenised(data, task, train, test, validation, labels, encode, encoding)
     parts = [np.arange(len(train.texts) if c == client else 0) for c in range(num_clients)]
 
     def write(to: Path) -> None:
@@ -246,14 +253,23 @@ def hold(
 
 
 def _tokenised(
-    data: settings.Data, task: str, train: Rows, test: Rows, names: Sequence[str], encode: Encode, encoding: str
+    data: settings.Data,
+    task: str,
+    train: Rows,
+    test: Rows,
+    validation: Rows,
+    names: Sequence[str],
+    encode: Encode,
+    encoding: str,
 ) -> Path:
-    key = _fingerprint(_FORMAT, task, encoding, str(data.max_length), _content(train), _content(test), *names)
-    return cached(cache_folder() / "tokens" / key, lambda to: _write(to, train, test, names, encode))
+    parts = {"train": train, "test": test} | ({"validation": validation} if validation.texts else {})
+    contents = map(_content, parts.values())
+    key = _fingerprint(_FORMAT, task, encoding, str(data.max_length), *contents, *names)
+    return cached(cache_folder() / "tokens" / key, lambda to: _write(to, parts, names, encode))
 
 
-def _write(folder: Path, train: Rows, test: Rows, names: Sequence[str], encode: Encode) -> None:
-    for half, rows in (("train", train), ("test", test)):
+def _write(folder: Path, parts: Mapping[str, Rows], names: Sequence[str], encode: Encode) -> None:
+    for half, rows in parts.items():
         encoded = encode(rows) if rows.texts else Encoded([], [])
         lengths = np.fromiter(map(len, encoded.tokens), np.int64, len(encoded.tokens))
         np.save(folder / f"{half}.offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
@@ -279,6 +295,9 @@ def _write_partitions(folder: Path, held_share: float | None, parts: list[NDArra
 
 
 def _examples(folder: Path, half: str) -> Examples:
+    """The examples of a part of a dataset; none where it has no such part."""
+    if not (folder / f"{half}.offsets.npy").exists():
+        return Examples(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64))
     tokens, offsets, targets = (_map(folder / f"{half}.{what}.npy") for what in ("tokens", "offsets", "targets"))
     types = folder / f"{half}.types.npy"
     return Examples(tokens, offsets, targets, _map(types) if types.exists() else None)

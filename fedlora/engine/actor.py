@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.adapter import Adapter, Change
-from fedlora.engine import hardware
+from fedlora.engine import hardware, trial
 from fedlora.engine.setup import Setup
 from fedlora.engine.worker import Worker
 from fedlora.errors import UserError
@@ -53,7 +53,7 @@ class Resident:
     def measured(self) -> hardware.Measured:
         """What the worker takes of its GPU."""
         assert self.worker is not None
-        return self.worker.measure()
+        return trial.measure(self.worker)
 
     def exported(self, adapter: Adapter, merged: Change | None) -> dict[str, bytes]:
         """The files that an export writes, by name: the run's folder may be on another machine."""

@@ -16,7 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedlora import wire
 from fedlora.adapter import Adapter, Change, Instruction, Sum
 from fedlora.engine.replies import Replies
-from fedlora.engine.setup import Description, Setup
+from fedlora.engine.setup import Description, Half, Setup
 from fedlora.passes.kept import Piece
 
 EVALUATION_CHUNK = 256  # test examples: fixed, so that sums do not depend on the number of workers
@@ -55,6 +55,29 @@ def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
         for key, value in part.items():
             sums[key] = sums.get(key, 0.0) + value
     return sums
+
+
+def pieces(found: Description) -> list[tuple[Half, int, int]]:
+    """The pieces of an evaluation: of which rows, and from where to where."""
+    counts: dict[Half, int] = {"test": found.test_examples, "validation": found.validation_examples}
+    return [
+        (half, start, min(start + EVALUATION_CHUNK, count))
+        for half, count in counts.items()
+        for start in range(0, count, EVALUATION_CHUNK)
+    ]
+
+
+def by_half(found: Description, parts: Iterable[Mapping[str, float]]) -> dict[Half, dict[str, float]]:
+    """The sums of an evaluation's pieces, for the rows that report and for those that choose, if there are any."""
+    made = list(zip(pieces(found), parts, strict=True))
+    halves = dict.fromkeys(half for (half, *_), _ in made)
+    return {half: summed(part for (of, *_), part in made if of == half) for half in halves}
+
+
+def named(figures: Mapping[Half, Mapping[str, float]]) -> dict[str, float]:
+    """Figures as a round's line has them: those on the rows that choose are `validation_...`."""
+    told = dict(figures["test"])
+    return told | {f"validation_{name}": value for name, value in figures.get("validation", {}).items()}
 
 
 class Engine(Grid):
@@ -99,7 +122,7 @@ class Engine(Grid):
 
     @abstractmethod
     def evaluate(self, adapter: Adapter) -> dict[str, float]:
-        """Loss and metric on the test set."""
+        """Loss and metric on the test set; under `validation_...` on the rows that choose, where there are any."""
 
     def beside(self, adapter: Adapter) -> Callable[[], dict[str, float]] | None:
         """Evaluate beside the next call of `train`, where something would stand idle meanwhile.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.adapter import Adapter, Change, Instruction
-from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks, gathered, summed
+from fedlora.engine.base import Engine, by_half, chunks, gathered, named, pieces
 from fedlora.engine.replies import Replies
 from fedlora.engine.setup import Description, Setup
 from fedlora.engine.worker import Worker
@@ -27,17 +27,15 @@ class InlineEngine(Engine):
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
         """Run the clients in order, in the chunks that other engines make."""
-        pieces = chunks(cohort, fused=self.worker.scenario.engine.fused)
-        parts = (self.worker.train(instruction, piece, partial_sums) for piece in pieces)
+        groups = chunks(cohort, fused=self.worker.scenario.engine.fused)
+        parts = (self.worker.train(instruction, group, partial_sums) for group in groups)
         return gathered(parts, partial_sums)
 
     def evaluate(self, adapter: Adapter) -> dict[str, float]:
-        """Loss and metric on the test set."""
-        count = self.description.test_examples
-        starts = range(0, count, EVALUATION_CHUNK)
-        return self.worker.figures(
-            summed(self.worker.evaluate(adapter, a, min(a + EVALUATION_CHUNK, count)) for a in starts)
-        )
+        """Loss and metric on the server's own rows."""
+        parts = (self.worker.evaluate(adapter, *piece) for piece in pieces(self.description))
+        sums = by_half(self.description, parts)
+        return named({half: self.worker.figures(these) for half, these in sums.items()})
 
     def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
         """Loss and metric of clients' own models."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from fedlora.adapter import Adapter, Change, Instruction
 from fedlora.client import Setter
-from fedlora.engine.base import EVALUATION_CHUNK, Engine, chunks, gathered, summed
+from fedlora.engine.base import Engine, by_half, chunks, gathered, named, pieces
 from fedlora.engine.pool import Job, Pool
 from fedlora.engine.replies import Replies, Report
 from fedlora.engine.setup import Description, Setup
@@ -95,23 +95,23 @@ class RayEngine(Engine):
 
         size = sum(tensor.nbytes for tensor in instruction.adapter.values())
         most = None if partial_sums else max(1, REPLY_BYTES // max(size, 1))
-        pieces = chunks(cohort, most, self.setup.scenario["engine"]["fused"])
+        groups = chunks(cohort, most, self.setup.scenario["engine"]["fused"])
         told = ray.put(instruction)  # one broadcast
         beside, self._beside = self._beside, None
 
         def lost(job: int, why: str) -> Any:
-            return self._lost(instruction, pieces[job], why) if job < len(pieces) else _not_evaluated(job, why)
+            return self._lost(instruction, groups[job], why) if job < len(groups) else _not_evaluated(job, why)
 
         results = self.pool.spread(
             [
-                *(self.pool.call("train", told, piece, partial_sums) for piece in pieces),
+                *(self.pool.call("train", told, group, partial_sums) for group in groups),
                 *(beside.jobs if beside else ()),
             ],
             lost,
             self.deadline,
-            timed=len(pieces),
+            timed=len(groups),
         )
-        parts = itertools.islice(results, len(pieces))
+        parts = itertools.islice(results, len(groups))
         replies = gathered(parts if partial_sums else map(_own, parts), partial_sums)
         if beside:
             beside.parts = list(results)
@@ -123,9 +123,9 @@ class RayEngine(Engine):
 
     def beside(self, adapter: Adapter) -> Callable[[], dict[str, float]] | None:
         """At the end of a round workers have nothing left to do where its pieces do not go up in them."""
-        pieces = len(chunks(range(self.cohort), fused=self.setup.scenario["engine"]["fused"]))
-        idle = -pieces % len(self.pool.workers)
-        if idle < IDLE * (pieces + idle):
+        groups = len(chunks(range(self.cohort), fused=self.setup.scenario["engine"]["fused"]))
+        idle = -groups % len(self.pool.workers)
+        if idle < IDLE * (groups + idle):
             return None
         made = self._beside = Beside(self._evaluation(adapter))
 
@@ -140,15 +140,14 @@ class RayEngine(Engine):
         """The pieces of an evaluation."""
         import ray
 
-        told, count = ray.put(adapter), self.description.test_examples
-        starts = range(0, count, EVALUATION_CHUNK)
-        return [self.pool.call("evaluate", told, a, min(a + EVALUATION_CHUNK, count)) for a in starts]
+        told = ray.put(adapter)
+        return [self.pool.call("evaluate", told, *piece) for piece in pieces(self.description)]
 
     def _figures(self, parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
         """What the pieces of an evaluation come to."""
-        figures: dict[str, float]
-        (figures,) = self.pool.spread([self.pool.call("figures", summed(parts))], _not_evaluated)
-        return figures
+        sums = by_half(self.description, parts)
+        made = self.pool.spread([self.pool.call("figures", these) for these in sums.values()], _not_evaluated)
+        return named(dict(zip(sums, made, strict=True)))
 
     def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
         """Loss and metric of clients' own models."""

@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedlora.adapter import Adapter, Layout
 from fedlora.kinds.contract import Kind
 from fedlora.passes.kept import Wanted
+
+Half = Literal["test", "validation"]
+"""Rows of the server's own: those that report, or those that choose the best round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class Description:
     metric: str
     higher_is_better: bool
     test_examples: int
+    validation_examples: int
     kind: Kind
     weights: Mapping[str, tuple[int, ...]]  # the shape of each layer with factors, (out, in)
     fingerprint: str  # of the first adapter, bit for bit: workers that differ must not serve one run

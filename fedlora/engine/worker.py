@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedlora import client as clients
 from fedlora import strategy as strategies
 from fedlora import suitability, wire
 from fedlora.adapter import Adapter, Change, Instruction, Sum, Update, fingerprint
 from fedlora.client import Setter
-from fedlora.data.store import Dataset, Examples, Partition
+from fedlora.data.store import Dataset, Partition
 from fedlora.engine import hardware
 from fedlora.engine.digests import Digests
 from fedlora.engine.intake import Intake, check_tensors
 from fedlora.engine.replies import Deed, Replies, Report
-from fedlora.engine.setup import Description, Setup
+from fedlora.engine.setup import Description, Half, Setup
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError, Refusal
 from fedlora.passes import alone
@@ -110,6 +109,7 @@ class Worker:
             metric=self.task.metric,
             higher_is_better=self.task.higher_is_better,
             test_examples=len(self.dataset.test),
+            validation_examples=len(self.dataset.validation),
             kind=self.task.kind,
             weights=self.task.weights,
             fingerprint=fingerprint(self.task.initial),
@@ -357,40 +357,6 @@ class Worker:
             return {**instruction.adapter, **self.personal.load(client, before)}
         return instruction.adapter
 
-    @hardware.on_gpu("a step")
-    def rehearse(self) -> None:
-        """A step on the longest examples, as many at once as there may be, and an evaluation of such."""
-        told, ranks = self.scenario.clients, self.scenario.clients.possible_ranks(self.scenario.model.adapter.r)
-        at_once = (3 * told.micro_batch_size - 1) // 2  # `Task.micro_batches` gives less than half as many again
-        if not self.client.private:
-            at_once = min(at_once, told.batch_size)
-        longest = _longest(self.dataset.train, at_once)
-        rows = np.tile(longest, -(-told.batch_size // len(longest)))
-        instruction = self.strategy.instruct(1, dict(self.task.initial), ranks)
-        noise = {len(rows): max(self.settings.noise.values())} if self.settings.noise else None
-        settings = replace(
-            Setter(self.scenario, noise)(instruction, len(rows)),
-            local_steps=1,
-            batch_size=len(rows),  # every one of them, for a private client too
-            micro_batch_size=len(longest),
-        )
-        partition = Partition(-1, self.dataset.train, rows)  # no client's
-        self.task.become(ranks[-1], instruction.draw)
-        received, rng = instruction.at(ranks[-1]).adapter, clients.Rng(self.scenario.seed, 0, 0)
-        one = (self.task, received, partition, settings, rng)
-        if self.fused is not None and isinstance(self.client, clients.Stepwise):
-            self.fused.run(ranks[-1], [self.client.passes(*one) for _ in range(self.scenario.engine.fused)])
-        else:
-            self.client.fit(*one)
-        self.task.become()
-        test = self.dataset.test
-        width = int(test.lengths(_longest(test, 1))[0])
-        self.task.evaluate(self.task.initial, test, _longest(test, self.task.at_once(width)))
-
-    def measure(self) -> hardware.Measured:
-        """What it takes of its GPU at most."""
-        return hardware.measure(self.rehearse)
-
     def _agree(self, instruction: Instruction) -> None:
         """Make sure that the tensors that did not travel are what the server has.
 
@@ -405,14 +371,15 @@ class Worker:
             raise ContractError("the tensors that stay frozen are not the server's: another seed, base or torch")
 
     @hardware.on_gpu("the test set")
-    def evaluate(self, adapter: Adapter, start: int, stop: int) -> dict[str, float]:
-        """Sums of the metric over test examples `start` to `stop`."""
+    def evaluate(self, adapter: Adapter, half: Half, start: int, stop: int) -> dict[str, float]:
+        """Sums of the metric over examples `start` to `stop` of those that report, or of those that choose."""
         self.task.become()
-        rows, test, asked = np.arange(start, stop), self.dataset.test, self.scenario.exact_match
-        sums = self.task.evaluate(adapter, test, rows)
-        if asked and start < asked.examples:
+        rows, examples, asked = np.arange(start, stop), getattr(self.dataset, half), self.scenario.exact_match
+        sums = self.task.evaluate(adapter, examples, rows)
+        writes = half == "test" or self.scenario.chosen_by(self.task.metric) == "exact_match"
+        if asked and writes and start < asked.examples:
             model = self.scenario.model
-            sums |= self.task.written(lambda: self.task.reader(model.base, model.revision), test, rows, asked)
+            sums |= self.task.written(lambda: self.task.reader(model.base, model.revision), examples, rows, asked)
         return sums
 
     def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
@@ -446,7 +413,3 @@ class Worker:
     def export(self, adapter: Adapter, folder: Path, merged: Change | None) -> None:
         """As `Task.export`."""
         self.task.export(adapter, folder, merged)
-
-
-def _longest(examples: Examples, count: int) -> NDArray[np.int64]:
-    return np.argsort(examples.lengths(np.arange(len(examples))), kind="stable")[-count:]

@@ -36,9 +36,9 @@ logger = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
-    """Some passes of one half of a dataset."""
+    """Some passes of one part of a dataset."""
 
-    half: str  # `train` or `test`
+    half: str  # `train`, `test` or `validation`
     start: int
     stop: int
 
@@ -49,7 +49,7 @@ class Wanted:
 
     Attributes:
         folder: named by all that it depends on.
-        shapes: of each half, (tokens, width).
+        shapes: of each part, (tokens, width).
         types: of its numbers.
         pieces: of the work, which workers share.
     """
@@ -99,6 +99,7 @@ class Kept:
         """
         self.task, self.dataset, self.root, self.threads = task, dataset, root, threads
         self.width = int(task.model.get_base_model().config.get_text_config().hidden_size)
+        self._halves = {"train": dataset.train, "test": dataset.test, "validation": dataset.validation}
         self._open: dict[str, NDArray[Any]] = {}
 
     @cached_property
@@ -121,8 +122,7 @@ class Kept:
         """What is to be on disk; None where nothing is."""
         if self.folder is None:
             return None
-        halves = {"train": self.dataset.train, "test": self.dataset.test}
-        halves = {half: examples for half, examples in halves.items() if len(examples)}
+        halves = {half: examples for half, examples in self._halves.items() if len(examples)}
         pieces = [
             Piece(half, start, min(start + _JOB, count))
             for half, examples in halves.items()
@@ -137,8 +137,8 @@ class Kept:
         )
 
     def of(self, examples: Examples) -> NDArray[Any] | None:
-        """What is kept of the training or test examples, (tokens, width); None where nothing is."""
-        half = {id(self.dataset.train): "train", id(self.dataset.test): "test"}.get(id(examples))
+        """What is kept of some of the dataset's examples, (tokens, width); None where nothing is."""
+        half = next((half for half, held in self._halves.items() if held is examples), None)
         if half is None:
             return None
         if half not in self._open:
@@ -171,7 +171,7 @@ class Kept:
         import torch
 
         half = piece.half == "train" and self.task.precision == "bf16"
-        examples = self.dataset.train if piece.half == "train" else self.dataset.test
+        examples = self._halves[piece.half]
         for rows in self._passes(examples)[piece.start : piece.stop]:
             out = self.task.below(examples, rows, half)[0].cpu().contiguous()
             flat = (out.view(torch.uint16) if half else out.float()).numpy()

@@ -28,6 +28,7 @@ def write(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:
         judged += ", the mean of clients' own models; this adapter is what all of them began with, untrained"
     elif ready.strategy.personal:
         judged = "the examples that clients hold out, by clients' own models; this adapter is what they share"
+    kept = f"; it is of round {summary['best_round']}, the best" if "best_round" in summary else ""
     (folder / "adapter" / "README.md").write_text(
         f"""---
 base_model: {base}
@@ -37,7 +38,7 @@ tags: [lora, federated-learning, differential-privacy, fedlora]
 # {scenario.name}
 
 A LoRA adapter (r = {config["r"]}, alpha = {config["lora_alpha"]:g}) for `{base}`, fine-tuned
-by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["rounds"]} rounds.
+by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["rounds"]} rounds{kept}.
 
 - {metric} on {judged}: {"not measured" if value is None else f"{value:.4f}"}
 - labels: {", ".join(labels) or "none"}

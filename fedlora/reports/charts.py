@@ -42,6 +42,7 @@ def lines(
     whole: bool = False,
     zero: bool = False,
     rule: str | None = None,
+    ringed: float | None = None,
 ) -> alt.LayerChart:
     """Points joined by lines.
 
@@ -54,6 +55,7 @@ def lines(
         whole: x holds whole numbers.
         zero: the y axis starts at zero.
         rule: the column of a level to draw across, the same in all rows; those without it have none.
+        ringed: the x whose points have a ring around them; None: none has.
     """
     held = data(rows)
     base = alt.Chart(held).encode(
@@ -80,6 +82,9 @@ def lines(
     if band:
         layers.append(base.mark_area(opacity=0.18).encode(y=alt.Y(f"{band[0]}:Q", title=y[1]), y2=f"{band[1]}:Q"))
     layers += [base.mark_line(), base.mark_point(filled=True, size=28, opacity=1)]
+    if ringed is not None:
+        ring = base.transform_filter(f"datum.{x[0]} == {ringed}")
+        layers.append(ring.mark_point(filled=False, size=160, strokeWidth=2, opacity=1))
     layers.append(base.mark_point(filled=True, size=500, opacity=0))  # something larger to hover over
     return alt.LayerChart(layer=layers, width="container", height=230)
 
@@ -177,10 +182,27 @@ def points(
 MAJORITY = "commonest label"  # the column of what guessing it gets right
 
 
-def metric_by_round(recorded: Sequence[Row], metric: str, majority: float | None = None) -> alt.LayerChart:
-    """A metric in each round in which it was measured, and the level of guessing the commonest label."""
-    rows = measured(recorded, metric, majority)
-    return lines(rows, ("round", "round"), (metric, metric), whole=True, rule=MAJORITY)
+def metric_by_round(
+    recorded: Sequence[Row], metric: str, majority: float | None = None, best: int | None = None
+) -> alt.LayerChart:
+    """A metric in each round in which it was measured, on the rows that report and on those that choose.
+
+    Args:
+        recorded: the lines of `metrics.jsonl`.
+        metric: of the test rows.
+        majority: the level of guessing the commonest label; None: no line is drawn.
+        best: the round that was kept, which has a ring; None: the last one was.
+    """
+    rows, chosen = measured(recorded, metric, majority), f"validation_{metric}"
+    on = {line["round"]: line[chosen] for line in recorded if line.get(chosen) is not None}
+    series = "set" if on else None
+    if series:
+        loss = {line["round"]: line.get("validation_loss") for line in recorded}
+        told = [row for row in rows if row["round"] in on]
+        rows = [{**row, "set": "test"} for row in rows] + [
+            {**row, metric: on[row["round"]], "loss": loss[row["round"]], "set": "validation"} for row in told
+        ]
+    return lines(rows, ("round", "round"), (metric, metric), series=series, whole=True, rule=MAJORITY, ringed=best)
 
 
 def measured(recorded: Sequence[Row], metric: str, majority: float | None = None) -> list[Row]:

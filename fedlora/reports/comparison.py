@@ -284,8 +284,10 @@ class Comparison:
 
 
 def final(run: Run) -> float | None:
-    """The last measured metric of a run."""
+    """The last measured metric of a run, or that of the round that it kept."""
     metric = run.metric
+    if run.best_round is not None:
+        return run.summary.get(metric)
     values = [line[metric] for line in run.rounds if line.get(metric) is not None]
     return values[-1] if values else None
 
@@ -293,7 +295,7 @@ def final(run: Run) -> float | None:
 def _judged_by(run: Run) -> tuple[Any, ...]:
     """What has to be the same for two metrics to be comparable."""
     data = run.scenario.get("data") or {}
-    source = {key: data.get(key) for key in ("dataset", "hub", "files", "test_share")}
+    source = {key: data.get(key) for key in ("dataset", "hub", "files", "test_share", "validation_share")}
     return run.scenario.get("task"), json.dumps(source, sort_keys=True, default=str)
 
 

@@ -267,9 +267,10 @@ def summary_lines(run: Run) -> list[str]:
     """What is printed at the end of a run, terminal or not."""
     folder, summary, metric = run.folder, run.summary, run.metric
     value = "not measured" if summary[metric] is None else f"{summary[metric]:.4f}"
+    kept = f" (round {summary['best_round']} is kept)" if "best_round" in summary else ""
     lines = [
         f"{summary['scenario']}: {metric} {value} on {summary['test_examples']:,} test examples "
-        f"after {summary['rounds']} rounds of {summary['strategy']} in {span(summary['seconds'])}",
+        f"after {summary['rounds']} rounds{kept} of {summary['strategy']} in {span(summary['seconds'])}",
         f"  privacy  {summary['privacy']}",
         f"  folder   {folder}",
         f"  adapter  {folder}/adapter",
@@ -281,4 +282,6 @@ def summary_lines(run: Run) -> list[str]:
         lines.insert(2, f"  devices  {summary['virtual_seconds'] / 3600:.2f} virtual hours")
     if "stopped" in summary:
         lines.insert(1, f"  stopped  {summary['stopped']}; go on with --resume")
+    if "ended" in summary:
+        lines.insert(1, f"  ended    {summary['ended']}")
     return lines

@@ -31,10 +31,14 @@ def figures(run: Run) -> Mapping[Literal["learning", "privacy", "clients", "cost
 def _learning(run: Run) -> Sequence[Figure]:
     found, metric = [], run.metric
     if rows := measured(run.rounds, metric, run.majority):
-        by_round = metric_by_round(run.rounds, metric, run.majority)
         note = "Measured on the held-out test set."
+        if any(f"validation_{metric}" in line for line in run.rounds):
+            note = "Measured on the held-out test set, and on the validation rows that choose and do not report."
+        if run.best_round is not None:
+            note += f" Round {run.best_round}, ringed, is the one that was kept."
         if run.majority is not None:
-            note += f" Dashed: the commonest label, which is {run.majority:.4f} of it."
+            note += f" Dashed: the commonest label, which is {run.majority:.4f} of the test set."
+        by_round = metric_by_round(run.rounds, metric, run.majority, run.best_round)
         found.append(Figure(f"{metric.capitalize()} by round", note, by_round))
         x = ("megabytes", "megabytes, up and down, all clients")
         chart = lines(rows, x, (metric, metric), rule=MAJORITY)
@@ -47,7 +51,7 @@ def _learning(run: Run) -> Sequence[Figure]:
             found.append(Figure(f"{metric.capitalize()} by virtual hour", note, chart))
     losses = [
         {"round": line["round"], "set": label, "loss": line[key]}
-        for key, label in (("loss", "test"), ("train_loss", "training"))
+        for key, label in (("loss", "test"), ("validation_loss", "validation"), ("train_loss", "training"))
         for line in run.rounds
         if line.get(key) is not None
     ]

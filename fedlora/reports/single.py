@@ -65,13 +65,16 @@ def html(run: Run) -> str:
 def _key_figures(run: Run) -> Iterator[tuple[str, str, str]]:
     rounds, summary, metric = run.rounds, run.summary, run.metric
     measured = [line for line in rounds if line.get(metric) is not None]
-    value = measured[-1][metric] if measured else summary.get(metric)
+    kept = run.best_round
+    value = measured[-1][metric] if measured and kept is None else summary.get(metric)
     best = (max if run.higher_is_better else min)((line[metric] for line in measured), default=None)
     held_out = (
         f"on {summary['test_examples']:,} test examples" if "test_examples" in summary else "on the test set"
     )
     if run.majority is not None:
         held_out += f", of which the commonest label is {run.majority:.4f}"
+    if kept is not None:
+        held_out, best = f"{held_out}, after round {kept}, which validation rows chose", value
     yield (
         metric.capitalize(),
         "–" if value is None else f"{value:.4f}",  # noqa: RUF001

@@ -11,16 +11,23 @@ from fedlora.prepare import Prepared
 from fedlora.privacy import accounting, cohorts, ledger
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.replay import versions
+from fedlora.rounds.choice import OF_VALIDATION, Choice
 from fedlora.rounds.loop import round_to
 from fedlora.rounds.progress import Progress
 from fedlora.scenario import Scenario
 
 
 def summary_of(
-    ready: Prepared, now: Progress, found: Description, record: Ledger, stopped: str | None
+    ready: Prepared, now: Progress, found: Description, record: Ledger, stopped: str | None, choice: Choice | None
 ) -> dict[str, Any]:
-    """What `summary.json` holds; `stopped` says why the run ended before its last round, if it did."""
+    """What `summary.json` holds; `stopped` says why the run was cut short, if it was.
+
+    Where the best round's adapter is kept, the figures are of that round, and `best_round` says which. `ended`
+    says why a run that is finished has fewer rounds than it might.
+    """
     scenario = ready.scenario
+    best = now.best if choice is not None and choice.keeps else None
+    figures = best.figures if best else now.last
     asked = scenario.privacy
     spent = spent_of(record, asked)
     summary: dict[str, Any] = {
@@ -29,8 +36,8 @@ def summary_of(
         "rounds": now.round,
         "metric": found.metric,
         "higher_is_better": found.higher_is_better,
-        found.metric: now.last.get(found.metric),
-        "loss": now.last.get("loss"),
+        found.metric: figures.get(found.metric),
+        "loss": figures.get("loss"),
         "bytes_up_total": now.bytes_up,
         "bytes_up_head": now.bytes_up_head,
         "bytes_down_total": now.bytes_down,
@@ -63,7 +70,14 @@ def summary_of(
     if scenario.world is not None:
         summary["virtual_seconds"] = round_to(now.virtual_seconds)
     if scenario.exact_match is not None:
-        summary["exact_match"] = now.last.get("exact_match")
+        summary["exact_match"] = figures.get("exact_match")
+    if found.validation_examples:
+        summary["validation_examples"] = found.validation_examples
+        summary |= {key: value for key, value in figures.items() if key.startswith(OF_VALIDATION)}
+    if best is not None:
+        summary["best_round"] = best.round
+    if choice is not None and stopped is None and now.round < scenario.rounds and (why := choice.ends(now)):
+        summary["ended"] = why
     if stopped is not None:
         summary["stopped"] = stopped
     return summary

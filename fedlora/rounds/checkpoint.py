@@ -27,7 +27,7 @@ from fedlora.errors import UserError
 
 _MANIFEST = "manifest.json"
 _FILES = {"adapter.safetensors", "strategy.safetensors", "state.json"}
-_UNDER_WAY = "under_way/"  # before the names of such tensors, beside the strategy's
+_UNDER_WAY, _BEST = "under_way/", "best/"  # before the names of such tensors, beside the strategy's
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class Checkpoint:
         adapter: every tensor of the layout.
         strategy: what `Strategy.state` gave: arrays and JSON values by name.
         under_way: tensors of updates that have not arrived yet, where rounds are not in step.
+        best: the adapter of the best round so far, where one is kept.
         words: JSON values of the loop, such as the totals so far.
         origin: what it belongs to, as JSON values: the resolved scenario, the versions, the ledger's position.
     """
@@ -51,6 +52,7 @@ class Checkpoint:
     words: Mapping[str, Any]
     origin: Mapping[str, Any] = field(default_factory=dict)
     under_way: Adapter = field(default_factory=dict)
+    best: Adapter = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -69,8 +71,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "origin": dict(checkpoint.origin),
     }
     write_tensors(new / "adapter.safetensors", checkpoint.adapter)
-    under_way = {f"{_UNDER_WAY}{name}": tensor for name, tensor in checkpoint.under_way.items()}
-    write_tensors(new / "strategy.safetensors", {**arrays, **under_way})
+    for prefix, tensors in ((_UNDER_WAY, checkpoint.under_way), (_BEST, checkpoint.best)):
+        arrays |= {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+    write_tensors(new / "strategy.safetensors", arrays)
     _write(new / "state.json", json.dumps(state).encode())
     sums = {p.name: _digest(p) for p in sorted(new.iterdir())}
     _write(new / _MANIFEST, json.dumps(sums).encode())
@@ -119,14 +122,18 @@ def _whole(folder: Path) -> Checkpoint | None:
         if type(state["round"]) is not int:
             return None
         arrays = read_tensors(folder / "strategy.safetensors")
-        under_way = {n: arrays.pop(n) for n in list(arrays) if n.startswith(_UNDER_WAY)}
+        under_way, best = (
+            {n.removeprefix(prefix): arrays.pop(n) for n in list(arrays) if n.startswith(prefix)}
+            for prefix in (_UNDER_WAY, _BEST)
+        )
         return Checkpoint(
             round=state["round"],
             adapter=read_tensors(folder / "adapter.safetensors"),
             strategy={**values, **arrays},
             words=words,
             origin=origin,
-            under_way={name.removeprefix(_UNDER_WAY): tensor for name, tensor in under_way.items()},
+            under_way=under_way,
+            best=best,
         )
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
@@ -290,12 +297,12 @@ class Merges:
         missed = sum(self._bytes[count:])
         return min(missed, dense)
 
-    def total(self) -> Change:
-        """All merges as one change."""
-        modules = {module for change in self.changes for module in change}
+    def total(self, count: int | None = None) -> Change:
+        """The first merges, or all, as one change."""
+        changes = self.changes[:count]
+        modules = {module for change in changes for module in change}
         return {
-            m: factors.stack([(1.0, *change[m]) for change in self.changes if m in change])
-            for m in sorted(modules)
+            m: factors.stack([(1.0, *change[m]) for change in changes if m in change]) for m in sorted(modules)
         }
 
     def _add(self, change: Change) -> None:

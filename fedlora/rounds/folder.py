@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 CHANGEABLE = (
     "rounds",
     "eval_every",
+    "stop",
+    "stop.patience",
     "trackers",
     "engine.kind",
     "engine.workers",

@@ -23,6 +23,7 @@ from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanisms.central import CLIP_NORM, Central
 from fedlora.rounds import checkpoint
 from fedlora.rounds.checkpoint import Checkpoint, Merges
+from fedlora.rounds.choice import OF_VALIDATION, Choice
 from fedlora.rounds.pace import Pace
 from fedlora.rounds.progress import Line, Progress, Stopwatch
 from fedlora.rounds.server import ServerOptimizer
@@ -51,6 +52,7 @@ class Loop:
     folder: Path
     on_round: Callable[[Line], None]
     server: ServerOptimizer | None = None  # the stage after the aggregate, where that is a mean
+    choice: Choice | None = None  # of the best round, where somebody asks for it
     origin: Mapping[str, Any] = field(default_factory=dict)  # the scenario and the versions, for checkpoints
     stop: Callable[[], bool] = lambda: False
     _beside: Callable[[], Mapping[str, float]] | None = None  # gives the figures of `Progress.unjudged`
@@ -74,6 +76,8 @@ class Loop:
         for round in range(now.round + 1, self.scenario.rounds + 1):
             if self.stop():
                 raise KeyboardInterrupt
+            if self.choice is not None and self.choice.ends(now):
+                break
             watch = Stopwatch()
             instruction = self.strategy.instruct(round, now.adapter, self._ranks)
             kept = {n: t for n, t in now.adapter.items() if n not in instruction.adapter}
@@ -210,7 +214,8 @@ class Loop:
         if round % self.scenario.eval_every and round != self.scenario.rounds:
             return {"loss": None, metric: None}
         judges = self.scenario.data.client_test_share is not None
-        if round < self.scenario.rounds and not self.strategy.personal and not judges:
+        waits = self.scenario.stop is not None  # whether there is a next round depends on the figures
+        if round < self.scenario.rounds and not (self.strategy.personal or judges or waits):
             if (beside := self.engine.beside(adapter)) is not None:
                 self._beside = beside
                 return {"loss": None, metric: None}
@@ -349,6 +354,7 @@ class Loop:
                 strategy={**self.strategy.state(), **(self.server.state() if self.server else {})},
                 words=now.words(),
                 under_way=now.tensors(),
+                best=now.best.adapter if now.best else {},
                 origin={**self.origin, "ledger": self.ledger.position},
             ),
         )
@@ -368,8 +374,11 @@ class Loop:
         """Write the line of a round, and remember what was measured."""
         if line["loss"] is not None:
             metric = self.engine.description.metric
-            measured = ("loss", metric, f"{metric}_least", f"{metric}_most", "exact_match")
+            names = ("loss", metric, f"{metric}_least", f"{metric}_most", "exact_match")
+            measured = [f"{prefix}{name}" for prefix in ("", OF_VALIDATION) for name in names]
             now.last.update({key: line[key] for key in measured if key in line})
+            if self.choice is not None:
+                self.choice.see(line, now)
         self.ledger.metrics(line)
 
     def _head_bytes(self, round: int) -> int:

@@ -24,6 +24,23 @@ class UnderWay:
     change: Update | None = None
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best round so far.
+
+    Attributes:
+        round: its number.
+        merges: that were in the base after it.
+        figures: that were measured then.
+        adapter: that it made.
+    """
+
+    round: int
+    merges: int
+    figures: Line
+    adapter: Adapter
+
+
 @dataclass
 class Progress:
     """How far a run is; what a checkpoint keeps."""
@@ -42,12 +59,15 @@ class Progress:
     merges_seen: dict[str, int] = field(default_factory=dict)  # how many of them each client was sent
     virtual_seconds: float = 0.0  # by the clock of a simulated world
     under_way: list[UnderWay] = field(default_factory=list)
+    best: Best | None = None  # where somebody asks for it
+    waited: int = 0  # evaluations since
     unjudged: Line | None = None  # the line of the last round, where that is being evaluated beside the next
 
     def words(self) -> dict[str, Any]:
         """All but the tensors."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("round", "adapter", "under_way")}
-        return {**plain, "under_way": [_words(one) for one in self.under_way]}
+        plain = {k: v for k, v in vars(self).items() if k not in ("round", "adapter", "under_way", "best")}
+        best = {k: v for k, v in vars(self.best).items() if k != "adapter"} if self.best else None
+        return {**plain, "best": best, "under_way": [_words(one) for one in self.under_way]}
 
     def tensors(self) -> Adapter:
         """Those of updates that are under way, by client and name."""
@@ -67,7 +87,8 @@ class Progress:
         """
         words = dict(saved.words)
         under_way = [_under_way(told, saved.under_way) for told in words.pop("under_way")]
-        return cls(round=saved.round, adapter=saved.adapter, under_way=under_way, **words)
+        best = Best(**told, adapter=saved.best) if (told := words.pop("best", None)) else None
+        return cls(round=saved.round, adapter=saved.adapter, under_way=under_way, best=best, **words)
 
 
 def _words(one: UnderWay) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from fedlora.scenario.world import World
 def validate(raw: dict[str, Any]) -> tuple[Scenario | None, list[Problem]]:
     """Check each section by itself, so that one mistake hides no other, then what spans sections."""
     problems: list[Problem] = []
+    raw = _moved(raw, problems)
     sections: dict[str, Any] = {}
     for name, field in Scenario.model_fields.items():
         if name not in raw and not field.is_required():
@@ -45,6 +46,24 @@ def validate(raw: dict[str, Any]) -> tuple[Scenario | None, list[Problem]]:
     return (Scenario(**sections) if not problems else None), problems
 
 
+def _moved(raw: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """A scenario without keys that have another place now; each is a problem that says which."""
+    for section, key, instead in _MOVED:
+        held = raw.get(section)
+        if not isinstance(held, dict) or key not in held or (section == "clients" and held.get("use") != "dp_sgd"):
+            continue
+        if held[key] not in (None, False):
+            now = instead.format(held[key])
+            problems.append(Problem((section, key), f"{section}.{key}: moved: write {now}"))
+        raw = {**raw, section: {name: value for name, value in held.items() if name != key}}
+    return raw
+
+
+_MOVED = (
+    ("clients", "per_layer", "privacy.clip: per_layer"),
+    ("clients", "quantile", "privacy.clip: {{kind: quantile, quantile: {}}}"),
+    ("privacy", "quantile", "privacy.clip: {{kind: quantile, quantile: {}}}"),
+)
 _HELP = {
     "name": "a word for the run, such as 'name: mine'",
     "data": "say what to learn from, such as 'data: {dataset: tweets}'",
@@ -116,6 +135,13 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(
                 ("data", "partition", "shares"),
                 f"{rows} rows of shares do not divide {clients.total} clients: write a multiple of {rows}",
+            )
+    for key in ("keep", "stop"):
+        if data and not data.validates and sections.get(key) not in (None, "last"):
+            yield Problem(
+                (key,),
+                f"{key}: what chooses must not be what reports: set data.validation_share, such as 0.3, "
+                "which takes rows off the test set to choose by",
             )
     if task:
         yield from _of_task(task, sections)

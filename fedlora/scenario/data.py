@@ -30,6 +30,7 @@ class Hub(Section):
     revision: str | None = None
     train: str = "train"
     test: str | None = "test"  # null: hold out `data.test_share` of the training rows
+    validation: str | None = None  # to choose the best round by; or give `data.validation_share`
     text: Columns = "text"  # two of them for pairs, such as [premise, hypothesis]; for images the column of images
     label: str = "label"
 
@@ -39,6 +40,7 @@ class Files(Section):
 
     train: str
     test: str | None = None  # null: hold out `data.test_share` of the training rows
+    validation: str | None = None  # to choose the best round by; or give `data.validation_share`
     text: Columns = "text"  # for causal_lm: the prompt, or the whole text where `label` is null; two for pairs
     label: str | None = "label"  # for causal_lm: the completion
     columns: tuple[str, ...] | None = None  # names of the columns of a csv or tsv file without a header
@@ -123,6 +125,9 @@ class Data(Section):
     partition: Partition = Iid()
     max_length: Annotated[Int, Field(ge=2)] = 128  # tokens an example is cut to
     test_share: Annotated[Float, Field(gt=0, lt=1)] = 0.1  # held out where the source has no test set
+    validation_share: Annotated[Float, Field(gt=0, lt=1)] | None = (
+        None  # of the test rows: they choose the best round, and the others report
+    )
     client_test_share: Annotated[Float, Field(gt=0, lt=1)] | None = None  # that each client keeps to judge by
     labels: tuple[str, ...] | None = None  # in order; null: those of the data, sorted
 
@@ -139,4 +144,17 @@ class Data(Section):
         if len(given) != 1:
             what = " and ".join(given) or "none of them"
             raise PydanticCustomError("source", f"name one of dataset, hub and files, not {what}")
+        if self.own_validation is not None and self.validation_share is not None:
+            raise PydanticCustomError("source", "validation rows are given: leave validation_share out")
         return self
+
+    @property
+    def own_validation(self) -> str | None:
+        """The file or split that chooses the best round; None where it is a share of the test rows, or nothing."""
+        source = self.files or self.hub
+        return source.validation if source is not None else None
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are rows to choose by."""
+        return self.validation_share is not None or self.own_validation is not None

@@ -10,9 +10,9 @@ import tokenize
 from typing import Any
 
 from fedlora import plugins
-from fedlora.scenario import clients, compression, data, learning, privacy, sections, world
+from fedlora.scenario import clients, compression, data, keeping, learning, privacy, sections, world
 
-_WRITTEN = (sections, clients, compression, data, learning, privacy, world)  # where sections are
+_WRITTEN = (sections, clients, compression, data, keeping, learning, privacy, world)  # where sections are
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 

@@ -16,6 +16,7 @@ from fedlora.scenario.baseline import Baseline
 from fedlora.scenario.clients import Clients
 from fedlora.scenario.compression import Compression, TopK
 from fedlora.scenario.data import Data
+from fedlora.scenario.keeping import Best, Keep, Stop
 from fedlora.scenario.keys import Source
 from fedlora.scenario.learning import ServerOptimizer
 from fedlora.scenario.privacy import Privacy, SecureAggregation
@@ -113,6 +114,8 @@ class Scenario(Section):
     strategy: Strategy
     rounds: PositiveInt
     eval_every: PositiveInt = 1
+    keep: Keep = "last"  # the round whose adapter is exported: last, best, or {best: loss}
+    stop: Stop | None = None  # before the last round, as {patience: 3}, once there is nothing better
     exact_match: ExactMatch | None = None  # judge a causal_lm by its own words too
     engine: Engine = Engine()
     baseline: Baseline | None = None  # of which scenario this is one; written by `simulate --baseline`
@@ -136,6 +139,12 @@ class Scenario(Section):
     def client_privacy(self) -> Privacy | None:
         """The guarantee for each client, which the server gives; None where there is none."""
         return self.privacy if self.privacy is not None and self.privacy.unit == "client" else None
+
+    def chosen_by(self, metric: str) -> str | None:
+        """The name of the figure that tells rounds apart, by default the task's metric; None where none need."""
+        if isinstance(self.keep, Best):
+            return self.keep.best
+        return metric if self.keep == "best" or self.stop else None
 
     @property
     def feeds_back(self) -> bool:

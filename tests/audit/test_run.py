@@ -67,7 +67,7 @@ def test_noise_that_is_not_what_is_stated_refutes_the_claim(tiny, tmp_path, faul
         (("strategy.use=fedavg_lora", "clients.local_steps=3", "clients.lr=1.0"), "as stated"),
         (("compression={up: {kind: int8}}",), "not measured: compression.up rounds"),
         (
-            ("clients.quantile=0.5", "clients.local_steps=2", "clients.batch_size=40", "privacy.epsilon=30"),
+            ("privacy.clip=quantile", "clients.local_steps=2", "clients.batch_size=40", "privacy.epsilon=30"),
             "not measured: the clipping bound moves",
         ),
     ],

@@ -118,21 +118,23 @@ def flat(tensors):
     st.integers(0, 10**6),
     st.sampled_from([3, 64]),
     st.floats(0.005, 5.0),
-    st.booleans(),
+    st.sampled_from(["flat", "per_layer", "automatic"]),
     st.sampled_from([2, BATCH]),
 )
 def test_a_poisson_batch_of_any_size_sums_clipped_gradients_of_single_examples(
-    world, seed, micro, clip, layers, size
+    world, seed, micro, clip, way, size
 ):
-    """Together to C, or each of L tensors to C_l = C / sqrt(L), whose squares sum to C^2."""
+    """Together to C, or each of L tensors to C_l = C / sqrt(L), whose squares sum to C^2; or all to nearly C."""
     task, part, names, adapter = world
     asked = told(names, noise_multiplier=1e-10, clip_norm=clip, micro_batch_size=micro, lr=1e8, batch_size=size)
-    update = DPSGD(per_layer=layers).fit(task, adapter, part, asked, Rng(seed, 1, 0))
+    update = DPSGD().fit(task, adapter, part, dataclasses.replace(asked, clip=way), Rng(seed, 1, 0))
     drawn = part.rows[Rng(seed, 1, 0)("batches").random(len(part)) < size / len(part)]
     gradients = single_gradients(task, part, names, adapter, drawn)
-    parts = gradients.split([adapter[n].size for n in names], 1) if layers else [gradients]
+    parts = gradients.split([adapter[n].size for n in names], 1) if way == "per_layer" else [gradients]
     bound = clip / len(parts) ** 0.5
     clipped = torch.cat([g * torch.clamp(bound / (g.norm(dim=1, keepdim=True) + 1e-6), max=1.0) for g in parts], 1)
+    if way == "automatic":
+        clipped = clip * gradients / (gradients.norm(dim=1, keepdim=True) + 0.01)
     assert not len(drawn) or float(clipped.norm(dim=1).max()) <= clip * (1 + 1e-5)
     got = flat([adapter[n].astype(np.float64) - update.adapter[n].astype(np.float64) for n in names]) / 1e8 * size
     expected = clipped.double().sum(0)
@@ -145,7 +147,7 @@ def test_noise_of_clipping_by_layer_is_that_of_the_whole_bound(world):
 
     task, part, names, adapter = world
     noised, quiet = (
-        DPSGD(per_layer=True).fit(task, adapter, part, told(names, noise_multiplier=s), Rng(5, 1, 0))
+        DPSGD().fit(task, adapter, part, told(names, noise_multiplier=s, clip="per_layer"), Rng(5, 1, 0))
         for s in (3.0, 1e-9)
     )
     sample = flat([noised.adapter[n] - quiet.adapter[n] for n in names]) * BATCH / (3.0 * CLIP)
@@ -173,7 +175,8 @@ def test_a_bound_that_adapts_moves_by_the_noised_count_and_noises_the_sum_the_mo
     asked = told(
         names, noise_multiplier=1e-9, clip_norm=1e-4, local_steps=3, micro_batch_size=7, lr=1e3, batch_size=size
     )
-    client = DPSGD(quantile=0.5)
+    asked = dataclasses.replace(asked, clip="quantile", quantile=0.5)
+    client = DPSGD()
     client.fit(task, adapter, part, asked, Rng(3, 1, 0))
     batches = Rng(3, 1, 0)("batches")
     drawn = [int((batches.random(len(part)) < size / len(part)).sum()) for _ in range(3)]
@@ -196,8 +199,8 @@ def bounds(seen):
 def test_a_bound_that_adapts_survives_an_empty_batch_and_starts_each_round_afresh(world):
     task, part, names, adapter = world
     seed = next(s for s in range(10_000) if not (Rng(s, 1, 0)("batches").random(len(part)) < 1 / len(part)).any())
-    asked = told(names, noise_multiplier=0.05, batch_size=1)
-    client = DPSGD(quantile=0.5)
+    asked = told(names, noise_multiplier=0.05, batch_size=1, clip="quantile", quantile=0.5)
+    client = DPSGD()
     one = client.fit(task, adapter, part, asked, Rng(seed, 1, 0))
     client.fit(task, adapter, part, dataclasses.replace(asked, local_steps=6), Rng(seed + 1, 1, 0))
     again = client.fit(task, adapter, part, asked, Rng(seed, 1, 0))
@@ -205,14 +208,10 @@ def test_a_bound_that_adapts_survives_an_empty_batch_and_starts_each_round_afres
     assert all(np.array_equal(one.adapter[n], again.adapter[n]) for n in names)
 
 
-def test_options_that_do_not_go_together_are_refused(world):
+def test_a_batch_too_small_for_a_bound_that_adapts_is_refused(world):
     _, part, names, _ = world
-    with pytest.raises(ValueError, match="per_layer goes with a fixed bound"):
-        DPSGD(per_layer=True, quantile=0.5)
-    with pytest.raises(ValueError, match="quantile lies between 0 and 1"):
-        DPSGD(quantile=1.0)
     with pytest.raises(SettingError, match=r"batches of 8 are too small .* they take more than 10"):
-        DPSGD(quantile=0.5).spends(len(part), told(names, noise_multiplier=1.0))
+        DPSGD().spends(len(part), told(names, noise_multiplier=1.0, clip="quantile", quantile=0.5))
 
 
 def test_an_empty_batch_is_noise_alone(world):
@@ -278,7 +277,8 @@ def test_other_noise_is_another_draw_and_not_the_same_one_scaled(world):
     assert np.array_equal(noise(1.0), one)
 
 
-def test_an_example_that_overflows_is_left_out_and_the_noise_is_not(world, monkeypatch, caplog):
+@pytest.mark.parametrize("way", ["flat", "automatic"])
+def test_an_example_that_overflows_is_left_out_and_the_noise_is_not(world, monkeypatch, caplog, way):
     task, part, names, adapter = world
     original = task.losses
     poisoned = []
@@ -291,7 +291,7 @@ def test_an_example_that_overflows_is_left_out_and_the_noise_is_not(world, monke
         return values
 
     monkeypatch.setattr(task, "losses", losses)
-    update = DPSGD().fit(task, adapter, part, told(names, share_metrics=True), Rng(3, 1, 0))
+    update = DPSGD().fit(task, adapter, part, told(names, share_metrics=True, clip=way), Rng(3, 1, 0))
     assert update.metrics["not_finite"] == 1 and "client 0: left out 1 gradients" in caplog.text
     assert all(np.isfinite(t).all() and (t != adapter[n]).any() for n, t in update.adapter.items())
 

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedlora.data.reading import Rows, read
+from fedlora.data.reading import NOTHING, Rows, read, set_aside
 from fedlora.errors import SettingError
+from fedlora.prepare import prepare
 from fedlora.scenario import Data, Files, Hub, Natural
 from tests.data.test_store import error_of, source
 
@@ -208,3 +209,53 @@ def test_a_folder_of_the_datasets_library_reads_as_the_hub_does(tmp_path):
     DatasetDict({"train": held, "test": held}).save_to_disk(str(tmp_path / "saved"))
     train, test = read(Data(hub=Hub(path=str(tmp_path / "saved"))), "classification")
     assert train == test == Rows(["a", "b"], ["yes", "no"])
+
+
+@pytest.mark.parametrize("source_of", ["file", "split"])
+def test_rows_that_choose_may_be_a_file_or_a_split_of_their_own(source_of, tmp_path):
+    import datasets
+
+    table = {"text": ["a", "b", "c", "d"], "label": ["x", "y", "x", "y"]}
+    if source_of == "file":
+        for name in ("train", "test", "validation"):
+            pd.DataFrame(table).iloc[: len(name) - 3].to_csv(tmp_path / f"{name}.csv", index=False)
+        files = {name: str(tmp_path / f"{name}.csv") for name in ("train", "test", "validation")}
+        data = Data(files=Files(**files))
+        counts = (1, 4)
+    else:
+        halves = {"train": 4, "test": 2, "dev": 3}
+        made = {
+            name: datasets.Dataset.from_dict({k: v[:n] for k, v in table.items()}) for name, n in halves.items()
+        }
+        datasets.DatasetDict(made).save_to_disk(str(tmp_path / "set"))
+        data = Data(hub=Hub(path=str(tmp_path / "set"), validation="dev"))
+        counts = (2, 3)
+    test, chosen = set_aside(data, read(data, "classification")[1])
+    assert (len(test.texts), len(chosen.texts)) == counts
+    assert chosen == Rows(table["text"][: counts[1]], table["label"][: counts[1]])
+
+
+def test_rows_that_choose_are_a_share_of_the_test_rows_whatever_share_those_were(tmp_path):
+    """Had both splits one hash, half of the lower tenth of it would be all of the test rows, or none."""
+    rows = pd.DataFrame({"text": [f"text {i}" for i in range(4000)], "label": ["0", "1"] * 2000})
+    rows.to_csv(tmp_path / "a.csv", index=False)
+    data = Data(files=Files(train=str(tmp_path / "a.csv")), validation_share=0.5)
+    _, every = read(data, "classification")
+    test, chosen = set_aside(data, every)
+    assert sorted([*test.texts, *chosen.texts]) == sorted(every.texts)
+    assert abs(len(chosen.texts) - len(every.texts) / 2) < 5 * (len(every.texts) / 4) ** 0.5
+    assert set_aside(data.model_copy(update={"validation_share": None}), every) == (every, NOTHING)
+    with pytest.raises(SettingError, match="the validation set is empty"):
+        set_aside(data.model_copy(update={"validation_share": 1e-9}), every)
+
+
+def test_labels_of_rows_that_choose_are_checked(tmp_path, tiny):
+    for name, labels in (("train", "01"), ("test", "01"), ("validation", "02")):
+        pd.DataFrame({"text": list("abcdef"), "label": list(labels * 3)}).to_csv(
+            tmp_path / f"{name}.csv", index=False
+        )
+    files = ", ".join(f"{name}: '{tmp_path / name}.csv'" for name in ("train", "test", "validation"))
+    with pytest.raises(
+        SettingError, match=r"the validation set has labels that the training set has not: \['2'\]"
+    ):
+        prepare(tiny(f"data.files={{{files}}}"))

@@ -72,6 +72,19 @@ def test_compressed_sites_give_what_a_simulation_gives_bit_for_bit(
         assert 0 < here["bytes_down"] - there["bytes_down"] < 200
 
 
+def test_a_server_of_sites_keeps_the_round_that_a_simulation_keeps(sites, nodes, deployed, tiny, tmp_path):
+    told = ("data.validation_share=0.5", "keep={best: loss}", "stop={patience: 1}", "rounds=5", "clients.lr=30")
+    scenario, files = sites(*told, private=False)
+    run, _ = deployed(scenario, LocalGrid(nodes(files)))
+    plain = simulate(tiny(*told, private=False), out=tmp_path / "plain")
+    one, other = adapter(run.folder), adapter(plain.folder)
+    assert set(one) == set(other) and all(np.array_equal(one[n], other[n]) for n in one)
+    for key in ("rounds", "best_round", "validation_examples", "test_examples", "ended"):
+        assert run.summary[key] == plain.summary[key]
+    assert run.summary["rounds"] < 5 and run.state == "finished"
+    assert run.summary["validation_loss"] == pytest.approx(plain.summary["validation_loss"], abs=1e-6)
+
+
 def test_a_private_run_is_accounted_for_on_both_sides(sites, nodes, deployed, tmp_path):
     scenario, files = sites()
     run, _ = deployed(scenario, LocalGrid(made := nodes(files)))

@@ -33,7 +33,7 @@ USE = "tests.engine.faulty:Faulty"
 
 @pytest.fixture(scope="module")
 def setup(tiny):
-    ready = prepare(tiny(f"clients.use={USE}"))
+    ready = prepare(tiny(f"clients.use={USE}", "data.validation_share=0.3"))
     return replace(ready.setup, noise=calibrate(ready.scenario, ready.data))
 
 
@@ -85,7 +85,9 @@ def test_engines_agree_bit_for_bit(inline, ray):
     for made in (FFALoRA(), FedAvgLoRA()):
         one, other = (e.train(instruct(e, made), range(4), partial_sums=True) for e in (inline, ray))
         assert bits(one.updates) == bits(other.updates)
-    assert inline.evaluate(inline.description.initial) == ray.evaluate(ray.description.initial)
+    figures = inline.evaluate(inline.description.initial)
+    assert figures == ray.evaluate(ray.description.initial)
+    assert list(figures) == ["loss", "accuracy", "validation_loss", "validation_accuracy"]
 
 
 def test_bytes_are_those_of_the_serialised_reply(inline):
@@ -155,8 +157,8 @@ def test_an_evaluation_beside_a_round_is_that_evaluation(ray, inline, monkeypatc
     figures = ray.beside(moved)
     assert bits(ray.train(instruct(ray), range(3), partial_sums=True).updates) == bits(alone.updates)
     spread = Pool.spread
-    monkeypatch.setattr(Pool, "spread", lambda self, jobs, *told: spread(self, jobs[:1], *told))
-    assert figures() == inline.evaluate(moved) != inline.evaluate(first)  # nothing but the sums was left to do
+    monkeypatch.setattr(Pool, "spread", lambda self, jobs, *told: spread(self, jobs[:2], *told))
+    assert figures() == inline.evaluate(moved) != inline.evaluate(first)  # nothing but two sums was left to do
     monkeypatch.undo()
     assert ray.evaluate(moved) == inline.evaluate(moved)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fedlora.engine import hardware
+from fedlora.engine import hardware, trial
 from fedlora.engine.ray import RayEngine
 from fedlora.engine.worker import Worker
 from fedlora.prepare import calibrate, prepare
@@ -63,7 +63,7 @@ def test_an_evaluation_is_the_same_as_on_a_cpu(worker):
     figures = []
     for device in ("cpu", "cuda"):
         made = worker(device)
-        figures.append(made.evaluate(made.task.initial, 0, len(made.dataset.test)))
+        figures.append(made.evaluate(made.task.initial, "test", 0, len(made.dataset.test)))
     assert figures[1]["loss"] == pytest.approx(figures[0]["loss"], rel=1e-4)
     assert figures[1]["correct"] == figures[0]["correct"]
 
@@ -79,7 +79,7 @@ def test_a_batch_is_on_the_gpu_and_whole(worker):
 def test_a_measured_worker_holds_its_model_and_a_step_and_trains_as_before(private, worker):
     made = worker("cuda", private=private)
     before = change(made)
-    found = made.measure()
+    found = trial.measure(made)
     model = sum(p.numel() * p.element_size() for p in made.task.model.parameters())
     _, total = torch.cuda.mem_get_info()
     assert model + hardware.CONTEXT < found.worker <= found.free <= total + hardware.CONTEXT

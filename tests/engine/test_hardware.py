@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.engine import hardware
+from fedlora.engine import hardware, trial
 from fedlora.engine.hardware import CONTEXT, MARGIN, MOST, Measured, Node, held, pack, room, share
 from fedlora.engine.pool import Pool
 from fedlora.engine.ray import RayEngine
@@ -101,7 +101,7 @@ def test_a_worker_is_measured_by_what_it_held_at_most(build, monkeypatch):
     for name, figure in figures.items():
         monkeypatch.setattr(f"torch.cuda.{name}", lambda figure=figure: figure)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
-    assert worker.measure() == Measured(free=73 * GIB + CONTEXT, worker=4 * GIB + CONTEXT)
+    assert trial.measure(worker) == Measured(free=73 * GIB + CONTEXT, worker=4 * GIB + CONTEXT)
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -113,7 +113,7 @@ def test_a_rehearsal_takes_the_longest_at_once_and_leaves_nothing_behind(private
     monkeypatch.setattr(
         worker.task, "batch", lambda examples, rows: seen.append((examples, rows)) or batch(examples, rows)
     )
-    worker.rehearse()
+    trial.rehearse(worker)
     monkeypatch.undo()
     train, test = worker.dataset.train, worker.dataset.test
     (trained,) = (rows for examples, rows in seen if examples is train)  # one pass, where two would be of 4
@@ -131,7 +131,7 @@ def test_a_rehearsal_of_fused_clients_passes_the_examples_of_all_at_once(build, 
     worker = build("engine.fused=3", private=False)
     seen, join = [], worker.task.join
     monkeypatch.setattr(worker.task, "join", lambda batches: seen.append(len(batches)) or join(batches))
-    worker.rehearse()
+    trial.rehearse(worker)
     assert seen == [3]
 
 
@@ -168,7 +168,7 @@ def test_a_client_and_a_worker_without_room_on_the_gpu_say_what_to_lower(build, 
     with pytest.raises(
         SettingError, match=r"^engine\.gpus_per_worker: the GPU is too small for a step: lower clients"
     ):
-        worker.rehearse()
+        trial.rehearse(worker)
 
 
 @pytest.mark.parametrize("value", ["1.5", "-1", "some"])

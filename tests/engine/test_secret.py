@@ -61,8 +61,8 @@ def test_a_worker_makes_no_generator_of_torch_and_moves_none(tiny, monkeypatch):
     def refuse(*args, **told):
         raise AssertionError("a generator was made or seeded")
 
-    ready = prepare(tiny(*LOUD, "clients.local_steps=2", "clients.quantile=0.5", "clients.batch_size=40"))
-    noise = dict.fromkeys(calibrate(ready.scenario, ready.data), 1.0)
+    ready = prepare(tiny(*LOUD, "clients.local_steps=2", "privacy.clip=quantile", "clients.batch_size=40"))
+    noise = dict.fromkeys(ready.data.sizes(), 1.0)
     for name in ("Generator", "manual_seed", "seed"):
         monkeypatch.setattr(torch, name, refuse)
     worker = Worker(replace(ready.setup, noise=noise, secret=True))

@@ -89,7 +89,7 @@ def test_a_run_under_secure_aggregation_is_the_run_without(tiny, tmp_path):
 
 
 def test_with_clients_protected_whole_and_a_bound_that_adapts(tiny, tmp_path):
-    whole = "privacy={unit: client, noise_multiplier: 0.09, delta: 1.0e-2, clip_norm: 0.5, quantile: 0.5}"
+    whole = "privacy={unit: client, noise_multiplier: 0.09, delta: 1.0e-2, clip_norm: 0.5, clip: quantile}"
     settings = ("clients.use=sgd", "rounds=3", whole)
     one = simulate(tiny(*settings), out=tmp_path / "plain")
     other = simulate(tiny(*settings, MASKED), out=tmp_path / "masked")

@@ -103,13 +103,14 @@ def test_a_client_gets_what_it_gets_alone(model, client, task_of):
 @pytest.mark.parametrize(
     "client, changes",
     [
-        (DPSGD(per_layer=True), PRIVATE),
-        (DPSGD(quantile=0.5), PRIVATE),
+        (DPSGD(), {**PRIVATE, "clip": "per_layer"}),
+        (DPSGD(), {**PRIVATE, "clip": "quantile", "quantile": 0.5}),
+        (DPSGD(), {**PRIVATE, "clip": "automatic"}),
         (DPSGD(), {**PRIVATE, "config": {"turns": "B,A", "low-pass": True, "proximal-mu": 0.1}}),
         (SGD(), {"config": {"turns": "B,A", "low-pass": True, "proximal-mu": 0.1}}),
         (SGD(), {"batch_size": 10_000, "local_steps": 2}),
     ],
-    ids=["per_layer", "quantile", "private turns", "turns", "more than there is"],
+    ids=["per_layer", "quantile", "automatic", "private turns", "turns", "more than there is"],
 )
 def test_whatever_the_client_does_between_passes(client, changes, task_of):
     worker = task_of("encoder")

@@ -175,3 +175,25 @@ def test_the_command_writes_into_the_folder_or_where_it_is_told(copy, tmp_path, 
     assert main(["report", str(tmp_path / "none")]) == 2
     assert main(["report", str(folder), "--out", str(tmp_path / "no" / "r.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_round_that_was_kept_is_ringed_and_its_figure_is_the_run_s(copy):
+    folder = copy().folder
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line, test, chosen in zip(lines, (0.5, 0.6, 0.7), (0.4, 0.9, 0.8), strict=True):
+        line |= {"accuracy": test, "validation_accuracy": chosen, "validation_loss": 1 - chosen}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = json.loads((folder / "summary.json").read_text()) | {"accuracy": 0.6, "best_round": 2}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    run = copy()
+    found = all_figures(run)["Accuracy by round"]
+    told = [(r["set"], r["round"], r["accuracy"]) for r in rows(found)]
+    assert told[:3] == [("test", 1, 0.5), ("test", 2, 0.6), ("test", 3, 0.7)]
+    assert told[3:] == [("validation", 1, 0.4), ("validation", 2, 0.9), ("validation", 3, 0.8)]
+    layers = found.chart.to_dict()["layer"]
+    assert [layer["transform"] for layer in layers if "transform" in layer] == [[{"filter": "datum.round == 2"}]]
+    assert found.note.endswith("Round 2, ringed, is the one that was kept.")
+    losses = [(r["round"], r["loss"]) for r in rows(all_figures(run)["Loss by round"]) if r["set"] == "validation"]
+    assert losses == [(1, pytest.approx(0.6)), (2, pytest.approx(0.1)), (3, pytest.approx(0.2))]
+    page = single.html(run)
+    assert "0.6000" in page and "after round 2, which validation rows chose" in page and "0.7000" not in page

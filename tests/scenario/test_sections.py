@@ -14,6 +14,7 @@ clients: {total: 4}
 strategy: {use: ffa_lora}
 rounds: 2
 """
+PRIVACY = "privacy: {epsilon: 6, delta: 1.0e-5, %s}"
 DATA = "data: {dataset: tweets, partition: %s}"
 
 
@@ -92,7 +93,44 @@ def test_defaults_are_filled_in():
         (DATA % "{kind: label_shares, shares: [[.5, .6]]}", "every row should sum to 1"),
         ("data: {}", "f.yaml:2: data: name one of dataset, hub and files, not none of them"),
         ("data: {dataset: sst2, hub: {path: p}}", "name one of dataset, hub and files, not dataset and hub"),
+        (
+            PRIVACY % "clip: flt",
+            "f.yaml:6: privacy.clip: should be 'flat', 'per_layer', 'quantile' or 'automatic'",
+        ),
+        (PRIVACY % "clip: {kind: quantile, quantile: 1}", "privacy.clip.quantile: should be less than 1, not 1"),
+        (PRIVACY % "clip: {kind: flat, quantile: 0.5}", "privacy.clip: quantile goes with kind: quantile"),
+        (PRIVACY % "clip: {quantil: 0.5}", "unknown key 'quantil' in privacy.clip: did you mean 'quantile'?"),
+        (
+            PRIVACY % "unit: client, clip: per_layer",
+            "clip: per_layer is for gradients, and unit: client clips whole",
+        ),
+        (
+            PRIVACY % "unit: client, clip: automatic",
+            "clip: automatic is for gradients, and unit: client clips who",
+        ),
+        (
+            PRIVACY % "unit: client, quantile: 0.3",
+            "f.yaml:6: privacy.quantile: moved: write privacy.clip: {kind: quantile, quantile: 0.3}",
+        ),
+        (
+            "clients: {total: 4, use: dp_sgd, per_layer: true}\nprivacy: {epsilon: 6, delta: 1.0e-5}",
+            "f.yaml:3: clients.per_layer: moved: write privacy.clip: per_layer",
+        ),
+        ("keep: bst", "f.yaml:6: keep: should be 'last' or 'best', not 'bst'"),
+        ("keep: {best: loss, bst: 1}", "f.yaml:6: unknown key 'bst' in keep: did you mean 'best'?"),
+        ("stop: {patience: 0}", "f.yaml:6: stop.patience: should be greater than or equal to 1, not 0"),
+        ("data: {dataset: tweets, validation_share: 1}", "f.yaml:2: data.validation_share: should be less than 1"),
+        (
+            "data: {files: {train: a.csv, validation: b.csv}, validation_share: 0.5}",
+            "f.yaml:2: data: validation rows are given: leave validation_share out",
+        ),
         # what spans sections
+        (
+            "keep: best",
+            "f.yaml:6: keep: what chooses must not be what reports: set data.validation_share, such as",
+        ),
+        ("keep: {best: loss}", "f.yaml:6: keep: what chooses must not be what reports"),
+        ("stop: {patience: 3}", "f.yaml:6: stop: what chooses must not be what reports"),
         ("clients: {total: 4, use: dp_sgd}", "f.yaml:3: dp_sgd needs a privacy section, such as 'privacy: {eps"),
         ("privacy: {epsilon: 6, delta: 1.0e-5}", "f.yaml:3: sgd adds no noise, and a privacy section is given"),
         ("data: {dataset: gsm8k}", "f.yaml:2: gsm8k is for task: causal_lm, and the task is classification"),
@@ -230,3 +268,20 @@ def test_a_file_that_is_far_too_large_is_not_read(tmp_path):
     file.write_text("name: x\n" + "#" * 2**20)
     with pytest.raises(ScenarioError, match=r"large\.yaml: holds more than 1048576 characters"):
         load(file)
+
+
+def test_a_clip_is_a_word_or_a_mapping_and_is_written_out_whole():
+    def clip(said):
+        return parse(changed("clients: {total: 4, use: dp_sgd}\n" + PRIVACY % said)).privacy.clip.model_dump()
+
+    assert clip("clip: automatic") == clip("clip: {kind: automatic}") == {"kind": "automatic", "quantile": None}
+    assert clip("clip: quantile") == {"kind": "quantile", "quantile": 0.5}
+    assert clip("clip: {kind: quantile, quantile: 0.7}") == {"kind": "quantile", "quantile": 0.7}
+    assert clip("quantile: null") == clip("clip_norm: 2") == {"kind": "flat", "quantile": None}
+
+
+def test_a_run_of_an_earlier_version_is_read():
+    told = parse(changed("clients: {total: 4, use: dp_sgd}\n" + PRIVACY % "clip_norm: 2")).model_dump()
+    del told["privacy"]["clip"]
+    told["privacy"]["quantile"] = None
+    assert scenario.Scenario.model_validate(told).privacy.clip.kind == "flat"

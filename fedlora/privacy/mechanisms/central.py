@@ -97,7 +97,7 @@ class Central(Mechanism):
     def __post_init__(self) -> None:
         if self.adapts and not self.adapts.enough:
             raise SettingError(
-                "privacy.quantile",
+                "privacy.clip",
                 f"{self.expected:g} clients a round are too few for a bound that adapts: at noise multiplier "
                 f"{self.noise_multiplier:g} it takes more than {10 * self.noise_multiplier:.0f}; leave it out",
             )

@@ -3,9 +3,17 @@
 Each step takes every example with probability `q = batch_size / n`, and with `g_i` the gradient of example i over
 all trained tensors together gives
 
-    (sum_i g_i * min(1, C / ||g_i||) + N(0, (sigma C)^2 I)) / batch_size
+    (sum_i c(g_i) + N(0, (sigma C)^2 I)) / batch_size        with ||c(g)|| <= C
 
-The batch may be empty: the noise is added all the same. Clipping and sums are Opacus's; noise is of a `Stream`.
+The batch may be empty: the noise is added all the same. Sums are Opacus's; noise is of a `Stream`. What c is:
+
+- `flat`: `g min(1, C / ||g||)`.
+- `per_layer`: the same of each of the L trained tensors by itself, to C / sqrt(L): together they stay within C. It
+  helps where one tensor's gradients outweigh the others'.
+- `quantile`: `flat`, and C moves after each step towards a quantile of the norms
+  (`fedlora.privacy.accounting.Quantile`). Each round starts at `clip_norm` again.
+- `automatic`: `C g / (||g|| + 0.01)`, so that every example counts alike, however small its gradient, and C does
+  no more than scale the steps (AUTO-S: Bu et al., 2022, https://arxiv.org/abs/2206.07136).
 """
 
 import math
@@ -13,13 +21,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from fedlora.errors import SettingError
+from fedlora.errors import ContractError, SettingError
 from fedlora.privacy.accounting import Event, Quantile
 from fedlora.privacy.mechanisms.contract import Mechanism
 from fedlora.privacy.noise import Stream
 
 if TYPE_CHECKING:
     import torch
+
+STABLE = 0.01  # added to an example's norm by automatic clipping: one of no gradient has no direction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +40,20 @@ class ExampleGaussian(Mechanism):
         batch_size: expected examples of a step, which sums are divided by.
         steps: how many.
         clip_norm: C, an L2 bound on one example's gradient; where it adapts, its first value.
-        per_layer: clip the gradient of each of the L trained tensors by itself, to C / sqrt(L): together they stay
-            within C.
+        clip: how an example is held to it: `flat`, `per_layer`, `quantile` or `automatic`.
     """
 
     batch_size: int
     steps: int
     clip_norm: float
-    per_layer: bool = False
+    clip: str = "flat"
 
     def __post_init__(self) -> None:
+        if (self.quantile is not None) is not (self.clip == "quantile"):
+            raise ContractError(f"clip: {self.clip} and the quantile {self.quantile} do not go together")
         if self.adapts and not self.adapts.enough:
             raise SettingError(
-                "clients.quantile",
+                "privacy.clip",
                 f"batches of {self.batch_size} are too small for a bound that adapts: at noise multiplier "
                 f"{self.noise_multiplier:.3g} they take more than {10 * self.noise_multiplier:.0f}; leave it out",
             )
@@ -80,8 +91,12 @@ class ExampleGaussian(Mechanism):
         told = {"noise_multiplier": self.sum_noise, "expected_batch_size": self.batch_size}
         if self.adapts is not None:
             return _adaptive(inner, noise, self.adapts, max_grad_norm=self.clip_norm, **told)
-        if not self.per_layer:
+        if self.clip == "automatic":
+            return _automatic()(inner, noise, max_grad_norm=self.clip_norm, **told)
+        if self.clip == "flat":
             return _noised("DPOptimizer")(inner, noise, max_grad_norm=self.clip_norm, **told)
+        if self.clip != "per_layer":
+            raise ContractError(f"there is no clipping {self.clip!r}")
         count = sum(len(group["params"]) for group in inner.param_groups)
         bounds = [self.clip_norm / math.sqrt(count)] * count
         return _noised("DPPerLayerOptimizer")(inner, noise, max_grad_norm=bounds, **told)
@@ -137,3 +152,24 @@ def _adaptive(inner: "torch.optim.Optimizer", noise: Stream, moves: Quantile, **
             self.count = 0.0
 
     return Adaptive(inner, noise, **told)
+
+
+@cache
+def _automatic() -> Any:
+    """An optimiser that brings every example to a norm just below C, instead of clipping those above it."""
+    import torch
+    from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
+
+    class Automatic(_noised("DPOptimizer")):  # type: ignore[misc]
+        def clip_and_accumulate(self) -> None:
+            """Add `C g / (||g|| + STABLE)` of each example to the sum; one of no gradient adds nothing."""
+            samples = self.grad_samples  # of each tensor (examples, *shape)
+            norms = torch.stack([g.flatten(1).norm(dim=1) for g in samples], 1).norm(dim=1)  # (examples,)
+            factors = self.max_grad_norm / (norms + STABLE)
+            for p, sample in zip(self.params, samples, strict=True):
+                _check_processed_flag(p.grad_sample)
+                part = torch.einsum("i,i...", factors, sample.to(factors.dtype))
+                p.summed_grad = part if p.summed_grad is None else p.summed_grad + part
+                _mark_as_processed(p.grad_sample)
+
+    return Automatic
