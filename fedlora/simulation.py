@@ -204,6 +204,7 @@ def finish(begun: Begun, now: Progress, stopped: str | None) -> Run:
         about = About.of(ready.scenario, ready.data.labels)
         _export(begun.engine, now.adapter, folder, begun.loop.merges, about)
         summary = summary_of(ready, now, found, begun.loop.ledger, stopped)
+        summary["verdicts"] = [asdict(verdict) for verdict in Run(folder, summary).verdicts()]
         folders.write_json(folder / "summary.json", summary)
         card.write(folder, ready, summary)
     return Run(folder, summary)

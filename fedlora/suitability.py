@@ -45,10 +45,8 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             raise SettingError(
                 "strategy.use", f"secure aggregation gives sums, and {use} needs each update; take one of {can}"
             )
-    if (stage := scenario.strategy.server) and not (
-        strategy.linear and strategy.trips == 1 and not strategy.merges
-    ):
-        can = _those(lambda cls: cls.linear and cls.trips == 1)
+    if (stage := scenario.strategy.server) and not has_mean(strategy):
+        can = _those(has_mean)
         raise SettingError(
             "strategy.server",
             f"{stage.kind} steps along a mean of changes, and what {use} makes is none: leave it out, or take one "
@@ -84,6 +82,11 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             f"{use} takes r singular vectors of a weight, and those of {scenario.model.base} are {width} wide: "
             f"take at most {width}; any r go {can}",
         )
+
+
+def has_mean(strategy: Strategy | type[Strategy]) -> bool:
+    """Whether all that a round makes is a mean of changes, which `strategy.server` can step along."""
+    return strategy.linear and strategy.trips == 1 and not strategy.merges
 
 
 def _takes(strategy: Strategy, kind: str) -> bool:

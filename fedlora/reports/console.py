@@ -281,4 +281,4 @@ def summary_lines(run: Run) -> list[str]:
         lines.insert(2, f"  devices  {summary['virtual_seconds'] / 3600:.2f} virtual hours")
     if "stopped" in summary:
         lines.insert(1, f"  stopped  {summary['stopped']}; go on with --resume")
-    return lines
+    return lines + [f"  verdict  {verdict}" for verdict in run.verdicts()]
