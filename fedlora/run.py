@@ -92,6 +92,12 @@ class Run:
         return bool(self.summary.get("higher_is_better", _BUILT_IN.get(self.metric, True)))
 
     @property
+    def majority(self) -> float | None:
+        """The share of the commonest label among the test rows; None where accuracy is not the metric."""
+        told = self.summary.get("majority")
+        return float(told) if isinstance(told, int | float) and self.metric == "accuracy" else None
+
+    @property
     def state(self) -> Literal["finished", "stopped", "unfinished"]:
         """Whether it ended; `unfinished` also where it was resumed after its summary was written."""
         rounds = self.rounds
@@ -150,7 +156,7 @@ class Run:
         """The metric by round, as a chart that a notebook shows."""
         from fedlora.reports import charts
 
-        return charts.metric_by_round(self.rounds, self.metric)
+        return charts.metric_by_round(self.rounds, self.metric, self.majority)
 
     def _lines(self, name: str) -> list[Line]:
         """The whole lines of a record; the last may be half written while the run goes on."""

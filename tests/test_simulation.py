@@ -16,6 +16,7 @@ from fedlora.privacy import ledger
 from fedlora.privacy.replay import VERSIONS
 from fedlora.reports.console import Silent, summary_lines
 from fedlora.rounds import folder
+from fedlora.scenario import written
 from fedlora.simulation import simulate
 
 FILES = {
@@ -76,6 +77,11 @@ def test_a_million_clients_of_which_two_train(tiny, tmp_path):
     assert sum(file.stat().st_size for file in made.folder.rglob("*") if file.is_file()) < 2**20
 
 
+def labels_of_test_rows(run):
+    """How many test rows have each label."""
+    return np.bincount(prepare(written(run.folder)).data.test.targets)
+
+
 def test_the_summary_adds_up(run):
     summary = json.loads((run.folder / "summary.json").read_text())
     keys = "scenario strategy rounds accuracy bytes_up_total bytes_down_total epsilon delta privacy_unit seconds"
@@ -83,6 +89,7 @@ def test_the_summary_adds_up(run):
     assert summary["bytes_up_total"] == sum(c["bytes_up"] for c in run.clients)
     assert summary["bytes_down_total"] == sum(line["bytes_down"] for line in run.rounds)
     assert summary["accuracy"] == run.rounds[-1]["accuracy"]
+    assert summary["majority"] == max(labels_of_test_rows(run)) / sum(labels_of_test_rows(run))
     assert summary["epsilon"] == max(c["epsilon"] for c in run.clients) <= 8
     assert 0 < summary["bytes_up_head"] < summary["bytes_up_total"]
     assert "each example" in summary["privacy"] and "not a deployment" in summary["privacy"]

@@ -154,6 +154,13 @@ class Dataset:
             return np.array([self.num_examples(client)])
         return np.bincount(self.train.targets[self.partition(client).rows], minlength=len(self.labels))
 
+    @property
+    def majority(self) -> float | None:
+        """The share of the commonest label among the test examples, in [0, 1]; None where they have no labels."""
+        if not self.labels or not len(self.test):
+            return None
+        return float(np.bincount(self.test.targets).max() / len(self.test))
+
 
 def cache_folder() -> Path:
     """Where tokenised data is kept: `$FEDLORA_CACHE`, else `$XDG_CACHE_HOME/fedlora`, else `~/.cache/fedlora`."""

@@ -41,6 +41,7 @@ def lines(
     band: tuple[str, str] | None = None,
     whole: bool = False,
     zero: bool = False,
+    rule: str | None = None,
 ) -> alt.LayerChart:
     """Points joined by lines.
 
@@ -52,8 +53,10 @@ def lines(
         band: columns of the lower and upper edge of a band around each line.
         whole: x holds whole numbers.
         zero: the y axis starts at zero.
+        rule: the column of a level to draw across, the same in all rows; those without it have none.
     """
-    base = alt.Chart(data(rows)).encode(
+    held = data(rows)
+    base = alt.Chart(held).encode(
         x=alt.X(
             f"{x[0]}:Q",
             title=x[1],
@@ -70,6 +73,10 @@ def lines(
             )
         )
     layers: list[alt.Chart] = []
+    if rule and any(rule in row for row in rows):
+        level = alt.Y(f"max({rule}):Q", title=y[1], scale=alt.Scale(zero=zero))
+        mark = alt.Chart(held).mark_rule(strokeDash=[4, 4], strokeWidth=1.5, color="gray")
+        layers.append(mark.encode(y=level, tooltip=alt.Tooltip(f"max({rule}):Q", title=rule, format=".4~g")))
     if band:
         layers.append(base.mark_area(opacity=0.18).encode(y=alt.Y(f"{band[0]}:Q", title=y[1]), y2=f"{band[1]}:Q"))
     layers += [base.mark_line(), base.mark_point(filled=True, size=28, opacity=1)]
@@ -167,12 +174,16 @@ def points(
     return alt.LayerChart(layer=[best, bars, dots], width="container", height=260)
 
 
-def metric_by_round(recorded: Sequence[Row], metric: str) -> alt.LayerChart:
-    """A metric in each round in which it was measured."""
-    return lines(measured(recorded, metric), ("round", "round"), (metric, metric), whole=True)
+MAJORITY = "commonest label"  # the column of what guessing it gets right
 
 
-def measured(recorded: Sequence[Row], metric: str) -> list[Row]:
+def metric_by_round(recorded: Sequence[Row], metric: str, majority: float | None = None) -> alt.LayerChart:
+    """A metric in each round in which it was measured, and the level of guessing the commonest label."""
+    rows = measured(recorded, metric, majority)
+    return lines(rows, ("round", "round"), (metric, metric), whole=True, rule=MAJORITY)
+
+
+def measured(recorded: Sequence[Row], metric: str, majority: float | None = None) -> list[Row]:
     """Of the lines of `metrics.jsonl` those with a metric, with what was sent until then."""
     sent = accumulate(line.get("bytes_up", 0) + line.get("bytes_down", 0) for line in recorded)
     return [
@@ -182,6 +193,7 @@ def measured(recorded: Sequence[Row], metric: str) -> list[Row]:
             metric: line[metric],
             "loss": line.get("loss"),
             **({"hours": line["virtual_seconds"] / 3600} if "virtual_seconds" in line else {}),
+            **({} if majority is None else {MAJORITY: majority}),
         }
         for line, total in zip(recorded, sent, strict=True)
         if line.get(metric) is not None

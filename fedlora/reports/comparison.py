@@ -195,13 +195,19 @@ class Comparison:
         if rows := [row for g in self.groups for row in _curve(g, metric)]:
             many = any(len(g.runs) > 1 for g in self.groups)
             note = "Mean over seeds; the band is one standard deviation." if many else "One seed each."
+            if any(charts.MAJORITY in row for row in rows):
+                note += " Dashed: the commonest label."
             band = ("low", "high") if many else None
             axes = [("round", "round"), ("megabytes", "megabytes, up and down")]
             if all("hours" in row for row in rows):
                 axes.append(("hours", "virtual hours, of the simulated devices"))
             for x, title in axes:
                 chart = charts.lines(
-                    rows, (x, title), (metric, metric), series="run", band=band, whole=x == "round"
+                    *(rows, (x, title), (metric, metric)),
+                    series="run",
+                    band=band,
+                    whole=x == "round",
+                    rule=charts.MAJORITY,
                 )
                 found.append(Figure(f"{metric.capitalize()} by {x.removesuffix('s')}", note, chart))
         measured = [g for g in self.groups if g.mean is not None]
@@ -369,6 +375,7 @@ def _curve(group: Group, metric: str) -> Iterator[Row]:
         if len(found) == len(group.runs):
             mean = statistics.fmean(value for _, value, _ in found)
             around = statistics.stdev(value for _, value, _ in found) if len(found) > 1 else 0.0
+            guesses = [run.majority for run in group.runs if run.majority is not None]
             clocks = [clock / 3600 for _, _, clock in found if clock is not None]
             yield {
                 "run": group.label,
@@ -378,6 +385,7 @@ def _curve(group: Group, metric: str) -> Iterator[Row]:
                 metric: mean,
                 "low": mean - around,
                 "high": mean + around,
+                **({charts.MAJORITY: guesses[0]} if guesses else {}),
             }
 
 

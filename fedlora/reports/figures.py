@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from fedlora.reports.charts import (
+    MAJORITY,
     MOST_CLIENTS,
     Figure,
     Row,
@@ -29,15 +30,19 @@ def figures(run: Run) -> Mapping[Literal["learning", "privacy", "clients", "cost
 
 def _learning(run: Run) -> Sequence[Figure]:
     found, metric = [], run.metric
-    if rows := measured(run.rounds, metric):
-        by_round = metric_by_round(run.rounds, metric)
-        found.append(Figure(f"{metric.capitalize()} by round", "Measured on the held-out test set.", by_round))
-        chart = lines(rows, ("megabytes", "megabytes, up and down, all clients"), (metric, metric))
+    if rows := measured(run.rounds, metric, run.majority):
+        by_round = metric_by_round(run.rounds, metric, run.majority)
+        note = "Measured on the held-out test set."
+        if run.majority is not None:
+            note += f" Dashed: the commonest label, which is {run.majority:.4f} of it."
+        found.append(Figure(f"{metric.capitalize()} by round", note, by_round))
+        x = ("megabytes", "megabytes, up and down, all clients")
+        chart = lines(rows, x, (metric, metric), rule=MAJORITY)
         found.append(
             Figure(f"{metric.capitalize()} by megabyte", "The same against all that was sent so far.", chart)
         )
         if "hours" in rows[-1]:
-            chart = lines(rows, ("hours", "virtual hours"), (metric, metric))
+            chart = lines(rows, ("hours", "virtual hours"), (metric, metric), rule=MAJORITY)
             note = "The same by the clock of the simulated devices."
             found.append(Figure(f"{metric.capitalize()} by virtual hour", note, chart))
     losses = [

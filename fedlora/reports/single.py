@@ -68,6 +68,8 @@ def _key_figures(run: Run) -> Iterator[tuple[str, str, str]]:
     held_out = (
         f"on {summary['test_examples']:,} test examples" if "test_examples" in summary else "on the test set"
     )
+    if run.majority is not None:
+        held_out += f", of which the commonest label is {run.majority:.4f}"
     yield (
         metric.capitalize(),
         "–" if value is None else f"{value:.4f}",  # noqa: RUF001

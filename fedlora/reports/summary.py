@@ -53,6 +53,7 @@ def summary_of(
         "device": found.device,
         "threads": ready.setup.threads,
         "test_examples": found.test_examples,
+        "majority": None if ready.strategy.personal else ready.data.majority,
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -73,9 +73,11 @@ def test_a_histogram_by_hand(tmp_path, cache):
     made = prepare(config, "classification", 2, 0, Encoder(), "e")
     np.testing.assert_array_equal([made.histogram(0), made.histogram(1)], [[1, 2, 0], [0, 1, 1]])
     assert made.sizes() == {2: 1, 3: 1}
+    assert made.majority == 0.6  # three y of five test rows
     bare = config.model_copy(update={"files": config.files.model_copy(update={"label": None})})
     unlabelled = prepare(bare, "causal_lm", 2, 0, lambda rows: Encoded([[1]] * 5, [0] * 5), "e")
     np.testing.assert_array_equal([unlabelled.histogram(0), unlabelled.histogram(1)], [[3], [2]])
+    assert unlabelled.majority is None
 
 
 def test_tokens_are_mapped_from_disk_and_not_read_into_memory(table, cache):

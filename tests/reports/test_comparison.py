@@ -28,6 +28,7 @@ def folder(tmp_path):
         metric="accuracy",
         ended=True,
         clock=None,
+        majority=None,
         **more,
     ):
         made = tmp_path / name
@@ -46,7 +47,12 @@ def folder(tmp_path):
         if ended:
             from importlib.metadata import version
 
-            summary = {"rounds": 2, metric: accuracy, "versions": {"fedlora": version("fedlora")}}
+            summary = {
+                "rounds": 2,
+                metric: accuracy,
+                "majority": majority,
+                "versions": {"fedlora": version("fedlora")},
+            }
             (made / "summary.json").write_text(json.dumps(summary))
         return Run.open(made)
 
@@ -57,6 +63,16 @@ def cells(made, label):
     table = made.table()
     (row,) = [row for row in table.rows if row[0] == label]
     return dict(zip(table.head, row, strict=True))
+
+
+def test_the_commonest_label_is_a_level_in_the_curves(folder):
+    curves = Comparison([folder("a", 0.7, majority=0.4375), folder("b", 0.6, use="rolora")]).figures()[:2]
+    for figure in curves:
+        spec = figure.chart.to_dict()
+        rows = spec["datasets"][spec["data"]["name"]]
+        assert {row["run"]: row.get("commonest label") for row in rows} == {"ffa_lora": 0.4375, "rolora": None}
+        assert "Dashed: the commonest label." in figure.note
+    assert "Dashed" not in Comparison([folder("c", 0.7)]).figures()[0].note
 
 
 def test_runs_without_privacy_are_named_so_and_the_others_by_their_epsilon(folder):

@@ -36,6 +36,14 @@ def test_every_chart_of_a_full_run_is_there_with_the_figures_of_the_folder(ten):
     }
     total = (ten.summary["bytes_up_total"] + ten.summary["bytes_down_total"]) / 1e6
     assert rows(found["Accuracy by megabyte"])[-1]["megabytes"] == pytest.approx(total)
+    share = ten.summary["majority"]
+    assert (
+        ten.majority == share
+        and f"the commonest label, which is {share:.4f} of it" in found["Accuracy by round"].note
+    )
+    for chart in ("Accuracy by round", "Accuracy by megabyte"):
+        assert {r["commonest label"] for r in rows(found[chart])} == {share}
+        assert [layer["mark"]["type"] for layer in found[chart].chart.to_dict()["layer"]].count("rule") == 1
     epsilon = [r for r in rows(found["Epsilon by round"]) if r["of"] == "largest"]
     assert [r["epsilon"] for r in epsilon] == [line["epsilon"] for line in ten.rounds]
     labels = rows(found["Labels of each client"])
@@ -48,6 +56,17 @@ def test_every_chart_of_a_full_run_is_there_with_the_figures_of_the_folder(ten):
     for line in ten.rounds:
         spent = sum(r["seconds"] for r in times if r["round"] == line["round"])
         assert spent == pytest.approx(line["seconds"], abs=1e-3)
+
+
+def test_no_level_is_drawn_where_the_metric_is_no_share_of_right_answers(copy):
+    file = copy().folder / "summary.json"
+    told = json.loads(file.read_text())
+    for said in ({"majority": None}, {"metric": "loss", "majority": 0.5}):
+        file.write_text(json.dumps(told | said))
+        figure = figures(copy())["learning"][0]
+        assert copy().majority is None and "commonest" not in figure.note
+        assert all("commonest label" not in row for row in rows(figure))
+        assert all(layer["mark"]["type"] != "rule" for layer in figure.chart.to_dict()["layer"])
 
 
 def test_epsilon_of_a_client_that_rests_stays_what_it_was(copy):
