@@ -144,6 +144,14 @@ class Run:
         absent = [name for name in ("metrics.jsonl", "clients.jsonl") if not (self.folder / name).exists()]
         if absent and self.state != "unfinished":
             said.append(f"Not in the folder: {', '.join(absent)}.")
+        if (start := self.summary.get("start")) and self.scenario.get("privacy"):
+            spent = start.get("epsilon")
+            cost = (
+                "which does not say what it cost its rows" if spent is None else f"which spent epsilon {spent:.3g}"
+            )
+            said.append(
+                f"It began from {start['folder']}, {cost}: for rows that are in both, that adds to this run's."
+            )
         return said + [f"{text[0].upper()}{text[1:]}." for text in map(str, self.verdicts())]
 
     def frame(self, what: Literal["rounds", "clients"] = "rounds") -> "pandas.DataFrame":

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora import suitability
-from fedlora.adapter import Adapter
+from fedlora.adapter import Adapter, fingerprint
 from fedlora.client import Setter
 from fedlora.engine.setup import Description
 from fedlora.errors import SettingError, UserError
@@ -146,6 +146,7 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
         # What decides the last bits of a result beside the scenario.
         "versions": {**versions(), "precision": found.precision, "device": found.device},
         "data": ready.data.fingerprint,
+        **({"start": fingerprint(found.initial)} if scenario.model.start is not None else {}),
     }
     if resume:
         now, record = folders.restore(folder, scenario, strategy, now, origin, stage)

@@ -74,6 +74,9 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             "model.adapter.kind",
             f"{use} is for adapters of kind {' or '.join(strategy.kinds)}: leave kind out; with {kind} go {can}",
         )
+    if scenario.model.start is not None and strategy.draw(2) != strategy.draw(1):
+        can = _those(lambda cls: cls().draw(2) == cls().draw(1))
+        raise SettingError("model.start", f"{use} begins each round from new factors; take one of {can}")
     xs = (strategy.kinds[0] if kind == "auto" else kind) == "lora_xs"
     if xs and (width := base_model.width(scenario.model.base)) and scenario.model.adapter.r > width:
         can = _those(lambda cls: cls.kinds[0] == "lora")
