@@ -224,10 +224,9 @@ def load_adapter(run: Run | str | Path, *, own_code: bool = False) -> tuple[Any,
     named: dict[str, Any] = {}
     if about.labels:
         named = {"id2label": dict(enumerate(about.labels)), "label2id": {n: i for i, n in enumerate(about.labels)}}
+        named["ignore_mismatched_sizes"] = True  # of a head for other labels; the adapter brings its own
     try:
         reader = task.reader(about.base, revision)
-        if not task.tokens:
-            named["ignore_mismatched_sizes"] = True
         with base_model.quietly():
             model = getattr(transformers, task.auto).from_pretrained(
                 base_model.find_base(about.base), revision=revision or "main", dtype="float32", **named

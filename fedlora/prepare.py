@@ -9,8 +9,8 @@ import numpy as np
 
 from fedlora import client as clients
 from fedlora import engine as engines
+from fedlora import starting, suitability
 from fedlora import strategy as strategies
-from fedlora import suitability
 from fedlora.data import reading
 from fedlora.data import store as datasets
 from fedlora.engine.setup import Setup
@@ -129,6 +129,7 @@ def _prepared(
 
     encoding = base_model.encoding_fingerprint(reader)
     dataset = hold(encode, f"{encoding} {replay.code(task)}" if ":" in scenario.task else encoding)
+    _tell_heads(scenario, task, dataset.labels)
     setup = Setup(
         scenario=scenario.model_dump(),
         dataset=dataset.folder,
@@ -138,6 +139,24 @@ def _prepared(
         device=engines.device(scenario),
     )
     return Prepared(scenario=scenario, strategy=strategy, client=client, data=dataset, setup=setup)
+
+
+def _tell_heads(scenario: Scenario, task: type[tasks.Task], labels: Sequence[str]) -> None:
+    """Say where a head is drawn anew, though the start or the base has one.
+
+    Raises:
+        SettingError: the start cannot be had, or is of another base.
+    """
+    model = scenario.model
+    if (start := starting.read(scenario, labels)) is not None and start.left_out:
+        logger.warning("model.start: its head is not taken over: %s", start.left_out)
+    if start is None and model.head != "kept" and task.labelled:
+        if other := base_model.other_labels(model.base, model.revision, labels):
+            logger.warning(
+                "model.base: the head is drawn anew: %s is for the labels %s and not for %s in this order "
+                "(model.head: kept takes it all the same)",
+                *(model.base, ", ".join(other), ", ".join(labels)),
+            )
 
 
 def _encoded(

@@ -13,6 +13,7 @@ import yaml
 from fedlora import plugins
 from fedlora.errors import UserError
 from fedlora.privacy import ledger
+from fedlora.reports.verdicts import UNLEARNT, Verdict, verdicts
 from fedlora.tasks.contract import find
 
 if TYPE_CHECKING:
@@ -119,6 +120,19 @@ class Run:
         """Whether its figures are those of its scenario: it neither goes on, nor was killed or interrupted."""
         return self.state != "unfinished" and not str(self.summary.get("stopped", "")).startswith("interrupted")
 
+    def verdicts(self) -> list[Verdict]:
+        """What is wrong with how it learnt, each with the setting to try; none before it has ended."""
+        if not self.ended:
+            return []
+        labels = len(self.partitions.get("labels") or ())
+        told = {**self.summary, "metric": self.metric, "higher_is_better": self.higher_is_better}
+        return verdicts(self.rounds, self.clients, self.scenario, told, labels)
+
+    @property
+    def learnt(self) -> bool:
+        """Whether no verdict forbids to choose it for its metric."""
+        return not any(verdict.code in UNLEARNT for verdict in self.verdicts())
+
     def remarks(self) -> list[str]:
         """What a reader has to know before trusting the figures, a sentence for each."""
         said = []
@@ -139,7 +153,15 @@ class Run:
         absent = [name for name in ("metrics.jsonl", "clients.jsonl") if not (self.folder / name).exists()]
         if absent and self.state != "unfinished":
             said.append(f"Not in the folder: {', '.join(absent)}.")
-        return said
+        if (start := self.summary.get("start")) and self.scenario.get("privacy"):
+            spent = start.get("epsilon")
+            cost = (
+                "which does not say what it cost its rows" if spent is None else f"which spent epsilon {spent:.3g}"
+            )
+            said.append(
+                f"It began from {start['folder']}, {cost}: for rows that are in both, that adds to this run's."
+            )
+        return said + [f"{text[0].upper()}{text[1:]}." for text in map(str, self.verdicts())]
 
     def frame(self, what: Literal["rounds", "clients"] = "rounds") -> "pandas.DataFrame":
         """The lines of `rounds` or `clients` as a table."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora import suitability
-from fedlora.adapter import Adapter, Change
+from fedlora.adapter import Adapter, Change, fingerprint
 from fedlora.baselines import derive
 from fedlora.client import Setter
 from fedlora.engine.setup import Description
@@ -151,6 +151,7 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
         # What decides the last bits of a result beside the scenario.
         "versions": {**versions(), "precision": found.precision, "device": found.device},
         "data": ready.data.fingerprint,
+        **({"start": fingerprint(found.initial)} if scenario.model.start is not None else {}),
     }
     if resume:
         now, record = folders.restore(folder, scenario, strategy, now, origin, stage)
@@ -216,6 +217,7 @@ def finish(begun: Begun, now: Progress, stopped: str | None) -> Run:
         else:
             _export(begun.engine, now.adapter, folder, merges.total(), about)
         summary = summary_of(ready, now, found, begun.loop.ledger, stopped, chosen)
+        summary["verdicts"] = [asdict(verdict) for verdict in Run(folder, summary).verdicts()]
         folders.write_json(folder / "summary.json", summary)
         card.write(folder, ready, summary)
     return Run(folder, summary)

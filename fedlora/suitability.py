@@ -53,10 +53,8 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             raise SettingError(
                 "strategy.use", f"secure aggregation gives sums, and {use} needs each update; take one of {can}"
             )
-    if (stage := scenario.strategy.server) and not (
-        strategy.linear and strategy.trips == 1 and not strategy.merges
-    ):
-        can = _those(lambda cls: cls.linear and cls.trips == 1)
+    if (stage := scenario.strategy.server) and not has_mean(strategy):
+        can = _those(has_mean)
         raise SettingError(
             "strategy.server",
             f"{stage.kind} steps along a mean of changes, and what {use} makes is none: leave it out, or take one "
@@ -84,6 +82,9 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             "model.adapter.kind",
             f"{use} is for adapters of kind {' or '.join(strategy.kinds)}: leave kind out; with {kind} go {can}",
         )
+    if scenario.model.start is not None and strategy.draw(2) != strategy.draw(1):
+        can = _those(lambda cls: cls().draw(2) == cls().draw(1))
+        raise SettingError("model.start", f"{use} begins each round from new factors; take one of {can}")
     xs = (strategy.kinds[0] if kind == "auto" else kind) == "lora_xs"
     if xs and (width := base_model.width(scenario.model.base)) and scenario.model.adapter.r > width:
         can = _those(lambda cls: cls.kinds[0] == "lora")
@@ -92,6 +93,11 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             f"{use} takes r singular vectors of a weight, and those of {scenario.model.base} are {width} wide: "
             f"take at most {width}; any r go {can}",
         )
+
+
+def has_mean(strategy: Strategy | type[Strategy]) -> bool:
+    """Whether all that a round makes is a mean of changes, which `strategy.server` can step along."""
+    return strategy.linear and strategy.trips == 1 and not strategy.merges
 
 
 def _takes(strategy: Strategy, kind: str) -> bool:

@@ -151,9 +151,10 @@ class Outcome:
     def lines(self) -> list[str]:
         """What a terminal shows."""
         made = self.comparison
+        none = "none has learnt" if any(group.final() for group in made.groups) else "none was measured"
         return [
             *(*made.table().text(""), "", *made.legend(), *made.notes),
-            f"best: {self.summary['best'] or 'none was measured'}",
+            f"best: {self.summary['best'] or none}",
             f"page: {self.folder / 'comparison.html'}",
         ]
 
@@ -248,7 +249,7 @@ def sweep(
     comparison.notes[:0] = [f"Tuning on private data is not free: {words}." for words in cost]
     comparison.notes += dict.fromkeys(failed)
     best = max(
-        (run for run in runs if final(run) is not None),
+        (run for run in runs if final(run) is not None and run.learnt),
         key=lambda run: (final(run) or 0.0) * (1 if run.higher_is_better else -1),
         default=None,
     )

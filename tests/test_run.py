@@ -11,7 +11,9 @@ from fedlora.run import Run
 
 @pytest.fixture(scope="module")
 def made(tiny, tmp_path_factory):
-    return simulate(tiny(), out=tmp_path_factory.mktemp("runs") / "made")
+    """A run that learns."""
+    learns = ("clients.optimizer=adamw", "clients.lr=0.02", "clients.local_steps=10")
+    return simulate(tiny(*learns, private=False), out=tmp_path_factory.mktemp("runs") / "made")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from fedlora.cli import main
 from fedlora.errors import UserError
 from fedlora.privacy import accounting, ledger
 from fedlora.run import Run
+from fedlora.simulation import simulate
 from fedlora.sweep import _reason, load, sweep, total_epsilon
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,11 @@ parallel: 1
 
 def runs(out):
     return [Run.open(file.parent) for file in sorted((out / "runs").glob("*/scenario.yaml"))]
+
+
+def highest(out):
+    """The best accuracy of a run that ended and learnt, if any did."""
+    return max((run.summary["accuracy"] for run in runs(out) if run.ended and run.learnt), default=None)
 
 
 def finished(out):
@@ -94,7 +100,7 @@ def test_a_sweep_that_is_killed_goes_on_when_it_is_started_again(file, tmp_path)
     summary = json.loads((out / "sweep.json").read_text())
     assert (summary["runs"], summary["ended"], summary["failed"]) == (8, 8, 0)
     assert all(run.scenario["clients"]["lr"] == 0.25 for run in runs(out))
-    assert summary["accuracy"] == max(run.summary["accuracy"] for run in runs(out))
+    assert summary["accuracy"] == highest(out)
     assert "Tuning on private data is not free: 8 runs together give (" in done.stdout
     assert (
         8 < summary["epsilon_total"]["example"] < 4 * 4 + 4 * 8 + 8
@@ -145,7 +151,7 @@ def test_runs_that_fail_are_told_and_counted_and_cost_what_they_spent(file, tmp_
     ended = [run.folder for run in runs(out) if run.ended]
     assert summary["epsilon_total"]["example"] == total_epsilon(every)["example"][0]
     assert summary["epsilon_total"]["example"] > total_epsilon(ended)["example"][0]  # they may have trained
-    assert Run.open(summary["best"]).ended
+    assert summary["accuracy"] == highest(out) and (summary["best"] is None) == (highest(out) is None)
 
     file.write_text(f"{text}search: {{clients.use: ['{broken}'], seed: [0, 1]}}\n")
     told = subprocess.run(
@@ -153,6 +159,35 @@ def test_runs_that_fail_are_told_and_counted_and_cost_what_they_spent(file, tmp_
     )
     assert told.returncode == 1 and "A run failed: round 1: all 4" in told.stdout
     assert "best: none was measured" in told.stdout
+
+
+@pytest.fixture(scope="module")
+def pair(tiny, tmp_path_factory):
+    """Two finished runs, of two rounds."""
+    folder = tmp_path_factory.mktemp("pair") / "runs"
+    return [simulate(tiny(f"seed={seed}", private=False), out=folder / str(seed)).folder for seed in (0, 1)]
+
+
+def test_a_run_that_has_not_learnt_is_never_called_best(file, pair, tmp_path, monkeypatch):
+    """Of 60 test rows; 3 * sqrt(0.8 * 0.2 / 60) = 0.155."""
+
+    def end(folder, accuracies, losses):
+        lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+        told = [
+            json.dumps({**line, "accuracy": value, "loss": loss})
+            for line, value, loss in zip(lines, accuracies, losses, strict=True)
+        ]
+        (folder / "metrics.jsonl").write_text("\n".join(told) + "\n")
+
+    monkeypatch.setattr("fedlora.sweep._tune", lambda asked, folder, told: [(place, None) for place in pair])
+    end(pair[0], (1.0, 0.8), (0.1, 0.3))
+    end(pair[1], (0.7, 0.75), (0.3, 0.2))
+    made = sweep(file, tmp_path / "out")
+    assert made.summary["best"] == str(pair[1]) and made.summary["accuracy"] == 0.75
+    assert any("it collapsed: accuracy was 1.0000" in line.lower() for line in made.lines())
+    end(pair[1], (1.0, 0.75), (0.1, 0.2))
+    made = sweep(file, tmp_path / "out")
+    assert made.summary["best"] is made.summary["accuracy"] is None and "best: none has learnt" in made.lines()
 
 
 @pytest.mark.parametrize(

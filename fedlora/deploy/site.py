@@ -46,6 +46,7 @@ class Accept(Section):
 
     scenarios: tuple[str, ...] | None = None  # names; null: any
     bases: tuple[str, ...] | None = None  # as in `model.base`; null: minilm alone. Its files read every row
+    starts: tuple[str, ...] = ()  # as in `model.start`: a folder by its whole path, which is read here too
     strategies: tuple[str, ...] | None = None  # as in `strategy.use`; null: any that comes with fedlora
     clients: tuple[str, ...] | None = None  # as in `clients.use`; null: any that comes with fedlora
     tasks: tuple[str, ...] | None = (
@@ -87,6 +88,8 @@ class Site(Section):
             return f"it does not accept the scenario {scenario.name!r}"
         if scenario.model.base not in (("minilm",) if rules.bases is None else rules.bases):
             return f"it does not accept the base model {scenario.model.base!r} (accept.bases)"
+        if scenario.model.start is not None and scenario.model.start not in rules.starts:
+            return f"it does not begin from {scenario.model.start!r} (accept.starts)"
         for what, use, known in (
             ("strategy", scenario.strategy.use, rules.strategies),
             ("client", scenario.clients.use, rules.clients),

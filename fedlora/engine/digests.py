@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlora.adapter import Adapter, Change, Instruction
+from fedlora.adapter import Adapter, Change, Instruction, fingerprint
 from fedlora.client import Client, Settings
 from fedlora.data.store import Partition
 from fedlora.engine.setup import Setup
@@ -50,7 +50,15 @@ class Digests:
             machine = (platform.machine(), chip, self.setup.device, self.setup.precision, self.setup.threads)
             codes = [replay.code(of) for of in (self.client, self.strategy, self.task, self.task.kind)]
             own = (codes, self.scenario.clients.options)
-            parts = (self.task.base_fingerprint(), replay.versions(), machine, own, self.scenario.engine.fused)
+            first = (fingerprint(self.task.initial),) if self.scenario.model.start is not None else ()
+            parts = (
+                self.task.base_fingerprint(),
+                replay.versions(),
+                machine,
+                own,
+                self.scenario.engine.fused,
+                *first,
+            )
             self._based = replay.digest(self.scenario.seed, *parts)
         return self._based
 

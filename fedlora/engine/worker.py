@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from fedlora import client as clients
+from fedlora import starting, suitability, wire
 from fedlora import strategy as strategies
-from fedlora import suitability, wire
 from fedlora.adapter import Adapter, Change, Instruction, Sum, Update, fingerprint
 from fedlora.client import Setter
 from fedlora.data.store import Dataset, Partition
@@ -58,6 +58,7 @@ class Worker:
         model, told = self.scenario.model, self.scenario.clients
         self.client = clients.load(told.use, told.options)
         strategy = strategies.load(self.scenario.strategy.use, self.scenario.strategy.options)
+        start = starting.read(self.scenario, self.dataset.labels) if device != "meta" else None
         with hardware.on_gpu("a worker"):
             self.task = loading.load(
                 self.scenario.task,
@@ -73,6 +74,7 @@ class Worker:
                 max_length=self.scenario.data.max_length,
                 private=self.client.private,
                 precision="bf16" if setup.precision == "bf16" else "fp32",
+                start=start.saved if start is not None else None,
             )
         self.kept: Kept | None = None
         if self.task.prefix is not None and pays(self.scenario, self.dataset):

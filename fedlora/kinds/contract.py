@@ -14,6 +14,7 @@ import numpy as np
 
 from fedlora import factors, plugins
 from fedlora.adapter import Adapter, Change, Layout, Slot, Tensor
+from fedlora.errors import SettingError
 from fedlora.seeding import generator
 
 if TYPE_CHECKING:
@@ -37,6 +38,33 @@ class Part:
 
     origin: Literal["seeded", "derived", "zero"]
     trains: bool
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An ordinary LoRA as peft saves it, for a run to begin from.
+
+    Attributes:
+        tensors: by their names in a saved adapter, those of heads among them.
+        scaling: the factor before its `B @ A`.
+    """
+
+    tensors: Adapter
+    scaling: float
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """B and A of a layer.
+
+        Raises:
+            SettingError: it has none there.
+        """
+        try:
+            b, a = (self.tensors[f"{PREFIX}{module}.lora_{side}.weight"] for side in "BA")
+        except KeyError:
+            raise SettingError(
+                "model.start", f"it has no factors for {module}: set model.adapter.targets and layers to its own"
+            ) from None
+        return b, a
 
 
 HEAD = Part("seeded", True)
@@ -114,6 +142,19 @@ class Kind(ABC):
             `sqrt(E || change(adapter + noise) - change(adapter) ||_F^2)`, scaling included, to first order.
         """
 
+    def adopt(self, layout: Layout, drawn: Mapping[str, Tensor], saved: Saved) -> Adapter:
+        """The tensors of its `parts` that make the change of an ordinary LoRA of the same base.
+
+        Args:
+            layout: of the adapter.
+            drawn: the first values that the seed stands for.
+            saved: what `export` wrote, or peft.
+
+        Raises:
+            SettingError: it is of other layers or another rank, or the kind cannot.
+        """
+        raise SettingError("model.start", f"adapters of kind {type(self).__name__} begin from the seed alone")
+
     def scaling(self, rank: int | None = None) -> float:
         """The factor before the change that a client of that rank has; by default the server's: `alpha / rank`."""
         return self.alpha / (rank or self.r)
@@ -189,6 +230,29 @@ def initial(
         again = (draw,) if draw and layout[name].role == "A" else ()
         adapter[name] = kind.initial(layout[name], generator(seed, "adapter", name, *again), weights)
     return adapter
+
+
+def take_over(kind: Kind, layout: Layout, drawn: Mapping[str, Tensor], saved: Saved) -> Adapter:
+    """All that an adapter takes over from a saved one; the rest is as it is drawn.
+
+    Raises:
+        SettingError: it is of other layers, another rank or another head.
+    """
+    heads = {name: t for name, t in saved.tensors.items() if ".lora_" not in name}
+    for name, tensor in heads.items():
+        if name not in layout:
+            inside = name.removeprefix(PREFIX)
+            hint = "model.pooler: trained" if ".pooler." in name else "a model with the same head"
+            raise SettingError("model.start", f"it trained {inside}, which this run does not: take {hint}")
+        if tensor.shape != layout[name].shape:
+            raise SettingError("model.start", f"its {name} is {tensor.shape}, and this run's {layout[name].shape}")
+    taken = kind.adopt(layout, drawn, saved)
+    has = {layer_of(name) for name in saved.tensors if ".lora_" in name}
+    if more := sorted(has - {slot.module for slot in layout.values()}):
+        raise SettingError(
+            "model.start", f"it has factors for {more[0]} too: set model.adapter.targets and layers to its own"
+        )
+    return {**taken, **heads}
 
 
 def load(use: str, r: int, alpha: float, targets: tuple[str, ...], layers: tuple[int, ...] | None) -> Kind:

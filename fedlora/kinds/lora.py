@@ -13,9 +13,26 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedlora.adapter import Change, Layout, Slot, Tensor, pairs
+from fedlora.adapter import Adapter, Change, Layout, Slot, Tensor, pairs
 from fedlora.errors import SettingError
-from fedlora.kinds.contract import Gradients, Kind, Part, Weights, ends, first_of_head, linear_layers
+from fedlora.kinds.contract import Gradients, Kind, Part, Saved, Weights, ends, first_of_head, linear_layers
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], rank: int) -> None:
+    """Refuse a tensor to begin from that is of another shape.
+
+    Raises:
+        SettingError: with both.
+    """
+    if tensor.shape == shape:
+        return
+    side = 0 if ".lora_A." in name else 1
+    if len(tensor.shape) == 2 and tensor.shape[1 - side] == shape[1 - side]:
+        own = tensor.shape[side]
+        raise SettingError("model.start", f"it has rank {own}, and model.adapter.r is {rank}: set it to {own}")
+    raise SettingError(
+        "model.start", f"its {name} is {tensor.shape}, and this base's {shape}: it is of another base"
+    )
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,17 @@ class Lora(Kind):
         """A loses rows and B columns."""
         cut = {"A": (rank, *slot.shape[1:]), "B": (*slot.shape[:1], rank)}
         return cut.get(slot.role, slot.shape)
+
+    def adopt(self, layout: Layout, drawn: Mapping[str, Tensor], saved: Saved) -> Adapter:
+        """Its A, and its B so that the change is the same under this scaling."""
+        taken: Adapter = {}
+        for b, a in pairs(layout):
+            taken[b], taken[a] = saved.factors(layout[b].module)
+            for name in (b, a):
+                check_shape(name, taken[name], self.shape(layout[name], self.r), self.r)
+            if saved.scaling != self.scaling():
+                taken[b] = taken[b] * np.float32(saved.scaling / self.scaling())
+        return taken
 
     def change(self, layout: Layout, adapter: Mapping[str, Tensor]) -> Change:
         """B and A of each layer."""

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedlora.adapter import Change, Layout, Slot, Tensor
+from fedlora.adapter import Adapter, Change, Layout, Slot, Tensor
 from fedlora.errors import SettingError
-from fedlora.kinds.contract import Gradients, Part, Weights, modules_of
+from fedlora.kinds.contract import Gradients, Part, Saved, Weights, modules_of
 from fedlora.kinds.lora import Lora
 
 
@@ -55,6 +55,24 @@ class LoraXS(Lora):
         cores = dict(modules_of(layout, "core"))
         plain = super().change(layout, adapter)
         return {module: (b @ adapter[cores[module]], a) for module, (b, a) in plain.items()}
+
+    def adopt(self, layout: Layout, drawn: Mapping[str, Tensor], saved: Saved) -> Adapter:
+        """The core `B^T (B' A') A^T` of a change between these singular vectors, and of no other."""
+        cores, taken = dict(modules_of(layout, "core")), {}
+        for module, (b, a) in super().change(layout, drawn).items():
+            left, right = (side.astype(np.float64) for side in saved.factors(module))
+            if left.shape[0] != len(b) or right.shape[1] != a.shape[1]:
+                raise SettingError("model.start", f"its factors for {module} are of another base")
+            core = (b.T.astype(np.float64) @ left) @ (right @ a.T)
+            rest, whole = left @ right - b @ core @ a, left @ right
+            if np.linalg.norm(rest) > 1e-3 * np.linalg.norm(whole):
+                raise SettingError(
+                    "model.start",
+                    f"its change of {module} is not between the first {self.r} singular vectors of this base's "
+                    "weight: it is of another base, rank or kind of adapter",
+                )
+            taken[cores[module]] = (core * (saved.scaling / self.scaling())).astype(np.float32)
+        return taken
 
     def exact(self, moving: Collection[str]) -> bool:
         """Where the core moves alone, as it does."""

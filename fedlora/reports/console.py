@@ -284,4 +284,4 @@ def summary_lines(run: Run) -> list[str]:
         lines.insert(1, f"  stopped  {summary['stopped']}; go on with --resume")
     if "ended" in summary:
         lines.insert(1, f"  ended    {summary['ended']}")
-    return lines
+    return lines + [f"  verdict  {verdict}" for verdict in run.verdicts()]

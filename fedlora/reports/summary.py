@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedlora import scenario as scenarios
+from fedlora import starting
 from fedlora.engine.setup import Description
 from fedlora.prepare import Prepared
 from fedlora.privacy import accounting, cohorts, ledger
@@ -67,6 +68,8 @@ def summary_of(
     if ready.strategy.tested:  # each client's own model; the metric is their mean
         ends = (f"{found.metric}_least", f"{found.metric}_most")
         summary |= {key: now.last.get(key) for key in ends}
+    if (start := starting.said(scenario)) is not None:
+        summary["start"] = start
     if scenario.world is not None:
         summary["virtual_seconds"] = round_to(now.virtual_seconds)
     if scenario.exact_match is not None:
@@ -130,6 +133,8 @@ def privacy_in_words(ready: Prepared, record: Ledger) -> str:
         words += accounting.statement(example, asked.example.delta, "example", asked.example.accountant)
     if asked.share_metrics:
         words += "; the training losses and example counts that clients shared are not covered by it"
+    if scenario.model.start is not None:
+        words += "; the adapter that it began from is taken as given: what rows lost there adds up with this"
     if ready.setup.secret:
         return f"{words}; whoever added noise drew it, and the batches, under a key from the operating system"
     return (

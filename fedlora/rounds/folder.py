@@ -124,6 +124,11 @@ def restore(
                     f"{folder}: its rounds so far were trained on other data, or cut by another tokenizer: put "
                     "those back, or start again in another folder with --out"
                 )
+            if saved.origin.get("start") != origin.get("start"):
+                raise UserError(
+                    f"{folder}: what it began from (model.start) is another adapter now: put that back, or start "
+                    "again in another folder with --out"
+                )
             if set(saved.adapter) != set(first.adapter):
                 raise UserError(f"{folder}: its checkpoint holds another adapter than this scenario builds")
             strategy.load_state(saved.strategy if stage is None else stage.load_state(saved.strategy))

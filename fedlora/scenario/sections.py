@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from typing import Annotated, Literal, Self
 
@@ -50,8 +51,21 @@ class Model(Section):
     revision: str | None = None  # of a Hub id: branch, tag or commit
     quantize: Literal["8bit", "4bit"] | None = None  # hold the frozen weights so, by bitsandbytes
     adapter: Adapter = Adapter()
-    head: Literal["trained", "frozen"] = "trained"  # the classification head: trained and sent, or left random
+    start: Annotated[str, Field(min_length=1)] | None = (
+        None  # begin from this: the folder of a run, of an adapter as peft saves it, or a Hub id; null: the seed
+    )
+    head: Literal["trained", "frozen", "kept"] = (
+        "trained"  # and sent; frozen: left as it begins; kept: trained, from the base's or the start's as it is
+    )
     pooler: Literal["trained", "frozen"] = "frozen"  # the encoder's pooler, where it has one
+
+    @field_validator("start")
+    @classmethod
+    def _placed(cls, start: str | None) -> str | None:
+        """A folder by its whole path, so that the run's own scenario names it from anywhere."""
+        if start is not None and (start.startswith((".", "/", "~")) or os.path.isdir(start)):
+            return os.path.abspath(os.path.expanduser(start))
+        return start
 
 
 class ExactMatch(Section):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedlora.adapter import Adapter, Change, Layout, Slot
 from fedlora.errors import ContractError, SettingError
-from fedlora.kinds.contract import PREFIX, Kind, initial, layer_of, public, under
+from fedlora.kinds.contract import PREFIX, Kind, Saved, initial, layer_of, public, take_over, under
 from fedlora.passes import quantized
 from fedlora.passes.lowrank import LowRank
 from fedlora.passes.packing import Packing
@@ -38,7 +38,7 @@ class Adapted:
     Attributes:
         model: the `peft.PeftModel`, with all dropout off.
         layout: every tensor that could federate, by name.
-        initial: the adapter that the seed stands for, at the full rank.
+        initial: the adapter that the seed stands for, or what it begins from instead, at the full rank.
         low_rank: how its layers with factors pass.
         packing: of the examples of a batch into one row without padding; None where the model does not allow it.
         own: whether the tensors that `begin` and `read` are about are the model's own.
@@ -58,6 +58,7 @@ class Adapted:
         precision: Precision = "fp32",
         private: bool = False,
         fresh: Collection[str] | None = None,
+        start: Saved | None = None,
     ) -> None:
         """Wrap a loaded base model.
 
@@ -70,6 +71,7 @@ class Adapted:
             precision: of training; evaluation is in float32.
             private: whether gradients are clipped example by example, so that each must be its own.
             fresh: weights of the heads that nobody trained yet, by name; None: all of them.
+            start: a saved adapter to begin from; None: what the seed stands for.
 
         Raises:
             SettingError: the model does not fit the adapter.
@@ -116,6 +118,9 @@ class Adapted:
         weights = self.weight if self.weighs else None
         self._drawn = partial(initial, kind, self.layout, seed, weights=weights, held=held)
         self.initial = self._drawn()
+        if start is not None and self.weighs:
+            held |= take_over(kind, self.layout, self.initial, start)  # in every draw
+            self.initial = self._drawn()
         self._start = self.initial
         self.write(self.initial)
         self.packing: Packing | None = None

@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,23 @@ def at_hand(base: str, revision: str | None = None) -> bool:
         return True
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     return any(isinstance(try_to_load_from_cache(path, name, revision=revision), str) for name in names)
+
+
+def other_labels(base: str, revision: str | None, labels: Sequence[str]) -> tuple[str, ...]:
+    """The labels of a base model that is a classifier already, where these are others or in another order.
+
+    Empty too where it does not say: transformers then calls them LABEL_0 and so on.
+    """
+    from transformers import AutoConfig
+
+    path = find_base(base)
+    with loading(base, path, "model"):
+        config = AutoConfig.from_pretrained(path, revision=revision or "main")
+    named = tuple(str(config.id2label[i]) for i in sorted(config.id2label or ()))
+    unsaid = named == tuple(f"LABEL_{i}" for i in range(len(labels)))
+    classifies = any("Classification" in name for name in config.architectures or ())
+    same = [n.casefold() for n in named] == [label.casefold() for label in labels]
+    return () if unsaid or same or not classifies else named
 
 
 def width(base: str) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from fedlora import seeding
 from fedlora.errors import SettingError
-from fedlora.kinds.contract import Kind, under
+from fedlora.kinds.contract import Kind, Saved, under
 from fedlora.passes import alone
 from fedlora.tasks import base_model
 from fedlora.tasks.adapted import Precision
@@ -61,6 +61,7 @@ def load(
     precision: Precision = "fp32",
     max_length: int = 128,
     private: bool = False,
+    start: Saved | None = None,
 ) -> Task:
     """Load a base model, switch its dropout off and build the adapter in.
 
@@ -79,13 +80,18 @@ def load(
     model, missing = _base(cls, base, revision, reader, labels, seed, attention, device, quantize, pooler)
     heads: dict[str, bool] = {}
     if cls.headed:
-        heads = {name: head == "trained" for name in base_model.heads_of(model)}
+        heads = {name: head != "frozen" for name in base_model.heads_of(model)}
+        bound = [n for n, p in model.named_parameters() if p.shape[:1] == (len(labels),) and _within(n, heads)]
+        if head == "kept" and start is None and device != "meta" and set(bound) & set(missing):
+            raise SettingError("model.head", f"{base} has no head for {len(labels)} labels to keep: take trained")
+        if head != "kept" and cls.labelled and base_model.other_labels(base, revision, labels):
+            missing = [*missing, *bound]
         if pooler == "trained":
             body = getattr(model, model.base_model_prefix, None)
             if getattr(body, "pooler", None) is None:
                 raise SettingError("model.pooler", f"{base} has no pooler to train; leave it frozen")
             heads["pooler"] = True
-    lacking = [n for n in missing if not any(under(n, head) for head in heads)]
+    lacking = [n for n in missing if not _within(n, heads)]
     if lacking:
         raise SettingError(
             "model.base", f"{base} lacks weights that this task needs, such as {sorted(lacking)[0]}"
@@ -106,7 +112,12 @@ def load(
         pad=base_model.pads_as(model, reader) if cls.tokens else 0,
         private=private,
         fresh=missing,
+        start=start,
     )
+
+
+def _within(name: str, heads: Collection[str]) -> bool:
+    return any(under(name, head) for head in heads)
 
 
 def _base(
@@ -152,7 +163,7 @@ def _base(
                 dtype="float32",
                 attn_implementation=attention,
                 output_loading_info=True,
-                ignore_mismatched_sizes=not cls.tokens,  # of a head for other labels
+                ignore_mismatched_sizes=cls.headed,  # of a head for other labels; of a body it is an error below
                 **held,
             )
     return model, [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]

@@ -125,6 +125,8 @@ def test_an_error_about_data_names_the_line_of_the_site_file(read, tmp_path):
         ("accept: {bases: [lab/mine]}", [], "does not accept the base model 'minilm' (accept.bases)"),
         ("accept: {bases: [lab/mine]}", ["model.base=lab/mine"], None),
         ("", ["model.base=lab/mine"], "does not accept the base model 'lab/mine' (accept.bases)"),
+        ("", ["model.start=/runs/public"], "does not begin from '/runs/public' (accept.starts)"),
+        ("accept: {starts: [/runs/public]}", ["model.start=/runs/public"], None),
         ("accept: {strategies: [fedavg_lora]}", [], "does not accept the strategy 'ffa_lora'"),
         ("accept: {clients: [sgd]}", [], "does not accept the client 'dp_sgd'"),
         (

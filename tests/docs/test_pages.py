@@ -107,8 +107,8 @@ def test_the_scenarios_reference_has_every_key_with_its_default():
     for row in (
         "| `per_round` | whole number, at least 1 or null | `null` | null: all of them |",
         "| `delta` | number, above 0, below 1 | *needed* |  |",
-        '| `head` | `trained`, `frozen` | `"trained"` | '
-        "the classification head: trained and sent, or left random |",
+        '| `head` | `trained`, `frozen`, `kept` | `"trained"` | '
+        "and sent; frozen: left as it begins; kept: trained, from the base's or the start's as it is |",
         "| `adapter` | [Adapter](#adapter) | see there |  |",
     ):
         assert row in rows
