@@ -87,8 +87,6 @@ def _pooled(scenario: Scenario, told: dict[str, Any], private: bool) -> None:
         raise SettingError(
             "clients.use", f"how {given.use} would train without privacy is its own to say: take pooled_private"
         )
-    for option in given.options:  # dp_sgd's own
-        del told["clients"][option]
     told["clients"]["use"] = "sgd"
     if not isinstance(scenario.strategy.server, ServerAdam) and not _scale_free(scenario):
         del told["clients"]["lr"]  # it was for gradients that are clipped

@@ -48,7 +48,7 @@ def test_every_baseline_sees_as_many_examples(kind):
 
 
 def test_pooled_is_one_client_without_privacy_at_a_rate_of_its_own():
-    one = made("pooled", "clients.quantile=0.5")
+    one = made("pooled", "privacy.clip=quantile")
     told = one.clients
     assert (told.total, told.per_round, told.batch_size, told.use, told.options) == (1, None, 40, "sgd", {})
     assert one.privacy is None and one.data.partition.kind == "iid" and one.data.client_test_share == 0.2
@@ -67,15 +67,9 @@ def test_a_rate_that_clipping_did_not_set_stays(override):
 
 
 def test_pooled_private_is_one_client_under_the_same_promise():
-    one = made("pooled_private", "clients.quantile=0.5", ADAM)
-    told, whole = one.clients, parse(TEXT, "s.yaml", ["clients.quantile=0.5", ADAM])
-    assert (told.total, told.batch_size, told.use, told.lr, told.options) == (
-        1,
-        40,
-        "dp_sgd",
-        4.0,
-        {"quantile": 0.5},
-    )
+    one = made("pooled_private", "privacy.clip=quantile", ADAM)
+    told, whole = one.clients, parse(TEXT, "s.yaml", ["privacy.clip=quantile", ADAM])
+    assert (told.total, told.batch_size, told.use, told.lr, told.options) == (1, 40, "dp_sgd", 4.0, {})
     assert one.privacy == whole.privacy and one.strategy == whole.strategy
 
 

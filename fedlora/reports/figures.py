@@ -34,10 +34,10 @@ def _learning(run: Run) -> Sequence[Figure]:
         note = "Measured on the held-out test set."
         if any(f"validation_{metric}" in line for line in run.rounds):
             note = "Measured on the held-out test set, and on the validation rows that choose and do not report."
-        if run.best_round is not None:
-            note += f" Round {run.best_round}, ringed, is the one that was kept."
         if run.majority is not None:
             note += f" Dashed: the commonest label, which is {run.majority:.4f} of the test set."
+        if run.best_round is not None:
+            note += f" Round {run.best_round}, ringed, is the one that was kept."
         by_round = metric_by_round(run.rounds, metric, run.majority, run.best_round)
         found.append(Figure(f"{metric.capitalize()} by round", note, by_round))
         x = ("megabytes", "megabytes, up and down, all clients")

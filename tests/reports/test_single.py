@@ -39,7 +39,7 @@ def test_every_chart_of_a_full_run_is_there_with_the_figures_of_the_folder(ten):
     share = ten.summary["majority"]
     assert (
         ten.majority == share
-        and f"the commonest label, which is {share:.4f} of it" in found["Accuracy by round"].note
+        and f"the commonest label, which is {share:.4f} of the test set" in found["Accuracy by round"].note
     )
     for chart in ("Accuracy by round", "Accuracy by megabyte"):
         assert {r["commonest label"] for r in rows(found[chart])} == {share}
