@@ -228,7 +228,7 @@ def _groups(scenario: Scenario, data: Dataset, noise: Mapping[int, float] | None
         line: Line = {"num_examples": size, "clients": clients}
         if asked is not None and noise is not None:
             line |= {
-                "sample_rate": min(scenario.clients.batch_size / size, 1.0),
+                "sample_rate": min(scenario.clients.batch(size) / size, 1.0),
                 "noise_multiplier": noise[size],
                 "epsilon": most.get(size, 0.0),
             }
@@ -265,11 +265,12 @@ def _try(setup: Setup, ready: prepare.Prepared) -> _Cost:
     told = worker.scenario.clients
     typical = statistics.median_high([data.num_examples(c) for c in range(min(data.num_clients, _LOOKED_AT))])
     median = next(c for c in range(data.num_clients) if data.num_examples(c) == typical)
-    batch = min(told.batch_size, 2 * told.micro_batch_size)
+    whole = told.batch(typical)
+    batch = min(whole, 2 * told.micro_batch_size)
     ranks = told.possible_ranks(worker.scenario.model.adapter.r)
     instruction = worker.strategy.instruct(1, dict(worker.task.initial), ranks)
     for steps in (1, _STEPS):  # the first is slower: memory is got, kernels are chosen
-        fewer = told.model_copy(update={"local_steps": steps, "batch_size": batch})
+        fewer = told.model_copy(update={"local_steps": steps, "batch_size": batch, "sample_rate": None})
         worker.settings = Setter(worker.scenario.model_copy(update={"clients": fewer}), setup.noise)
         replies = worker.train(instruction, [median], False)
         if replies.reports[0].error is not None:
@@ -277,7 +278,7 @@ def _try(setup: Setup, ready: prepare.Prepared) -> _Cost:
     rows, began = min(len(data.test), engines.EVALUATION_CHUNK), time.perf_counter()
     worker.evaluate(worker.task.initial, "test", 0, rows)
     evaluation = (time.perf_counter() - began) * (len(data.test) + len(data.validation)) / rows
-    step = replies.reports[0].seconds / _STEPS * told.batch_size / batch
+    step = replies.reports[0].seconds / _STEPS * whole / batch
     return _Cost(
         client_seconds=step * told.local_steps,
         evaluation_seconds=evaluation,
@@ -328,7 +329,8 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
     if often:
         yield (
             f"A step takes more than {LARGE_RATE:.0%} of the examples of {often} clients "
-            f"({groups[0]['sample_rate']:.0%} of the smallest's): sampling hides little. Lower clients.batch_size."
+            f"({groups[0]['sample_rate']:.0%} of the smallest's): sampling hides little. "
+            "Lower clients.batch_size or clients.sample_rate."
         )
     if (worst := max(g["epsilon"] for g in groups)) > WEAK:
         yield f"Epsilon {worst:.3g} allows odds to change by a factor of e^{worst:.3g}: little is promised."

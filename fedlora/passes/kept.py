@@ -189,9 +189,9 @@ class Kept:
 
 def pays(scenario: "Scenario", dataset: Dataset) -> bool:
     """Whether a run passes over its examples often enough: half of them at least, in the mean."""
-    told, sizes = scenario.clients, dataset.sizes()
-    here = sum(count for size, count in sizes.items() if size) / told.total  # the share of the clients
-    passes = scenario.rounds * told.cohort_size * here * told.local_steps * told.batch_size
+    told = scenario.clients
+    step = sum(count * told.batch(size) for size, count in dataset.sizes().items() if size)  # of all who are here
+    passes = scenario.rounds * told.local_steps * told.cohort_size / told.total * step
     return 2 * passes >= len(dataset.train)
 
 
