@@ -73,7 +73,11 @@ class Wanted:
         if self.folder.exists():
             self.folder.touch()
             return
-        if not _room(self.folder.parent, self.size):
+        try:
+            fits = _room(self.folder.parent, self.size)
+        except OSError:
+            fits = False
+        if not fits:
             logger.warning("no room for what the frozen layers make of the examples: it is computed each time")
             return
 
@@ -82,7 +86,10 @@ class Wanted:
                 np.lib.format.open_memmap(to / f"{half}.npy", "w+", np.dtype(self.types[half]), shape)
             passed(to)
 
-        cached(self.folder, write)
+        try:
+            cached(self.folder, write)
+        except OSError as error:
+            logger.warning("what the frozen layers make of the examples is not kept: %s", error.strerror or error)
 
 
 class Kept:
