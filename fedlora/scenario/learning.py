@@ -72,7 +72,7 @@ class ClientOptimizer(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    kind: str = Field(json_schema_extra={"not": {"enum": ["sgd", "adamw"]}})  # a class of torch.optim; sgd and adamw have more keys
+    kind: str = Field(json_schema_extra={"not": {"enum": ["sgd", "adamw"]}})  # a class of torch.optim, in any case
     state: Literal["fresh", "kept", "averaged"] = "fresh"  # anew each round, or kept on the client's own disk
 
     @field_validator("state")
