@@ -76,6 +76,7 @@ def simulate(
     shown = Tracked(display or default_display(), folder)
     try:
         trackers.check(scenario.trackers)
+        shown.stage("starting")
         check(scenario)  # what can be refused at once, before processes start
         made = engines.make(scenario, ray_address)
         with signals(signal.default_int_handler), contextlib.closing(watch(made) if watch else made) as engine:
