@@ -71,7 +71,7 @@ def _serve(pipe: Connection, size: int, trained: str, group: str, way: str) -> N
         pipe.send((took, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
 
 
-def _load(size: int) -> tuple[Any, Any]:
+def load_task(size: int) -> tuple[Any, Any]:
     """The task, with the adapter in the model, and as many tweets as a step takes."""
     import numpy as np
     import torch
@@ -101,7 +101,7 @@ rounds: 1
 def _ours(size: int, trained: str, way: str) -> Callable[[], object]:
     from fedlora.client import Rng, Settings, load
 
-    task, partition = _load(size)
+    task, partition = load_task(size)
     names = tuple(n for n, slot in sorted(task.layout.items()) if slot.role != "A" or trained == "LoRA")
     told = Settings(
         round=1,
@@ -124,7 +124,7 @@ def _padded(size: int, trained: str, way: str) -> Callable[[], object]:
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
-    task, partition = _load(size)
+    task, partition = load_task(size)
     if task.packing is not None:
         task.packing.remove()
     for module in task.model.modules():

@@ -78,7 +78,7 @@ class DPSGD(Stepwise):
         optimizer = mechanism.optimizer(inner, rng(mechanism.purpose))
         batches = rng("batches")
         loss_sum, taken, dropped = torch.zeros((), device=task.device), 0, 0
-        for step in range(settings.local_steps):
+        for step in range(mechanism.steps):
             still = resting(task, settings, step)
             for name, parameter in zip(settings.train, parameters, strict=True):
                 parameter.requires_grad_(name not in still)

@@ -120,7 +120,7 @@ def plan(scenario: Scenario | str | Path, *, overrides: Sequence[str] = ()) -> P
 
 def _plan(scenario: Scenario) -> Plan:
     ready = prepare.prepare(scenario)
-    noise = prepare.calibrate(scenario, ready.data)
+    noise = prepare.calibrate(scenario, ready.data, prepare.known)
     setup = replace(ready.setup, noise=noise)
     cost = _try(setup, ready) if _can_train(scenario) else None
     stage = Stage(scenario, setup, ready, cost.metrics if cost else _expected_metrics(scenario))

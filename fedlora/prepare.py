@@ -16,7 +16,7 @@ from fedlora.data import store as datasets
 from fedlora.engine.setup import Setup
 from fedlora.errors import SettingError, UserError
 from fedlora.optimizers import steps
-from fedlora.privacy import accounting, replay
+from fedlora.privacy import accounting, calibrated, replay
 from fedlora.privacy.mechanisms.central import Central
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
 from fedlora.rounds import choice
@@ -103,12 +103,12 @@ def prepare_site(
     return replace(ready.setup, noise=noise, secret=ready.client.private, **placed)
 
 
-def _prepared(
-    scenario: Scenario,
-    hold: Callable[[datasets.Encode, str], datasets.Dataset],
-    labels: Sequence[str] | None = None,
-) -> Prepared:
-    """Everything that a run needs but the noise, with what `hold` makes of the tokenizer for its data."""
+def check(scenario: Scenario) -> tuple[strategies.Strategy, clients.Client]:
+    """The strategy and the client that a scenario names, all checked that needs neither data nor model.
+
+    Raises:
+        SettingError: something is not there, or does not go with the rest.
+    """
     strategy = strategies.load(scenario.strategy.use, scenario.strategy.options)
     suitability.check(strategy, scenario)
     client = clients.load(scenario.clients.use, scenario.clients.options)
@@ -117,8 +117,19 @@ def _prepared(
     clients.check_private(client, scenario)
     if scenario.world is not None:
         World(scenario)  # reads its trace
-    model, data, task = scenario.model, scenario.data, tasks.find(scenario.task)
+    task = tasks.find(scenario.task)
     choice.make(scenario, task.metric, task.higher_is_better)
+    return strategy, client
+
+
+def _prepared(
+    scenario: Scenario,
+    hold: Callable[[datasets.Encode, str], datasets.Dataset],
+    labels: Sequence[str] | None = None,
+) -> Prepared:
+    """Everything that a run needs but the noise, with what `hold` makes of the tokenizer for its data."""
+    strategy, client = check(scenario)
+    model, data, task = scenario.model, scenario.data, tasks.find(scenario.task)
     reader = task.reader(model.base, model.revision)
     names = list(labels or data.labels or ())
 
@@ -193,10 +204,17 @@ def _encoded(
     return made
 
 
-def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | None:
+def calibrate(
+    scenario: Scenario, data: datasets.Dataset, search: calibrated.Search = accounting.calibrations
+) -> dict[int, float] | None:
     """The noise multiplier for each number of examples that a client holds; None without privacy.
 
     Calibrated over all the steps that a client can be asked for: every round of the scenario.
+
+    Args:
+        scenario: of the run.
+        data: that clients hold.
+        search: finds the noise; `known` looks among what was found before.
     """
     told, asked = scenario.clients, scenario.example_privacy
     if asked is None:
@@ -219,7 +237,7 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
         noise = dict.fromkeys(sizes, asked.noise_multiplier)
     else:
         assert asked.epsilon is not None
-        found = accounting.calibrations(asked.epsilon, asked.delta, rates, steps, asked.accountant)
+        found = search(asked.epsilon, asked.delta, rates, steps, asked.accountant)
         noise = dict(zip(sizes, found, strict=True))
     ExampleGaussian(  # refuses what does not fit the largest noise
         noise_multiplier=max(noise.values()),
@@ -234,12 +252,21 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
     return noise
 
 
-def central(scenario: Scenario, root: Root) -> Central | None:
+def known(
+    target: float, delta: float, rates: Sequence[float], steps: int, accountant: accounting.Accountant
+) -> list[float]:
+    """As `accounting.calibrations`, searched for once by a user: for simulations and plans."""
+    folder = datasets.cache_folder() / "noise"
+    return calibrated.calibrations(folder, target, delta, rates, steps, accountant)
+
+
+def central(scenario: Scenario, root: Root, search: calibrated.Search = accounting.calibrations) -> Central | None:
     """The server's side of client-level privacy, its noise calibrated over every round; None without.
 
     Args:
         scenario: of the run.
         root: of cohorts and noise.
+        search: as in `calibrate`.
     """
     told, asked = scenario.clients, scenario.client_privacy
     if asked is None:
@@ -253,7 +280,7 @@ def central(scenario: Scenario, root: Root) -> Central | None:
     rate, noise = told.cohort_size / told.total, asked.noise_multiplier
     if noise is None:
         assert asked.epsilon is not None
-        noise = accounting.calibrate(asked.epsilon, asked.delta, rate, scenario.rounds, asked.accountant)
+        (noise,) = search(asked.epsilon, asked.delta, [rate], scenario.rounds, asked.accountant)
     return Central(
         noise_multiplier=noise,
         sample_rate=rate,

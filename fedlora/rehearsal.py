@@ -63,7 +63,7 @@ class Stage:
         vars(strategy)["diagnose"] = lambda *told: {}  # how far averages are off says nothing of stand-ins
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            ledger, whole = _Memory(folder), prepare.central(scenario, scenario.seed)
+            ledger, whole = _Memory(folder), prepare.central(scenario, scenario.seed, prepare.known)
             worker.client = real
             worker.serve(strategies.load(use, options), folder)
             worker.client = _StandIn(real, self.metrics, found.layout)

@@ -19,7 +19,7 @@ from fedlora.engine.setup import Description
 from fedlora.errors import SettingError, UserError
 from fedlora.exporting import ABOUT, About
 from fedlora.optimizers import steps
-from fedlora.prepare import Prepared, calibrate, central, prepare
+from fedlora.prepare import Prepared, calibrate, central, check, known, prepare
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.noise import fresh_key
@@ -76,12 +76,14 @@ def simulate(
     shown = Tracked(display or default_display(), folder)
     try:
         trackers.check(scenario.trackers)
-        shown.stage("reading and tokenising the data")
-        ready = prepare(scenario)
+        shown.stage("starting")
+        check(scenario)  # what can be refused at once, before processes start
         made = engines.make(scenario, ray_address)
         with signals(signal.default_int_handler), contextlib.closing(watch(made) if watch else made) as engine:
-            shown.stage("calibrating the noise")  # while workers import
-            ready = replace(ready, setup=replace(ready.setup, noise=calibrate(scenario, ready.data)))
+            shown.stage("reading and tokenising the data")  # while workers import
+            ready = prepare(scenario)
+            shown.stage("calibrating the noise")
+            ready = replace(ready, setup=replace(ready.setup, noise=calibrate(scenario, ready.data, known)))
             return carry_out(ready, engine, folder, resume, shown)
     except SettingError as error:
         raise scenario.located(error) from error
@@ -136,7 +138,7 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
     logging.getLogger("flwr").setLevel(logging.ERROR)
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     scenario, strategy, setup = ready.scenario, ready.strategy, ready.setup
-    whole = central(scenario, fresh_key() if setup.secret else scenario.seed)
+    whole = central(scenario, fresh_key() if setup.secret else scenario.seed, known)
     if strategy.personal or strategy.trips > 1 or scenario.feeds_back or scenario.clients.keeps_state:
         setup = replace(setup, personal=folder.absolute() / "personal")
     shown.stage("loading the model")

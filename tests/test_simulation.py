@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fedlora import planning
 from fedlora.clients.dp_sgd import DPSGD
 from fedlora.errors import RoundError, UserError
 from fedlora.prepare import calibrate, prepare
-from fedlora.privacy import ledger
+from fedlora.privacy import accounting, ledger
 from fedlora.privacy.replay import VERSIONS
 from fedlora.reports.console import Silent, summary_lines
 from fedlora.rounds import folder
@@ -281,6 +282,39 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny, tmp_path, override, wher
         simulate(tiny(override), out=tmp_path / "run")
     assert str(caught.value).startswith(f"--set {override.split('=')[0]}") and where in str(caught.value)
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_what_needs_no_data_is_refused_before_processes_start(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedlora.engine.make", lambda *_: pytest.fail("an engine was made"))
+    with pytest.raises(UserError, match=r"strategy\.momentum"):
+        simulate(tiny("strategy.momentum=1"), out=tmp_path / "run")
+
+
+def test_processes_that_wait_for_data_end_where_there_is_none(tiny, tmp_path):
+    ends = []
+
+    def watch(engine):
+        engine.close = lambda: ends.append(engine)
+        return engine
+
+    with pytest.raises(UserError, match=r"data\.files\.text"):
+        simulate(tiny("data.files.text=texts"), out=tmp_path / "run", watch=watch)
+    assert len(ends) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_noise_is_searched_for_once_and_at_sites_by_themselves(tiny, tmp_path, monkeypatch):
+    """The cache is the user's, of simulations and plans; a run from it is the same run."""
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    scenario = tiny("privacy.epsilon=7.5")
+    made, ready = simulate(scenario, out=tmp_path / "first"), prepare(scenario)
+    monkeypatch.setattr(accounting, "calibrations", lambda *_: pytest.fail("searched again"))
+    again = simulate(scenario, out=tmp_path / "second")
+    assert same(adapter(made), adapter(again)) and again.summary["epsilon"] == made.summary["epsilon"]
+    assert planning.plan(scenario).epsilon == pytest.approx(made.summary["epsilon"])
+    monkeypatch.undo()
+    kept = list((tmp_path / "cache" / "noise").iterdir())
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "site"))
+    assert calibrate(scenario, ready.data) and len(kept) == 1 and not (tmp_path / "site" / "noise").exists()
 
 
 def test_resuming_continues_bit_for_bit(tiny, tmp_path):

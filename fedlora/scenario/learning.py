@@ -72,7 +72,7 @@ class ClientOptimizer(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    kind: str
+    kind: str = Field(json_schema_extra={"not": {"enum": ["sgd", "adamw"]}})  # a class of torch.optim, in any case
     state: Literal["fresh", "kept", "averaged"] = "fresh"  # anew each round, or kept on the client's own disk
 
     @field_validator("state")
@@ -122,5 +122,5 @@ Optimizer = Annotated[
     | Annotated[ClientAdamW, Tag("adamw")]
     | Annotated[ClientOptimizer, Tag("torch")],
     Discriminator(_which),
-    BeforeValidator(_named),
+    BeforeValidator(_named, json_schema_input_type=str | ClientSGD | ClientAdamW | ClientOptimizer),
 ]

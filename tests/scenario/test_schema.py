@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from fedlora.cli import main
+from fedlora.errors import UserError
+from fedlora.scenario import parse
 from fedlora.scenario.schema import schema
 
 SCENARIOS = sorted((Path(__file__).parents[2] / "scenarios").glob("**/*.yaml"))
@@ -46,6 +48,31 @@ def test_shipped_scenarios_are_valid(check, file):
 )
 def test_slips_are_refused(check, change):
     assert check.is_valid(GOOD) and not check.is_valid({**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    "told, good",
+    [
+        ("adamw", True),
+        ("RMSprop", True),
+        ({"kind": "adamw", "betas": [0.9, 0.99]}, True),
+        ({"kind": "sgd", "momentum": 0.9, "state": "kept"}, True),
+        ({"kind": "RMSprop", "alpha": 0.9}, True),
+        (None, True),
+        ({"kind": "adamw", "momentum": 0.9}, False),
+        ({"kind": "sgd", "momentum": 1.0}, False),
+        ({"betas": [0.9, 0.99]}, False),
+        (3, False),
+    ],
+)
+def test_an_optimiser_is_a_word_or_a_section(check, told, good):
+    given = {**GOOD, "clients": {"total": 3, "optimizer": told}}
+    assert check.is_valid(given) is good
+    if good:
+        parse(yaml.safe_dump(given))
+    else:
+        with pytest.raises(UserError):
+            parse(yaml.safe_dump(given))
 
 
 def test_keys_carry_the_comments_beside_them():
