@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="say what a scenario will cost: bytes, epsilon, time and memory")
     _scenario(plan)
     plan.add_argument("--json", action="store_true", help="print all of it as JSON")
+    plan.add_argument("--advise", action="store_true", help="find less noise for the same epsilon and examples")
     plan.set_defaults(command=_plan)
 
     report = commands.add_parser("report", help="write what a run did as one HTML file that opens offline")
@@ -267,7 +268,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     loaded = scenario.load(arguments.scenario, arguments.overrides)
     from fedlora.planning import plan
 
-    told = plan(loaded).to_json()
+    told = plan(loaded, advise=arguments.advise).to_json()
     if arguments.json:
         import json
 
