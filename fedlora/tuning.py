@@ -256,8 +256,8 @@ class _Search:
         """
         told, labels = self.scenario, self.ready.data.labels
         train, _ = reading.read_public(told.data, told.task, labels)
-        examples = self.typical + (len(self.ready.data.held_out(0)) if told.data.client_test_share else 0)
-        examples = min(examples, len(train.texts))
+        kept = 1 - (told.data.client_test_share or 0.0)  # what each has for training
+        examples = min(round(self.typical / kept), len(train.texts))
         if told.example_privacy is not None and examples < told.clients.batch_size:
             raise SettingError(
                 "data.public",

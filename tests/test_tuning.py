@@ -265,6 +265,16 @@ def test_private_rows_and_a_model_for_each_client_are_refused(here):
         tune("mine.yaml", private=True, overrides=personal)
 
 
+def test_a_model_for_each_client_is_searched_on_public_rows_that_each_holds_out(here):
+    personal = ["strategy.use=fedsa_lora", "data.client_test_share=0.2", "rounds=1", "clients.batch_size=4"]
+    made = tune("mine.yaml", public="public.csv", overrides=personal)
+    (run, *_) = [Run.open(file.parent) for file in made.folder.glob("runs/*/scenario.yaml")]
+    data = prepare(scenario.load("mine.yaml", personal)).data
+    sizes = sorted(data.num_examples(client) for client in range(4))
+    assert run.scenario["data"]["partition"]["examples"] == round(sizes[2] / 0.8)
+    assert all(trial.failed is None and trial.value is not None for trial in made.trials)
+
+
 def test_check_reads_public_rows_too(here, capsys):
     write(here / "others.csv", head="sentence,label")
     assert main(["check", "mine.yaml", "--set", "data.public={files: {train: others.csv}}"]) == 2
@@ -290,6 +300,17 @@ def test_a_public_source_has_the_columns_of_the_clients_own_where_it_names_none(
 )
 def test_one_key_of_yaml_is_edited_and_all_else_stays(text, path, value, after):
     assert scenario.edited(text, path.split("."), value) == after
+
+
+@pytest.mark.parametrize("name", scenario.shipped())
+def test_a_shipped_scenario_keeps_its_comments_and_is_written_here(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    key, rate = rate_key(scenario.load(name))
+    text = scenario.find(name).read_text()
+    file = tuning._write(tuning._beside(name), name, [], key, tuning._times(rate, 3))
+    assert file.resolve().parent == tmp_path and rate_key(scenario.load(file)) == (key, tuning._times(rate, 3))
+    before, after = text.splitlines(), file.read_text().splitlines()
+    assert len(set(after) - set(before)) == 1 and file.read_text().count("#") == text.count("#")
 
 
 @pytest.mark.parametrize("text", ["a: 1\n", "c: {b: 1}\n", "a:\n  b:\n    x: 1\n  c: 2\n"])
