@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class DPSGD(Stepwise):
-    """Clips each example, noises the sum; weighs all clients alike, so that no count leaves."""
+    """Clips each example, noises the sum; weighs all clients alike, or as their public sampling rate says."""
 
     private = True
     hooked = True
@@ -114,7 +114,7 @@ class DPSGD(Stepwise):
         shared, odd = settings.share_metrics, {"not_finite": float(dropped)} if dropped else {}
         return Update(
             adapter=task.read(settings.send),
-            weight=float(len(partition)) if shared else 1.0,
+            weight=float(len(partition)) if shared else settings.weight,
             clients=(partition.client,),
             metrics={"train_loss": float(loss_sum) / max(taken, 1)} | odd if shared else {},
             state=steps.kept(),

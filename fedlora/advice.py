@@ -32,7 +32,7 @@ from fedlora.rehearsal import Rehearsal
 from fedlora.rounds.progress import Line
 from fedlora.scenario import Privacy, Scenario
 
-TIMES = (1, 2, 4, 8, 16)  # the batch, that are tried
+TIMES = (2, 4, 8, 16)  # the batch, that are tried
 _SHOWN = 8  # alternatives that are told
 _OFF = 0.05  # share by which an alternative's examples may differ
 _LEAST = 4  # rounds of an alternative
@@ -91,7 +91,7 @@ class Signal:
         return asdict(self) | {name: getattr(self, name) for name in names}
 
 
-def signal(scenario: Scenario, loop: Rehearsal, noise_multiplier: float) -> Signal | None:
+def signal(scenario: Scenario, loop: Rehearsal, noise_multiplier: float, typical: int) -> Signal | None:
     """Of a scenario, by its rehearsal; None without privacy."""
     asked, told = scenario.privacy, scenario.clients
     if asked is None:
@@ -99,7 +99,7 @@ def signal(scenario: Scenario, loop: Rehearsal, noise_multiplier: float) -> Sign
     whole = asked.unit == "client"
     return Signal(
         numbers=_numbers(loop),
-        batch_size=None if whole else told.batch_size,
+        batch_size=None if whole else told.batch(typical),
         clients=told.cohort_size,
         steps=scenario.rounds if whole else scenario.rounds * told.local_steps,
         noise_multiplier=noise_multiplier,
@@ -157,12 +157,12 @@ def advise(
             sigma = now.noise_multiplier
             if schedule:
                 sigma = accounting.calibrate(target, asked.delta, _rate(made, typical), steps, asked.accountant)
-            figures = signal(made, first, sigma)
+            figures = signal(made, first, sigma, typical)
             assert figures is not None
             typed = {**shape, **schedule, **_noise_keys(asked, sigma if schedule else None)}
             found.append(
                 {
-                    "batch_size": made.clients.batch_size,
+                    "batch_size": made.clients.batch(typical),
                     "local_steps": made.clients.local_steps,
                     "rounds": made.rounds,
                     "layers": _layers(first),
@@ -186,7 +186,7 @@ def _rate(scenario: Scenario, typical: int) -> float:
     told = scenario.clients
     if scenario.client_privacy is not None:
         return told.cohort_size / told.total
-    return min(told.batch_size / typical, 1.0)
+    return min(told.batch(typical) / typical, 1.0)
 
 
 def _shapes(scenario: Scenario, loop: Rehearsal) -> Iterator[Mapping[str, Any]]:
@@ -206,31 +206,32 @@ def _shapes(scenario: Scenario, loop: Rehearsal) -> Iterator[Mapping[str, Any]]:
 def _schedules(scenario: Scenario, smallest: int) -> Iterator[Mapping[str, Any]]:
     """Batches, local steps and rounds to try with as many examples, by what they change; its own first."""
     told, rounds = scenario.clients, scenario.rounds
+    key = "batch_size" if told.sample_rate is None else "sample_rate"
+    batch = getattr(told, key)
+    yield {}
     for times in TIMES:
-        if times == 1:
-            yield {}
-            continue
         if scenario.client_privacy is not None:  # what a round costs does not depend on its steps
-            options = [(told.batch_size, times * told.local_steps)]
+            options = [(1, times * told.local_steps)]
         else:
-            steps = dict.fromkeys((told.local_steps, max(told.local_steps // 2, 1), 1))
-            options = [(times * told.batch_size, count) for count in steps]
-        for batch, count in options:
-            examples = rounds * told.local_steps * told.batch_size
-            fewer = round(examples / (batch * count))
-            if batch > smallest or fewer < min(_LEAST, rounds):
+            options = [(times, s) for s in dict.fromkeys((told.local_steps, max(told.local_steps // 2, 1), 1))]
+        for larger, steps in options:
+            work = larger * steps / told.local_steps  # of a round, over what it is now
+            fewer = round(rounds / work)
+            if larger * told.batch(smallest) > smallest or fewer < min(_LEAST, rounds):
                 continue
-            if abs(fewer * batch * count / examples - 1) <= _OFF:
-                changed = {"clients.batch_size": batch, "clients.local_steps": count, "rounds": fewer}
-                before = (told.batch_size, told.local_steps, rounds)
-                yield {key: v for (key, v), old in zip(changed.items(), before, strict=True) if v != old}
+            if abs(fewer * work / rounds - 1) <= _OFF:
+                changed = {f"clients.{key}": larger * batch, "clients.local_steps": steps, "rounds": fewer}
+                before = (batch, told.local_steps, rounds)
+                yield {name: v for (name, v), old in zip(changed.items(), before, strict=True) if v != old}
                 break  # fewer local steps mean more rounds, and the same noise
 
 
 def _with(scenario: Scenario, changed: Mapping[str, Any]) -> Scenario:
     """A scenario with some settings of these changed."""
     told = {key.rpartition(".")[2]: value for key, value in changed.items()}
-    clients: dict[str, Any] = {key: told[key] for key in ("batch_size", "local_steps") if key in told}
+    clients: dict[str, Any] = {
+        key: told[key] for key in ("batch_size", "sample_rate", "local_steps") if key in told
+    }
     shape: dict[str, Any] = {key: told[key] for key in ("layers", "r", "alpha") if key in told}
     if "layers" in shape:
         shape["layers"] = tuple(shape["layers"])

@@ -70,6 +70,8 @@ def _pooled(scenario: Scenario, told: dict[str, Any], private: bool) -> None:
     """One client that holds all rows, and takes at once what a cohort took."""
     given, example = scenario.clients, scenario.example_privacy
     told["clients"] |= {"total": 1, "batch_size": given.cohort_size * given.batch_size}
+    if given.sample_rate is not None:
+        told["clients"]["sample_rate"] = given.sample_rate * given.cohort_size / given.total
     told["clients"] |= dict.fromkeys(("per_round", "ranks", "tiers"))
     told["engine"]["fused"] = 1
     told["data"]["partition"] = {"kind": "iid"}

@@ -122,6 +122,11 @@ def _parser() -> argparse.ArgumentParser:
 
     init = commands.add_parser("init", help="make a small project: a scenario, a strategy of one's own, its test")
     init.add_argument("folder", metavar="DIR", help="a folder to make")
+    init.add_argument(
+        "--data", metavar="FILE", help="learn a label from a text of this csv, tsv, json, jsonl or parquet file"
+    )
+    init.add_argument("--text", metavar="COLUMN", help="its texts; by default the column of the longest values")
+    init.add_argument("--label", metavar="COLUMN", help="its labels; by default the column of the fewest values")
     init.set_defaults(command=_init)
 
     schema = commands.add_parser("schema", help="print the JSON Schema of scenarios, for editors")
@@ -371,9 +376,18 @@ def _watch(arguments: argparse.Namespace) -> int:
 def _init(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from fedlora.scaffold import init
+    from fedlora import scaffold
+    from fedlora.errors import UserError
 
-    print("\n".join(init(Path(arguments.folder))))
+    folder, data = Path(arguments.folder), arguments.data
+    if data is None and (arguments.text or arguments.label):
+        raise UserError("--text and --label are columns of --data FILE: name it")
+    lines = (
+        scaffold.init(folder)
+        if data is None
+        else scaffold.of_data(folder, Path(data), arguments.text, arguments.label)
+    )
+    print("\n".join(lines))
     return 0
 
 

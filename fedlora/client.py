@@ -43,6 +43,7 @@ class Settings:
         clip_norm: L2 bound on one example's gradient; None without privacy.
         clip: how examples are held to it, in the words of `privacy.clip`.
         quantile: of the examples' norms, where the bound moves.
+        weight: of an update in a mean, where a private client may not tell how many examples it has.
         share_metrics: whether figures computed from private examples may leave a private client.
         config: words of the strategy to the client.
     """
@@ -58,6 +59,7 @@ class Settings:
     clip_norm: float | None = None
     clip: str = "flat"
     quantile: float | None = None
+    weight: float = 1.0
     share_metrics: bool = False
     lrs: Mapping[str, float] = field(default_factory=dict)
     pace: tuple[float, ...] = ()
@@ -82,7 +84,8 @@ class Setter:
             train=instruction.train,
             send=instruction.send,
             local_steps=told.local_steps if client is None else instruction.steps.get(client, told.local_steps),
-            batch_size=told.batch_size,
+            batch_size=(batch := told.batch(num_examples)),
+            weight=1.0 if told.sample_rate is None else float(batch),
             lr=max(lrs.values()) if isinstance(told.lr, dict) else first * told.lr,
             micro_batch_size=told.micro_batch_size,
             noise_multiplier=None if self.noise is None else self.noise[num_examples],

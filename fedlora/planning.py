@@ -143,7 +143,7 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
     parameters = {"base": stage.base_parameters(), **_trained(real)}
     typical = _typical(ready.data)
     noise_of = real.central.noise_multiplier if real.central else noise[typical] if noise else 0.0
-    signal = advice.signal(scenario, real, noise_of)
+    signal = advice.signal(scenario, real, noise_of, typical)
 
     def seconds(made: Scenario, share: float) -> float | None:
         """Of an alternative's rounds: in proportion to examples and layers."""
@@ -151,7 +151,7 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
             return None
         lines = [{"clients": made.clients.cohort_size}] * made.rounds
         told, before = made.clients, scenario.clients
-        work = told.batch_size * told.local_steps / (before.batch_size * before.local_steps)
+        work = told.batch(typical) * told.local_steps / (before.batch(typical) * before.local_steps)
         part = replace(
             cost,
             client_seconds=cost.client_seconds * work * share,
@@ -264,7 +264,7 @@ def _groups(scenario: Scenario, data: Dataset, noise: Mapping[int, float] | None
         line: Line = {"num_examples": size, "clients": clients}
         if asked is not None and noise is not None:
             line |= {
-                "sample_rate": min(scenario.clients.batch_size / size, 1.0),
+                "sample_rate": min(scenario.clients.batch(size) / size, 1.0),
                 "noise_multiplier": noise[size],
                 "epsilon": most.get(size, 0.0),
             }
@@ -303,11 +303,12 @@ def _try(setup: Setup, ready: prepare.Prepared) -> _Cost:
     told = worker.scenario.clients
     typical = _typical(data)
     median = next(c for c in range(data.num_clients) if data.num_examples(c) == typical)
-    batch = min(told.batch_size, 2 * told.micro_batch_size)
+    whole = told.batch(typical)
+    batch = min(whole, 2 * told.micro_batch_size)
     ranks = told.possible_ranks(worker.scenario.model.adapter.r)
     instruction = worker.strategy.instruct(1, dict(worker.task.initial), ranks)
     for steps in (1, _STEPS):  # the first is slower: memory is got, kernels are chosen
-        fewer = told.model_copy(update={"local_steps": steps, "batch_size": batch})
+        fewer = told.model_copy(update={"local_steps": steps, "batch_size": batch, "sample_rate": None})
         worker.settings = Setter(worker.scenario.model_copy(update={"clients": fewer}), setup.noise)
         replies = worker.train(instruction, [median], False)
         if replies.reports[0].error is not None:
@@ -315,7 +316,7 @@ def _try(setup: Setup, ready: prepare.Prepared) -> _Cost:
     rows, began = min(len(data.test), engines.EVALUATION_CHUNK), time.perf_counter()
     worker.evaluate(worker.task.initial, "test", 0, rows)
     evaluation = (time.perf_counter() - began) * (len(data.test) + len(data.validation)) / rows
-    step = replies.reports[0].seconds / _STEPS * told.batch_size / batch
+    step = replies.reports[0].seconds / _STEPS * whole / batch
     wanted = worker.kept.wanted if worker.kept is not None else None
     return _Cost(
         client_seconds=step * told.local_steps,
@@ -373,7 +374,8 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
     if often:
         yield (
             f"A step takes more than {LARGE_RATE:.0%} of the examples of {often} clients "
-            f"({groups[0]['sample_rate']:.0%} of the smallest's): sampling hides little. Lower clients.batch_size."
+            f"({groups[0]['sample_rate']:.0%} of the smallest's): sampling hides little. "
+            "Lower clients.batch_size or clients.sample_rate."
         )
     if (worst := max(g["epsilon"] for g in groups)) > WEAK:
         yield f"Epsilon {worst:.3g} allows odds to change by a factor of e^{worst:.3g}: little is promised."

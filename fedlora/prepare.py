@@ -208,13 +208,13 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
             "mechanism that gives a whole example away now and then counts as private; write %.0e or less",
             *(asked.delta, sizes[-1], 0.1 / sizes[-1]),
         )
-    if told.batch_size > sizes[0]:
+    if told.batch(sizes[0]) > sizes[0]:
         raise SettingError(
             "clients.batch_size",
             f"a client has {sizes[0]} examples, and a private batch takes {told.batch_size} of them on "
             "average; lower it, use fewer clients, or raise data.partition.min_examples",
         )
-    rates, steps = [told.batch_size / size for size in sizes], scenario.rounds * told.local_steps
+    rates, steps = [told.batch(size) / size for size in sizes], scenario.rounds * told.local_steps
     if asked.noise_multiplier is not None:
         noise = dict.fromkeys(sizes, asked.noise_multiplier)
     else:
@@ -226,7 +226,7 @@ def calibrate(scenario: Scenario, data: datasets.Dataset) -> dict[int, float] | 
         sample_rate=rates[0],
         total=sizes[0],
         quantile=asked.clip.quantile,
-        batch_size=told.batch_size,
+        batch_size=told.batch(sizes[0]),
         steps=told.local_steps,
         clip_norm=asked.clip_norm,
         clip=asked.clip.kind,

@@ -1,9 +1,11 @@
 """`fedlora init`: a small project that runs at once."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from fedlora.errors import UserError
+from fedlora.data import reading
+from fedlora.errors import SettingError, UserError, suggestion
 from fedlora.scenario.schema import schema
 
 _SCENARIO = """# yaml-language-server: $schema=scenario.schema.json
@@ -74,14 +76,122 @@ with fedlora: `fedlora simulate scenario.yaml --set strategy='{use: ffa_lora}' -
 """
 
 
+_OF_DATA = """# yaml-language-server: $schema=scenario.schema.json
+# Five simulated clients fine-tune MiniLM privately, to tell {label} from {text}. Some minutes on two cores.
+name: {name}
+seed: 7
+model:
+  base: minilm # any Hub id or local path of an encoder works too, with the names of its layers as targets
+  adapter: {{r: 8, alpha: 64, targets: [query, key, value, dense], layers: [4, 5]}} # the upper two of six layers
+data:
+  files: {{train: {train}, text: {text}, label: {label}}}
+  partition: {{kind: iid}} # or {{kind: dirichlet, alpha: 0.5}}, or {{kind: natural, column: site}}
+  max_length: {length} # tokens; longer texts are cut
+  test_share: 0.2 # held out to judge the model
+clients: {{total: 5, use: dp_sgd, local_steps: 1, sample_rate: {rate}}} # share of a client's rows in a step
+privacy: {{epsilon: 8, delta: {delta}, clip_norm: 4.0}} # for each row; a smaller epsilon is more private
+strategy: {{use: ffa_lora, server: {{kind: adam, lr: 0.01, schedule: {{kind: linear}}}}}}
+rounds: {rounds}
+eval_every: {every}
+"""
+
+_README_OF_DATA = """# A fedlora project
+
+```
+fedlora check scenario.yaml
+fedlora plan scenario.yaml            # what it will cost
+fedlora simulate scenario.yaml --out runs/first
+fedlora simulate scenario.yaml --baseline pooled --out runs/pooled    # how good it could be, without privacy
+fedlora compare runs/first runs/pooled
+fedlora report runs/first             # a page about it
+fedlora predict runs/first "a text"
+```
+
+`scenario.yaml` says everything about the run; an editor with a YAML language server checks it against
+`scenario.schema.json`.
+"""
+
+_MOST_LABELS = 200
+_PER_TOKEN = 4.0  # characters of English; of other scripts fewer
+_STEPS = {"rounds": 60, "rate": 0.06, "every": 10}
+
+
+def of_data(folder: Path, data: Path, text: str | None, label: str | None) -> list[str]:
+    """Make a project that learns a label from a text of a table; gives lines that say what to do with it.
+
+    Args:
+        folder: to make.
+        data: a csv, tsv, json, jsonl or parquet file with a header.
+        text: the column of texts; None: that of the longest values.
+        label: the column of labels; None: that of the fewest values, two at least.
+
+    Raises:
+        UserError: the folder holds something, or the table has no such columns.
+    """
+    try:
+        columns = reading.columns_of(data)
+    except SettingError as error:
+        raise UserError(error.message) from error
+    text, label = _chosen(data, columns, text, label)
+    lengths = sorted(len(value) for value in columns[text])
+    typical = lengths[int(0.95 * (len(lengths) - 1))] / _PER_TOKEN
+    rows, own = len(lengths), _word(data.stem)
+    told = {
+        "name": own,
+        "train": json.dumps(str(data.absolute()), ensure_ascii=False),
+        "text": json.dumps(text, ensure_ascii=False),
+        "label": json.dumps(label, ensure_ascii=False),
+        "length": next((n for n in (32, 64, 128) if typical <= n), 256),
+        "delta": f"{min(1e-5, 0.1 / max(rows, 1)):.0e}".replace("e", ".0e"),
+    }
+    files = {
+        "scenario.yaml": _OF_DATA.format(**told, **_STEPS),
+        "scenario.schema.json": json.dumps(schema(), indent=2) + "\n",
+        "README.md": _README_OF_DATA,
+    }
+    _write(folder, files)
+    counts = len(set(columns[label]))
+    return [
+        f"{folder}: {', '.join(files)}",
+        f"{rows} rows, {counts} values of {label!r} to be learnt from {text!r}",
+        f"next: cd {folder} && fedlora simulate scenario.yaml --out runs/first",
+    ]
+
+
+def _chosen(data: Path, columns: Mapping[str, list[str]], text: str | None, label: str | None) -> tuple[str, str]:
+    """The columns of texts and labels, as named or by what they hold.
+
+    Raises:
+        UserError: one is not there, or none looks like it.
+    """
+    for name in (text, label):
+        if name is not None and name not in columns:
+            raise UserError(f"{data}: has no column {name!r}: {suggestion(name, columns)}")
+    if not columns or not next(iter(columns.values())):
+        raise UserError(f"{data}: holds no rows")
+    mean = {name: sum(map(len, values)) / len(values) for name, values in columns.items() if name != label}
+    text = text or max(mean, key=lambda name: mean[name], default=None)
+    counts = {name: len(set(values)) for name, values in columns.items() if name != text}
+    if label is None:
+        few = {name: n for name, n in counts.items() if 2 <= n <= min(_MOST_LABELS, len(columns[name]) // 2)}
+        label = min(few, key=lambda name: few[name], default=None)
+    if text is None or label is None:
+        raise UserError(f"{data}: no column looks like labels beside one of texts: name them, --text and --label")
+    return text, label
+
+
+def _word(stem: str) -> str:
+    """A file's name as a scenario's."""
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "-" for c in stem).lstrip("_.-")
+    return kept[:64] or "mine"
+
+
 def init(folder: Path) -> list[str]:
     """Make a project; gives lines that say what to do with it.
 
     Raises:
         UserError: the folder holds something, or cannot be made.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already; name a folder to make")
     files = {
         "scenario.yaml": _SCENARIO,
         "scenario.schema.json": json.dumps(schema(), indent=2) + "\n",
@@ -89,13 +199,24 @@ def init(folder: Path) -> list[str]:
         "test_trimmed_mean.py": _TEST,
         "README.md": _README,
     }
+    _write(folder, files)
+    return [
+        f"{folder}: {', '.join(files)}",
+        f"next: cd {folder} && fedlora simulate scenario.yaml --out runs/first",
+    ]
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
+    """Make a folder of files.
+
+    Raises:
+        UserError: it holds something, or cannot be made.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already; name a folder to make")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    return [
-        f"{folder}: {', '.join(files)}",
-        f"next: cd {folder} && fedlora simulate scenario.yaml --out runs/first",
-    ]

@@ -246,6 +246,8 @@ class _Search:
         if not self.private:
             data = self._public_data()
             changed["secure_aggregation"] = None  # the sum would be the same
+            batch = {"batch_size": told.clients.batch(self.typical), "sample_rate": None}
+            changed["clients"] = told.clients.model_copy(update=batch)
         return told.model_copy(update={**changed, "data": data})
 
     def _public_data(self) -> scenarios.Data:
@@ -258,10 +260,10 @@ class _Search:
         train, _ = reading.read_public(told.data, told.task, labels)
         kept = 1 - (told.data.client_test_share or 0.0)  # what each has for training
         examples = min(round(self.typical / kept), len(train.texts))
-        if told.example_privacy is not None and examples < told.clients.batch_size:
+        if told.example_privacy is not None and examples < (batch := told.clients.batch(self.typical)):
             raise SettingError(
                 "data.public",
-                f"{examples} rows to train on, and a step takes {told.clients.batch_size} on average: name more",
+                f"{examples} rows to train on, and a step takes {batch} on average: name more",
             )
         drawn = {"partition": Sampled(kind="sampled", examples=examples), "labels": labels or None}
         return reading.public(told.data).model_copy(update=drawn)
@@ -293,7 +295,7 @@ class _Search:
         told = self.scenario.clients
         return Event(
             noise_multiplier=noise,
-            sample_rate=min(told.batch_size / size, 1.0),
+            sample_rate=min(told.batch(size) / size, 1.0),
             steps=rounds * told.local_steps,
             clip_norm=asked.clip_norm,
         )

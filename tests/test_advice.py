@@ -89,6 +89,13 @@ def test_what_is_advised_is_what_comes_of_typing_it(advised, tiny):
     assert best["layers"] == [1] and best["r"] == 2 and best["numbers"] == 2 * 32 * 2 + 66
 
 
+def test_a_batch_that_is_a_share_of_the_examples_is_advised_as_one(tiny):
+    best = plan(tiny("rounds=16", "clients.sample_rate=0.125"), advise=True).advice[0]
+    rate = 0.125 * 32 / best["rounds"] / best["local_steps"]
+    assert f"--set clients.sample_rate={rate}" in best["set"] and "batch_size" not in best["set"]
+    assert best["noise_multiplier"] > 0 and tiny("rounds=16", f"clients.sample_rate={rate}")
+
+
 def test_given_noise_is_advised_with_noise_of_the_same_epsilon(tiny):
     best = plan(tiny("rounds=16", "privacy={noise_multiplier: 1.0, delta: 1.0e-3}"), advise=True).advice[0]
     assert f"--set privacy.noise_multiplier={best['noise_multiplier']}" in best["set"]

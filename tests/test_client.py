@@ -38,3 +38,15 @@ def test_a_step_that_moves_nothing_is_refused():
 def test_a_class_that_is_no_client_is_refused():
     with pytest.raises(SettingError, match="is no fedlora"):
         load("collections:OrderedDict", {})
+
+
+def test_with_a_sampling_rate_a_private_client_weighs_its_batch(build):
+    """Then each example weighs alike; the rate is public, and so is n."""
+    worker = build("clients.sample_rate=0.2")
+    instruction = worker.strategy.instruct(1, dict(worker.task.initial), [4])
+    told = [worker.settings(instruction, n) for n in (45, 45)]
+    assert [(one.batch_size, one.weight) for one in told] == [(9, 9.0), (9, 9.0)]
+    update, _ = worker.fit(instruction, 0)
+    assert update.weight == 9.0
+    plain = build().settings(instruction, 45)
+    assert (plain.batch_size, plain.weight) == (8, 1.0)

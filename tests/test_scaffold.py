@@ -8,6 +8,7 @@ import pytest
 
 from fedlora import Run
 from fedlora.cli import main
+from fedlora.scenario import load
 
 ROOT = str(Path(__file__).parent.parent)
 
@@ -52,3 +53,60 @@ def test_its_own_test_passes(project):
 def test_a_folder_with_something_in_it_is_left_alone(project, capsys):
     assert main(["init", str(project)]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Columns in an order that helps nobody: ids, labels, dates and texts."""
+    rows = ["id,kind,day,question"]
+    rows += [
+        f"{i},{('place', 'person', 'number')[i % 3]},2026-01-{i % 28 + 1:02},what is number {i} of them"
+        for i in range(90)
+    ]
+    (file := tmp_path / "my questions.csv").write_text("\n".join(rows) + "\n")
+    return file
+
+
+def test_a_project_of_ones_own_data_finds_texts_and_labels_and_runs(mine, tmp_path, tiny_base, capsys):
+    folder = tmp_path / "study"
+    assert main(["init", str(folder), "--data", str(mine)]) == 0
+    assert "90 rows, 3 values of 'kind' to be learnt from 'question'" in capsys.readouterr().out
+    scenario = load(folder / "scenario.yaml")
+    assert (scenario.data.files.text, scenario.data.files.label, scenario.name) == (
+        "question",
+        "kind",
+        "my-questions",
+    )
+    assert scenario.data.max_length == 32 and scenario.clients.use == "dp_sgd"
+    sets = ["rounds=2", f"model.base={tiny_base}", "model.adapter.layers=[1]", "clients.sample_rate=0.2"]
+    told = [part for s in sets for part in ("--set", s)]
+    assert main(["simulate", str(folder / "scenario.yaml"), "--out", str(tmp_path / "run"), *told]) == 0
+    assert Run.open(tmp_path / "run").summary["rounds"] == 2
+
+
+def test_columns_may_be_named(mine, tmp_path):
+    folder = tmp_path / "study"
+    assert main(["init", str(folder), "--data", str(mine), "--text", "day", "--label", "kind"]) == 0
+    assert load(folder / "scenario.yaml").data.files.text == "day"
+
+
+@pytest.mark.parametrize(
+    "told, said",
+    [
+        (["--text", "questoin"], "has no column 'questoin': did you mean 'question'?"),
+        (["--label", "id2"], "has no column 'id2'"),
+    ],
+)
+def test_a_column_that_is_not_there_is_told(mine, tmp_path, capsys, told, said):
+    assert main(["init", str(tmp_path / "study"), "--data", str(mine), *told]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "study").exists()
+
+
+def test_what_is_no_table_is_told(tmp_path, capsys):
+    (tmp_path / "one.csv").write_text("text\na\nb\n")
+    assert main(["init", str(tmp_path / "study"), "--data", str(tmp_path / "one.csv")]) == 2
+    assert "no column looks like labels" in capsys.readouterr().err
+    assert main(["init", str(tmp_path / "study"), "--data", str(tmp_path / "none.csv")]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert main(["init", str(tmp_path / "study"), "--label", "kind"]) == 2
+    assert "--data FILE" in capsys.readouterr().err

@@ -275,6 +275,13 @@ def test_a_model_for_each_client_is_searched_on_public_rows_that_each_holds_out(
     assert all(trial.failed is None and trial.value is not None for trial in made.trials)
 
 
+def test_a_share_of_the_examples_is_the_median_clients_batch_on_public_rows(here):
+    named = ["data.public={files: {train: public.csv}}", "clients.sample_rate=0.25"]
+    short = tuning._Search(scenario.load("mine.yaml", named), False, print).short
+    held = short.data.partition.examples
+    assert (short.clients.batch_size, short.clients.sample_rate) == (round(held / 4), None)
+
+
 def test_check_reads_public_rows_too(here, capsys):
     write(here / "others.csv", head="sentence,label")
     assert main(["check", "mine.yaml", "--set", "data.public={files: {train: others.csv}}"]) == 2

@@ -131,10 +131,11 @@ def audit(
     if scenario.privacy is None or scenario.privacy.unit != "example":
         raise ScenarioError(f"{scenario.name}: has no privacy section of unit: example, and so no claim to audit")
     told = scenario.clients
-    for key, value in (("optimizer", told.optimizer), ("schedule", told.schedule), ("lr", told.rates or None)):
+    own = (("optimizer", told.optimizer), ("schedule", told.schedule), ("lr", told.rates or None))
+    for key, value in (*own, ("sample_rate", told.sample_rate)):
         if value is not None:
             raise scenario.located(
-                SettingError(f"clients.{key}", "an audit reads steps of plain SGD at one rate: leave it out")
+                SettingError(f"clients.{key}", "an audit reads plain SGD in equal batches: leave it out")
             )
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another with --out")

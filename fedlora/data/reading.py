@@ -195,6 +195,16 @@ def _read_tweets(owner: str | None) -> Rows:
     return Rows(table["text"].tolist(), table["sentiment"].tolist())
 
 
+def columns_of(path: Path) -> dict[str, list[str]]:
+    """The columns of a table by name, as text.
+
+    Raises:
+        SettingError: it cannot be read.
+    """
+    table = _read_table("data.files.train", path, None)
+    return {str(name): [str(value) for value in table[name].tolist()] for name in table.columns}
+
+
 def _read_files(files: settings.Files, owner: str | None) -> tuple[Rows, Rows | None]:
     train = _read_rows(files, "train", files.train, owner)
     return train, (_read_rows(files, "test", files.test, None) if files.test else None)

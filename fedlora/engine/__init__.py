@@ -22,6 +22,7 @@ __all__ = [
     "workers",
 ]
 
+_TYPICAL = 1000  # examples of a client, before it is known how many there are
 SMALL = 3000  # examples trained on in a run: below that, starting processes costs more than it saves
 
 
@@ -46,7 +47,7 @@ def workers(scenario: Scenario) -> int:
 def in_process(scenario: Scenario) -> bool:
     """Whether a run without a cluster stays in its own process: as asked, or because it is small."""
     told, clients = scenario.engine, scenario.clients
-    work = scenario.rounds * clients.cohort_size * clients.local_steps * clients.batch_size
+    work = scenario.rounds * clients.cohort_size * clients.local_steps * clients.batch(_TYPICAL)
     return told.kind == "inline" or (told.kind == "auto" and (workers(scenario) == 1 or work < SMALL))
 
 

@@ -24,11 +24,12 @@ def measure(worker: "Worker") -> hardware.Measured:
 def rehearse(worker: "Worker") -> None:
     """A step on the longest examples, as many at once as there may be, and an evaluation of such."""
     told, ranks = worker.scenario.clients, worker.scenario.clients.possible_ranks(worker.scenario.model.adapter.r)
+    most = told.batch(max(worker.dataset.sizes()))
     at_once = (3 * told.micro_batch_size - 1) // 2  # `Task.micro_batches` gives less than half as many again
     if not worker.client.private:
-        at_once = min(at_once, told.batch_size)
+        at_once = min(at_once, most)
     longest = _longest(worker.dataset.train, at_once)
-    rows = np.tile(longest, -(-told.batch_size // len(longest)))
+    rows = np.tile(longest, -(-most // len(longest)))
     instruction = worker.strategy.instruct(1, dict(worker.task.initial), ranks)
     noise = {len(rows): max(worker.settings.noise.values())} if worker.settings.noise else None
     settings = replace(

@@ -73,7 +73,11 @@ class Wanted:
         if self.folder.exists():
             self.folder.touch()
             return
-        if not _room(self.folder.parent, self.size):
+        try:
+            fits = _room(self.folder.parent, self.size)
+        except OSError:
+            fits = False
+        if not fits:
             logger.warning("no room for what the frozen layers make of the examples: it is computed each time")
             return
 
@@ -82,7 +86,10 @@ class Wanted:
                 np.lib.format.open_memmap(to / f"{half}.npy", "w+", np.dtype(self.types[half]), shape)
             passed(to)
 
-        cached(self.folder, write)
+        try:
+            cached(self.folder, write)
+        except OSError as error:
+            logger.warning("what the frozen layers make of the examples is not kept: %s", error.strerror or error)
 
 
 class Kept:
@@ -189,9 +196,9 @@ class Kept:
 
 def pays(scenario: "Scenario", dataset: Dataset) -> bool:
     """Whether a run passes over its examples often enough: half of them at least, in the mean."""
-    told, sizes = scenario.clients, dataset.sizes()
-    here = sum(count for size, count in sizes.items() if size) / told.total  # the share of the clients
-    passes = scenario.rounds * told.cohort_size * here * told.local_steps * told.batch_size
+    told = scenario.clients
+    step = sum(count * told.batch(size) for size, count in dataset.sizes().items() if size)  # of all who are here
+    passes = scenario.rounds * told.local_steps * told.cohort_size / told.total * step
     return 2 * passes >= len(dataset.train)
 
 

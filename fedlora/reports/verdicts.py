@@ -211,7 +211,8 @@ class _Settings:
         if (self.privacy or {}).get("unit") == "client":
             tried.append(f"a larger clients.per_round (now {self.clients.get('per_round') or 'all'})")
         elif self.privacy is not None:
-            tried.append(f"a larger clients.batch_size (now {self.clients.get('batch_size', '?')})")
+            key = "sample_rate" if self.clients.get("sample_rate") else "batch_size"
+            tried.append(f"a larger clients.{key} (now {self.clients.get(key, '?')})")
         key, rate = self._rate()
         return ", ".join([*tried, f"another {key} (now {rate})"])
 

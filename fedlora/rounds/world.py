@@ -109,7 +109,7 @@ class World:
         told, tier = self.told, self.clients.tier(client, self.seed) or Tier(share=1)
         rng = generator(self.seed, round, client, "device")
         slow, chance, when = math.exp(told.spread * rng.standard_normal()), rng.random(), rng.random()
-        step = min(self.clients.batch_size, num_examples) * tier.seconds_per_example * slow
+        step = min(self.clients.batch(num_examples), num_examples) * tier.seconds_per_example * slow
         down = bytes_down / (tier.megabits_down * MEGABIT)
         up = bytes_up / (tier.megabits_up * MEGABIT)
         deadline = math.inf if told.deadline is None else told.deadline

@@ -11,6 +11,7 @@ from fedlora.errors import SettingError, suggestion
 from fedlora.privacy import cohorts
 from fedlora.scenario.clients import Clients
 from fedlora.scenario.data import TASK_OF, Data, LabelShares
+from fedlora.scenario.defaults import completed
 from fedlora.scenario.explain import explain
 from fedlora.scenario.keys import Problem
 from fedlora.scenario.privacy import Privacy
@@ -22,7 +23,7 @@ from fedlora.scenario.world import World
 def validate(raw: dict[str, Any]) -> tuple[Scenario | None, list[Problem]]:
     """Check each section by itself, so that one mistake hides no other, then what spans sections."""
     problems: list[Problem] = []
-    raw = _moved(raw, problems)
+    raw = completed(_moved(raw, problems))
     sections: dict[str, Any] = {}
     for name, field in Scenario.model_fields.items():
         if name not in raw and not field.is_required():
@@ -68,8 +69,6 @@ _HELP = {
     "name": "a word for the run, such as 'name: mine'",
     "data": "say what to learn from, such as 'data: {dataset: tweets}'",
     "clients": "say how many there are, such as 'clients: {total: 10}'",
-    "strategy": f"say how to aggregate, one of {', '.join(plugins.names('strategies'))}",
-    "rounds": "say how many, such as 'rounds: 10'",
 }
 
 
@@ -125,6 +124,8 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
             )
     elif asked and asked.honest != 1:
         yield Problem(("secure_aggregation", "honest"), "goes with noise: shared")
+    if sections.get("secure_aggregation") and clients and clients.sample_rate is not None:
+        yield Problem(("clients", "sample_rate"), "secure aggregation weighs clients alike: write batch_size")
     if sections.get("secure_aggregation") and clients:
         yield from _summed(clients, sections)
     if (world := sections.get("world")) and clients:

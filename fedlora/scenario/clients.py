@@ -49,12 +49,15 @@ class Tier(Section):
 class Clients(PlugIn):
     """How many clients there are and how each trains."""
 
-    use: str = "sgd"
+    use: str = "sgd"  # a name, or module:Class of one's own; unset: dp_sgd where examples are private
     total: PositiveInt
     per_round: PositiveInt | None = None  # null: all of them
-    local_steps: PositiveInt = 10
+    local_steps: PositiveInt = 10  # unset: 1 where strategy is unset too
     batch_size: PositiveInt = 32  # under DP the expected size of a Poisson batch
-    lr: Rates = 0.1  # by role where roles differ, such as {A: 0.001, B: 0.004, head: 0.01}
+    sample_rate: Annotated[Float, Field(gt=0, le=1)] | None = (
+        None  # a batch is this share of a client's examples, in the place of batch_size: each example weighs alike
+    )
+    lr: Rates = 0.5  # by role, as {B: 0.004, head: 0.01}; unset: SGD 0.5, private 2 / clip_norm; adam 0.002, 0.01
     optimizer: Optimizer | None = None  # sgd, adamw, {kind: adamw, ...} or a class of torch.optim; null: plain SGD
     schedule: Schedule | None = None  # of lr, over all local steps of the run; null: constant
     micro_batch_size: PositiveInt = 16  # about how many examples are in memory at once; does not change the result
@@ -96,6 +99,12 @@ class Clients(PlugIn):
         if tiers is not None and info.data.get("ranks") is not None:
             raise PydanticCustomError("shares", "give each tier its rank, or clients their ranks, not both")
         return tiers
+
+    def batch(self, num_examples: int) -> int:
+        """Examples in a step of a client, under DP the expected number: at least one."""
+        if self.sample_rate is None:
+            return self.batch_size
+        return max(1, round(self.sample_rate * num_examples))
 
     @property
     def rates(self) -> dict[str, float]:

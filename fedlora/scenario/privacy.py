@@ -36,7 +36,7 @@ class Privacy(Section):
 
     epsilon: PositiveFloat | None = None  # the most that a client may spend; the noise is calibrated to it
     noise_multiplier: PositiveFloat | None = None  # set it instead of calibrating
-    delta: Annotated[Float, Field(gt=0, lt=1)]
+    delta: Annotated[Float, Field(gt=0, lt=1)] = 1.0e-5  # below one over the examples of a client
     clip_norm: PositiveFloat = 1.0  # L2 bound on one example's gradient; with unit client on one client's change
     unit: Literal["example", "client"] = "example"  # what the guarantee protects: each, or all of a client
     clip: Annotated[Clip, BeforeValidator(_clip, json_schema_input_type=Way | Clip)] = (

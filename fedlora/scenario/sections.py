@@ -19,7 +19,7 @@ from fedlora.scenario.compression import Compression, TopK
 from fedlora.scenario.data import Data
 from fedlora.scenario.keeping import Best, Keep, Stop
 from fedlora.scenario.keys import Source
-from fedlora.scenario.learning import ServerOptimizer
+from fedlora.scenario.learning import Schedule, ServerAdam, ServerOptimizer
 from fedlora.scenario.privacy import Privacy, SecureAggregation
 from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Section
 from fedlora.scenario.world import World
@@ -125,8 +125,8 @@ class Scenario(Section):
     secure_aggregation: SecureAggregation | None = None
     compression: Compression | None = None
     world: World | None = None
-    strategy: Strategy
-    rounds: PositiveInt
+    strategy: Strategy = Strategy(use="ffa_lora", server=ServerAdam(kind="adam", lr=0.05, schedule=Schedule()))
+    rounds: PositiveInt = 100
     eval_every: PositiveInt = 1
     keep: Keep = "last"  # the round whose adapter is exported: last, best, or {best: loss}
     stop: Stop | None = None  # before the last round, as {patience: 3}, once there is nothing better

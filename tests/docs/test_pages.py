@@ -106,7 +106,7 @@ def test_the_scenarios_reference_has_every_key_with_its_default():
     rows = page.splitlines()
     for row in (
         "| `per_round` | whole number, at least 1 or null | `null` | null: all of them |",
-        "| `delta` | number, above 0, below 1 | *needed* |  |",
+        "| `delta` | number, above 0, below 1 | `1e-05` | below one over the examples of a client |",
         '| `head` | `trained`, `frozen`, `kept` | `"trained"` | '
         "and sent; frozen: left as it begins; kept: trained, from the base's or the start's as it is |",
         "| `adapter` | [Adapter](#adapter) | see there |  |",

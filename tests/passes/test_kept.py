@@ -125,3 +125,14 @@ def test_a_run_that_fills_and_one_that_finds_agree_to_the_bit(tiny, tmp_path, mo
     assert list((tmp_path / "cache" / "frozen").iterdir())
     first, second = ((run.folder / "adapter/adapter_model.safetensors").read_bytes() for run in runs)
     assert first == second
+
+
+def test_a_full_disk_costs_what_is_kept_and_not_the_run(ready, monkeypatch, caplog):
+    def full(*told):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Worker, "fill", full)
+    engine = InlineEngine(ready.scenario.clients.total)
+    engine.start(ready.setup)
+    assert "is not kept: No space left on device" in caplog.text and not list(ready.setup.kept.iterdir())
+    assert "prefix" not in engine.worker.task.batch(engine.worker.dataset.train, np.arange(3))

@@ -1,0 +1,45 @@
+"""Defaults that depend on other keys, filled in before a scenario is checked: its resolved form has them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_SGD, _ADAM = 0.5, 0.002  # without privacy
+_CLIPPED, _NOISED_ADAM = 2.0, 0.01  # a clipped gradient is at most clip_norm long; Adam's steps are noisier
+
+
+def completed(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A scenario's keys with what follows from others; what is not a mapping is left for the checks."""
+    made = dict(raw)
+    clients, privacy = raw.get("clients"), raw.get("privacy")
+    if isinstance(clients, Mapping):
+        told = dict(clients)
+        example = _example(privacy)
+        told.setdefault("use", "dp_sgd" if example is not None else "sgd")
+        if "strategy" not in raw:
+            told.setdefault("local_steps", 1)  # whose server steps after each
+        told.setdefault("lr", _rate(told, example))
+        made["clients"] = told
+    return made
+
+
+def _example(privacy: object) -> Mapping[str, Any] | None:
+    """The guarantee for each example, as it is written; None where there is none."""
+    if not isinstance(privacy, Mapping):
+        return None
+    if privacy.get("unit", "example") == "example":
+        return privacy
+    example = privacy.get("example")
+    return example if isinstance(example, Mapping) else None
+
+
+def _rate(clients: Mapping[str, Any], example: Mapping[str, Any] | None) -> float:
+    """A learning rate by what the client steps with, and by whether its gradients are clipped."""
+    optimizer = clients.get("optimizer")
+    kind = optimizer.get("kind") if isinstance(optimizer, Mapping) else optimizer
+    adaptive = isinstance(kind, str) and "adam" in kind.lower()
+    if example is None:
+        return _ADAM if adaptive else _SGD
+    if adaptive:
+        return _NOISED_ADAM
+    bound = example.get("clip_norm", 1.0)
+    return _CLIPPED / bound if isinstance(bound, int | float) and bound > 0 else _CLIPPED
