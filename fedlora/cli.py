@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="say what a scenario will cost: bytes, epsilon, time and memory")
     _scenario(plan)
     plan.add_argument("--json", action="store_true", help="print all of it as JSON")
+    plan.add_argument("--advise", action="store_true", help="find less noise for the same epsilon and examples")
     plan.set_defaults(command=_plan)
 
     report = commands.add_parser("report", help="write what a run did as one HTML file that opens offline")
@@ -93,6 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--out", metavar="DIR", help="folder of its runs (default: sweeps/<name>)")
     _overrides(sweep)
     sweep.set_defaults(command=_sweep)
+
+    tune = commands.add_parser("tune", help="a short search of the learning rate; writes a scenario with the best")
+    _scenario(tune)
+    rows = tune.add_mutually_exclusive_group()
+    rows.add_argument("--public", metavar="ROWS", help="dataset or file to search on (default: data.public)")
+    rows.add_argument("--private", action="store_true", help="search on the clients' own rows, at their epsilon")
+    tune.add_argument("--out", metavar="FILE", help="the scenario to write (default: <scenario>.tuned.yaml)")
+    tune.set_defaults(command=_tune)
 
     export = commands.add_parser("export", help="copy a run's adapter, or merge it into its base")
     export.add_argument("run", metavar="RUN", help="a run folder")
@@ -265,7 +273,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     loaded = scenario.load(arguments.scenario, arguments.overrides)
     from fedlora.planning import plan
 
-    told = plan(loaded).to_json()
+    told = plan(loaded, advise=arguments.advise).to_json()
     if arguments.json:
         import json
 
@@ -308,6 +316,23 @@ def _sweep(arguments: argparse.Namespace) -> int:
     done = sweep(arguments.sweep, arguments.out, told, arguments.overrides)
     print("\n".join(done.lines()))
     return 1 if done.summary["failed"] else 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from functools import partial
+
+    from fedlora.tuning import tune
+
+    made = tune(
+        arguments.scenario,
+        overrides=arguments.overrides,
+        public=arguments.public,
+        private=arguments.private,
+        out=arguments.out,
+        told=partial(print, file=sys.stderr, flush=True),
+    )
+    print("\n".join(made.lines()))
+    return 0 if made.best is not None else 1
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -407,46 +432,15 @@ def _ledger(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from fedlora import scenario
+    from fedlora.listing import TABLES
 
-    tables: dict[str, Callable[[], dict[str, str]]] = {
-        "strategies": _strategies,
-        "clients": lambda: _shelf("clients"),
-        "tasks": lambda: _shelf("tasks"),
-        "kinds": lambda: _shelf("kinds"),
-        "datasets": lambda: scenario.DATASETS,
-        "scenarios": scenario.shipped,
-        "sweeps": lambda: scenario.shipped(scenario.SWEEPS),
-    }
-    for what in [arguments.what] if arguments.what else tables:
+    for what in [arguments.what] if arguments.what else TABLES:
         if not arguments.what:
             print(f"{what}:")
-        wide = max(14, *map(len, table := tables[what]()))
+        wide = max(14, *map(len, table := TABLES[what]()))
         for name, line in table.items():
             print(f"  {name:<{wide}} {line}")
     return 0
-
-
-def _shelf(shelf: Literal["clients", "tasks", "kinds"]) -> dict[str, str]:
-    from fedlora import plugins
-
-    return {name: plugins.summary(shelf, name) for name in plugins.names(shelf)}
-
-
-def _strategies() -> dict[str, str]:
-    """What each sends and what it is like, with its paper; then how Flower's own are named."""
-    from fedlora import plugins
-
-    lines = {"": f"{'clients send':<14} {'exact':<6} {'linear':<7} {'ranks':<8} paper"}
-    for name in plugins.names("strategies"):
-        cls = plugins.find("strategies", name)
-        exact, linear = ("yes" if told else "no" for told in (cls.facts.exact, cls.linear))
-        ranks = "unequal" if cls.unequal_ranks else "equal"
-        lines[name] = (
-            f"{cls.facts.sends:<14} {exact:<6} {linear:<7} {ranks:<8} {plugins.source('strategies', name)}"
-        )
-    lines["flwr.serverapp.strategy:NAME"] = "one of Flower's, such as FedAdam or FedMedian; docs/strategies.md"
-    return lines
 
 
 if __name__ == "__main__":

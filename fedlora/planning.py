@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from fedlora import advice, plugins, prepare
 from fedlora import engine as engines
-from fedlora import plugins, prepare
 from fedlora import scenario as scenarios
 from fedlora.client import Setter
 from fedlora.data.store import Dataset
@@ -66,6 +66,9 @@ class Plan:
         memory_bytes: of a process that trains, estimated; None likewise.
         workers: processes that train side by side.
         stopped: why it will end before its last round; None if it will not.
+        signal: signal and noise in the mean of a step (`fedlora.advice.Signal`); None without privacy.
+        advice: with `advise` alternatives at the same examples and epsilon, the best ratio first.
+        frozen_bytes: on disk, of what the layers below all factors make of examples; None where that is not kept.
         warnings: what a privacy reviewer would ask.
     """
 
@@ -91,6 +94,9 @@ class Plan:
     memory_bytes: int | None
     workers: int
     stopped: str | None
+    signal: Line | None
+    advice: Sequence[Line]
+    frozen_bytes: int | None
     warnings: Sequence[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -98,12 +104,13 @@ class Plan:
         return asdict(self)
 
 
-def plan(scenario: Scenario | str | Path, *, overrides: Sequence[str] = ()) -> Plan:
+def plan(scenario: Scenario | str | Path, *, overrides: Sequence[str] = (), advise: bool = False) -> Plan:
     """What a scenario will cost, by a rehearsal that trains nothing.
 
     Args:
         scenario: a loaded one, a file, or the name of one that ships with fedlora.
         overrides: `a.b=value` settings; only with a file or a name.
+        advise: look for a batch, local steps, rounds, layers and a rank with less noise for the same epsilon.
 
     Returns:
         Bytes, epsilon by round, noise, parameters, time and memory.
@@ -113,17 +120,20 @@ def plan(scenario: Scenario | str | Path, *, overrides: Sequence[str] = ()) -> P
     """
     scenario = scenarios.given(scenario, overrides)
     try:
-        return _plan(scenario)
+        return _plan(scenario, advise)
     except SettingError as error:
         raise scenario.located(error) from error
 
 
-def _plan(scenario: Scenario) -> Plan:
+def _plan(scenario: Scenario, advise: bool) -> Plan:
+    if advise and scenario.privacy is None:
+        raise SettingError("privacy", "without this section there is no noise to weigh: leave --advise out")
     ready = prepare.prepare(scenario)
     noise = prepare.calibrate(scenario, ready.data, prepare.known)
     setup = replace(ready.setup, noise=noise)
     cost = _try(setup, ready) if _can_train(scenario) else None
-    stage = Stage(scenario, setup, ready, cost.metrics if cost else _expected_metrics(scenario))
+    metrics = cost.metrics if cost else _expected_metrics(scenario)
+    stage = Stage(scenario, setup, ready, metrics)
     real = stage.rehearse(scenario.strategy.use, scenario.strategy.options, scenario.rounds)
     asked = scenario.privacy
     epsilons, each = _epsilons(real.ledger.spent_by, len(real.lines), asked)
@@ -131,6 +141,27 @@ def _plan(scenario: Scenario) -> Plan:
     groups = _groups(scenario, ready.data, noise, real)
     workers = 1 if engines.in_process(scenario) else engines.workers(scenario)
     parameters = {"base": stage.base_parameters(), **_trained(real)}
+    typical = _typical(ready.data)
+    noise_of = real.central.noise_multiplier if real.central else noise[typical] if noise else 0.0
+    signal = advice.signal(scenario, real, noise_of, typical)
+
+    def seconds(made: Scenario, share: float) -> float | None:
+        """Of an alternative's rounds: in proportion to examples and layers."""
+        if cost is None:
+            return None
+        lines = [{"clients": made.clients.cohort_size}] * made.rounds
+        told, before = made.clients, scenario.clients
+        work = told.batch(typical) * told.local_steps / (before.batch(typical) * before.local_steps)
+        part = replace(
+            cost,
+            client_seconds=cost.client_seconds * work * share,
+            evaluation_seconds=cost.evaluation_seconds * share,
+        )
+        return part.run(made, lines, workers) + each * made.rounds
+
+    def rehearse(made: Scenario) -> Rehearsal:
+        return Stage(made, setup, ready, metrics).rehearse(made.strategy.use, made.strategy.options, 2)
+
     return Plan(
         scenario=scenario.name,
         hash=scenario.hash,
@@ -154,6 +185,11 @@ def _plan(scenario: Scenario) -> Plan:
         memory_bytes=cost.memory_bytes if cost else None,
         workers=workers,
         stopped=real.stopped,
+        signal=signal.to_json() if signal else None,
+        advice=advice.advise(scenario, signal, real, ready.data.sizes(), typical, rehearse, seconds)
+        if signal and advise
+        else [],
+        frozen_bytes=cost.frozen_bytes if cost else None,
         warnings=[*_warnings(scenario, groups, parameters)],
     )
 
@@ -245,12 +281,14 @@ class _Cost:
         evaluation_seconds: of the test set.
         memory_bytes: the most that this process held.
         metrics: what its update told.
+        frozen_bytes: on disk, of what the frozen layers make of the examples; None where that is not kept.
     """
 
     client_seconds: float
     evaluation_seconds: float
     memory_bytes: int
     metrics: Mapping[str, float]
+    frozen_bytes: int | None
 
     def run(self, scenario: Scenario, lines: Sequence[Line], workers: int) -> float:
         """Seconds of all rounds."""
@@ -263,7 +301,7 @@ def _try(setup: Setup, ready: prepare.Prepared) -> _Cost:
     """Time a few steps of the client with the median number of examples, and a piece of the test set."""
     worker, data = Worker(setup), ready.data
     told = worker.scenario.clients
-    typical = statistics.median_high([data.num_examples(c) for c in range(min(data.num_clients, _LOOKED_AT))])
+    typical = _typical(data)
     median = next(c for c in range(data.num_clients) if data.num_examples(c) == typical)
     whole = told.batch(typical)
     batch = min(whole, 2 * told.micro_batch_size)
@@ -279,12 +317,19 @@ def _try(setup: Setup, ready: prepare.Prepared) -> _Cost:
     worker.evaluate(worker.task.initial, "test", 0, rows)
     evaluation = (time.perf_counter() - began) * (len(data.test) + len(data.validation)) / rows
     step = replies.reports[0].seconds / _STEPS * whole / batch
+    wanted = worker.kept.wanted if worker.kept is not None else None
     return _Cost(
         client_seconds=step * told.local_steps,
         evaluation_seconds=evaluation,
         memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         metrics=replies.updates[0].metrics,
+        frozen_bytes=wanted.size if wanted else None,
     )
+
+
+def _typical(data: Dataset) -> int:
+    """Examples of the median client."""
+    return statistics.median_high([data.num_examples(c) for c in range(min(data.num_clients, _LOOKED_AT))])
 
 
 def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[str, int]) -> Iterable[str]:

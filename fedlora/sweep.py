@@ -234,8 +234,8 @@ def sweep(
     """
     asked = load(file, overrides)
     folder = Path(out or Path("sweeps") / asked.name).absolute()
-    _open(folder, asked)
-    found = _tune(asked, folder, told)
+    claim(folder, asked)
+    found = explore(asked, folder, told)
     places = dict.fromkeys(place for place, _ in found if (place / "scenario.yaml").exists())
     failed = [f"A run failed: {error}." for _, error in found if error]
     if not places:
@@ -268,7 +268,7 @@ def sweep(
     return Outcome(folder, comparison, summary)
 
 
-def _open(folder: Path, asked: Sweep) -> None:
+def claim(folder: Path, asked: Sweep) -> None:
     """Make the sweep's folder, or make sure that it is this sweep's.
 
     Raises:
@@ -320,7 +320,7 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
     return found
 
 
-def _tune(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tuple[Path, str | None]]:
+def explore(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tuple[Path, str | None]]:
     """Let Ray Tune run every trial.
 
     Returns:

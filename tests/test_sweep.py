@@ -179,7 +179,7 @@ def test_a_run_that_has_not_learnt_is_never_called_best(file, pair, tmp_path, mo
         ]
         (folder / "metrics.jsonl").write_text("\n".join(told) + "\n")
 
-    monkeypatch.setattr("fedlora.sweep._tune", lambda asked, folder, told: [(place, None) for place in pair])
+    monkeypatch.setattr("fedlora.sweep.explore", lambda asked, folder, told: [(place, None) for place in pair])
     end(pair[0], (1.0, 0.8), (0.1, 0.3))
     end(pair[1], (0.7, 0.75), (0.3, 0.2))
     made = sweep(file, tmp_path / "out")

@@ -123,10 +123,36 @@ def check(data: settings.Data, task: str, num_clients: int) -> None:
         return
     train, test = read(data, task)
     set_aside(data, test)
+    if (known := data.public) and (known.files is not None or known.dataset == "tweets"):
+        read_public(data, task, label_names(data, train, task))
     if isinstance(data.partition, settings.Sampled):
         draw(data.partition, len(train.texts), data.client_test_share, num_clients, 0)
     elif num_clients > len(train.texts):
         raise SettingError("clients.total", f"{num_clients} clients, and only {len(train.texts)} examples")
+
+
+def public(data: settings.Data) -> settings.Data:
+    """The settings with the public rows in the place of the clients'."""
+    assert data.public is not None
+    held = {key: getattr(data.public, key) for key in ("dataset", "hub", "files")}
+    for key in ("hub", "files"):
+        held[key] = held[key] and held[key].model_copy(update={"validation": None})
+    return data.model_copy(update={**held, "partition": settings.Iid(), "validation_share": None, "public": None})
+
+
+def read_public(data: settings.Data, task: str, names: Sequence[str]) -> tuple[Rows, Rows]:
+    """The public rows to train on and to judge by.
+
+    Raises:
+        SettingError: they cannot be read, or have another column or label than the clients' own.
+    """
+    try:
+        halves = read(public(data), task)
+    except SettingError as error:
+        raise SettingError(f"data.public{error.key.removeprefix('data')}", error.message) from error
+    for rows in halves:
+        check_labels("data.public", rows, names, f"its rows have labels beside the clients' own {list(names)}")
+    return halves
 
 
 def label_names(data: settings.Data, rows: Rows, task: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
 from rich.console import Console
@@ -210,6 +210,16 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
             f"noise multiplier up to {plan['noise_multiplier']:g};"
         )
         lines.append(f"            {neighbours(plan['unit'])}")
+    if (told := plan["signal"]) is not None:
+        step = "round" if told["batch_size"] is None else "step"
+        lines.append(
+            f"  signal    in the mean of a {step} at most {told['bound']:g} long, "
+            f"beside noise {told['noise_length']:.3g} long,"
+        )
+        lines.append(
+            f"            {told['noise']:.3g} in each number: {told['ratio']:.3g} to 1; over all "
+            f"{told['steps']:,} {step}s {told['run_ratio']:.3g} to 1"
+        )
     if plan["server_epsilon"] is not None:
         lines.append(
             f"            from the server, which sees sums, epsilon {plan['server_epsilon']:.3f} if all stay"
@@ -222,6 +232,10 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"  estimate  {span(plan['seconds'])} for the rounds on this machine, {plan['workers']} training at "
             f"once with {size(plan['memory_bytes'])} of memory each; from a few steps just taken"
+        )
+    if plan["frozen_bytes"] is not None:
+        lines.append(
+            f"  disk      {size(plan['frozen_bytes'])} of what the frozen layers make of the examples, once"
         )
     if plan["stopped"]:
         lines.append(f"  stops     {plan['stopped']}")
@@ -255,7 +269,36 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     ]
     lines += Table(("strategy", "up", "down", "trained"), rows).text()
     lines += [f"  {a['strategy']}: {a['problem']}" for a in plan["alternatives"] if "problem" in a]
+    lines += advice_lines(plan["advice"]) if plan["advice"] else []
     return lines + [line for text in plan["warnings"] for line in ("", f"warning: {text}")]
+
+
+def advice_lines(advice: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What `fedlora plan --advise` prints."""
+    rows = [
+        [
+            f"{line['run_ratio']:.2f}",
+            f"{line['batch_size']:,}",
+            str(line["local_steps"]),
+            f"{line['rounds']:,}",
+            ",".join(map(str, line["layers"])),
+            str(line["r"]),
+            f"{line['numbers']:,}",
+            f"{line['noise_multiplier']:.3g}",
+            size(line["bytes_up_total"] + line["bytes_down_total"]),
+            "-" if line["seconds"] is None else span(line["seconds"]),
+            "" if line["set"] else "as it is",
+        ]
+        for line in advice
+    ]
+    head = ("ratio", "batch", "steps", "rounds", "layers", "r", "trained", "noise", "bytes", "time", "")
+    best, now = advice[0], next(line for line in advice if not line["set"])
+    told = ["", "signal over noise of the whole run, at the same examples and epsilon, by arithmetic alone"]
+    told += [*Table(head, rows, frozenset({4, 10})).text(), ""]
+    if not best["set"]:
+        return [*told, "as it is, it has the best ratio of these"]
+    more = best["run_ratio"] / now["run_ratio"]
+    return [*told, f"advice: {more:.2f} times the ratio by  {best['set']}  (then tune the learning rate anew)"]
 
 
 def _spread(count: int, most: int) -> list[int]:

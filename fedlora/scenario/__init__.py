@@ -24,7 +24,7 @@ from fedlora.scenario.data import (
 from fedlora.scenario.files import SHIPPED, SWEEPS, find, given, load, parse, shipped, written
 from fedlora.scenario.keys import KeyPath, Source
 from fedlora.scenario.privacy import Privacy, SecureAggregation
-from fedlora.scenario.reading import read, values
+from fedlora.scenario.reading import edited, read, values
 from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Section
 from fedlora.scenario.sections import Engine, Scenario, Strategy
 from fedlora.scenario.world import Diurnal, Markov, Trace
@@ -64,6 +64,7 @@ __all__ = [
     "Tier",
     "TopK",
     "Trace",
+    "edited",
     "find",
     "given",
     "load",

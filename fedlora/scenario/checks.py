@@ -10,7 +10,7 @@ from fedlora import plugins
 from fedlora.errors import SettingError, suggestion
 from fedlora.privacy import cohorts
 from fedlora.scenario.clients import Clients
-from fedlora.scenario.data import TASK_OF, LabelShares
+from fedlora.scenario.data import TASK_OF, Data, LabelShares
 from fedlora.scenario.defaults import completed
 from fedlora.scenario.explain import explain
 from fedlora.scenario.keys import Problem
@@ -137,6 +137,8 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
                 ("data", "partition", "shares"),
                 f"{rows} rows of shares do not divide {clients.total} clients: write a multiple of {rows}",
             )
+    if data and data.public:
+        yield from _nobodys(data)
     for key in ("keep", "stop"):
         if data and not data.validates and sections.get(key) not in (None, "last"):
             yield Problem(
@@ -148,11 +150,34 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _of_task(task, sections)
 
 
+def _nobodys(data: Data) -> Iterator[Problem]:
+    """What public rows cannot be."""
+    public, path = data.public, ("data", "public")
+    assert public is not None
+    train = public.files and public.files.train
+    if train and data.files and train == data.files.test:
+        yield Problem(
+            path, "data.public: what chooses must not be what reports: name other rows than the test set's"
+        )
+    if train and data.files:
+        same = train == data.files.train
+    elif public.hub and data.hub:
+        same = all(getattr(public.hub, k) == getattr(data.hub, k) for k in ("path", "config", "train"))
+    else:
+        same = public.dataset is not None and public.dataset == data.dataset
+    if same:
+        yield Problem(
+            path, "data.public: these are the clients' own rows: name others, or leave it out for tune --private"
+        )
+
+
 def _of_task(task: str, sections: Mapping[str, Any]) -> Iterator[Problem]:
     """What does not go with the task, as the task says it; one's own tasks are imported."""
     data = sections.get("data")
-    if data and data.dataset and ":" not in task and (fit := TASK_OF.get(data.dataset, "classification")) != task:
-        yield Problem(("data", "dataset"), f"{data.dataset} is for task: {fit}, and the task is {task}")
+    for path, source in ((("data",), data), (("data", "public"), data and data.public)):
+        name = source and source.dataset
+        if name and ":" not in task and (fit := TASK_OF.get(name, "classification")) != task:
+            yield Problem((*path, "dataset"), f"{name} is for task: {fit}, and the task is {task}")
     try:
         found = plugins.find("tasks", task)
     except SettingError as error:

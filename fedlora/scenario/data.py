@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora.errors import suggestion
@@ -116,20 +116,12 @@ Partition = Annotated[
 ]
 
 
-class Data(Section):
-    """The examples, and how clients come to hold them."""
+class Source(Section):
+    """Where rows come from: one of a named dataset, the Hub and files."""
 
     dataset: str | None = None
     hub: Hub | None = None
     files: Files | None = None
-    partition: Partition = Iid()
-    max_length: Annotated[Int, Field(ge=2)] = 128  # tokens an example is cut to
-    test_share: Annotated[Float, Field(gt=0, lt=1)] = 0.1  # held out where the source has no test set
-    validation_share: Annotated[Float, Field(gt=0, lt=1)] | None = (
-        None  # of the test rows: they choose the best round, and the others report
-    )
-    client_test_share: Annotated[Float, Field(gt=0, lt=1)] | None = None  # that each client keeps to judge by
-    labels: tuple[str, ...] | None = None  # in order; null: those of the data, sorted
 
     @field_validator("dataset")
     @classmethod
@@ -144,6 +136,38 @@ class Data(Section):
         if len(given) != 1:
             what = " and ".join(given) or "none of them"
             raise PydanticCustomError("source", f"name one of dataset, hub and files, not {what}")
+        return self
+
+
+class Public(Source):
+    """Rows that anybody may see, for `fedlora tune`; columns that are not named are called as the clients' own."""
+
+
+class Data(Source):
+    """The examples, and how clients come to hold them."""
+
+    partition: Partition = Iid()
+    max_length: Annotated[Int, Field(ge=2)] = 128  # tokens an example is cut to
+    test_share: Annotated[Float, Field(gt=0, lt=1)] = 0.1  # held out where the source has no test set
+    validation_share: Annotated[Float, Field(gt=0, lt=1)] | None = (
+        None  # of the test rows: they choose the best round, and the others report
+    )
+    client_test_share: Annotated[Float, Field(gt=0, lt=1)] | None = None  # that each client keeps to judge by
+    labels: tuple[str, ...] | None = None  # in order; null: those of the data, sorted
+    public: Public | None = None  # like rows that are nobody's, on which `fedlora tune` tries rates at no epsilon
+
+    @field_validator("public", mode="before")
+    @classmethod
+    def _same_columns(cls, given: object, info: ValidationInfo) -> object:
+        """What a public source does not say of its columns is as in the clients' own."""
+        for key, names in (("files", ("text", "label", "columns")), ("hub", ("text", "label"))):
+            own = info.data.get(key)
+            if own is not None and isinstance(given, dict) and isinstance(given.get(key), dict):
+                return {**given, key: {name: getattr(own, name) for name in names} | given[key]}
+        return given
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
         if self.own_validation is not None and self.validation_share is not None:
             raise PydanticCustomError("source", "validation rows are given: leave validation_share out")
         return self

@@ -79,6 +79,30 @@ def apply(override: str, raw: dict[str, Any], written: dict[KeyPath, str], probl
             raw["data"].pop(other, None)
 
 
+def edited(text: str, path: Sequence[str], value: Any) -> str:
+    """YAML with one key set to another value, its comments and all else as they were.
+
+    Raises:
+        LookupError: the key's section is not written there, or its value is of several lines.
+    """
+    node = yaml.compose(text, Loader=_Plain)
+    flow = yaml.safe_dump(value, default_flow_style=True, width=2**20).partition("\n")[0]
+    for depth, part in enumerate(path, start=1):
+        if not isinstance(node, yaml.MappingNode) or not node.value:
+            raise LookupError(part)
+        found = next((held for key, held in node.value if key.value == part), None)
+        if found is None and depth == len(path):
+            mark = node.value[0][0].start_mark
+            rest = ", " if node.flow_style else "\n" + " " * mark.column
+            return f"{text[: mark.index]}{part}: {flow}{rest}{text[mark.index :]}"
+        if found is None:
+            raise LookupError(part)
+        node = found
+    if node is None or (isinstance(node, yaml.CollectionNode) and not node.flow_style):
+        raise LookupError(path[-1])  # its end is where the next key begins
+    return f"{text[: node.start_mark.index]}{flow}{text[node.end_mark.index :]}"
+
+
 class _Plain(yaml.SafeLoader):
     """YAML without aliases, which can make a small file huge, and not nested without end."""
 

@@ -1,0 +1,34 @@
+"""What `fedlora list` tells: each thing that a scenario can name, in a line."""
+
+from collections.abc import Callable, Mapping
+
+from fedlora import plugins, scenario
+
+
+def _shelf(shelf: plugins.Shelf) -> dict[str, str]:
+    return {name: plugins.summary(shelf, name) for name in plugins.names(shelf)}
+
+
+def _strategies() -> dict[str, str]:
+    """What each sends and what it is like, with its paper; then how Flower's own are named."""
+    lines = {"": f"{'clients send':<14} {'exact':<6} {'linear':<7} {'ranks':<8} paper"}
+    for name in plugins.names("strategies"):
+        cls = plugins.find("strategies", name)
+        exact, linear = ("yes" if told else "no" for told in (cls.facts.exact, cls.linear))
+        ranks = "unequal" if cls.unequal_ranks else "equal"
+        lines[name] = (
+            f"{cls.facts.sends:<14} {exact:<6} {linear:<7} {ranks:<8} {plugins.source('strategies', name)}"
+        )
+    lines["flwr.serverapp.strategy:NAME"] = "one of Flower's, such as FedAdam or FedMedian; docs/strategies.md"
+    return lines
+
+
+TABLES: Mapping[str, Callable[[], dict[str, str]]] = {
+    "strategies": _strategies,
+    "clients": lambda: _shelf("clients"),
+    "tasks": lambda: _shelf("tasks"),
+    "kinds": lambda: _shelf("kinds"),
+    "datasets": lambda: scenario.DATASETS,
+    "scenarios": scenario.shipped,
+    "sweeps": lambda: scenario.shipped(scenario.SWEEPS),
+}
