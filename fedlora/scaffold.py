@@ -88,7 +88,7 @@ data:
   partition: {{kind: iid}} # or {{kind: dirichlet, alpha: 0.5}}, or {{kind: natural, column: site}}
   max_length: {length} # tokens; longer texts are cut
   test_share: 0.2 # held out to judge the model
-clients: {{total: 5, use: dp_sgd, local_steps: 1, sample_rate: {rate}}} # share of a client's rows in a step
+clients: {{total: 5, use: dp_sgd, local_steps: 1, sample_rate: {rate}, micro_batch_size: 64}} # the rate of a step
 privacy: {{epsilon: 8, delta: {delta}, clip_norm: 4.0}} # for each row; a smaller epsilon is more private
 strategy: {{use: ffa_lora, server: {{kind: adam, lr: 0.01, schedule: {{kind: linear}}}}}}
 rounds: {rounds}

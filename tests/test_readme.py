@@ -27,13 +27,13 @@ def test_every_command_about_your_own_data_runs(small, tiny_base, tiny_yaml, rev
     (small / "my.yaml").write_text(tiny_yaml)
     (small / "roberta-base").symlink_to(tiny_base)
     rows = reviews.read_text().replace("text,label", "question,kind")
-    for name in ("a.csv", "b.csv"):
+    for name in ("a.csv", "b.csv", "my.csv"):
         (small / name).write_text(rows)
     for name in ("runs/a", "runs/b", "runs/noniid-<hash>"):
         assert main(["simulate", "noniid", "--set", "rounds=1", "--out", name]) == 0
     block = re.search(r"^```\n(fedlora check my.yaml.*?)^```", TEXT, re.S | re.M).group(1)
     commands = [shlex.split(line, comments=True)[1:] for line in block.replace("<hash>", "'<hash>'").splitlines()]
-    assert len(commands) >= 13
+    assert len(commands) >= 14
     for command in commands:
         if command[0] not in ("audit", "sweep", "tune", "submit"):
             assert main(command) == 0, f"{command}: {capsys.readouterr()}"
