@@ -48,12 +48,13 @@ class DPSGD(Stepwise):
         """How a round's batches are drawn, examples clipped and sums noised; its event is what is paid for."""
         if settings.noise_multiplier is None or settings.clip_norm is None:
             raise ContractError("dp_sgd was given no noise multiplier or clip norm")
+        rate = settings.sample_rate
         return ExampleGaussian(
             noise_multiplier=settings.noise_multiplier,
-            sample_rate=settings.batch_size / num_examples,
+            sample_rate=settings.batch_size / num_examples if rate is None else rate,
             total=num_examples,
             quantile=settings.quantile,
-            batch_size=settings.batch_size,
+            batch_size=settings.batch_size if rate is None else rate * num_examples,
             steps=settings.local_steps,
             clip_norm=settings.clip_norm,
             clip=settings.clip,
@@ -96,7 +97,7 @@ class DPSGD(Stepwise):
             if not len(rows):
                 optimizer.zero_grad(set_to_none=True)
                 gradients.fill(parameters, 0, all=True)
-            variance = (optimizer.noise_multiplier * optimizer.max_grad_norm / settings.batch_size) ** 2
+            variance = (optimizer.noise_multiplier * optimizer.max_grad_norm / mechanism.batch_size) ** 2
             if optimizer.pre_step():
                 for parameter in parameters:
                     if not parameter.requires_grad:

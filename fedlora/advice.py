@@ -186,7 +186,7 @@ def _rate(scenario: Scenario, typical: int) -> float:
     told = scenario.clients
     if scenario.client_privacy is not None:
         return told.cohort_size / told.total
-    return min(told.batch(typical) / typical, 1.0)
+    return min(told.rate(typical), 1.0)
 
 
 def _shapes(scenario: Scenario, loop: Rehearsal) -> Iterator[Mapping[str, Any]]:

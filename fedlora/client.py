@@ -33,6 +33,7 @@ class Settings:
         send: names of the tensors to send back.
         local_steps: optimiser steps.
         batch_size: examples in a step; under Poisson sampling the expected number.
+        sample_rate: where it is given, the probability that takes an example into a step of a private client.
         lr: learning rate in the first local step; where roles have rates of their own the largest of these.
         lrs: learning rates by role, in the first local step; empty where all have `lr`.
         pace: what the rate of each local step is over that of the first; empty: it is constant.
@@ -59,6 +60,7 @@ class Settings:
     clip_norm: float | None = None
     clip: str = "flat"
     quantile: float | None = None
+    sample_rate: float | None = None
     weight: float = 1.0
     share_metrics: bool = False
     lrs: Mapping[str, float] = field(default_factory=dict)
@@ -84,8 +86,9 @@ class Setter:
             train=instruction.train,
             send=instruction.send,
             local_steps=told.local_steps if client is None else instruction.steps.get(client, told.local_steps),
-            batch_size=(batch := told.batch(num_examples)),
-            weight=1.0 if told.sample_rate is None else float(batch),
+            batch_size=told.batch(num_examples),
+            sample_rate=told.sample_rate,
+            weight=1.0 if told.sample_rate is None else told.sample_rate * num_examples,
             lr=max(lrs.values()) if isinstance(told.lr, dict) else first * told.lr,
             micro_batch_size=told.micro_batch_size,
             noise_multiplier=None if self.noise is None else self.noise[num_examples],

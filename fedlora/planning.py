@@ -264,7 +264,7 @@ def _groups(scenario: Scenario, data: Dataset, noise: Mapping[int, float] | None
         line: Line = {"num_examples": size, "clients": clients}
         if asked is not None and noise is not None:
             line |= {
-                "sample_rate": min(scenario.clients.batch(size) / size, 1.0),
+                "sample_rate": min(scenario.clients.rate(size), 1.0),
                 "noise_multiplier": noise[size],
                 "epsilon": most.get(size, 0.0),
             }

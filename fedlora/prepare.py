@@ -232,7 +232,7 @@ def calibrate(
             f"a client has {sizes[0]} examples, and a private batch takes {told.batch_size} of them on "
             "average; lower it, use fewer clients, or raise data.partition.min_examples",
         )
-    rates, steps = [told.batch(size) / size for size in sizes], scenario.rounds * told.local_steps
+    rates, steps = [told.rate(size) for size in sizes], scenario.rounds * told.local_steps
     if asked.noise_multiplier is not None:
         noise = dict.fromkeys(sizes, asked.noise_multiplier)
     else:

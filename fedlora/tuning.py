@@ -295,7 +295,7 @@ class _Search:
         told = self.scenario.clients
         return Event(
             noise_multiplier=noise,
-            sample_rate=min(told.batch(size) / size, 1.0),
+            sample_rate=min(told.rate(size), 1.0),
             steps=rounds * told.local_steps,
             clip_norm=asked.clip_norm,
         )

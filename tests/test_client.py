@@ -50,3 +50,13 @@ def test_with_a_sampling_rate_a_private_client_weighs_its_batch(build):
     assert update.weight == 9.0
     plain = build().settings(instruction, 45)
     assert (plain.batch_size, plain.weight) == (8, 1.0)
+
+
+def test_clients_of_one_sampling_rate_need_one_noise_and_have_one_epsilon(tiny):
+    """No rounding to whole examples: what is paid depends on the rate alone, and is worked out once."""
+    from fedlora.prepare import calibrate, prepare
+
+    skewed = "data.partition={kind: dirichlet, alpha: 0.5, min_examples: 20}"
+    ready = prepare(tiny("clients.sample_rate=0.13", skewed))
+    noise = calibrate(ready.scenario, ready.data)
+    assert len(noise) > 1 and len(set(noise.values())) == 1

@@ -100,8 +100,12 @@ class Clients(PlugIn):
             raise PydanticCustomError("shares", "give each tier its rank, or clients their ranks, not both")
         return tiers
 
+    def rate(self, num_examples: int) -> float:
+        """The probability with which a step of a private client takes each of its examples."""
+        return self.batch_size / num_examples if self.sample_rate is None else self.sample_rate
+
     def batch(self, num_examples: int) -> int:
-        """Examples in a step of a client, under DP the expected number: at least one."""
+        """Examples in a step of a client, under DP about the expected number: at least one."""
         if self.sample_rate is None:
             return self.batch_size
         return max(1, round(self.sample_rate * num_examples))

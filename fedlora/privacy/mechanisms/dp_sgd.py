@@ -43,7 +43,7 @@ class ExampleGaussian(Mechanism):
         clip: how an example is held to it: `flat`, `per_layer`, `quantile` or `automatic`.
     """
 
-    batch_size: int
+    batch_size: float
     steps: int
     clip_norm: float
     clip: str = "flat"
@@ -54,7 +54,7 @@ class ExampleGaussian(Mechanism):
         if self.adapts and not self.adapts.enough:
             raise SettingError(
                 "privacy.clip",
-                f"batches of {self.batch_size} are too small for a bound that adapts: at noise multiplier "
+                f"batches of {self.batch_size:.4g} are too small for a bound that adapts: at noise multiplier "
                 f"{self.noise_multiplier:.3g} they take more than {10 * self.noise_multiplier:.0f}; leave it out",
             )
 
