@@ -217,7 +217,8 @@ def _schedules(scenario: Scenario, smallest: int) -> Iterator[Mapping[str, Any]]
         for larger, steps in options:
             work = larger * steps / told.local_steps  # of a round, over what it is now
             fewer = round(rounds / work)
-            if larger * told.batch(smallest) > smallest or fewer < min(_LEAST, rounds):
+            most = larger * max(told.batch(smallest) / smallest, told.sample_rate or 0.0)  # a rate
+            if most > 1 or fewer < min(_LEAST, rounds):
                 continue
             if abs(fewer * work / rounds - 1) <= _OFF:
                 changed = {f"clients.{key}": larger * batch, "clients.local_steps": steps, "rounds": fewer}

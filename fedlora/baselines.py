@@ -15,6 +15,7 @@ from fedlora import strategy as strategies
 from fedlora.errors import SettingError, UserError, suggestion
 from fedlora.scenario.baseline import KINDS, configuration
 from fedlora.scenario.checks import validate
+from fedlora.scenario.data import Sampled
 from fedlora.scenario.learning import ServerAdam, ServerMomentum
 from fedlora.scenario.sections import Scenario
 from fedlora.strategy import Strategy
@@ -70,7 +71,10 @@ def _pooled(scenario: Scenario, told: dict[str, Any], private: bool) -> None:
     """One client that holds all rows, and takes at once what a cohort took."""
     given, example = scenario.clients, scenario.example_privacy
     told["clients"] |= {"total": 1, "batch_size": given.cohort_size * given.batch_size}
-    if given.sample_rate is not None:
+    if given.sample_rate is not None and isinstance(held := scenario.data.partition, Sampled):
+        told["clients"]["batch_size"] = given.cohort_size * given.batch(held.examples)
+        told["clients"]["sample_rate"] = None
+    elif given.sample_rate is not None:
         told["clients"]["sample_rate"] = given.sample_rate * given.cohort_size / given.total
     told["clients"] |= dict.fromkeys(("per_round", "ranks", "tiers"))
     told["engine"]["fused"] = 1

@@ -166,7 +166,7 @@ def _tell_heads(scenario: Scenario, task: type[tasks.Task], labels: Sequence[str
             logger.warning(
                 "model.base: the head is drawn anew: %s is for the labels %s and not for %s in this order "
                 "(model.head: kept takes it all the same)",
-                *(model.base, ", ".join(other), ", ".join(labels)),
+                *(model.base, starting.few(other), starting.few(labels)),
             )
 
 

@@ -153,7 +153,8 @@ class Run:
         absent = [name for name in ("metrics.jsonl", "clients.jsonl") if not (self.folder / name).exists()]
         if absent and self.state != "unfinished":
             said.append(f"Not in the folder: {', '.join(absent)}.")
-        if (start := self.summary.get("start")) and self.scenario.get("privacy"):
+        start = self.summary.get("start") if self.scenario.get("privacy") else None
+        while start:
             spent = start.get("epsilon")
             cost = (
                 "which does not say what it cost its rows" if spent is None else f"which spent epsilon {spent:.3g}"
@@ -161,6 +162,7 @@ class Run:
             said.append(
                 f"It began from {start['folder']}, {cost}: for rows that are in both, that adds to this run's."
             )
+            start = start.get("start")  # which began from another
         return said + [f"{text[0].upper()}{text[1:]}." for text in map(str, self.verdicts())]
 
     def frame(self, what: Literal["rounds", "clients"] = "rounds") -> "pandas.DataFrame":

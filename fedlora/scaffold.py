@@ -137,10 +137,10 @@ def of_data(folder: Path, data: Path, text: str | None, label: str | None) -> li
     typical = lengths[int(0.95 * (len(lengths) - 1))] / _PER_TOKEN
     rows, own = len(lengths), _word(data.stem)
     told = {
-        "name": own,
-        "train": json.dumps(str(data.absolute()), ensure_ascii=False),
-        "text": json.dumps(text, ensure_ascii=False),
-        "label": json.dumps(label, ensure_ascii=False),
+        "name": json.dumps(own),
+        "train": json.dumps(str(data.absolute())),
+        "text": json.dumps(text),
+        "label": json.dumps(label),
         "length": next((n for n in (32, 64, 128) if typical <= n), 256),
         "delta": f"{min(1e-5, 0.1 / max(rows, 1)):.0e}".replace("e", ".0e"),
     }
@@ -177,6 +177,13 @@ def _chosen(data: Path, columns: Mapping[str, list[str]], text: str | None, labe
         label = min(few, key=lambda name: few[name], default=None)
     if text is None or label is None:
         raise UserError(f"{data}: no column looks like labels beside one of texts: name them, --text and --label")
+    if text == label:
+        raise UserError(f"{data}: {text!r} cannot be both text and label: name another, --text or --label")
+    if len(set(columns[label])) < 2:
+        raise UserError(f"{data}: {label!r} has one value, and nothing to tell apart: name another, --label")
+    if "" in columns[label]:
+        at = columns[label].index("") + 1
+        raise UserError(f"{data}: row {at} has no {label!r}: fill it in, or leave the row out")
     return text, label
 
 

@@ -24,6 +24,7 @@ from fedlora.tasks.base_model import find_base
 KEY = "model.start"
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _ODD = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_tie")  # what no plain LoRA has
+_SHOWN, _LETTERS = 5, 20  # labels in a line, and letters of each
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,14 @@ def _of_others(
     bound = [name for name in heads if tensors[name].shape[:1] == (len(about.labels),)]
     if about.labels == tuple(labels):
         return bound, ""
-    known, asked = ", ".join(about.labels), ", ".join(labels)
+    known, asked = few(about.labels), few(labels)
     return bound, f"{start} is for the labels {known} and not for {asked} in this order"
+
+
+def few(labels: Sequence[str]) -> str:
+    """Some labels in words, the first letters of each: what was taken for labels may be texts."""
+    shown = [label if len(label) <= _LETTERS else f"{label[:_LETTERS]}..." for label in labels[:_SHOWN]]
+    return ", ".join(shown) + (f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else "")
 
 
 def said(scenario: Scenario) -> dict[str, Any] | None:
@@ -93,7 +100,8 @@ def said(scenario: Scenario) -> dict[str, Any] | None:
     if (folder := Path(start)).is_dir():
         with contextlib.suppress(UserError):  # it is gone, or of no run
             before = dict(Run.open(adapter_of(folder).parent).summary)
-    return {"folder": start, **{key: before.get(key) for key in ("epsilon", "delta", "privacy_unit")}}
+    told = {key: before.get(key) for key in ("epsilon", "delta", "privacy_unit")}
+    return {"folder": start, **told, **({"start": before["start"]} if before.get("start") else {})}
 
 
 def _folder(start: str) -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from fedlora import prepare
 from fedlora import scenario as scenarios
@@ -410,7 +411,12 @@ def _beside(file: str | Path) -> Path:
 def _write(written: Path, file: str | Path, overrides: Sequence[str], key: str, rate: Rate) -> Path:
     """The scenario's own text with one key changed, comments kept; where that cannot be, all of it resolved."""
     value = dict(rate) if isinstance(rate, Mapping) else rate
-    asked = scenarios.load(file, [*overrides, f"{key}={json.dumps(value)}"])
+    whole = yaml.safe_load(scenarios.load(file, overrides).to_yaml())
+    section = whole
+    for part in key.split(".")[:-1]:
+        section = section[part]
+    section[key.rpartition(".")[2]] = value
+    asked = scenarios.parse(yaml.safe_dump(whole, sort_keys=False), str(file))
     try:
         text = scenarios.edited(scenarios.find(file).read_text(encoding="utf-8"), key.split("."), value)
         if scenarios.parse(text).hash != asked.hash:

@@ -52,7 +52,7 @@ def test_pooled_is_one_client_without_privacy_at_a_rate_of_its_own():
     told = one.clients
     assert (told.total, told.per_round, told.batch_size, told.use, told.options) == (1, None, 40, "sgd", {})
     assert one.privacy is None and one.data.partition.kind == "iid" and one.data.client_test_share == 0.2
-    assert "lr" not in told.model_fields_set  # 4 was for gradients of at most 0.5
+    assert told.lr == 0.5  # the default; 4 was for clipped gradients
     assert one.strategy.use == "ffa_lora"
 
 

@@ -110,3 +110,29 @@ def test_what_is_no_table_is_told(tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
     assert main(["init", str(tmp_path / "study"), "--label", "kind"]) == 2
     assert "--data FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stem", ["2024", "null", "1_000", "on"])
+@pytest.mark.parametrize("column", ["k\u2028trackers: [wandb] #", 'say "what"', "k: {a", "\x80", "ü"])
+def test_no_name_of_a_file_or_column_is_more_than_a_name(tmp_path, stem, column):
+    import csv
+
+    with (file := tmp_path / f"{stem}.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["text", column], *([f"text {i}", "xy"[i % 2]] for i in range(20))])
+    assert main(["init", str(tmp_path / "study"), "--data", str(file)]) == 0
+    made = load(tmp_path / "study" / "scenario.yaml")
+    assert (made.name, made.data.files.label, made.trackers) == (stem, column, ())
+
+
+@pytest.mark.parametrize(
+    ("rows", "told", "said"),
+    [
+        (["text,k", "a long text,x", "another text,x"], ["--label", "k"], "'k' has one value"),
+        (["text,k", "a long text,x", "another text,y"], ["--text", "k", "--label", "k"], "cannot be both"),
+        (["text,k", "a long text,x", "another text,", "a text,y"], ["--label", "k"], "row 2 has no 'k'"),
+    ],
+)
+def test_labels_that_cannot_be_learnt_are_told(tmp_path, capsys, rows, told, said):
+    (file := tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
+    assert main(["init", str(tmp_path / "study"), "--data", str(file), *told]) == 2
+    assert said in capsys.readouterr().err

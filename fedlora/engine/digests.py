@@ -70,6 +70,8 @@ class Digests:
             examples, rows = partition.examples, partition.rows
             tokens = np.concatenate([examples.row(int(row)) for row in rows])
             types = np.concatenate([examples.types_of(int(row)) for row in rows])
-            parts = (tokens, types, examples.lengths(rows), examples.targets[rows], rows)
+            prefix = self.task.prefix
+            kept = None if prefix is None else prefix.find(examples, rows)  # an input of a pass as they are
+            parts = (tokens, types, examples.lengths(rows), examples.targets[rows], rows, kept)
             self._seen[partition.client] = replay.digest(self.scenario.seed, *parts)
         return self._seen[partition.client]

@@ -35,6 +35,7 @@ def rehearse(worker: "Worker") -> None:
     settings = replace(
         Setter(worker.scenario, noise)(instruction, len(rows)),
         local_steps=1,
+        sample_rate=None,
         batch_size=len(rows),  # every one of them, for a private client too
         micro_batch_size=len(longest),
     )

@@ -5,7 +5,9 @@ precision and machine share it. At a site in memory alone, where it fits. The ex
 that depend on the dataset alone, so that no result depends on who asked first.
 """
 
+import contextlib
 import logging
+import os
 import platform
 import shutil
 import time
@@ -71,7 +73,8 @@ class Wanted:
             passed: lets workers fill the arrays in a folder, all pieces.
         """
         if self.folder.exists():
-            self.folder.touch()
+            with contextlib.suppress(OSError):
+                os.utime(self.folder)  # it was used
             return
         try:
             fits = _room(self.folder.parent, self.size)
@@ -181,7 +184,7 @@ class Kept:
         examples = self._halves[piece.half]
         for rows in self._passes(examples)[piece.start : piece.stop]:
             out = self.task.below(examples, rows, half)[0].cpu().contiguous()
-            flat = (out.view(torch.uint16) if half else out.float()).numpy()
+            flat = (out.to(torch.bfloat16).view(torch.uint16) if half else out.float()).numpy()
             ends = np.cumsum([0, *examples.lengths(rows)])
             for row, start, stop in zip(rows, ends[:-1], ends[1:], strict=True):
                 array[examples.offsets[row] : examples.offsets[row + 1]] = flat[start:stop]

@@ -1,5 +1,6 @@
 """What is wrong with a scenario: section by section, then what only shows across sections."""
 
+import os
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from fedlora import plugins
 from fedlora.errors import SettingError, suggestion
 from fedlora.privacy import cohorts
 from fedlora.scenario.clients import Clients
-from fedlora.scenario.data import TASK_OF, Data, LabelShares
+from fedlora.scenario.data import TASK_OF, Data, LabelShares, Public
 from fedlora.scenario.defaults import completed
 from fedlora.scenario.explain import explain
 from fedlora.scenario.keys import Problem
@@ -137,8 +138,8 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
                 ("data", "partition", "shares"),
                 f"{rows} rows of shares do not divide {clients.total} clients: write a multiple of {rows}",
             )
-    if data and data.public:
-        yield from _nobodys(data)
+    if data:
+        yield from _apart(data)
     for key in ("keep", "stop"):
         if data and not data.validates and sections.get(key) not in (None, "last"):
             yield Problem(
@@ -150,25 +151,39 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield from _of_task(task, sections)
 
 
-def _nobodys(data: Data) -> Iterator[Problem]:
-    """What public rows cannot be."""
-    public, path = data.public, ("data", "public")
-    assert public is not None
-    train = public.files and public.files.train
-    if train and data.files and train == data.files.test:
-        yield Problem(
-            path, "data.public: what chooses must not be what reports: name other rows than the test set's"
-        )
-    if train and data.files:
-        same = train == data.files.train
-    elif public.hub and data.hub:
-        same = all(getattr(public.hub, k) == getattr(data.hub, k) for k in ("path", "config", "train"))
-    else:
-        same = public.dataset is not None and public.dataset == data.dataset
-    if same:
-        yield Problem(
-            path, "data.public: these are the clients' own rows: name others, or leave it out for tune --private"
-        )
+def _apart(data: Data) -> Iterator[Problem]:
+    """Rows that choose or are public are neither clients' own nor those that report."""
+    own = {part: _named(data, part) for part in ("train", "test", "validation")}
+    asked = [("validation", own.pop("validation"), own)]
+    if data.public is not None:
+        everything = {**own, "validation": _named(data, "validation")}
+        asked += [(f"public.{part}", _named(data.public, part), everything) for part in ("train", "test")]
+        if data.public.dataset is not None and data.public.dataset == data.dataset:
+            yield Problem(("data", "public"), f"data.public: {_OWN}")
+    for part, rows, others in asked:
+        for other, held in others.items():
+            if rows is None or held is None or rows[0] != held[0] or (rows[1] != held[1] and rows[1] and held[1]):
+                continue
+            what = _OWN if other == "train" else _CHOOSES
+            key = ("data", "files" if data.files else "hub", part) if part == "validation" else ("data", "public")
+            yield Problem(key, f"{'.'.join(key)}: {what}")
+            return
+
+
+_OWN = "these are the clients' own rows, which nobody may choose by without paying: name others"
+_CHOOSES = "what chooses must not be what reports: name other rows than the test set's"
+
+
+def _named(source: Data | Public, part: str) -> tuple[tuple[str, ...], str] | None:
+    """Where the rows of a part are: a file or a split of the Hub, and the slice of it; None: there are none."""
+    if source.files is not None:
+        file = getattr(source.files, part, None)
+        return None if file is None else (("file", os.path.realpath(file)), "")
+    if source.hub is not None:
+        split = getattr(source.hub, part, None)
+        name, _, cut = (split or "").partition("[")
+        return None if split is None else (("hub", source.hub.path, source.hub.config or "", name), cut)
+    return None
 
 
 def _of_task(task: str, sections: Mapping[str, Any]) -> Iterator[Problem]:

@@ -1,5 +1,6 @@
 """Defaults that depend on other keys, filled in before a scenario is checked: its resolved form has them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,5 +42,8 @@ def _rate(clients: Mapping[str, Any], example: Mapping[str, Any] | None) -> floa
         return _ADAM if adaptive else _SGD
     if adaptive:
         return _NOISED_ADAM
-    bound = example.get("clip_norm", 1.0)
-    return _CLIPPED / bound if isinstance(bound, int | float) and bound > 0 else _CLIPPED
+    try:
+        bound = float(example.get("clip_norm", 1.0))  # YAML reads 1e-3 as a word
+    except (TypeError, ValueError, OverflowError):
+        return _CLIPPED  # the checks tell
+    return _CLIPPED / bound if math.isfinite(bound) and bound > 0 else _CLIPPED

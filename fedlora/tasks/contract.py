@@ -169,10 +169,15 @@ class Task(Adapted, ABC):
 
     def _run(self, batch: Batch, **told: Any) -> Any:
         """What the model makes of a batch."""
-        if self.prefix is not None:
-            self.prefix.row = batch.get("prefix")
         self.low_rank.examples = len(batch["targets"])
-        return self.model(**{key: batch[key] for key in _INPUTS if key in batch}, **told)
+        inputs = {key: batch[key] for key in _INPUTS if key in batch}
+        if self.prefix is None:
+            return self.model(**inputs, **told)
+        self.prefix.row = batch.get("prefix")
+        try:
+            return self.model(**inputs, **told)
+        finally:
+            self.prefix.row = None  # what writes answers calls the model by itself
 
     def micro_batches(
         self, examples: Examples, rows: NDArray[np.int64], size: int

@@ -136,3 +136,35 @@ def test_a_full_disk_costs_what_is_kept_and_not_the_run(ready, monkeypatch, capl
     engine.start(ready.setup)
     assert "is not kept: No space left on device" in caplog.text and not list(ready.setup.kept.iterdir())
     assert "prefix" not in engine.worker.task.batch(engine.worker.dataset.train, np.arange(3))
+
+
+def test_what_is_kept_is_in_the_digest_of_a_sum(tiny, tmp_path):
+    """Were it altered between two runs of a round, one noise would hide two sums."""
+    from fedlora.client import Setter
+    from fedlora.prepare import calibrate
+
+    ready = prepare(tiny(*UPPER))
+    setup = replace(ready.setup, kept=tmp_path / "frozen", noise=calibrate(ready.scenario, ready.data))
+    found = []
+    for altered in (False, True):
+        engine = InlineEngine(4)
+        engine.start(setup)
+        worker = engine.worker
+        if altered:
+            file = worker.kept.folder / "train.npy"
+            np.save(file, 1.5 * np.load(file))
+        instruction = worker.strategy.instruct(1, dict(worker.task.initial), [4])
+        partition = worker.dataset.partition(0)
+        told = Setter(ready.scenario, setup.noise)(instruction, len(partition))
+        found.append(worker.digests.of(instruction, instruction.adapter, partition, told))
+    assert found[0] != found[1]
+
+
+def test_a_model_that_writes_answers_begins_from_their_tokens(tiny, tiny_lm, tmp_path):
+    """Nothing of the last pass of an evaluation is left for it."""
+    decoder = ("task=causal_lm", "model.adapter.targets=[q_proj]", f"model.base={tiny_lm}")
+    ready = prepare(tiny(*UPPER, *decoder, "exact_match={examples: 4, max_new_tokens: 2}", private=False))
+    engine = InlineEngine(4)
+    engine.start(replace(ready.setup, kept=tmp_path / "frozen"))
+    figures = engine.evaluate(dict(engine.description.initial))
+    assert 0 <= figures["exact_match"] <= 1 and engine.worker.task.prefix.row is None

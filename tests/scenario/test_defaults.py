@@ -27,6 +27,7 @@ def test_data_clients_and_privacy_are_a_scenario():
         ((), 0.5),
         ((PRIVATE,), 2.0),
         ((PRIVATE, "privacy.clip_norm=4"), 0.5),
+        ((PRIVATE, "privacy.clip_norm=1e-3"), 2000.0),
         (("clients.optimizer=adamw",), 0.002),
         (("clients.optimizer={kind: NAdam}",), 0.002),
         ((PRIVATE, "clients.optimizer=adamw"), 0.01),

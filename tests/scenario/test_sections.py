@@ -285,3 +285,38 @@ def test_a_run_of_an_earlier_version_is_read():
     del told["privacy"]["clip"]
     told["privacy"]["quantile"] = None
     assert scenario.Scenario.model_validate(told).privacy.clip.kind == "flat"
+
+
+FILES = "data={files: {train: a.csv, test: t.csv, %s}%s}"
+HUB = "data={hub: {path: x, train: %s, validation: %s}}"
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (FILES % ("validation: ./a.csv", ""), "data.files.validation: these are the clients' own rows"),
+        (
+            FILES % ("validation: ../here/t.csv", ""),
+            "data.files.validation: what chooses must not be what reports",
+        ),
+        (
+            FILES % ("text: x", ", public: {files: {train: ./a.csv}}"),
+            "data.public: these are the clients' own rows",
+        ),
+        (
+            FILES % ("text: x", ", public: {files: {train: b.csv, test: t.csv}}"),
+            "data.public: what chooses must not",
+        ),
+        (HUB % ("train", "train"), "data.hub.validation: these are the clients' own rows"),
+        (HUB % ("train", "'train[:5%]'"), "data.hub.validation: these are the clients' own rows"),
+        (HUB % ("train", "test"), "data.hub.validation: what chooses must not be what reports"),
+    ],
+)
+def test_rows_that_choose_are_neither_clients_own_nor_those_that_report(told, said, tmp_path, monkeypatch):
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    assert [said in line for line in lines(GOOD, told)] == [True]
+
+
+def test_two_slices_of_a_split_are_other_rows():
+    parse(GOOD, "f.yaml", [HUB % ("'train[:80%]'", "'train[80%:]'")])
