@@ -135,7 +135,7 @@ def audit(
     for key, value in (*own, ("sample_rate", told.sample_rate)):
         if value is not None:
             raise scenario.located(
-                SettingError(f"clients.{key}", "an audit reads plain SGD in equal batches: leave it out")
+                SettingError(f"clients.{key}", "an audit reads steps of plain SGD, in equal batches: leave it out")
             )
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another with --out")

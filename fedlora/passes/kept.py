@@ -155,12 +155,12 @@ class Kept:
             if self.folder is None:
                 self._in_memory(half, examples)
             elif (file := self.folder / f"{half}.npy").exists():
-                self._open[half] = np.load(file, mmap_mode="r")
+                self._open[half] = np.load(file, mmap_mode="r", allow_pickle=False)
         return self._open.get(half)
 
     def fill(self, to: Path, piece: Piece) -> None:
         """Pass some examples through the frozen layers, into the arrays of a folder."""
-        array = np.load(to / f"{piece.half}.npy", mmap_mode="r+")
+        array = np.load(to / f"{piece.half}.npy", mmap_mode="r+", allow_pickle=False)
         self._fill(array, piece)
         array.flush()
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ def page(small, monkeypatch):
     """Trains two small rounds as a block says, in a folder with the page's files, where Python finds them."""
     for name, code in FILES.items():
         (small / name).write_text(code)
+        monkeypatch.delitem(sys.modules, Path(name).stem, raising=False)  # another page has one too
     monkeypatch.syspath_prepend(str(small))
 
     def run(block, out, *more):

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def test_the_python_of_the_interface_runs(small, monkeypatch):
     exec(first, names := {})
     assert (names["folder"] / "adapter_config.json").exists() and names["answers"][0].text == "what a lovely day"
     monkeypatch.syspath_prepend(str(small))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # another page has one too
     (small / "mine.py").write_text("\n\n".join(own))
     plain = ["privacy=null", "rounds=1", "clients.use=mine:Momentum", "clients.momentum=0.5"]
     more = ["task=mine:Mistakes", "model.adapter.kind=mine:RsLora", "engine.fused=2"]
