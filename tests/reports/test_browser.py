@@ -110,7 +110,7 @@ def test_by_keyboard_alone_figures_are_copied_and_read_as_a_table(visit, ten):
     page.keyboard.press("Enter")
     page.get_by_text("Copied").wait_for()
     copied = page.evaluate("navigator.clipboard.readText()").splitlines()
-    assert copied[0] == "round,megabytes,accuracy,loss" and len(copied) == 1 + len(ten.rounds)
+    assert copied[0] == "round,megabytes,accuracy,loss,commonest label" and len(copied) == 1 + len(ten.rounds)
     assert float(copied[-1].split(",")[2]) == ten.summary["accuracy"]
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
