@@ -263,7 +263,7 @@ def _tokenised(
     encoding: str,
 ) -> Path:
     parts = {"train": train, "test": test} | ({"validation": validation} if validation.texts else {})
-    contents = map(_content, parts.values())
+    contents = map(content, parts.values())
     key = _fingerprint(_FORMAT, task, encoding, str(data.max_length), *contents, *names)
     return cached(cache_folder() / "tokens" / key, lambda to: _write(to, parts, names, encode))
 
@@ -308,7 +308,8 @@ def _map(path: Path) -> NDArray[Any]:
     return np.asarray(array)
 
 
-def _content(rows: Rows) -> str:
+def content(rows: Rows) -> str:
+    """Differs where a text or a label of some rows does."""
     return _fingerprint(*rows.texts, "\0labels", *(rows.labels or ()))
 
 

@@ -214,7 +214,7 @@ class _Settings:
             key = "sample_rate" if self.clients.get("sample_rate") else "batch_size"
             tried.append(f"a larger clients.{key} (now {self.clients.get(key, '?')})")
         key, rate = self._rate()
-        return ", ".join([*tried, f"another {key} (now {rate})"])
+        return ", ".join([*tried, f"another {key} (now {rate}), as fedlora tune finds it"])
 
     @property
     def lower(self) -> str:
