@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("run", metavar="RUN", help="a run folder")
     watch.set_defaults(command=_watch)
 
-    init = commands.add_parser("init", help="make a small project: a scenario, a strategy of one's own, its test")
+    init = commands.add_parser("init", help="make a small project: a scenario, your own strategy, its test")
     init.add_argument("folder", metavar="DIR", help="a folder to make")
     init.add_argument(
         "--data", metavar="FILE", help="learn a label from a text of this csv, tsv, json, jsonl or parquet file"

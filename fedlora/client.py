@@ -274,7 +274,7 @@ def check_kept(client: Client) -> None:
         if isinstance(value, Optimizer) and value.state:
             raise ContractError(
                 f"{type(client).__name__} keeps an optimiser in {name!r}, whose state carries what one client's "
-                "examples taught it to the next: make it anew in fit"
+                "examples taught it to the next: make a new one in fit"
             )
 
 

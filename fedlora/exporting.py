@@ -138,7 +138,10 @@ def export(run: Run | str | Path, out: str | Path, merge: bool = False, *, own_c
     if out.exists():
         raise UserError(f"{out}: is there already; name another folder with --out")
     if not merge:
-        return Path(shutil.copytree(source, out))
+        shutil.copytree(source, out)
+        card = (out / "README.md").read_text(encoding="utf-8")
+        (out / "README.md").write_text(card.replace('"adapter")', f"{json.dumps(out.name)})"), encoding="utf-8")
+        return out
     model, reader = load_adapter(source, own_code=own_code)
     card = (source / "README.md").read_text(encoding="utf-8")
     how = _MERGED.format(auto=_task(About.read(source), source, own_code).auto, folder=out.name)

@@ -1,7 +1,7 @@
 """The card beside a run's adapter: what it is, what it was promised, how to load it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +47,21 @@ by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["
 - scenario hash {summary["hash"]}, seed {summary["seed"]}
 
 ```python
-{_WITH_FEDLORA if base == "minilm" else _in_peft(task, base, len(labels))}
+{_WITH_FEDLORA if base == "minilm" else _in_peft(task, base, labels)}
 ```
 """,
         encoding="utf-8",
     )
 
 
-def _in_peft(task: type[Task], base: str, labels: int) -> str:
-    """How to load it without fedlora."""
-    more = f", num_labels={labels}" if labels else ""
+def _in_peft(task: type[Task], base: str, labels: Sequence[str]) -> str:
+    """How to load it without fedlora; the model gives labels by their names."""
+    names = ", ".join(f"{i}: {json.dumps(name, ensure_ascii=False)}" for i, name in enumerate(labels))
+    more = f", num_labels={len(labels)}, id2label=labels" if labels else ""
     if not task.tokens:
         more += ", ignore_mismatched_sizes=True"
     return f"""from peft import PeftModel
 from transformers import {task.auto}
-
+{f"{chr(10)}labels = {{{names}}}" if labels else ""}
 base = {task.auto}.from_pretrained("{base}"{more})
 model = PeftModel.from_pretrained(base, "adapter")"""

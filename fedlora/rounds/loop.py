@@ -137,9 +137,8 @@ class Loop:
             if count >= told.min_replies or len(cohort) < self._least or nobody:
                 return replace(replies, reports=_added(before, replies.reports)), {"resting": resting}
             few = f"{count} of {len(cohort)} clients replied and {told.min_replies} must"
-            why = (
-                f"round {round}: {few if count else f'all {len(cohort)} clients failed'}; {_first_error(replies)}"
-            )
+            none = f"all {len(cohort)} clients failed" if len(cohort) > 1 else "its only client failed"
+            why = f"round {round}: {few if count else none}; {_first_error(replies)}"
             logger.warning("%s (attempt %d of %d)", why, attempt + 1, told.retries + 1)
             unused = [replace(r, error=r.error or f"was not used: {few}", steps=0) for r in replies.reports]
             before = _added(before, unused)

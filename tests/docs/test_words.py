@@ -43,10 +43,7 @@ PLAIN = {
 def pieces(page: str) -> Iterator[str]:
     """The paragraphs and list items of a page, each on one line."""
     text = re.sub(r"^( *)```.*?^\1```$|<!--.*?-->", "", page, flags=re.S | re.M)
-    lines = [
-        "" if re.match(r"\s*(\||#|:::|!\[|options: )", line) or set(line) & set("│╱╲") else line
-        for line in text.splitlines()
-    ]
+    lines = ["" if re.match(r"\s*(\||#|:::|!\[|options: )", line) else line for line in text.splitlines()]
     text = re.sub(r"^\s*([-*]|\d+\.) ", r"\n\n", "\n".join(lines), flags=re.M)
     yield from (" ".join(piece.split()) for piece in re.split(r"\n\s*\n", text) if piece.strip())
 
@@ -54,7 +51,8 @@ def pieces(page: str) -> Iterator[str]:
 def sentences(page: str) -> Iterator[str]:
     """Sentences without markup: a link is its text, and a piece of code is `code`."""
     for piece in pieces(page):
-        plain = re.sub(r"``.+?``|`[^`]+`", "`code`", re.sub(r"!?\[((?:[^\]\[]|`[^`]*`)*)\]\([^)]*\)", r"\1", piece))
+        text = re.sub(r"!?\[((?:[^\]\[]|`[^`]*`)*)\]\([^)]*\)", r"\1", piece)
+        plain = re.sub(r"``.+?``|`[^`]+`", "`code`", text)
         yield from filter(None, re.split(r"(?<=[.!?])[\"*_)]*\s+(?=[\"*_(]*[A-Z`0-9])", plain))
 
 
@@ -64,7 +62,8 @@ def words(sentence: str) -> list[str]:
 
 
 def test_sentences_are_found_without_code_tables_and_headings():
-    page = "# A head\nOne `x.y. Z` and [two words](a.md).\n\n| a | b |\n\n```\nNo. Not this.\n```\n- **Item.** Second. And"
+    page = "# A head\nOne `x.y. Z` and [two words](a.md).\n\n| a | b |\n\n```\nNo. Not this.\n```\n"
+    page += "- **Item.** Second. And"
     assert list(sentences(page)) == ["One `code` and two words.", "**Item.", "Second.", "And"]
     assert len(words("One `code` and - two words.")) == 5
 
