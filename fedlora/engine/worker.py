@@ -22,6 +22,7 @@ from fedlora.engine.replies import Deed, Replies, Report
 from fedlora.engine.setup import Description, Half, Setup
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError, Refusal
+from fedlora.optimizers import averaged
 from fedlora.passes import alone
 from fedlora.passes.fused import Fused
 from fedlora.passes.kept import Kept, Piece, pays
@@ -287,14 +288,20 @@ class Worker:
             )
         plain = type(strategy).reply is strategies.Strategy.reply
         settings = self.settings(instruction, len(partition), client)
+        averages = self.scenario.clients.averages_state and len(instruction.moments) > 0
         if self.optimizers is not None:
             settings = replace(settings, state=self.optimizers.load(client, before=round))
+        elif averages:
+            settings = replace(settings, state=dict(zip(instruction.send, instruction.moments, strict=True)))
         wanted = tuple(sorted({*settings.send, *instruction.keep} if plain else layout))
         update = yield from self._train(instruction, partition, settings, wanted, rank, sharing, deed)
         clients.check_kept(self.client)
         if self.optimizers is not None:
             self.optimizers.save(client, round, update.state)
-        update = replace(update, state={})
+        if averages and not update.state.keys() >= set(instruction.send):
+            raise ContractError(f"{type(self.client).__name__} gives no state back, as `Steps.kept` has it")
+        moments = averaged.rows(update.state, instruction.send if averages else ())
+        update = replace(update, state={}, moments=moments)
         if plain and not instruction.keep:  # all of it is sent, and checked when it comes in
             return replace(update, scaling=kind.scaling(rank))
         check_tensors(update.adapter, {n: kind.shape(layout[n], rank) for n in wanted})  # before it is kept

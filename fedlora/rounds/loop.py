@@ -17,6 +17,7 @@ from fedlora.engine.base import summed
 from fedlora.engine.intake import Intake
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError, RoundError
+from fedlora.optimizers import averaged
 from fedlora.privacy import cohorts
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.ledger import Ledger
@@ -83,6 +84,8 @@ class Loop:
             kept = {n: t for n, t in now.adapter.items() if n not in instruction.adapter}
             instruction = replace(instruction, frozen=fingerprint(kept))
             instruction = self._bounded(instruction, now)
+            if self.scenario.clients.averages_state:
+                instruction = replace(instruction, moments=averaged.rows(now.moments, instruction.send))
             watch.lap("account")
             if (gathered := self._gather(instruction, now)) is None:
                 now.last["stopped"] = f"after round {round - 1}: another would pass every client's epsilon"
@@ -102,6 +105,8 @@ class Loop:
                 after = {**before, **self.server.step(round, before, made.adapter)}
             self._check(before, after, made.base)
             adapter = {**now.adapter, **after}
+            if len(instruction.moments):
+                now.moments |= averaged.mean(instruction.send, replies.updates)
             if made.base:
                 self.engine.merge(self.merges.append(made.base))
             watch.lap("aggregate")
@@ -354,6 +359,7 @@ class Loop:
                 words=now.words(),
                 under_way=now.tensors(),
                 best=now.best.adapter if now.best else {},
+                moments=now.moments,
                 origin={**self.origin, "ledger": self.ledger.position},
             ),
         )

@@ -127,6 +127,14 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("secure_aggregation", "honest"), "goes with noise: shared")
     if sections.get("secure_aggregation") and clients and clients.sample_rate is not None:
         yield Problem(("clients", "sample_rate"), "secure aggregation weighs clients alike: write batch_size")
+    if clients and clients.averages_state:
+        privacy = sections.get("privacy")
+        for key, asked, why in (
+            ("secure_aggregation", sections.get("secure_aggregation"), "masks sum what clients train alone"),
+            ("privacy", privacy and privacy.unit == "client", "unit: client noises what clients train alone"),
+        ):
+            if asked:
+                yield Problem((key,), f"{why}: clients.optimizer.state takes fresh or kept, and not averaged")
     if sections.get("secure_aggregation") and clients:
         yield from _summed(clients, sections)
     if (world := sections.get("world")) and clients:
