@@ -30,7 +30,7 @@ def row(second, weight):
 
 
 def fit(gradients, variance, begun=None, **options):
-    """A client's round on a tensor `w` of two numbers: how far they went in each step, and the row that is sent."""
+    """A client's round on a tensor `w` of two numbers: how far they went in each step, and what is sent."""
     settings = SimpleNamespace(optimizer={"state": "averaged"}, state=begun or {}, pace=(), lrs={}, lr=1.0)
     parameter = torch.nn.Parameter(torch.zeros(2))
     told = {"lr": 1.0, "betas": (0.0, 0.5), "eps": 1e-12, "floor": 0.25, **options}
@@ -45,10 +45,10 @@ def fit(gradients, variance, begun=None, **options):
 def test_two_clients_and_two_rounds_by_hand():
     """b1 = 0, b2 = 1/2, the floor a quarter of the noise; noise of variance 4 and weight 1, of 1 and weight 3.
 
-    Round 1: squares 16 and 0, half of them 8 and 0, 4 in the mean, less half of 4: 2. Squares 1 and 1: 0.5, less 0.5
-    is below the floor, 0.125. Their mean is (2 + 3 * 0.125) / 4 = 0.59375, and half of it is gradients: 1.1875.
-    Round 2, the first client: v = 0.59375 + 0.5 * 4; a gradient of 4 and 2 makes it 9.296875 and 3.296875, less 3 of
-    noise, over 3/4: 8.39583 and 0.39583, which is below a quarter of 4. So it goes 4 / sqrt(8.39583) and 2 / 1.
+    Round 1: squares 16 and 0, half of them 8 and 0, 4 in the mean, less half of 4: 2. Squares 1 and 1: 0.5, less
+    0.5 is below the floor, 0.125. Their mean is (2 + 3 * 0.125) / 4 = 0.59375, in which gradients weigh a half.
+    Round 2, the first client: v = 0.59375 + 0.5 * 4; a gradient of 4 and 2 makes it 9.296875 and 3.296875, less 3
+    of noise, over 3/4: 8.39583 and 0.39583, which is below a quarter of 4. It goes 4 / sqrt(8.39583) and 2 / 1.
     """
     sent = [fit([[4.0, 0.0]], 4.0)[1], fit([[1.0, -1.0]], 1.0)[1]]
     assert [one["w"].tolist() for one in sent] == [[2.0, 0.5], [0.125, 0.5]]
@@ -158,7 +158,7 @@ def test_a_run_begins_each_round_at_the_mean_and_counts_its_bytes(tiny, tmp_path
     trained = {name for name in adapter if ".lora_A." not in name}
     assert set(held) == trained and len(trained) > 3
     assert all(tensor[1] == pytest.approx(1 - 0.9**4) and tensor[0] > 0 for tensor in held.values())
-    assert (run.folder / "privacy.jsonl").read_text() == (fresh.folder / "privacy.jsonl").read_text()
+    assert [c["epsilon"] for c in run.clients] == [c["epsilon"] for c in fresh.clients]
     other = checkpoint.load(fresh.folder / "checkpoint").adapter
     assert any(not np.array_equal(adapter[name], other[name]) for name in trained)
     assert not (run.folder / "personal").exists()

@@ -1,6 +1,7 @@
 """Rounds on a virtual clock: who is used, what is paid, and that a run can be broken off anywhere."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
