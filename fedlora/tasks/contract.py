@@ -6,7 +6,7 @@ judged by, and how an answer is shown. It is found by its name, like a strategy,
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,10 @@ class Task(Adapted, ABC):
 
     labelled: ClassVar[bool] = True
     """Whether each row has one of a list of labels."""
+
+    target: ClassVar[Literal["class", "many", "score", "marks", "start"]] = "class"
+    """What an example is judged by: the number of its class, any number of labels, scores, a tag of each token, or
+    its tokens from where its answer starts. `fedlora.metrics.contract` says what metrics are given of each."""
 
     pools: ClassVar[bool] = True
     """Whether the head reads a padded batch, and not each token by itself."""
@@ -155,6 +159,20 @@ class Task(Adapted, ABC):
     @abstractmethod
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
         """`loss` and the metric, and whatever else is to be told, from sums over all batches."""
+
+    def outputs(self, batch: Batch) -> NDArray[np.float32]:
+        """What metrics are of, where a scenario names some (`fedlora.metrics.contract`), float32.
+
+        Of each example its outputs, (examples, width): by default the probability of each label. For `marks` those
+        of each scored token, (scored tokens, width), in the order in which `judged_by` has them.
+        """
+        made: NDArray[np.float32] = self.logits(batch).softmax(-1).cpu().numpy()
+        return made
+
+    def judged_by(self, batch: Batch) -> NDArray[Any]:
+        """What is right of each row of `outputs`; by default the targets."""
+        made: NDArray[Any] = batch["targets"].cpu().numpy()
+        return made
 
     def written(self, reader: Any, examples: Examples, rows: NDArray[np.int64], asked: Any) -> dict[str, float]:
         """Further sums for `figures`, from what the model writes where it is asked; none by default.
