@@ -104,6 +104,8 @@ class Site(Section):
                 return f"it does not accept the {what} {use!r}"
             if ":" in use and not rules.own_code:
                 return f"it runs no code that comes with a run, such as the {what} {use!r}"
+        if not rules.own_code and (own := next((use for use in scenario.metrics if ":" in use), None)):
+            return f"it runs no code that comes with a run, such as the metric {own!r}"
         if rules.masked_only and scenario.secure_aggregation is None:
             return "it sends masked updates only, and the scenario has no secure_aggregation"
         if self.client >= scenario.clients.total:
