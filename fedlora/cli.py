@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--out", metavar="FILE", default="comparison.html", help="the page (default: comparison.html)"
     )
+    compare.add_argument("--metric", metavar="NAME", help="compare by it (default: the task's own)")
     compare.set_defaults(command=_compare)
 
     sweep = commands.add_parser("sweep", help="many runs of a scenario: grids, random draws, early stopping")
@@ -278,7 +279,7 @@ def _report(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from fedlora.reports.comparison import compare
 
-    made = compare(arguments.runs, arguments.out)
+    made = compare(arguments.runs, arguments.out, arguments.metric)
     table = made.table()
     if arguments.form == "markdown":
         print(table.markdown())

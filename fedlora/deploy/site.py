@@ -53,7 +53,7 @@ class Accept(Section):
         None  # as in `task`; null: those that come with fedlora, whatever own_code says
     )
     kinds: tuple[str, ...] | None = None  # as in `model.adapter.kind`; null: likewise
-    own_code: bool = False  # whether strategies and clients may come with the run: they are programs
+    own_code: bool = False  # whether strategies, clients and metrics may come with the run: they are programs
     masked_only: bool = (
         False  # whether a run must have `secure_aggregation`: nobody sees the site's update by itself
     )

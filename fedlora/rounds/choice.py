@@ -64,9 +64,7 @@ def make(scenario: Scenario, metric: str, higher_is_better: bool) -> Choice | No
     """
     if (name := scenario.chosen_by(metric)) is None:
         return None
-    asked = metrics.find_all(scenario.metrics, find(scenario.task).target)
-    known = {"loss": False, **({"exact_match": True} if scenario.exact_match else {})}
-    known |= {one.name: one.higher_is_better for one in asked} | {metric: higher_is_better}
+    known = directions(scenario, metric, higher_is_better)
     if name not in known:
         raise SettingError("keep.best", f"an evaluation here has no {name!r}: {suggestion(name, known)}")
     return Choice(
@@ -75,3 +73,19 @@ def make(scenario: Scenario, metric: str, higher_is_better: bool) -> Choice | No
         keeps=scenario.keep != "last",
         patience=scenario.stop.patience if scenario.stop else None,
     )
+
+
+def directions(scenario: Scenario, metric: str, higher_is_better: bool) -> dict[str, bool]:
+    """The figures that an evaluation gives by name, and of each whether more of it is better.
+
+    Args:
+        scenario: of the run.
+        metric: of the task.
+        higher_is_better: whether more of that is.
+
+    Raises:
+        SettingError: it names a metric that is not there.
+    """
+    asked = metrics.find_all(scenario.metrics, find(scenario.task).target)
+    known = {"loss": False, **({"exact_match": True} if scenario.exact_match else {})}
+    return {**known, **{one.name: one.higher_is_better for one in asked}, metric: higher_is_better}

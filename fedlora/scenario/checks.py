@@ -204,7 +204,7 @@ def _of_task(task: str, sections: Mapping[str, Any]) -> Iterator[Problem]:
         return
     yield from (Problem(path, what) for path, what in found.needs(sections))
     try:
-        metrics.find_all(sections.get("metrics") or (), found.target)
+        metrics.find_all(sections.get("metrics") or (), getattr(found, "target", "class"))
     except SettingError as error:
         yield Problem(("metrics",), f"metrics: {error.message}")
 
