@@ -212,7 +212,7 @@ def finish(begun: Begun, now: Progress, stopped: str | None) -> Run:
             if ready.strategy.tested:
                 now.last.update(begun.loop.tested(now.round, now.adapter))
             elif not ready.strategy.personal:
-                now.last.update(begun.engine.evaluate(now.adapter))
+                now.last.update(begun.loop.evaluated(now))
         about, chosen, merges = About.of(ready.scenario, ready.data.labels), begun.loop.choice, begun.loop.merges
         if chosen is not None and chosen.keeps and (best := now.best) is not None:
             _export(begun.engine, best.adapter, folder, merges.total(best.merges), about)

@@ -101,6 +101,11 @@ def read_test(data: settings.Data, task: str) -> tuple[Rows, tuple[str, ...]]:
     return test, label_names(data, test, task)
 
 
+def read_file(files: settings.Files, key: str) -> Rows:
+    """The rows of the file that `key` of the settings names, such as `test`."""
+    return _read_rows(files, key, getattr(files, key), None)
+
+
 def read_site(files: settings.Files, labels: Sequence[str] | None) -> tuple[Rows, int]:
     """The rows of a site's own file, `files.train`, whose label is one of `labels`, and how many are left out."""
     rows = _read_rows(files, "train", files.train, None)
