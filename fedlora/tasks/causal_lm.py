@@ -28,6 +28,7 @@ class CausalLM(Task):
     auto = "AutoModelForCausalLM"
     headed = False
     labelled = False
+    target = "start"
     pools = False
 
     @classmethod
