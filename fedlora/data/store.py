@@ -287,7 +287,7 @@ def _tokenised(
 
 
 def _write(folder: Path, parts: Mapping[str, Rows], names: Sequence[str], encode: Encode) -> None:
-    cut = 0
+    meta: dict[str, Any] = {"labels": list(names)}
     for half, rows in parts.items():
         encoded = encode(rows) if rows.texts else Encoded([], [])
         lengths = np.fromiter(map(len, encoded.tokens), np.int64, len(encoded.tokens))
@@ -304,9 +304,9 @@ def _write(folder: Path, parts: Mapping[str, Rows], names: Sequence[str], encode
         if encoded.marks is not None:
             marks = np.fromiter((m for row in encoded.marks for m in row), np.int32, int(lengths.sum()))
             np.save(folder / f"{half}.marks.npy", marks)
-        if half == "test":  # of others nobody is told
-            cut = encoded.cut
-    (folder / "meta.json").write_text(json.dumps({"labels": list(names), "cut": cut}))
+        if half == "test" and encoded.cut:  # of others nobody is told
+            meta["cut"] = encoded.cut
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def _write_partitions(folder: Path, held_share: float | None, parts: list[NDArray[np.int64]], seed: Root) -> None:

@@ -77,6 +77,8 @@ def names(rows: Sequence[Sequence[str]]) -> tuple[str, ...]:
 
 def wrong_names(labels: Sequence[str]) -> str:
     """What is wrong with a list of tags; empty where nothing is."""
+    if not labels:
+        return f"the list is empty: name {OUTSIDE}, and B-TYPE and I-TYPE of each type, or leave it out"
     if OUTSIDE not in labels:
         return f"tags are {OUTSIDE}, and B-TYPE and I-TYPE of each type: {OUTSIDE} is missing"
     for tag in labels:

@@ -107,18 +107,18 @@ def test_packing_is_padding(tried):
         return
     task, names = tried.task, tuple(n for n, s in tried.task.layout.items() if s.role != "A")
     assert task.packing is not None
-    found = []
-    for _ in range(2):
+
+    def passed():
         parameters = task.begin(task.initial, names)
         losses = task.losses(task.batch(tried.examples, tried.rows))
         losses.sum().backward()
-        found.append([losses.detach(), *(p.grad.clone() for p in parameters)])
-        if task.packing is not None:
-            packing, task.packing = task.packing, None
-            packing.remove()
-    task.packing = packing
-    packing._set()
-    for one, other in zip(*found, strict=True):
+        return [losses.detach(), *(p.grad.clone() for p in parameters)]
+
+    packed, packing = passed(), task.packing
+    with packing.away(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "packing", None)
+        padded = passed()
+    for one, other in zip(packed, padded, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
