@@ -136,13 +136,13 @@ def _rows(files: scenarios.Files, task: type[Task], about: About) -> reading.Row
     """
     if not task.tokens:
         raise SettingError("data", f"{about.task} judges images, and rows of text hold none")
-    rows = reading.read_file(files, "test")
+    rows = reading.read_file(files, "test", about.task, about.labels)
     if not rows.texts:
         raise SettingError("data", f"{files.test}: holds no row")
     if task.target != "class":
         return rows
     known = set(about.labels)
-    strange = [(i, label) for i, label in enumerate(rows.labels or [], 1) if label not in known]
+    strange = [(i, label) for i, label in enumerate(map(str, rows.labels or []), 1) if label not in known]
     if strange:
         at = ", ".join(str(i) for i, _ in strange[:_SHOWN])
         more = f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else ""

@@ -68,7 +68,7 @@ def prepare_server(scenario: Scenario) -> Prepared:
         )
     data, total = scenario.data, scenario.clients.total
     every, labels = reading.read_test(data, scenario.task)
-    test, validation = reading.set_aside(data, every)
+    test, validation = reading.set_aside(data, every, scenario.task)
 
     def hold(encode: datasets.Encode, key: str) -> datasets.Dataset:
         told = (data, scenario.task, total, scenario.seed, encode, key, labels)
@@ -136,7 +136,7 @@ def _prepared(
 
     def encode(rows: reading.Rows) -> datasets.Encoded:
         if task.labelled and not names:  # the training rows come first, and hold every label
-            names.extend(sorted(set(rows.labels or ())))
+            names.extend(reading.named(rows, scenario.task))
         return _encoded(task, scenario.task, reader, rows, names, data.max_length)
 
     encoding = base_model.encoding_fingerprint(reader)
@@ -145,6 +145,11 @@ def _prepared(
     for metric in metrics.find_all(scenario.metrics, task.target):
         if metric.takes is None:
             metrics.try_out(metric, task.target, dataset.labels)
+    if dataset.cut:
+        logger.warning(
+            "%d of %d test rows are longer than data.max_length (%d tokens) and are judged by their beginning",
+            *(dataset.cut, len(dataset.test), data.max_length),
+        )
     setup = Setup(
         scenario=scenario.model_dump(),
         dataset=dataset.folder,
@@ -193,7 +198,8 @@ def _encoded(
     if not isinstance(made, datasets.Encoded):
         raise SettingError("task", f"{use}.encode returns {type(made).__name__}, and should a fedlora.Encoded")
     count = len(rows.texts)
-    for what, found in (("tokens", made.tokens), ("targets", made.targets), ("types", made.types)):
+    parts = {"tokens": made.tokens, "targets": made.targets, "types": made.types, "marks": made.marks}
+    for what, found in parts.items():
         if found is not None and len(found) != count:
             raise SettingError("task", f"{use}.encode makes {len(found)} {what} of {count} rows: one for each")
     try:
@@ -205,6 +211,10 @@ def _encoded(
         raise SettingError("task", f"{use}.encode makes tokens or targets that are no whole numbers")
     if task.labelled and names and count and not 0 <= targets.min() <= targets.max() < len(names):
         raise SettingError("task", f"{use}.encode makes targets beyond the {len(names)} labels")
+    if made.marks is not None:
+        each = zip(made.tokens, made.marks, strict=True)
+        if any(len(tokens) != len(marks) or max(marks, default=0) >= len(names) for tokens, marks in each):
+            raise SettingError("task", f"{use}.encode makes marks that are not one of a label for each token")
     return made
 
 

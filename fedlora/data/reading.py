@@ -14,6 +14,7 @@ import numpy as np
 
 from fedlora import plugins
 from fedlora import scenario as settings
+from fedlora.data import tagged
 from fedlora.data.partitions import draw
 from fedlora.errors import SettingError, suggestion
 
@@ -25,8 +26,11 @@ HUB_DATASETS = {
     "gsm8k": settings.Hub(path="openai/gsm8k", config="main", text="question", label="answer"),
 }
 
-Input = str | tuple[str, str] | bytes
-"""A text, a pair of texts, or an image as its file holds it."""
+Input = str | tuple[str, ...] | bytes
+"""A text, a pair of texts, the words of a text, or an image as its file holds it."""
+
+Label = str | tuple[str, ...]
+"""A class or a completion, or of each word its tag."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,14 @@ class Rows:
     """Rows of one split before they are encoded.
 
     Attributes:
-        texts: of each row a text, a pair of texts, or the bytes of an image's file.
-        labels: of each row its class, or its completion for causal_lm; None where there are none.
+        texts: of each row a text, a pair of texts, its words, or the bytes of an image's file.
+        labels: of each row its class, its completion for causal_lm, or the tags of its words; None where there are
+            none.
         owners: of each row whose it is, by the natural partition's column; None elsewhere.
     """
 
     texts: Sequence[Input]
-    labels: list[str] | None
+    labels: Sequence[Label] | None
     owners: list[str] | None = None
 
 
@@ -51,12 +56,12 @@ def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
     """The training and test rows of a source, before tokenisation."""
     owner = data.partition.column if isinstance(data.partition, settings.Natural) else None
     if data.files is not None:
-        train, test = _read_files(data.files, owner)
+        train, test = _read_files(data, task, owner)
     elif data.dataset == "tweets":
         train, test = _read_tweets(owner), None
     else:
         hub = data.hub or HUB_DATASETS[str(data.dataset)]
-        train, test = _read_hub(hub, owner)
+        train, test = _read_hub(data, hub, task, owner)
     if not train.texts:
         raise SettingError("data", "the training set is empty")
     if test is None:
@@ -66,16 +71,21 @@ def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
     return train, test
 
 
-def set_aside(data: settings.Data, test: Rows) -> tuple[Rows, Rows]:
+def set_aside(data: settings.Data, test: Rows, task: str = "classification") -> tuple[Rows, Rows]:
     """The test rows that report, and the rows that choose the best round; none of these unless they are asked for.
+
+    Args:
+        data: what to read.
+        test: every test row.
+        task: of the scenario.
 
     Raises:
         SettingError: they cannot be read, or one of the two would be empty.
     """
     if data.files is not None and data.files.validation is not None:
-        chosen = _read_rows(data.files, "validation", data.files.validation, None)
+        chosen = _read_rows(data.files, "validation", data.files.validation, None, task, data.labels)
     elif data.hub is not None and data.hub.validation is not None:
-        chosen = _read_split(data.hub, "validation", data.hub.validation, None)
+        chosen = _read_split(data.hub, "validation", data.hub.validation, None, task, data.labels)
     elif data.validation_share is not None:
         test, chosen = _hold_out(test, data.validation_share, again=True)
     else:
@@ -97,21 +107,25 @@ def read_test(data: settings.Data, task: str) -> tuple[Rows, tuple[str, ...]]:
         return test, label_names(data, train, task)
     if data.files.test is None:
         raise SettingError("data.files.test", "sites keep their rows: name the server's own file to judge by")
-    test = _read_rows(data.files, "test", data.files.test, None)
+    test = _read_rows(data.files, "test", data.files.test, None, task, data.labels)
     return test, label_names(data, test, task)
 
 
-def read_file(files: settings.Files, key: str) -> Rows:
-    """The rows of the file that `key` of the settings names, such as `test`."""
-    return _read_rows(files, key, getattr(files, key), None)
+def read_file(files: settings.Files, key: str, task: str, known: Sequence[str]) -> Rows:
+    """The rows of the file that `key` of the settings names, such as `test`; `known` are the labels of the run."""
+    return _read_rows(files, key, getattr(files, key), None, task, known)
 
 
-def read_site(files: settings.Files, labels: Sequence[str] | None) -> tuple[Rows, int]:
-    """The rows of a site's own file, `files.train`, whose label is one of `labels`, and how many are left out."""
-    rows = _read_rows(files, "train", files.train, None)
+def read_site(
+    files: settings.Files, labels: Sequence[str] | None, task: str = "classification"
+) -> tuple[Rows, int]:
+    """The rows of a site's own file, `files.train`, that have no label but `labels`, and how many are left out."""
+    usual = settings.COLUMNS_OF.get(task, {})
+    told = {key: name for key, name in usual.items() if key not in files.model_fields_set}
+    rows = _read_rows(files.model_copy(update=told), "train", files.train, None, task)
     if labels is None or rows.labels is None:
         return rows, 0
-    kept = [i for i, label in enumerate(rows.labels) if label in labels]
+    kept = [i for i, label in enumerate(rows.labels) if labels_of(label) <= set(labels)]
     if not kept:
         raise SettingError("data.files.labels", f"{files.train}: no row has any of them")
     left = Rows([rows.texts[i] for i in kept], [rows.labels[i] for i in kept])
@@ -127,7 +141,7 @@ def check(data: settings.Data, task: str, num_clients: int) -> None:
     if data.files is None and data.dataset != "tweets":
         return
     train, test = read(data, task)
-    set_aside(data, test)
+    set_aside(data, test, task)
     if (known := data.public) and (known.files is not None or known.dataset == "tweets"):
         read_public(data, task, label_names(data, train, task))
     if isinstance(data.partition, settings.Sampled):
@@ -168,11 +182,27 @@ def label_names(data: settings.Data, rows: Rows, task: str) -> tuple[str, ...]:
     """
     if not plugins.find("tasks", task).labelled:
         return ()
-    names = data.labels or tuple(sorted(set(rows.labels or ())))
+    names = data.labels or named(rows, task)
     if len(names) < 2:
-        raise SettingError("data", f"classification needs two labels or more, and there is only {list(names)}")
+        raise SettingError("data", f"{task} needs two labels or more, and there is only {list(names)}")
     check_labels("data.labels", rows, names, "the data has labels that it does not name")
     return names
+
+
+def named(rows: Rows, task: str) -> tuple[str, ...]:
+    """The labels that rows have, in order."""
+    if _tags(task):
+        return tagged.names([tuple(label) for label in rows.labels or ()])
+    return tuple(sorted({name for label in rows.labels or () for name in labels_of(label)}))
+
+
+def labels_of(label: Label) -> set[str]:
+    """The labels of a row."""
+    return {label} if isinstance(label, str) else set(label)
+
+
+def _tags(task: str) -> bool:
+    return bool(plugins.find("tasks", task).target == "marks")
 
 
 def check_labels(key: str, rows: Rows, names: Sequence[str], what: str) -> None:
@@ -181,7 +211,7 @@ def check_labels(key: str, rows: Rows, names: Sequence[str], what: str) -> None:
     Raises:
         SettingError: of `key`, with `what` is wrong; they have.
     """
-    if names and (strange := sorted(set(rows.labels or ()) - set(names))):
+    if names and (strange := sorted(set().union(*map(labels_of, rows.labels or ())) - set(names))):
         raise SettingError(key, f"{what}: {strange[:5]}")
 
 
@@ -210,30 +240,54 @@ def columns_of(path: Path) -> dict[str, list[str]]:
     return {str(name): [str(value) for value in table[name].tolist()] for name in table.columns}
 
 
-def _read_files(files: settings.Files, owner: str | None) -> tuple[Rows, Rows | None]:
-    train = _read_rows(files, "train", files.train, owner)
-    return train, (_read_rows(files, "test", files.test, None) if files.test else None)
+def _read_files(data: settings.Data, task: str, owner: str | None) -> tuple[Rows, Rows | None]:
+    assert data.files is not None
+    files, told = data.files, (task, data.labels)
+    train = _read_rows(files, "train", files.train, owner, *told)
+    return train, (_read_rows(files, "test", files.test, None, *told) if files.test else None)
 
 
-def _read_rows(files: settings.Files, key: str, path: str, owner: str | None) -> Rows:
+def _read_rows(
+    files: settings.Files,
+    key: str,
+    path: str,
+    owner: str | None,
+    task: str,
+    known: Sequence[str] | None = None,
+) -> Rows:
+    """The rows of a file, which the setting `key` names; `known` are the labels that there may be."""
     table = _read_table(f"data.files.{key}", Path(path), files.columns)
 
-    def column(setting: str, name: str) -> list[str]:
+    def values(setting: str, name: str) -> Any:
         if name not in table.columns:
-            known = [str(c) for c in table.columns]
-            raise SettingError(setting, f"{path} has no column {name!r}: {suggestion(name, known)}")
-        values = table[name]
-        empty = values.isna() | (values.eq("") if setting != "data.files.text" else False)
-        if empty.any():
-            at = int(np.flatnonzero(empty.to_numpy())[0]) + 1
-            raise SettingError(setting, f"{path}: row {at} has no {name!r}")
-        return [str(v) for v in values.tolist()]
+            columns = [str(c) for c in table.columns]
+            raise SettingError(setting, f"{path} has no column {name!r}: {suggestion(name, columns)}")
+        _complete(setting, path, name, table[name].isna())
+        return table[name]
 
-    return Rows(
-        _inputs(files.text, lambda name: column("data.files.text", name)),
-        column("data.files.label", files.label) if files.label else None,
-        column("data.partition.column", owner) if owner else None,
-    )
+    def column(setting: str, name: str) -> list[str]:
+        held = values(setting, name)
+        if setting != "data.files.text":
+            _complete(setting, path, name, held.eq(""))
+        return [str(v) for v in held.tolist()]
+
+    texts: list[Any]
+    labels: list[Any] | None
+    if _tags(task):
+        names = (str(files.text), str(files.label))
+        held = (values(f"data.files.{key}", name) for key, name in zip(("text", "label"), names, strict=True))
+        texts, labels = tagged.rows(*held, key="data.files", source=path, columns=names, known=known)
+    else:
+        texts = _inputs(files.text, lambda name: column("data.files.text", name))
+        labels = column("data.files.label", files.label) if files.label else None
+    return Rows(texts, labels, column("data.partition.column", owner) if owner else None)
+
+
+def _complete(setting: str, path: str, name: str, empty: Any) -> None:
+    """Make sure that no row lacks a value."""
+    if empty.any():
+        at = int(np.flatnonzero(empty.to_numpy())[0]) + 1
+        raise SettingError(setting, f"{path}: row {at} has no {name!r}")
 
 
 def _inputs(names: str | tuple[str, ...], column: Callable[[str], list[str]]) -> list[Input]:
@@ -266,21 +320,29 @@ def _read_table(key: str, path: Path, columns: Sequence[str] | None) -> Any:
             return pd.read_json(path, lines=suffix == ".jsonl", dtype=False)
         if suffix == ".parquet":
             return pd.read_parquet(path)
+        if suffix in tagged.SUFFIXES:
+            return pd.DataFrame(tagged.read_conll(key, path, columns))
+    except SettingError:
+        raise
     except FileNotFoundError as error:
         raise SettingError(key, f"no such file: {path}") from error
     except Exception as error:  # each reader has errors of its own
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SettingError(key, f"{path} is not readable as {suffix[1:]}: {what}") from error
-    raise SettingError(key, f"{path}: {suffix or 'no suffix'} is not one of .csv, .tsv, .json, .jsonl, .parquet")
+    kinds = ", ".join((".csv", ".tsv", ".json", ".jsonl", ".parquet", *tagged.SUFFIXES))
+    raise SettingError(key, f"{path}: {suffix or 'no suffix'} is not one of {kinds}")
 
 
-def _read_hub(hub: settings.Hub, owner: str | None) -> tuple[Rows, Rows | None]:
-    train = _read_split(hub, "train", hub.train, owner)
-    return train, (_read_split(hub, "test", hub.test, None) if hub.test else None)
+def _read_hub(data: settings.Data, hub: settings.Hub, task: str, owner: str | None) -> tuple[Rows, Rows | None]:
+    told = (task, data.labels)
+    train = _read_split(hub, "train", hub.train, owner, *told)
+    return train, (_read_split(hub, "test", hub.test, None, *told) if hub.test else None)
 
 
-def _read_split(hub: settings.Hub, key: str, split: str, owner: str | None) -> Rows:
-    """The rows of a split, which the setting `key` of the hub names."""
+def _read_split(
+    hub: settings.Hub, key: str, split: str, owner: str | None, task: str, known: Sequence[str] | None
+) -> Rows:
+    """The rows of a split, which the setting `key` of the hub names; `known` are the labels that there may be."""
     import datasets
 
     try:
@@ -296,25 +358,35 @@ def _read_split(hub: settings.Hub, key: str, split: str, owner: str | None) -> R
             f"cannot load {hub.path}, split {split!r}, from the Hub or its cache: {what}",
         ) from error
 
-    def column(setting: str, name: str) -> list[str]:
+    def values(setting: str, name: str) -> Any:
         if name not in table.column_names:
             raise SettingError(
                 setting, f"{hub.path} has no column {name!r}: {suggestion(name, table.column_names)}"
             )
         feature = table.features[name]
-        named = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
-        return [named(v) for v in table[name]]
+        each = getattr(feature, "feature", None)  # of a list
+        if isinstance(feature, datasets.ClassLabel):
+            return [feature.int2str(v) for v in table[name]]
+        return [each.int2str(v) for v in table[name]] if isinstance(each, datasets.ClassLabel) else table[name]
+
+    def column(setting: str, name: str) -> list[str]:
+        return [str(v) for v in values(setting, name)]
 
     def inputs(name: str) -> list[Any]:
         if isinstance(table.features.get(name), datasets.Image):
             return _files_of(table, name)
         return column("data.hub.text", name)
 
-    return Rows(
-        _inputs(hub.text, inputs),
-        column("data.hub.label", hub.label),
-        column("data.partition.column", owner) if owner else None,
-    )
+    texts: list[Any]
+    labels: list[Any]
+    if _tags(task):
+        names = (str(hub.text), hub.label)
+        held = (values(f"data.hub.{key}", name) for key, name in zip(("text", "label"), names, strict=True))
+        source = f"{hub.path}, split {split!r}"
+        texts, labels = tagged.rows(*held, key="data.hub", source=source, columns=names, known=known)
+    else:
+        texts, labels = _inputs(hub.text, inputs), column("data.hub.label", hub.label)
+    return Rows(texts, labels, column("data.partition.column", owner) if owner else None)
 
 
 def _files_of(table: Any, name: str) -> list[bytes]:
@@ -360,6 +432,6 @@ def _hold_out(rows: Rows, share: float, again: bool = False) -> tuple[Rows, Rows
 def as_bytes(part: Input) -> bytes:
     """An input as bytes; no two are alike."""
     if isinstance(part, tuple):
-        first, second = map(as_bytes, part)
-        return len(first).to_bytes(8, "big") + first + second
+        parts = [as_bytes(one) for one in part]
+        return b"".join(len(one).to_bytes(8, "big") + one for one in parts[:-1]) + b"".join(parts[-1:])
     return part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")

@@ -34,11 +34,16 @@ class Encoded:
         tokens: of each row its tokens, or the pixels of an image, channels first.
         targets: of each row the number of its class, or for causal_lm how many leading tokens are not scored.
         types: of each token which text of a pair it is of; None where there are no pairs.
+        marks: of each token the number of what it is judged by, -100 where it is not scored; None: a row is judged
+            as a whole.
+        cut: how many rows lost something that is judged to `max_length`.
     """
 
     tokens: Sequence[Sequence[int] | NDArray[np.uint8]]
     targets: list[int]
     types: Sequence[Sequence[int]] | None = None
+    marks: Sequence[Sequence[int]] | None = None
+    cut: int = 0
 
 
 Encode = Callable[[Rows], Encoded]
@@ -53,12 +58,14 @@ class Examples:
         offsets: where each row begins, (rows + 1,).
         targets: of each row, (rows,).
         types: which text of a pair each token is of, (total tokens,); None where there are no pairs.
+        marks: what each token is judged by, (total tokens,), -100 where it is not scored; None: whole rows are.
     """
 
     tokens: NDArray[np.int32 | np.uint8]  # (total tokens,), or all pixels
     offsets: NDArray[np.int64]  # (rows + 1,)
     targets: NDArray[np.int64]  # (rows,)
     types: NDArray[np.uint8] | None = None  # which text of a pair each token is of, (total tokens,)
+    marks: NDArray[np.int32] | None = None  # what each token is judged by, (total tokens,)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -72,9 +79,20 @@ class Examples:
         here = slice(self.offsets[index], self.offsets[index + 1])
         return np.zeros(here.stop - here.start, np.uint8) if self.types is None else self.types[here]
 
+    def marks_of(self, index: int) -> NDArray[np.int32]:
+        """Of each token of one example, what it is judged by; none where examples are judged as wholes."""
+        here = slice(self.offsets[index], self.offsets[index + 1])
+        return np.zeros(0, np.int32) if self.marks is None else self.marks[here]
+
     def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens in each of the rows."""
         return self.offsets[rows + 1] - self.offsets[rows]
+
+    @property
+    def majority(self) -> float | None:
+        """The share of the commonest label of examples, or of scored tokens, in [0, 1]; None without any."""
+        judged = self.targets if self.marks is None else self.marks[self.marks >= 0]
+        return float(np.bincount(judged).max() / len(judged)) if len(judged) else None
 
 
 @dataclass(frozen=True)
@@ -106,6 +124,7 @@ class Dataset:
     validation: Examples  # that choose the best round; none unless the scenario asks for some
     labels: tuple[str, ...]  # class names in order; empty for causal_lm
     holdings: Stored | Drawn
+    cut: int = 0  # test rows that lost something that is judged to `data.max_length`
 
     @classmethod
     def open(cls, folder: Path, partition_folder: Path) -> Self:
@@ -122,6 +141,7 @@ class Dataset:
             holdings=Drawn(**json.loads(drawn.read_text()))
             if drawn.exists()
             else Stored(*(_map(partition_folder / f"{name}.npy") for name in names)),
+            cut=meta.get("cut", 0),
         )
 
     @property
@@ -151,7 +171,7 @@ class Dataset:
         return Partition(client, self.train, self.holdings.of(client)[1])
 
     def histogram(self, client: int) -> NDArray[np.int64]:
-        """How many examples of each label a client trains on, (labels,)."""
+        """How many examples of each label a client trains on, (labels,); of tags, that of the first entity."""
         if not self.labels:
             return np.array([self.num_examples(client)])
         return np.bincount(self.train.targets[self.partition(client).rows], minlength=len(self.labels))
@@ -159,9 +179,7 @@ class Dataset:
     @property
     def majority(self) -> float | None:
         """The share of the commonest label among the test examples, in [0, 1]; None where they have no labels."""
-        if not self.labels or not len(self.test):
-            return None
-        return float(np.bincount(self.test.targets).max() / len(self.test))
+        return self.test.majority if self.labels else None
 
 
 def cache_folder() -> Path:
@@ -188,7 +206,7 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
     train, test = read(data, task)
     names = label_names(data, train, task)
     check_labels("data", test, names, "the test set has labels that the training set has not")
-    test, validation = set_aside(data, test)
+    test, validation = set_aside(data, test, task)
     check_labels("data", validation, names, "the validation set has labels that the training set has not")
     folder = _tokenised(data, task, train, test, validation, names, encode, encoding)
     how = f"{data.partition.model_dump_json()} {data.client_test_share}"
@@ -269,6 +287,7 @@ def _tokenised(
 
 
 def _write(folder: Path, parts: Mapping[str, Rows], names: Sequence[str], encode: Encode) -> None:
+    meta: dict[str, Any] = {"labels": list(names)}
     for half, rows in parts.items():
         encoded = encode(rows) if rows.texts else Encoded([], [])
         lengths = np.fromiter(map(len, encoded.tokens), np.int64, len(encoded.tokens))
@@ -282,7 +301,12 @@ def _write(folder: Path, parts: Mapping[str, Rows], names: Sequence[str], encode
         if encoded.types is not None:
             kinds = np.fromiter((t for row in encoded.types for t in row), np.uint8, int(lengths.sum()))
             np.save(folder / f"{half}.types.npy", kinds)
-    (folder / "meta.json").write_text(json.dumps({"labels": list(names)}))
+        if encoded.marks is not None:
+            marks = np.fromiter((m for row in encoded.marks for m in row), np.int32, int(lengths.sum()))
+            np.save(folder / f"{half}.marks.npy", marks)
+        if half == "test" and encoded.cut:  # of others nobody is told
+            meta["cut"] = encoded.cut
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def _write_partitions(folder: Path, held_share: float | None, parts: list[NDArray[np.int64]], seed: Root) -> None:
@@ -299,8 +323,8 @@ def _examples(folder: Path, half: str) -> Examples:
     if not (folder / f"{half}.offsets.npy").exists():
         return Examples(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64))
     tokens, offsets, targets = (_map(folder / f"{half}.{what}.npy") for what in ("tokens", "offsets", "targets"))
-    types = folder / f"{half}.types.npy"
-    return Examples(tokens, offsets, targets, _map(types) if types.exists() else None)
+    more = ((folder / f"{half}.{what}.npy") for what in ("types", "marks"))
+    return Examples(tokens, offsets, targets, *(_map(file) if file.exists() else None for file in more))
 
 
 def _map(path: Path) -> NDArray[Any]:

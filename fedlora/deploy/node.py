@@ -239,7 +239,7 @@ class Node:
                 setup = replace(ready.setup, noise=noise, secret=ready.client.private, kept=None)
             else:
                 told = self.site.data.labels
-                rows, left_out = reading.read_site(self.site.data, told)
+                rows, left_out = reading.read_site(self.site.data, told, scenario.task)
                 if left_out:
                     logger.warning("%d rows are left out: their label is not in data.labels", left_out)
                 placed = {"threads": self.site.threads, "device": self.site.device}

@@ -3,7 +3,7 @@
 With n test rows, m the share of their commonest label, the standard error of an accuracy a is
 `e(a) = sqrt(a (1 - a) / n)`. The rules:
 
-- `majority`: the last accuracy is at most `m + 2 e(m)`; at most m is sure.
+- `majority`: the last accuracy is at most `m + 2 e(m)`; at most m is sure. Or the last F1 of entities is 0.
 - `guessing`: the last loss is above that of saying each of k labels by its share. Of labels with a commonest share
   of m that is at most the entropy `-m log m - (1 - m) log((1 - m) / (k - 1))`. The mean of n losses is taken to be
   off by `2 / sqrt(n)`: a loss spreads by about one nat.
@@ -88,6 +88,9 @@ def verdicts(
         above = judged and majority and labels > 1 and _guessing(points[-1], majority, labels, judged)
         if judged and majority:
             found += _no_better(points[-1], majority, judged, settings.lower if fell or above else settings.signal)
+        if metric == "f1" and not points[-1].value:
+            says = "not one entity is found as it is: no better than always saying that there is none"
+            found.append(Verdict("majority", says, settings.lower if fell else settings.signal))
         if above:
             found.append(Verdict("guessing", above, settings.lower))
         if fell:

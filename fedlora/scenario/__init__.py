@@ -7,6 +7,7 @@ what to write instead. Beneath this package functions take plain values, never t
 from fedlora.scenario.clients import Tier
 from fedlora.scenario.compression import Rounded, TopK
 from fedlora.scenario.data import (
+    COLUMNS_OF,
     DATASETS,
     Data,
     Dirichlet,
@@ -30,6 +31,7 @@ from fedlora.scenario.sections import Engine, Scenario, Strategy
 from fedlora.scenario.world import Diurnal, Markov, Trace
 
 __all__ = [
+    "COLUMNS_OF",
     "DATASETS",
     "SHIPPED",
     "SWEEPS",

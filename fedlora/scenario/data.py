@@ -17,6 +17,7 @@ DATASETS = {
     "gsm8k": "grade-school mathematics with worked answers, for causal_lm (Hub: openai/gsm8k)",
 }
 TASK_OF = {"gsm8k": "causal_lm"}  # of the others: classification
+COLUMNS_OF = {"token_classification": {"text": "tokens", "label": "tags"}}  # where nobody says
 
 
 Columns = str | Annotated[tuple[str, ...], Field(min_length=2, max_length=2)]
@@ -32,18 +33,20 @@ class Hub(Section):
     test: str | None = "test"  # null: hold out `data.test_share` of the training rows
     validation: str | None = None  # to choose the best round by; or give `data.validation_share`
     text: Columns = "text"  # two of them for pairs, such as [premise, hypothesis]; for images the column of images
-    label: str = "label"
+    label: str = "label"  # for token_classification text and label default to tokens and tags
 
 
 class Files(Section):
-    """Local csv, tsv, json, jsonl or parquet files."""
+    """Local csv, tsv, json, jsonl or parquet files, or for token_classification conll or iob2."""
 
     train: str
     test: str | None = None  # null: hold out `data.test_share` of the training rows
     validation: str | None = None  # to choose the best round by; or give `data.validation_share`
     text: Columns = "text"  # for causal_lm: the prompt, or the whole text where `label` is null; two for pairs
-    label: str | None = "label"  # for causal_lm: the completion
-    columns: tuple[str, ...] | None = None  # names of the columns of a csv or tsv file without a header
+    label: str | None = (
+        "label"  # for causal_lm: the completion; for token_classification tags or spans (default: tags, of tokens)
+    )
+    columns: tuple[str, ...] | None = None  # names of the columns of a csv or tsv without a header, or of a conll
 
 
 class Iid(Section):
@@ -153,7 +156,7 @@ class Data(Source):
         None  # of the test rows: they choose the best round, and the others report
     )
     client_test_share: Annotated[Float, Field(gt=0, lt=1)] | None = None  # that each client keeps to judge by
-    labels: tuple[str, ...] | None = None  # in order; null: those of the data, sorted
+    labels: tuple[str, ...] | None = None  # in order; null: those of the data, sorted (of tags O first)
     public: Public | None = None  # like rows that are nobody's, on which `fedlora tune` tries rates at no epsilon
 
     @field_validator("public", mode="before")

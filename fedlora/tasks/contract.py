@@ -29,6 +29,9 @@ Batch = dict[str, "torch.Tensor"]
 Problem = tuple[tuple[str, ...], str]
 """A key of a scenario, and what is wrong with it."""
 
+UNSCORED = -100
+"""The mark of a token by which nothing is judged."""
+
 _EVALUATION_TOKENS = 1024  # padded tokens of an evaluation batch: small enough for a core's cache
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")  # of a model
 _SHORT = (2, 5, 13)  # tokens of examples of the check at load, beside the longest and one of half its length
@@ -222,22 +225,28 @@ class Task(Adapted, ABC):
     def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
         """`input_ids` and `attention_mask` (examples, longest), `targets` (examples,), on the device.
 
-        Of pairs `token_type_ids` too, where the model tells their texts apart; of examples that are known above
-        the frozen layers `prefix`, (1, tokens, width).
+        Of pairs `token_type_ids` too, where the model tells their texts apart; of examples whose tokens are judged
+        `marks`, (examples, longest), -100 where one is not; of examples that are known above the frozen layers
+        `prefix`, (1, tokens, width).
         """
         width = int(examples.lengths(rows).max())
         ids = np.full((len(rows), width), self.pad, np.int64)
         mask = np.zeros((len(rows), width), np.int64)
         types = np.zeros_like(mask) if examples.types is not None and self.kinds > 1 else None
+        marks = np.full_like(mask, UNSCORED) if examples.marks is not None else None
         for i, row in enumerate(rows):
             tokens = examples.row(int(row))
             ids[i, : len(tokens)] = tokens
             mask[i, : len(tokens)] = 1
             if types is not None:
                 types[i, : len(tokens)] = examples.types_of(int(row))
+            if marks is not None:
+                marks[i, : len(tokens)] = examples.marks_of(int(row))
         arrays = {"input_ids": ids, "attention_mask": mask, "targets": examples.targets[rows]}
         if types is not None:
             arrays["token_type_ids"] = types
+        if marks is not None:
+            arrays["marks"] = marks
         batch = {key: self.place(array) for key, array in arrays.items()}
         row = self.prefix.find(examples, rows) if self.prefix is not None else None
         if row is not None and (row.dtype == np.uint16) is self._in_half:
@@ -258,12 +267,12 @@ class Task(Adapted, ABC):
         shared = [key for key in batches[0] if all(key in batch for batch in batches)]
         width = max(batch["input_ids"].shape[1] for batch in batches) if "input_ids" in shared else 0
         joined: Batch = {}
+        fillers = {"input_ids": self.pad, "attention_mask": 0, "token_type_ids": 0, "marks": UNSCORED}
         for key in shared:
             parts = [batch[key] for batch in batches]
-            if key in ("input_ids", "attention_mask", "token_type_ids"):
-                filler = self.pad if key == "input_ids" else 0
+            if key in fillers:
                 pad = torch.nn.functional.pad
-                parts = [pad(part, (0, width - part.shape[1]), value=filler) for part in parts]
+                parts = [pad(part, (0, width - part.shape[1]), value=fillers[key]) for part in parts]
             joined[key] = torch.cat(parts, dim=1 if key == "prefix" else 0)
         return joined
 
@@ -379,7 +388,7 @@ class Task(Adapted, ABC):
 def numbers(rows: Rows, labels: Sequence[str]) -> list[int]:
     """The number of each row's label."""
     number = {label: i for i, label in enumerate(labels)}
-    return [number[label] for label in rows.labels or ()]
+    return [number[str(label)] for label in rows.labels or ()]
 
 
 def find(use: str) -> type[Task]:

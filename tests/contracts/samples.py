@@ -51,6 +51,23 @@ def classification(folder: Path, bases) -> Sample:
     )
 
 
+def token_classification(folder: Path, bases) -> Sample:
+    rows = Rows(
+        [("Angelman", "syndrome", "of", "Bob", "."), "mild angioedema", ("nothing", "unusual")],
+        [("B-Illness", "I-Illness", "O", "B-Name", "O"), ("O", "B-Illness"), ("O", "O")],
+    )
+    right = sections("token_classification", text="tokens", label="tags")
+    return Sample(
+        rows,
+        ("O", "B-Illness", "B-Name", "I-Illness", "I-Name"),
+        bases("tiny_base"),
+        ("query", "value"),
+        "Bob has angioedema.",
+        right,
+        right | {"exact_match": _Section(examples=1)},
+    )
+
+
 def causal_lm(folder: Path, bases) -> Sample:
     rows = Rows(["two and two", "three and four more"], ["four", "seven or so"])
     right = sections("causal_lm")

@@ -71,8 +71,8 @@ def test_repeats_bit_for_bit_and_leaves_nothing_behind(fit):
     assert same(first, fit(client=0))
 
 
-@pytest.fixture(params=["encoder", "pooler", "decoder", "core"])
-def model(request, build, tiny_lm):
+@pytest.fixture(params=["encoder", "pooler", "decoder", "core", "tagger"])
+def model(request, build, tiny_lm, sentences):
     """Overrides that build another model: with another task, other targets, or a trained head with biases."""
     lm = ("task=causal_lm", f"model.base={tiny_lm}", "model.adapter.targets=[q_proj,up_proj,lm_head]")
     return {
@@ -80,6 +80,7 @@ def model(request, build, tiny_lm):
         "pooler": ("model.pooler=trained", "model.adapter.targets=[query,dense]"),
         "core": ("model.adapter.kind=lora_xs",),
         "decoder": lm,
+        "tagger": ("task=token_classification", f"data.files={{train: {sentences}}}"),
     }[request.param]
 
 

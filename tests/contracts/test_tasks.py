@@ -37,6 +37,7 @@ class Tried:
             np.concatenate([[0], np.cumsum(lengths)]),
             np.asarray(self.encoded.targets, np.int64),
             types,
+            self.encoded.marks and np.concatenate([np.asarray(row, np.int32) for row in self.encoded.marks]),
         )
         self.rows = np.arange(len(self.examples))
         kind = Lora(4, 8, sample.targets)
@@ -53,7 +54,7 @@ def test_a_row_is_an_example(tried):
     assert len(tried.encoded.tokens) == len(tried.encoded.targets) == len(tried.sample.rows.texts)
     if tried.cls.tokens:
         assert all(0 < len(row) <= LENGTH for row in tried.encoded.tokens)
-    if tried.cls.labelled:
+    if tried.cls.target == "class":
         names = [tried.sample.labels[target] for target in tried.encoded.targets]
         assert names == tried.sample.rows.labels
 
@@ -97,7 +98,28 @@ def test_a_finished_model_answers(tried):
             with packing.away():
                 said, sure = tried.cls.answer(*told)
     assert isinstance(said, str) and (sure is None or 0 <= sure <= 1)
-    assert not tried.cls.labelled or said in tried.sample.labels
+    assert tried.cls.target != "class" or said in tried.sample.labels
+
+
+def test_packing_is_padding(tried):
+    """To 1e-5: the loss of each example, and its gradient."""
+    if not tried.cls.tokens:
+        return
+    task, names = tried.task, tuple(n for n, s in tried.task.layout.items() if s.role != "A")
+    assert task.packing is not None
+
+    def passed():
+        parameters = task.begin(task.initial, names)
+        losses = task.losses(task.batch(tried.examples, tried.rows))
+        losses.sum().backward()
+        return [losses.detach(), *(p.grad.clone() for p in parameters)]
+
+    packed, packing = passed(), task.packing
+    with packing.away(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "packing", None)
+        padded = passed()
+    for one, other in zip(packed, padded, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_a_scenario_that_does_not_go_with_it_is_told_by_its_key(tried):

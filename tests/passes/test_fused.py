@@ -30,15 +30,17 @@ MODELS = {
     "prefix": ("model.adapter.layers=[1]", "rounds=8"),
     "core": ("model.adapter.kind=lora_xs",),
     "decoder": LM,
+    "tagger": ("task=token_classification",),
 }
 
 
 @pytest.fixture
-def task_of(build, tiny_lm):
+def task_of(build, tiny_lm, sentences):
     """The worker of a model, by its name."""
+    own = {"decoder": f"model.base={tiny_lm}", "tagger": f"data.files={{train: {sentences}}}"}
 
     def make(name):
-        worker = build(*MODELS[name], *([f"model.base={tiny_lm}"] if name == "decoder" else []), private=False)
+        worker = build(*MODELS[name], *filter(None, [own.get(name)]), private=False)
         if name == "padded" and worker.task.packing is not None:
             worker.task.packing.remove()
             worker.task.packing = None

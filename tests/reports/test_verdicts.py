@@ -45,6 +45,12 @@ def test_two_standard_errors_above_the_commonest_label_is_learning(value, words)
     assert found["majority"].says.startswith(words) if words else found == {}
 
 
+def test_an_f1_of_nothing_is_that_of_always_saying_that_there_is_nothing():
+    (found,) = judged(curve(0.2, 0.0, losses=[0.3, 0.3], metric="f1"), metric="f1", majority=0.9).values()
+    assert found.code == "majority" and found.says.startswith("not one entity is found")
+    assert judged(curve(0.01, metric="f1"), metric="f1", majority=0.9) == {}
+
+
 def test_where_no_score_can_tell_it_is_the_test_set_that_is_to_change():
     (found,) = judged(curve(1.0), majority=0.98, test_examples=100).values()  # 0.98 + 2 * 0.014 > 1
     assert found.code == "majority" and found.setting == "more test rows, of more labels"
