@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from fedlora import prepare
 from fedlora import scenario as scenarios
 from fedlora.data import reading
+from fedlora.data.store import majority as majority_of
 from fedlora.errors import SettingError, UserError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Event
@@ -352,7 +352,7 @@ class _Search:
             metric, held, labels = run.metric, self.ready.data.validation, self.ready.data.labels
             of = {metric: f"{OF_VALIDATION}{metric}", "loss": f"{OF_VALIDATION}loss"}
             lines = [{**line, **{name: line.get(other) for name, other in of.items()}} for line in run.rounds]
-            majority = float(np.bincount(held.targets).max() / len(held)) if labels else None
+            majority = majority_of(held.targets) if labels else None
             judged = {**run.summary, "test_examples": len(held), "majority": majority}
         wrong = verdicts(lines, run.clients, run.scenario, judged, len(self.ready.data.labels))
         last = next((line for line in reversed(lines) if line.get(run.metric) is not None), {})

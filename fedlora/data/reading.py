@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from fedlora import plugins
 from fedlora import scenario as settings
+from fedlora.data.cells import Label, Taught
 from fedlora.data.partitions import draw
 from fedlora.errors import SettingError, suggestion
 
@@ -35,13 +37,20 @@ class Rows:
 
     Attributes:
         texts: of each row a text, a pair of texts, or the bytes of an image's file.
-        labels: of each row its class, or its completion for causal_lm; None where there are none.
+        labels: of each row its class, or its completion for causal_lm; for multi_label the tuple of its labels,
+            for regression that of its scores, from 0 to 1; None where there are none.
         owners: of each row whose it is, by the natural partition's column; None elsewhere.
     """
 
     texts: Sequence[Input]
-    labels: list[str] | None
+    labels: Sequence[Label] | None
     owners: list[str] | None = None
+
+    @property
+    def classes(self) -> set[str]:
+        """The labels that occur."""
+        parts = ([label] if isinstance(label, str) else label for label in self.labels or ())
+        return {name for part in parts for name in part if isinstance(name, str)}
 
 
 NOTHING = Rows([], [])
@@ -50,13 +59,14 @@ NOTHING = Rows([], [])
 def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
     """The training and test rows of a source, before tokenisation."""
     owner = data.partition.column if isinstance(data.partition, settings.Natural) else None
+    taught = Taught.of(data, task)
     if data.files is not None:
-        train, test = _read_files(data.files, owner)
+        train, test = _read_files(data.files, owner, taught)
     elif data.dataset == "tweets":
         train, test = _read_tweets(owner), None
     else:
         hub = data.hub or HUB_DATASETS[str(data.dataset)]
-        train, test = _read_hub(hub, owner)
+        train, test = _read_hub(hub, owner, taught)
     if not train.texts:
         raise SettingError("data", "the training set is empty")
     if test is None:
@@ -66,16 +76,16 @@ def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
     return train, test
 
 
-def set_aside(data: settings.Data, test: Rows) -> tuple[Rows, Rows]:
+def set_aside(data: settings.Data, task: str, test: Rows) -> tuple[Rows, Rows]:
     """The test rows that report, and the rows that choose the best round; none of these unless they are asked for.
 
     Raises:
         SettingError: they cannot be read, or one of the two would be empty.
     """
     if data.files is not None and data.files.validation is not None:
-        chosen = _read_rows(data.files, "validation", data.files.validation, None)
+        chosen = _read_rows(data.files, "validation", data.files.validation, None, Taught.of(data, task))
     elif data.hub is not None and data.hub.validation is not None:
-        chosen = _read_split(data.hub, "validation", data.hub.validation, None)
+        chosen = _read_split(data.hub, "validation", data.hub.validation, None, Taught.of(data, task))
     elif data.validation_share is not None:
         test, chosen = _hold_out(test, data.validation_share, again=True)
     else:
@@ -97,16 +107,17 @@ def read_test(data: settings.Data, task: str) -> tuple[Rows, tuple[str, ...]]:
         return test, label_names(data, train, task)
     if data.files.test is None:
         raise SettingError("data.files.test", "sites keep their rows: name the server's own file to judge by")
-    test = _read_rows(data.files, "test", data.files.test, None)
+    test = _read_rows(data.files, "test", data.files.test, None, Taught.of(data, task))
     return test, label_names(data, test, task)
 
 
-def read_site(files: settings.Files, labels: Sequence[str] | None) -> tuple[Rows, int]:
-    """The rows of a site's own file, `files.train`, whose label is one of `labels`, and how many are left out."""
-    rows = _read_rows(files, "train", files.train, None)
-    if labels is None or rows.labels is None:
+def read_site(files: settings.Files, labels: Sequence[str] | None, taught: Taught) -> tuple[Rows, int]:
+    """The rows of a site's own file, `files.train`, that have no label but `labels`, and how many are left out."""
+    rows = _read_rows(files, "train", files.train, None, taught)
+    if labels is None or rows.labels is None or taught.target == "score":
         return rows, 0
-    kept = [i for i, label in enumerate(rows.labels) if label in labels]
+    known = set(labels)
+    kept = [i for i, held in enumerate(rows.labels) if known.issuperset([held] if isinstance(held, str) else held)]
     if not kept:
         raise SettingError("data.files.labels", f"{files.train}: no row has any of them")
     left = Rows([rows.texts[i] for i in kept], [rows.labels[i] for i in kept])
@@ -122,7 +133,7 @@ def check(data: settings.Data, task: str, num_clients: int) -> None:
     if data.files is None and data.dataset != "tweets":
         return
     train, test = read(data, task)
-    set_aside(data, test)
+    set_aside(data, task, test)
     if (known := data.public) and (known.files is not None or known.dataset == "tweets"):
         read_public(data, task, label_names(data, train, task))
     if isinstance(data.partition, settings.Sampled):
@@ -161,11 +172,14 @@ def label_names(data: settings.Data, rows: Rows, task: str) -> tuple[str, ...]:
     Raises:
         SettingError: there is only one, or rows have one that the settings do not name.
     """
-    if not plugins.find("tasks", task).labelled:
+    found = plugins.find("tasks", task)
+    if found.target == "score":
+        return data.label_columns
+    if not found.labelled:
         return ()
-    names = data.labels or tuple(sorted(set(rows.labels or ())))
+    names = data.labels or tuple(sorted(rows.classes))
     if len(names) < 2:
-        raise SettingError("data", f"classification needs two labels or more, and there is only {list(names)}")
+        raise SettingError("data", f"{task} needs two labels or more, and there is only {list(names)}")
     check_labels("data.labels", rows, names, "the data has labels that it does not name")
     return names
 
@@ -176,7 +190,7 @@ def check_labels(key: str, rows: Rows, names: Sequence[str], what: str) -> None:
     Raises:
         SettingError: of `key`, with `what` is wrong; they have.
     """
-    if names and (strange := sorted(set(rows.labels or ()) - set(names))):
+    if names and (strange := sorted(rows.classes - set(names))):
         raise SettingError(key, f"{what}: {strange[:5]}")
 
 
@@ -205,28 +219,32 @@ def columns_of(path: Path) -> dict[str, list[str]]:
     return {str(name): [str(value) for value in table[name].tolist()] for name in table.columns}
 
 
-def _read_files(files: settings.Files, owner: str | None) -> tuple[Rows, Rows | None]:
-    train = _read_rows(files, "train", files.train, owner)
-    return train, (_read_rows(files, "test", files.test, None) if files.test else None)
+def _read_files(files: settings.Files, owner: str | None, taught: Taught) -> tuple[Rows, Rows | None]:
+    train = _read_rows(files, "train", files.train, owner, taught)
+    return train, (_read_rows(files, "test", files.test, None, taught) if files.test else None)
 
 
-def _read_rows(files: settings.Files, key: str, path: str, owner: str | None) -> Rows:
+def _read_rows(files: settings.Files, key: str, path: str, owner: str | None, taught: Taught) -> Rows:
     table = _read_table(f"data.files.{key}", Path(path), files.columns)
 
-    def column(setting: str, name: str) -> list[str]:
+    def held(setting: str, name: str) -> Any:
         if name not in table.columns:
             known = [str(c) for c in table.columns]
             raise SettingError(setting, f"{path} has no column {name!r}: {suggestion(name, known)}")
-        values = table[name]
+        return table[name]
+
+    def column(setting: str, name: str) -> list[str]:
+        values = held(setting, name)
         empty = values.isna() | (values.eq("") if setting != "data.files.text" else False)
         if empty.any():
             at = int(np.flatnonzero(empty.to_numpy())[0]) + 1
             raise SettingError(setting, f"{path}: row {at} has no {name!r}")
         return [str(v) for v in values.tolist()]
 
+    label = "data.files.label"
     return Rows(
         _inputs(files.text, lambda name: column("data.files.text", name)),
-        column("data.files.label", files.label) if files.label else None,
+        taught.read(files, path, partial(column, label), lambda name: held(label, name).tolist()),
         column("data.partition.column", owner) if owner else None,
     )
 
@@ -269,12 +287,12 @@ def _read_table(key: str, path: Path, columns: Sequence[str] | None) -> Any:
     raise SettingError(key, f"{path}: {suffix or 'no suffix'} is not one of .csv, .tsv, .json, .jsonl, .parquet")
 
 
-def _read_hub(hub: settings.Hub, owner: str | None) -> tuple[Rows, Rows | None]:
-    train = _read_split(hub, "train", hub.train, owner)
-    return train, (_read_split(hub, "test", hub.test, None) if hub.test else None)
+def _read_hub(hub: settings.Hub, owner: str | None, taught: Taught) -> tuple[Rows, Rows | None]:
+    train = _read_split(hub, "train", hub.train, owner, taught)
+    return train, (_read_split(hub, "test", hub.test, None, taught) if hub.test else None)
 
 
-def _read_split(hub: settings.Hub, key: str, split: str, owner: str | None) -> Rows:
+def _read_split(hub: settings.Hub, key: str, split: str, owner: str | None, taught: Taught) -> Rows:
     """The rows of a split, which the setting `key` of the hub names."""
     import datasets
 
@@ -291,23 +309,34 @@ def _read_split(hub: settings.Hub, key: str, split: str, owner: str | None) -> R
             f"cannot load {hub.path}, split {split!r}, from the Hub or its cache: {what}",
         ) from error
 
-    def column(setting: str, name: str) -> list[str]:
+    def feature(setting: str, name: str) -> Any:
         if name not in table.column_names:
             raise SettingError(
                 setting, f"{hub.path} has no column {name!r}: {suggestion(name, table.column_names)}"
             )
-        feature = table.features[name]
-        named = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
+        return table.features[name]
+
+    def column(setting: str, name: str) -> list[str]:
+        kind = feature(setting, name)
+        named = kind.int2str if isinstance(kind, datasets.ClassLabel) else str
         return [named(v) for v in table[name]]
+
+    def cells(name: str) -> list[Any]:
+        kind = feature(label, name)
+        inner = getattr(kind, "feature", None)  # of a list
+        if isinstance(inner, datasets.ClassLabel):
+            return [inner.int2str(list(v or ())) for v in table[name]]
+        return column(label, name) if isinstance(kind, datasets.ClassLabel) else list(table[name])
 
     def inputs(name: str) -> list[Any]:
         if isinstance(table.features.get(name), datasets.Image):
             return _files_of(table, name)
         return column("data.hub.text", name)
 
+    label = "data.hub.label"
     return Rows(
         _inputs(hub.text, inputs),
-        column("data.hub.label", hub.label),
+        taught.read(hub, hub.path, partial(column, label), cells),
         column("data.partition.column", owner) if owner else None,
     )
 

@@ -7,22 +7,24 @@ from pathlib import Path
 import numpy as np
 
 from fedlora import prepare
+from fedlora.data.cells import Label
 from fedlora.data.reading import Rows, read
 from fedlora.errors import SettingError
 from fedlora.rounds.checkpoint import whole_folder
-from fedlora.scenario import Scenario
+from fedlora.scenario import Data, Scenario
 
 _SITE = """\
 # What this node brings to a run, and what it allows; see docs/deploy.md.
 name: site-{client}
 client: {client}                        # which of the scenario's clients it is
-data: {{train: {train}, text: text, label: {label}{labels}}}
+data: {{train: {train}, text: text, label: {label}{more}}}
 state: {state}
 accept: {{bases: [{base}], own_code: false}}
 """
 _BUDGET = (
     "privacy: {{max_epsilon: {most:g}, delta: {delta:g}}}  # what its examples may lose in all runs together\n"
 )
+_SEPARATOR = "\n"  # between a row's labels: no label has one
 _RUNS = 10  # rehearsals that a budget is for
 
 
@@ -49,15 +51,20 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
         raise scenario.located(error) from error
     made = []
     with whole_folder(folder) as new:
-        _write(new / "test.csv", test, np.arange(len(test.texts)))
+        _write(new / "test.csv", test, np.arange(len(test.texts)), scenario.data)
         for client in range(scenario.clients.total):
             rows = np.sort(np.concatenate([held.partition(client).rows, held.held_out(client).rows]))
             (new / f"site-{client}").mkdir()
-            _write(new / f"site-{client}" / "train.csv", train, rows)
+            _write(new / f"site-{client}" / "train.csv", train, rows, scenario.data)
             place = seen_as or folder.absolute() / f"site-{client}"
             label = "null" if train.labels is None else "label"
-            labels = f", labels: {json.dumps(held.labels)}" if held.labels else ""
-            told = {"train": place / "train.csv", "label": label, "labels": labels, "state": place / "state"}
+            more = f", labels: {json.dumps(held.labels)}" if held.labels else ""
+            if (scale := scenario.data.score) is not None:
+                label = json.dumps(held.labels)
+                more = f", score: {{low: {scale.low!r}, high: {scale.high!r}}}"
+            elif train.labels and isinstance(train.labels[0], tuple):
+                more += f", separator: {json.dumps(_SEPARATOR)}"
+            told = {"train": place / "train.csv", "label": label, "more": more, "state": place / "state"}
             told["base"] = json.dumps(scenario.model.base)
             text = _SITE.format(client=client, **told)
             if (asked := scenario.example_privacy) is not None:
@@ -67,9 +74,19 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
     return made
 
 
-def _write(file: Path, rows: Rows, chosen: "np.typing.NDArray[np.int64]") -> None:
+def _write(file: Path, rows: Rows, chosen: "np.typing.NDArray[np.int64]", data: Data) -> None:
+    named = () if rows.labels is None else ("label",) if data.score is None else data.label_columns
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["text"] if rows.labels is None else ["text", "label"])
+        writer.writerow(["text", *named])
         for row in chosen:
-            writer.writerow([rows.texts[row]] if rows.labels is None else [rows.texts[row], rows.labels[row]])
+            writer.writerow([rows.texts[row], *(() if rows.labels is None else _cells(rows.labels[row], data))])
+
+
+def _cells(label: Label, data: Data) -> list[str]:
+    """A row's label, its labels, or its scores in their units, as a file has them."""
+    if isinstance(label, str):
+        return [label]
+    if (scale := data.score) is None:
+        return [_SEPARATOR.join(map(str, label))]
+    return [f"{scale.low + (scale.high - scale.low) * float(x):.9g}" for x in label]

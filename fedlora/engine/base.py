@@ -7,6 +7,7 @@ import uuid
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flwr.app import DEFAULT_TTL, Message, RecordDict
 from flwr.serverapp import Grid
@@ -48,9 +49,9 @@ def gathered(parts: Iterable[Replies], partial_sums: bool) -> Replies:
     return Replies(total.updates() if partial_sums else updates, reports)
 
 
-def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def summed(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Sums over parts, by key, in their order."""
-    sums: dict[str, float] = {}
+    sums: dict[str, Any] = {}
     for part in parts:
         for key, value in part.items():
             sums[key] = sums.get(key, 0.0) + value
@@ -67,14 +68,14 @@ def pieces(found: Description) -> list[tuple[Half, int, int]]:
     ]
 
 
-def by_half(found: Description, parts: Iterable[Mapping[str, float]]) -> dict[Half, dict[str, float]]:
+def by_half(found: Description, parts: Iterable[Mapping[str, Any]]) -> dict[Half, dict[str, Any]]:
     """The sums of an evaluation's pieces, for the rows that report and for those that choose, if there are any."""
     made = list(zip(pieces(found), parts, strict=True))
     halves = dict.fromkeys(half for (half, *_), _ in made)
     return {half: summed(part for (of, *_), part in made if of == half) for half in halves}
 
 
-def named(figures: Mapping[Half, Mapping[str, float]]) -> dict[str, float]:
+def named(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Figures as a round's line has them: those on the rows that choose are `validation_...`."""
     told = dict(figures["test"])
     return told | {f"validation_{name}": value for name, value in figures.get("validation", {}).items()}

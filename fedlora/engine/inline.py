@@ -35,7 +35,7 @@ class InlineEngine(Engine):
         """Loss and metric on the server's own rows."""
         parts = (self.worker.evaluate(adapter, *piece) for piece in pieces(self.description))
         sums = by_half(self.description, parts)
-        return named({half: self.worker.figures(these) for half, these in sums.items()})
+        return named(self.worker.figures(sums))
 
     def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
         """Loss and metric of clients' own models."""

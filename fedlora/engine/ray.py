@@ -143,11 +143,11 @@ class RayEngine(Engine):
         told = ray.put(adapter)
         return [self.pool.call("evaluate", told, *piece) for piece in pieces(self.description)]
 
-    def _figures(self, parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    def _figures(self, parts: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """What the pieces of an evaluation come to."""
         sums = by_half(self.description, parts)
-        made = self.pool.spread([self.pool.call("figures", these) for these in sums.values()], _not_evaluated)
-        return named(dict(zip(sums, made, strict=True)))
+        (made,) = self.pool.spread([self.pool.call("figures", sums)], _not_evaluated)
+        return named(made)
 
     def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
         """Loss and metric of clients' own models."""

@@ -75,6 +75,7 @@ class Worker:
                 private=self.client.private,
                 precision="bf16" if setup.precision == "bf16" else "fp32",
                 start=start.saved if start is not None else None,
+                scale=(score.low, score.high) if (score := self.scenario.data.score) is not None else None,
             )
         self.kept: Kept | None = None
         if self.task.prefix is not None and pays(self.scenario, self.dataset):
@@ -110,6 +111,7 @@ class Worker:
             initial=self.task.initial,
             metric=self.task.metric,
             higher_is_better=self.task.higher_is_better,
+            also=self.task.also,
             test_examples=len(self.dataset.test),
             validation_examples=len(self.dataset.validation),
             kind=self.task.kind,
@@ -373,7 +375,7 @@ class Worker:
             raise ContractError("the tensors that stay frozen are not the server's: another seed, base or torch")
 
     @hardware.on_gpu("the test set")
-    def evaluate(self, adapter: Adapter, half: Half, start: int, stop: int) -> dict[str, float]:
+    def evaluate(self, adapter: Adapter, half: Half, start: int, stop: int) -> dict[str, Any]:
         """Sums of the metric over examples `start` to `stop` of those that report, or of those that choose."""
         self.task.become()
         rows, examples, asked = np.arange(start, stop), getattr(self.dataset, half), self.scenario.exact_match
@@ -408,9 +410,9 @@ class Worker:
         self.task.merge(change)
         self.merged += 1
 
-    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Loss and metric from sums."""
-        return self.task.figures(sums)
+    def figures(self, sums: Mapping[Half, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+        """Loss and metric from sums, of the rows that report and of those that choose."""
+        return self.task.by_half(sums)
 
     def export(self, adapter: Adapter, folder: Path, merged: Change | None) -> None:
         """As `Task.export`."""

@@ -39,6 +39,7 @@ def summary_of(
         "higher_is_better": found.higher_is_better,
         found.metric: figures.get(found.metric),
         "loss": figures.get("loss"),
+        **{name: figures[name] for name in found.also if name in figures},
         "bytes_up_total": now.bytes_up,
         "bytes_up_head": now.bytes_up_head,
         "bytes_down_total": now.bytes_down,

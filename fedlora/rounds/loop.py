@@ -374,7 +374,8 @@ class Loop:
         """Write the line of a round, and remember what was measured."""
         if line["loss"] is not None:
             metric = self.engine.description.metric
-            names = ("loss", metric, f"{metric}_least", f"{metric}_most", "exact_match")
+            further = self.engine.description.also
+            names = ("loss", metric, f"{metric}_least", f"{metric}_most", "exact_match", *further)
             measured = [f"{prefix}{name}" for prefix in ("", OF_VALIDATION) for name in names]
             now.last.update({key: line[key] for key in measured if key in line})
             if self.choice is not None:

@@ -18,6 +18,7 @@ from fedlora.scenario.data import (
     Partition,
     Pathological,
     Sampled,
+    Score,
     Shards,
     Size,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "Rounded",
     "Sampled",
     "Scenario",
+    "Score",
     "Section",
     "SecureAggregation",
     "Shards",

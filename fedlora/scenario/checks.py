@@ -202,6 +202,23 @@ def _of_task(task: str, sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("task",), f"{task} is no fedlora.Task")
         return
     yield from (Problem(path, what) for path, what in found.needs(sections))
+    if data:
+        yield from _taught(task, found.target, data)
+
+
+def _taught(task: str, target: str, data: Data) -> Iterator[Problem]:
+    """Keys of several labels or of scores, where the task has none."""
+    if target != "score" and data.score is not None:
+        yield Problem(("data", "score"), f"is for task: regression, and the task is {task}: leave it out")
+    for name in ("files", "hub"):
+        if (source := getattr(data, name)) is None:
+            continue
+        if target != "score" and isinstance(source.label, tuple):
+            yield Problem(
+                ("data", name, "label"), f"several columns are for task: regression, and the task is {task}"
+            )
+        if target != "many" and source.separator is not None:
+            yield Problem(("data", name, "separator"), f"is for task: multi_label, and the task is {task}")
 
 
 def _summed(clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:

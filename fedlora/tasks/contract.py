@@ -6,7 +6,7 @@ judged by, and how an answer is shown. It is found by its name, like a strategy,
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import torch
 
 Batch = dict[str, "torch.Tensor"]
+Sums = Mapping[str, Any]
+"""Numbers and float64 arrays by name, which add up over batches."""
+
 Problem = tuple[tuple[str, ...], str]
 """A key of a scenario, and what is wrong with it."""
 
@@ -58,7 +61,16 @@ class Task(Adapted, ABC):
     """Whether what a model has beside its body is a head of its own, which federates."""
 
     labelled: ClassVar[bool] = True
-    """Whether each row has one of a list of labels."""
+    """Whether what the head puts out has names: of labels, or of scores."""
+
+    target: ClassVar[Literal["class", "start", "many", "score"]] = "class"
+    """What a row is taught by: one of a list of labels, a completion from some token on, labels, or scores."""
+
+    problem: ClassVar[str | None] = None
+    """What transformers calls it, as `problem_type` of a model's configuration; None: by the number of labels."""
+
+    also: ClassVar[tuple[str, ...]] = ()
+    """Names of further figures that a summary tells."""
 
     pools: ClassVar[bool] = True
     """Whether the head reads a padded batch, and not each token by itself."""
@@ -149,12 +161,20 @@ class Task(Adapted, ABC):
         """The loss of each example, (examples,). An example's loss depends on that example alone."""
 
     @abstractmethod
-    def score(self, batch: Batch) -> dict[str, float]:
+    def score(self, batch: Batch) -> dict[str, Any]:
         """Sums over a batch of what `figures` divides."""
 
     @abstractmethod
-    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def figures(self, sums: Sums) -> dict[str, float]:
         """`loss` and the metric, and whatever else is to be told, from sums over all batches."""
+
+    def by_half(self, sums: Mapping[Any, Sums]) -> dict[str, dict[str, float]]:
+        """The figures of the rows that report, `test`, and of those that choose, `validation`, if there are any.
+
+        Args:
+            sums: of each.
+        """
+        return {half: self.figures(these) for half, these in sums.items()}
 
     def written(self, reader: Any, examples: Examples, rows: NDArray[np.int64], asked: Any) -> dict[str, float]:
         """Further sums for `figures`, from what the model writes where it is asked; none by default.
@@ -192,7 +212,7 @@ class Task(Adapted, ABC):
                 yield self.batch(examples, chunk), chunk
 
     def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
-        """`input_ids` and `attention_mask` (examples, longest), `targets` (examples,), on the device.
+        """`input_ids` and `attention_mask` (examples, longest), `targets` (examples, ...), on the device.
 
         Of pairs `token_type_ids` too, where the model tells their texts apart; of examples that are known above
         the frozen layers `prefix`, (1, tokens, width).
@@ -241,7 +261,7 @@ class Task(Adapted, ABC):
 
     def evaluate(
         self, adapter: Mapping[str, NDArray[np.float32]], examples: Examples, rows: NDArray[np.int64]
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Sums of the metric over some rows, in float32."""
         import torch
 
@@ -249,7 +269,7 @@ class Task(Adapted, ABC):
         self._use_half(False)
         self.model.eval()
         order = rows[np.argsort(examples.lengths(rows), kind="stable")]
-        sums: dict[str, float] = {}
+        sums: dict[str, Any] = {}
         with torch.inference_mode():
             while len(order):
                 chunk = order[-self.at_once(int(examples.lengths(order[-1:])[0])) :]
@@ -313,7 +333,7 @@ class Task(Adapted, ABC):
 
 def numbers(rows: Rows, labels: Sequence[str]) -> list[int]:
     """The number of each row's label."""
-    number = {label: i for i, label in enumerate(labels)}
+    number: dict[Any, int] = {label: i for i, label in enumerate(labels)}
     return [number[label] for label in rows.labels or ()]
 
 
