@@ -63,14 +63,15 @@ class Task(Adapted, ABC):
     labelled: ClassVar[bool] = True
     """Whether what the head puts out has names: of labels, or of scores."""
 
-    target: ClassVar[Literal["class", "start", "many", "score"]] = "class"
-    """What a row is taught by: one of a list of labels, a completion from some token on, labels, or scores."""
-
     problem: ClassVar[str | None] = None
     """What transformers calls it, as `problem_type` of a model's configuration; None: by the number of labels."""
 
     also: ClassVar[tuple[str, ...]] = ()
     """Names of further figures that a summary tells."""
+
+    target: ClassVar[Literal["class", "many", "score", "marks", "start"]] = "class"
+    """What an example is judged by: the number of its class, any number of labels, scores, a tag of each token, or
+    its tokens from where its answer starts. `fedlora.metrics.contract` says what metrics are given of each."""
 
     pools: ClassVar[bool] = True
     """Whether the head reads a padded batch, and not each token by itself."""
@@ -175,6 +176,20 @@ class Task(Adapted, ABC):
             sums: of each.
         """
         return {half: self.figures(these) for half, these in sums.items()}
+
+    def outputs(self, batch: Batch) -> NDArray[np.float32]:
+        """What metrics are of, where a scenario names some (`fedlora.metrics.contract`), float32.
+
+        Of each example its outputs, (examples, width): by default the probability of each label. For `marks` those
+        of each scored token, (scored tokens, width), in the order in which `judged_by` has them.
+        """
+        made: NDArray[np.float32] = self.logits(batch).softmax(-1).cpu().numpy()
+        return made
+
+    def judged_by(self, batch: Batch) -> NDArray[Any]:
+        """What is right of each row of `outputs`; by default the targets."""
+        made: NDArray[Any] = batch["targets"].cpu().numpy()
+        return made
 
     def written(self, reader: Any, examples: Examples, rows: NDArray[np.int64], asked: Any) -> dict[str, float]:
         """Further sums for `figures`, from what the model writes where it is asked; none by default.

@@ -80,6 +80,11 @@ class MultiLabel(Classification):
             "top": float(top.sum()),
         }
 
+    def outputs(self, batch: Batch) -> NDArray[np.float32]:
+        """The probability of each label by itself, (examples, labels)."""
+        made: NDArray[np.float32] = self.logits(batch).sigmoid().cpu().numpy()
+        return made
+
     def figures(self, sums: Sums) -> dict[str, float]:
         """Mean loss, and F1 at a threshold of 0.5."""
         return figures(sums, HALF)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora.data.cells import NO_SCALE
 from fedlora.data.reading import Rows
@@ -79,6 +80,19 @@ class Regression(Classification):
         sums: dict[str, Any] = {name: part.sum(0).cpu().numpy() for name, part in parts.items()}
         loss = (predicted - told).square().mean(-1).sum()
         return {"loss": float(loss), "examples": float(len(told)), **sums}
+
+    def outputs(self, batch: Batch) -> NDArray[np.float32]:
+        """The scores in their units, (examples, scores)."""
+        return self._in_units(self.logits(batch))
+
+    def judged_by(self, batch: Batch) -> NDArray[np.float32]:
+        """The right scores in their units, (examples, scores)."""
+        return self._in_units(batch["targets"])
+
+    def _in_units(self, scores: "torch.Tensor") -> NDArray[np.float32]:
+        low, high = _scale(self.model.get_base_model().config)
+        made: NDArray[np.float32] = (low + (high - low) * scores.float()).cpu().numpy()
+        return made
 
     def figures(self, sums: Sums) -> dict[str, float]:
         """Mean loss, correlation, and mean absolute error in the scores' own units."""
