@@ -209,7 +209,7 @@ def _of_task(task: str, sections: Mapping[str, Any]) -> Iterator[Problem]:
 def _taught(task: str, target: str, data: Data) -> Iterator[Problem]:
     """Keys of several labels or of scores, where the task has none."""
     if target != "score" and data.score is not None:
-        yield Problem(("data", "score"), f"is for task: regression, and the task is {task}: leave it out")
+        yield Problem(("data", "score"), f"score is for task: regression, and the task is {task}: leave it out")
     for name in ("files", "hub"):
         if (source := getattr(data, name)) is None:
             continue
@@ -218,7 +218,9 @@ def _taught(task: str, target: str, data: Data) -> Iterator[Problem]:
                 ("data", name, "label"), f"several columns are for task: regression, and the task is {task}"
             )
         if target != "many" and source.separator is not None:
-            yield Problem(("data", name, "separator"), f"is for task: multi_label, and the task is {task}")
+            yield Problem(
+                ("data", name, "separator"), f"separator is for task: multi_label, and the task is {task}"
+            )
 
 
 def _summed(clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:
