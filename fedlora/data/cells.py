@@ -15,7 +15,8 @@ Label = str | tuple[str, ...] | tuple[float, ...]
 
 NO_SCALE = "say from where to where scores go, as {low: 0, high: 5}: clients' rows are not looked at for it"
 
-_SEPARATORS = ("|", ";", ",")  # the first that occurs
+SEPARATORS = ("|", ";", ",")
+"""What may stand between labels where nobody says: the first of them that occurs."""
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def label_sets(cells: Sequence[Any], separator: str | None, column: Column) -> l
     """
     if separator is None:
         texts = [cell for cell in cells if isinstance(cell, str)]
-        separator = next((mark for mark in _SEPARATORS if any(mark in text for text in texts)), None)
+        separator = next((mark for mark in SEPARATORS if any(mark in text for text in texts)), None)
     made: list[tuple[str, ...]] = []
     for row, cell in enumerate(cells, 1):
         if _missing(cell):

@@ -97,6 +97,11 @@ class Task(Adapted, ABC):
     # What is asked before there is a model.
 
     @classmethod
+    def begins(cls, labels: Sequence[str]) -> float:
+        """The bias that a head which nobody trained begins with; 0 unless a task knows better without any row."""
+        return 0.0
+
+    @classmethod
     def needs(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
         """What of a scenario does not go with the task, such as a column that its rows need; imports no torch.
 

@@ -88,6 +88,11 @@ def load(
             raise SettingError("model.head", f"{base} has no head for {len(labels)} labels to keep: take trained")
         if head != "kept" and cls.labelled and base_model.other_labels(base, revision, labels):
             missing = [*missing, *bound]
+        first = {n: p for n, p in model.named_parameters() if n in {*bound} & {*missing} and p.ndim == 1}
+        if begins := cls.begins(labels):
+            for bias in first.values():
+                bias.data.fill_(begins)
+            missing = [n for n in missing if n not in first]  # else it were drawn
         if pooler == "trained":
             body = getattr(model, model.base_model_prefix, None)
             if getattr(body, "pooler", None) is None:

@@ -10,6 +10,7 @@ labels that rows have and that they have not: counts add up, whatever the thresh
 """
 
 from collections.abc import Mapping, Sequence
+from math import log
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +38,11 @@ class MultiLabel(Classification):
     target = "many"
     problem = "multi_label_classification"
     also = ("macro_f1", "precision_at_5", "threshold")
+
+    @classmethod
+    def begins(cls, labels: Sequence[str]) -> float:
+        """So that each label is as likely as one of all, as a softmax begins; zeros would give half of them."""
+        return -log(len(labels) - 1)
 
     @classmethod
     def encode(cls, reader: Any, rows: Rows, labels: Sequence[str], max_length: int) -> Encoded:

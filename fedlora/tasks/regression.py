@@ -46,6 +46,11 @@ class Regression(Classification):
             yield ("data", "labels"), "scores are called by their columns: leave it out"
 
     @classmethod
+    def begins(cls, labels: Sequence[str]) -> float:
+        """The middle of the scale."""
+        return 0.5
+
+    @classmethod
     def encode(cls, reader: Any, rows: Rows, labels: Sequence[str], max_length: int) -> Encoded:
         """Each text, or pair of texts, cut to `max_length` tokens; the targets are its scores, from 0 to 1."""
         tokens, types = cls.cut(reader, rows, max_length)
