@@ -10,6 +10,7 @@ import numpy as np
 from fedlora import scenario as scenarios
 from fedlora import starting
 from fedlora.data import reading, store
+from fedlora.data.cells import Taught
 from fedlora.engine import EVALUATION_CHUNK, hardware
 from fedlora.errors import SettingError, UserError
 from fedlora.exporting import About, adapter_of, task_of
@@ -136,7 +137,9 @@ def _rows(files: scenarios.Files, task: type[Task], about: About) -> reading.Row
     """
     if not task.tokens:
         raise SettingError("data", f"{about.task} judges images, and rows of text hold none")
-    rows = reading.read_file(files, "test", about.task, about.labels)
+    score = scenarios.Score(low=about.scale[0], high=about.scale[1]) if about.scale is not None else None
+    usual = scenarios.COLUMNS_OF.get(about.task, {})
+    rows = reading.read_file(files, "test", Taught(task.target, score, about.labels, usual))
     if not rows.texts:
         raise SettingError("data", f"{files.test}: holds no row")
     if task.target != "class":
@@ -180,7 +183,9 @@ def _evaluated(
         device=hardware.device("auto"),
         max_length=about.max_length,
         start=saved,
+        scale=about.scale,
     )
+    base_model.tell(made.model.get_base_model(), threshold=about.threshold)
     reader = task.reader(about.base, about.revision)
     dataset = store.hold(
         scenarios.Data(files=files, max_length=about.max_length),

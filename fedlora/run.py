@@ -14,7 +14,7 @@ from fedlora import plugins
 from fedlora.errors import UserError, suggestion
 from fedlora.metrics.contract import known
 from fedlora.privacy import ledger
-from fedlora.reports.verdicts import UNLEARNT, Verdict, verdicts
+from fedlora.reports.verdicts import GUESSED, UNLEARNT, Verdict, verdicts
 from fedlora.tasks.contract import find
 
 if TYPE_CHECKING:
@@ -135,9 +135,9 @@ class Run:
 
     @property
     def majority(self) -> float | None:
-        """The share of the commonest label among the test rows; None where accuracy is not the metric."""
+        """What always saying the commonest label comes to in the metric; None where that is not told."""
         told = self.summary.get("majority")
-        return float(told) if isinstance(told, int | float) and self.metric == "accuracy" else None
+        return float(told) if isinstance(told, int | float) and self.metric in GUESSED else None
 
     @property
     def state(self) -> Literal["finished", "stopped", "unfinished"]:

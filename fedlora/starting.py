@@ -90,6 +90,8 @@ def _of_others(
         return heads, f"{start} does not say for which labels it is (model.head: kept takes it all the same)"
     if about.task != scenario.task:
         return heads, f"{start} is for task: {about.task}"
+    if about.scale != ((scale := scenario.data.score) and (scale.low, scale.high)):
+        return heads, f"{start} is for scores of another scale"
     bound = [name for name in heads if tensors[name].shape[:1] == (len(about.labels),)]
     if about.labels == tuple(labels):
         return bound, ""

@@ -16,6 +16,7 @@ from fedlora.scenario import (
     PositiveFloat,
     PositiveInt,
     Scenario,
+    Score,
     Section,
     Source,
     read,
@@ -31,6 +32,7 @@ class Held(Files):
     labels: tuple[str, ...] | None = (
         None  # what the rows may be classified by; a run must have these and no others
     )
+    score: Score | None = None  # the scale of the rows' scores, as a run must have it
 
 
 class Budget(Section):
@@ -124,9 +126,22 @@ class Site(Section):
         """Why the site is not asked about some labels; None if it is. Its rows have no part in the answer.
 
         One set of labels, whoever asks: else the number of rows that are left would tell how many of each there
-        are.
+        are. For the same reason one way to read them: as several labels of a row where its file says what is
+        between them, as scores where it says their scale.
         """
-        if not find(scenario.task).labelled:
+        task = find(scenario.task)
+        for key, target in (("score", "score"), ("separator", "many")):
+            if (getattr(self.data, key) is None) is (task.target == target):
+                have = "lacks" if task.target == target else "has"
+                return f"its rows are not for task: {scenario.task}, by what its site file {have} (data.{key})"
+        if task.target == "score":
+            if self.data.score != scenario.data.score:
+                return "the scale of the run's scores is not that of its site file (data.score)"
+            own = (self.data.label,) if isinstance(self.data.label, str) else self.data.label or ()
+            return (
+                None if len(labels) == len(own) else f"its rows have {len(own)} scores, and the run {len(labels)}"
+            )
+        if not task.labelled:
             return "the run names labels, and its task has none" if labels else None
         if scenario.data.labels is not None and tuple(labels) != scenario.data.labels:
             return "the run has other labels than its scenario"

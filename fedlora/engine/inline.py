@@ -34,8 +34,7 @@ class InlineEngine(Engine):
     def evaluate(self, adapter: Adapter) -> Figures:
         """Loss and metrics on the server's own rows."""
         parts = (self.worker.evaluate(adapter, *piece) for piece in pieces(self.description))
-        found = by_half(self.description, parts)
-        return named({half: self.worker.figures(these, half) for half, these in found.items()})
+        return named(self.worker.figures(by_half(self.description, parts)))
 
     def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> dict[int, Figures]:
         """Loss and metrics of clients' own models."""

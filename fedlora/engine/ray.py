@@ -147,9 +147,8 @@ class RayEngine(Engine):
     def _figures(self, parts: Iterable[Evaluation]) -> Figures:
         """What the pieces of an evaluation come to."""
         found = by_half(self.description, parts)
-        jobs = [self.pool.call("figures", these, half) for half, these in found.items()]
-        made = self.pool.spread(jobs, _not_evaluated)
-        return named(dict(zip(found, made, strict=True)))
+        (made,) = self.pool.spread([self.pool.call("figures", found)], _not_evaluated)
+        return named(made)
 
     def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> dict[int, Figures]:
         """Loss and metrics of clients' own models."""

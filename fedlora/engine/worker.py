@@ -80,6 +80,7 @@ class Worker:
                 private=self.client.private,
                 precision="bf16" if setup.precision == "bf16" else "fp32",
                 start=start.saved if start is not None else None,
+                scale=(score.low, score.high) if (score := self.scenario.data.score) is not None else None,
             )
         self.kept: Kept | None = None
         if self.task.prefix is not None and pays(self.scenario, self.dataset):
@@ -413,7 +414,8 @@ class Worker:
             self.task.become(rank, instruction.draw)
             held = rows if test else self.dataset.held_out(client)
             made = self.task.evaluation(adapter, held.examples, held.rows, bool(self.metrics))
-            found[client] = self.figures(made)
+            told = self.task.figures(made.sums)
+            found[client] = made.figures(told, self.metrics, self.dataset.labels)
         return found
 
     def merge(self, change: Change) -> None:
@@ -423,12 +425,14 @@ class Worker:
         self.task.merge(change)
         self.merged += 1
 
-    def figures(self, found: Evaluation, half: Half | None = None) -> Figures:
-        """Loss and metrics; of the test rows of a run their confusion too, where it can be told."""
-        labels = self.dataset.labels
-        told: Figures = found.figures(self.task.figures(found.sums), self.metrics, labels)
-        if half == "test" and found.outputs is not None and confusion.tells(self.task.target, labels):
-            told[confusion.CONFUSION] = confusion.confusion(found, len(labels))
+    def figures(self, found: Mapping[Half, Evaluation]) -> dict[Half, Figures]:
+        """Loss and metrics of the rows that report and of those that choose; of the first also their confusion."""
+        labels, sums = self.dataset.labels, self.task.by_half({half: these.sums for half, these in found.items()})
+        told: dict[Half, Figures] = {
+            half: these.figures(sums[half], self.metrics, labels) for half, these in found.items()
+        }
+        if found["test"].outputs is not None and confusion.tells(self.task.target, labels):
+            told["test"][confusion.CONFUSION] = confusion.confusion(found["test"], len(labels))
         return told
 
     def export(self, adapter: Adapter, folder: Path, merged: Change | None) -> None:

@@ -52,14 +52,14 @@ class Evaluation:
         outputs, targets: of each row, where metrics are of them; None elsewhere.
     """
 
-    sums: Mapping[str, float]
+    sums: Mapping[str, Any]
     outputs: NDArray[np.float32] | None = None
     targets: NDArray[Any] | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         """Of pieces of the rows one after another, in their order."""
-        sums: dict[str, float] = {}
+        sums: dict[str, Any] = {}
         for part in parts:
             for key, value in part.sums.items():
                 sums[key] = sums.get(key, 0.0) + value

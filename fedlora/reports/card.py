@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.prepare import Prepared
+from fedlora.scenario import Scenario
 from fedlora.tasks.contract import Task, find
 
 _WITH_FEDLORA = """import fedlora
@@ -41,7 +42,7 @@ A LoRA adapter (r = {config["r"]}, alpha = {config["lora_alpha"]:g}) for `{base}
 by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["rounds"]} rounds{kept}.
 
 - {metric} on {judged}: {"not measured" if value is None else f"{value:.4f}"}
-- labels: {", ".join(labels) or "none"}
+- labels: {", ".join(labels) or "none"}{_read_as(scenario, summary)}
 - sent by clients: {sent}
 - privacy: {summary["privacy"]}
 - scenario hash {summary["hash"]}, seed {summary["seed"]}
@@ -54,10 +55,20 @@ by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["
     )
 
 
+def _read_as(scenario: Scenario, summary: Mapping[str, Any]) -> str:
+    """From which probability on a label is given, or what the units of scores are."""
+    if (scale := scenario.data.score) is not None:
+        return f" (scores: 0 stands for {scale.low:g}, and 1 for {scale.high:g})"
+    threshold = summary["metrics"].get("threshold")
+    return f" (each given from a probability of {threshold:g} on)" if threshold is not None else ""
+
+
 def _in_peft(task: type[Task], base: str, labels: Sequence[str]) -> str:
     """How to load it without fedlora; the model gives labels by their names."""
     names = ", ".join(f"{i}: {json.dumps(name, ensure_ascii=False)}" for i, name in enumerate(labels))
     more = f", num_labels={len(labels)}, id2label=labels" if labels else ""
+    if task.problem is not None:
+        more += f', problem_type="{task.problem}"'
     if not task.tokens:
         more += ", ignore_mismatched_sizes=True"
     return f"""from peft import PeftModel

@@ -37,7 +37,8 @@ def _learning(run: Run) -> Sequence[Figure]:
         if any(f"validation_{metric}" in line for line in run.rounds):
             note = "Measured on the held-out test set, and on the validation rows that choose and do not report."
         if run.majority is not None:
-            note += f" Dashed: the commonest label, which is {run.majority:.4f} of the test set."
+            of = " of the test set" if metric == "accuracy" else ""
+            note += f" Dashed: the commonest label, which is {run.majority:.4f}{of}."
         if run.best_round is not None:
             note += f" Round {run.best_round}, ringed, is the one that was kept."
         by_round = metric_by_round(run.rounds, metric, run.majority, run.best_round)

@@ -76,7 +76,8 @@ def _key_figures(run: Run) -> Iterator[tuple[str, str, str]]:
         f"on {summary['test_examples']:,} test examples" if "test_examples" in summary else "on the test set"
     )
     if run.majority is not None:
-        held_out += f", of which the commonest label is {run.majority:.4f}"
+        always = "of which" if run.metric == "accuracy" else "where always saying"
+        held_out += f", {always} the commonest label is {run.majority:.4f}"
     if kept is not None:
         held_out, best = f"{held_out}, after round {kept}, which validation rows chose", value
     yield (

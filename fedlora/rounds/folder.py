@@ -92,14 +92,14 @@ def create(folder: Path, scenario: Scenario, data: Dataset) -> None:
 def partitions(data: Dataset) -> dict[str, Any]:
     """Who holds what; of very many clients as many as a picture can show, evenly chosen."""
     total = data.num_clients
-    counts = {int(c): data.histogram(int(c)) for c in np.linspace(0, total - 1, min(total, SHOWN)).round()}
+    shown = [int(c) for c in np.linspace(0, total - 1, min(total, SHOWN)).round()]
     return {
-        "labels": list(data.labels),
+        "labels": [] if data.scored else list(data.labels),
         "clients_total": total,
         "clients": [
-            {"client": c, "num_examples": int(row.sum()), "labels": row.tolist()}
-            for c, row in counts.items()
-            if row.any()  # else nobody but its site knows
+            {"client": c, "num_examples": data.num_examples(c), "labels": data.histogram(c).tolist()}
+            for c in shown
+            if data.num_examples(c)  # else nobody but its site knows
         ],
         "test_examples": len(data.test),
     }

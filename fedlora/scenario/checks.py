@@ -215,6 +215,25 @@ def _of_task(task: str, sections: Mapping[str, Any]) -> Iterator[Problem]:
         metrics.find_all(sections.get("metrics") or (), getattr(found, "target", "class"))
     except SettingError as error:
         yield Problem(("metrics",), f"metrics: {error.message}")
+    if data:
+        yield from _taught(task, found.target, data)
+
+
+def _taught(task: str, target: str, data: Data) -> Iterator[Problem]:
+    """Keys of several labels or of scores, where the task has none."""
+    if target != "score" and data.score is not None:
+        yield Problem(("data", "score"), f"score is for task: regression, and the task is {task}: leave it out")
+    for name in ("files", "hub"):
+        if (source := getattr(data, name)) is None:
+            continue
+        if target != "score" and isinstance(source.label, tuple):
+            yield Problem(
+                ("data", name, "label"), f"several columns are for task: regression, and the task is {task}"
+            )
+        if target != "many" and source.separator is not None:
+            yield Problem(
+                ("data", name, "separator"), f"separator is for task: multi_label, and the task is {task}"
+            )
 
 
 def _summed(clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     import torch
 
 Batch = dict[str, "torch.Tensor"]
+Sums = Mapping[str, Any]
+"""Numbers and float64 arrays by name, which add up over batches."""
+
 Problem = tuple[tuple[str, ...], str]
 """A key of a scenario, and what is wrong with it."""
 
@@ -63,7 +66,10 @@ class Task(Adapted, ABC):
     """Whether what a model has beside its body is a head of its own, which federates."""
 
     labelled: ClassVar[bool] = True
-    """Whether each row has one of a list of labels."""
+    """Whether what the head puts out has names: of labels, or of scores."""
+
+    problem: ClassVar[str | None] = None
+    """What transformers calls it, as `problem_type` of a model's configuration; None: by the number of labels."""
 
     target: ClassVar[Literal["class", "many", "score", "marks", "start"]] = "class"
     """What an example is judged by: the number of its class, any number of labels, scores, a tag of each token, or
@@ -92,6 +98,11 @@ class Task(Adapted, ABC):
         super().__init__(model, kind, **told)
 
     # What is asked before there is a model.
+
+    @classmethod
+    def begins(cls, labels: Sequence[str]) -> float:
+        """The bias that a head which nobody trained begins with; 0 unless a task knows better without any row."""
+        return 0.0
 
     @classmethod
     def needs(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
@@ -159,12 +170,20 @@ class Task(Adapted, ABC):
         """The loss of each example, (examples,). An example's loss depends on that example alone."""
 
     @abstractmethod
-    def score(self, batch: Batch) -> dict[str, float]:
+    def score(self, batch: Batch) -> dict[str, Any]:
         """Sums over a batch of what `figures` divides."""
 
     @abstractmethod
-    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def figures(self, sums: Sums) -> dict[str, float]:
         """`loss` and the metric, and whatever else is to be told, from sums over all batches."""
+
+    def by_half(self, sums: Mapping[Any, Sums]) -> dict[str, dict[str, float]]:
+        """The figures of the rows that report, `test`, and of those that choose, `validation`, if there are any.
+
+        Args:
+            sums: of each.
+        """
+        return {half: self.figures(these) for half, these in sums.items()}
 
     def outputs(self, batch: Batch) -> NDArray[np.float32]:
         """What metrics are of, where a scenario names some (`fedlora.metrics.contract`), float32.
@@ -223,7 +242,7 @@ class Task(Adapted, ABC):
                 yield self.batch(examples, chunk), chunk
 
     def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
-        """`input_ids` and `attention_mask` (examples, longest), `targets` (examples,), on the device.
+        """`input_ids` and `attention_mask` (examples, longest), `targets` (examples, ...), on the device.
 
         Of pairs `token_type_ids` too, where the model tells their texts apart; of examples whose tokens are judged
         `marks`, (examples, longest), -100 where one is not; of examples that are known above the frozen layers
@@ -278,7 +297,7 @@ class Task(Adapted, ABC):
 
     def evaluate(
         self, adapter: Mapping[str, NDArray[np.float32]], examples: Examples, rows: NDArray[np.int64]
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Sums of the metric over some rows, in float32."""
         return dict(self.evaluation(adapter, examples, rows).sums)
 
@@ -303,7 +322,7 @@ class Task(Adapted, ABC):
         self._use_half(False)
         self.model.eval()
         left = rows[order := np.argsort(examples.lengths(rows), kind="stable")]
-        sums: dict[str, float] = {}
+        sums: dict[str, Any] = {}
         made: list[tuple[NDArray[np.float32], NDArray[Any]]] = []
         with torch.inference_mode():
             while len(left):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.data import reading
+from fedlora.data.cells import Taught
 from fedlora.deploy import site
 from fedlora.errors import SettingError, UserError
 
@@ -98,11 +99,12 @@ def test_a_site_is_asked_about_the_labels_of_its_file(read, tiny, text, override
 def test_rows_of_other_labels_are_left_out_and_counted(tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\na,x\nb,y\nc,z\nd,x\n")
     files = site.Held(train=str(tmp_path / "rows.csv"))
-    rows, left_out = reading.read_site(files, ("x", "z"))
+    plain = Taught("class", None)
+    rows, left_out = reading.read_site(files, ("x", "z"), plain)
     assert (rows.texts, rows.labels, left_out) == (["a", "c", "d"], ["x", "z", "x"], 1)
-    assert reading.read_site(files, None)[1] == 0
+    assert reading.read_site(files, None, plain)[1] == 0
     with pytest.raises(SettingError, match="no row has any of them"):
-        reading.read_site(files, ("w",))
+        reading.read_site(files, ("w",), plain)
 
 
 def test_a_file_that_is_not_there_is_a_line(tmp_path):
