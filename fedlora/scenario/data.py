@@ -35,9 +35,7 @@ class Hub(Section):
     test: str | None = "test"  # null: hold out `data.test_share` of the training rows
     validation: str | None = None  # to choose the best round by; or give `data.validation_share`
     text: Columns = "text"  # two of them for pairs, such as [premise, hypothesis]; for images the column of images
-    label: Labels = (
-        "label"  # for regression one or several; for token_classification tags by default
-    )
+    label: Labels = "label"  # for regression one or several; for token_classification tags by default
     separator: Separator | None = None  # for multi_label: between labels of a text; null: | or ; or , as there is
 
 

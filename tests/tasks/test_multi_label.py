@@ -121,11 +121,15 @@ def test_a_run_tells_its_threshold_where_predict_and_plain_peft_read_it(tiny, fi
 
     run = simulate(tiny(*told(films)), out=tmp_path / "run")
     summary = run.summary
-    assert summary["metric"] == "micro_f1" and summary["metrics"]["threshold"] in THRESHOLDS and "macro_f1" in summary["metrics"]
+    assert (
+        summary["metric"] == "micro_f1"
+        and summary["metrics"]["threshold"] in THRESHOLDS
+        and "macro_f1" in summary["metrics"]
+    )
     about = json.loads((run.folder / "adapter" / "fedlora.json").read_text())
     assert about["threshold"] == summary["metrics"]["threshold"] and about["labels"] == ["good", "long", "sad"]
     card = (run.folder / "adapter" / "README.md").read_text()
-    assert f"each given from a probability of {summary['threshold']:g} on" in card
+    assert f"each given from a probability of {summary['metrics']['threshold']:g} on" in card
     assert 'problem_type="multi_label_classification"' in card
     text = "a lovely endless film"
     (answer,) = predict(run, text)
