@@ -147,7 +147,7 @@ def export(run: Run | str | Path, out: str | Path, merge: bool = False, *, own_c
         return Path(shutil.copytree(source, out))
     model, reader = load_adapter(source, own_code=own_code)
     card = (source / "README.md").read_text(encoding="utf-8")
-    how = _MERGED.format(auto=_task(About.read(source), source, own_code).auto, folder=out.name)
+    how = _MERGED.format(auto=task_of(About.read(source), source, own_code).auto, folder=out.name)
     card = re.sub(r"```python\n.*?```\n", lambda _: how, card, flags=re.S)
     card = card.replace("library_name: peft\n", "library_name: transformers\nbase_model_relation: merge\n")
     for layer in [m.get_base_layer() for m in model.modules() if hasattr(m, "lora_A")]:
@@ -200,7 +200,7 @@ def predict(
     texts = [texts] if isinstance(texts, str) else texts
     if about.pairs and not all(text.count("\t") == 1 for text in texts):
         raise UserError(f"{folder}: its model judges pairs of texts: write both with a tab between them")
-    task = _task(about, folder, own_code)
+    task = task_of(about, folder, own_code)
     model, reader = load_adapter(folder, own_code=own_code)
     given = (lambda text, **told: reader(*text.split("\t"), **told)) if about.pairs else reader
     answers = []
@@ -228,7 +228,7 @@ def load_adapter(run: Run | str | Path, *, own_code: bool = False) -> tuple[Any,
     from peft import PeftModel
 
     about = About.read(folder := adapter_of(run))
-    task, revision = _task(about, folder, own_code), about.revision
+    task, revision = task_of(about, folder, own_code), about.revision
     named: dict[str, Any] = {}
     if about.labels:
         named = {"id2label": dict(enumerate(about.labels)), "label2id": {n: i for i, n in enumerate(about.labels)}}
@@ -252,7 +252,7 @@ def load_adapter(run: Run | str | Path, *, own_code: bool = False) -> tuple[Any,
         raise UserError(f"{folder}: its model {about.base!r} cannot be loaded: {reason}") from error
 
 
-def _task(about: About, folder: Path, own_code: bool) -> type[Task]:
+def task_of(about: About, folder: Path, own_code: bool) -> type[Task]:
     """The task of an adapter; one of somebody's own only where that is asked for: it is a program.
 
     Raises:

@@ -15,6 +15,7 @@ from fedlora.data import reading
 from fedlora.data import store as datasets
 from fedlora.engine.setup import Setup
 from fedlora.errors import SettingError, UserError
+from fedlora.metrics import contract as metrics
 from fedlora.optimizers import steps
 from fedlora.privacy import accounting, calibrated, replay
 from fedlora.privacy.mechanisms.central import Central
@@ -141,6 +142,9 @@ def _prepared(
     encoding = base_model.encoding_fingerprint(reader)
     dataset = hold(encode, f"{encoding} {replay.code(task)}" if ":" in scenario.task else encoding)
     _tell_heads(scenario, task, dataset.labels)
+    for metric in metrics.find_all(scenario.metrics, task.target):
+        if metric.takes is None:
+            metrics.try_out(metric, task.target, dataset.labels)
     setup = Setup(
         scenario=scenario.model_dump(),
         dataset=dataset.folder,

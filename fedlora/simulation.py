@@ -212,7 +212,7 @@ def finish(begun: Begun, now: Progress, stopped: str | None) -> Run:
             if ready.strategy.tested:
                 now.last.update(begun.loop.tested(now.round, now.adapter))
             elif not ready.strategy.personal:
-                now.last.update(begun.engine.evaluate(now.adapter))
+                now.last.update(begun.loop.evaluated(now))
         chosen, merges = begun.loop.choice, begun.loop.merges
         best = now.best if chosen is not None and chosen.keeps else None
         about = About.of(ready.scenario, ready.data.labels, best.figures if best else now.last)

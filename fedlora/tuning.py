@@ -27,12 +27,13 @@ from fedlora.data.store import majority as majority_of
 from fedlora.errors import SettingError, UserError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Event
+from fedlora.privacy.together import total_epsilon
 from fedlora.reports.tables import Table
 from fedlora.reports.verdicts import UNLEARNT, Verdict, verdicts
 from fedlora.rounds.choice import OF_VALIDATION
 from fedlora.run import Run
 from fedlora.scenario import Privacy, Sampled, Scenario
-from fedlora.sweep import Sweep, claim, explore, total_epsilon
+from fedlora.sweep import Sweep, claim, explore
 from fedlora.tasks.contract import find
 
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)  # of the scenario's rate, that are tried at first

@@ -170,6 +170,17 @@ def number(value: object, what: str, above_zero: bool = False) -> float:
     raise ContractError(f"{what} in a message is a finite number {least}, not {value!r:.40}")
 
 
+def figure(value: object, what: str) -> float | None:
+    """A finite number of a message of any sign, or None.
+
+    Raises:
+        ContractError: it is neither.
+    """
+    if value is None or (_real(value) and abs(value) <= sys.float_info.max):
+        return None if value is None else float(value)
+    raise ContractError(f"{what} in a message is a finite number or null, not {value!r:.40}")
+
+
 def _real(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

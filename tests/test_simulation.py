@@ -29,6 +29,7 @@ FILES = {
     "privacy.jsonl",
     "privacy.head",
     "summary.json",
+    "test.json",
 }
 
 

@@ -111,6 +111,11 @@ def read_test(data: settings.Data, task: str) -> tuple[Rows, tuple[str, ...]]:
     return test, label_names(data, test, task)
 
 
+def read_file(files: settings.Files, key: str, taught: Taught) -> Rows:
+    """The rows of the file that `key` of the settings names, such as `test`."""
+    return _read_rows(files, key, getattr(files, key), None, taught)
+
+
 def read_site(files: settings.Files, labels: Sequence[str] | None, taught: Taught) -> tuple[Rows, int]:
     """The rows of a site's own file, `files.train`, that have no label but `labels`, and how many are left out."""
     rows = _read_rows(files, "train", files.train, None, taught)

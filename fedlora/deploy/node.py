@@ -347,10 +347,13 @@ class Node:
         if run.worker.scenario.data.client_test_share is None:
             raise Refusal("the scenario holds no rows out to judge by")
         if self.site is None:
-            return wire.pack_words(run.worker.judge(instruction, [client])[0])
+            return wire.pack_words(run.worker.judge(instruction, [client])[client])
         if not self.site.accept.metrics:
             raise Refusal("it tells no figures of its own rows")
-        figures = self.state.judged(run.key, instruction.round, lambda: run.worker.judge(instruction, [client])[0])
+        worker = run.worker
+        figures = self.state.judged(
+            run.key, instruction.round, lambda: worker.judge(instruction, [client])[client]
+        )
         return wire.pack_words(figures)
 
     def _pay(self, key: str, round: int, client: int, event: Event) -> None:

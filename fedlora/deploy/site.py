@@ -55,7 +55,7 @@ class Accept(Section):
         None  # as in `task`; null: those that come with fedlora, whatever own_code says
     )
     kinds: tuple[str, ...] | None = None  # as in `model.adapter.kind`; null: likewise
-    own_code: bool = False  # whether strategies and clients may come with the run: they are programs
+    own_code: bool = False  # whether strategies, clients and metrics may come with the run: they are programs
     masked_only: bool = (
         False  # whether a run must have `secure_aggregation`: nobody sees the site's update by itself
     )
@@ -106,6 +106,8 @@ class Site(Section):
                 return f"it does not accept the {what} {use!r}"
             if ":" in use and not rules.own_code:
                 return f"it runs no code that comes with a run, such as the {what} {use!r}"
+        if not rules.own_code and (own := next((use for use in scenario.metrics if ":" in use), None)):
+            return f"it runs no code that comes with a run, such as the metric {own!r}"
         if rules.masked_only and scenario.secure_aggregation is None:
             return "it sends masked updates only, and the scenario has no secure_aggregation"
         if self.client >= scenario.clients.total:

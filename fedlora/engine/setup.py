@@ -50,7 +50,6 @@ class Description:
     initial: Adapter
     metric: str
     higher_is_better: bool
-    also: tuple[str, ...]  # names of further figures that the summary tells
     test_examples: int
     validation_examples: int
     kind: Kind

@@ -16,12 +16,16 @@ from fedlora.adapter import Adapter, Change, Instruction, Sum, Update, fingerpri
 from fedlora.client import Setter
 from fedlora.data.store import Dataset, Partition
 from fedlora.engine import hardware
+from fedlora.engine.base import Figures
 from fedlora.engine.digests import Digests
 from fedlora.engine.intake import Intake, check_tensors
 from fedlora.engine.replies import Deed, Replies, Report
 from fedlora.engine.setup import Description, Half, Setup
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError, Refusal
+from fedlora.metrics import confusion
+from fedlora.metrics import contract as metrics
+from fedlora.metrics.contract import Evaluation
 from fedlora.passes import alone
 from fedlora.passes.fused import Fused
 from fedlora.passes.kept import Kept, Piece, pays
@@ -83,6 +87,7 @@ class Worker:
             self.task.prefix.kept = self.kept.of
         self.fused = Fused(self.task) if self.scenario.engine.fused > 1 else None
         self.settings = Setter(self.scenario, setup.noise)
+        self.metrics = metrics.find_all(self.scenario.metrics, self.task.target)
         self.serve(strategy, setup.personal)
 
     def serve(self, strategy: strategies.Strategy, personal: Path | None) -> None:
@@ -111,7 +116,6 @@ class Worker:
             initial=self.task.initial,
             metric=self.task.metric,
             higher_is_better=self.task.higher_is_better,
-            also=self.task.also,
             test_examples=len(self.dataset.test),
             validation_examples=len(self.dataset.validation),
             kind=self.task.kind,
@@ -375,18 +379,20 @@ class Worker:
             raise ContractError("the tensors that stay frozen are not the server's: another seed, base or torch")
 
     @hardware.on_gpu("the test set")
-    def evaluate(self, adapter: Adapter, half: Half, start: int, stop: int) -> dict[str, Any]:
-        """Sums of the metric over examples `start` to `stop` of those that report, or of those that choose."""
+    def evaluate(self, adapter: Adapter, half: Half, start: int, stop: int) -> Evaluation:
+        """Examples `start` to `stop` of those that report, or of those that choose; by row where metrics ask."""
         self.task.become()
         rows, examples, asked = np.arange(start, stop), getattr(self.dataset, half), self.scenario.exact_match
-        sums = self.task.evaluate(adapter, examples, rows)
+        rowwise = bool(self.metrics) or (half == "test" and confusion.tells(self.task.target, self.dataset.labels))
+        found = self.task.evaluation(adapter, examples, rows, rowwise)
         writes = half == "test" or self.scenario.chosen_by(self.task.metric) == "exact_match"
         if asked and writes and start < asked.examples:
             model = self.scenario.model
-            sums |= self.task.written(lambda: self.task.reader(model.base, model.revision), examples, rows, asked)
-        return sums
+            more = self.task.written(lambda: self.task.reader(model.base, model.revision), examples, rows, asked)
+            found = replace(found, sums={**found.sums, **more})
+        return found
 
-    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> dict[int, Figures]:
         """Figures of each client's own model on the examples that it holds out, or on those of the test set.
 
         Args:
@@ -394,13 +400,14 @@ class Worker:
             cohort: client ids.
             test: judge by the test set.
         """
-        found, rows = [], Partition(-1, self.dataset.test, np.arange(len(self.dataset.test)))
+        found, rows = {}, Partition(-1, self.dataset.test, np.arange(len(self.dataset.test)))
         for client in cohort:
             rank = self._rank(client)
             adapter = self._received(instruction.at(rank), client, instruction.round + 1)
             self.task.become(rank, instruction.draw)
             held = rows if test else self.dataset.held_out(client)
-            found.append(self.task.figures(self.task.evaluate(adapter, held.examples, held.rows)))
+            made = self.task.evaluation(adapter, held.examples, held.rows, bool(self.metrics))
+            found[client] = made.figures(self.task.figures(made.sums), self.metrics, self.dataset.labels)
         return found
 
     def merge(self, change: Change) -> None:
@@ -410,9 +417,13 @@ class Worker:
         self.task.merge(change)
         self.merged += 1
 
-    def figures(self, sums: Mapping[Half, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-        """Loss and metric from sums, of the rows that report and of those that choose."""
-        return self.task.by_half(sums)
+    def figures(self, found: Mapping[Half, Evaluation]) -> dict[Half, Figures]:
+        """Loss and metrics of each half; of the test rows of a run their confusion too, where it can be told."""
+        labels, sums = self.dataset.labels, self.task.by_half({half: each.sums for half, each in found.items()})
+        told = {half: each.figures(sums[half], self.metrics, labels) for half, each in found.items()}
+        if (test := found.get("test")) and test.outputs is not None and confusion.tells(self.task.target, labels):
+            told["test"][confusion.CONFUSION] = confusion.confusion(test, len(labels))
+        return told
 
     def export(self, adapter: Adapter, folder: Path, merged: Change | None) -> None:
         """As `Task.export`."""

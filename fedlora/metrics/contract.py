@@ -16,13 +16,15 @@ the function where less is better.
 """
 
 import importlib
+import logging
 import math
 import pkgutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +39,44 @@ Function = Callable[[NDArray[np.float32], NDArray[Any], Sequence[str]], float]
 """Outputs, targets and the names of the labels (none for scores) to a number."""
 
 KEY = "metrics"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What an evaluation of some rows comes to.
+
+    Attributes:
+        sums: that `Task.figures` divides.
+        outputs, targets: of each row, where metrics are of them; None elsewhere.
+    """
+
+    sums: Mapping[str, Any]
+    outputs: NDArray[np.float32] | None = None
+    targets: NDArray[Any] | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Of pieces of the rows one after another, in their order."""
+        sums: dict[str, Any] = {}
+        for part in parts:
+            for key, value in part.sums.items():
+                sums[key] = sums.get(key, 0.0) + value
+        outputs = [part.outputs for part in parts if part.outputs is not None]
+        targets = [part.targets for part in parts if part.targets is not None]
+        if not parts or len(outputs) < len(parts) or len(targets) < len(parts):
+            return cls(sums)
+        return cls(sums, np.concatenate(outputs), np.concatenate(targets))
+
+    def figures(
+        self, told: Mapping[str, float], asked: Sequence["Metric"], labels: Sequence[str]
+    ) -> dict[str, Any]:
+        """Figures by name: those `told` of the sums, and then those that are asked for beside them."""
+        if self.outputs is None or self.targets is None:
+            return dict(told)
+        more = [metric for metric in asked if metric.name not in told]
+        return {**told, **{metric.name: metric.of(self.outputs, self.targets, labels) for metric in more}}
 
 
 class Undefined(ValueError):
@@ -69,9 +109,18 @@ class Metric:
             targets: what is right.
             labels: their names, in order.
         """
+        if not len(targets) or not np.isfinite(outputs).all():
+            return None
         try:
-            value = float(self.function(outputs, targets, labels))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what a library warns of is in the number, or makes it none
+                value = float(self.function(outputs, targets, labels))
         except Undefined:
+            return None
+        except Exception as error:
+            if self.takes is not None:
+                raise
+            logger.warning("the metric %s fails: %s", self.name, type(error).__name__)  # its words may hold rows
             return None
         return value if math.isfinite(value) else None
 
@@ -81,7 +130,7 @@ def known(target: str) -> Mapping[str, Metric]:
     """The built-in metrics for a target, by name."""
     found: dict[str, Metric] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if module.name != "contract":
+        if module.name not in ("contract", "confusion"):
             held: Sequence[Metric] = importlib.import_module(f"fedlora.metrics.{module.name}").METRICS
             found |= {metric.name: metric for metric in held if metric.takes == target}
     return dict(sorted(found.items()))
@@ -97,35 +146,81 @@ def find(use: str, target: str) -> Metric:
     Raises:
         SettingError: there is none of that name for such a task, or nothing importable.
     """
-    held = known(target)
+    if wrong := problem(use, target):
+        raise SettingError(KEY, wrong)
     if ":" not in use:
-        if use in held:
-            return held[use]
-        raise SettingError(KEY, _unknown(use, target))
+        return known(target)[use]
     path, _, name = use.partition(":")
-    if not all(part.isidentifier() for part in (*path.split("."), name)):
-        raise SettingError(KEY, f"{use!r} should read 'package.module:function'")
     if not callable(function := getattr(module := plugins.module(KEY, path), name, None)):
-        functions = [n for n, v in vars(module).items() if callable(v)]
+        functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise SettingError(KEY, f"module {path!r} has no function {name!r}: {suggestion(name, functions)}")
     higher = bool(getattr(function, "higher_is_better", True))
     return Metric(name=name, function=function, takes=None, higher_is_better=higher)
 
 
-def _unknown(use: str, target: str) -> str:
-    """What is wrong with a name, and what to write instead."""
+def find_all(uses: Sequence[str], target: str) -> list[Metric]:
+    """The metrics that a scenario names, in its order.
+
+    Raises:
+        SettingError: as `find`, or two have one name.
+    """
+    found = [find(use, target) for use in uses]
+    names = [metric.name for metric in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise SettingError(KEY, f"{twice!r} is named twice: name each once")
+    return found
+
+
+def problem(use: str, target: str) -> str | None:
+    """What is wrong with a name, and what to write instead; None if nothing is. Imports no one's own module."""
     held = known(target)
-    if not held:
-        return f"{use!r} is of labels or scores, and the task has none: leave it out"
-    others = [other for other in TARGETS if use in known(other)]
-    if others:
-        return f"{use!r} is for {' and '.join(TARGETS[t] for t in others)}: of this task are {', '.join(held)}"
-    return f"unknown metric {use!r}: {suggestion(use, held)}; or 'module:function' for one of your own"
+    if ":" in use:
+        path, _, name = use.partition(":")
+        if not all(part.isidentifier() for part in (*path.split("."), name)):
+            return f"{use!r} should read 'package.module:function'"
+        if name in TAKEN or any(name in known(other) for other in TARGETS):
+            return f"{use!r}: another figure is called {name}: call the function something else"
+        return None if target in TARGETS else f"{use!r} {_NONE}"
+    if use in held:
+        return None
+    if target not in TARGETS:
+        return f"{use!r} {_NONE}"
+    own = "'module:function' for one of your own"
+    if others := [TARGETS[other] for other in TARGETS if use in known(other)]:
+        return f"{use!r} is for {' and '.join(others)}, not {TARGETS[target]}: known: {', '.join(held)}; or {own}"
+    return f"unknown metric {use!r}: {suggestion(use, held)}; or {own}"
 
 
-TARGETS: Mapping[Target, str] = {
+def try_out(metric: Metric, target: str, labels: Sequence[str]) -> None:
+    """Compute somebody's own metric of made-up rows, so that what is wrong with it shows before a run.
+
+    Raises:
+        SettingError: it fails, or gives no finite number.
+    """
+    width = max(len(labels), 2 if target in ("class", "marks") else 1)
+    right = np.arange(4 * width)[:, None] % width == np.arange(width)  # (rows, width)
+    often = np.roll(right, 1, axis=0)
+    outputs = ((1 + often) / (1 + width)).astype(np.float32)  # of each row they sum to 1
+    targets = {"many": right.astype(np.uint8), "score": right.astype(np.float32)}.get(target, right.argmax(-1))
+    try:
+        value = float(metric.function(outputs, targets, labels))
+    except Undefined:
+        return
+    except Exception as error:  # somebody's own code
+        what = str(error).splitlines()[0] if str(error) else "no more is said"
+        raise SettingError(KEY, f"{metric.name} fails on made-up rows: {type(error).__name__}: {what}") from error
+    if not math.isfinite(value):
+        raise SettingError(KEY, f"{metric.name} gives {value} for made-up rows, and should a finite number")
+
+
+TARGETS: Mapping[str, str] = {
     "class": "rows of one label",
     "many": "rows of several labels",
     "score": "scores",
     "marks": "tags of tokens",
 }
+TAKEN = frozenset(
+    "round clients failures loss train_loss bytes_up bytes_down epsilon late virtual_seconds seconds phases "
+    "client num_examples steps error exact_match perplexity confusion resting aggregation_error metrics".split()
+)
+_NONE = "is of labels or scores, and this task has none: leave it out"

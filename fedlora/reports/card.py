@@ -59,7 +59,7 @@ def _read_as(scenario: Scenario, summary: Mapping[str, Any]) -> str:
     """From which probability on a label is given, or what the units of scores are."""
     if (scale := scenario.data.score) is not None:
         return f" (scores: 0 stands for {scale.low:g}, and 1 for {scale.high:g})"
-    threshold = summary.get("threshold")
+    threshold = summary["metrics"].get("threshold")
     return f" (each given from a probability of {threshold:g} on)" if threshold is not None else ""
 
 

@@ -111,15 +111,16 @@ def heat(
     height: int,
     number: str = ".2~f",
     domain: tuple[float, float] | None = None,
+    angle: int = 0,
 ) -> alt.Chart:
-    """A cell for each x and y, coloured in steps by its value."""
+    """A cell for each x and y, coloured in steps by its value; labels under it turned by `angle`."""
     low, high = domain or (min(r[value[0]] for r in rows), max(r[value[0]] for r in rows))
     scale = alt.Scale(type="quantize", domain=[low, high if high > low else low + 1], nice=False)
     chart: alt.Chart = (
         alt.Chart(data(rows))
         .mark_rect()
         .encode(
-            x=alt.X(f"{x[0]}:O", title=x[1], sort=None, axis=alt.Axis(labelOverlap=True, labelAngle=0)),
+            x=alt.X(f"{x[0]}:O", title=x[1], sort=None, axis=alt.Axis(labelOverlap=True, labelAngle=angle)),
             y=alt.Y(f"{y[0]}:O", title=y[1], sort=None, axis=alt.Axis(labelOverlap=True)),
             color=alt.Color(
                 f"{value[0]}:Q",

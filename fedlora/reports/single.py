@@ -10,6 +10,7 @@ from fedlora.reports import baselines, page
 from fedlora.reports.comparison import Comparison
 from fedlora.reports.console import size, span
 from fedlora.reports.figures import figures
+from fedlora.reports.spread import among_clients, by_label
 from fedlora.reports.tables import Table
 from fedlora.run import Run
 
@@ -49,9 +50,12 @@ def html(run: Run) -> str:
     made.key_figures(_key_figures(run))
     found = figures(run)
     told = [f"<p>{escape(said)}</p>" for said in Comparison([run, *baselines.beside(run)]).sentences]
-    made.section("What was learnt", *told, made.figures(found["learning"]) or "<p>No round was measured yet.</p>")
+    learnt = made.figures(found["learning"]) or "<p>No round was measured yet.</p>"
+    made.section("What was learnt", *told, learnt, *by_label(run))
     made.section("What privacy it keeps", *_privacy(run), made.figures(found["privacy"]))
-    made.section("Who took part", *_clients(run), made.figures(found["clients"]), *_failures(run))
+    made.section(
+        "Who took part", *_clients(run), *among_clients(run), made.figures(found["clients"]), *_failures(run)
+    )
     made.section("What it cost", made.figures(found["cost"]) or "<p>No round is recorded yet.</p>")
     made.section("What was run", *_settings(run))
     wrote = summary.get("versions", {}).get("fedlora", "an unknown version")
@@ -139,7 +143,7 @@ def _failures(run: Run) -> Iterator[str]:
     rows = [[str(line["client"]), str(line["round"]), str(line["error"])] for line in failed[:200]]
     left = f", the first 200 of {len(failed)}" if len(failed) > 200 else ""
     told = Table(("client", "round", "what went wrong"), rows, frozenset({2})).html(f"Clients that failed{left}")
-    yield f'<div class="scroll" tabindex="0" role="region" aria-label="Failures">{told}</div>'
+    yield page.scrolled(told, "Failures")
 
 
 def _settings(run: Run) -> Iterator[str]:

@@ -8,14 +8,16 @@ from typing import Any
 from fedlora import scenario as scenarios
 from fedlora import starting
 from fedlora.engine.setup import Description
+from fedlora.metrics import contract as metrics
 from fedlora.prepare import Prepared
 from fedlora.privacy import accounting, cohorts, ledger
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.replay import versions
 from fedlora.rounds.choice import OF_VALIDATION, Choice
-from fedlora.rounds.loop import round_to
+from fedlora.rounds.lines import round_to
 from fedlora.rounds.progress import Progress
 from fedlora.scenario import Scenario
+from fedlora.tasks.contract import find
 
 
 def summary_of(
@@ -39,7 +41,7 @@ def summary_of(
         "higher_is_better": found.higher_is_better,
         found.metric: figures.get(found.metric),
         "loss": figures.get("loss"),
-        **{name: figures[name] for name in found.also if name in figures},
+        **_by_name(scenario, found, figures),
         "bytes_up_total": now.bytes_up,
         "bytes_up_head": now.bytes_up_head,
         "bytes_down_total": now.bytes_down,
@@ -85,6 +87,18 @@ def summary_of(
     if stopped is not None:
         summary["stopped"] = stopped
     return summary
+
+
+def _by_name(scenario: Scenario, found: Description, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """`metrics`, all figures of the last evaluation but the loss; `lower_is_better`, of which less is better."""
+    asked = metrics.find_all(scenario.metrics, find(scenario.task).target)
+    aside = ("loss", "epsilon", "stopped", *(f"{found.metric}_{end}" for end in ("least", "most")))
+    told = dict.fromkeys([found.metric, *(metric.name for metric in asked)])
+    told |= {k: v for k, v in figures.items() if k not in aside and not k.startswith(OF_VALIDATION)}
+    known = metrics.known(find(scenario.task).target).values()
+    low = {metric.name for metric in (*known, *asked) if metric.name in told and not metric.higher_is_better}
+    low |= set() if found.higher_is_better else {found.metric}
+    return {"metrics": told, "lower_is_better": sorted(low)}
 
 
 def spent_of(record: Ledger, asked: scenarios.Privacy | None) -> float | None:

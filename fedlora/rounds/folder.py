@@ -19,6 +19,7 @@ from fedlora.rounds.server import ServerOptimizer
 from fedlora.scenario import Scenario
 from fedlora.strategy import Strategy
 
+TEST = "test.json"  # which label the test rows of each were taken for (`fedlora.metrics.confusion`)
 SHOWN = 1000  # clients in `partitions.json`, at most
 
 logger = logging.getLogger(__name__)

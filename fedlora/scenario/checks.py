@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedlora import plugins
 from fedlora.errors import SettingError, suggestion
+from fedlora.metrics import contract as metrics
 from fedlora.privacy import cohorts
 from fedlora.scenario.clients import Clients
 from fedlora.scenario.data import TASK_OF, Data, LabelShares, Public
@@ -202,6 +203,10 @@ def _of_task(task: str, sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("task",), f"{task} is no fedlora.Task")
         return
     yield from (Problem(path, what) for path, what in found.needs(sections))
+    try:
+        metrics.find_all(sections.get("metrics") or (), getattr(found, "target", "class"))
+    except SettingError as error:
+        yield Problem(("metrics",), f"metrics: {error.message}")
     if data:
         yield from _taught(task, found.target, data)
 

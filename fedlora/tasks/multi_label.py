@@ -37,7 +37,6 @@ class MultiLabel(Classification):
     metric = "micro_f1"
     target = "many"
     problem = "multi_label_classification"
-    also = ("macro_f1", "precision_at_5", "threshold")
 
     @classmethod
     def begins(cls, labels: Sequence[str]) -> float:
@@ -92,8 +91,8 @@ class MultiLabel(Classification):
         return made
 
     def figures(self, sums: Sums) -> dict[str, float]:
-        """Mean loss, and F1 at a threshold of 0.5."""
-        return figures(sums, HALF)
+        """Mean loss, and F1 at the model's threshold, 0.5 where none was chosen."""
+        return figures(sums, getattr(self.model.get_base_model().config, "threshold", HALF))
 
     def by_half(self, sums: Mapping[Any, Sums]) -> dict[str, dict[str, float]]:
         """The same, by the threshold that those choose which choose, where there are any."""

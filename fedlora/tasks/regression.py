@@ -33,7 +33,6 @@ class Regression(Classification):
     metric = "pearson"
     target = "score"
     problem = "regression"
-    also = ("mae",)
 
     @classmethod
     def needs(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:

@@ -285,10 +285,19 @@ def test_a_client_that_did_not_clip_is_refused_where_clients_are_protected_whole
 
 
 @pytest.mark.parametrize(
-    "says", [{"loss": 10**400}, {"loss": float("nan")}, {"accuracy": "1"}, {"refused": "no"}], ids=str
+    "says",
+    [
+        {"loss": 10**400},
+        {"loss": float("nan")},
+        {"accuracy": "1"},
+        {"mcc": "1"},
+        {"mcc": float("inf")},
+        {"refused": "no"},
+    ],
+    ids=str,
 )
 def test_a_site_that_judges_nonsense_counts_for_nothing(sites, nodes, deployed, caplog, says):
-    scenario, files = sites("data.client_test_share=0.5", "rounds=1", private=False)
+    scenario, files = sites("data.client_test_share=0.5", "rounds=1", "metrics=[mcc, auroc]", private=False)
 
     def lies(content):
         words = wire.unpack_words(content)
@@ -297,6 +306,8 @@ def test_a_site_that_judges_nonsense_counts_for_nothing(sites, nodes, deployed, 
     run, _ = deployed(scenario, LocalGrid(nodes(files), altered={2: lies}))
     assert "client 1 (site-1) did not judge" in caplog.text
     assert 0 < run.rounds[0]["local_loss"] < 9 and 0 <= run.rounds[0]["local_accuracy"] <= 1
+    own = {line["client"]: line for line in run.clients}
+    assert "local_mcc" not in own[1] and all(-1 <= own[c]["local_mcc"] <= 1 for c in own if c != 1)
 
 
 @pytest.mark.parametrize(

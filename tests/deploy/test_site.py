@@ -172,6 +172,8 @@ def test_an_error_about_data_names_the_line_of_the_site_file(read, tmp_path):
             "runs no code that comes with a run, such as the client 'lab.mine:Mine'",
         ),
         ("accept: {own_code: true}", ["strategy.use=lab.mine:Mine"], None),
+        ("", ["metrics=[os.path:join]"], "runs no code that comes with a run, such as the metric 'os.path:join'"),
+        ("accept: {own_code: true}", ["metrics=[os.path:join]"], None),
         ("", ["privacy.share_metrics=true"], "the scenario asks for some by privacy.share_metrics"),
         ("", ["data.client_test_share=0.2"], "the scenario asks for some by data.client_test_share"),
         ("accept: {metrics: true}", ["privacy.share_metrics=true", "data.client_test_share=0.2"], None),
