@@ -257,3 +257,17 @@ def test_fewer_examples_pack_as_they_pad(tiny_base):
     with task.packing.away():
         padded = task.losses(task.batch(some, np.arange(4)))
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
+
+
+def test_lists_of_the_hub_are_told_by_the_names_of_their_classes(tmp_path):
+    import datasets
+
+    from fedlora.scenario import Data
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "labels": datasets.List(datasets.ClassLabel(names=["joy", "grief"]))}
+    )
+    held = datasets.Dataset.from_dict({"text": ["a", "b"], "labels": [[1, 0], []]}, features=features)
+    datasets.DatasetDict({"train": held, "test": held}).save_to_disk(str(tmp_path / "saved"))
+    train, _ = reading.read(Data(hub={"path": str(tmp_path / "saved"), "label": "labels"}), "multi_label")
+    assert train.labels == [("grief", "joy"), ()]
