@@ -95,7 +95,8 @@ def _by_name(scenario: Scenario, found: Description, figures: Mapping[str, Any])
     aside = ("loss", "epsilon", "stopped", *(f"{found.metric}_{end}" for end in ("least", "most")))
     told = dict.fromkeys([found.metric, *(metric.name for metric in asked)])
     told |= {k: v for k, v in figures.items() if k not in aside and not k.startswith(OF_VALIDATION)}
-    low = {metric.name for metric in asked if not metric.higher_is_better}
+    known = metrics.known(find(scenario.task).target).values()
+    low = {metric.name for metric in (*known, *asked) if metric.name in told and not metric.higher_is_better}
     low |= set() if found.higher_is_better else {found.metric}
     return {"metrics": told, "lower_is_better": sorted(low)}
 
