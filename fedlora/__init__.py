@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fedlora.data.reading import Rows
     from fedlora.data.store import Encoded, Examples, Partition
     from fedlora.errors import FedloraError, UserError
+    from fedlora.evaluating import evaluate
     from fedlora.exporting import export, load_adapter, predict
     from fedlora.kinds.averages import aggregation_error
     from fedlora.kinds.contract import Kind, Part
@@ -51,6 +52,7 @@ __all__ = [
     "UserError",
     "aggregation_error",
     "compare",
+    "evaluate",
     "export",
     "load",
     "load_adapter",
@@ -86,6 +88,7 @@ _HOME = {
     "UserError": "errors",
     "aggregation_error": "kinds.averages",
     "compare": "reports.comparison",
+    "evaluate": "evaluating",
     "export": "exporting",
     "load": "scenario",
     "load_adapter": "exporting",

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--out", metavar="FILE", default="comparison.html", help="the page (default: comparison.html)"
     )
+    compare.add_argument("--metric", metavar="NAME", help="compare by it (default: the task's own)")
     compare.set_defaults(command=_compare)
 
     sweep = commands.add_parser("sweep", help="many runs of a scenario: grids, random draws, early stopping")
@@ -116,11 +117,21 @@ def _parser() -> argparse.ArgumentParser:
     _own_code(predict)
     predict.set_defaults(command=_predict)
 
+    evaluate = commands.add_parser("evaluate", help="judge a run's model by the rows of a file")
+    evaluate.add_argument("run", metavar="RUN", help="a run folder")
+    evaluate.add_argument("--data", metavar="FILE", required=True, help="csv, tsv, json, jsonl or parquet")
+    evaluate.add_argument("--metrics", metavar="A,B", help="figures by name (default: the run's own)")
+    evaluate.add_argument("--text", metavar="COLUMN", nargs="+", help="its texts, two columns for pairs")
+    evaluate.add_argument("--label", metavar="COLUMN", help="its labels (default: columns as the run's own)")
+    evaluate.add_argument("--json", action="store_true", help="print all of it as JSON")
+    _own_code(evaluate)
+    evaluate.set_defaults(command=_evaluate)
+
     watch = commands.add_parser("watch", help="follow a run that another terminal started")
     watch.add_argument("run", metavar="RUN", help="a run folder")
     watch.set_defaults(command=_watch)
 
-    init = commands.add_parser("init", help="make a small project: a scenario, a strategy of one's own, its test")
+    init = commands.add_parser("init", help="make a small project: a scenario, your own strategy, its test")
     init.add_argument("folder", metavar="DIR", help="a folder to make")
     init.add_argument(
         "--data", metavar="FILE", help="learn a label from a text of this csv, tsv, json, jsonl or parquet file"
@@ -143,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     account.set_defaults(command=_ledger)
 
     listing = commands.add_parser("list", help="strategies, clients, tasks, kinds, datasets and more, a line each")
-    shelves = ["strategies", "clients", "tasks", "kinds", "datasets", "scenarios", "sweeps"]
+    shelves = ["strategies", "clients", "tasks", "kinds", "metrics", "datasets", "scenarios", "sweeps"]
     listing.add_argument("what", nargs="?", choices=shelves)
     listing.set_defaults(command=_list)
     return parser
@@ -230,39 +241,12 @@ def _split(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from fedlora import client, scenario, strategy, suitability
-    from fedlora.data import reading
-    from fedlora.errors import SettingError, UserError
-    from fedlora.tasks.base_model import find_base
-    from fedlora.tasks.contract import find
+    from fedlora import scenario
+    from fedlora.checking import problems
+    from fedlora.errors import UserError
 
-    loaded = scenario.load(arguments.scenario, arguments.overrides)
-
-    def of_strategy() -> None:
-        made = strategy.load(loaded.strategy.use, loaded.strategy.options)
-        suitability.check(made, loaded)
-        suitability.kind_of(made, loaded)
-
-    def of_clients() -> None:
-        made = client.load(loaded.clients.use, loaded.clients.options)
-        client.check_fused(made, loaded.engine.fused)
-        client.check_private(made, loaded)
-
-    checks: tuple[Callable[[], object], ...] = (
-        lambda: find(loaded.task),
-        of_strategy,
-        of_clients,
-        lambda: find_base(loaded.model.base),
-        lambda: reading.check(loaded.data, loaded.task, loaded.clients.total),
-    )
-    problems: list[str] = []
-    for check in checks:
-        try:
-            check()
-        except SettingError as error:
-            problems += loaded.located(error).lines
-    if problems:
-        raise UserError(*problems)
+    if told := problems(scenario.load(arguments.scenario, arguments.overrides)):
+        raise UserError(*told)
     print(f"{arguments.scenario}: fine")
     return 0
 
@@ -295,7 +279,7 @@ def _report(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from fedlora.reports.comparison import compare
 
-    made = compare(arguments.runs, arguments.out)
+    made = compare(arguments.runs, arguments.out, arguments.metric)
     table = made.table()
     if arguments.form == "markdown":
         print(table.markdown())
@@ -357,6 +341,21 @@ def _predict(arguments: argparse.Namespace) -> int:
     for told in predict(Run.open(arguments.run), arguments.texts, own_code=arguments.own_code):
         sure = "" if told.probability is None else f"  {told.probability:.3f}"
         print(f"{told.answer}{sure}  {told.text}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from fedlora.evaluating import evaluate
+
+    named = None if arguments.metrics is None else [name for name in arguments.metrics.split(",") if name]
+    told = {"text": arguments.text, "label": arguments.label, "own_code": arguments.own_code}
+    made = evaluate(arguments.run, arguments.data, named, **told)
+    if arguments.json:
+        import json
+
+        print(json.dumps(made.to_json(), indent=2))
+    else:
+        print("\n".join(made.lines()))
     return 0
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -53,6 +53,8 @@ class About:
         labels: in order; empty where the task has none.
         max_length: tokens that an example was cut to.
         pairs: whether it judges pairs of texts.
+        threshold: from which probability on a label is given, where a text may have several; None elsewhere.
+        scale: from where to where scores go; None where there are none.
     """
 
     task: str
@@ -61,14 +63,18 @@ class About:
     labels: tuple[str, ...]
     max_length: int
     pairs: bool
+    threshold: float | None = None
+    scale: tuple[float, float] | None = None
 
     @classmethod
-    def of(cls, scenario: Scenario, labels: Sequence[str]) -> Self:
-        """Of a run's scenario."""
+    def of(cls, scenario: Scenario, labels: Sequence[str], figures: Mapping[str, Any]) -> Self:
+        """Of a run's scenario, and of the figures of the round that is exported."""
         model, data = scenario.model, scenario.data
         named = data.hub or data.files
         pairs = named is not None and not isinstance(named.text, str)
-        return cls(scenario.task, model.base, model.revision, tuple(labels), data.max_length, pairs)
+        told = (scenario.task, model.base, model.revision, tuple(labels), data.max_length, pairs)
+        scale = (data.score.low, data.score.high) if data.score is not None else None
+        return cls(*told, threshold=figures.get("threshold"), scale=scale)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -138,10 +144,13 @@ def export(run: Run | str | Path, out: str | Path, merge: bool = False, *, own_c
     if out.exists():
         raise UserError(f"{out}: is there already; name another folder with --out")
     if not merge:
-        return Path(shutil.copytree(source, out))
+        shutil.copytree(source, out)
+        card = (out / "README.md").read_text(encoding="utf-8")
+        (out / "README.md").write_text(card.replace('"adapter")', f"{json.dumps(out.name)})"), encoding="utf-8")
+        return out
     model, reader = load_adapter(source, own_code=own_code)
     card = (source / "README.md").read_text(encoding="utf-8")
-    how = _MERGED.format(auto=_task(About.read(source), source, own_code).auto, folder=out.name)
+    how = _MERGED.format(auto=task_of(About.read(source), source, own_code).auto, folder=out.name)
     card = re.sub(r"```python\n.*?```\n", lambda _: how, card, flags=re.S)
     card = card.replace("library_name: peft\n", "library_name: transformers\nbase_model_relation: merge\n")
     for layer in [m.get_base_layer() for m in model.modules() if hasattr(m, "lora_A")]:
@@ -174,11 +183,11 @@ def push(folder: Path, repository: str) -> str:
 def predict(
     run: Run | str | Path, texts: Sequence[str], max_new_tokens: int = 64, *, own_code: bool = False
 ) -> list[Answer]:
-    """What a run's model makes of texts, one after another: a label, entities or a completion; of images by their files.
+    """What a run's model makes of texts, one after another: a label, labels, entities, scores, or a completion.
 
     Args:
         run: that has ended, its folder, or the folder of an exported adapter.
-        texts: to ask about.
+        texts: to ask about; a pair of texts with a tab between them, an image by its file.
         max_new_tokens: the most that a completion has.
         own_code: as `load_adapter` takes it.
 
@@ -186,19 +195,21 @@ def predict(
         One answer for each text, in order.
 
     Raises:
-        UserError: there is no adapter, its base model cannot be loaded, or it judges pairs of texts.
+        UserError: there is no adapter, its base model cannot be loaded, or it judges pairs and is given none.
     """
     import torch
 
     about = About.read(folder := adapter_of(run))
-    if about.pairs:
-        raise UserError(f"{folder}: its model judges pairs of texts, which predict does not take")
-    task = _task(about, folder, own_code)
+    texts = [texts] if isinstance(texts, str) else texts
+    if about.pairs and not all(text.count("\t") == 1 for text in texts):
+        raise UserError(f"{folder}: its model judges pairs of texts: write both with a tab between them")
+    task = task_of(about, folder, own_code)
     model, reader = load_adapter(folder, own_code=own_code)
+    given = (lambda text, **told: reader(*text.split("\t"), **told)) if about.pairs else reader
     answers = []
-    for text in [texts] if isinstance(texts, str) else texts:
+    for text in texts:
         with torch.inference_mode():
-            said, probability = task.answer(model, reader, text, about.labels, about.max_length, max_new_tokens)
+            said, probability = task.answer(model, given, text, about.labels, about.max_length, max_new_tokens)
         answers.append(Answer(text, said, probability))
     return answers
 
@@ -220,17 +231,20 @@ def load_adapter(run: Run | str | Path, *, own_code: bool = False) -> tuple[Any,
     from peft import PeftModel
 
     about = About.read(folder := adapter_of(run))
-    task, revision = _task(about, folder, own_code), about.revision
+    task, revision = task_of(about, folder, own_code), about.revision
     named: dict[str, Any] = {}
     if about.labels:
         named = {"id2label": dict(enumerate(about.labels)), "label2id": {n: i for i, n in enumerate(about.labels)}}
         named["ignore_mismatched_sizes"] = True  # of a head for other labels; the adapter brings its own
+    if task.problem is not None:
+        named["problem_type"] = task.problem
     try:
         reader = task.reader(about.base, revision)
         with base_model.quietly():
             model = getattr(transformers, task.auto).from_pretrained(
                 base_model.find_base(about.base), revision=revision or "main", dtype="float32", **named
             )
+            base_model.tell(model, threshold=about.threshold, scale=about.scale)
             if task.tokens:
                 base_model.pads_as(model, reader)
             return PeftModel.from_pretrained(model, str(folder)).eval(), reader
@@ -241,7 +255,7 @@ def load_adapter(run: Run | str | Path, *, own_code: bool = False) -> tuple[Any,
         raise UserError(f"{folder}: its model {about.base!r} cannot be loaded: {reason}") from error
 
 
-def _task(about: About, folder: Path, own_code: bool) -> type[Task]:
+def task_of(about: About, folder: Path, own_code: bool) -> type[Task]:
     """The task of an adapter; one of somebody's own only where that is asked for: it is a program.
 
     Raises:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from fedlora import plugins, scenario
+from fedlora.metrics import contract as metrics
 
 
 def _shelf(shelf: plugins.Shelf) -> dict[str, str]:
@@ -23,11 +24,23 @@ def _strategies() -> dict[str, str]:
     return lines
 
 
+def _metrics() -> dict[str, str]:
+    """What each is of, and the range that it is in."""
+    lines: dict[str, str] = {}
+    for target, of in metrics.TARGETS.items():
+        for name, one in metrics.known(target).items():
+            better = "" if one.higher_is_better else "; less is better"
+            told = f"{of}, {one.bounds[0]:g} to {one.bounds[1]:g}{better}"
+            lines[name] = f"{lines[name]}; {told}" if name in lines else told
+    return dict(sorted(lines.items()))
+
+
 TABLES: Mapping[str, Callable[[], dict[str, str]]] = {
     "strategies": _strategies,
     "clients": lambda: _shelf("clients"),
     "tasks": lambda: _shelf("tasks"),
     "kinds": lambda: _shelf("kinds"),
+    "metrics": _metrics,
     "datasets": lambda: scenario.DATASETS,
     "scenarios": scenario.shipped,
     "sweeps": lambda: scenario.shipped(scenario.SWEEPS),

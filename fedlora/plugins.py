@@ -80,19 +80,27 @@ def find(shelf: Shelf, use: str) -> type[Any]:
     if wrong := problem(shelf, use):
         raise SettingError(key, wrong)
     if ":" not in use:
-        module = importlib.import_module(f"fedlora.{shelf}.{use}")
-        return next(_classes(module))
+        return next(_classes(importlib.import_module(f"fedlora.{shelf}.{use}")))
     path, _, name = use.partition(":")
+    held = module(key, path)
+    if not isinstance(found := getattr(held, name, None), type):
+        known = [n for n, v in vars(held).items() if isinstance(v, type)]
+        raise SettingError(key, f"module {path!r} has no class {name!r}: {suggestion(name, known)}")
+    return found
+
+
+def module(key: str, path: str) -> Any:
+    """A module of somebody's own, which the setting `key` names.
+
+    Raises:
+        SettingError: it cannot be imported.
+    """
     try:
-        module = importlib.import_module(path)
+        return importlib.import_module(path)
     except ImportError as error:
         raise SettingError(key, f"cannot import {path!r} ({error}); is its folder on PYTHONPATH?") from error
     except Exception as error:  # somebody's own code
         raise SettingError(key, f"cannot import {path!r}: {type(error).__name__}: {error}") from error
-    if not isinstance(found := getattr(module, name, None), type):
-        known = [n for n, v in vars(module).items() if isinstance(v, type)]
-        raise SettingError(key, f"module {path!r} has no class {name!r}: {suggestion(name, known)}")
-    return found
 
 
 def find_of(shelf: Shelf, use: str, contract: type[T]) -> type[T]:

@@ -15,6 +15,7 @@ from fedlora.data import reading
 from fedlora.data import store as datasets
 from fedlora.engine.setup import Setup
 from fedlora.errors import SettingError, UserError
+from fedlora.metrics import contract as metrics
 from fedlora.optimizers import steps
 from fedlora.privacy import accounting, calibrated, replay
 from fedlora.privacy.mechanisms.central import Central
@@ -67,7 +68,7 @@ def prepare_server(scenario: Scenario) -> Prepared:
         )
     data, total = scenario.data, scenario.clients.total
     every, labels = reading.read_test(data, scenario.task)
-    test, validation = reading.set_aside(data, every, scenario.task)
+    test, validation = reading.set_aside(data, scenario.task, every)
 
     def hold(encode: datasets.Encode, key: str) -> datasets.Dataset:
         told = (data, scenario.task, total, scenario.seed, encode, key, labels)
@@ -135,12 +136,15 @@ def _prepared(
 
     def encode(rows: reading.Rows) -> datasets.Encoded:
         if task.labelled and not names:  # the training rows come first, and hold every label
-            names.extend(reading.named(rows, scenario.task))
+            names.extend(reading.label_names(data, rows, scenario.task))
         return _encoded(task, scenario.task, reader, rows, names, data.max_length)
 
     encoding = base_model.encoding_fingerprint(reader)
     dataset = hold(encode, f"{encoding} {replay.code(task)}" if ":" in scenario.task else encoding)
     _tell_heads(scenario, task, dataset.labels)
+    for metric in metrics.find_all(scenario.metrics, task.target):
+        if metric.takes is None:
+            metrics.try_out(metric, task.target, dataset.labels)
     if dataset.cut:
         logger.warning(
             "%d of %d test rows are longer than data.max_length (%d tokens) and are judged by their beginning",
@@ -199,14 +203,19 @@ def _encoded(
         if found is not None and len(found) != count:
             raise SettingError("task", f"{use}.encode makes {len(found)} {what} of {count} rows: one for each")
     try:
-        targets = np.asarray(made.targets, np.int64)
+        targets = made.held
         whole = all(np.asarray(row).dtype.kind in "iu" for row in made.tokens if len(row))
     except (TypeError, ValueError, OverflowError):
         whole = False
     if not whole:
         raise SettingError("task", f"{use}.encode makes tokens or targets that are no whole numbers")
-    if task.labelled and names and count and not 0 <= targets.min() <= targets.max() < len(names):
-        raise SettingError("task", f"{use}.encode makes targets beyond the {len(names)} labels")
+    if task.target == "class":
+        if task.labelled and names and count and not 0 <= targets.min() <= targets.max() < len(names):
+            raise SettingError("task", f"{use}.encode makes targets beyond the {len(names)} labels")
+    elif task.target in ("many", "score") and not (
+        targets.shape == (count, len(names)) and np.all((targets >= 0) & (targets <= 1))
+    ):
+        raise SettingError("task", f"{use}.encode makes targets that are not from 0 to 1, one for each of {names}")
     if made.marks is not None:
         each = zip(made.tokens, made.marks, strict=True)
         if any(len(tokens) != len(marks) or max(marks, default=0) >= len(names) for tokens, marks in each):

@@ -19,6 +19,7 @@ from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
 from fedlora.client import Client, Rng, Setter, Settings
 from fedlora.data.store import Partition
 from fedlora.engine import Replies, Setup
+from fedlora.engine.base import Figures
 from fedlora.engine.inline import InlineEngine
 from fedlora.errors import SettingError
 from fedlora.privacy import accounting
@@ -114,11 +115,11 @@ class _Engine(InlineEngine):
             return replies
         return replace(replies, carried=1.0)  # nobody drops out
 
-    def evaluate(self, adapter: Adapter) -> dict[str, float]:
+    def evaluate(self, adapter: Adapter) -> Figures:
         return {"loss": 0.0, self.description.metric: 0.0}
 
-    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
-        return [self.evaluate({})]
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> dict[int, Figures]:
+        return dict.fromkeys(cohort, self.evaluate({}))
 
     def merge(self, change: Change) -> None:
         pass
@@ -142,7 +143,9 @@ class _StandIn(Client):
         for name in settings.send:
             shape = task.kind.shape(task.layout[name], task.rank)
             sent[name] = self.tensors[name][tuple(slice(size) for size in shape)]
-        return Update(adapter=sent, weight=1.0, clients=(partition.client,), metrics=self.metrics)
+        return Update(
+            adapter=sent, weight=1.0, clients=(partition.client,), metrics=self.metrics, state=settings.state
+        )
 
 
 class _Memory(Ledger):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import yaml
 
 from fedlora import plugins
-from fedlora.errors import UserError
+from fedlora.errors import UserError, suggestion
+from fedlora.metrics.contract import known
 from fedlora.privacy import ledger
-from fedlora.reports.verdicts import UNLEARNT, Verdict, verdicts
+from fedlora.reports.verdicts import GUESSED, UNLEARNT, Verdict, verdicts
 from fedlora.tasks.contract import find
 
 if TYPE_CHECKING:
@@ -33,10 +34,12 @@ class Run:
     Attributes:
         folder: where it is.
         summary: what `summary.json` holds; empty before the run has ended.
+        judged_by: the figure that it is about, where that is not the task's own.
     """
 
     folder: Path
     summary: Mapping[str, Any] = field(default_factory=dict)
+    judged_by: str | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
@@ -51,6 +54,22 @@ class Run:
             raise UserError(f"{folder}: {what}; name a folder that fedlora simulate wrote")
         run = cls(folder)
         return cls(folder, run._json("summary.json"))
+
+    def by(self, name: str) -> Self:
+        """The same run, judged by another of its figures, such as `macro_f1`.
+
+        Raises:
+            UserError: it has none of that name.
+        """
+        if name not in (known := self.figures):
+            raise UserError(f"{self.folder}: has no figure {name!r}: {suggestion(name, known)}")
+        return replace(self, judged_by=name)
+
+    @property
+    def figures(self) -> list[str]:
+        """The names of its figures of the test rows: the task's own, those of `metrics`, and `loss`."""
+        asked = [str(use).rpartition(":")[2] for use in self.scenario.get("metrics") or ()]
+        return [*dict.fromkeys([self._own, *asked, *(self.summary.get("metrics") or {}), "loss"])]
 
     @cached_property
     def scenario(self) -> Mapping[str, Any]:
@@ -81,6 +100,11 @@ class Run:
     @property
     def metric(self) -> str:
         """The figure that the run is about, such as `accuracy`."""
+        return self.judged_by or self._own
+
+    @property
+    def _own(self) -> str:
+        """The task's own figure."""
         if isinstance(told := self.summary.get("metric"), str):
             return told
         seen = {**dict.fromkeys(self.summary), **dict.fromkeys(key for line in self.rounds[:1] for key in line)}
@@ -89,13 +113,31 @@ class Run:
     @property
     def higher_is_better(self) -> bool:
         """Whether more of it is better."""
-        return bool(self.summary.get("higher_is_better", _BUILT_IN.get(self.metric, True)))
+        if self.metric == self._own:
+            return bool(self.summary.get("higher_is_better", _BUILT_IN.get(self.metric, True)))
+        task = str(self.scenario.get("task", "classification"))
+        target = find(task).target if task in plugins.names("tasks") else "class"
+        ours = [name for name, metric in known(target).items() if not metric.higher_is_better]
+        return self.metric not in ("loss", *self.summary.get("lower_is_better", ours))
+
+    @property
+    def test(self) -> Mapping[str, Any]:
+        """What `test.json` holds: `round`, `labels`, `confusion` and `classes`; empty where there is none."""
+        return self._json("test.json")
+
+    def measured(self, name: str) -> float | None:
+        """A figure at its end: the last measured, or that of the round that was kept."""
+        if self.best_round is not None:
+            told = (self.summary.get("metrics") or {}).get(name, self.summary.get(name))
+            return None if told is None else float(told)
+        values = [line[name] for line in self.rounds if line.get(name) is not None]
+        return values[-1] if values else None
 
     @property
     def majority(self) -> float | None:
-        """The share of the commonest label among the test rows; None where accuracy is not the metric."""
+        """What always saying the commonest label comes to in the metric; None where that is not told."""
         told = self.summary.get("majority")
-        return float(told) if isinstance(told, int | float) and self.metric == "accuracy" else None
+        return float(told) if isinstance(told, int | float) and self.metric in GUESSED else None
 
     @property
     def state(self) -> Literal["finished", "stopped", "unfinished"]:
@@ -171,10 +213,12 @@ class Run:
 
         return pandas.DataFrame(self.rounds if what == "rounds" else self.clients)
 
-    def plot(self) -> "altair.LayerChart":
-        """The metric by round, as a chart that a notebook shows."""
+    def plot(self, metric: str | None = None) -> "altair.LayerChart":
+        """A figure by round, by default the run's metric, as a chart that a notebook shows."""
         from fedlora.reports import charts
 
+        if metric is not None:
+            return self.by(metric).plot()
         return charts.metric_by_round(self.rounds, self.metric, self.majority, self.best_round)
 
     def _lines(self, name: str) -> list[Line]:

@@ -212,9 +212,11 @@ def finish(begun: Begun, now: Progress, stopped: str | None) -> Run:
             if ready.strategy.tested:
                 now.last.update(begun.loop.tested(now.round, now.adapter))
             elif not ready.strategy.personal:
-                now.last.update(begun.engine.evaluate(now.adapter))
-        about, chosen, merges = About.of(ready.scenario, ready.data.labels), begun.loop.choice, begun.loop.merges
-        if chosen is not None and chosen.keeps and (best := now.best) is not None:
+                now.last.update(begun.loop.evaluated(now))
+        chosen, merges = begun.loop.choice, begun.loop.merges
+        best = now.best if chosen is not None and chosen.keeps else None
+        about = About.of(ready.scenario, ready.data.labels, best.figures if best else now.last)
+        if best is not None:
             _export(begun.engine, best.adapter, folder, merges.total(best.merges), about)
         else:
             _export(begun.engine, now.adapter, folder, merges.total(), about)

@@ -7,7 +7,7 @@ of adapter that the run has (`Kind.adopt`), its head where it is for the same la
 import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,24 +53,35 @@ def read(scenario: Scenario, labels: Sequence[str]) -> Start | None:
     if (start := scenario.model.start) is None:
         return None
     folder = _folder(start)
-    told, about = _config(folder, start), _about(folder)
+    told, saved = plain(folder, start)
+    about, tensors = _about(folder), saved.tensors
     _check_base(scenario, start, told, about)
     r, own = told["r"], scenario.model.adapter.r
     if r > own:
         more = " (its run merged into its base, and what it saved holds that too)" if _merged(folder) else ""
         raise SettingError(KEY, f"{start} has rank {r}{more}, and model.adapter.r is {own}: set it to {r}")
-    tensors = _tensors(folder, start)
     bound, left_out = _of_others(tensors, about, scenario, labels)
     if scenario.model.head == "kept":
         if not bound:
             raise SettingError("model.head", f"{start} has no head to keep: take trained")
         bound, left_out = [], ""
-    scaling = told["lora_alpha"] / (r**0.5 if told.get("use_rslora") else r)
-    return Start(Saved({n: t for n, t in tensors.items() if not left_out or n not in bound}, scaling), left_out)
+    kept = {n: t for n, t in tensors.items() if not left_out or n not in bound}
+    return Start(Saved(kept, saved.scaling), left_out)
+
+
+def plain(folder: Path, start: str) -> tuple[dict[str, Any], Saved]:
+    """What peft's configuration beside an adapter says, and its tensors.
+
+    Raises:
+        SettingError: of `model.start`, with the name that it was given; it is no plain LoRA.
+    """
+    told = _config(folder, start)
+    scaling = told["lora_alpha"] / (told["r"] ** 0.5 if told.get("use_rslora") else told["r"])
+    return told, Saved(_tensors(folder, start), scaling)
 
 
 def _of_others(
-    tensors: Adapter, about: About | None, scenario: Scenario, labels: Sequence[str]
+    tensors: Mapping[str, Any], about: About | None, scenario: Scenario, labels: Sequence[str]
 ) -> tuple[list[str], str]:
     """The tensors of a head that tell labels apart; and why they are not for this run's, if they are not."""
     heads = [name for name in tensors if ".lora_" not in name and ".pooler." not in name]
@@ -79,6 +90,8 @@ def _of_others(
         return heads, f"{start} does not say for which labels it is (model.head: kept takes it all the same)"
     if about.task != scenario.task:
         return heads, f"{start} is for task: {about.task}"
+    if about.scale != ((scale := scenario.data.score) and (scale.low, scale.high)):
+        return heads, f"{start} is for scores of another scale"
     bound = [name for name in heads if tensors[name].shape[:1] == (len(about.labels),)]
     if about.labels == tuple(labels):
         return bound, ""

@@ -23,11 +23,12 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora import scenario
-from fedlora.errors import ScenarioError, UserError, suggestion
-from fedlora.privacy import accounting, ledger
+from fedlora.errors import ScenarioError, SettingError, UserError, suggestion
+from fedlora.privacy.together import total_epsilon
 from fedlora.reports.comparison import Comparison, final
 from fedlora.reports.console import Silent
 from fedlora.reports.page import save
+from fedlora.rounds.choice import directions
 from fedlora.run import Run
 from fedlora.scenario import Float, Int, PositiveInt, Scenario, Section
 from fedlora.simulation import simulate
@@ -77,6 +78,7 @@ class Sweep(Section):
     search: dict[str, Values] = Field(min_length=1)
     samples: PositiveInt = 1  # draws of what is random, each with the whole grid
     seed: Int = 0  # of the draws
+    metric: str | None = None  # the figure to choose the best by, such as macro_f1; null: the task's own
     stop_early: StopEarly | None = None
     parallel: PositiveInt | Literal["auto"] = "auto"  # runs at once, each in a process of its own; auto: the cores
 
@@ -99,7 +101,7 @@ class Sweep(Section):
     @model_validator(mode="after")
     def _drawn(self) -> Self:
         if self.samples > 1 and all(isinstance(given, list) for given in self.search.values()):
-            raise PydanticCustomError("samples", "samples draws anew what is random, and nothing is: leave it out")
+            raise PydanticCustomError("samples", "samples counts random draws, and no key draws: leave it out")
         return self
 
     def points(self) -> Iterator[Settings]:
@@ -199,7 +201,24 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> Sweep:
                 found[line] = None
     if found:
         raise ScenarioError(*found)
+    try:
+        judged_by(made, made.run(next(made.points())))
+    except SettingError as error:
+        raise ScenarioError(f"{source.where(('metric',))}: metric: {error.message}") from error
     return made
+
+
+def judged_by(asked: Sweep, point: Scenario) -> tuple[str, bool]:
+    """The figure that a sweep chooses by, and whether more of it is better.
+
+    Raises:
+        SettingError: its runs have no such figure.
+    """
+    task = find(point.task)
+    name, known = asked.metric or task.metric, directions(point, task.metric, task.higher_is_better)
+    if name not in known:
+        raise SettingError("metric", f"an evaluation here has no {name!r}: {suggestion(name, known)}")
+    return name, known[name]
 
 
 def _told(source: scenario.Source, path: tuple[str | int, ...], detail: Any) -> str:
@@ -240,8 +259,9 @@ def sweep(
     failed = [f"A run failed: {error}." for _, error in found if error]
     if not places:
         raise UserError(*dict.fromkeys(failed))
-    comparison = Comparison([Run.open(place) for place in places])
-    metric, runs = comparison.metric, [run for run in map(Run.open, places) if run.ended]
+    opened = [run.by(asked.metric) if asked.metric else run for run in map(Run.open, places)]
+    comparison = Comparison(opened)
+    metric, runs = comparison.metric, [run for run in opened if run.ended]
     costs = total_epsilon(every := [file.parent for file in (folder / "runs").glob("*/scenario.yaml")])
     cost = [words for _, words in costs.values()]
     if free := sum(not Run.open(place).scenario.get("privacy") for place in every):
@@ -289,37 +309,6 @@ def claim(folder: Path, asked: Sweep) -> None:
         raise UserError(f"{written}: is damaged; name another folder with --out") from error
 
 
-def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
-    """What the runs in some folders spent together, by the unit that is protected, and what it means in words.
-
-    Those that were stopped early or failed spent as well; those without privacy are passed over.
-    """
-    spent: dict[str, list[list[list[accounting.Event]]]] = {}
-    deltas: dict[str, list[float]] = {}
-    honest = 1.0  # the least that any of them takes for granted
-    for file in (folder / "privacy.jsonl" for folder in folders):
-        if not file.exists():
-            continue
-        events = ledger.replay(file)
-        for line in ledger.read(file, torn=True):
-            deltas.setdefault(line["unit"], []).append(line["delta"])
-            honest = min(honest, line.get("honest", 1.0))
-        for unit in sorted({*map(ledger.unit, events)}):
-            spent.setdefault(unit, []).append([e for holder, e in events.items() if ledger.unit(holder) == unit])
-    found = {}
-    for unit, runs in spent.items():
-        delta = min(deltas[unit])
-        value = accounting.epsilon_of_runs(runs, delta)
-        many = "one run gives" if len(runs) == 1 else f"{len(runs)} runs together give"
-        found[unit] = (
-            value,
-            f"{many} ({value:.3g}, {delta:g})-differential privacy for each {accounting.protected(unit)}, as if "
-            f"it had been in every run with whoever spent most there; {accounting.neighbours(unit)}; by Renyi DP, "
-            f"assuming {accounting.assumed(unit, honest)}",
-        )
-    return found
-
-
 def explore(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tuple[Path, str | None]]:
     """Let Ray Tune run every trial.
 
@@ -360,8 +349,7 @@ def explore(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tup
         least, most = (int(given.low), int(given.high)) if given.draw == "randint" else (given.low, given.high)
         space[key] = getattr(tune, given.draw)(least, most)
     points = [asked.run(point) for point in itertools.islice(asked.points(), _CHECKED)]
-    task = find(points[0].task)
-    metric = task.metric
+    metric, higher = judged_by(asked, points[0])
     scheduler = asked.stop_early and ASHAScheduler(
         time_attr="round",
         max_t=max(point.rounds for point in points),
@@ -395,7 +383,7 @@ def explore(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tup
             param_space=space,
             tune_config=tune.TuneConfig(
                 metric=metric,
-                mode="max" if task.higher_is_better else "min",
+                mode="max" if higher else "min",
                 num_samples=asked.samples,
                 scheduler=scheduler,
                 search_alg=BasicVariantGenerator(random_state=asked.seed),

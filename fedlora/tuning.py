@@ -23,15 +23,17 @@ import yaml
 from fedlora import prepare
 from fedlora import scenario as scenarios
 from fedlora.data import reading
+from fedlora.data import store as datasets
 from fedlora.errors import SettingError, UserError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Event
+from fedlora.privacy.together import total_epsilon
 from fedlora.reports.tables import Table
 from fedlora.reports.verdicts import UNLEARNT, Verdict, verdicts
 from fedlora.rounds.choice import OF_VALIDATION
 from fedlora.run import Run
 from fedlora.scenario import Privacy, Sampled, Scenario
-from fedlora.sweep import Sweep, claim, explore, total_epsilon
+from fedlora.sweep import Sweep, claim, explore
 from fedlora.tasks.contract import find
 
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)  # of the scenario's rate, that are tried at first
@@ -175,8 +177,10 @@ class _Search:
             self._check_validation()
         sizes = [size for size, count in self.ready.data.sizes().items() for _ in range(count) if size]
         self.typical = statistics.median_high(sizes)
+        self.rows: list[str] = []
         self.short = self._short(noise)
-        self.folder = (Path("tunings") / f"{scenario.name}-{self.short.hash}").absolute()
+        rows = "".join(part[:4] for part in (self.ready.data.fingerprint.split("-") if private else self.rows))
+        self.folder = (Path("tunings") / f"{scenario.name}-{self.short.hash}-{rows}").absolute()
 
     def run(self, write: Callable[[str, Rate], Path]) -> Tuned:
         """Every run of it, then the file."""
@@ -257,7 +261,8 @@ class _Search:
             SettingError: they cannot be read, are not of the same columns and labels, or are too few.
         """
         told, labels = self.scenario, self.ready.data.labels
-        train, _ = reading.read_public(told.data, told.task, labels)
+        train, test = reading.read_public(told.data, told.task, labels)
+        self.rows = [datasets.content(rows) for rows in (train, test)]  # other rows are another search
         kept = 1 - (told.data.client_test_share or 0.0)  # what each has for training
         examples = min(round(self.typical / kept), len(train.texts))
         if told.example_privacy is not None and examples < (batch := told.clients.batch(self.typical)):

@@ -328,9 +328,9 @@ class Server(Engine):
         """Nothing: an audit asks what leaked, not what was learnt."""
         return {"loss": None, self.description.metric: None}
 
-    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> dict[int, Any]:
         """Nothing either."""
-        return []
+        return {}
 
     def merge(self, change: Change) -> None:
         """The inner engine's."""

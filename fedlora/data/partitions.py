@@ -85,6 +85,26 @@ def draw(how: settings.Sampled, total: int, held_share: float | None, num_client
     return Drawn(num_clients=num_clients, examples=how.examples, held=held, total=total, seed=seed)
 
 
+def classes(targets: NDArray[Any]) -> NDArray[np.int64]:
+    """By what partitions of labels tell rows apart, (rows,).
+
+    Args:
+        targets: the number of each row's label, (rows,); or 0 and 1 for its labels, (rows, labels), uint8: of a
+            row's labels the one that is rarest in all rows counts, and rows without any are a class of their own,
+            the last; or scores, (rows, scores), float32: their mean, in five bins of about as many rows.
+    """
+    if targets.ndim == 1:
+        return targets
+    if targets.dtype == np.float32:
+        means = targets.mean(axis=1)
+        edges = np.quantile(means, [0.2, 0.4, 0.6, 0.8])
+        return np.asarray(np.searchsorted(edges, means, side="right"), np.int64)
+    counts = targets.sum(axis=0, dtype=np.int64)
+    made: NDArray[np.int64] = np.where(targets > 0, counts, len(targets) + 1).argmin(axis=1)
+    made[~targets.any(axis=1)] = targets.shape[1]
+    return made
+
+
 def split(
     how: settings.Partition,
     targets: NDArray[np.int64],

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from fedlora import plugins
 from fedlora import scenario as settings
 from fedlora.data import tagged
+from fedlora.data.cells import Label, Taught
 from fedlora.data.partitions import draw
 from fedlora.errors import SettingError, suggestion
 
@@ -29,9 +31,6 @@ HUB_DATASETS = {
 Input = str | tuple[str, ...] | bytes
 """A text, a pair of texts, the words of a text, or an image as its file holds it."""
 
-Label = str | tuple[str, ...]
-"""A class or a completion, or of each word its tag."""
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -39,14 +38,20 @@ class Rows:
 
     Attributes:
         texts: of each row a text, a pair of texts, its words, or the bytes of an image's file.
-        labels: of each row its class, its completion for causal_lm, or the tags of its words; None where there are
-            none.
+        labels: of each row its class, its completion for causal_lm, the tags of its words, for multi_label its
+            labels, for regression its scores, from 0 to 1; None where there are none.
         owners: of each row whose it is, by the natural partition's column; None elsewhere.
     """
 
     texts: Sequence[Input]
     labels: Sequence[Label] | None
     owners: list[str] | None = None
+
+    @property
+    def classes(self) -> set[str]:
+        """The labels that occur."""
+        parts = ([label] if isinstance(label, str) else label for label in self.labels or ())
+        return {name for part in parts for name in part if isinstance(name, str)}
 
 
 NOTHING = Rows([], [])
@@ -55,13 +60,14 @@ NOTHING = Rows([], [])
 def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
     """The training and test rows of a source, before tokenisation."""
     owner = data.partition.column if isinstance(data.partition, settings.Natural) else None
+    taught = Taught.of(data, task)
     if data.files is not None:
-        train, test = _read_files(data, task, owner)
+        train, test = _read_files(data.files, owner, taught)
     elif data.dataset == "tweets":
         train, test = _read_tweets(owner), None
     else:
         hub = data.hub or HUB_DATASETS[str(data.dataset)]
-        train, test = _read_hub(data, hub, task, owner)
+        train, test = _read_hub(hub, owner, taught)
     if not train.texts:
         raise SettingError("data", "the training set is empty")
     if test is None:
@@ -71,7 +77,7 @@ def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
     return train, test
 
 
-def set_aside(data: settings.Data, test: Rows, task: str = "classification") -> tuple[Rows, Rows]:
+def set_aside(data: settings.Data, task: str, test: Rows) -> tuple[Rows, Rows]:
     """The test rows that report, and the rows that choose the best round; none of these unless they are asked for.
 
     Args:
@@ -83,9 +89,9 @@ def set_aside(data: settings.Data, test: Rows, task: str = "classification") -> 
         SettingError: they cannot be read, or one of the two would be empty.
     """
     if data.files is not None and data.files.validation is not None:
-        chosen = _read_rows(data.files, "validation", data.files.validation, None, task, data.labels)
+        chosen = _read_rows(data.files, "validation", data.files.validation, None, Taught.of(data, task))
     elif data.hub is not None and data.hub.validation is not None:
-        chosen = _read_split(data.hub, "validation", data.hub.validation, None, task, data.labels)
+        chosen = _read_split(data.hub, "validation", data.hub.validation, None, Taught.of(data, task))
     elif data.validation_share is not None:
         test, chosen = _hold_out(test, data.validation_share, again=True)
     else:
@@ -107,20 +113,23 @@ def read_test(data: settings.Data, task: str) -> tuple[Rows, tuple[str, ...]]:
         return test, label_names(data, train, task)
     if data.files.test is None:
         raise SettingError("data.files.test", "sites keep their rows: name the server's own file to judge by")
-    test = _read_rows(data.files, "test", data.files.test, None, task, data.labels)
+    test = _read_rows(data.files, "test", data.files.test, None, Taught.of(data, task))
     return test, label_names(data, test, task)
 
 
-def read_site(
-    files: settings.Files, labels: Sequence[str] | None, task: str = "classification"
-) -> tuple[Rows, int]:
+def read_file(files: settings.Files, key: str, taught: Taught) -> Rows:
+    """The rows of the file that `key` of the settings names, such as `test`."""
+    return _read_rows(files, key, getattr(files, key), None, taught)
+
+
+def read_site(files: settings.Files, labels: Sequence[str] | None, taught: Taught) -> tuple[Rows, int]:
     """The rows of a site's own file, `files.train`, that have no label but `labels`, and how many are left out."""
-    usual = settings.COLUMNS_OF.get(task, {})
-    told = {key: name for key, name in usual.items() if key not in files.model_fields_set}
-    rows = _read_rows(files.model_copy(update=told), "train", files.train, None, task)
-    if labels is None or rows.labels is None:
+    told = {key: name for key, name in taught.usual.items() if key not in files.model_fields_set}
+    rows = _read_rows(files.model_copy(update=told), "train", files.train, None, taught)
+    if labels is None or rows.labels is None or taught.target == "score":
         return rows, 0
-    kept = [i for i, label in enumerate(rows.labels) if labels_of(label) <= set(labels)]
+    known = set(labels)
+    kept = [i for i, held in enumerate(rows.labels) if known.issuperset([held] if isinstance(held, str) else held)]
     if not kept:
         raise SettingError("data.files.labels", f"{files.train}: no row has any of them")
     left = Rows([rows.texts[i] for i in kept], [rows.labels[i] for i in kept])
@@ -136,7 +145,7 @@ def check(data: settings.Data, task: str, num_clients: int) -> None:
     if data.files is None and data.dataset != "tweets":
         return
     train, test = read(data, task)
-    set_aside(data, test, task)
+    set_aside(data, task, test)
     if (known := data.public) and (known.files is not None or known.dataset == "tweets"):
         read_public(data, task, label_names(data, train, task))
     if isinstance(data.partition, settings.Sampled):
@@ -175,7 +184,10 @@ def label_names(data: settings.Data, rows: Rows, task: str) -> tuple[str, ...]:
     Raises:
         SettingError: there is only one, or rows have one that the settings do not name.
     """
-    if not plugins.find("tasks", task).labelled:
+    found = plugins.find("tasks", task)
+    if found.target == "score":
+        return data.label_columns
+    if not found.labelled:
         return ()
     names = data.labels or named(rows, task)
     if len(names) < 2:
@@ -186,18 +198,9 @@ def label_names(data: settings.Data, rows: Rows, task: str) -> tuple[str, ...]:
 
 def named(rows: Rows, task: str) -> tuple[str, ...]:
     """The labels that rows have, in order."""
-    if _tags(task):
-        return tagged.names([tuple(label) for label in rows.labels or ()])
-    return tuple(sorted({name for label in rows.labels or () for name in labels_of(label)}))
-
-
-def labels_of(label: Label) -> set[str]:
-    """The labels of a row."""
-    return {label} if isinstance(label, str) else set(label)
-
-
-def _tags(task: str) -> bool:
-    return bool(plugins.find("tasks", task).target == "marks")
+    if plugins.find("tasks", task).target == "marks":
+        return tagged.names([tuple(map(str, label)) for label in rows.labels or ()])
+    return tuple(sorted(rows.classes))
 
 
 def check_labels(key: str, rows: Rows, names: Sequence[str], what: str) -> None:
@@ -206,7 +209,7 @@ def check_labels(key: str, rows: Rows, names: Sequence[str], what: str) -> None:
     Raises:
         SettingError: of `key`, with `what` is wrong; they have.
     """
-    if names and (strange := sorted(set().union(*map(labels_of, rows.labels or ())) - set(names))):
+    if names and (strange := sorted(rows.classes - set(names))):
         raise SettingError(key, f"{what}: {strange[:5]}")
 
 
@@ -235,47 +238,33 @@ def columns_of(path: Path) -> dict[str, list[str]]:
     return {str(name): [str(value) for value in table[name].tolist()] for name in table.columns}
 
 
-def _read_files(data: settings.Data, task: str, owner: str | None) -> tuple[Rows, Rows | None]:
-    assert data.files is not None
-    files, told = data.files, (task, data.labels)
-    train = _read_rows(files, "train", files.train, owner, *told)
-    return train, (_read_rows(files, "test", files.test, None, *told) if files.test else None)
+def _read_files(files: settings.Files, owner: str | None, taught: Taught) -> tuple[Rows, Rows | None]:
+    train = _read_rows(files, "train", files.train, owner, taught)
+    return train, (_read_rows(files, "test", files.test, None, taught) if files.test else None)
 
 
-def _read_rows(
-    files: settings.Files,
-    key: str,
-    path: str,
-    owner: str | None,
-    task: str,
-    known: Sequence[str] | None = None,
-) -> Rows:
-    """The rows of a file, which the setting `key` names; `known` are the labels that there may be."""
+def _read_rows(files: settings.Files, key: str, path: str, owner: str | None, taught: Taught) -> Rows:
+    """The rows of a file, which the setting `key` names."""
     table = _read_table(f"data.files.{key}", Path(path), files.columns)
 
-    def values(setting: str, name: str) -> Any:
+    def held(setting: str, name: str) -> Any:
         if name not in table.columns:
-            columns = [str(c) for c in table.columns]
-            raise SettingError(setting, f"{path} has no column {name!r}: {suggestion(name, columns)}")
-        _complete(setting, path, name, table[name].isna())
+            known = [str(c) for c in table.columns]
+            raise SettingError(setting, f"{path} has no column {name!r}: {suggestion(name, known)}")
         return table[name]
 
     def column(setting: str, name: str) -> list[str]:
-        held = values(setting, name)
-        if setting != "data.files.text":
-            _complete(setting, path, name, held.eq(""))
-        return [str(v) for v in held.tolist()]
+        values = held(setting, name)
+        _complete(setting, path, name, values.isna() | (values.eq("") if setting != "data.files.text" else False))
+        return [str(v) for v in values.tolist()]
 
-    texts: list[Any]
-    labels: list[Any] | None
-    if _tags(task):
-        names = (str(files.text), str(files.label))
-        held = (values(f"data.files.{key}", name) for key, name in zip(("text", "label"), names, strict=True))
-        texts, labels = tagged.rows(*held, key="data.files", source=path, columns=names, known=known)
-    else:
-        texts = _inputs(files.text, lambda name: column("data.files.text", name))
-        labels = column("data.files.label", files.label) if files.label else None
-    return Rows(texts, labels, column("data.partition.column", owner) if owner else None)
+    def cells(setting: str, name: str) -> list[Any]:
+        values = held(setting, name)
+        if taught.target == "marks":
+            _complete(setting, path, name, values.isna())
+        return list(values.tolist())
+
+    return _rows(files, path, owner, taught, column, cells, partial(column, "data.files.text"))
 
 
 def _complete(setting: str, path: str, name: str, empty: Any) -> None:
@@ -283,6 +272,40 @@ def _complete(setting: str, path: str, name: str, empty: Any) -> None:
     if empty.any():
         at = int(np.flatnonzero(empty.to_numpy())[0]) + 1
         raise SettingError(setting, f"{path}: row {at} has no {name!r}")
+
+
+def _rows(
+    named: settings.Hub | settings.Files,
+    source: str,
+    owner: str | None,
+    taught: Taught,
+    column: Callable[[str, str], list[str]],
+    cells: Callable[[str, str], list[Any]],
+    inputs: Callable[[str], list[Any]],
+) -> Rows:
+    """The rows of a table.
+
+    Args:
+        named: the columns.
+        source: the table, for errors.
+        owner: the column that says whose a row is.
+        taught: how the labels are read.
+        column: gives a column, for the setting that names it, as text of which none is empty.
+        cells: likewise, as it is.
+        inputs: gives a column of texts or images.
+    """
+    key = f"data.{'files' if isinstance(named, settings.Files) else 'hub'}"
+    owners = column("data.partition.column", owner) if owner else None
+    if taught.target == "marks":
+        names = (str(named.text), str(named.label))
+        held = [cells(f"{key}.{what}", name) for what, name in zip(("text", "label"), names, strict=True)]
+        return Rows(*tagged.rows(*held, key=key, source=source, columns=names, known=taught.labels), owners)
+    label = f"{key}.label"
+    return Rows(
+        _inputs(named.text, inputs),
+        taught.read(named, source, partial(column, label), partial(cells, label)),
+        owners,
+    )
 
 
 def _inputs(names: str | tuple[str, ...], column: Callable[[str], list[str]]) -> list[Input]:
@@ -328,16 +351,13 @@ def _read_table(key: str, path: Path, columns: Sequence[str] | None) -> Any:
     raise SettingError(key, f"{path}: {suffix or 'no suffix'} is not one of {kinds}")
 
 
-def _read_hub(data: settings.Data, hub: settings.Hub, task: str, owner: str | None) -> tuple[Rows, Rows | None]:
-    told = (task, data.labels)
-    train = _read_split(hub, "train", hub.train, owner, *told)
-    return train, (_read_split(hub, "test", hub.test, None, *told) if hub.test else None)
+def _read_hub(hub: settings.Hub, owner: str | None, taught: Taught) -> tuple[Rows, Rows | None]:
+    train = _read_split(hub, "train", hub.train, owner, taught)
+    return train, (_read_split(hub, "test", hub.test, None, taught) if hub.test else None)
 
 
-def _read_split(
-    hub: settings.Hub, key: str, split: str, owner: str | None, task: str, known: Sequence[str] | None
-) -> Rows:
-    """The rows of a split, which the setting `key` of the hub names; `known` are the labels that there may be."""
+def _read_split(hub: settings.Hub, key: str, split: str, owner: str | None, taught: Taught) -> Rows:
+    """The rows of a split, which the setting `key` of the hub names."""
     import datasets
 
     try:
@@ -353,35 +373,31 @@ def _read_split(
             f"cannot load {hub.path}, split {split!r}, from the Hub or its cache: {what}",
         ) from error
 
-    def values(setting: str, name: str) -> Any:
+    def feature(setting: str, name: str) -> Any:
         if name not in table.column_names:
             raise SettingError(
                 setting, f"{hub.path} has no column {name!r}: {suggestion(name, table.column_names)}"
             )
-        feature = table.features[name]
-        each = getattr(feature, "feature", None)  # of a list
-        if isinstance(feature, datasets.ClassLabel):
-            return [feature.int2str(v) for v in table[name]]
-        return [each.int2str(v) for v in table[name]] if isinstance(each, datasets.ClassLabel) else table[name]
+        return table.features[name]
 
     def column(setting: str, name: str) -> list[str]:
-        return [str(v) for v in values(setting, name)]
+        kind = feature(setting, name)
+        named = kind.int2str if isinstance(kind, datasets.ClassLabel) else str
+        return [named(v) for v in table[name]]
+
+    def cells(setting: str, name: str) -> list[Any]:
+        kind = feature(setting, name)
+        inner = getattr(kind, "feature", None)  # of a list
+        if isinstance(inner, datasets.ClassLabel):
+            return [inner.int2str(list(v or ())) for v in table[name]]
+        return column(setting, name) if isinstance(kind, datasets.ClassLabel) else list(table[name])
 
     def inputs(name: str) -> list[Any]:
         if isinstance(table.features.get(name), datasets.Image):
             return _files_of(table, name)
         return column("data.hub.text", name)
 
-    texts: list[Any]
-    labels: list[Any]
-    if _tags(task):
-        names = (str(hub.text), hub.label)
-        held = (values(f"data.hub.{key}", name) for key, name in zip(("text", "label"), names, strict=True))
-        source = f"{hub.path}, split {split!r}"
-        texts, labels = tagged.rows(*held, key="data.hub", source=source, columns=names, known=known)
-    else:
-        texts, labels = _inputs(hub.text, inputs), column("data.hub.label", hub.label)
-    return Rows(texts, labels, column("data.partition.column", owner) if owner else None)
+    return _rows(hub, f"{hub.path}, split {split!r}", owner, taught, column, cells, inputs)
 
 
 def _files_of(table: Any, name: str) -> list[bytes]:

@@ -18,11 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import scenario as settings
-from fedlora.data.partitions import Drawn, Stored, draw, keep_back, split
+from fedlora.data.partitions import Drawn, Stored, classes, draw, keep_back, split
 from fedlora.data.reading import NOTHING, Input, Rows, as_bytes, check_labels, label_names, read, set_aside
 from fedlora.seeding import Root
 
 _DRAWN = "drawn.json"  # in the place of a partition's arrays
+Targets = NDArray[np.int64] | NDArray[np.uint8] | NDArray[np.float32]
+
 _FORMAT = "2"  # raise it when what is cached changes its meaning
 
 
@@ -32,7 +34,8 @@ class Encoded:
 
     Attributes:
         tokens: of each row its tokens, or the pixels of an image, channels first.
-        targets: of each row the number of its class, or for causal_lm how many leading tokens are not scored.
+        targets: of each row the number of its class, or for causal_lm how many leading tokens are not scored; or
+            an array of 0 and 1, (rows, labels), uint8, or of scores from 0 to 1, (rows, scores), float32.
         types: of each token which text of a pair it is of; None where there are no pairs.
         marks: of each token the number of what it is judged by, -100 where it is not scored; None: a row is judged
             as a whole.
@@ -40,10 +43,15 @@ class Encoded:
     """
 
     tokens: Sequence[Sequence[int] | NDArray[np.uint8]]
-    targets: list[int]
+    targets: list[int] | NDArray[np.uint8] | NDArray[np.float32]
     types: Sequence[Sequence[int]] | None = None
     marks: Sequence[Sequence[int]] | None = None
     cut: int = 0
+
+    @property
+    def held(self) -> Targets:
+        """The targets as they are kept."""
+        return self.targets if isinstance(self.targets, np.ndarray) else np.asarray(self.targets, np.int64)
 
 
 Encode = Callable[[Rows], Encoded]
@@ -56,14 +64,14 @@ class Examples:
     Attributes:
         tokens: of all rows one after another, (total tokens,), or all pixels.
         offsets: where each row begins, (rows + 1,).
-        targets: of each row, (rows,).
+        targets: of each row, (rows,); of those with several labels or scores (rows, of each).
         types: which text of a pair each token is of, (total tokens,); None where there are no pairs.
         marks: what each token is judged by, (total tokens,), -100 where it is not scored; None: whole rows are.
     """
 
     tokens: NDArray[np.int32 | np.uint8]  # (total tokens,), or all pixels
     offsets: NDArray[np.int64]  # (rows + 1,)
-    targets: NDArray[np.int64]  # (rows,)
+    targets: Targets  # (rows,) or (rows, labels or scores)
     types: NDArray[np.uint8] | None = None  # which text of a pair each token is of, (total tokens,)
     marks: NDArray[np.int32] | None = None  # what each token is judged by, (total tokens,)
 
@@ -90,9 +98,8 @@ class Examples:
 
     @property
     def majority(self) -> float | None:
-        """The share of the commonest label of examples, or of scored tokens, in [0, 1]; None without any."""
-        judged = self.targets if self.marks is None else self.marks[self.marks >= 0]
-        return float(np.bincount(judged).max() / len(judged)) if len(judged) else None
+        """Of examples, or of scored tokens, as the function of that name has it."""
+        return majority(self.targets if self.marks is None else self.marks[self.marks >= 0])
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ class Dataset:
     train: Examples
     test: Examples
     validation: Examples  # that choose the best round; none unless the scenario asks for some
-    labels: tuple[str, ...]  # class names in order; empty for causal_lm
+    labels: tuple[str, ...]  # names of classes, or of scores, in order; empty for causal_lm
     holdings: Stored | Drawn
     cut: int = 0  # test rows that lost something that is judged to `data.max_length`
 
@@ -171,15 +178,38 @@ class Dataset:
         return Partition(client, self.train, self.holdings.of(client)[1])
 
     def histogram(self, client: int) -> NDArray[np.int64]:
-        """How many examples of each label a client trains on, (labels,); of tags, that of the first entity."""
-        if not self.labels:
+        """How many examples of each label a client trains on, (labels,); of scores how many there are."""
+        if not self.labels or self.scored:
             return np.array([self.num_examples(client)])
-        return np.bincount(self.train.targets[self.partition(client).rows], minlength=len(self.labels))
+        counts = label_counts(self.train.targets[self.partition(client).rows])
+        return np.pad(counts, (0, len(self.labels) - len(counts)))
+
+    @property
+    def scored(self) -> bool:
+        """Whether examples have scores and no classes."""
+        return np.float32 in (self.train.targets.dtype, self.test.targets.dtype)
 
     @property
     def majority(self) -> float | None:
-        """The share of the commonest label among the test examples, in [0, 1]; None where they have no labels."""
+        """What always saying the commonest label comes to on the test examples, as `Examples.majority`."""
         return self.test.majority if self.labels else None
+
+
+def label_counts(targets: Targets | NDArray[np.int32]) -> NDArray[np.int64]:
+    """How many rows have each label, up to the last that any has; a row may have several."""
+    return targets.sum(axis=0, dtype=np.int64) if targets.ndim == 2 else np.bincount(targets)
+
+
+def majority(targets: Targets | NDArray[np.int32]) -> float | None:
+    """What always saying the commonest label comes to, in [0, 1]; None of scores, and of no rows.
+
+    That is its share of the rows. Where rows have several labels it is the micro F1, 2 c / (n + p), of c rows with
+    that label among n rows that have p labels together.
+    """
+    if not len(targets) or targets.dtype == np.float32:
+        return None
+    counts = label_counts(targets)
+    return float(2 * counts.max() / (len(targets) + counts.sum()))
 
 
 def cache_folder() -> Path:
@@ -206,7 +236,7 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
     train, test = read(data, task)
     names = label_names(data, train, task)
     check_labels("data", test, names, "the test set has labels that the training set has not")
-    test, validation = set_aside(data, test, task)
+    test, validation = set_aside(data, task, test)
     check_labels("data", validation, names, "the validation set has labels that the training set has not")
     folder = _tokenised(data, task, train, test, validation, names, encode, encoding)
     how = f"{data.partition.model_dump_json()} {data.client_test_share}"
@@ -218,7 +248,7 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
             drawn = draw(data.partition, len(targets), data.client_test_share, num_clients, seed)
             (to / _DRAWN).write_text(json.dumps(asdict(drawn)))
             return
-        parts = split(data.partition, targets, train.owners, num_clients, seed)
+        parts = split(data.partition, classes(targets), train.owners, num_clients, seed)
         _write_partitions(to, data.client_test_share, parts, seed)
 
     key = _fingerprint(_FORMAT, how, owners, str(num_clients), str(seed))
@@ -281,7 +311,7 @@ def _tokenised(
     encoding: str,
 ) -> Path:
     parts = {"train": train, "test": test} | ({"validation": validation} if validation.texts else {})
-    contents = map(_content, parts.values())
+    contents = map(content, parts.values())
     key = _fingerprint(_FORMAT, task, encoding, str(data.max_length), *contents, *names)
     return cached(cache_folder() / "tokens" / key, lambda to: _write(to, parts, names, encode))
 
@@ -297,7 +327,7 @@ def _write(folder: Path, parts: Mapping[str, Rows], names: Sequence[str], encode
         else:
             flat = np.fromiter((t for row in encoded.tokens for t in row), np.int32, int(lengths.sum()))
         np.save(folder / f"{half}.tokens.npy", flat)
-        np.save(folder / f"{half}.targets.npy", np.asarray(encoded.targets, np.int64))
+        np.save(folder / f"{half}.targets.npy", encoded.held)
         if encoded.types is not None:
             kinds = np.fromiter((t for row in encoded.types for t in row), np.uint8, int(lengths.sum()))
             np.save(folder / f"{half}.types.npy", kinds)
@@ -332,8 +362,10 @@ def _map(path: Path) -> NDArray[Any]:
     return np.asarray(array)
 
 
-def _content(rows: Rows) -> str:
-    return _fingerprint(*rows.texts, "\0labels", *(rows.labels or ()))
+def content(rows: Rows) -> str:
+    """Differs where a text or a label of some rows does."""
+    labels = (label if isinstance(label, str) else json.dumps(label) for label in rows.labels or ())
+    return _fingerprint(*rows.texts, "\0labels", *labels)
 
 
 def _fingerprint(*parts: Input) -> str:

@@ -19,6 +19,7 @@ from flwr.app import RecordDict
 from fedlora import prepare, seeding, wire
 from fedlora.adapter import Instruction
 from fedlora.data import reading
+from fedlora.data.cells import Taught
 from fedlora.deploy import signing, sources
 from fedlora.deploy import site as sites
 from fedlora.deploy.account import Account, pay
@@ -239,7 +240,7 @@ class Node:
                 setup = replace(ready.setup, noise=noise, secret=ready.client.private, kept=None)
             else:
                 told = self.site.data.labels
-                rows, left_out = reading.read_site(self.site.data, told, scenario.task)
+                rows, left_out = reading.read_site(self.site.data, told, Taught.of(scenario.data, scenario.task))
                 if left_out:
                     logger.warning("%d rows are left out: their label is not in data.labels", left_out)
                 placed = {"threads": self.site.threads, "device": self.site.device}
@@ -346,10 +347,13 @@ class Node:
         if run.worker.scenario.data.client_test_share is None:
             raise Refusal("the scenario holds no rows out to judge by")
         if self.site is None:
-            return wire.pack_words(run.worker.judge(instruction, [client])[0])
+            return wire.pack_words(run.worker.judge(instruction, [client])[client])
         if not self.site.accept.metrics:
             raise Refusal("it tells no figures of its own rows")
-        figures = self.state.judged(run.key, instruction.round, lambda: run.worker.judge(instruction, [client])[0])
+        worker = run.worker
+        figures = self.state.judged(
+            run.key, instruction.round, lambda: worker.judge(instruction, [client])[client]
+        )
         return wire.pack_words(figures)
 
     def _pay(self, key: str, round: int, client: int, event: Event) -> None:

@@ -32,6 +32,7 @@ BROUGHT = (  # of a run folder; checkpoints stay with the server
     "privacy.head",
     "partitions.json",
     "summary.json",
+    "test.json",
     "adapter",
 )
 COUNTS = (  # figures of a round, or of a run, that tell how many clients were drawn

@@ -16,6 +16,7 @@ from fedlora.scenario import (
     PositiveFloat,
     PositiveInt,
     Scenario,
+    Score,
     Section,
     Source,
     read,
@@ -31,6 +32,7 @@ class Held(Files):
     labels: tuple[str, ...] | None = (
         None  # what the rows may be classified by; a run must have these and no others
     )
+    score: Score | None = None  # the scale of the rows' scores, as a run must have it
 
 
 class Budget(Section):
@@ -53,7 +55,7 @@ class Accept(Section):
         None  # as in `task`; null: those that come with fedlora, whatever own_code says
     )
     kinds: tuple[str, ...] | None = None  # as in `model.adapter.kind`; null: likewise
-    own_code: bool = False  # whether strategies and clients may come with the run: they are programs
+    own_code: bool = False  # whether strategies, clients and metrics may come with the run: they are programs
     masked_only: bool = (
         False  # whether a run must have `secure_aggregation`: nobody sees the site's update by itself
     )
@@ -104,6 +106,8 @@ class Site(Section):
                 return f"it does not accept the {what} {use!r}"
             if ":" in use and not rules.own_code:
                 return f"it runs no code that comes with a run, such as the {what} {use!r}"
+        if not rules.own_code and (own := next((use for use in scenario.metrics if ":" in use), None)):
+            return f"it runs no code that comes with a run, such as the metric {own!r}"
         if rules.masked_only and scenario.secure_aggregation is None:
             return "it sends masked updates only, and the scenario has no secure_aggregation"
         if self.client >= scenario.clients.total:
@@ -122,9 +126,22 @@ class Site(Section):
         """Why the site is not asked about some labels; None if it is. Its rows have no part in the answer.
 
         One set of labels, whoever asks: else the number of rows that are left would tell how many of each there
-        are.
+        are. For the same reason one way to read them: as several labels of a row where its file says what is
+        between them, as scores where it says their scale.
         """
-        if not find(scenario.task).labelled:
+        task = find(scenario.task)
+        for key, target in (("score", "score"), ("separator", "many")):
+            if (getattr(self.data, key) is None) is (task.target == target):
+                have = "lacks" if task.target == target else "has"
+                return f"its rows are not for task: {scenario.task}, by what its site file {have} (data.{key})"
+        if task.target == "score":
+            if self.data.score != scenario.data.score:
+                return "the scale of the run's scores is not that of its site file (data.score)"
+            own = (self.data.label,) if isinstance(self.data.label, str) else self.data.label or ()
+            return (
+                None if len(labels) == len(own) else f"its rows have {len(own)} scores, and the run {len(labels)}"
+            )
+        if not task.labelled:
             return "the run names labels, and its task has none" if labels else None
         if scenario.data.labels is not None and tuple(labels) != scenario.data.labels:
             return "the run has other labels than its scenario"

@@ -2,21 +2,24 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fedlora import prepare
+from fedlora.data.cells import SEPARATORS, Label
 from fedlora.data.reading import Rows, read
 from fedlora.errors import SettingError
 from fedlora.rounds.checkpoint import whole_folder
-from fedlora.scenario import Scenario
+from fedlora.scenario import Data, Scenario
+from fedlora.tasks.contract import find
 
 _SITE = """\
 # What this node brings to a run, and what it allows; see docs/deploy.md.
 name: site-{client}
 client: {client}                        # which of the scenario's clients it is
-data: {{train: {train}, text: text, label: {label}{labels}}}
+data: {{train: {train}, text: text, label: {label}{more}}}
 state: {state}
 accept: {{bases: [{base}], own_code: false}}
 """
@@ -43,21 +46,28 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
     try:
         held = prepare.prepare(scenario).data
         train, test = read(scenario.data, scenario.task)
+        several = find(scenario.task).target == "many"
+        separator = _separator(scenario.data, held.labels) if several else ""
         if not isinstance(train.texts[0], str):
             raise SettingError("data", "only rows of one text and its label can be written as files of sites")
     except SettingError as error:
         raise scenario.located(error) from error
     made = []
     with whole_folder(folder) as new:
-        _write(new / "test.csv", test, np.arange(len(test.texts)))
+        _write(new / "test.csv", test, np.arange(len(test.texts)), scenario.data, separator)
         for client in range(scenario.clients.total):
             rows = np.sort(np.concatenate([held.partition(client).rows, held.held_out(client).rows]))
             (new / f"site-{client}").mkdir()
-            _write(new / f"site-{client}" / "train.csv", train, rows)
+            _write(new / f"site-{client}" / "train.csv", train, rows, scenario.data, separator)
             place = seen_as or folder.absolute() / f"site-{client}"
             label = "null" if train.labels is None else "label"
-            labels = f", labels: {json.dumps(held.labels)}" if held.labels else ""
-            told = {"train": place / "train.csv", "label": label, "labels": labels, "state": place / "state"}
+            more = f", labels: {json.dumps(held.labels)}" if held.labels else ""
+            if (scale := scenario.data.score) is not None:
+                label = json.dumps(held.labels)
+                more = f", score: {{low: {scale.low!r}, high: {scale.high!r}}}"
+            elif several:
+                more += f", separator: {json.dumps(separator)}"
+            told = {"train": place / "train.csv", "label": label, "more": more, "state": place / "state"}
             told["base"] = json.dumps(scenario.model.base)
             text = _SITE.format(client=client, **told)
             if (asked := scenario.example_privacy) is not None:
@@ -67,9 +77,35 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
     return made
 
 
-def _write(file: Path, rows: Rows, chosen: "np.typing.NDArray[np.int64]") -> None:
+def _write(file: Path, rows: Rows, chosen: "np.typing.NDArray[np.int64]", data: Data, separator: str) -> None:
+    labels = rows.labels
+    named = () if labels is None else ("label",) if data.score is None else data.label_columns
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["text"] if rows.labels is None else ["text", "label"])
+        writer.writerow(["text", *named])
         for row in chosen:
-            writer.writerow([rows.texts[row]] if rows.labels is None else [rows.texts[row], rows.labels[row]])
+            writer.writerow([rows.texts[row], *(() if labels is None else _cells(labels[row], data, separator))])
+
+
+def _cells(label: Label, data: Data, separator: str) -> list[str]:
+    """A row's label, its labels, or its scores in their units, as a file has them."""
+    if isinstance(label, str):
+        return [label]
+    if (scale := data.score) is None:
+        return [separator.join(map(str, label))]
+    return [f"{scale.low + (scale.high - scale.low) * float(x):.9g}" for x in label]
+
+
+def _separator(data: Data, labels: Sequence[str]) -> str:
+    """What stands between the labels of a row: as in the scenario, or what no label has.
+
+    Raises:
+        SettingError: labels have all that is known.
+    """
+    source = data.files or data.hub
+    if source is not None and source.separator is not None:
+        return source.separator
+    free = (mark for mark in SEPARATORS if not any(mark in label for label in labels))
+    if (found := next(free, None)) is None:
+        raise SettingError("data.files.separator", f"labels have all of {' '.join(SEPARATORS)}: name another")
+    return found

@@ -64,10 +64,10 @@ class State:
             raise UserError(f"{file}: is damaged; restore it, or remove it to hold other rows out")
         return key
 
-    def judged(self, key: str, round: int, judge: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def judged(self, key: str, round: int, judge: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the site says of its own rows in a round of a run: as it said before, or what `judge` finds."""
         file = self.of_run(key) / _JUDGED
-        said: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
+        said: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
         if str(round) not in said:
             said[str(round)] = judge()
             part = file.with_suffix(".part")

@@ -127,7 +127,8 @@ def _make(app: Path, scenario: Scenario, name: str, resume: bool, key: Path | No
     _leave_what_stays(app)
     if key is None:
         return
-    if find(scenario.task).labelled and scenario.data.labels is None:
+    task = find(scenario.task)
+    if task.labelled and task.target != "score" and scenario.data.labels is None:
         raise scenario.located(SettingError("data.labels", "a signed run names its labels: write them, in order"))
     _configure(app, {**config, "signature": signing.sign(key, sent, name, app)})
 

@@ -7,6 +7,7 @@ import uuid
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flwr.app import DEFAULT_TTL, Message, RecordDict
 from flwr.serverapp import Grid
@@ -17,7 +18,11 @@ from fedlora import wire
 from fedlora.adapter import Adapter, Change, Instruction, Sum
 from fedlora.engine.replies import Replies
 from fedlora.engine.setup import Description, Half, Setup
+from fedlora.metrics.contract import Evaluation
 from fedlora.passes.kept import Piece
+
+Figures = dict[str, Any]
+"""Figures by name: a number, or None where it says nothing of its rows; `CONFUSION` is a table of counts."""
 
 EVALUATION_CHUNK = 256  # test examples: fixed, so that sums do not depend on the number of workers
 
@@ -48,15 +53,6 @@ def gathered(parts: Iterable[Replies], partial_sums: bool) -> Replies:
     return Replies(total.updates() if partial_sums else updates, reports)
 
 
-def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Sums over parts, by key, in their order."""
-    sums: dict[str, float] = {}
-    for part in parts:
-        for key, value in part.items():
-            sums[key] = sums.get(key, 0.0) + value
-    return sums
-
-
 def pieces(found: Description) -> list[tuple[Half, int, int]]:
     """The pieces of an evaluation: of which rows, and from where to where."""
     counts: dict[Half, int] = {"test": found.test_examples, "validation": found.validation_examples}
@@ -67,14 +63,14 @@ def pieces(found: Description) -> list[tuple[Half, int, int]]:
     ]
 
 
-def by_half(found: Description, parts: Iterable[Mapping[str, float]]) -> dict[Half, dict[str, float]]:
-    """The sums of an evaluation's pieces, for the rows that report and for those that choose, if there are any."""
+def by_half(found: Description, parts: Iterable[Evaluation]) -> dict[Half, Evaluation]:
+    """An evaluation's pieces together, of the rows that report and of those that choose, if there are any."""
     made = list(zip(pieces(found), parts, strict=True))
     halves = dict.fromkeys(half for (half, *_), _ in made)
-    return {half: summed(part for (of, *_), part in made if of == half) for half in halves}
+    return {half: Evaluation.joined([part for (of, *_), part in made if of == half]) for half in halves}
 
 
-def named(figures: Mapping[Half, Mapping[str, float]]) -> dict[str, float]:
+def named(figures: Mapping[Half, Figures]) -> Figures:
     """Figures as a round's line has them: those on the rows that choose are `validation_...`."""
     told = dict(figures["test"])
     return told | {f"validation_{name}": value for name, value in figures.get("validation", {}).items()}
@@ -121,10 +117,13 @@ class Engine(Grid):
         """
 
     @abstractmethod
-    def evaluate(self, adapter: Adapter) -> dict[str, float]:
-        """Loss and metric on the test set; under `validation_...` on the rows that choose, where there are any."""
+    def evaluate(self, adapter: Adapter) -> Figures:
+        """Loss and metrics on the test set; under `validation_...` on the rows that choose, where there are any.
 
-    def beside(self, adapter: Adapter) -> Callable[[], dict[str, float]] | None:
+        Of tasks with classes `confusion` too: how many test rows of each label were taken for each.
+        """
+
+    def beside(self, adapter: Adapter) -> Callable[[], Figures] | None:
         """Evaluate beside the next call of `train`, where something would stand idle meanwhile.
 
         Returns:
@@ -133,8 +132,8 @@ class Engine(Grid):
         return None
 
     @abstractmethod
-    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
-        """Loss and metric of each client's own model on the examples that it holds out, of those that can be had.
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> dict[int, Figures]:
+        """Loss and metrics of clients' own models on the examples that each holds out, of those that can be had.
 
         Args:
             instruction: with the tensors that the server holds after a round.

@@ -20,7 +20,7 @@ from flwr.supercore.run import Run
 from fedlora import wire
 from fedlora.adapter import Adapter, Change, Instruction, Update
 from fedlora.engine import secure as masking
-from fedlora.engine.base import Engine
+from fedlora.engine.base import Engine, Figures
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.replies import Replies, Report
 from fedlora.engine.roster import Roster, Site
@@ -119,15 +119,15 @@ class FlowerEngine(Engine):
                 updates.append(update)
         return Replies(updates, reports)
 
-    def evaluate(self, adapter: Adapter) -> dict[str, float]:
-        """Loss and metric on the server's test set."""
+    def evaluate(self, adapter: Adapter) -> Figures:
+        """Loss and metrics on the server's test set."""
         return self.here.evaluate(adapter)
 
-    def beside(self, adapter: Adapter) -> Callable[[], dict[str, float]]:
+    def beside(self, adapter: Adapter) -> Callable[[], Figures]:
         """The server's own model is idle while sites train."""
         return self._evaluations.submit(self.here.evaluate, adapter).result
 
-    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> dict[int, Figures]:
         """The figures of each site that answers, of its own model.
 
         Raises:
@@ -138,7 +138,9 @@ class FlowerEngine(Engine):
             for c in cohort
             if c in self.roster.sites
         }
-        figures, named = [], ("loss", self.description.metric)
+        figures: dict[int, Figures] = {}
+        known = ("loss", self.description.metric)
+        asked = [metric.name for metric in self.worker.metrics if metric.name not in known]
         for client, (reply, _) in self.roster.ask("evaluate", contents).items():
             try:
                 if reply.has_error():
@@ -146,7 +148,8 @@ class FlowerEngine(Engine):
                 words = wire.unpack_words(reply.content)
                 if refused := words.get("refused"):
                     raise ContractError(str(refused))
-                figures.append({key: wire.number(words.get(key), key) for key in named})
+                told: Figures = {key: wire.number(words.get(key), key) for key in known}
+                figures[client] = told | {name: wire.figure(words.get(name), name) for name in asked}
             except ContractError as error:
                 logger.warning("%s did not judge: %s", self.roster.sites[client], error)
         if not figures:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.adapter import Adapter, Change, Instruction
-from fedlora.engine.base import Engine, by_half, chunks, gathered, named, pieces
+from fedlora.engine.base import Engine, Figures, by_half, chunks, gathered, named, pieces
 from fedlora.engine.replies import Replies
 from fedlora.engine.setup import Description, Setup
 from fedlora.engine.worker import Worker
@@ -31,14 +31,13 @@ class InlineEngine(Engine):
         parts = (self.worker.train(instruction, group, partial_sums) for group in groups)
         return gathered(parts, partial_sums)
 
-    def evaluate(self, adapter: Adapter) -> dict[str, float]:
-        """Loss and metric on the server's own rows."""
+    def evaluate(self, adapter: Adapter) -> Figures:
+        """Loss and metrics on the server's own rows."""
         parts = (self.worker.evaluate(adapter, *piece) for piece in pieces(self.description))
-        sums = by_half(self.description, parts)
-        return named({half: self.worker.figures(these) for half, these in sums.items()})
+        return named(self.worker.figures(by_half(self.description, parts)))
 
-    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
-        """Loss and metric of clients' own models."""
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> dict[int, Figures]:
+        """Loss and metrics of clients' own models."""
         return self.worker.judge(instruction, cohort, test)
 
     def merge(self, change: Change) -> None:

@@ -9,18 +9,19 @@ the tokenised data, and what stays with clients, are read where this machine put
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fedlora.adapter import Adapter, Change, Instruction
 from fedlora.client import Setter
-from fedlora.engine.base import Engine, by_half, chunks, gathered, named, pieces
+from fedlora.engine.base import Engine, Figures, by_half, chunks, gathered, named, pieces
 from fedlora.engine.pool import Job, Pool
 from fedlora.engine.replies import Replies, Report
 from fedlora.engine.setup import Description, Setup
 from fedlora.errors import FedloraError, SettingError
+from fedlora.metrics.contract import Evaluation
 from fedlora.passes.kept import Piece
 from fedlora.scenario import Scenario
 
@@ -34,7 +35,7 @@ class Beside:
     """An evaluation that the next round takes along."""
 
     jobs: Sequence[Job]
-    parts: list[dict[str, float]] | None = None  # of the sums, when they are there
+    parts: list[Evaluation] | None = None  # when they are there
 
 
 class RayEngine(Engine):
@@ -117,11 +118,11 @@ class RayEngine(Engine):
             beside.parts = list(results)
         return replies
 
-    def evaluate(self, adapter: Adapter) -> dict[str, float]:
-        """Loss and metric on the test set."""
+    def evaluate(self, adapter: Adapter) -> Figures:
+        """Loss and metrics on the test set."""
         return self._figures(self.pool.spread(self._evaluation(adapter), _not_evaluated))
 
-    def beside(self, adapter: Adapter) -> Callable[[], dict[str, float]] | None:
+    def beside(self, adapter: Adapter) -> Callable[[], Figures] | None:
         """At the end of a round workers have nothing left to do where its pieces do not go up in them."""
         groups = len(chunks(range(self.cohort), fused=self.setup.scenario["engine"]["fused"]))
         idle = -groups % len(self.pool.workers)
@@ -129,7 +130,7 @@ class RayEngine(Engine):
             return None
         made = self._beside = Beside(self._evaluation(adapter))
 
-        def figures() -> dict[str, float]:
+        def figures() -> Figures:
             if made.parts is None:  # no round has taken it along
                 self._beside, made.parts = None, list(self.pool.spread(made.jobs, _not_evaluated))
             return self._figures(made.parts)
@@ -143,22 +144,22 @@ class RayEngine(Engine):
         told = ray.put(adapter)
         return [self.pool.call("evaluate", told, *piece) for piece in pieces(self.description)]
 
-    def _figures(self, parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    def _figures(self, parts: Iterable[Evaluation]) -> Figures:
         """What the pieces of an evaluation come to."""
-        sums = by_half(self.description, parts)
-        made = self.pool.spread([self.pool.call("figures", these) for these in sums.values()], _not_evaluated)
-        return named(dict(zip(sums, made, strict=True)))
+        found = by_half(self.description, parts)
+        (made,) = self.pool.spread([self.pool.call("figures", found)], _not_evaluated)
+        return named(made)
 
-    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
-        """Loss and metric of clients' own models."""
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> dict[int, Figures]:
+        """Loss and metrics of clients' own models."""
         import ray
 
-        def lost(_: int, why: str) -> list[dict[str, float]]:
+        def lost(_: int, why: str) -> dict[int, Figures]:
             raise FedloraError(f"clients' own models could not be evaluated: {why}")
 
         told = ray.put(instruction)
         jobs = [self.pool.call("judge", told, piece, test) for piece in chunks(cohort)]
-        return [*itertools.chain.from_iterable(self.pool.spread(jobs, lost))]
+        return {client: figures for part in self.pool.spread(jobs, lost) for client, figures in part.items()}
 
     def merge(self, change: Change) -> None:
         """Workers fold it in before they do anything else."""
@@ -213,5 +214,8 @@ def _not_evaluated(job: int, why: str) -> Any:
 
 def _own(replies: Replies) -> Replies:
     """Replies with tensors of their own, so that the object store need not hold a whole round's."""
-    updates = [replace(u, adapter={n: t.copy() for n, t in u.adapter.items()}) for u in replies.updates]
+    updates = [
+        replace(u, adapter={n: t.copy() for n, t in u.adapter.items()}, moments=u.moments.copy())
+        for u in replies.updates
+    ]
     return Replies(updates, replies.reports)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedlora import wire
 from fedlora.adapter import Adapter, Change, Instruction, Update
-from fedlora.engine.base import Engine
+from fedlora.engine.base import Engine, Figures
 from fedlora.engine.replies import Replies, Report
 from fedlora.engine.setup import Description, Setup
 from fedlora.errors import ContractError, RoundError
@@ -208,15 +208,15 @@ class SecureEngine(Engine):
         sent = [(u.clients, u.adapter, dict(u.metrics)) for u in trained.updates]
         return digest(self.seed, "shares", versions(), self.asked.model_dump(), asked, sent)
 
-    def evaluate(self, adapter: Adapter) -> dict[str, float]:
+    def evaluate(self, adapter: Adapter) -> Figures:
         """The inner engine's."""
         return self.inner.evaluate(adapter)
 
-    def beside(self, adapter: Adapter) -> Callable[[], dict[str, float]] | None:
+    def beside(self, adapter: Adapter) -> Callable[[], Figures] | None:
         """The inner engine's."""
         return self.inner.beside(adapter)
 
-    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> dict[int, Figures]:
         """The inner engine's."""
         return self.inner.judge(instruction, cohort, test)
 

@@ -16,12 +16,17 @@ from fedlora.adapter import Adapter, Change, Instruction, Sum, Update, fingerpri
 from fedlora.client import Setter
 from fedlora.data.store import Dataset, Partition
 from fedlora.engine import hardware
+from fedlora.engine.base import Figures
 from fedlora.engine.digests import Digests
 from fedlora.engine.intake import Intake, check_tensors
 from fedlora.engine.replies import Deed, Replies, Report
 from fedlora.engine.setup import Description, Half, Setup
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError, Refusal
+from fedlora.metrics import confusion
+from fedlora.metrics import contract as metrics
+from fedlora.metrics.contract import Evaluation
+from fedlora.optimizers import averaged
 from fedlora.passes import alone
 from fedlora.passes.fused import Fused
 from fedlora.passes.kept import Kept, Piece, pays
@@ -75,6 +80,7 @@ class Worker:
                 private=self.client.private,
                 precision="bf16" if setup.precision == "bf16" else "fp32",
                 start=start.saved if start is not None else None,
+                scale=(score.low, score.high) if (score := self.scenario.data.score) is not None else None,
             )
         self.kept: Kept | None = None
         if self.task.prefix is not None and pays(self.scenario, self.dataset):
@@ -82,6 +88,7 @@ class Worker:
             self.task.prefix.kept = self.kept.of
         self.fused = Fused(self.task) if self.scenario.engine.fused > 1 else None
         self.settings = Setter(self.scenario, setup.noise)
+        self.metrics = metrics.find_all(self.scenario.metrics, self.task.target)
         self.serve(strategy, setup.personal)
 
     def serve(self, strategy: strategies.Strategy, personal: Path | None) -> None:
@@ -287,14 +294,20 @@ class Worker:
             )
         plain = type(strategy).reply is strategies.Strategy.reply
         settings = self.settings(instruction, len(partition), client)
+        averages = self.scenario.clients.averages_state and len(instruction.moments) > 0
         if self.optimizers is not None:
             settings = replace(settings, state=self.optimizers.load(client, before=round))
+        elif averages:
+            settings = replace(settings, state=dict(zip(instruction.send, instruction.moments, strict=True)))
         wanted = tuple(sorted({*settings.send, *instruction.keep} if plain else layout))
         update = yield from self._train(instruction, partition, settings, wanted, rank, sharing, deed)
         clients.check_kept(self.client)
         if self.optimizers is not None:
             self.optimizers.save(client, round, update.state)
-        update = replace(update, state={})
+        if averages and not update.state.keys() >= set(instruction.send):
+            raise ContractError(f"{type(self.client).__name__} gives no state back, as `Steps.kept` has it")
+        moments = averaged.rows(update.state, instruction.send if averages else ())
+        update = replace(update, state={}, moments=moments)
         if plain and not instruction.keep:  # all of it is sent, and checked when it comes in
             return replace(update, scaling=kind.scaling(rank))
         check_tensors(update.adapter, {n: kind.shape(layout[n], rank) for n in wanted})  # before it is kept
@@ -373,18 +386,20 @@ class Worker:
             raise ContractError("the tensors that stay frozen are not the server's: another seed, base or torch")
 
     @hardware.on_gpu("the test set")
-    def evaluate(self, adapter: Adapter, half: Half, start: int, stop: int) -> dict[str, float]:
-        """Sums of the metric over examples `start` to `stop` of those that report, or of those that choose."""
+    def evaluate(self, adapter: Adapter, half: Half, start: int, stop: int) -> Evaluation:
+        """Examples `start` to `stop` of those that report, or of those that choose; by row where metrics ask."""
         self.task.become()
         rows, examples, asked = np.arange(start, stop), getattr(self.dataset, half), self.scenario.exact_match
-        sums = self.task.evaluate(adapter, examples, rows)
+        rowwise = bool(self.metrics) or (half == "test" and confusion.tells(self.task.target, self.dataset.labels))
+        found = self.task.evaluation(adapter, examples, rows, rowwise)
         writes = half == "test" or self.scenario.chosen_by(self.task.metric) == "exact_match"
         if asked and writes and start < asked.examples:
             model = self.scenario.model
-            sums |= self.task.written(lambda: self.task.reader(model.base, model.revision), examples, rows, asked)
-        return sums
+            more = self.task.written(lambda: self.task.reader(model.base, model.revision), examples, rows, asked)
+            found = replace(found, sums={**found.sums, **more})
+        return found
 
-    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> list[dict[str, float]]:
+    def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> dict[int, Figures]:
         """Figures of each client's own model on the examples that it holds out, or on those of the test set.
 
         Args:
@@ -392,13 +407,15 @@ class Worker:
             cohort: client ids.
             test: judge by the test set.
         """
-        found, rows = [], Partition(-1, self.dataset.test, np.arange(len(self.dataset.test)))
+        found, rows = {}, Partition(-1, self.dataset.test, np.arange(len(self.dataset.test)))
         for client in cohort:
             rank = self._rank(client)
             adapter = self._received(instruction.at(rank), client, instruction.round + 1)
             self.task.become(rank, instruction.draw)
             held = rows if test else self.dataset.held_out(client)
-            found.append(self.task.figures(self.task.evaluate(adapter, held.examples, held.rows)))
+            made = self.task.evaluation(adapter, held.examples, held.rows, bool(self.metrics))
+            told = self.task.figures(made.sums)
+            found[client] = made.figures(told, self.metrics, self.dataset.labels)
         return found
 
     def merge(self, change: Change) -> None:
@@ -408,9 +425,15 @@ class Worker:
         self.task.merge(change)
         self.merged += 1
 
-    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Loss and metric from sums."""
-        return self.task.figures(sums)
+    def figures(self, found: Mapping[Half, Evaluation]) -> dict[Half, Figures]:
+        """Loss and metrics of the rows that report and of those that choose; of the first also their confusion."""
+        labels, sums = self.dataset.labels, self.task.by_half({half: these.sums for half, these in found.items()})
+        told: dict[Half, Figures] = {
+            half: these.figures(sums[half], self.metrics, labels) for half, these in found.items()
+        }
+        if found["test"].outputs is not None and confusion.tells(self.task.target, labels):
+            told["test"][confusion.CONFUSION] = confusion.confusion(found["test"], len(labels))
+        return told
 
     def export(self, adapter: Adapter, folder: Path, merged: Change | None) -> None:
         """As `Task.export`."""

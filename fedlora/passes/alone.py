@@ -189,11 +189,16 @@ def _settle(task: "Task", max_length: int, special: Collection[int]) -> None:
 
 
 def _mixed_targets(task: "Task", examples: Examples) -> Examples:
-    """Examples of several labels in turn: a loss that weighs an example by the labels beside it shows."""
+    """Examples of several labels or scores: a loss that weighs an example by the labels beside it shows."""
     if not task.labelled:
         return examples
-    labels = max(int(getattr(task.model.get_base_model().config, "num_labels", 2)), 1)
-    return replace(examples, targets=np.arange(len(examples)) % labels)
+    count, labels = len(examples), max(int(getattr(task.model.get_base_model().config, "num_labels", 2)), 1)
+    if task.target == "class":
+        return replace(examples, targets=np.arange(count) % labels)
+    drawn = generator(0, "check", "targets").random((count, labels))
+    return replace(
+        examples, targets=(drawn < 0.5).astype(np.uint8) if task.target == "many" else drawn.astype(np.float32)
+    )
 
 
 def mingle(task: "Task", adapter: Mapping[str, Tensor]) -> str:

@@ -36,9 +36,9 @@ class Group:
     label: str
     runs: list[Run] = field(default_factory=list)
 
-    def final(self) -> list[float]:
-        """The last measured metric of each run that has one."""
-        return [value for run in self.runs if (value := final(run)) is not None]
+    def final(self, name: str | None = None) -> list[float]:
+        """The last measured metric of each run that has one; by default the one that the run is judged by."""
+        return [v for run in self.runs if (v := run.measured(name or run.metric)) is not None]
 
     @property
     def by_seed(self) -> dict[Any, float]:
@@ -169,13 +169,21 @@ class Comparison:
         head = ("configuration", "seeds", self.metric, "difference", "p", "MB up", "MB down", "epsilon", "minutes")
         rows = [self._row(group) for group in self.groups]
         rows += [[f"({row[0]})", *row[1:]] for row in map(self._row, self.apart)]
-        made = Table((*head, "front"), rows, frozenset({0}))
+        made = Table((*head, "front", *self.others), rows, frozenset({0}))
         hours = [group.hours for group in (*self.groups, *self.apart)]
         if any(hours):
             cells = [_NONE if h is None else f"{h:.2f}" for h in hours]
             rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
             made = Table((*made.head, "virtual hours"), rows, made.left)
         return made
+
+    @cached_property
+    def others(self) -> list[str]:
+        """Further figures that all of the runs have, by name."""
+        runs = [run for group in (*self.groups, *self.apart) for run in group.runs]
+        names = [name for name in runs[0].figures if name not in (self.metric, "loss")]
+        shared = set(names).intersection(*(run.figures for run in runs))
+        return [name for name in names if name in shared]
 
     def _row(self, group: Group) -> list[str]:
         test = self.tests.get(group.label) if group in self.groups else None
@@ -191,6 +199,7 @@ class Comparison:
             "none" if epsilon is None else f"{epsilon:.2f}",
             f"{group.total('seconds') / 60:.1f}",
             "yes" if group.label in self.front and group in self.groups else "",
+            *(spread(group.final(name)) for name in self.others),
         ]
 
     def legend(self) -> list[str]:
@@ -285,11 +294,7 @@ class Comparison:
 
 def final(run: Run) -> float | None:
     """The last measured metric of a run, or that of the round that it kept."""
-    metric = run.metric
-    if run.best_round is not None:
-        return run.summary.get(metric)
-    values = [line[metric] for line in run.rounds if line.get(metric) is not None]
-    return values[-1] if values else None
+    return run.measured(run.metric)
 
 
 def _judged_by(run: Run) -> tuple[Any, ...]:
@@ -366,21 +371,25 @@ def _curve(group: Group, metric: str) -> Iterator[Row]:
             }
 
 
-def compare(runs: Iterable[Run | str | Path], out: str | Path | None = None) -> Comparison:
+def compare(
+    runs: Iterable[Run | str | Path], out: str | Path | None = None, metric: str | None = None
+) -> Comparison:
     """Runs side by side; those that differ by their seed alone are one row, with its spread.
 
     Args:
         runs: or their folders; the first is what the others are compared with.
         out: a file to write the page to, one HTML file that opens offline; None: none is written.
+        metric: the figure to compare them by, such as `macro_f1`; by default the task's own.
 
     Returns:
         The comparison: `table()`, `legend()`, `notes`, `html()`.
 
     Raises:
-        UserError: a folder holds no run, or the file cannot be written.
+        UserError: a folder holds no run, a run has no such figure, or the file cannot be written.
     """
     runs = [runs] if isinstance(runs, str | Path) else runs
-    made = Comparison([run if isinstance(run, Run) else Run.open(run) for run in runs])
+    opened = [run if isinstance(run, Run) else Run.open(run) for run in runs]
+    made = Comparison(opened if metric is None else [run.by(metric) for run in opened])
     if out is not None:
         save(made.html(), Path(out))
     return made

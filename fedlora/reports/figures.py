@@ -1,7 +1,7 @@
 """The figures of one run, by section of its report."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from fedlora.reports.charts import (
@@ -16,6 +16,8 @@ from fedlora.reports.charts import (
     stacks,
 )
 from fedlora.run import Run
+
+MOST_LABELS = 30  # of a confusion that is drawn
 
 
 def figures(run: Run) -> Mapping[Literal["learning", "privacy", "clients", "cost"], list[Figure]]:
@@ -35,7 +37,8 @@ def _learning(run: Run) -> Sequence[Figure]:
         if any(f"validation_{metric}" in line for line in run.rounds):
             note = "Measured on the held-out test set, and on the validation rows that choose and do not report."
         if run.majority is not None:
-            note += f" Dashed: the commonest label, which is {run.majority:.4f} of the test set."
+            of = " of the test set" if metric == "accuracy" else ""
+            note += f" Dashed: the commonest label, which is {run.majority:.4f}{of}."
         if run.best_round is not None:
             note += f" Round {run.best_round}, ringed, is the one that was kept."
         by_round = metric_by_round(run.rounds, metric, run.majority, run.best_round)
@@ -49,6 +52,13 @@ def _learning(run: Run) -> Sequence[Figure]:
             chart = lines(rows, ("hours", "virtual hours"), (metric, metric), rule=MAJORITY)
             note = "The same by the clock of the simulated devices."
             found.append(Figure(f"{metric.capitalize()} by virtual hour", note, chart))
+    for name in run.figures:
+        if name not in (metric, "loss") and measured(run.rounds, name):
+            better = "more" if run.by(name).higher_is_better else "less"
+            by_round = metric_by_round(run.rounds, name, None, run.best_round)
+            note = f"Measured on the same rows; {better} is better."
+            found.append(Figure(f"{spoken(name)} by round", note, by_round))
+    found += _confusion(run)
     losses = [
         {"round": line["round"], "set": label, "loss": line[key]}
         for key, label in (("loss", "test"), ("validation_loss", "validation"), ("train_loss", "training"))
@@ -71,6 +81,36 @@ def _learning(run: Run) -> Sequence[Figure]:
         note = "How far the aggregate is from the mean of the clients' full weight changes, as a share of it."
         found.append(Figure("Aggregation error by round", note, chart))
     return found
+
+
+def _confusion(run: Run) -> Iterator[Figure]:
+    """Which label the test rows of each were taken for, where they are few enough to see."""
+    labels, counts = run.test.get("labels") or [], run.test.get("confusion") or []
+    if not 1 < len(labels) <= MOST_LABELS:
+        return
+    rows = [
+        {"label": label, "taken for": other, "rows": n, "share": n / max(sum(row), 1)}
+        for label, row in zip(labels, counts, strict=True)
+        for other, n in zip(labels, row, strict=True)
+    ]
+    chart = heat(
+        rows,
+        ("taken for", "taken for"),
+        ("label", "label"),
+        ("share", "share of the label's rows"),
+        height=tall(len(labels)),
+        number=".0%",
+        domain=(0.0, 1.0),
+        angle=0 if max(map(len, labels)) * len(labels) < 60 else -45,
+    )
+    note = f"What test rows of each label were taken for after round {run.test['round']}; a line of it sums to 1."
+    yield Figure("Confusion of labels", note, chart)
+
+
+def spoken(name: str) -> str:
+    """A figure's name as a title says it."""
+    words = name.replace("_", " ")
+    return words[0].upper() + words[1:]
 
 
 def _privacy(run: Run) -> Sequence[Figure]:
@@ -148,7 +188,7 @@ def _clients(run: Run) -> Sequence[Figure]:
         words = key.replace("_", " ")
         title = f"{words.capitalize()} of each client"
         chart = heat(rows, ("round", "round"), ("client", "client"), (key, words), height=tall(len(some)))
-        found.append(Figure(title, f"As the client told it, by round.{_thinning(len(some), total)}", chart))
+        found.append(Figure(title, f"As the client reported it, by round.{_thinning(len(some), total)}", chart))
     return found
 
 

@@ -108,6 +108,11 @@ class Page:
         )
 
 
+def scrolled(table: str, name: str) -> str:
+    """A wide or long table in a frame that scrolls."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}">{table}</div>'
+
+
 def save(html: str, file: Path) -> None:
     """Write a page.
 

@@ -10,6 +10,7 @@ from fedlora.reports import baselines, page
 from fedlora.reports.comparison import Comparison
 from fedlora.reports.console import size, span
 from fedlora.reports.figures import figures
+from fedlora.reports.spread import among_clients, by_label
 from fedlora.reports.tables import Table
 from fedlora.run import Run
 
@@ -49,9 +50,12 @@ def html(run: Run) -> str:
     made.key_figures(_key_figures(run))
     found = figures(run)
     told = [f"<p>{escape(said)}</p>" for said in Comparison([run, *baselines.beside(run)]).sentences]
-    made.section("What was learnt", *told, made.figures(found["learning"]) or "<p>No round was measured yet.</p>")
+    learnt = made.figures(found["learning"]) or "<p>No round was measured yet.</p>"
+    made.section("What was learnt", *told, learnt, *by_label(run))
     made.section("What privacy it keeps", *_privacy(run), made.figures(found["privacy"]))
-    made.section("Who took part", *_clients(run), made.figures(found["clients"]), *_failures(run))
+    made.section(
+        "Who took part", *_clients(run), *among_clients(run), made.figures(found["clients"]), *_failures(run)
+    )
     made.section("What it cost", made.figures(found["cost"]) or "<p>No round is recorded yet.</p>")
     made.section("What was run", *_settings(run))
     wrote = summary.get("versions", {}).get("fedlora", "an unknown version")
@@ -72,7 +76,8 @@ def _key_figures(run: Run) -> Iterator[tuple[str, str, str]]:
         f"on {summary['test_examples']:,} test examples" if "test_examples" in summary else "on the test set"
     )
     if run.majority is not None:
-        held_out += f", of which the commonest label is {run.majority:.4f}"
+        always = "of which" if run.metric == "accuracy" else "where always saying"
+        held_out += f", {always} the commonest label is {run.majority:.4f}"
     if kept is not None:
         held_out, best = f"{held_out}, after round {kept}, which validation rows chose", value
     yield (
@@ -99,7 +104,7 @@ def _key_figures(run: Run) -> Iterator[tuple[str, str, str]]:
     if rounds and (clock := rounds[-1].get("virtual_seconds")) is not None:
         late = sum(line.get("late", 0) for line in rounds)
         yield "Virtual time", f"{clock / 3600:.2f} h", f"by the clock of the devices; {late} were late or vanished"
-    yield "Time", span(sum(line.get("seconds", 0.0) for line in rounds)), "minutes of rounds"
+    yield "Time", span(sum(line.get("seconds", 0.0) for line in rounds)), "of rounds, as minutes:seconds"
 
 
 def _privacy(run: Run) -> Iterator[str]:
@@ -138,7 +143,7 @@ def _failures(run: Run) -> Iterator[str]:
     rows = [[str(line["client"]), str(line["round"]), str(line["error"])] for line in failed[:200]]
     left = f", the first 200 of {len(failed)}" if len(failed) > 200 else ""
     told = Table(("client", "round", "what went wrong"), rows, frozenset({2})).html(f"Clients that failed{left}")
-    yield f'<div class="scroll" tabindex="0" role="region" aria-label="Failures">{told}</div>'
+    yield page.scrolled(told, "Failures")
 
 
 def _settings(run: Run) -> Iterator[str]:

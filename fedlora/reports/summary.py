@@ -8,14 +8,16 @@ from typing import Any
 from fedlora import scenario as scenarios
 from fedlora import starting
 from fedlora.engine.setup import Description
+from fedlora.metrics import contract as metrics
 from fedlora.prepare import Prepared
 from fedlora.privacy import accounting, cohorts, ledger
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.replay import versions
 from fedlora.rounds.choice import OF_VALIDATION, Choice
-from fedlora.rounds.loop import round_to
+from fedlora.rounds.lines import round_to
 from fedlora.rounds.progress import Progress
 from fedlora.scenario import Scenario
+from fedlora.tasks.contract import find
 
 
 def summary_of(
@@ -39,6 +41,7 @@ def summary_of(
         "higher_is_better": found.higher_is_better,
         found.metric: figures.get(found.metric),
         "loss": figures.get("loss"),
+        **_by_name(scenario, found, figures),
         "bytes_up_total": now.bytes_up,
         "bytes_up_head": now.bytes_up_head,
         "bytes_down_total": now.bytes_down,
@@ -86,6 +89,18 @@ def summary_of(
     return summary
 
 
+def _by_name(scenario: Scenario, found: Description, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """`metrics`, all figures of the last evaluation but the loss; `lower_is_better`, of which less is better."""
+    asked = metrics.find_all(scenario.metrics, find(scenario.task).target)
+    aside = ("loss", "epsilon", "stopped", *(f"{found.metric}_{end}" for end in ("least", "most")))
+    told = dict.fromkeys([found.metric, *(metric.name for metric in asked)])
+    told |= {k: v for k, v in figures.items() if k not in aside and not k.startswith(OF_VALIDATION)}
+    known = metrics.known(find(scenario.task).target).values()
+    low = {metric.name for metric in (*known, *asked) if metric.name in told and not metric.higher_is_better}
+    low |= set() if found.higher_is_better else {found.metric}
+    return {"metrics": told, "lower_is_better": sorted(low)}
+
+
 def spent_of(record: Ledger, asked: scenarios.Privacy | None) -> float | None:
     """The largest epsilon over those who hold a budget for a guarantee; None without one."""
     if asked is None:
@@ -120,7 +135,7 @@ def privacy_in_words(ready: Prepared, record: Ledger) -> str:
     words = accounting.statement(spent_of(record, asked) or 0.0, asked.delta, asked.unit, asked.accountant)
     if asked.unit == "client":
         seen = "the sum of the clipped updates" if scenario.secure_aggregation else "each clipped update"
-        words += f", from whoever sees the models but not from the server, which sees {seen}"
+        words += f", from anyone who sees the models but not from the server, which sees {seen}"
     if (whole := server_epsilon(scenario, record.events)) is not None and scenario.secure_aggregation is not None:
         honest = scenario.secure_aggregation.honest
         words += " under the clients' noise; "
@@ -136,7 +151,7 @@ def privacy_in_words(ready: Prepared, record: Ledger) -> str:
     if scenario.model.start is not None:
         words += "; the adapter that it began from is taken as given: what rows lost there adds up with this"
     if ready.setup.secret:
-        return f"{words}; whoever added noise drew it, and the batches, under a key from the operating system"
+        return f"{words}; noise and batches were drawn under keys from the operating system"
     return (
         f"{words}; noise was drawn from the scenario's seed, as fits a simulation and not a deployment; who holds "
         "which examples, the labels and the test set are taken as given"

@@ -7,8 +7,10 @@ that report: what is reported was not chosen by.
 from dataclasses import dataclass
 
 from fedlora.errors import SettingError, suggestion
+from fedlora.metrics import contract as metrics
 from fedlora.rounds.progress import Best, Line, Progress
 from fedlora.scenario import Scenario
+from fedlora.tasks.contract import find
 
 OF_VALIDATION = "validation_"  # before the names of figures on the rows that choose
 
@@ -33,7 +35,10 @@ class Choice:
         """Take in what was measured after the round that `now` is at."""
         value, best = line[self.figure], now.best
         before = None if best is None else best.figures[self.figure]
-        better = value == value if before is None else value > before if self.higher else value < before
+        if value is None or value != value:
+            better = False
+        else:
+            better = before is None or (value > before if self.higher else value < before)
         now.waited = 0 if better else now.waited + 1
         if better:
             now.best = Best(round=now.round, merges=now.merges, figures=dict(now.last), adapter=now.adapter)
@@ -59,7 +64,7 @@ def make(scenario: Scenario, metric: str, higher_is_better: bool) -> Choice | No
     """
     if (name := scenario.chosen_by(metric)) is None:
         return None
-    known = {"loss": False, metric: higher_is_better, **({"exact_match": True} if scenario.exact_match else {})}
+    known = directions(scenario, metric, higher_is_better)
     if name not in known:
         raise SettingError("keep.best", f"an evaluation here has no {name!r}: {suggestion(name, known)}")
     return Choice(
@@ -68,3 +73,19 @@ def make(scenario: Scenario, metric: str, higher_is_better: bool) -> Choice | No
         keeps=scenario.keep != "last",
         patience=scenario.stop.patience if scenario.stop else None,
     )
+
+
+def directions(scenario: Scenario, metric: str, higher_is_better: bool) -> dict[str, bool]:
+    """The figures that an evaluation gives by name, and of each whether more of it is better.
+
+    Args:
+        scenario: of the run.
+        metric: of the task.
+        higher_is_better: whether more of that is.
+
+    Raises:
+        SettingError: it names a metric that is not there.
+    """
+    asked = metrics.find_all(scenario.metrics, find(scenario.task).target)
+    known = {"loss": False, **({"exact_match": True} if scenario.exact_match else {})}
+    return {**known, **{one.name: one.higher_is_better for one in asked}, metric: higher_is_better}

@@ -19,6 +19,7 @@ from fedlora.rounds.server import ServerOptimizer
 from fedlora.scenario import Scenario
 from fedlora.strategy import Strategy
 
+TEST = "test.json"  # which label the test rows of each were taken for (`fedlora.metrics.confusion`)
 SHOWN = 1000  # clients in `partitions.json`, at most
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,10 @@ def check(folder: Path, scenario: Scenario, resume: bool) -> None:
     file = folder / "scenario.yaml"
     if not resume:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            what = "already holds a run" if file.exists() else "is not an empty folder"
-            raise UserError(f"{folder}: {what}; name another with --out, or go on with it with --resume")
+            what, more = "is not an empty folder", ""
+            if file.exists():
+                what, more = "already holds a run", ", or continue it with --resume"
+            raise UserError(f"{folder}: {what}; name another with --out{more}")
         return
     if not file.exists():
         raise UserError(f"{folder}: holds no run to resume")
@@ -89,14 +92,14 @@ def create(folder: Path, scenario: Scenario, data: Dataset) -> None:
 def partitions(data: Dataset) -> dict[str, Any]:
     """Who holds what; of very many clients as many as a picture can show, evenly chosen."""
     total = data.num_clients
-    counts = {int(c): data.histogram(int(c)) for c in np.linspace(0, total - 1, min(total, SHOWN)).round()}
+    shown = [int(c) for c in np.linspace(0, total - 1, min(total, SHOWN)).round()]
     return {
-        "labels": list(data.labels),
+        "labels": [] if data.scored else list(data.labels),
         "clients_total": total,
         "clients": [
-            {"client": c, "num_examples": int(row.sum()), "labels": row.tolist()}
-            for c, row in counts.items()
-            if row.any()  # else nobody but its site knows
+            {"client": c, "num_examples": data.num_examples(c), "labels": data.histogram(c).tolist()}
+            for c in shown
+            if data.num_examples(c)  # else nobody but its site knows
         ],
         "test_examples": len(data.test),
     }

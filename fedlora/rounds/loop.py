@@ -1,7 +1,7 @@
 """The round loop: sample, send, collect, account, aggregate, evaluate, record, save."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,17 +13,20 @@ from fedlora import wire
 from fedlora.adapter import Adapter, Change, Instruction, Update, fingerprint
 from fedlora.data.store import Dataset
 from fedlora.engine import Engine, Replies, Report
-from fedlora.engine.base import summed
 from fedlora.engine.intake import Intake
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError, RoundError
+from fedlora.metrics import confusion
+from fedlora.optimizers import averaged
 from fedlora.privacy import cohorts
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanisms.central import CLIP_NORM, Central
 from fedlora.rounds import checkpoint
 from fedlora.rounds.checkpoint import Checkpoint, Merges
-from fedlora.rounds.choice import OF_VALIDATION, Choice
+from fedlora.rounds.choice import Choice
+from fedlora.rounds.folder import TEST, write_json
+from fedlora.rounds.lines import added, client_line, first_error, means, round_to
 from fedlora.rounds.pace import Pace
 from fedlora.rounds.progress import Line, Progress, Stopwatch
 from fedlora.rounds.server import ServerOptimizer
@@ -55,7 +58,9 @@ class Loop:
     choice: Choice | None = None  # of the best round, where somebody asks for it
     origin: Mapping[str, Any] = field(default_factory=dict)  # the scenario and the versions, for checkpoints
     stop: Callable[[], bool] = lambda: False
-    _beside: Callable[[], Mapping[str, float]] | None = None  # gives the figures of `Progress.unjudged`
+    _beside: Callable[[], Line] | None = None  # gives the figures of `Progress.unjudged`
+    _names: set[str] = field(default_factory=set)  # of all figures that evaluations gave
+    _own: dict[int, Line] = field(default_factory=dict)  # those that clients tell of themselves, by client
 
     def run(self, now: Progress) -> Progress:
         """Rounds until the last, or until nobody may go on.
@@ -83,6 +88,8 @@ class Loop:
             kept = {n: t for n, t in now.adapter.items() if n not in instruction.adapter}
             instruction = replace(instruction, frozen=fingerprint(kept))
             instruction = self._bounded(instruction, now)
+            if self.scenario.clients.averages_state:
+                instruction = replace(instruction, moments=averaged.rows(now.moments, instruction.send))
             watch.lap("account")
             if (gathered := self._gather(instruction, now)) is None:
                 now.last["stopped"] = f"after round {round - 1}: another would pass every client's epsilon"
@@ -102,6 +109,8 @@ class Loop:
                 after = {**before, **self.server.step(round, before, made.adapter)}
             self._check(before, after, made.base)
             adapter = {**now.adapter, **after}
+            if len(instruction.moments):
+                now.moments |= averaged.mean(instruction.send, replies.updates)
             if made.base:
                 self.engine.merge(self.merges.append(made.base))
             watch.lap("aggregate")
@@ -135,14 +144,13 @@ class Loop:
             count = sum(len(update.clients) for update in replies.updates)
             nobody = self.central is not None and all(r.late for r in replies.reports)  # then noise is released
             if count >= told.min_replies or len(cohort) < self._least or nobody:
-                return replace(replies, reports=_added(before, replies.reports)), {"resting": resting}
+                return replace(replies, reports=added(before, replies.reports)), {"resting": resting}
             few = f"{count} of {len(cohort)} clients replied and {told.min_replies} must"
-            why = (
-                f"round {round}: {few if count else f'all {len(cohort)} clients failed'}; {_first_error(replies)}"
-            )
+            none = f"all {len(cohort)} clients failed" if len(cohort) > 1 else "its only client failed"
+            why = f"round {round}: {few if count else none}; {first_error(replies)}"
             logger.warning("%s (attempt %d of %d)", why, attempt + 1, told.retries + 1)
             unused = [replace(r, error=r.error or f"was not used: {few}", steps=0) for r in replies.reports]
-            before = _added(before, unused)
+            before = added(before, unused)
         raise RoundError(why)
 
     def _exchange(self, instruction: Instruction, cohort: list[int], attempt: int, now: Progress) -> Replies:
@@ -209,8 +217,8 @@ class Loop:
         return self.merges.bytes_since(now.merges_seen.get(str(client), 0)) if self.merges else 0
 
     def _figures(self, round: int, adapter: Adapter) -> Line:
-        """Loss and metric after a round, and those of clients' own models where they hold examples out."""
-        metric = self.engine.description.metric
+        """Loss and metrics after a round, and those of clients' own models where they hold examples out."""
+        metric, self._own = self.engine.description.metric, {}
         if round % self.scenario.eval_every and round != self.scenario.rounds:
             return {"loss": None, metric: None}
         judges = self.scenario.data.client_test_share is not None
@@ -219,25 +227,49 @@ class Loop:
             if (beside := self.engine.beside(adapter)) is not None:
                 self._beside = beside
                 return {"loss": None, metric: None}
-        figures: Line = {} if self.strategy.personal else dict(self.engine.evaluate(adapter))
+        figures: Line = {} if self.strategy.personal else self._seen(self.engine.evaluate(adapter))
         if self.strategy.tested:
             last = round == self.scenario.rounds or self.scenario.clients.total <= FEW
             figures = self.tested(round, adapter) if last else {"loss": None, metric: None}
         if judges:
             told = self.strategy.instruct(round, adapter, self._ranks)
-            local = _means(self.engine.judge(told, self._judged))
+            each = self.engine.judge(told, self._judged)
+            local = means([*each.values()])
             figures |= {f"local_{key}": value for key, value in local.items()}
+            if (asked := self.scenario.privacy) is None or asked.share_metrics:
+                self._own = {c: {f"local_{key}": v for key, v in own.items()} for c, own in each.items()}
             if self.strategy.personal and not self.strategy.tested:
-                figures |= local
+                figures |= self._seen(local)
         return figures
+
+    def _seen(self, figures: Line) -> Line:
+        """The figures of an evaluation; a line says so where a metric is none for the first time."""
+        asked = {use.rpartition(":")[2] for use in self.scenario.metrics} - self._names
+        for name in sorted(name for name in asked if name in figures and figures[name] is None):
+            logger.warning("%s is null: it says nothing of these rows, as where all have one label", name)
+        self._names |= set(figures)
+        return dict(figures)
+
+    def evaluated(self, now: Progress) -> Line:
+        """The figures of the adapter at hand, with `test.json` written."""
+        return self._without_confusion(self._seen(self.engine.evaluate(now.adapter)), now)
+
+    def _without_confusion(self, line: Line, now: Progress) -> Line:
+        """The line, with the confusion in it in `test.json` instead, if it is of the round that may be kept."""
+        counts = line.pop(confusion.CONFUSION, None)
+        kept = now.best.round if self.choice and self.choice.keeps and now.best else now.round
+        if counts is not None and kept == now.round:
+            write_json(self.folder / TEST, confusion.told(now.round, self.data.labels, counts))
+        return line
 
     def tested(self, round: int, adapter: Adapter) -> Line:
         """Means over clients' own models on the test set after a round, and the metric's least and most."""
         told, metric = self.strategy.instruct(round, adapter, self._ranks), self.engine.description.metric
-        found = self.engine.judge(told, self._judged, test=True)
+        found = [*self.engine.judge(told, self._judged, test=True).values()]
         each = [figures[metric] for figures in found]
         least, most = (None, None) if None in each or not each else (min(each), max(each))
-        return {"loss": None, metric: None} | _means(found) | {f"{metric}_least": least, f"{metric}_most": most}
+        ends = {f"{metric}_least": least, f"{metric}_most": most}
+        return {"loss": None, metric: None} | self._seen(means(found)) | ends
 
     @property
     def _ranks(self) -> list[int]:
@@ -341,7 +373,9 @@ class Loop:
             "seconds": round_to(seconds),
             "phases": {phase: round_to(took) for phase, took in watch.phases.items()},
         }
-        self.ledger.clients(_line(round, report, spent.get(report.client)) for report in reports)
+        lines = [client_line(round, r, spent.get(r.client)) | self._own.pop(r.client, {}) for r in reports]
+        lines += ({"round": round, "client": client, **own} for client, own in self._own.items())
+        self.ledger.clients(lines)
         if self._beside is None:
             self._measure(line, now)
         else:
@@ -355,6 +389,7 @@ class Loop:
                 words=now.words(),
                 under_way=now.tensors(),
                 best=now.best.adapter if now.best else {},
+                moments=now.moments,
                 origin={**self.origin, "ledger": self.ledger.position},
             ),
         )
@@ -365,7 +400,7 @@ class Loop:
         """Write the line of a round that was evaluated beside the next, or was to be but for an interruption."""
         if (line := now.unjudged) is None:
             return
-        line |= self.engine.evaluate(now.adapter) if self._beside is None else self._beside()
+        line |= self._seen(self.engine.evaluate(now.adapter) if self._beside is None else self._beside())
         self._beside = now.unjudged = None
         self._measure(line, now)
         self.on_round(line)
@@ -374,11 +409,12 @@ class Loop:
         """Write the line of a round, and remember what was measured."""
         if line["loss"] is not None:
             metric = self.engine.description.metric
-            names = ("loss", metric, f"{metric}_least", f"{metric}_most", "exact_match")
-            measured = [f"{prefix}{name}" for prefix in ("", OF_VALIDATION) for name in names]
-            now.last.update({key: line[key] for key in measured if key in line})
+            names = self._names | {"loss", metric, f"{metric}_least", f"{metric}_most"}
+            names -= {confusion.CONFUSION}
+            now.last.update({key: value for key, value in line.items() if key in names})
             if self.choice is not None:
                 self.choice.see(line, now)
+            self._without_confusion(line, now)
         self.ledger.metrics(line)
 
     def _head_bytes(self, round: int) -> int:
@@ -386,45 +422,3 @@ class Loop:
         sent = set(self.strategy.trains(round, layout)) & set(self.strategy.sends(round, layout))
         heads = sorted(n for n in sent if layout[n].role == "head" and layout[n].trainable)
         return wire.tensor_bytes(heads, layout, Transport(self.scenario, self.strategy).up)
-
-
-def _line(round: int, report: Report, epsilon: float | None) -> Line:
-    """A client's line in `clients.jsonl`."""
-    own: Line = {
-        "round": round,
-        "client": report.client,
-        "num_examples": report.num_examples,
-        "steps": report.steps,
-        "bytes_up": report.bytes_up,
-        "bytes_down": report.bytes_down,
-        "epsilon": epsilon,
-        "seconds": round_to(report.seconds),
-        "error": report.error,
-    }
-    if report.virtual_seconds is not None:
-        own["virtual_seconds"] = round_to(report.virtual_seconds)
-    return {**own, **report.metrics, **own}  # no figure of a client's takes the place of one of these
-
-
-def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Over clients, of each figure."""
-    return {key: value / len(figures) for key, value in summed(figures).items()}
-
-
-def round_to(seconds: float) -> float:
-    """Seconds as a record holds them."""
-    return round(seconds, 4)
-
-
-def _added(before: Sequence[Report], later: Sequence[Report]) -> list[Report]:
-    """A report for each client of several attempts: its last, with the bytes and seconds of all."""
-    found = {report.client: report for report in before}
-    for report in later:
-        had = found.get(report.client)
-        found[report.client] = report if had is None else replace(had.then(report), steps=report.steps)
-    return [found[client] for client in sorted(found)]
-
-
-def _first_error(replies: Replies) -> str:
-    bad = next((r for r in replies.reports if r.error is not None), None)
-    return f"client {bad.client}: {bad.error}" if bad else "none of them failed"

@@ -19,6 +19,7 @@ from fedlora.scenario.data import (
     Partition,
     Pathological,
     Sampled,
+    Score,
     Shards,
     Size,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "Rounded",
     "Sampled",
     "Scenario",
+    "Score",
     "Section",
     "SecureAggregation",
     "Shards",

@@ -11,7 +11,14 @@ from fedlora.scenario.section import Section
 
 Kind = Literal["pooled", "pooled_private", "alone"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-ASIDE = ("name", "seed", "engine", "trackers", "baseline")  # of a scenario, what is not its configuration
+ASIDE = (
+    "name",
+    "seed",
+    "engine",
+    "trackers",
+    "baseline",
+    "metrics",
+)  # of a scenario, what is not its configuration
 
 
 class Baseline(Section):

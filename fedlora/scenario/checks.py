@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedlora import plugins
 from fedlora.errors import SettingError, suggestion
+from fedlora.metrics import contract as metrics
 from fedlora.privacy import cohorts
 from fedlora.scenario.clients import Clients
 from fedlora.scenario.data import TASK_OF, Data, LabelShares, Public
@@ -127,6 +128,14 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("secure_aggregation", "honest"), "goes with noise: shared")
     if sections.get("secure_aggregation") and clients and clients.sample_rate is not None:
         yield Problem(("clients", "sample_rate"), "secure aggregation weighs clients alike: write batch_size")
+    if clients and clients.averages_state:
+        privacy = sections.get("privacy")
+        for key, asked, why in (
+            ("secure_aggregation", sections.get("secure_aggregation"), "masks sum what clients train alone"),
+            ("privacy", privacy and privacy.unit == "client", "unit: client noises what clients train alone"),
+        ):
+            if asked:
+                yield Problem((key,), f"{why}: clients.optimizer.state takes fresh or kept, and not averaged")
     if sections.get("secure_aggregation") and clients:
         yield from _summed(clients, sections)
     if (world := sections.get("world")) and clients:
@@ -202,6 +211,29 @@ def _of_task(task: str, sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("task",), f"{task} is no fedlora.Task")
         return
     yield from (Problem(path, what) for path, what in found.needs(sections))
+    try:
+        metrics.find_all(sections.get("metrics") or (), getattr(found, "target", "class"))
+    except SettingError as error:
+        yield Problem(("metrics",), f"metrics: {error.message}")
+    if data:
+        yield from _taught(task, found.target, data)
+
+
+def _taught(task: str, target: str, data: Data) -> Iterator[Problem]:
+    """Keys of several labels or of scores, where the task has none."""
+    if target != "score" and data.score is not None:
+        yield Problem(("data", "score"), f"score is for task: regression, and the task is {task}: leave it out")
+    for name in ("files", "hub"):
+        if (source := getattr(data, name)) is None:
+            continue
+        if target != "score" and isinstance(source.label, tuple):
+            yield Problem(
+                ("data", name, "label"), f"several columns are for task: regression, and the task is {task}"
+            )
+        if target != "many" and source.separator is not None:
+            yield Problem(
+                ("data", name, "separator"), f"separator is for task: multi_label, and the task is {task}"
+            )
 
 
 def _summed(clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:

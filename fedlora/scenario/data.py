@@ -21,6 +21,8 @@ COLUMNS_OF = {"token_classification": {"text": "tokens", "label": "tags"}}  # wh
 
 
 Columns = str | Annotated[tuple[str, ...], Field(min_length=2, max_length=2)]
+Labels = str | Annotated[tuple[str, ...], Field(min_length=1)]
+Separator = Annotated[str, Field(min_length=1)]
 
 
 class Hub(Section):
@@ -33,7 +35,8 @@ class Hub(Section):
     test: str | None = "test"  # null: hold out `data.test_share` of the training rows
     validation: str | None = None  # to choose the best round by; or give `data.validation_share`
     text: Columns = "text"  # two of them for pairs, such as [premise, hypothesis]; for images the column of images
-    label: str = "label"  # for token_classification text and label default to tokens and tags
+    label: Labels = "label"  # for regression one or several; for token_classification tags by default
+    separator: Separator | None = None  # for multi_label: between labels of a text; null: | or ; or , as there is
 
 
 class Files(Section):
@@ -43,8 +46,11 @@ class Files(Section):
     test: str | None = None  # null: hold out `data.test_share` of the training rows
     validation: str | None = None  # to choose the best round by; or give `data.validation_share`
     text: Columns = "text"  # for causal_lm: the prompt, or the whole text where `label` is null; two for pairs
-    label: str | None = (
-        "label"  # for causal_lm: the completion; for token_classification tags or spans (default: tags, of tokens)
+    label: Labels | None = (
+        "label"  # for causal_lm the completion; for token_classification tags or spans; for regression several too
+    )
+    separator: Separator | None = (
+        None  # for multi_label: between the labels of a row; null: | or ; or , as there is
     )
     columns: tuple[str, ...] | None = None  # names of the columns of a csv or tsv without a header, or of a conll
 
@@ -119,6 +125,19 @@ Partition = Annotated[
 ]
 
 
+class Score(Section):
+    """The scale of scores. It is public: what clients' own scores reach would tell of their rows."""
+
+    low: Float
+    high: Float
+
+    @model_validator(mode="after")
+    def _ascends(self) -> Self:
+        if self.low >= self.high:
+            raise PydanticCustomError("source", f"low should be below high, and is {self.low:g} of {self.high:g}")
+        return self
+
+
 class Source(Section):
     """Where rows come from: one of a named dataset, the Hub and files."""
 
@@ -142,6 +161,9 @@ class Source(Section):
         return self
 
 
+_NAMES = ("text", "label", "separator")
+
+
 class Public(Source):
     """Rows that anybody may see, for `fedlora tune`; columns that are not named are called as the clients' own."""
 
@@ -157,13 +179,14 @@ class Data(Source):
     )
     client_test_share: Annotated[Float, Field(gt=0, lt=1)] | None = None  # that each client keeps to judge by
     labels: tuple[str, ...] | None = None  # in order; null: those of the data, sorted (of tags O first)
+    score: Score | None = None  # for regression: the lowest and the highest score that there can be
     public: Public | None = None  # like rows that are nobody's, on which `fedlora tune` tries rates at no epsilon
 
     @field_validator("public", mode="before")
     @classmethod
     def _same_columns(cls, given: object, info: ValidationInfo) -> object:
         """What a public source does not say of its columns is as in the clients' own."""
-        for key, names in (("files", ("text", "label", "columns")), ("hub", ("text", "label"))):
+        for key, names in (("files", (*_NAMES, "columns")), ("hub", _NAMES)):
             own = info.data.get(key)
             if own is not None and isinstance(given, dict) and isinstance(given.get(key), dict):
                 return {**given, key: {name: getattr(own, name) for name in names} | given[key]}
@@ -174,6 +197,13 @@ class Data(Source):
         if self.own_validation is not None and self.validation_share is not None:
             raise PydanticCustomError("source", "validation rows are given: leave validation_share out")
         return self
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns of labels, or of scores."""
+        source = self.files or self.hub
+        named = source.label if source is not None else None
+        return () if named is None else (named,) if isinstance(named, str) else named
 
     @property
     def own_validation(self) -> str | None:

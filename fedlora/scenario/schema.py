@@ -10,6 +10,7 @@ import tokenize
 from typing import Any
 
 from fedlora import plugins
+from fedlora.metrics import contract as metrics
 from fedlora.scenario import clients, compression, data, keeping, learning, privacy, sections, world
 
 _WRITTEN = (sections, clients, compression, data, keeping, learning, privacy, world)  # where sections are
@@ -35,8 +36,12 @@ def schema() -> dict[str, Any]:
         auto = ["auto"] if shelf == "kinds" else []
         parts[section]["properties"][key]["anyOf"] = [
             {"enum": [*auto, *plugins.names(shelf)]},
-            {"pattern": r"^[\w.]+:\w+$", "description": "a class of one's own, as module:Class"},
+            {"pattern": r"^[\w.]+:\w+$", "description": "your own class, as module:Class"},
         ]
+    parts["Scenario"]["properties"]["metrics"]["items"]["anyOf"] = [
+        {"enum": sorted({name for target in metrics.TARGETS for name in metrics.known(target)})},
+        {"pattern": r"^[\w.]+:\w+$", "description": "a function of one's own, as module:function"},
+    ]
     return made
 
 

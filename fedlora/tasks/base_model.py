@@ -106,6 +106,20 @@ def load_processor(base: str, revision: str | None = None) -> Any:
         return AutoImageProcessor.from_pretrained(path, revision=revision or "main", backend="pil")
 
 
+def tell(model: Any, *, threshold: float | None = None, scale: Sequence[float] | None = None) -> None:
+    """Have a model's configuration say what transformers keeps and does nothing by.
+
+    Args:
+        model: of transformers.
+        threshold: from which probability on a label is given.
+        scale: from where to where scores go.
+    """
+    if threshold is not None:
+        model.config.threshold = threshold
+    if scale is not None:
+        model.config.score_scale = [float(end) for end in scale]
+
+
 def check_room(model: Any, tokenizer: Any, max_length: int, private: bool) -> None:
     """Make sure that a model has a place for every token that examples may hold; they are not looked at.
 

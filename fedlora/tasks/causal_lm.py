@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded, Examples
 from fedlora.passes.packing import Segments
-from fedlora.tasks.contract import Batch, Problem, Task
+from fedlora.tasks.contract import Batch, Problem, Sums, Task
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ class CausalLM(Task):
         if rows.labels is None:
             plain = reader(rows.texts, truncation=True, max_length=max_length - len(end))["input_ids"]
             return Encoded([ids + end for ids in plain], [0] * len(plain))
-        answers = reader(rows.labels, add_special_tokens=False)["input_ids"]
+        answers = reader([str(label) for label in rows.labels], add_special_tokens=False)["input_ids"]
         tokens, starts = [], []
         for prompt, answer in zip(prompts(reader, [str(t) for t in rows.texts]), answers, strict=True):
             answer = (answer + end)[: max_length - 1]
@@ -120,7 +120,7 @@ class CausalLM(Task):
         losses, scored = self._token_losses(batch)
         return {"loss": float(losses.sum()), "tokens": float(scored.sum())}
 
-    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def figures(self, sums: Sums) -> dict[str, float]:
         """Mean loss of a token, its exponential, and the share of answers that match where some were written."""
         loss = sums["loss"] / max(sums["tokens"], 1.0)
         told = {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded
 from fedlora.tasks.base_model import text_kinds
-from fedlora.tasks.contract import Batch, Problem, Task, numbers
+from fedlora.tasks.contract import Batch, Problem, Sums, Task, numbers
 
 if TYPE_CHECKING:
     import torch
@@ -25,27 +25,31 @@ class Classification(Task):
         """A column of labels."""
         data = sections.get("data")
         if data and data.files and data.files.label is None:
-            yield ("data", "files", "label"), "classification needs the name of the column of labels"
+            what = "scores" if cls.target == "score" else "labels"
+            yield ("data", "files", "label"), f"{sections.get('task')} needs the name of the column of {what}"
         yield from no_answers(sections)
 
     @classmethod
     def encode(cls, reader: Any, rows: Rows, labels: Sequence[str], max_length: int) -> Encoded:
-        """Each text, or pair of texts, cut to `max_length` tokens; the target is the number of its label.
+        """Each text, or pair of texts, cut to `max_length` tokens; the target is the number of its label."""
+        tokens, types = cls.cut(reader, rows, max_length)
+        return Encoded(tokens, numbers(rows, labels), types)
 
-        Which text of a pair a token is of is kept where the tokenizer tells, as `token_type_ids`.
-        """
+    @classmethod
+    def cut(
+        cls, reader: Any, rows: Rows, max_length: int
+    ) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[int]] | None]:
+        """The tokens of each row, and of pairs which text each is of, where the tokenizer tells."""
         cut = reader(rows.texts, truncation=True, max_length=max_length)
         types = cut.get("token_type_ids") or []
-        return Encoded(cut["input_ids"], numbers(rows, labels), types if any(map(any, types)) else None)
+        return cut["input_ids"], types if any(map(any, types)) else None
 
     @classmethod
     def answer(
         cls, model: Any, reader: Any, text: str, labels: Sequence[str], max_length: int, max_new_tokens: int
     ) -> tuple[str, float | None]:
         """The likeliest label, and its probability."""
-        cut = reader(text, return_tensors="pt", truncation=True, max_length=max_length)
-        known = ("input_ids", "attention_mask", *(["token_type_ids"] if text_kinds(model) > 1 else []))
-        return likeliest(model, {key: cut[key] for key in known if key in cut}, labels)
+        return likeliest(model, inputs(model, reader, text, max_length), labels)
 
     def logits(self, batch: Batch) -> "torch.Tensor":
         """Of each example, (examples, labels)."""
@@ -70,9 +74,16 @@ class Classification(Task):
             "examples": float(len(logits)),
         }
 
-    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def figures(self, sums: Sums) -> dict[str, float]:
         """Mean loss and accuracy."""
         return {"loss": sums["loss"] / sums["examples"], "accuracy": sums["correct"] / sums["examples"]}
+
+
+def inputs(model: Any, reader: Any, text: str, max_length: int) -> dict[str, Any]:
+    """What a finished model takes of one text."""
+    cut = reader(text, return_tensors="pt", truncation=True, max_length=max_length)
+    known = ("input_ids", "attention_mask", *(["token_type_ids"] if text_kinds(model) > 1 else []))
+    return {key: cut[key] for key in known if key in cut}
 
 
 def likeliest(model: Any, batch: Mapping[str, Any], labels: Sequence[str]) -> tuple[str, float]:

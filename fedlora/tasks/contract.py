@@ -4,6 +4,7 @@ A task is one file: which columns its rows have, how they are encoded, the loss 
 judged by, and how an answer is shown. It is found by its name, like a strategy, or as `module:Class`.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,6 +16,7 @@ from fedlora import plugins
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded, Examples
 from fedlora.kinds.contract import Kind
+from fedlora.metrics.contract import Evaluation
 from fedlora.passes.prefix import Prefix, below
 from fedlora.seeding import generator
 from fedlora.tasks import base_model
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     import torch
 
 Batch = dict[str, "torch.Tensor"]
+Sums = Mapping[str, Any]
+"""Numbers and float64 arrays by name, which add up over batches."""
+
 Problem = tuple[tuple[str, ...], str]
 """A key of a scenario, and what is wrong with it."""
 
@@ -61,11 +66,14 @@ class Task(Adapted, ABC):
     """Whether what a model has beside its body is a head of its own, which federates."""
 
     labelled: ClassVar[bool] = True
-    """Whether each row has one of a list of labels."""
+    """Whether what the head puts out has names: of labels, or of scores."""
+
+    problem: ClassVar[str | None] = None
+    """What transformers calls it, as `problem_type` of a model's configuration; None: by the number of labels."""
 
     target: ClassVar[Literal["class", "many", "score", "marks", "start"]] = "class"
     """What an example is judged by: the number of its class, any number of labels, scores, a tag of each token, or
-    its tokens from where its answer starts."""
+    its tokens from where its answer starts. `fedlora.metrics.contract` says what metrics are given of each."""
 
     pools: ClassVar[bool] = True
     """Whether the head reads a padded batch, and not each token by itself."""
@@ -86,9 +94,15 @@ class Task(Adapted, ABC):
         """
         self.pad, self.kinds, self.mixed = pad, base_model.text_kinds(model), ""
         self.prefix: Prefix | None = None
+        self._passed: tuple[Batch, Any] | None = None  # a batch, and what the model made of it
         super().__init__(model, kind, **told)
 
     # What is asked before there is a model.
+
+    @classmethod
+    def begins(cls, labels: Sequence[str]) -> float:
+        """The bias that a head which nobody trained begins with; 0 unless a task knows better without any row."""
+        return 0.0
 
     @classmethod
     def needs(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
@@ -156,12 +170,34 @@ class Task(Adapted, ABC):
         """The loss of each example, (examples,). An example's loss depends on that example alone."""
 
     @abstractmethod
-    def score(self, batch: Batch) -> dict[str, float]:
+    def score(self, batch: Batch) -> dict[str, Any]:
         """Sums over a batch of what `figures` divides."""
 
     @abstractmethod
-    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def figures(self, sums: Sums) -> dict[str, float]:
         """`loss` and the metric, and whatever else is to be told, from sums over all batches."""
+
+    def by_half(self, sums: Mapping[Any, Sums]) -> dict[str, dict[str, float]]:
+        """The figures of the rows that report, `test`, and of those that choose, `validation`, if there are any.
+
+        Args:
+            sums: of each.
+        """
+        return {half: self.figures(these) for half, these in sums.items()}
+
+    def outputs(self, batch: Batch) -> NDArray[np.float32]:
+        """What metrics are of, where a scenario names some (`fedlora.metrics.contract`), float32.
+
+        Of each example its outputs, (examples, width): by default the probability of each label. For `marks` those
+        of each scored token, (scored tokens, width), in the order in which `judged_by` has them.
+        """
+        made: NDArray[np.float32] = self.logits(batch).softmax(-1).cpu().numpy()
+        return made
+
+    def judged_by(self, batch: Batch) -> NDArray[Any]:
+        """What is right of each row of `outputs`; by default the targets."""
+        made: NDArray[Any] = batch["targets"].cpu().numpy()
+        return made
 
     def written(self, reader: Any, examples: Examples, rows: NDArray[np.int64], asked: Any) -> dict[str, float]:
         """Further sums for `figures`, from what the model writes where it is asked; none by default.
@@ -176,6 +212,13 @@ class Task(Adapted, ABC):
 
     def _run(self, batch: Batch, **told: Any) -> Any:
         """What the model makes of a batch."""
+        if self._passed is None or self._passed[0] is not batch:
+            return self._pass(batch, **told)
+        if self._passed[1] is None:
+            self._passed = (batch, self._pass(batch, **told))
+        return self._passed[1]
+
+    def _pass(self, batch: Batch, **told: Any) -> Any:
         self.low_rank.examples = len(batch["targets"])
         inputs = {key: batch[key] for key in _INPUTS if key in batch}
         if self.prefix is None:
@@ -199,7 +242,7 @@ class Task(Adapted, ABC):
                 yield self.batch(examples, chunk), chunk
 
     def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
-        """`input_ids` and `attention_mask` (examples, longest), `targets` (examples,), on the device.
+        """`input_ids` and `attention_mask` (examples, longest), `targets` (examples, ...), on the device.
 
         Of pairs `token_type_ids` too, where the model tells their texts apart; of examples whose tokens are judged
         `marks`, (examples, longest), -100 where one is not; of examples that are known above the frozen layers
@@ -254,22 +297,59 @@ class Task(Adapted, ABC):
 
     def evaluate(
         self, adapter: Mapping[str, NDArray[np.float32]], examples: Examples, rows: NDArray[np.int64]
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Sums of the metric over some rows, in float32."""
+        return dict(self.evaluation(adapter, examples, rows).sums)
+
+    def evaluation(
+        self,
+        adapter: Mapping[str, NDArray[np.float32]],
+        examples: Examples,
+        rows: NDArray[np.int64],
+        rowwise: bool = False,
+    ) -> Evaluation:
+        """The same, from one pass, with what metrics are of: outputs and what is right, in the order of the rows.
+
+        Args:
+            adapter: to evaluate.
+            examples: of a dataset.
+            rows: the numbers of some.
+            rowwise: whether outputs and targets are to be collected; those of `marks` stay as the pass had them.
+        """
         import torch
 
         self.begin(adapter, ())
         self._use_half(False)
         self.model.eval()
-        order = rows[np.argsort(examples.lengths(rows), kind="stable")]
-        sums: dict[str, float] = {}
+        left = rows[order := np.argsort(examples.lengths(rows), kind="stable")]
+        sums: dict[str, Any] = {}
+        made: list[tuple[NDArray[np.float32], NDArray[Any]]] = []
         with torch.inference_mode():
-            while len(order):
-                chunk = order[-self.at_once(int(examples.lengths(order[-1:])[0])) :]
-                for key, value in self.score(self.batch(examples, chunk)).items():
-                    sums[key] = sums.get(key, 0.0) + value
-                order = order[: -len(chunk)]
-        return sums
+            while len(left):
+                chunk = left[-self.at_once(int(examples.lengths(left[-1:])[0])) :]
+                batch = self.batch(examples, chunk)
+                with self._once(batch):
+                    for key, value in self.score(batch).items():
+                        sums[key] = sums.get(key, 0.0) + value
+                    if rowwise:
+                        made.append((self.outputs(batch), self.judged_by(batch)))
+                left = left[: -len(chunk)]
+        if not made:
+            return Evaluation(sums)
+        outputs, targets = (np.concatenate(parts[::-1]) for parts in zip(*made, strict=True))
+        if self.target != "marks":
+            back = np.argsort(order, kind="stable")
+            outputs, targets = outputs[back], targets[back]
+        return Evaluation(sums, outputs, targets)
+
+    @contextlib.contextmanager
+    def _once(self, batch: Batch) -> Iterator[None]:
+        """Let a batch pass the model once, however often something is made of it."""
+        self._passed = (batch, None)
+        try:
+            yield
+        finally:
+            self._passed = None
 
     def at_once(self, longest: int) -> int:
         """Examples of a batch of evaluation, of which the longest has so many tokens."""

@@ -62,6 +62,8 @@ def load(
     max_length: int = 128,
     private: bool = False,
     start: Saved | None = None,
+    scale: tuple[float, float] | None = None,
+    threshold: float | None = None,
 ) -> Task:
     """Load a base model, switch its dropout off and build the adapter in.
 
@@ -78,6 +80,7 @@ def load(
     # On a CPU the backward pass of torch's fused attention takes nearly half of a step on short text.
     attention = "eager" if device == "cpu" and max_length <= 256 else "sdpa"
     model, missing = _base(cls, base, revision, reader, labels, seed, attention, device, quantize, pooler)
+    base_model.tell(model, scale=scale, threshold=threshold)
     heads: dict[str, bool] = {}
     if cls.headed:
         heads = {name: head != "frozen" for name in base_model.heads_of(model)}
@@ -86,6 +89,11 @@ def load(
             raise SettingError("model.head", f"{base} has no head for {len(labels)} labels to keep: take trained")
         if head != "kept" and cls.labelled and base_model.other_labels(base, revision, labels):
             missing = [*missing, *bound]
+        first = {n: p for n, p in model.named_parameters() if n in {*bound} & {*missing} and p.ndim == 1}
+        if begins := cls.begins(labels):
+            for bias in first.values():
+                bias.data.fill_(begins)
+            missing = [n for n in missing if n not in first]  # else it were drawn
         if pooler == "trained":
             body = getattr(model, model.base_model_prefix, None)
             if getattr(body, "pooler", None) is None:
@@ -146,6 +154,8 @@ def _base(
         told = config.get_text_config()
         if cls.tokens and getattr(told, "pad_token_id", None) is None:
             told.pad_token_id = base_model.pad_of(reader, getattr(told, "vocab_size", 1))  # some need one
+        if cls.problem is not None:
+            config.problem_type = cls.problem
         if cls.labelled:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}

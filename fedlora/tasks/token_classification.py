@@ -69,7 +69,8 @@ class TokenClassification(Task):
         ids, pieces = _cut(reader, [text for text, _ in laid], max_length)
         number = {label: i for i, label in enumerate(labels)}
         marks, targets, short = [], [], 0
-        for tokens, lie, (text, words), tags in zip(ids, pieces, laid, rows.labels or (), strict=True):
+        every = [[str(tag) for tag in label] for label in rows.labels or ()]
+        for tokens, lie, (text, words), tags in zip(ids, pieces, laid, every, strict=True):
             first = list(tagged.first_pieces(text, words, lie))
             mine = [UNSCORED] * len(tokens)
             for at, tag in zip(first, tags, strict=True):

@@ -32,8 +32,8 @@ class _Section:
         return None
 
 
-def sections(task, *, text="text", label="label", partition="iid", source="files", **more):
-    data = _Section(**{source: _Section(text=text, label=label)}, partition=_Section(kind=partition))
+def sections(task, *, text="text", label="label", partition="iid", source="files", score=None, **more):
+    data = _Section(**{source: _Section(text=text, label=label)}, partition=_Section(kind=partition), score=score)
     return {"task": task, "data": data, "model": _Section(pooler="frozen"), **more}
 
 
@@ -79,6 +79,37 @@ def causal_lm(folder: Path, bases) -> Sample:
         "two and two",
         right,
         sections("causal_lm", partition="shards"),
+    )
+
+
+def multi_label(folder: Path, bases) -> Sample:
+    rows = Rows(["a fine film", "poor", "so so and so", "so"], [("good", "long"), ("bad",), ("bad", "long"), ()])
+    right = sections("multi_label")
+    return Sample(
+        rows,
+        ("bad", "good", "long"),
+        bases("tiny_base"),
+        ("query", "value"),
+        "a fine film",
+        right,
+        sections("multi_label", label=None),
+    )
+
+
+def regression(folder: Path, bases) -> Sample:
+    rows = Rows(
+        [("a fine film", "a good one"), ("poor", "a plane lands"), ("so so", "so so")],
+        [(0.9, 0.5), (0.1, 0.0), (1.0, 0.25)],
+    )
+    right = sections("regression", score=_Section(low=0.0, high=5.0))
+    return Sample(
+        rows,
+        ("alike", "long"),
+        bases("tiny_base"),
+        ("query", "value"),
+        "a fine film",
+        right,
+        sections("regression"),
     )
 
 

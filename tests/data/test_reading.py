@@ -230,7 +230,7 @@ def test_rows_that_choose_may_be_a_file_or_a_split_of_their_own(source_of, tmp_p
         datasets.DatasetDict(made).save_to_disk(str(tmp_path / "set"))
         data = Data(hub=Hub(path=str(tmp_path / "set"), validation="dev"))
         counts = (2, 3)
-    test, chosen = set_aside(data, read(data, "classification")[1])
+    test, chosen = set_aside(data, "classification", read(data, "classification")[1])
     assert (len(test.texts), len(chosen.texts)) == counts
     assert chosen == Rows(table["text"][: counts[1]], table["label"][: counts[1]])
 
@@ -241,12 +241,15 @@ def test_rows_that_choose_are_a_share_of_the_test_rows_whatever_share_those_were
     rows.to_csv(tmp_path / "a.csv", index=False)
     data = Data(files=Files(train=str(tmp_path / "a.csv")), validation_share=0.5)
     _, every = read(data, "classification")
-    test, chosen = set_aside(data, every)
+    test, chosen = set_aside(data, "classification", every)
     assert sorted([*test.texts, *chosen.texts]) == sorted(every.texts)
     assert abs(len(chosen.texts) - len(every.texts) / 2) < 5 * (len(every.texts) / 4) ** 0.5
-    assert set_aside(data.model_copy(update={"validation_share": None}), every) == (every, NOTHING)
+    assert set_aside(data.model_copy(update={"validation_share": None}), "classification", every) == (
+        every,
+        NOTHING,
+    )
     with pytest.raises(SettingError, match="the validation set is empty"):
-        set_aside(data.model_copy(update={"validation_share": 1e-9}), every)
+        set_aside(data.model_copy(update={"validation_share": 1e-9}), "classification", every)
 
 
 def test_labels_of_rows_that_choose_are_checked(tmp_path, tiny):

@@ -6,11 +6,13 @@ import pandas as pd
 import pytest
 
 from fedlora.data import tagged
+from fedlora.data.cells import Taught
 from fedlora.data.reading import Rows, as_bytes, check, label_names, read, read_site, read_test, set_aside
 from fedlora.errors import SettingError
 from fedlora.scenario import Data, Files, Hub, Natural
 
 TASK = "token_classification"
+TAUGHT = Taught.of(Data(dataset="tweets"), TASK)
 TOKENS = [["Angelman", "syndrome", "of", "Bob"], ["#", "nothing"], ["Bob"], ["mild", "fever"]]
 TAGS = [["B-Illness", "I-Illness", "O", "B-Name"], ["O", "O"], ["B-Name"], ["O", "B-Illness"]]
 ROWS = Rows([*map(tuple, TOKENS)], [*map(tuple, TAGS)])
@@ -271,19 +273,19 @@ def test_validation_rows_are_read_alike(tmp_path):
     WRITERS["a.jsonl"](file := tmp_path / "a.jsonl")
     (own := tmp_path / "own.iob2").write_text("Ann B-Name\n")
     data = source(file, validation=str(own))
-    assert set_aside(data, ROWS, TASK) == (ROWS, Rows([("Ann",)], [("B-Name",)]))
+    assert set_aside(data, TASK, ROWS) == (ROWS, Rows([("Ann",)], [("B-Name",)]))
     check(data, TASK, 2)
 
 
 def test_a_site_needs_to_name_no_columns_and_leaves_out_rows_of_other_tags(tmp_path):
     WRITERS["a.conll"](file := tmp_path / "a.conll")
-    rows, left_out = read_site(Files(train=str(file)), ("O", "B-Name", "I-Name"), TASK)
+    rows, left_out = read_site(Files(train=str(file)), ("O", "B-Name", "I-Name"), TAUGHT)
     assert rows == Rows([("#", "nothing"), ("Bob",)], [("O", "O"), ("B-Name",)]) and left_out == 2
     WRITERS["a.jsonl"](file := tmp_path / "a.jsonl")
     told = Files(train=str(file), text="tokens", label="tags")
-    assert read_site(told, None, TASK) == (ROWS, 0)
+    assert read_site(told, None, TAUGHT) == (ROWS, 0)
     with pytest.raises(SettingError, match="has no column 'words'"):
-        read_site(told.model_copy(update={"text": "words"}), None, TASK)
+        read_site(told.model_copy(update={"text": "words"}), None, TAUGHT)
 
 
 def test_words_of_other_rows_are_other_bytes():

@@ -25,23 +25,32 @@ def lines(folder, name):
 
 
 @pytest.mark.parametrize(
-    "use", ["ffa_lora", "fedex_lora", "fedsa_lora", "fedask", "flwr.serverapp.strategy:FedMedian"]
+    "use, more",
+    [
+        ("ffa_lora", ()),
+        ("ffa_lora", ("clients.optimizer={kind: adamw, state: averaged}",)),
+        ("fedex_lora", ()),
+        ("fedsa_lora", ("data.client_test_share=0.5",)),
+        ("fedask", ()),
+        ("flwr.serverapp.strategy:FedMedian", ()),
+    ],
 )
-def test_sites_give_what_a_simulation_gives_bit_for_bit(sites, nodes, deployed, tiny, tmp_path, use, monkeypatch):
+def test_sites_give_what_a_simulation_gives_bit_for_bit(
+    sites, nodes, deployed, tiny, tmp_path, use, more, monkeypatch
+):
     """The same files, the same order, no noise: nothing may differ, merges, kept factors and trips included.
 
     Sites draw by a key of their own which rows they hold out; for once it is the simulation's seed.
     """
-    share = ["data.client_test_share=0.5"] if use == "fedsa_lora" else []
     told = prepare.prepare_site
 
     def alike(scenario, labels, rows, client, own, **placed):
         return told(scenario, labels, rows, client, scenario.seed, **placed)
 
     monkeypatch.setattr(prepare, "prepare_site", alike)
-    scenario, files = sites(f"strategy.use={use}", *share, private=False)
+    scenario, files = sites(f"strategy.use={use}", *more, private=False)
     run, engine = deployed(scenario, LocalGrid(nodes(files)))
-    plain = simulate(tiny(f"strategy.use={use}", *share, private=False), out=tmp_path / "plain")
+    plain = simulate(tiny(f"strategy.use={use}", *more, private=False), out=tmp_path / "plain")
     one, other = adapter(run.folder), adapter(plain.folder)
     assert set(one) == set(other) and all(np.array_equal(one[n], other[n]) for n in one)
     assert run.summary["accuracy"] == pytest.approx(plain.summary["accuracy"], abs=1e-6)
@@ -285,10 +294,19 @@ def test_a_client_that_did_not_clip_is_refused_where_clients_are_protected_whole
 
 
 @pytest.mark.parametrize(
-    "says", [{"loss": 10**400}, {"loss": float("nan")}, {"accuracy": "1"}, {"refused": "no"}], ids=str
+    "says",
+    [
+        {"loss": 10**400},
+        {"loss": float("nan")},
+        {"accuracy": "1"},
+        {"mcc": "1"},
+        {"mcc": float("inf")},
+        {"refused": "no"},
+    ],
+    ids=str,
 )
 def test_a_site_that_judges_nonsense_counts_for_nothing(sites, nodes, deployed, caplog, says):
-    scenario, files = sites("data.client_test_share=0.5", "rounds=1", private=False)
+    scenario, files = sites("data.client_test_share=0.5", "rounds=1", "metrics=[mcc, auroc]", private=False)
 
     def lies(content):
         words = wire.unpack_words(content)
@@ -297,6 +315,8 @@ def test_a_site_that_judges_nonsense_counts_for_nothing(sites, nodes, deployed, 
     run, _ = deployed(scenario, LocalGrid(nodes(files), altered={2: lies}))
     assert "client 1 (site-1) did not judge" in caplog.text
     assert 0 < run.rounds[0]["local_loss"] < 9 and 0 <= run.rounds[0]["local_accuracy"] <= 1
+    own = {line["client"]: line for line in run.clients}
+    assert "local_mcc" not in own[1] and all(-1 <= own[c]["local_mcc"] <= 1 for c in own if c != 1)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from fedlora import engine as engines
 from fedlora import wire
 from fedlora.adapter import Instruction, fingerprint
+from fedlora.engine import base
 from fedlora.engine.base import chunks
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.pool import Pool
@@ -33,7 +34,7 @@ USE = "tests.engine.faulty:Faulty"
 
 @pytest.fixture(scope="module")
 def setup(tiny):
-    ready = prepare(tiny(f"clients.use={USE}", "data.validation_share=0.3"))
+    ready = prepare(tiny(f"clients.use={USE}", "data.validation_share=0.3", "metrics=[macro_f1, auroc, ece]"))
     return replace(ready.setup, noise=calibrate(ready.scenario, ready.data))
 
 
@@ -81,13 +82,15 @@ def test_replies_are_sorted_by_client_and_complete(engine):
     assert all(r.event and r.bytes_up > 1000 and r.bytes_down > 1000 and r.seconds > 0 for r in replies.reports)
 
 
-def test_engines_agree_bit_for_bit(inline, ray):
+def test_engines_agree_bit_for_bit(inline, ray, monkeypatch):
     for made in (FFALoRA(), FedAvgLoRA()):
         one, other = (e.train(instruct(e, made), range(4), partial_sums=True) for e in (inline, ray))
         assert bits(one.updates) == bits(other.updates)
+    monkeypatch.setattr(base, "EVALUATION_CHUNK", 7)  # several pieces, which workers share
     figures = inline.evaluate(inline.description.initial)
     assert figures == ray.evaluate(ray.description.initial)
-    assert list(figures) == ["loss", "accuracy", "validation_loss", "validation_accuracy"]
+    names = ["loss", "accuracy", "macro_f1", "auroc", "ece"]
+    assert list(figures) == [*names, "confusion", *(f"validation_{name}" for name in names)]
 
 
 def test_bytes_are_those_of_the_serialised_reply(inline):

@@ -25,6 +25,7 @@ def test_every_chart_of_a_full_run_is_there_with_the_figures_of_the_folder(ten):
     assert set(found) == {
         "Accuracy by round",
         "Accuracy by megabyte",
+        "Confusion of labels",
         "Loss by round",
         "Aggregation error by round",
         "Epsilon by round",
@@ -126,7 +127,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(ten):
     page = single.html(ten)
     marks = re.sub(r"<script>.*?</script>", "", page, flags=re.S)  # the library names addresses, and fetches none
     assert not re.search(r"""(src|href|@import|url\()\s*=?\s*["'(]""", marks)
-    assert page.count("<figure ") == 10 and page.startswith("<!doctype html>")
+    assert page.count("<figure ") == 11 and page.startswith("<!doctype html>")
     for words in (
         "differential privacy for each example",
         "No client failed.",

@@ -36,7 +36,7 @@ def judged(rounds, scenario=PLAIN, clients=(), labels=2, **summary):
     "value, words",
     [
         (0.5, "no better than always saying the commonest label (0.50 of 400 test rows)"),
-        (0.55, "its accuracy of 0.550 cannot be told from always saying the commonest label"),  # 0.5 + 2 * 0.025
+        (0.55, "its accuracy of 0.550 is not distinct from always saying the commonest label"),  # 0.5 + 2 * 0.025
         (0.56, None),
     ],
 )
@@ -137,14 +137,14 @@ def test_settings_to_try_are_those_that_the_scenario_has_left():
     adam = {**PRIVATE, "strategy": {"use": "ffa_lora", "server": {"kind": "adam", "lr": 0.02}}}
     assert judged(chance, PRIVATE)["majority"].setting == (
         "strategy.server: {kind: adam, lr: 0.02}, a larger clients.batch_size (now 64), "
-        "another clients.lr (now 0.5)"
+        "another clients.lr (now 0.5), as fedlora tune finds it"
     )
     assert judged(chance, adam)["majority"].setting == (
-        "a larger clients.batch_size (now 64), another strategy.server.lr (now 0.02)"
+        "a larger clients.batch_size (now 64), another strategy.server.lr (now 0.02), as fedlora tune finds it"
     )
     for use in ("flora", "fedask", "mine:Own"):  # no mean, or nobody knows
         assert judged(chance, {**PLAIN, "strategy": {"use": use}})["majority"].setting == (
-            "another clients.lr (now 0.5)"
+            "another clients.lr (now 0.5), as fedlora tune finds it"
         )
     whole = {**adam, "privacy": {"unit": "client"}, "clients": {"per_round": 10}}
     assert judged(chance, whole)["majority"].setting.startswith("a larger clients.per_round (now 10), ")

@@ -1,0 +1,166 @@
+"""Cells of label columns: the labels of a row, or its scores; what is wrong is told by row, and never by text."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from fedlora import plugins
+from fedlora import scenario as settings
+from fedlora.errors import SettingError
+
+Label = str | tuple[str, ...] | tuple[float, ...]
+"""What a row is taught by: a class or a completion, a set of labels, or scores from 0 to 1."""
+
+NO_SCALE = "say from where to where scores go, as {low: 0, high: 5}: clients' rows are not looked at for it"
+
+SEPARATORS = ("|", ";", ",")
+"""What may stand between labels where nobody says: the first of them that occurs."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of labels, as it is told of.
+
+    Attributes:
+        setting: the key that names it.
+        source: the file, or the dataset.
+        name: its own.
+    """
+
+    setting: str
+    source: str
+    name: str
+
+    def wrong(self, row: int, what: str) -> SettingError:
+        """What is wrong with a cell; `row` counts from 1."""
+        return SettingError(self.setting, f"{self.source}: row {row}: {self.name!r} {what}")
+
+
+@dataclass(frozen=True)
+class Taught:
+    """How a task has the cells of its columns of labels read.
+
+    Attributes:
+        target: as `Task.target` says.
+        score: the scale of scores; None where there are none.
+        labels: that there may be; None: any.
+        usual: names of columns where nobody names them.
+    """
+
+    target: str
+    score: settings.Score | None
+    labels: tuple[str, ...] | None = None
+    usual: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, data: settings.Data, task: str) -> Self:
+        """By a scenario."""
+        return cls(plugins.find("tasks", task).target, data.score, data.labels, settings.COLUMNS_OF.get(task, {}))
+
+    def read(
+        self,
+        named: settings.Hub | settings.Files,
+        source: str,
+        plain: Callable[[str], list[str]],
+        cells: Callable[[str], list[Any]],
+    ) -> Sequence[Label] | None:
+        """The labels of rows, or their scores.
+
+        Args:
+            named: the columns.
+            source: the file or the dataset, for errors.
+            plain: gives a column as text, of which no cell may be empty.
+            cells: gives a column as it is.
+
+        Raises:
+            SettingError: a cell is not what the task reads.
+        """
+        if named.label is None:
+            return None
+        names = (named.label,) if isinstance(named.label, str) else named.label
+        key = f"data.{'files' if isinstance(named, settings.Files) else 'hub'}.label"
+        if self.target == "many":
+            return label_sets(cells(names[0]), named.separator, Column(key, source, names[0]))
+        if self.target == "score":
+            if self.score is None:
+                raise SettingError("data.score", NO_SCALE)
+            told = [Column(key, source, name) for name in names]
+            return scores([cells(name) for name in names], self.score.low, self.score.high, told)
+        return plain(names[0])
+
+
+def label_sets(cells: Sequence[Any], separator: str | None, column: Column) -> list[tuple[str, ...]]:
+    """The labels of each row, each once, in their order; of an empty cell or list none.
+
+    Args:
+        cells: lists of labels, or labels as text with a separator between them.
+        separator: None: the first of `|`, `;` and `,` that occurs in any cell.
+        column: that they are of.
+
+    Raises:
+        SettingError: a cell is no list of labels, has an empty label, or no cell has any.
+    """
+    if separator is None:
+        texts = [cell for cell in cells if isinstance(cell, str)]
+        separator = next((mark for mark in SEPARATORS if any(mark in text for text in texts)), None)
+    made: list[tuple[str, ...]] = []
+    for row, cell in enumerate(cells, 1):
+        if _missing(cell):
+            made.append(())
+            continue
+        if isinstance(cell, str):
+            parts: list[Any] = cell.split(separator) if separator else [cell]
+        elif hasattr(cell, "tolist") or isinstance(cell, list | tuple):  # of a parquet file an array
+            parts = list(cell)
+        else:
+            parts = [cell]
+        if any(isinstance(part, dict | list | tuple) or part is None for part in parts):
+            raise column.wrong(row, "is no list of labels")
+        names = [str(part).strip() for part in parts]
+        if not all(names):
+            raise column.wrong(row, "has an empty label")
+        made.append(tuple(dict.fromkeys(names)))
+    if made and not any(made):
+        raise SettingError(column.setting, f"{column.source}: no row has a label in {column.name!r}")
+    if empty := made.count(()):
+        logger.warning("%s: %d of %d rows have no label: none is what they teach", column.source, empty, len(made))
+    return made
+
+
+def scores(
+    columns: Sequence[Sequence[Any]], low: float, high: float, told: Sequence[Column]
+) -> list[tuple[float, ...]]:
+    """The scores of each row, from 0 at `low` to 1 at `high`.
+
+    Raises:
+        SettingError: a cell is empty, no number, not finite, or outside of the scale.
+    """
+    return [*zip(*(_scaled(cells, low, high, of) for cells, of in zip(columns, told, strict=True)), strict=True)]
+
+
+def _scaled(cells: Sequence[Any], low: float, high: float, column: Column) -> list[float]:
+    made = []
+    for row, cell in enumerate(cells, 1):
+        if _missing(cell):
+            raise column.wrong(row, "is empty, and should be a number")
+        try:
+            value = math.nan if isinstance(cell, bool) else float(cell)
+        except (TypeError, ValueError, OverflowError):
+            raise column.wrong(row, "is no number") from None
+        if not math.isfinite(value):
+            raise column.wrong(row, "is no finite number")
+        if not low <= value <= high:
+            raise column.wrong(row, f"is outside of {low:g} to {high:g} (data.score)")
+        made.append((value - low) / (high - low))
+    return made
+
+
+def _missing(cell: Any) -> bool:
+    """Whether a cell is empty, as files have it; an empty list is not."""
+    if isinstance(cell, str):
+        return not cell.strip()
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))

@@ -1,0 +1,65 @@
+"""Tables of a run's page: figures of single labels, and how figures differ between clients."""
+
+import statistics
+from collections.abc import Iterator
+
+from fedlora.reports.figures import MOST_LABELS
+from fedlora.reports.page import scrolled
+from fedlora.reports.tables import Table
+from fedlora.run import Run
+
+_PAIRS = 30  # of labels that are taken for each other, in a table
+
+
+def by_label(run: Run) -> Iterator[str]:
+    """Precision, recall, F1 and rows of each label; of many labels which are taken for which most often."""
+    classes, labels = run.test.get("classes") or [], run.test.get("labels") or []
+    if not classes:
+        return
+    keys = ("precision", "recall", "f1")
+    rows = [[str(c["label"]), *(_share(c[key]) for key in keys), f"{c['rows']:,}"] for c in classes]
+    made = Table(("label", "precision", "recall", "F1", "rows"), rows).html(
+        f"Of the test rows, after round {run.test['round']}"
+    )
+    yield f"<h3>Labels</h3>{scrolled(made, 'Figures of each label')}"
+    if len(labels) <= MOST_LABELS:
+        return
+    pairs = [
+        (n, label, other)
+        for label, row in zip(labels, run.test["confusion"], strict=True)
+        for other, n in zip(labels, row, strict=True)
+        if n and other != label
+    ]
+    often = sorted(pairs, key=lambda pair: -pair[0])[:_PAIRS]
+    if often:
+        table = Table(("label", "taken for", "rows"), [[a, b, f"{n:,}"] for n, a, b in often], frozenset({0, 1}))
+        yield f"<h3>Confusion of labels</h3>{scrolled(table.html('The most frequent'), 'Confusion of labels')}"
+
+
+def among_clients(run: Run) -> Iterator[str]:
+    """Of each figure that clients told of themselves the worst, the median, the best and the spread."""
+    told: dict[str, dict[int, float]] = {}
+    last = max((line["round"] for line in run.clients if any(k.startswith("local_") for k in line)), default=None)
+    for line in run.clients:
+        if line["round"] == last:
+            for key, value in line.items():
+                if key.startswith("local_") and isinstance(value, int | float):
+                    told.setdefault(key.removeprefix("local_"), {})[line["client"]] = value
+    rows = []
+    for name, values in told.items():
+        if name not in run.figures:
+            continue
+        worst = (min if run.by(name).higher_is_better else max)(values, key=values.__getitem__)
+        best = (max if run.by(name).higher_is_better else min)(values.values())
+        spread = statistics.stdev(values.values()) if len(values) > 1 else 0.0
+        middle = statistics.median(values.values())
+        cells = (values[worst], middle, best, spread)
+        rows.append([name, str(len(values)), f"{worst}", *(f"{value:.4f}" for value in cells)])
+    if rows:
+        head = ("figure", "clients", "worst client", "worst", "median", "best", "standard deviation")
+        table = Table(head, rows).html(f"Of clients' own rows, after round {last}")
+        yield f"<h3>Clients by their own rows</h3>{scrolled(table, 'Clients by their own rows')}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
