@@ -33,8 +33,8 @@ class Answer:
 
     Attributes:
         text: that it was given.
-        answer: the label, or the completion.
-        probability: of the label; None for a completion.
+        answer: the label, the completion, or the entities that are in it.
+        probability: of the label; None of others.
     """
 
     text: str
@@ -183,7 +183,7 @@ def push(folder: Path, repository: str) -> str:
 def predict(
     run: Run | str | Path, texts: Sequence[str], max_new_tokens: int = 64, *, own_code: bool = False
 ) -> list[Answer]:
-    """What a run's model makes of texts, one after another: a label, labels, scores, or a completion.
+    """What a run's model makes of texts, one after another: a label, labels, entities, scores, or a completion.
 
     Args:
         run: that has ended, its folder, or the folder of an exported adapter.

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,8 @@ def read_file(files: settings.Files, key: str, taught: Taught) -> Rows:
 def read_site(files: settings.Files, labels: Sequence[str] | None, taught: Taught) -> tuple[Rows, int]:
     """The rows of a site's own file, `files.train`, that have no label but `labels`, and how many are left out."""
     told = {key: name for key, name in taught.usual.items() if key not in files.model_fields_set}
-    rows = _read_rows(files.model_copy(update=told), "train", files.train, None, taught)
+    anything = replace(taught, labels=None)  # a row of others is left out, whatever the run asks, and none refused
+    rows = _read_rows(files.model_copy(update=told), "train", files.train, None, anything)
     if labels is None or rows.labels is None or taught.target == "score":
         return rows, 0
     known = set(labels)

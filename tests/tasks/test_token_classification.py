@@ -13,6 +13,7 @@ import torch
 from fedlora import export, load_adapter, predict, simulate
 from fedlora.cli import main
 from fedlora.data import tagged
+from fedlora.data.cells import Taught
 from fedlora.data.reading import Rows, read_site
 from fedlora.data.store import Examples
 from fedlora.engine import Worker
@@ -356,7 +357,7 @@ def test_a_site_and_its_server_hold_the_same_marks_as_a_simulation(told, sentenc
     scenario = told(f"data.files={{train: {sentences}, test: {sentences}}}", private=False)
     server = prepare_server(scenario)
     assert server.data.labels == LABELS and (server.data.test.marks[:6] == [NONE, 0, 0, 0, 2, 4]).all()
-    rows, _ = read_site(Files(train=str(own)), LABELS, scenario.task)
+    rows, _ = read_site(Files(train=str(own)), LABELS, Taught.of(scenario.data, scenario.task))
     worker = Worker(prepare_site(scenario, LABELS, rows, 1, bytes(32)))
     part = worker.dataset.partition(1)
     assert [part.examples.marks_of(int(row)).tolist() for row in part.rows] == [
