@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded, Examples
 from fedlora.passes.packing import Segments
+from fedlora.tasks import dialogues
 from fedlora.tasks.contract import Batch, Problem, Sums, Task
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class CausalLM(Task):
 
     @classmethod
     def needs(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
-        """No labels; with `exact_match` a column of answers."""
+        """No labels; with `exact_match` answers, in a column or in chats."""
         data, model = sections.get("data"), sections.get("model")
         if data and data.partition.kind in ("dirichlet", "pathological", "shards", "label_shares"):
             yield (
@@ -41,7 +42,7 @@ class CausalLM(Task):
                 f"{data.partition.kind} splits by label, and causal_lm has none: use iid, size or natural",
             )
         yield from no_pairs(sections)
-        if sections.get("exact_match") and data and data.files and data.files.label is None:
+        if sections.get("exact_match") and data and data.files and not (data.files.label or data.messages):
             yield ("data", "files", "label"), "exact_match needs the name of the column of answers"
         if model and model.pooler == "trained":
             yield ("model", "pooler"), "a causal language model has no pooler"
@@ -52,20 +53,27 @@ class CausalLM(Task):
 
         The target is how many leading tokens belong to the prompt: they are not scored. Without a
         completion all of the text is. An example always keeps one scored token, so a prompt that is
-        longer than `max_length` loses its beginning.
+        longer than `max_length` loses its beginning. In chats every token has a mark too where several turns are
+        scored (`fedlora.tasks.dialogues`).
+
+        Raises:
+            SettingError: the chat template refuses a chat, or there is none.
         """
+        if rows.texts and dialogues.is_chat(rows.texts[0]):
+            return dialogues.encode(reader, rows, max_length)
         end = [] if reader.eos_token_id is None else [reader.eos_token_id]
         if rows.labels is None:
             plain = reader(rows.texts, truncation=True, max_length=max_length - len(end))["input_ids"]
             return Encoded([ids + end for ids in plain], [0] * len(plain))
         answers = reader([str(label) for label in rows.labels], add_special_tokens=False)["input_ids"]
-        tokens, starts = [], []
+        tokens, starts, cut = [], [], 0
         for prompt, answer in zip(prompts(reader, [str(t) for t in rows.texts]), answers, strict=True):
+            cut += len(prompt) + len(answer) + len(end) > max_length
             answer = (answer + end)[: max_length - 1]
             prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
             tokens.append(prompt + answer)
             starts.append(len(prompt))
-        return Encoded(tokens, starts)
+        return Encoded(tokens, starts, cut=cut)
 
     @classmethod
     def answer(
@@ -88,6 +96,8 @@ class CausalLM(Task):
         import torch
 
         mask = batch["attention_mask"][:, 1:].bool()
+        if "marks" in batch:
+            return mask & (batch["marks"][:, 1:] >= 0)
         position = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         return mask & (position >= batch["targets"][:, None])
 

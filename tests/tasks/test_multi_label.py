@@ -121,7 +121,11 @@ def test_a_run_tells_its_threshold_where_predict_and_plain_peft_read_it(tiny, fi
 
     run = simulate(tiny(*told(films)), out=tmp_path / "run")
     summary = run.summary
-    assert summary["metric"] == "micro_f1" and summary["metrics"]["threshold"] in THRESHOLDS and "macro_f1" in summary["metrics"]
+    assert (
+        summary["metric"] == "micro_f1"
+        and summary["metrics"]["threshold"] in THRESHOLDS
+        and "macro_f1" in summary["metrics"]
+    )
     about = json.loads((run.folder / "adapter" / "fedlora.json").read_text())
     assert about["threshold"] == summary["metrics"]["threshold"] and about["labels"] == ["good", "long", "sad"]
     card = (run.folder / "adapter" / "README.md").read_text()
@@ -193,7 +197,7 @@ def test_labels_are_lists_or_text_with_a_separator(cells, labels, tmp_path):
     )
     assert list(rows(file).labels) == labels
     parquet = tmp_path / "x.parquet"
-    reading._read_table("x", file, None).to_parquet(parquet)
+    reading.read_table("x", file, None).to_parquet(parquet)
     assert list(rows(parquet).labels) == labels
 
 

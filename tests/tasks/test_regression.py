@@ -95,7 +95,11 @@ def test_a_runs_scores_are_those_of_plain_peft_and_predict_tells_them_in_their_u
 
     asked = told(pairs, "data.partition={kind: dirichlet, alpha: 5.0, min_examples: 10}")
     run = simulate(tiny(*asked), out=tmp_path / "run")
-    assert run.metric == "pearson" and {"mae", "pearson"} <= set(run.summary["metrics"]) and run.summary["majority"] is None
+    assert (
+        run.metric == "pearson"
+        and {"mae", "pearson"} <= set(run.summary["metrics"])
+        and run.summary["majority"] is None
+    )
     assert run.partitions["labels"] == [] and run.majority is None
     assert "0 stands for 0, and 1 for 4" in (run.folder / "adapter" / "README.md").read_text()
     (answer,) = predict(run, "film 1 was good\tfilm 2 was so good")
