@@ -307,7 +307,7 @@ def _rows(
         return Rows(*chats.rows(held, taught.scored, Column("data.messages", source, name)), owners)
     label = f"{key}.label"
     return Rows(
-        _inputs(named.text, inputs) if taught.prompt is None else _prompts(taught.prompt, cells),
+        _inputs(named.text, inputs) if taught.prompt is None else prompts_of(taught.prompt, cells),
         taught.read(named, source, partial(column, label), partial(cells, label)),
         owners,
     )
@@ -321,8 +321,13 @@ def _inputs(names: str | tuple[str, ...], column: Callable[[str], list[str]]) ->
     return [*zip(first, second, strict=True)]
 
 
-def _prompts(template: str, cells: Callable[[str, str], list[Any]]) -> list[Input]:
-    """A template with the values of each row; arguments as of `_rows`."""
+def prompts_of(template: str, cells: Callable[[str, str], list[Any]]) -> list[str]:
+    """A template with the values of each row.
+
+    Args:
+        template: of `data.prompt`.
+        cells: gives a column, for the setting that names it.
+    """
     columns = {
         name: ["" if missing(cell) else str(cell) for cell in cells("data.prompt", name)]
         for name in templates.columns(template)
