@@ -147,7 +147,7 @@ def _prepared(
             metrics.try_out(metric, task.target, dataset.labels)
     if dataset.cut:
         logger.warning(
-            "%d of %d test rows are longer than data.max_length (%d tokens) and are judged by their beginning",
+            "%d of %d test rows are longer than data.max_length (%d tokens) and are judged by what it leaves",
             *(dataset.cut, len(dataset.test), data.max_length),
         )
     setup = Setup(
@@ -218,7 +218,8 @@ def _encoded(
         raise SettingError("task", f"{use}.encode makes targets that are not from 0 to 1, one for each of {names}")
     if made.marks is not None:
         each = zip(made.tokens, made.marks, strict=True)
-        if any(len(tokens) != len(marks) or max(marks, default=0) >= len(names) for tokens, marks in each):
+        most = len(names) if task.labelled else 1
+        if any(len(tokens) != len(marks) or max(marks, default=0) >= most for tokens, marks in each):
             raise SettingError("task", f"{use}.encode makes marks that are not one of a label for each token")
     return made
 

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from fedlora import plugins
 from fedlora import scenario as settings
@@ -49,17 +49,24 @@ class Taught:
         score: the scale of scores; None where there are none.
         labels: that there may be; None: any.
         usual: names of columns where nobody names them.
+        messages: the column of chats; None where rows have a prompt or a text.
+        scored: which turns of the assistant are judged.
+        prompt: the template of prompts; None where a column has them.
     """
 
     target: str
     score: settings.Score | None
     labels: tuple[str, ...] | None = None
     usual: Mapping[str, str] = field(default_factory=dict)
+    messages: str | None = None
+    scored: Literal["all", "last"] = "all"
+    prompt: str | None = None
 
     @classmethod
     def of(cls, data: settings.Data, task: str) -> Self:
         """By a scenario."""
-        return cls(plugins.find("tasks", task).target, data.score, data.labels, settings.COLUMNS_OF.get(task, {}))
+        told = (plugins.find("tasks", task).target, data.score, data.labels, settings.COLUMNS_OF.get(task, {}))
+        return cls(*told, data.messages, data.scored, data.prompt)
 
     def read(
         self,
@@ -109,7 +116,7 @@ def label_sets(cells: Sequence[Any], separator: str | None, column: Column) -> l
         separator = next((mark for mark in SEPARATORS if any(mark in text for text in texts)), None)
     made: list[tuple[str, ...]] = []
     for row, cell in enumerate(cells, 1):
-        if _missing(cell):
+        if missing(cell):
             made.append(())
             continue
         if isinstance(cell, str):
@@ -145,7 +152,7 @@ def scores(
 def _scaled(cells: Sequence[Any], low: float, high: float, column: Column) -> list[float]:
     made = []
     for row, cell in enumerate(cells, 1):
-        if _missing(cell):
+        if missing(cell):
             raise column.wrong(row, "is empty, and should be a number")
         try:
             value = math.nan if isinstance(cell, bool) else float(cell)
@@ -159,7 +166,7 @@ def _scaled(cells: Sequence[Any], low: float, high: float, column: Column) -> li
     return made
 
 
-def _missing(cell: Any) -> bool:
+def missing(cell: Any) -> bool:
     """Whether a cell is empty, as files have it; an empty list is not."""
     if isinstance(cell, str):
         return not cell.strip()

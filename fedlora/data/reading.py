@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,10 +14,12 @@ import numpy as np
 
 from fedlora import plugins
 from fedlora import scenario as settings
-from fedlora.data import tagged
-from fedlora.data.cells import Label, Taught
+from fedlora.data import chats, tagged
+from fedlora.data.cells import Column, Label, Taught, missing
 from fedlora.data.partitions import draw
+from fedlora.data.tables import read_table
 from fedlora.errors import SettingError, suggestion
+from fedlora.scenario import templates
 
 # Named datasets that live on the Hub. gsm8k has `question` and `answer`, the prompt and its completion.
 HUB_DATASETS = {
@@ -28,8 +29,8 @@ HUB_DATASETS = {
     "gsm8k": settings.Hub(path="openai/gsm8k", config="main", text="question", label="answer"),
 }
 
-Input = str | tuple[str, ...] | bytes
-"""A text, a pair of texts, the words of a text, or an image as its file holds it."""
+Input = str | tuple[str, ...] | tuple[chats.Turn, ...] | bytes
+"""A text, a pair of texts, the words of a text, the turns of a chat, or an image as its file holds it."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class Rows:
     """Rows of one split before they are encoded.
 
     Attributes:
-        texts: of each row a text, a pair of texts, its words, or the bytes of an image's file.
-        labels: of each row its class, its completion for causal_lm, the tags of its words, for multi_label its
-            labels, for regression its scores, from 0 to 1; None where there are none.
+        texts: of each row a text, a pair of texts, its words, a chat's turns, or the bytes of an image's file.
+        labels: of each row its class, its completion for causal_lm, of a chat the last turns of the assistant,
+            which are learnt, the tags of its words, for multi_label its labels, for regression its scores, from 0
+            to 1; None where there are none.
         owners: of each row whose it is, by the natural partition's column; None elsewhere.
     """
 
@@ -235,7 +237,7 @@ def columns_of(path: Path) -> dict[str, list[str]]:
     Raises:
         SettingError: it cannot be read.
     """
-    table = _read_table("data.files.train", path, None)
+    table = read_table("data.files.train", path, None)
     return {str(name): [str(value) for value in table[name].tolist()] for name in table.columns}
 
 
@@ -246,7 +248,7 @@ def _read_files(files: settings.Files, owner: str | None, taught: Taught) -> tup
 
 def _read_rows(files: settings.Files, key: str, path: str, owner: str | None, taught: Taught) -> Rows:
     """The rows of a file, which the setting `key` names."""
-    table = _read_table(f"data.files.{key}", Path(path), files.columns)
+    table = read_table(f"data.files.{key}", Path(path), files.columns)
 
     def held(setting: str, name: str) -> Any:
         if name not in table.columns:
@@ -301,9 +303,12 @@ def _rows(
         names = (str(named.text), str(named.label))
         held = [cells(f"{key}.{what}", name) for what, name in zip(("text", "label"), names, strict=True)]
         return Rows(*tagged.rows(*held, key=key, source=source, columns=names, known=taught.labels), owners)
+    if taught.target == "start" and (name := taught.messages) is not None:
+        held = cells("data.messages", name)
+        return Rows(*chats.rows(held, taught.scored, Column("data.messages", source, name)), owners)
     label = f"{key}.label"
     return Rows(
-        _inputs(named.text, inputs),
+        _inputs(named.text, inputs) if taught.prompt is None else prompts_of(taught.prompt, cells),
         taught.read(named, source, partial(column, label), partial(cells, label)),
         owners,
     )
@@ -317,39 +322,19 @@ def _inputs(names: str | tuple[str, ...], column: Callable[[str], list[str]]) ->
     return [*zip(first, second, strict=True)]
 
 
-def _read_table(key: str, path: Path, columns: Sequence[str] | None) -> Any:
-    import pandas as pd
+def prompts_of(template: str, cells: Callable[[str, str], list[Any]]) -> list[str]:
+    """A template with the values of each row.
 
-    suffix = path.suffix.lower()
-    try:
-        if suffix in (".csv", ".tsv"):
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the names
-                return pd.read_csv(
-                    path,
-                    sep="," if suffix == ".csv" else "\t",
-                    dtype=str,
-                    na_filter=False,
-                    encoding="utf-8",
-                    names=list(columns) if columns else None,
-                    header=None if columns else 0,
-                    index_col=False,  # else the first column is taken for it where a name is missing
-                )
-        if suffix in (".json", ".jsonl"):
-            return pd.read_json(path, lines=suffix == ".jsonl", dtype=False)
-        if suffix == ".parquet":
-            return pd.read_parquet(path)
-        if suffix in tagged.SUFFIXES:
-            return pd.DataFrame(tagged.read_conll(key, path, columns))
-    except SettingError:
-        raise
-    except FileNotFoundError as error:
-        raise SettingError(key, f"no such file: {path}") from error
-    except Exception as error:  # each reader has errors of its own
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SettingError(key, f"{path} is not readable as {suffix[1:]}: {what}") from error
-    kinds = ", ".join((".csv", ".tsv", ".json", ".jsonl", ".parquet", *tagged.SUFFIXES))
-    raise SettingError(key, f"{path}: {suffix or 'no suffix'} is not one of {kinds}")
+    Args:
+        template: of `data.prompt`.
+        cells: gives a column, for the setting that names it.
+    """
+    columns = {
+        name: ["" if missing(cell) else str(cell) for cell in cells("data.prompt", name)]
+        for name in templates.columns(template)
+    }
+    rows = zip(*columns.values(), strict=True)
+    return [templates.filled(template, dict(zip(columns, row, strict=True))) for row in rows]
 
 
 def _read_hub(hub: settings.Hub, owner: str | None, taught: Taught) -> tuple[Rows, Rows | None]:

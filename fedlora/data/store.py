@@ -37,9 +37,9 @@ class Encoded:
         targets: of each row the number of its class, or for causal_lm how many leading tokens are not scored; or
             an array of 0 and 1, (rows, labels), uint8, or of scores from 0 to 1, (rows, scores), float32.
         types: of each token which text of a pair it is of; None where there are no pairs.
-        marks: of each token the number of what it is judged by, -100 where it is not scored; None: a row is judged
-            as a whole.
-        cut: how many rows lost something that is judged to `max_length`.
+        marks: of each token the number of what it is judged by, 0 in a task without labels, -100 where it is not
+            scored; None: a row is judged as a whole, or from its target on.
+        cut: how many rows lost something that is judged, or what goes before it, to `max_length`.
     """
 
     tokens: Sequence[Sequence[int] | NDArray[np.uint8]]
@@ -66,7 +66,8 @@ class Examples:
         offsets: where each row begins, (rows + 1,).
         targets: of each row, (rows,); of those with several labels or scores (rows, of each).
         types: which text of a pair each token is of, (total tokens,); None where there are no pairs.
-        marks: what each token is judged by, (total tokens,), -100 where it is not scored; None: whole rows are.
+        marks: what each token is judged by, (total tokens,), -100 where it is not scored; None: whole rows are, or
+            what follows their targets.
     """
 
     tokens: NDArray[np.int32 | np.uint8]  # (total tokens,), or all pixels

@@ -392,7 +392,7 @@ class Worker:
         rows, examples, asked = np.arange(start, stop), getattr(self.dataset, half), self.scenario.exact_match
         rowwise = bool(self.metrics) or (half == "test" and confusion.tells(self.task.target, self.dataset.labels))
         found = self.task.evaluation(adapter, examples, rows, rowwise)
-        writes = half == "test" or self.scenario.chosen_by(self.task.metric) == "exact_match"
+        writes = half == "test" or self.scenario.chosen_by(self.task.metric) in ("exact_match", "rouge_l")
         if asked and writes and start < asked.examples:
             model = self.scenario.model
             more = self.task.written(lambda: self.task.reader(model.base, model.revision), examples, rows, asked)

@@ -22,6 +22,7 @@ from fedlora.scenario.data import (
     Score,
     Shards,
     Size,
+    Template,
 )
 from fedlora.scenario.files import SHIPPED, SWEEPS, find, given, load, parse, shipped, written
 from fedlora.scenario.keys import KeyPath, Source
@@ -65,6 +66,7 @@ __all__ = [
     "Size",
     "Source",
     "Strategy",
+    "Template",
     "Tier",
     "TopK",
     "Trace",

@@ -223,6 +223,9 @@ def _taught(task: str, target: str, data: Data) -> Iterator[Problem]:
     """Keys of several labels or of scores, where the task has none."""
     if target != "score" and data.score is not None:
         yield Problem(("data", "score"), f"score is for task: regression, and the task is {task}: leave it out")
+    for name in ("messages", "prompt"):
+        if target != "start" and getattr(data, name) is not None:
+            yield Problem(("data", name), f"{name} is for task: causal_lm, and the task is {task}: leave it out")
     for name in ("files", "hub"):
         if (source := getattr(data, name)) is None:
             continue

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora.errors import suggestion
+from fedlora.scenario import templates
 from fedlora.scenario.section import Float, Int, PositiveFloat, PositiveInt, Section
 
 # What `data.dataset` may name. Where each comes from: fedlora.data.reading.
@@ -23,6 +24,19 @@ COLUMNS_OF = {"token_classification": {"text": "tokens", "label": "tags"}}  # wh
 Columns = str | Annotated[tuple[str, ...], Field(min_length=2, max_length=2)]
 Labels = str | Annotated[tuple[str, ...], Field(min_length=1)]
 Separator = Annotated[str, Field(min_length=1)]
+
+
+def _names_columns(template: str) -> str:
+    try:
+        named = templates.columns(template)
+    except ValueError as error:
+        raise PydanticCustomError("template", f"{error}") from error
+    if not named:
+        raise PydanticCustomError("template", "names no column: write one in braces, such as {question}")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_names_columns)]
 
 
 class Hub(Section):
@@ -180,6 +194,9 @@ class Data(Source):
     client_test_share: Annotated[Float, Field(gt=0, lt=1)] | None = None  # that each client keeps to judge by
     labels: tuple[str, ...] | None = None  # in order; null: those of the data, sorted (of tags O first)
     score: Score | None = None  # for regression: the lowest and the highest score that there can be
+    messages: str | None = None  # for causal_lm: a column of chats, instead of the columns `text` and `label`
+    scored: Literal["all", "last"] = "all"  # which of the assistant's turns in `messages` are learnt
+    prompt: Template | None = None  # for causal_lm: of several columns, as "{question} {hint}", instead of `text`
     public: Public | None = None  # like rows that are nobody's, on which `fedlora tune` tries rates at no epsilon
 
     @field_validator("public", mode="before")
@@ -196,6 +213,8 @@ class Data(Source):
     def _apart(self) -> Self:
         if self.own_validation is not None and self.validation_share is not None:
             raise PydanticCustomError("source", "validation rows are given: leave validation_share out")
+        if self.messages is not None and self.prompt is not None:
+            raise PydanticCustomError("source", "messages are whole chats: leave prompt out, or messages")
         return self
 
     @property

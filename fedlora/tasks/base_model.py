@@ -90,6 +90,7 @@ def encoding_fingerprint(reader: Any) -> str:
     else:
         backend = getattr(reader, "backend_tokenizer", None)
         text = backend.to_str() if backend else repr(sorted(reader.get_vocab().items()))
+        text += str(reader.chat_template or "")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

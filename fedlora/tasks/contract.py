@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import plugins
+from fedlora.data.chats import Turn
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded, Examples
 from fedlora.kinds.contract import Kind
@@ -31,6 +32,9 @@ Sums = Mapping[str, Any]
 
 Problem = tuple[tuple[str, ...], str]
 """A key of a scenario, and what is wrong with it."""
+
+Prompt = str | tuple[Turn, ...]
+"""What a model goes on with: a text, or a chat whose last turn is the user's."""
 
 UNSCORED = -100
 """The mark of a token by which nothing is judged."""
@@ -80,6 +84,9 @@ class Task(Adapted, ABC):
 
     tokens: ClassVar[bool] = True
     """Whether examples are tokens, which a tokenizer makes and which can lie in one row without padding."""
+
+    completes: ClassVar[bool] = False
+    """Whether a model goes on with what it is given (`complete`)."""
 
     trial: Examples
 
@@ -155,6 +162,16 @@ class Task(Adapted, ABC):
         Returns:
             The answer, and its probability where the task has one.
         """
+
+    @classmethod
+    def complete(
+        cls, model: Any, reader: Any, prompts: Sequence[Prompt], max_length: int, **how: Any
+    ) -> list[str]:
+        """What a finished model writes after each prompt; of tasks that write. Arguments are as of `answer`.
+
+        `how` has `max_new_tokens`, and may have `temperature`, `top_p` and `seed`.
+        """
+        raise NotImplementedError
 
     def sees(self, reader: Any) -> None:
         """Take on what a pass needs of what `reader` gave; nothing by default."""

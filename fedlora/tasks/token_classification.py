@@ -65,7 +65,8 @@ class TokenClassification(Task):
         Raises:
             SettingError: the tokenizer does not tell where its pieces lie.
         """
-        laid = [tagged.places(row) for row in rows.texts if not isinstance(row, bytes)]
+        texts = [row if isinstance(row, str) else [str(word) for word in row] for row in rows.texts]
+        laid = [tagged.places(row) for row in texts]
         ids, pieces = _cut(reader, [text for text, _ in laid], max_length)
         number = {label: i for i, label in enumerate(labels)}
         marks, targets, short = [], [], 0

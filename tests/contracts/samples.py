@@ -82,6 +82,31 @@ def causal_lm(folder: Path, bases) -> Sample:
     )
 
 
+def causal_lm_of_chats(folder: Path, bases) -> Sample:
+    from fedlora.data.chats import Turn
+    from fedlora.tasks.base_model import load_tokenizer
+
+    tokenizer = load_tokenizer(bases("tiny_lm"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} [SEP]{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    shutil.copytree(bases("tiny_lm"), base := folder / "chat", dirs_exist_ok=True)
+    tokenizer.save_pretrained(base)
+    ask, say = (lambda text: Turn("user", text)), (lambda text: Turn("assistant", text))
+    rows = Rows(
+        [
+            (Turn("system", "be brief"), ask("two"), say("three")),
+            (ask("one"), say("two"), ask("so"), say("three or four")),
+            (ask("one two three four"), say("five")),
+        ],
+        [("three",), ("two", "three or four"), ("five",)],
+    )
+    right = sections("causal_lm")
+    wrong = sections("causal_lm", partition="shards")
+    return Sample(rows, (), str(base), ("q_proj", "v_proj"), "two and two", right, wrong)
+
+
 def multi_label(folder: Path, bases) -> Sample:
     rows = Rows(["a fine film", "poor", "so so and so", "so"], [("good", "long"), ("bad",), ("bad", "long"), ()])
     right = sections("multi_label")

@@ -17,6 +17,7 @@ from fedlora.tasks import contract, loading
 from tests.contracts import samples
 
 NAMES = plugins.names("tasks")
+SAMPLES = [*NAMES, "causal_lm_of_chats"]  # whose tokens have marks
 LENGTH = 24
 
 
@@ -24,7 +25,7 @@ class Tried:
     """A task on the rows of its sample."""
 
     def __init__(self, name, folder, bases):
-        self.name, self.cls = name, contract.find(name)
+        self.name, self.cls = name, contract.find(name.partition("_of_")[0])
         self.sample = getattr(samples, name)(folder, bases)
         sample = self.sample
         self.reader = self.cls.reader(sample.base, None)
@@ -42,10 +43,10 @@ class Tried:
         self.rows = np.arange(len(self.examples))
         kind = Lora(4, 8, sample.targets)
         told = {"labels": sample.labels, "seed": 3, "max_length": LENGTH}
-        self.task = loading.load(name, sample.base, kind, private=True, **told)
+        self.task = loading.load(name.partition("_of_")[0], sample.base, kind, private=True, **told)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=SAMPLES)
 def tried(request, tmp_path_factory):
     return Tried(request.param, tmp_path_factory.mktemp(request.param), request.getfixturevalue)
 

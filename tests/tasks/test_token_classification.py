@@ -371,7 +371,7 @@ def test_a_site_and_its_server_hold_the_same_marks_as_a_simulation(told, sentenc
 def test_test_rows_that_are_cut_are_told(told, tmp_path, caplog):
     prepare(told("data.max_length=8"))
     (line,) = [record.getMessage() for record in caplog.records if "max_length" in record.getMessage()]
-    assert "test rows are longer than data.max_length (8 tokens) and are judged by their beginning" in line
+    assert "test rows are longer than data.max_length (8 tokens) and are judged by what it leaves" in line
 
 
 def test_words_of_a_text_and_its_spans_are_one(tiny_base):
