@@ -39,7 +39,7 @@ class Rows:
     Attributes:
         texts: of each row a text, a pair of texts, its words, or the bytes of an image's file.
         labels: of each row its class, its completion for causal_lm, the tags of its words, for multi_label its
-            labels, for regression its scores, from 0 to 1; None where there are none.
+            labels, for regression its scores, from 0 to 1, of preferences both completions; None: there are none.
         owners: of each row whose it is, by the natural partition's column; None elsewhere.
     """
 
