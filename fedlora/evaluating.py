@@ -184,6 +184,7 @@ def _evaluated(
         max_length=about.max_length,
         start=saved,
         scale=about.scale,
+        beta=about.beta,
     )
     base_model.tell(made.model.get_base_model(), threshold=about.threshold)
     reader = task.reader(about.base, about.revision)

@@ -55,6 +55,7 @@ class About:
         pairs: whether it judges pairs of texts.
         threshold: from which probability on a label is given, where a text may have several; None elsewhere.
         scale: from where to where scores go; None where there are none.
+        beta: what log probabilities count where completions are preferred; None elsewhere.
     """
 
     task: str
@@ -65,6 +66,7 @@ class About:
     pairs: bool
     threshold: float | None = None
     scale: tuple[float, float] | None = None
+    beta: float | None = None
 
     @classmethod
     def of(cls, scenario: Scenario, labels: Sequence[str], figures: Mapping[str, Any]) -> Self:
@@ -74,7 +76,8 @@ class About:
         pairs = named is not None and not isinstance(named.text, str)
         told = (scenario.task, model.base, model.revision, tuple(labels), data.max_length, pairs)
         scale = (data.score.low, data.score.high) if data.score is not None else None
-        return cls(*told, threshold=figures.get("threshold"), scale=scale)
+        beta = scenario.preference.beta if scenario.preference is not None else None
+        return cls(*told, threshold=figures.get("threshold"), scale=scale, beta=beta)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
