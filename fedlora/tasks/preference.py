@@ -69,8 +69,8 @@ class Preference(CausalLM):
         if model and model.start is not None:
             yield (
                 ("model", "start"),
-                f"{task} measures beside the base without an adapter: make a base of it, fedlora export --merge, "
-                "and name that by model.base",
+                f"{task} measures beside the base without an adapter: make a base of it (fedlora export RUN "
+                "--merge) and name that by model.base",
             )
 
     @classmethod
