@@ -186,6 +186,7 @@ def _evaluated(
         start=saved,
         scale=about.scale,
         threshold=about.threshold,
+        beta=about.beta,
     )
     reader = task.reader(about.base, about.revision)
     dataset = store.hold(

@@ -59,6 +59,7 @@ class About:
         messages: the column of chats in its rows; None where they hold prompts or texts.
         scored: which turns of the assistant it learnt.
         prompt: the template of prompts by columns of its rows; None where one column has them.
+        beta: what log probabilities count where completions are preferred; None elsewhere.
     """
 
     task: str
@@ -72,6 +73,7 @@ class About:
     messages: str | None = None
     scored: Literal["all", "last"] = "all"
     prompt: str | None = None
+    beta: float | None = None
 
     @classmethod
     def of(cls, scenario: Scenario, labels: Sequence[str], figures: Mapping[str, Any]) -> Self:
@@ -81,7 +83,8 @@ class About:
         pairs = named is not None and not isinstance(named.text, str)
         told = (scenario.task, model.base, model.revision, tuple(labels), data.max_length, pairs)
         scale = (data.score.low, data.score.high) if data.score is not None else None
-        return cls(*told, figures.get("threshold"), scale, data.messages, data.scored, data.prompt)
+        beta = scenario.preference.beta if scenario.preference is not None else None
+        return cls(*told, figures.get("threshold"), scale, data.messages, data.scored, data.prompt, beta)
 
     @classmethod
     def read(cls, folder: Path) -> Self:

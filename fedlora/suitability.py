@@ -27,6 +27,12 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
         raise SettingError(
             "model.quantize", f"{use} adds to the frozen weights: leave it out, or take one of {can}"
         )
+    if strategy.merges and plugins.find("tasks", scenario.task).against_base:
+        can = _those(lambda cls: not cls.merges)
+        raise SettingError(
+            "strategy.use",
+            f"{use} adds to the frozen weights, beside which task: {scenario.task} measures: take one of {can}",
+        )
     if strategy.personal and not strategy.tested and scenario.data.client_test_share is None:
         raise SettingError(
             "strategy.use",

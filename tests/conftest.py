@@ -115,6 +115,24 @@ def sentences(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def choices(tmp_path_factory) -> Path:
+    """A jsonl of 240 rows of a prompt and two completions, of which the friendly one was chosen."""
+    file = tmp_path_factory.mktemp("data") / "choices.jsonl"
+    kind, rude = ("gladly", "of course", "with joy"), ("no", "go away", "never ever")
+    rows = [
+        {
+            "prompt": f"note {i}: please help {'me ' * (i % 4)}",
+            "chosen": f"{kind[i % 3]} {'indeed ' * (i % 5)}",
+            "rejected": f"{rude[i % 3]} {'indeed ' * (i % 3)}",
+            "who": f"w{i % 4}",
+        }
+        for i in range(240)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@pytest.fixture(scope="session")
 def tiny_yaml(tiny_base, reviews) -> str:
     """A private scenario on the tiny base: 4 clients, 2 rounds."""
     return f"""

@@ -11,7 +11,7 @@ from fedlora import scenario as settings
 from fedlora.errors import SettingError
 
 Label = str | tuple[str, ...] | tuple[float, ...]
-"""What a row is taught by: a class or a completion, a set of labels, or scores from 0 to 1."""
+"""What a row is taught by: a class or a completion, a set of labels, scores from 0 to 1, or two completions."""
 
 NO_SCALE = "say from where to where scores go, as {low: 0, high: 5}: clients' rows are not looked at for it"
 
@@ -57,7 +57,7 @@ class Taught:
     target: str
     score: settings.Score | None
     labels: tuple[str, ...] | None = None
-    usual: Mapping[str, str] = field(default_factory=dict)
+    usual: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     messages: str | None = None
     scored: Literal["all", "last"] = "all"
     prompt: str | None = None
@@ -97,6 +97,10 @@ class Taught:
                 raise SettingError("data.score", NO_SCALE)
             told = [Column(key, source, name) for name in names]
             return scores([cells(name) for name in names], self.score.low, self.score.high, told)
+        if self.target == "pair":
+            columns = [Column(key.replace("label", "text"), source, str(named.text))]
+            columns += [Column(key, source, name) for name in names]
+            return completions([cells(column.name) for column in columns], columns)
         return plain(names[0])
 
 
@@ -163,6 +167,30 @@ def _scaled(cells: Sequence[Any], low: float, high: float, column: Column) -> li
         if not low <= value <= high:
             raise column.wrong(row, f"is outside of {low:g} to {high:g} (data.score)")
         made.append((value - low) / (high - low))
+    return made
+
+
+def completions(cells: Sequence[Sequence[Any]], columns: Sequence[Column]) -> list[tuple[str, ...]]:
+    """The chosen and the rejected completion of each row.
+
+    Args:
+        cells: of the prompts, of the chosen and of the rejected completions.
+        columns: that they are of.
+
+    Raises:
+        SettingError: one is empty or no text, or both completions of a row are the same.
+    """
+    made: list[tuple[str, ...]] = []
+    for number, row in enumerate(zip(*cells, strict=True), 1):
+        for cell, column in zip(row, columns, strict=True):
+            if missing(cell):
+                raise column.wrong(number, "is empty")
+            if not isinstance(cell, str):
+                raise column.wrong(number, "is no text")
+        _, chosen, rejected = row
+        if chosen == rejected:
+            raise columns[2].wrong(number, f"is the same as {columns[1].name!r}: leave the row out")
+        made.append((chosen, rejected))
     return made
 
 

@@ -41,7 +41,7 @@ class Rows:
         texts: of each row a text, a pair of texts, its words, a chat's turns, or the bytes of an image's file.
         labels: of each row its class, its completion for causal_lm, of a chat the last turns of the assistant,
             which are learnt, the tags of its words, for multi_label its labels, for regression its scores, from 0
-            to 1; None where there are none.
+            to 1, of preferences both completions; None where there are none.
         owners: of each row whose it is, by the natural partition's column; None elsewhere.
     """
 

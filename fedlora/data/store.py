@@ -35,7 +35,8 @@ class Encoded:
     Attributes:
         tokens: of each row its tokens, or the pixels of an image, channels first.
         targets: of each row the number of its class, or for causal_lm how many leading tokens are not scored; or
-            an array of 0 and 1, (rows, labels), uint8, or of scores from 0 to 1, (rows, scores), float32.
+            an array of 0 and 1, (rows, labels), uint8, or of scores from 0 to 1, (rows, scores), float32, or of
+            where parts of a row lie, (rows, places), int64.
         types: of each token which text of a pair it is of; None where there are no pairs.
         marks: of each token the number of what it is judged by, 0 in a task without labels, -100 where it is not
             scored; None: a row is judged as a whole, or from its target on.
@@ -43,7 +44,7 @@ class Encoded:
     """
 
     tokens: Sequence[Sequence[int] | NDArray[np.uint8]]
-    targets: list[int] | NDArray[np.uint8] | NDArray[np.float32]
+    targets: list[int] | Targets
     types: Sequence[Sequence[int]] | None = None
     marks: Sequence[Sequence[int]] | None = None
     cut: int = 0
@@ -64,7 +65,7 @@ class Examples:
     Attributes:
         tokens: of all rows one after another, (total tokens,), or all pixels.
         offsets: where each row begins, (rows + 1,).
-        targets: of each row, (rows,); of those with several labels or scores (rows, of each).
+        targets: of each row, (rows,); of those with several labels, scores or places (rows, of each).
         types: which text of a pair each token is of, (total tokens,); None where there are no pairs.
         marks: what each token is judged by, (total tokens,), -100 where it is not scored; None: whole rows are, or
             what follows their targets.
@@ -72,7 +73,7 @@ class Examples:
 
     tokens: NDArray[np.int32 | np.uint8]  # (total tokens,), or all pixels
     offsets: NDArray[np.int64]  # (rows + 1,)
-    targets: Targets  # (rows,) or (rows, labels or scores)
+    targets: Targets  # (rows,) or (rows, labels, scores or places)
     types: NDArray[np.uint8] | None = None  # which text of a pair each token is of, (total tokens,)
     marks: NDArray[np.int32] | None = None  # what each token is judged by, (total tokens,)
 

@@ -81,6 +81,7 @@ class Worker:
                 precision="bf16" if setup.precision == "bf16" else "fp32",
                 start=start.saved if start is not None else None,
                 scale=(score.low, score.high) if (score := self.scenario.data.score) is not None else None,
+                beta=asked.beta if (asked := self.scenario.preference) is not None else None,
             )
         self.kept: Kept | None = None
         if self.task.prefix is not None and pays(self.scenario, self.dataset):

@@ -215,6 +215,8 @@ def _of_task(task: str, sections: Mapping[str, Any]) -> Iterator[Problem]:
         metrics.find_all(sections.get("metrics") or (), getattr(found, "target", "class"))
     except SettingError as error:
         yield Problem(("metrics",), f"metrics: {error.message}")
+    if sections.get("preference") and found.target != "pair":
+        yield Problem(("preference",), f"preference is for task: preference, and the task is {task}: leave it out")
     if data:
         yield from _taught(task, found.target, data)
 
@@ -229,9 +231,10 @@ def _taught(task: str, target: str, data: Data) -> Iterator[Problem]:
     for name in ("files", "hub"):
         if (source := getattr(data, name)) is None:
             continue
-        if target != "score" and isinstance(source.label, tuple):
+        if target not in ("score", "pair") and isinstance(source.label, tuple):
             yield Problem(
-                ("data", name, "label"), f"several columns are for task: regression, and the task is {task}"
+                ("data", name, "label"),
+                f"several columns are for task: regression or preference, and the task is {task}",
             )
         if target != "many" and source.separator is not None:
             yield Problem(

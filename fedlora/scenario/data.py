@@ -18,8 +18,10 @@ DATASETS = {
     "gsm8k": "grade-school mathematics with worked answers, for causal_lm (Hub: openai/gsm8k)",
 }
 TASK_OF = {"gsm8k": "causal_lm"}  # of the others: classification
-COLUMNS_OF = {"token_classification": {"text": "tokens", "label": "tags"}}  # where nobody says
-
+COLUMNS_OF: dict[str, dict[str, str | tuple[str, ...]]] = {  # where nobody says
+    "token_classification": {"text": "tokens", "label": "tags"},
+    "preference": {"text": "prompt", "label": ("chosen", "rejected")},
+}
 
 Columns = str | Annotated[tuple[str, ...], Field(min_length=2, max_length=2)]
 Labels = str | Annotated[tuple[str, ...], Field(min_length=1)]
@@ -49,7 +51,9 @@ class Hub(Section):
     test: str | None = "test"  # null: hold out `data.test_share` of the training rows
     validation: str | None = None  # to choose the best round by; or give `data.validation_share`
     text: Columns = "text"  # two of them for pairs, such as [premise, hypothesis]; for images the column of images
-    label: Labels = "label"  # for regression one or several; for token_classification tags by default
+    label: Labels = (
+        "label"  # for regression one or several; for token_classification tags, for preference [chosen, rejected]
+    )
     separator: Separator | None = None  # for multi_label: between labels of a text; null: | or ; or , as there is
 
 
@@ -61,7 +65,7 @@ class Files(Section):
     validation: str | None = None  # to choose the best round by; or give `data.validation_share`
     text: Columns = "text"  # for causal_lm: the prompt, or the whole text where `label` is null; two for pairs
     label: Labels | None = (
-        "label"  # for causal_lm the completion; for token_classification tags or spans; for regression several too
+        "label"  # completion, tags or spans; for regression several too; for preference [chosen, rejected]
     )
     separator: Separator | None = (
         None  # for multi_label: between the labels of a row; null: | or ; or , as there is

@@ -22,6 +22,8 @@ def completed(raw: Mapping[str, Any]) -> dict[str, Any]:
             told.setdefault("local_steps", 1)  # whose server steps after each
         told.setdefault("lr", _rate(told, example))
         made["clients"] = told
+    if raw.get("task") == "preference":
+        made.setdefault("preference", {})
     data, columns = raw.get("data"), COLUMNS_OF.get(str(raw.get("task")))
     if isinstance(data, Mapping) and columns:
         made["data"] = {

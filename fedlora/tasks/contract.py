@@ -75,9 +75,10 @@ class Task(Adapted, ABC):
     problem: ClassVar[str | None] = None
     """What transformers calls it, as `problem_type` of a model's configuration; None: by the number of labels."""
 
-    target: ClassVar[Literal["class", "many", "score", "marks", "start"]] = "class"
-    """What an example is judged by: the number of its class, any number of labels, scores, a tag of each token, or
-    its tokens from where its answer starts. `fedlora.metrics.contract` says what metrics are given of each."""
+    target: ClassVar[Literal["class", "many", "score", "marks", "start", "pair"]] = "class"
+    """What an example is judged by: the number of its class, any number of labels, scores, a tag of each token,
+    its tokens from where its answer starts, or which of two answers is the better one. `fedlora.metrics.contract`
+    says what metrics are given of each."""
 
     pools: ClassVar[bool] = True
     """Whether the head reads a padded batch, and not each token by itself."""
@@ -87,6 +88,12 @@ class Task(Adapted, ABC):
 
     completes: ClassVar[bool] = False
     """Whether a model goes on with what it is given (`complete`)."""
+
+    sequences: ClassVar[int] = 1
+    """Of how many sequences an example is: as many rows of a batch are its own, and do not see each other."""
+
+    against_base: ClassVar[bool] = False
+    """Whether a loss depends on what the base makes of the same rows without its adapter."""
 
     trial: Examples
 
@@ -103,6 +110,7 @@ class Task(Adapted, ABC):
         self.prefix: Prefix | None = None
         self._passed: tuple[Batch, Any] | None = None  # a batch, and what the model made of it
         super().__init__(model, kind, **told)
+        self.low_rank.sequences = self.sequences
 
     # What is asked before there is a model.
 
@@ -283,18 +291,18 @@ class Task(Adapted, ABC):
             arrays["token_type_ids"] = types
         if marks is not None:
             arrays["marks"] = marks
+        return self._placed(examples, rows, arrays)
+
+    def _placed(self, examples: Examples, rows: NDArray[np.int64], arrays: Mapping[str, NDArray[Any]]) -> Batch:
+        """Arrays on the device, and `prefix` where it is known of these rows; bfloat16 is kept as its bits."""
+        import torch
+
         batch = {key: self.place(array) for key, array in arrays.items()}
         row = self.prefix.find(examples, rows) if self.prefix is not None else None
         if row is not None and (row.dtype == np.uint16) is self._in_half:
-            batch["prefix"] = self._placed(row)
+            placed = self.place(row)[None]
+            batch["prefix"] = placed.view(torch.bfloat16) if row.dtype == np.uint16 else placed
         return batch
-
-    def _placed(self, row: NDArray[Any]) -> "torch.Tensor":
-        """Tokens above the frozen layers on the device, (1, tokens, width); bfloat16 is kept as its bits."""
-        import torch
-
-        placed = self.place(row)[None]
-        return placed.view(torch.bfloat16) if row.dtype == np.uint16 else placed
 
     def join(self, batches: Sequence[Batch]) -> Batch:
         """Batches as one, of their examples one after another."""

@@ -107,6 +107,23 @@ def causal_lm_of_chats(folder: Path, bases) -> Sample:
     return Sample(rows, (), str(base), ("q_proj", "v_proj"), "two and two", right, wrong)
 
 
+def preference(folder: Path, bases) -> Sample:
+    rows = Rows(
+        ["two and two", "three and four more", "six", "so"],
+        [("four", "five or so"), ("it is seven", "eight"), ("yes", "no " * 40), ("a word " * 30, "another " * 12)],
+    )
+    right = sections("preference", text="prompt", label=("chosen", "rejected"))
+    return Sample(
+        rows,
+        (),
+        bases("tiny_lm"),
+        ("q_proj", "v_proj"),
+        "two and two",
+        right,
+        sections("preference", label="chosen", partition="shards"),
+    )
+
+
 def multi_label(folder: Path, bases) -> Sample:
     rows = Rows(["a fine film", "poor", "so so and so", "so"], [("good", "long"), ("bad",), ("bad", "long"), ()])
     right = sections("multi_label")

@@ -56,7 +56,7 @@ def test_a_row_is_an_example(tried):
     if tried.cls.target in ("many", "score"):
         assert tried.encoded.held.shape == (len(tried.sample.rows.texts), len(tried.sample.labels))
     if tried.cls.tokens:
-        assert all(0 < len(row) <= LENGTH for row in tried.encoded.tokens)
+        assert all(0 < len(row) <= LENGTH * tried.cls.sequences for row in tried.encoded.tokens)
     if tried.cls.labelled and tried.cls.target == "class":
         names = [tried.sample.labels[target] for target in tried.encoded.targets]
         assert names == tried.sample.rows.labels
