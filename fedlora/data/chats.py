@@ -50,6 +50,17 @@ def rows(
     return chats, answers
 
 
+def no_lists(cells: Sequence[Any], column: Column) -> None:
+    """Make sure that a column of texts is none of chats.
+
+    Raises:
+        SettingError: a cell is a list, or a mapping.
+    """
+    for row, cell in enumerate(cells, 1):
+        if isinstance(cell, list | tuple | dict | np.ndarray):
+            raise column.wrong(row, "is no text: a column of chats is named by data.messages")
+
+
 def asked(cell: Any, row: int, column: Column) -> tuple[Turn, ...]:
     """The turns of a chat up to its last of the user, which is to be answered.
 

@@ -306,6 +306,8 @@ def _rows(
     if taught.target == "start" and (name := taught.messages) is not None:
         held = cells("data.messages", name)
         return Rows(*chats.rows(held, taught.scored, Column("data.messages", source, name)), owners)
+    if taught.target == "start" and taught.prompt is None and isinstance(named.text, str):
+        chats.no_lists(cells(f"{key}.text", named.text), Column(f"{key}.text", source, named.text))
     label = f"{key}.label"
     return Rows(
         _inputs(named.text, inputs) if taught.prompt is None else prompts_of(taught.prompt, cells),

@@ -260,4 +260,5 @@ def no_pairs(sections: Mapping[str, Any]) -> Iterator[Problem]:
     named = data and (data.hub or data.files)
     if named and not isinstance(named.text, str):
         source = "hub" if data and data.hub else "files"
-        yield ("data", source, "text"), f"pairs of columns are for classification, and the task is {task}"
+        instead = ": write data.prompt, a template" if task == "causal_lm" else ""
+        yield ("data", source, "text"), f"pairs of columns are for classification, and the task is {task}{instead}"

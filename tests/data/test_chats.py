@@ -78,6 +78,25 @@ def test_a_column_that_is_not_there_is_one_line(tmp_path):
         rows(tmp_path, [OPEN], messages="tlak")
 
 
+def test_chats_under_another_key_are_not_taken_for_texts(tiny, tmp_path):
+    (file := tmp_path / "x.jsonl").write_text(json.dumps({"talk": OPEN}))
+    data = Data(files={"train": str(file), "test": str(file), "text": "talk", "label": None})
+    with pytest.raises(SettingError, match=r"files\.text: .*row 1: 'talk' is no text: .* named by data\.messages"):
+        reading.read(data, "causal_lm")
+    with pytest.raises(UserError, match=r"the task is causal_lm: write data\.prompt, a template"):
+        tiny("task=causal_lm", "data.files.text=[instruction, input]")
+
+
+def test_a_site_reads_chats_by_its_own_column(tmp_path):
+    from fedlora.data.cells import Taught
+    from fedlora.deploy.site import Held
+
+    (file := tmp_path / "x.jsonl").write_text(json.dumps({"talk": OPEN}))
+    taught = Taught("start", None, messages="talk", scored="last")
+    made, left_out = reading.read_site(Held(train=str(file), messages="talk"), None, taught)
+    assert made == reading.Rows([TURNS], [("no",)]) and left_out == 0
+
+
 def test_the_oldest_question_goes_first_and_the_system_stays():
     once = shorter(TURNS)
     assert once == (TURNS[0], *TURNS[3:]) and shorter(once) is None
