@@ -137,15 +137,15 @@ def _rows(files: scenarios.Files, task: type[Task], about: About) -> reading.Row
     """
     if not task.tokens:
         raise SettingError("data", f"{about.task} judges images, and rows of text hold none")
-    score = scenarios.Score(low=about.scale[0], high=about.scale[1]) if about.scale is not None else None
     usual = scenarios.COLUMNS_OF.get(about.task, {})
-    rows = reading.read_file(files, "test", Taught(task.target, score, about.labels, usual))
+    scale = None if about.scale is None else scenarios.Score(low=about.scale[0], high=about.scale[1])
+    rows = reading.read_file(files, "test", Taught(task.target, scale, about.labels or None, usual))
     if not rows.texts:
         raise SettingError("data", f"{files.test}: holds no row")
-    if task.target != "class":
+    if task.target not in ("class", "many"):
         return rows
-    known = set(about.labels)
-    strange = [(i, label) for i, label in enumerate(map(str, rows.labels or []), 1) if label not in known]
+    held = ((i, [label] if isinstance(label, str) else label) for i, label in enumerate(rows.labels or [], 1))
+    strange = [(i, str(name)) for i, names in held for name in names if name not in about.labels]
     if strange:
         at = ", ".join(str(i) for i, _ in strange[:_SHOWN])
         more = f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else ""
@@ -184,9 +184,9 @@ def _evaluated(
         max_length=about.max_length,
         start=saved,
         scale=about.scale,
+        threshold=about.threshold,
         beta=about.beta,
     )
-    base_model.tell(made.model.get_base_model(), threshold=about.threshold)
     reader = task.reader(about.base, about.revision)
     dataset = store.hold(
         scenarios.Data(files=files, max_length=about.max_length),

@@ -14,10 +14,11 @@ steps by a second moment below its own floor.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from fedlora.adapter import Adapter, Tensor, Update
+from fedlora.adapter import Adapter, Sum, Tensor, Update
 from fedlora.errors import ContractError
 
 LARGEST = 1e24  # of a second moment: of gradients as long as what `fedlora.engine.intake` calls enormous
@@ -36,8 +37,12 @@ def mean(names: Sequence[str], updates: Sequence[Update]) -> Adapter:
         names: of the tensors that clients sent.
         updates: at least one.
     """
-    made = np.average([u.moments for u in updates], axis=0, weights=[u.weight for u in updates])
-    return dict(zip(names, made.astype(np.float32), strict=True))
+    total, made = Sum(), updates[0].moments
+    for update in updates:
+        total.add(replace(update, adapter={}))
+    if len(updates) > 1:  # in the arithmetic of sums on the way, of which one update is that already
+        made = total.moments / np.float32(total.weight)
+    return dict(zip(names, made, strict=True))
 
 
 def check(moments: Tensor, count: int) -> None:

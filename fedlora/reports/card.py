@@ -23,7 +23,7 @@ def write(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:
     who = "sites" if ready.setup.secret else "simulated clients"
     sent = f"{summary['bytes_up_total']:,} bytes; to clients: {summary['bytes_down_total']:,} bytes"
     if scenario.client_privacy is not None:
-        sent = "not told: it says how many were drawn"
+        sent = "not reported: it would show how many were drawn"
     judged = f"{summary['test_examples']} held-out examples"
     if ready.strategy.tested:
         judged += ", the mean of clients' own models; this adapter is what all of them began with, untrained"

@@ -120,7 +120,7 @@ def _no_better(last: _Point, majority: float, rows: int | None, setting: str) ->
     if last.value <= majority:
         says = f"no better than {always}"
     else:
-        says = f"its accuracy of {last.value:.3f} cannot be told from {always}: that takes more than {least:.3f}"
+        says = f"its accuracy of {last.value:.3f} is not distinct from {always}: that takes more than {least:.3f}"
     yield Verdict("majority", says, setting if least < 1 else "more test rows, of more labels")
 
 

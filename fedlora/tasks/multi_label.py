@@ -91,7 +91,7 @@ class MultiLabel(Classification):
         return made
 
     def figures(self, sums: Sums) -> dict[str, float]:
-        """Mean loss, and F1 at the threshold that the model tells, or at 0.5."""
+        """Mean loss, and F1 at the model's threshold, 0.5 where none was chosen."""
         return figures(sums, getattr(self.model.get_base_model().config, "threshold", HALF))
 
     def by_half(self, sums: Mapping[Any, Sums]) -> dict[str, dict[str, float]]:

@@ -96,6 +96,33 @@ def test_a_site_is_asked_about_the_labels_of_its_file(read, tiny, text, override
     assert told is None if why is None else why in told
 
 
+SEVERAL = GOOD.replace("label: ward", "label: ward, labels: [good, bad], separator: '|'")
+SCORES = GOOD.replace("label: ward", "label: ward, score: {low: 0, high: 5}")
+SCORED = ["task=regression", "data.score={low: 0, high: 5}"]
+
+
+@pytest.mark.parametrize(
+    "text, overrides, labels, why",
+    [
+        (SEVERAL, ["task=multi_label"], ["bad", "good"], None),
+        (SEVERAL, ["task=multi_label"], ["bad"], "not those of its site file"),
+        (SEVERAL, [], ["bad", "good"], "not for task: classification, by what its site file has (data.separator)"),
+        (CLASSES, ["task=multi_label"], ["bad", "good"], "by what its site file lacks (data.separator)"),
+        (SCORES, SCORED, ["label"], None),
+        (SCORES, SCORED, ["label", "other"], "its rows have 1 scores, and the run 2"),
+        (SCORES, ["task=regression", "data.score={low: 0, high: 4}"], ["label"], "is not that of its site file"),
+        (SCORES, ["task=multi_label"], ["bad", "good"], "not for task: multi_label"),
+        (CLASSES, SCORED, ["label"], "not for task: regression, by what its site file lacks (data.score)"),
+    ],
+)
+def test_a_site_says_how_its_rows_are_read_and_no_run_reads_them_otherwise(
+    read, tiny, text, overrides, labels, why
+):
+    """Else the number of rows that are left would tell how many have one label, or a score of some size."""
+    told = read(text).refuses_labels(tiny(*overrides), labels)
+    assert told is None if why is None else why in told
+
+
 def test_rows_of_other_labels_are_left_out_and_counted(tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\na,x\nb,y\nc,z\nd,x\n")
     files = site.Held(train=str(tmp_path / "rows.csv"))
@@ -105,6 +132,9 @@ def test_rows_of_other_labels_are_left_out_and_counted(tmp_path):
     assert reading.read_site(files, None, plain)[1] == 0
     with pytest.raises(SettingError, match="no row has any of them"):
         reading.read_site(files, ("w",), plain)
+    (tmp_path / "rows.csv").write_text("text,label\na,x|z\nb,x|y\nc,\n")
+    rows, left_out = reading.read_site(files, ("x", "z"), Taught("many", None))
+    assert (rows.labels, left_out) == ([("x", "z"), ()], 1)
 
 
 def test_a_file_that_is_not_there_is_a_line(tmp_path):

@@ -19,7 +19,9 @@ def test_every_scenario_teaches_its_time_and_result(file):
     made = scenario.load(file)
     comment = "\n".join(line for line in file.read_text().splitlines() if line.startswith("#"))
     assert made.name == file.stem
-    assert re.search(r"(second|minute|hour)", comment.lower()) and re.search(r"accuracy|perplexity|works", comment)
+    assert re.search(r"(second|minute|hour)", comment.lower()) and re.search(
+        r"accuracy|perplexity|F1|Pearson|works", comment
+    )
 
 
 def test_smoke_runs_for_real_and_its_adapter_loads_in_plain_peft(tmp_path):

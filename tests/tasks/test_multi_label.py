@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import export, load_adapter, predict, simulate
+from fedlora import evaluate, export, load_adapter, predict, simulate
 from fedlora.data import reading
 from fedlora.data.partitions import classes
 from fedlora.data.store import majority
@@ -121,12 +121,15 @@ def test_a_run_tells_its_threshold_where_predict_and_plain_peft_read_it(tiny, fi
 
     run = simulate(tiny(*told(films)), out=tmp_path / "run")
     summary = run.summary
-    assert summary["metric"] == "micro_f1" and summary["metrics"]["threshold"] in THRESHOLDS and "macro_f1" in summary["metrics"]
+    threshold = summary["metrics"]["threshold"]
+    assert summary["metric"] == "micro_f1" and threshold in THRESHOLDS and "macro_f1" in summary["metrics"]
     about = json.loads((run.folder / "adapter" / "fedlora.json").read_text())
-    assert about["threshold"] == summary["metrics"]["threshold"] and about["labels"] == ["good", "long", "sad"]
+    assert about["threshold"] == threshold and about["labels"] == ["good", "long", "sad"]
     card = (run.folder / "adapter" / "README.md").read_text()
-    assert f"each given from a probability of {summary['threshold']:g} on" in card
+    assert f"each given from a probability of {threshold:g} on" in card
     assert 'problem_type="multi_label_classification"' in card
+    again = evaluate(run, films, metrics=["auroc", "micro_f1"])
+    assert again.metrics["threshold"] == threshold and 0 <= again.metrics["auroc"] <= 1
     text = "a lovely endless film"
     (answer,) = predict(run, text)
     model, reader = load_adapter(run)
@@ -254,3 +257,17 @@ def test_fewer_examples_pack_as_they_pad(tiny_base):
     with task.packing.away():
         padded = task.losses(task.batch(some, np.arange(4)))
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
+
+
+def test_lists_of_the_hub_are_told_by_the_names_of_their_classes(tmp_path):
+    import datasets
+
+    from fedlora.scenario import Data
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "labels": datasets.List(datasets.ClassLabel(names=["joy", "grief"]))}
+    )
+    held = datasets.Dataset.from_dict({"text": ["a", "b"], "labels": [[1, 0], []]}, features=features)
+    datasets.DatasetDict({"train": held, "test": held}).save_to_disk(str(tmp_path / "saved"))
+    train, _ = reading.read(Data(hub={"path": str(tmp_path / "saved"), "label": "labels"}), "multi_label")
+    assert train.labels == [("grief", "joy"), ()]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import export, predict, simulate
+from fedlora import evaluate, export, predict, simulate
 from fedlora.data import reading
 from fedlora.data.partitions import classes
 from fedlora.errors import SettingError, UserError
@@ -93,11 +93,14 @@ def told(file, *more, label="score"):
 def test_a_runs_scores_are_those_of_plain_peft_and_predict_tells_them_in_their_units(tiny, pairs, tmp_path):
     from transformers import AutoModelForSequenceClassification, pipeline
 
-    asked = told(pairs, "data.partition={kind: dirichlet, alpha: 5.0, min_examples: 10}")
+    asked = told(pairs, "data.partition={kind: dirichlet, alpha: 5.0, min_examples: 10}", "metrics=[spearman]")
     run = simulate(tiny(*asked), out=tmp_path / "run")
-    assert run.metric == "pearson" and {"mae", "pearson"} <= set(run.summary["metrics"]) and run.summary["majority"] is None
+    assert run.metric == "pearson" and "mae" in run.summary["metrics"] and run.summary["majority"] is None
     assert run.partitions["labels"] == [] and run.majority is None
     assert "0 stands for 0, and 1 for 4" in (run.folder / "adapter" / "README.md").read_text()
+    assert run.summary["metrics"]["spearman"] <= 1
+    again = evaluate(run, pairs, metrics=["rmse"])
+    assert again.metrics["rmse"] >= again.metrics["mae"] > 0
     (answer,) = predict(run, "film 1 was good\tfilm 2 was so good")
     whole = export(run, tmp_path / "whole", merge=True)
     config = json.loads((whole / "config.json").read_text())

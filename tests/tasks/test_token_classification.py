@@ -13,12 +13,14 @@ import torch
 from fedlora import export, load_adapter, predict, simulate
 from fedlora.cli import main
 from fedlora.data import tagged
-from fedlora.data.reading import Rows
+from fedlora.data.reading import Rows, read_site
 from fedlora.data.store import Examples
+from fedlora.engine import Worker
 from fedlora.errors import SettingError
 from fedlora.kinds.lora import Lora
-from fedlora.prepare import prepare
+from fedlora.prepare import calibrate, prepare, prepare_server, prepare_site
 from fedlora.reports.console import Silent
+from fedlora.scenario import Files
 from fedlora.tasks import base_model, loading
 from fedlora.tasks.token_classification import TokenClassification, count
 
@@ -178,7 +180,7 @@ def test_a_score_is_of_what_the_model_says(tiny_task, some, monkeypatch):
 
 def test_entity_figures_are_those_of_seqeval(tiny_task):
     """On a thousand random cases, lenient and strict, of sequences that are not even IOB2."""
-    metrics = pytest.importorskip("seqeval.metrics", reason="pip install -e '.[dev]'")
+    from seqeval import metrics
     from seqeval.scheme import IOB2
 
     rng = np.random.default_rng(0)
@@ -318,9 +320,6 @@ def test_fused_clients_come_to_the_same_run(told, tmp_path):
 
 def test_other_tags_are_other_noise(told, sentences, tmp_path):
     """What a client trains on is in the digest that its noise belongs to."""
-    from fedlora.engine import Worker
-    from fedlora.prepare import calibrate
-
     lines = [json.loads(line) for line in sentences.read_text().splitlines()]
     lines = [{**line, "tags": [tag.replace("I-Illness", "B-Illness") for tag in line["tags"]]} for line in lines]
     (other := tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -350,6 +349,22 @@ def test_what_does_not_fit_is_a_line_and_nothing_is_written(more, line, tiny_yam
     told = [part for one in ("task=token_classification", data, more) for part in ("--set", one)]
     assert main(["simulate", str(file), *told, "--out", str(tmp_path / "run")]) == 2
     assert line in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_site_and_its_server_hold_the_same_marks_as_a_simulation(told, sentences, tmp_path):
+    (own := tmp_path / "own.conll").write_text("Report O\n3 O\non O\nAnn B-Name\n\nfever B-Illness\n")
+    scenario = told(f"data.files={{train: {sentences}, test: {sentences}}}", private=False)
+    server = prepare_server(scenario)
+    assert server.data.labels == LABELS and (server.data.test.marks[:6] == [NONE, 0, 0, 0, 2, 4]).all()
+    rows, _ = read_site(Files(train=str(own)), LABELS, scenario.task)
+    worker = Worker(prepare_site(scenario, LABELS, rows, 1, bytes(32)))
+    part = worker.dataset.partition(1)
+    assert [part.examples.marks_of(int(row)).tolist() for row in part.rows] == [
+        [NONE, 0, 0, 0, 2, NONE],
+        [NONE, 1, NONE],
+    ]
+    losses = worker.task.losses(worker.task.batch(part.examples, part.rows))
+    assert losses.shape == (2,) and bool((losses > 0).all())
 
 
 def test_test_rows_that_are_cut_are_told(told, tmp_path, caplog):

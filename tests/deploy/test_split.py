@@ -1,0 +1,66 @@
+"""Sites with several labels of a row, and with scores: their files, and what comes of them."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedlora import simulate
+from fedlora.data import reading
+from fedlora.data.cells import Taught
+from fedlora.deploy import site
+from fedlora.deploy.split import split
+from fedlora.errors import UserError
+from tests.deploy.federation import LocalGrid
+
+
+def labels(i):
+    held = [name for name, word in (("good, mostly", i % 2), ("long", i % 3 == 0)) if word]
+    return f'"{"|".join(held)}"'
+
+
+@pytest.fixture(params=["multi_label", "regression"])
+def told(request, tmp_path):
+    """Overrides of the tiny scenario for a table of the task, in which columns are called as in sites' files."""
+    column = "label" if request.param == "multi_label" else "tone"
+    cells = labels if request.param == "multi_label" else lambda i: f"{-1 + i % 7 / 3:.4f}"
+    rows = [f"note {i} of a {'lovely' if i % 2 else 'sad'} film,{cells(i)}" for i in range(160)]
+    (file := tmp_path / "rows.csv").write_text("\n".join([f"text,{column}", *rows]) + "\n")
+    scale = ["data.score={low: -1, high: 1}"] if request.param == "regression" else []
+    return [f"task={request.param}", f"data.files.train='{file}'", f"data.files.label={column}", *scale]
+
+
+def test_sites_give_what_a_simulation_gives_bit_for_bit(told, sites, nodes, deployed, tiny, tmp_path):
+    scenario, files = sites(*told, private=False)
+    run, _ = deployed(scenario, LocalGrid(nodes(files)))
+    plain = simulate(tiny(*told, private=False), out=tmp_path / "plain")
+    one, other = (load_file(r.folder / "adapter" / "adapter_model.safetensors") for r in (run, plain))
+    assert all(np.array_equal(one[n], other[n]) for n in one) and run.summary["failures"] == 0
+    assert run.summary[run.metric] == pytest.approx(plain.summary[run.metric], abs=1e-6)
+
+
+def test_a_sites_file_has_the_rows_of_its_client(told, tiny, tmp_path):
+    scenario = tiny(*told)
+    files = split(scenario, tmp_path / "sites")
+    train, _ = reading.read(scenario.data, scenario.task)
+    every = dict(zip(train.texts, train.labels, strict=True))
+    found = {}
+    for file in files:
+        own = site.load(file)
+        rows, left_out = reading.read_site(own.data, own.data.labels, Taught.of(scenario.data, scenario.task))
+        found |= dict(zip(rows.texts, rows.labels, strict=True))
+        assert left_out == 0
+    assert found.keys() == every.keys()
+    for text, held in found.items():
+        assert held == (every[text] if scenario.task == "multi_label" else pytest.approx(every[text]))
+
+
+def test_a_separator_that_labels_have_is_not_taken(tiny, tmp_path):
+    (file := tmp_path / "rows.jsonl").write_text(
+        "".join(f'{{"text": "t{i}", "label": ["a|b", "c;d{i % 2}", "e"]}}\n' for i in range(60))
+    )
+    told = ("task=multi_label", f"data.files.train='{file}'")
+    (first, *_) = split(tiny(*told), tmp_path / "sites")
+    assert 'separator: ","' in first.read_text()
+    file.write_text(file.read_text().replace('"e"', '"e,f"'))
+    with pytest.raises(UserError, match=r"labels have all of \| ; ,: name another"):
+        split(tiny(*told), tmp_path / "more")
