@@ -137,7 +137,7 @@ class Scenario(Section):
     keep: Keep = "last"  # the round whose adapter is exported: last, best, or {best: loss}
     stop: Stop | None = None  # before the last round, as {patience: 3}, once there is nothing better
     metrics: tuple[str, ...] = ()  # further figures of each evaluation, such as macro_f1; fedlora list metrics
-    exact_match: ExactMatch | None = None  # judge a causal_lm by its own words too
+    exact_match: ExactMatch | None = None  # judge a causal_lm by its own words too, and by rouge_l
     preference: Preference | None = None  # how pairs of completions teach; null: as by default
     engine: Engine = Engine()
     baseline: Baseline | None = None  # of which scenario this is one; written by `simulate --baseline`
