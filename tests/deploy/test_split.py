@@ -64,3 +64,15 @@ def test_a_separator_that_labels_have_is_not_taken(tiny, tmp_path):
     file.write_text(file.read_text().replace('"e"', '"e,f"'))
     with pytest.raises(UserError, match=r"labels have all of \| ; ,: name another"):
         split(tiny(*told), tmp_path / "more")
+
+
+def test_tags_cannot_be_written_as_one_column(tiny, tmp_path):
+    (file := tmp_path / "rows.jsonl").write_text(
+        "".join(
+            f'{{"text": "Ann {i}", "spans": [{{"start": 0, "end": 3, "label": "Name"}}]}}\n' for i in range(60)
+        )
+    )
+    told = ["task=token_classification", f"data.files={{train: {file}, label: spans}}"]
+    with pytest.raises(UserError, match="only rows of one text and its label"):
+        split(tiny(*told), tmp_path / "sites")
+    assert not (tmp_path / "sites").exists()

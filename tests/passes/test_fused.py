@@ -259,7 +259,7 @@ def test_a_whole_run_is_the_same(overrides, private, tiny, tmp_path):
         for line in (*one, *other):  # rounded otherwise, and so never taken for the same
             del line["digest"], line["chain"]
         assert one == other
-    clients = [lines(run, "clients.jsonl", "seconds", "train_loss") for run in runs]
+    clients = [lines(run, "clients.jsonl", "seconds", "train_loss", "local_loss") for run in runs]
     assert clients[0] == clients[1] and len(clients[0]) == 8
     totals = [{k: run.summary[k] for k in ("bytes_up_total", "bytes_down_total", "epsilon")} for run in runs]
     assert totals[0] == totals[1]
