@@ -72,7 +72,7 @@ def test_tags_cannot_be_written_as_one_column(tiny, tmp_path):
             f'{{"text": "Ann {i}", "spans": [{{"start": 0, "end": 3, "label": "Name"}}]}}\n' for i in range(60)
         )
     )
-    told = ["task=token_classification", f"data.files={{train: {file}, label: spans}}"]
+    told = ["task=token_classification", f"data.files={{train: {file}, text: text, label: spans}}"]
     with pytest.raises(UserError, match="only rows of one text and its label"):
         split(tiny(*told), tmp_path / "sites")
     assert not (tmp_path / "sites").exists()
