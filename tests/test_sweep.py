@@ -197,9 +197,7 @@ def test_the_best_is_that_of_the_figure_that_the_sweep_names(file, tiny, tmp_pat
     monkeypatch.setattr("fedlora.sweep.explore", lambda *_: [(run.folder, None) for run in pair])
     monkeypatch.setattr(Run, "learnt", True)
     file.write_text(file.read_text().replace("name: small", "name: small\nmetric: brier"))
-    with pytest.raises(
-        UserError, match=f"{file}:2: metric: an evaluation here has no 'brier'"
-    ):
+    with pytest.raises(UserError, match=f"{file}:2: metric: an evaluation here has no 'brier'"):
         load(file)
     file.write_text(file.read_text().replace("{clients.lr: 0.25}", "{clients.lr: 0.25, metrics: [brier]}"))
     made = sweep(file, tmp_path / "out")
