@@ -132,7 +132,7 @@ def heat(
         .mark_rect()
         .encode(
             x=alt.X(f"{x[0]}:O", title=x[1], sort=None, axis=alt.Axis(labelOverlap=True, labelAngle=angle)),
-            y=alt.Y(f"{y[0]}:O", title=y[1], sort=None, axis=alt.Axis(labelOverlap=True)),
+            y=alt.Y(f"{y[0]}:O", title=y[1], sort=None, axis=alt.Axis(labelOverlap=True, labelLimit=120)),
             color=alt.Color(
                 f"{value[0]}:Q",
                 title=value[1],

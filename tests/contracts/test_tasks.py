@@ -11,6 +11,7 @@ from fedlora import export, plugins, predict, report, simulate
 from fedlora.data.store import Examples
 from fedlora.errors import SettingError, UserError
 from fedlora.kinds.lora import Lora
+from fedlora.metrics import contract as metrics
 from fedlora.passes import gradients
 from fedlora.scenario import written
 from fedlora.tasks import contract, loading
@@ -86,6 +87,28 @@ def test_figures_are_those_of_all_examples_however_they_were_cut(tried):
     one, other = task.figures(whole), task.figures(summed)
     assert {"loss", tried.cls.metric} <= set(one) == set(other)
     assert all(np.isclose(one[key], other[key], rtol=1e-4) for key in one)
+
+
+def test_metrics_are_of_each_row_in_its_place(tried):
+    """What a row gives is what it gives alone, and each metric for such tasks is None or within its bounds."""
+    if tried.cls.target not in metrics.TARGETS:
+        assert metrics.known(tried.cls.target) == {}
+        return
+    task, rows = tried.task, tried.rows[::-1]
+    found = task.evaluation(task.initial, tried.examples, rows, rowwise=True)
+    assert found.outputs.dtype == np.float32 and len(found.outputs) == len(found.targets)
+    parts = [
+        task.evaluation(task.initial, tried.examples, rows[i : i + 1], rowwise=True) for i in range(len(rows))
+    ]
+    if tried.cls.target != "marks":
+        joined = metrics.Evaluation.joined(parts)
+        np.testing.assert_allclose(found.outputs, joined.outputs, rtol=1e-4, atol=1e-6)
+        assert (found.targets == joined.targets).all() and len(found.outputs) == len(rows)
+    if tried.cls.target in ("class", "marks"):
+        np.testing.assert_allclose(found.outputs.sum(-1), 1, rtol=1e-5)
+    for metric in metrics.known(tried.cls.target).values():
+        value = metric.of(found.outputs, found.targets, tried.sample.labels)
+        assert value is None or metric.bounds[0] <= value <= metric.bounds[1]
 
 
 def test_a_finished_model_answers(tried):

@@ -63,7 +63,7 @@ def test_an_evaluation_is_the_same_as_on_a_cpu(worker):
     figures = []
     for device in ("cpu", "cuda"):
         made = worker(device)
-        figures.append(made.evaluate(made.task.initial, "test", 0, len(made.dataset.test)))
+        figures.append(made.evaluate(made.task.initial, "test", 0, len(made.dataset.test)).sums)
     assert figures[1]["loss"] == pytest.approx(figures[0]["loss"], rel=1e-4)
     assert figures[1]["correct"] == figures[0]["correct"]
 
