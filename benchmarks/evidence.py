@@ -8,9 +8,9 @@ other share their runs. Each run is a line of `docs/evidence/<sweep>.csv`: what 
 hash, its seed, and what came out.
 
 How learning rates are chosen: every method has the same grid and the same seeds, and the whole grid is printed.
-"Best" is the rate with the highest mean accuracy over seeds, judged by the figures that it was chosen by, which
-flatters. "Blind" is what counts: for each seed the rate is chosen by the other seeds, and its accuracy on this
-one is taken. In `tuned` alpha is chosen so too, along with the rate.
+"Best" is the learning rate with the highest mean accuracy over seeds. The same figures choose and evaluate it, so
+its accuracy is too high. "Blind" has no such bias: for each seed the other seeds choose the learning rate, and its
+accuracy on this seed counts. In `tuned` alpha is chosen in the same way, together with the learning rate.
 """
 
 import argparse

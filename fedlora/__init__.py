@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fedlora.data.store import Encoded, Examples, Partition
     from fedlora.errors import FedloraError, UserError
     from fedlora.evaluating import evaluate
-    from fedlora.exporting import export, load_adapter, predict
+    from fedlora.exporting import export, generate, load_adapter, predict
     from fedlora.kinds.averages import aggregation_error
     from fedlora.kinds.contract import Kind, Part
     from fedlora.planning import plan
@@ -54,6 +54,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "generate",
     "load",
     "load_adapter",
     "plan",
@@ -90,6 +91,7 @@ _HOME = {
     "compare": "reports.comparison",
     "evaluate": "evaluating",
     "export": "exporting",
+    "generate": "exporting",
     "load": "scenario",
     "load_adapter": "exporting",
     "plan": "planning",

@@ -44,6 +44,11 @@ class Slot:
 Layout = Mapping[str, Slot]
 
 
+def no_moments() -> Tensor:
+    """`Update.moments` where no optimiser's state travels."""
+    return np.zeros((0, 2), np.float32)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Update:
     """What one client sends back, or the weighted mean of several when they were summed on the way.
@@ -55,6 +60,8 @@ class Update:
         scaling: the client's own factor before `B @ A`, which its rank makes.
         metrics: figures that the clients chose to share, such as `train_loss`.
         state: of the client's optimiser, by tensor and name; it stays with the client, and never travels.
+        moments: what is averaged of that state (`fedlora.optimizers.averaged`): a row for each tensor sent, in the
+            order of `Instruction.send`, (tensors, 2); no rows where nothing is.
     """
 
     adapter: Adapter
@@ -63,6 +70,7 @@ class Update:
     scaling: float = 1.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     state: Adapter = field(default_factory=dict)
+    moments: Tensor = field(default_factory=no_moments, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +91,7 @@ class Instruction:
         trip: from 1; in the later trips of a round clients answer about what they trained in the first.
         steps: how many local steps a client takes that takes fewer than the scenario says; simulated worlds only.
         drawn: what clients, and under None the server, drew noise for in this round before; where it runs again.
+        moments: of each tensor that is to be sent, what the state of its optimiser begins at, as `Update.moments`.
     """
 
     round: int
@@ -97,6 +106,7 @@ class Instruction:
     trip: int = 1
     steps: Mapping[int, int] = field(default_factory=dict)
     drawn: Mapping[int | None, Drawn] = field(default_factory=dict)
+    moments: Tensor = field(default_factory=no_moments, compare=False)
 
     def at(self, rank: int) -> "Instruction":
         """The same as a client of that rank gets it."""
@@ -120,6 +130,7 @@ class Sum:
         self.weight = 0.0
         self.clients: list[int] = []
         self.metrics: dict[str, float] = {}
+        self.moments = no_moments()
         self._part: Adapter = {}
 
     def add(self, update: Update) -> None:
@@ -131,6 +142,7 @@ class Sum:
         if self.first is None:
             self.first = update
             self.metrics = {name: update.weight * value for name, value in update.metrics.items()}
+            self.moments = update.moments * np.float32(update.weight)
         else:
             if self.first.adapter.keys() != update.adapter.keys():
                 raise ContractError(f"clients {update.clients} sent other tensors than those before them")
@@ -143,6 +155,7 @@ class Sum:
                 self.total[name] += np.multiply(tensor, weight, out=self._part[name])
             shared = self.metrics.keys() & update.metrics.keys()
             self.metrics = {k: self.metrics[k] + update.weight * update.metrics[k] for k in shared}
+            self.moments += update.moments * weight
         self.weight += update.weight
         self.clients += update.clients
 
@@ -163,8 +176,9 @@ class Sum:
         if self.first is None or not self.total:
             return [self.first] if self.first else []
         metrics = {name: self.metrics[name] / self.weight for name in sorted(self.metrics)}
-        clients = tuple(self.clients)
-        return [replace(self.first, adapter=self.mean(), weight=self.weight, clients=clients, metrics=metrics)]
+        clients, moments = tuple(self.clients), self.moments / np.float32(self.weight)
+        told: dict[str, Any] = {"clients": clients, "metrics": metrics, "moments": moments}
+        return [replace(self.first, adapter=self.mean(), weight=self.weight, **told)]
 
 
 def weighted_mean(updates: Iterable[Update]) -> Adapter:

@@ -111,9 +111,11 @@ def _alone(scenario: Scenario, made: Strategy, told: dict[str, Any]) -> None:
     told["strategy"] = {"use": "alone", "like": {"use": use, **options} if options else use}
     if scenario.model.adapter.kind == "auto" and made.kinds[0] != Strategy.kinds[0]:
         told["model"]["adapter"]["kind"] = made.kinds[0]
+    given = scenario.clients
+    if given.averages_state:
+        told["clients"]["optimizer"]["state"] = "kept"  # there are no others
     if (server := scenario.strategy.server) is None:
         return
-    given = scenario.clients
     if given.optimizer is not None:
         raise SettingError(
             "clients.optimizer",

@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tune language models with low-rank adapters across clients that never share their "
         "data, under differential privacy, and say what that costs.",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     simulate = commands.add_parser("simulate", help="run a scenario on this machine or a Ray cluster")
@@ -111,11 +111,22 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--push", metavar="REPO", help="upload it to the Hugging Face Hub, as you/name")
     export.set_defaults(command=_export)
 
-    predict = commands.add_parser("predict", help="ask a run's model about a text")
-    predict.add_argument("run", metavar="RUN", help="a run folder")
-    predict.add_argument("texts", metavar="TEXT", nargs="+", help="one or more texts")
-    _own_code(predict)
-    predict.set_defaults(command=_predict)
+    predict = commands.add_parser("predict", help="ask a run's model about a text, or about the rows of a file")
+    _asked(predict, "--data", "texts", "its texts, two columns for pairs")
+    predict.set_defaults(command=_ask, use="predict")
+
+    generate = commands.add_parser(
+        "generate", help="let a run's model go on with prompts, or with those of a file"
+    )
+    _asked(generate, "--prompts", "prompts", "its prompts")
+    for name, kind, default, told in (
+        ("--max-new-tokens", int, 64, "the most that it writes for each"),
+        ("--temperature", float, 0.0, "0: the likeliest each time; above: drawn"),
+        ("--top-p", float, 1.0, "draw of the likeliest tokens that have this share together"),
+        ("--seed", int, 0, "of what is drawn"),
+    ):
+        generate.add_argument(name, type=kind, default=default, help=f"{told} (default: {default:g})")
+    generate.set_defaults(command=_ask, use="generate")
 
     evaluate = commands.add_parser("evaluate", help="judge a run's model by the rows of a file")
     evaluate.add_argument("run", metavar="RUN", help="a run folder")
@@ -131,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("run", metavar="RUN", help="a run folder")
     watch.set_defaults(command=_watch)
 
-    init = commands.add_parser("init", help="make a small project: a scenario, a strategy of one's own, its test")
+    init = commands.add_parser("init", help="make a small project: a scenario, your own strategy, its test")
     init.add_argument("folder", metavar="DIR", help="a folder to make")
     init.add_argument(
         "--data", metavar="FILE", help="learn a label from a text of this csv, tsv, json, jsonl or parquet file"
@@ -167,6 +178,16 @@ def _scenario(parser: argparse.ArgumentParser) -> None:
 
 def _own_code(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--own-code", action="store_true", help="import the run's own task: it is a program")
+
+
+def _asked(parser: argparse.ArgumentParser, file: str, what: str, columns: str) -> None:
+    """What a finished run is asked: words of the command line, or a file."""
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("texts", metavar="TEXT", nargs="*", help=f"{what}, before any option")
+    parser.add_argument(file, metavar="FILE", dest="data", help="txt, csv, tsv, json, jsonl or parquet")
+    parser.add_argument("--text", metavar="COLUMN", nargs="+", help=f"{columns} (default: as the run's own)")
+    parser.add_argument("--out", metavar="FILE", help="write answers here: jsonl, csv or tsv")
+    _own_code(parser)
 
 
 def _overrides(parser: argparse.ArgumentParser) -> None:
@@ -281,13 +302,11 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     made = compare(arguments.runs, arguments.out, arguments.metric)
     table = made.table()
-    if arguments.form == "markdown":
-        print(table.markdown())
-    elif arguments.form == "latex":
-        print(table.latex())
-    else:
-        told = [*made.sentences, ""] if made.sentences else []
-        print("\n".join([*table.text(""), "", *told, *made.legend(), *made.notes, f"page: {arguments.out}"]))
+    if arguments.form != "text":
+        print(table.markdown() if arguments.form == "markdown" else table.latex())
+        return 0
+    told = [*made.sentences, ""] if made.sentences else []
+    print("\n".join([*table.text(""), "", *told, *made.legend(), *made.notes, f"page: {arguments.out}"]))
     return 0
 
 
@@ -320,27 +339,22 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from fedlora.exporting import export, push
     from fedlora.run import Run
 
     run = Run.open(arguments.run)
     default = f"{run.folder.resolve()}-{'merged' if arguments.merge else 'adapter'}"
-    folder = export(run, Path(arguments.out or default), arguments.merge, own_code=arguments.own_code)
+    folder = export(run, arguments.out or default, arguments.merge, own_code=arguments.own_code)
     print(folder)
     if arguments.push:
         print(push(folder, arguments.push))
     return 0
 
 
-def _predict(arguments: argparse.Namespace) -> int:
-    from fedlora.exporting import predict
-    from fedlora.run import Run
+def _ask(arguments: argparse.Namespace) -> int:
+    from fedlora.asking import ask
 
-    for told in predict(Run.open(arguments.run), arguments.texts, own_code=arguments.own_code):
-        sure = "" if told.probability is None else f"  {told.probability:.3f}"
-        print(f"{told.answer}{sure}  {told.text}")
+    print("\n".join(ask(**{name: value for name, value in vars(arguments).items() if name != "command"})))
     return 0
 
 
@@ -413,20 +427,10 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 def _ledger(arguments: argparse.Namespace) -> int:
     from pathlib import Path
-    from typing import get_args
 
-    from fedlora.privacy import accounting, ledger
+    from fedlora.privacy.ledger import statements
 
-    given = Path(arguments.run)
-    file = given / "privacy.jsonl" if given.is_dir() else given
-    events = ledger.replay(file)
-    first = {line["unit"]: line for line in ledger.read(file, torn=True)}
-    print(f"{file}: whole, {sum(map(len, events.values()))} events")
-    for unit, line in first.items():
-        for accountant in get_args(accounting.Accountant):
-            spent = ledger.epsilon_of(file, unit, accountant)
-            said = accounting.statement(spent, line["delta"], unit, accountant, line.get("honest", 1.0))
-            print(f"  {accountant}  {said}")
+    print("\n".join(statements(Path(arguments.run))))
     return 0
 
 

@@ -38,7 +38,7 @@ class Settings:
         lrs: learning rates by role, in the first local step; empty where all have `lr`.
         pace: what the rate of each local step is over that of the first; empty: it is constant.
         optimizer: its kind, options and state, as `clients.optimizer` has them; empty: plain SGD.
-        state: of the optimiser, as the client kept it; empty where it begins anew.
+        state: of the optimiser, as the client kept it, or as the server averaged it; empty where it begins anew.
         micro_batch_size: about how many examples are in memory at once: at most half as many again.
         noise_multiplier: standard deviation of the noise over `clip_norm`; None without privacy.
         clip_norm: L2 bound on one example's gradient; None without privacy.
@@ -274,7 +274,7 @@ def check_kept(client: Client) -> None:
         if isinstance(value, Optimizer) and value.state:
             raise ContractError(
                 f"{type(client).__name__} keeps an optimiser in {name!r}, whose state carries what one client's "
-                "examples taught it to the next: make it anew in fit"
+                "examples taught it to the next: make a new one in fit"
             )
 
 

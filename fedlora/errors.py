@@ -14,6 +14,11 @@ from difflib import get_close_matches
 from typing import Any
 
 
+def counted(count: int, thing: str) -> str:
+    """A count and its noun, as `1 client` and `2 clients`."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
 class FedloraError(Exception):
     """Base of all errors that fedlora raises on purpose."""
 

@@ -89,7 +89,7 @@ def evaluate(
     task = task_of(about, folder, own_code)
     try:
         named = _metrics(folder, metrics, task, own_code)
-        files = _columns(folder, str(data), text, label)
+        files = columns(folder, str(data), text, label)
         rows = _rows(files, task, about)
         return _evaluated(
             folder, about, task, rows, named, str(run.folder if isinstance(run, Run) else run), files
@@ -109,7 +109,7 @@ def _metrics(folder: Path, given: Sequence[str] | None, task: type[Task], own_co
     return metrics.find_all([use for use in asked if own_code or ":" not in use], task.target)
 
 
-def _columns(folder: Path, data: str, text: str | Sequence[str] | None, label: str | None) -> scenarios.Files:
+def columns(folder: Path, data: str, text: str | Sequence[str] | None, label: str | None) -> scenarios.Files:
     """Where the rows are, and which columns hold what: as in the run's own source, or as they are named."""
     told: dict[str, Any] = {}
     if (folder.parent / "scenario.yaml").is_file():
@@ -137,8 +137,10 @@ def _rows(files: scenarios.Files, task: type[Task], about: About) -> reading.Row
     """
     if not task.tokens:
         raise SettingError("data", f"{about.task} judges images, and rows of text hold none")
+    usual = scenarios.COLUMNS_OF.get(about.task, {})
     scale = None if about.scale is None else scenarios.Score(low=about.scale[0], high=about.scale[1])
-    rows = reading.read_file(files, "test", Taught(task.target, scale))
+    told = (task.target, scale, about.labels or None, usual, about.messages, about.scored, about.prompt)
+    rows = reading.read_file(files, "test", Taught(*told))
     if not rows.texts:
         raise SettingError("data", f"{files.test}: holds no row")
     if task.target not in ("class", "many"):
@@ -184,6 +186,7 @@ def _evaluated(
         start=saved,
         scale=about.scale,
         threshold=about.threshold,
+        beta=about.beta,
     )
     reader = task.reader(about.base, about.revision)
     dataset = store.hold(

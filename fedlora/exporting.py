@@ -1,12 +1,13 @@
 """A run's adapter where people use it: as peft reads it, merged into its base, on the Hub, or asked a question."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import TypeAdapter
 
@@ -14,7 +15,7 @@ from fedlora.errors import SettingError, UserError
 from fedlora.run import Run
 from fedlora.scenario import Scenario
 from fedlora.tasks import base_model
-from fedlora.tasks.contract import Task, find
+from fedlora.tasks.contract import Prompt, Task, find
 
 ABOUT = "fedlora.json"  # beside an adapter: what peft's own files do not say
 
@@ -33,8 +34,8 @@ class Answer:
 
     Attributes:
         text: that it was given.
-        answer: the label, or the completion.
-        probability: of the label; None for a completion.
+        answer: the label, the completion, or the entities that are in it.
+        probability: of the label; None of others.
     """
 
     text: str
@@ -55,6 +56,10 @@ class About:
         pairs: whether it judges pairs of texts.
         threshold: from which probability on a label is given, where a text may have several; None elsewhere.
         scale: from where to where scores go; None where there are none.
+        messages: the column of chats in its rows; None where they hold prompts or texts.
+        scored: which turns of the assistant it learnt.
+        prompt: the template of prompts by columns of its rows; None where one column has them.
+        beta: what log probabilities count where completions are preferred; None elsewhere.
     """
 
     task: str
@@ -65,6 +70,10 @@ class About:
     pairs: bool
     threshold: float | None = None
     scale: tuple[float, float] | None = None
+    messages: str | None = None
+    scored: Literal["all", "last"] = "all"
+    prompt: str | None = None
+    beta: float | None = None
 
     @classmethod
     def of(cls, scenario: Scenario, labels: Sequence[str], figures: Mapping[str, Any]) -> Self:
@@ -74,7 +83,8 @@ class About:
         pairs = named is not None and not isinstance(named.text, str)
         told = (scenario.task, model.base, model.revision, tuple(labels), data.max_length, pairs)
         scale = (data.score.low, data.score.high) if data.score is not None else None
-        return cls(*told, threshold=figures.get("threshold"), scale=scale)
+        beta = scenario.preference.beta if scenario.preference is not None else None
+        return cls(*told, figures.get("threshold"), scale, data.messages, data.scored, data.prompt, beta)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -144,7 +154,10 @@ def export(run: Run | str | Path, out: str | Path, merge: bool = False, *, own_c
     if out.exists():
         raise UserError(f"{out}: is there already; name another folder with --out")
     if not merge:
-        return Path(shutil.copytree(source, out))
+        shutil.copytree(source, out)
+        card = (out / "README.md").read_text(encoding="utf-8")
+        (out / "README.md").write_text(card.replace('"adapter")', f"{json.dumps(out.name)})"), encoding="utf-8")
+        return out
     model, reader = load_adapter(source, own_code=own_code)
     card = (source / "README.md").read_text(encoding="utf-8")
     how = _MERGED.format(auto=task_of(About.read(source), source, own_code).auto, folder=out.name)
@@ -178,13 +191,13 @@ def push(folder: Path, repository: str) -> str:
 
 
 def predict(
-    run: Run | str | Path, texts: Sequence[str], max_new_tokens: int = 64, *, own_code: bool = False
+    run: Run | str | Path, texts: Sequence[Prompt], max_new_tokens: int = 64, *, own_code: bool = False
 ) -> list[Answer]:
-    """What a run's model makes of texts, one after another: a label, labels, scores, or a completion.
+    """What a run's model makes of texts: a label, labels, scores, entities, or a completion.
 
     Args:
         run: that has ended, its folder, or the folder of an exported adapter.
-        texts: to ask about; a pair of texts with a tab between them, an image by its file.
+        texts: to ask about; a pair of texts with a tab between them, an image by its file, a chat by its turns.
         max_new_tokens: the most that a completion has.
         own_code: as `load_adapter` takes it.
 
@@ -198,17 +211,73 @@ def predict(
 
     about = About.read(folder := adapter_of(run))
     texts = [texts] if isinstance(texts, str) else texts
-    if about.pairs and not all(text.count("\t") == 1 for text in texts):
+    if task_of(about, folder, own_code).completes:
+        return generate(run, texts, max_new_tokens, own_code=own_code)
+    plain = [text for text in texts if isinstance(text, str)]
+    if about.pairs and not all(text.count("\t") == 1 for text in plain):
         raise UserError(f"{folder}: its model judges pairs of texts: write both with a tab between them")
     task = task_of(about, folder, own_code)
     model, reader = load_adapter(folder, own_code=own_code)
     given = (lambda text, **told: reader(*text.split("\t"), **told)) if about.pairs else reader
     answers = []
-    for text in texts:
+    for text in plain:
         with torch.inference_mode():
             said, probability = task.answer(model, given, text, about.labels, about.max_length, max_new_tokens)
         answers.append(Answer(text, said, probability))
     return answers
+
+
+def generate(
+    run: Run | str | Path,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 64,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    own_code: bool = False,
+) -> list[Answer]:
+    """What a run's model goes on with after prompts, several at once.
+
+    Args:
+        run: that has ended, its folder, or the folder of an exported adapter.
+        prompts: texts, or chats by their turns.
+        max_new_tokens: the most that a completion has.
+        temperature: 0 takes the likeliest token each time; else one is drawn, from logits that it divides.
+        top_p: the share that the tokens together have of which one is drawn, in (0, 1].
+        seed: of what is drawn: the same prompts have the same completions.
+        own_code: as `load_adapter` takes it.
+
+    Returns:
+        One answer for each prompt, in order; of a chat `text` is the last turn.
+
+    Raises:
+        UserError: there is no adapter, its base model cannot be loaded, it writes nothing, or a number is out of
+            its range.
+    """
+    import torch
+
+    about = About.read(folder := adapter_of(run))
+    for name, fine, asked in (
+        ("max_new_tokens", max_new_tokens >= 1, "1 or more"),
+        ("temperature", 0 <= temperature < math.inf, "0 or more"),
+        ("top_p", 0 < top_p <= 1, "above 0 and at most 1"),
+        ("seed", seed >= 0, "0 or more"),
+    ):
+        if not fine:
+            raise UserError(f"{name}: should be {asked}")
+    task = task_of(about, folder, own_code)
+    if not task.completes:
+        raise UserError(f"{folder}: its task is {about.task}, which writes no text: ask it with fedlora predict")
+    model, reader = load_adapter(folder, own_code=own_code)
+    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    try:
+        with torch.inference_mode():
+            said = task.complete(model, reader, prompts, about.max_length, **how)
+    except SettingError as error:
+        raise UserError(f"{folder}: {error.message}") from error
+    texts = [prompt if isinstance(prompt, str) else prompt[-1].content for prompt in prompts]
+    return [Answer(text, one, None) for text, one in zip(texts, said, strict=True)]
 
 
 def load_adapter(run: Run | str | Path, *, own_code: bool = False) -> tuple[Any, Any]:

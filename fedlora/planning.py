@@ -22,7 +22,7 @@ from fedlora.client import Setter
 from fedlora.data.store import Dataset
 from fedlora.engine import Setup
 from fedlora.engine.worker import Worker
-from fedlora.errors import FedloraError, SettingError
+from fedlora.errors import FedloraError, SettingError, counted
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.ledger import Holder, neighbours
@@ -346,7 +346,7 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
             "a whole client leak. Lower privacy.delta."
         )
     if whole is not None and scenario.secure_aggregation is not None:
-        yield "Clients are told how many are in their round: from them sampling hides nobody there."
+        yield "Clients learn how many clients are in their round: sampling does not hide anyone from them there."
     if asked is None:
         if whole is None:
             yield "There is no privacy section: updates can reveal what clients hold."
@@ -361,19 +361,19 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
     if loose:
         largest = max(g["num_examples"] for g in groups)
         yield (
-            f"delta {asked.delta:g} is not below 1/n for {loose} clients: such a delta lets a whole example leak. "
-            f"Set privacy.delta below {1 / largest:.1g}."
+            f"delta {asked.delta:g} is not below 1/n for {counted(loose, 'client')}: such a delta lets a whole "
+            f"example leak. Set privacy.delta below {1 / largest:.1g}."
         )
     few = sum(g["clients"] for g in groups if g["num_examples"] < FEW_EXAMPLES)
     if few:
         yield (
-            f"{few} clients hold fewer than {FEW_EXAMPLES} examples, the smallest {smallest}: they add more noise "
-            "than signal, and their sample rate makes epsilon dear."
+            f"{counted(few, 'client')} {'holds' if few == 1 else 'hold'} fewer than {FEW_EXAMPLES} examples, "
+            f"the smallest {smallest}: they add more noise than signal, and sampling them often costs epsilon."
         )
     often = sum(g["clients"] for g in groups if g["sample_rate"] > LARGE_RATE)
     if often:
         yield (
-            f"A step takes more than {LARGE_RATE:.0%} of the examples of {often} clients "
+            f"A step takes more than {LARGE_RATE:.0%} of the examples of {counted(often, 'client')} "
             f"({groups[0]['sample_rate']:.0%} of the smallest's): sampling hides little. "
             "Lower clients.batch_size or clients.sample_rate."
         )

@@ -145,6 +145,11 @@ def _prepared(
     for metric in metrics.find_all(scenario.metrics, task.target):
         if metric.takes is None:
             metrics.try_out(metric, task.target, dataset.labels)
+    if dataset.cut:
+        logger.warning(
+            "%d of %d test rows are longer than data.max_length (%d tokens) and are judged by what it leaves",
+            *(dataset.cut, len(dataset.test), data.max_length),
+        )
     setup = Setup(
         scenario=scenario.model_dump(),
         dataset=dataset.folder,
@@ -193,7 +198,8 @@ def _encoded(
     if not isinstance(made, datasets.Encoded):
         raise SettingError("task", f"{use}.encode returns {type(made).__name__}, and should a fedlora.Encoded")
     count = len(rows.texts)
-    for what, found in (("tokens", made.tokens), ("targets", made.targets), ("types", made.types)):
+    parts = {"tokens": made.tokens, "targets": made.targets, "types": made.types, "marks": made.marks}
+    for what, found in parts.items():
         if found is not None and len(found) != count:
             raise SettingError("task", f"{use}.encode makes {len(found)} {what} of {count} rows: one for each")
     try:
@@ -210,6 +216,11 @@ def _encoded(
         targets.shape == (count, len(names)) and np.all((targets >= 0) & (targets <= 1))
     ):
         raise SettingError("task", f"{use}.encode makes targets that are not from 0 to 1, one for each of {names}")
+    if made.marks is not None:
+        each = zip(made.tokens, made.marks, strict=True)
+        most = len(names) if task.labelled else 1
+        if any(len(tokens) != len(marks) or max(marks, default=0) >= most for tokens, marks in each):
+            raise SettingError("task", f"{use}.encode makes marks that are not one of a label for each token")
     return made
 
 

@@ -143,7 +143,9 @@ class _StandIn(Client):
         for name in settings.send:
             shape = task.kind.shape(task.layout[name], task.rank)
             sent[name] = self.tensors[name][tuple(slice(size) for size in shape)]
-        return Update(adapter=sent, weight=1.0, clients=(partition.client,), metrics=self.metrics)
+        return Update(
+            adapter=sent, weight=1.0, clients=(partition.client,), metrics=self.metrics, state=settings.state
+        )
 
 
 class _Memory(Ledger):

@@ -40,7 +40,7 @@ def generator(root: Root, *path: Path) -> np.random.Generator:
 def ambient(root: Root, *path: Path) -> Iterator[None]:
     """Let what others draw from torch's own generator follow a path for a while; it is left as it was found.
 
-    For first values of weights alone: that generator takes 32 bits of its seed.
+    For first values of weights, and for what a finished model writes: that generator takes 32 bits of its seed.
     """
     import torch
 

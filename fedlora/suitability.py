@@ -27,6 +27,12 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
         raise SettingError(
             "model.quantize", f"{use} adds to the frozen weights: leave it out, or take one of {can}"
         )
+    if strategy.merges and plugins.find("tasks", scenario.task).against_base:
+        can = _those(lambda cls: not cls.merges)
+        raise SettingError(
+            "strategy.use",
+            f"{use} adds to the frozen weights, beside which task: {scenario.task} measures: take one of {can}",
+        )
     if strategy.personal and not strategy.tested and scenario.data.client_test_share is None:
         raise SettingError(
             "strategy.use",
@@ -53,6 +59,12 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             raise SettingError(
                 "strategy.use", f"secure aggregation gives sums, and {use} needs each update; take one of {can}"
             )
+    if told.averages_state and (strategy.personal or strategy.trips > 1):
+        why = "gives each client a model of its own" if strategy.personal else f"makes {strategy.trips} trips"
+        can = _those(lambda cls: cls.trips == 1 and not cls.personal)
+        raise SettingError(
+            "clients.optimizer.state", f"{use} {why}: take kept or fresh, and not averaged, or take one of {can}"
+        )
     if (stage := scenario.strategy.server) and not has_mean(strategy):
         can = _those(has_mean)
         raise SettingError(

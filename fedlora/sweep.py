@@ -101,7 +101,7 @@ class Sweep(Section):
     @model_validator(mode="after")
     def _drawn(self) -> Self:
         if self.samples > 1 and all(isinstance(given, list) for given in self.search.values()):
-            raise PydanticCustomError("samples", "samples draws anew what is random, and nothing is: leave it out")
+            raise PydanticCustomError("samples", "samples counts random draws, and no key draws: leave it out")
         return self
 
     def points(self) -> Iterator[Settings]:

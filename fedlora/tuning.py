@@ -23,7 +23,7 @@ import yaml
 from fedlora import prepare
 from fedlora import scenario as scenarios
 from fedlora.data import reading
-from fedlora.data.store import majority as majority_of
+from fedlora.data import store as datasets
 from fedlora.errors import SettingError, UserError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Event
@@ -177,8 +177,10 @@ class _Search:
             self._check_validation()
         sizes = [size for size, count in self.ready.data.sizes().items() for _ in range(count) if size]
         self.typical = statistics.median_high(sizes)
+        self.rows: list[str] = []
         self.short = self._short(noise)
-        self.folder = (Path("tunings") / f"{scenario.name}-{self.short.hash}").absolute()
+        rows = "".join(part[:4] for part in (self.ready.data.fingerprint.split("-") if private else self.rows))
+        self.folder = (Path("tunings") / f"{scenario.name}-{self.short.hash}-{rows}").absolute()
 
     def run(self, write: Callable[[str, Rate], Path]) -> Tuned:
         """Every run of it, then the file."""
@@ -259,7 +261,8 @@ class _Search:
             SettingError: they cannot be read, are not of the same columns and labels, or are too few.
         """
         told, labels = self.scenario, self.ready.data.labels
-        train, _ = reading.read_public(told.data, told.task, labels)
+        train, test = reading.read_public(told.data, told.task, labels)
+        self.rows = [datasets.content(rows) for rows in (train, test)]  # other rows are another search
         kept = 1 - (told.data.client_test_share or 0.0)  # what each has for training
         examples = min(round(self.typical / kept), len(train.texts))
         if told.example_privacy is not None and examples < (batch := told.clients.batch(self.typical)):
@@ -353,7 +356,7 @@ class _Search:
             metric, held, labels = run.metric, self.ready.data.validation, self.ready.data.labels
             of = {metric: f"{OF_VALIDATION}{metric}", "loss": f"{OF_VALIDATION}loss"}
             lines = [{**line, **{name: line.get(other) for name, other in of.items()}} for line in run.rounds]
-            majority = majority_of(held.targets) if labels else None
+            majority = held.majority if labels else None
             judged = {**run.summary, "test_examples": len(held), "majority": majority}
         wrong = verdicts(lines, run.clients, run.scenario, judged, len(self.ready.data.labels))
         last = next((line for line in reversed(lines) if line.get(run.metric) is not None), {})

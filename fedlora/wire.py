@@ -26,6 +26,7 @@ from fedlora import compression
 from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
 from fedlora.compression import Codec
 from fedlora.errors import ContractError, UserError
+from fedlora.optimizers import averaged
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.secure import Parts
 from fedlora.seeding import generator
@@ -34,7 +35,7 @@ HEADER = 512  # bytes in which an array says what it is
 DIMENSIONS = 8  # of an array
 PACKED = "fedlora."  # before the kind of a packed array, in the place where Flower names a serialiser
 ARRAYS, METRICS, CONFIG, REPORT, MERGE = "arrays", "metrics", "config", "fedlora", "merge"
-SECURE = "secure"
+SECURE, MOMENTS = "secure", "moments"
 PARTS = ("you", "mask", "share", "sealed", "members", "masked", "sent", "dropped", "shares")  # of the exchanges
 WEIGHT, ROUND = "num-examples", "server-round"
 CLIENT_FAILED = 0  # flwr.app.ErrorCode.UNKNOWN
@@ -102,6 +103,8 @@ def pack_instruction(instruction: Instruction, layout: Layout, packing: Packing 
     config["send"] = _mask(instruction.send, layout)
     config["keep"] = _mask(instruction.keep, layout)
     config["draw"], config["trip"] = instruction.draw, instruction.trip
+    if len(instruction.moments):
+        config[MOMENTS] = _rows(instruction.moments)
     return RecordDict({ARRAYS: to_arrays(instruction.adapter, packing), CONFIG: config})
 
 
@@ -132,18 +135,22 @@ def unpack_instruction(content: RecordDict, layout: Layout, rounds: int = MOST, 
     if not isinstance(frozen, str):
         raise ContractError("the fingerprint of the frozen tensors in a message is no text")
     trip = whole(config.pop("trip", 1), "trip", 1, trips)
+    moments = _moments(config.pop(MOMENTS, b""))
+    sent = tuple(sorted(adapter)) if send is None else _unmask(send, layout)
+    averaged.check(moments, len(sent) if len(moments) else 0)
     if trip == 1 and not set(adapter) <= set(layout):  # in later trips a strategy sends what it likes
         raise ContractError("the message holds tensors of another adapter")
     return Instruction(
         round=whole(config.pop(ROUND, 1), ROUND, 1, rounds),
         adapter=adapter,
         train=tuple(sorted(adapter)) if train is None else _unmask(train, layout),
-        send=tuple(sorted(adapter)) if send is None else _unmask(send, layout),
+        send=sent,
         keep=() if keep is None else _unmask(keep, layout),
         frozen=frozen,
         draw=whole(config.pop("draw", 0), "draw", 0, rounds),
         trip=trip,
         config=config,
+        moments=moments,
     )
 
 
@@ -191,6 +198,8 @@ def pack_update(update: Update, event: Event | None = None, packing: Packing | N
     content = RecordDict({ARRAYS: to_arrays(update.adapter, packing), METRICS: metrics})
     if event is not None:
         content[REPORT] = ConfigRecord({"privacy": json.dumps(event.to_json())})
+    if len(update.moments):
+        content[MOMENTS] = ConfigRecord({MOMENTS: _rows(update.moments)})
     return content
 
 
@@ -210,7 +219,18 @@ def unpack_update(message: Message, client: int) -> Update:
         weight=float(weight),
         clients=(client,),
         metrics={k: float(v) for k, v in metrics.items() if _real(v)},
+        moments=_moments(dict(content.config_records.get(MOMENTS, {})).get(MOMENTS, b"")),
     )
+
+
+def _rows(moments: Tensor) -> bytes:
+    return moments.astype("<f4").tobytes()
+
+
+def _moments(data: object) -> Tensor:
+    if not isinstance(data, bytes) or len(data) % 8:
+        raise ContractError("the second moments in a message are no rows of two numbers")
+    return np.frombuffer(data, "<f4").astype(np.float32).reshape(-1, 2)
 
 
 def unpack_event(content: RecordDict) -> Event | None:
@@ -367,7 +387,9 @@ def instruction_bytes(instruction: Instruction, layout: Layout, codec: Codec | N
 
 def update_bytes(update: Update, event: Event | None = None, codec: Codec | None = None) -> int:
     """Bytes of an update as Flower serialises it."""
-    return _words_bytes(tuple(update.metrics), event) + _arrays_bytes(_shapes(update.adapter), codec)
+    return _words_bytes(tuple(update.metrics), event, len(update.moments)) + _arrays_bytes(
+        _shapes(update.adapter), codec
+    )
 
 
 def tensor_bytes(names: Iterable[str], layout: Layout, codec: Codec | None = None) -> int:
@@ -388,11 +410,10 @@ def _shapes(adapter: Mapping[str, Tensor]) -> Shapes:
 
 
 @lru_cache(maxsize=4096)
-def _words_bytes(metrics: tuple[str, ...], event: Event | None) -> int:
-    """What an update weighs without tensors: a number takes eight bytes, whatever it is."""
-    return _size(
-        pack_update(Update(adapter={}, weight=1.0, clients=(), metrics=dict.fromkeys(metrics, 1.0)), event)
-    )
+def _words_bytes(metrics: tuple[str, ...], event: Event | None, rows: int) -> int:
+    """What an update weighs without tensors: a figure takes eight bytes, whatever it is, and so does a row."""
+    moments, figures = np.zeros((rows, 2), np.float32), dict.fromkeys(metrics, 1.0)
+    return _size(pack_update(Update(adapter={}, weight=1.0, clients=(), metrics=figures, moments=moments), event))
 
 
 @lru_cache(maxsize=256)

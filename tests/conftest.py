@@ -1,5 +1,6 @@
 """What tests share: an offline world, a tiny real BERT, and scenarios small enough for a second."""
 
+import json
 import os
 import resource
 import shutil
@@ -86,6 +87,48 @@ def reviews(tmp_path_factory) -> Path:
         word = words[label][i % 3]
         rows.append(f"note {i} says the film was {word} {'indeed ' * (i % 4)}here,{label},site{i % 4}")
     file.write_text("\n".join(rows) + "\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def sentences(tmp_path_factory) -> Path:
+    """A jsonl of 240 rows of words and tags, in which the words give the tags away."""
+    file = tmp_path_factory.mktemp("data") / "sentences.jsonl"
+    rows = []
+    for i in range(240):
+        ill = ((), ("fever",), ("kidney", "failure"))[i % 3]
+        tokens = [
+            "Report",
+            str(i),
+            "on",
+            *(["Ann", "Li"] if i % 4 == 0 else []),
+            "with",
+            *ill,
+            "and",
+            "more"[: i % 5],
+        ]
+        tags = ["O"] * 3 + (["B-Name", "I-Name"] if i % 4 == 0 else []) + ["O"]
+        tags += [f"{'I' if at else 'B'}-Illness" for at in range(len(ill))] + ["O", "O"]
+        rows.append(json.dumps({"tokens": tokens, "tags": tags, "ward": f"w{i % 4}"}))
+    file.write_text("\n".join(rows))
+    return file
+
+
+@pytest.fixture(scope="session")
+def choices(tmp_path_factory) -> Path:
+    """A jsonl of 240 rows of a prompt and two completions, of which the friendly one was chosen."""
+    file = tmp_path_factory.mktemp("data") / "choices.jsonl"
+    kind, rude = ("gladly", "of course", "with joy"), ("no", "go away", "never ever")
+    rows = [
+        {
+            "prompt": f"note {i}: please help {'me ' * (i % 4)}",
+            "chosen": f"{kind[i % 3]} {'indeed ' * (i % 5)}",
+            "rejected": f"{rude[i % 3]} {'indeed ' * (i % 3)}",
+            "who": f"w{i % 4}",
+        }
+        for i in range(240)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
     return file
 
 

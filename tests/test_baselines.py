@@ -115,6 +115,12 @@ def test_alone_clients_take_the_steps_of_a_server_with_adam():
     assert roles == {"B": 0.01, "head": 0.02}
 
 
+def test_alone_clients_keep_what_others_would_average():
+    averaged = "clients.optimizer={kind: adamw, state: averaged}"
+    assert made("alone", averaged).clients.optimizer.state == "kept"
+    assert made("pooled", averaged).clients.optimizer.state == "averaged"
+
+
 def test_alone_clients_take_the_steps_of_a_server_with_momentum():
     """The server moves by its rate times a change of rate times gradient: the product of both."""
     server = "strategy.server={kind: momentum, lr: 0.5, momentum: 0.8}"

@@ -49,3 +49,12 @@ def test_a_setting_error_names_its_key_and_survives_a_process_boundary():
 )
 def test_suggestion_names_the_nearest_else_all_in_order(word, expected):
     assert suggestion(word, ["tweets", "sst2", "ag_news"]) == expected
+
+
+def test_a_count_agrees_with_its_noun():
+    assert [errors.counted(n, "client") for n in (0, 1, 2, 1000)] == [
+        "0 clients",
+        "1 client",
+        "2 clients",
+        "1,000 clients",
+    ]

@@ -71,6 +71,13 @@ def test_an_exported_adapter_is_the_runs(made, tmp_path):
         export(made, tmp_path / "adapter", merge=True)
 
 
+def test_the_card_s_code_loads_the_folder_that_it_is_in_and_names_the_labels(made, tmp_path, monkeypatch):
+    card = (export(made, tmp_path / "elsewhere") / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(card.partition("```python\n")[2].partition("```")[0], names := {})
+    assert names["model"].config.id2label == {0: "bad", 1: "good"}
+
+
 def test_a_causal_model_completes(tiny, tiny_lm, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -155,7 +155,7 @@ def test_warnings_that_a_reviewer_would_raise(tiny):
     assert warned(plan(tiny(private=False)), "There is no privacy section")
     whole = tiny(CLIENTS, "clients.use=sgd")
     masked = tiny(CLIENTS, "clients.use=sgd", "secure_aggregation={}")
-    same_round = "Clients are told how many are in their round"
+    same_round = "Clients learn how many clients are in their round"
     assert warned(plan(masked), same_round) and not warned(plan(whole), same_round)
 
 

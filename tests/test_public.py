@@ -12,8 +12,8 @@ from fedlora import plugins
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = """Adapter Client Encoded Event Examples FedloraError Kind Layout Part Partition Pass Rng Rows Run
-Scenario Settings Slot Stepwise Strategy Task Update UserError aggregation_error compare evaluate export load
-load_adapter plan predict report simulate weighted_mean""".split()
+Scenario Settings Slot Stepwise Strategy Task Update UserError aggregation_error compare evaluate export generate
+load load_adapter plan predict report simulate weighted_mean""".split()
 
 HEAVY = {
     "flwr": {"deploy", "engine", "privacy", "wire", "strategy"},

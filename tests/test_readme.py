@@ -18,7 +18,7 @@ def test_every_fedlora_command_parses_and_names_real_settings():
     assert len(commands) >= 6
     for command in commands:
         told = _parser().parse_args(shlex.split(command.strip())[1:])
-        if getattr(told, "scenario", None) and told.scenario != "my.yaml":
+        if getattr(told, "scenario", None) and told.scenario not in ("my.yaml", "scenario.yaml"):
             scenario.load(ROOT / told.scenario if "/" in told.scenario else told.scenario, told.overrides)
 
 

@@ -260,7 +260,7 @@ def test_a_folder_with_a_run_is_left_alone(run, tiny, tmp_path):
         simulate(tiny(), out=run.folder)
     (tmp_path / "busy").mkdir()
     (tmp_path / "busy" / "file").touch()
-    with pytest.raises(UserError, match="not an empty folder"):
+    with pytest.raises(UserError, match=r"not an empty folder; name another with --out$"):
         simulate(tiny(), out=tmp_path / "busy")
 
 
@@ -397,13 +397,14 @@ def test_a_budget_ends_a_run_that_would_pass_it(tiny, tmp_path):
     """With a noise multiplier of one's own, whoever would pass epsilon in the next round sits out."""
     made = simulate(tiny("rounds=3", "privacy.noise_multiplier=0.5"), out=tmp_path / "fixed")
     assert made.summary["stopped"].startswith("after round") and made.summary["epsilon"] <= 8
+    assert "stopped" in (printed := "\n".join(summary_lines(made))) and "--resume" not in printed
     assert ledger.epsilon_of(made.folder / "privacy.jsonl") <= 8
 
 
 def test_when_everybody_fails_the_run_says_so_and_stops(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("fedlora.strategies.ffa_lora.FFALoRA.config", lambda self, round: {"fail": 0})
     scenario = tiny("clients.use=tests.engine.faulty:Faulty", "clients.total=1", "clients.batch_size=8")
-    with pytest.raises(RoundError, match="all 1 clients failed; client 0: RuntimeError: as told"):
+    with pytest.raises(RoundError, match="its only client failed; client 0: RuntimeError: as told"):
         simulate(scenario, out=tmp_path / "run")
     assert len(ledger.read(tmp_path / "run" / "privacy.jsonl")) == 1  # it may have trained: it counts
 

@@ -17,9 +17,10 @@ from fedlora import scenario
 from fedlora.cli import main
 from fedlora.errors import UserError
 from fedlora.privacy import accounting, ledger
+from fedlora.privacy.together import total_epsilon
 from fedlora.run import Run
 from fedlora.simulation import simulate
-from fedlora.sweep import _reason, load, sweep, total_epsilon
+from fedlora.sweep import _reason, judged_by, load, sweep
 
 ROOT = Path(__file__).parents[1]
 
@@ -188,6 +189,26 @@ def test_a_run_that_has_not_learnt_is_never_called_best(file, pair, tmp_path, mo
     end(pair[1], (1.0, 0.75), (0.1, 0.2))
     made = sweep(file, tmp_path / "out")
     assert made.summary["best"] is made.summary["accuracy"] is None and "best: none has learnt" in made.lines()
+
+
+def test_the_best_is_that_of_the_figure_that_the_sweep_names(file, tiny, tmp_path, monkeypatch):
+    told = ("metrics=[brier]", "clients.lr=3", "rounds=4")
+    pair = [simulate(tiny(f"seed={seed}", *told, private=False), out=tmp_path / f"{seed}") for seed in (0, 1)]
+    monkeypatch.setattr("fedlora.sweep.explore", lambda *_: [(run.folder, None) for run in pair])
+    monkeypatch.setattr(Run, "learnt", True)
+    file.write_text(file.read_text().replace("name: small", "name: small\nmetric: brier"))
+    with pytest.raises(UserError, match=f"{file}:2: metric: an evaluation here has no 'brier'"):
+        load(file)
+    file.write_text(file.read_text().replace("{clients.lr: 0.25}", "{clients.lr: 0.25, metrics: [brier]}"))
+    made = sweep(file, tmp_path / "out")
+    least = min(pair, key=lambda run: run.summary["metrics"]["brier"])
+    assert (made.summary["best"], made.summary["brier"]) == (str(least.folder), least.summary["metrics"]["brier"])
+    assert made.comparison.table().head[2] == "brier" and judged_by(load(file), least_of(file)) == ("brier", False)
+
+
+def least_of(file):
+    """The first point of a sweep's grid."""
+    return (made := load(file)).run(next(made.points()))
 
 
 @pytest.mark.parametrize(

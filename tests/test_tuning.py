@@ -109,6 +109,15 @@ def test_the_scenario_that_is_written_is_the_users_own_with_one_number_changed(h
     assert capsys.readouterr().err == "mine.tuned.yaml: is there already; name another file with --out\n"
 
 
+def test_other_rows_under_the_same_name_are_searched_anew(here, figures):
+    figures({1.0: 0.5})
+    first = tune("mine.yaml", public="public.csv", out="one.yaml").folder
+    assert tune("mine.yaml", public="public.csv", out="two.yaml").folder == first
+    lines = (here / "public.csv").read_text().splitlines()
+    (here / "public.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
+    assert tune("mine.yaml", public="public.csv", out="three.yaml").folder != first
+
+
 def test_with_overrides_all_of_the_scenario_is_written(here, figures):
     figures({1.0: 0.7, 3.0: 0.9, 9.0: 0.8})
     made = tune("mine.yaml", public="public.csv", overrides=["clients.batch_size=4"], out="other.yaml")

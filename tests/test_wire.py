@@ -38,9 +38,11 @@ def test_an_instruction_survives_the_wire(train, down, round):
         send=tuple(sorted(train & down)),
         config={"proximal-mu": 0.5},
         frozen="0123456789abcdef",
+        moments=np.random.default_rng(1).random((len(train & down), 2), np.float32),
     )
     content = wire.pack_instruction(sent, LAYOUT)
     got = wire.unpack_instruction(over_the_wire(content), LAYOUT)
+    np.testing.assert_array_equal(got.moments, sent.moments)
     assert replace(got, adapter={}) == replace(sent, adapter={})
     for name, tensor in sent.adapter.items():
         np.testing.assert_array_equal(got.adapter[name], tensor)
@@ -54,15 +56,20 @@ def test_an_instruction_survives_the_wire(train, down, round):
 def test_update_bytes_are_those_of_the_serialised_reply(names, event):
     update = Update(adapter=tensors(names), weight=12.0, clients=(3,), metrics={"train_loss": 0.5})
     size = len(recorddict_to_proto(wire.pack_update(update, event)).SerializeToString())
+    assert wire.update_bytes(update, event) == pytest.approx(size, abs=6)
+    update = replace(update, moments=np.ones((len(names), 2), np.float32))
+    size = len(recorddict_to_proto(wire.pack_update(update, event)).SerializeToString())
     assert wire.update_bytes(update, event) == pytest.approx(size, abs=6)  # lengths are written in 1 to 5 bytes
 
 
 def test_an_update_survives_the_wire(engine_identity):
-    update = Update(adapter=tensors("ab"), weight=12.0, clients=(3,), metrics={"train_loss": 0.5})
+    rows = np.array([[1e-7, 0.1], [3, 1]], np.float32)
+    update = Update(adapter=tensors("ab"), weight=12.0, clients=(3,), metrics={"train_loss": 0.5}, moments=rows)
     ask = Message(content=RecordDict(), message_type="train", dst_node_id=4)
     got = wire.unpack_update(Message(over_the_wire(wire.pack_update(update, EVENT)), reply_to=ask), 3)
     assert (got.weight, got.clients, got.metrics) == (12.0, (3,), {"train_loss": 0.5})
     np.testing.assert_array_equal(got.adapter["b"], update.adapter["b"])
+    np.testing.assert_array_equal(got.moments, rows)
 
 
 @pytest.mark.parametrize("weight", [None, 0.0, -1.0, float("nan"), float("inf")])
@@ -113,6 +120,18 @@ def test_arrays_of_real_numbers_are_read_in_either_order(dtype, order):
     got = wire.from_arrays(ArrayRecord({"a": Array(array), "scalar": Array(np.array(2.5, dtype))}))
     np.testing.assert_array_equal(got["a"], np.array([[1, 2, 3], [4, 5, 6]], np.float32))
     assert got["scalar"] == np.float32(2.5) and got["a"].dtype == np.float32
+
+
+@pytest.mark.parametrize("moments", [b"1234567", b"", "text", np.float32([1, 2]).tobytes(), b"\0" * 16])
+def test_second_moments_are_rows_of_what_is_sent(moments):
+    told = Instruction(round=1, adapter={}, train=("a",), send=("a",), moments=np.full((1, 2), 0.5, np.float32))
+    content = wire.pack_instruction(told, LAYOUT)
+    content[wire.CONFIG][wire.MOMENTS] = moments
+    if moments == b"":
+        assert wire.unpack_instruction(content, LAYOUT).moments.shape == (0, 2)
+    else:
+        with pytest.raises(ContractError, match="second moments"):
+            wire.unpack_instruction(content, LAYOUT)
 
 
 def test_a_mask_of_another_adapter_is_refused():

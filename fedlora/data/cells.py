@@ -2,16 +2,16 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
 from fedlora import plugins
 from fedlora import scenario as settings
 from fedlora.errors import SettingError
 
 Label = str | tuple[str, ...] | tuple[float, ...]
-"""What a row is taught by: a class or a completion, a set of labels, or scores from 0 to 1."""
+"""What a row is taught by: a class or a completion, a set of labels, scores from 0 to 1, or two completions."""
 
 NO_SCALE = "say from where to where scores go, as {low: 0, high: 5}: clients' rows are not looked at for it"
 
@@ -47,15 +47,26 @@ class Taught:
     Attributes:
         target: as `Task.target` says.
         score: the scale of scores; None where there are none.
+        labels: that there may be; None: any.
+        usual: names of columns where nobody names them.
+        messages: the column of chats; None where rows have a prompt or a text.
+        scored: which turns of the assistant are judged.
+        prompt: the template of prompts; None where a column has them.
     """
 
     target: str
     score: settings.Score | None
+    labels: tuple[str, ...] | None = None
+    usual: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    messages: str | None = None
+    scored: Literal["all", "last"] = "all"
+    prompt: str | None = None
 
     @classmethod
     def of(cls, data: settings.Data, task: str) -> Self:
         """By a scenario."""
-        return cls(plugins.find("tasks", task).target, data.score)
+        told = (plugins.find("tasks", task).target, data.score, data.labels, settings.COLUMNS_OF.get(task, {}))
+        return cls(*told, data.messages, data.scored, data.prompt)
 
     def read(
         self,
@@ -86,6 +97,10 @@ class Taught:
                 raise SettingError("data.score", NO_SCALE)
             told = [Column(key, source, name) for name in names]
             return scores([cells(name) for name in names], self.score.low, self.score.high, told)
+        if self.target == "pair":
+            columns = [Column(key.replace("label", "text"), source, str(named.text))]
+            columns += [Column(key, source, name) for name in names]
+            return completions([cells(column.name) for column in columns], columns)
         return plain(names[0])
 
 
@@ -105,7 +120,7 @@ def label_sets(cells: Sequence[Any], separator: str | None, column: Column) -> l
         separator = next((mark for mark in SEPARATORS if any(mark in text for text in texts)), None)
     made: list[tuple[str, ...]] = []
     for row, cell in enumerate(cells, 1):
-        if _missing(cell):
+        if missing(cell):
             made.append(())
             continue
         if isinstance(cell, str):
@@ -141,7 +156,7 @@ def scores(
 def _scaled(cells: Sequence[Any], low: float, high: float, column: Column) -> list[float]:
     made = []
     for row, cell in enumerate(cells, 1):
-        if _missing(cell):
+        if missing(cell):
             raise column.wrong(row, "is empty, and should be a number")
         try:
             value = math.nan if isinstance(cell, bool) else float(cell)
@@ -155,7 +170,31 @@ def _scaled(cells: Sequence[Any], low: float, high: float, column: Column) -> li
     return made
 
 
-def _missing(cell: Any) -> bool:
+def completions(cells: Sequence[Sequence[Any]], columns: Sequence[Column]) -> list[tuple[str, ...]]:
+    """The chosen and the rejected completion of each row.
+
+    Args:
+        cells: of the prompts, of the chosen and of the rejected completions.
+        columns: that they are of.
+
+    Raises:
+        SettingError: one is empty or no text, or both completions of a row are the same.
+    """
+    made: list[tuple[str, ...]] = []
+    for number, row in enumerate(zip(*cells, strict=True), 1):
+        for cell, column in zip(row, columns, strict=True):
+            if missing(cell):
+                raise column.wrong(number, "is empty")
+            if not isinstance(cell, str):
+                raise column.wrong(number, "is no text")
+        _, chosen, rejected = row
+        if chosen == rejected:
+            raise columns[2].wrong(number, f"is the same as {columns[1].name!r}: leave the row out")
+        made.append((chosen, rejected))
+    return made
+
+
+def missing(cell: Any) -> bool:
     """Whether a cell is empty, as files have it; an empty list is not."""
     if isinstance(cell, str):
         return not cell.strip()

@@ -4,9 +4,8 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,12 @@ import numpy as np
 
 from fedlora import plugins
 from fedlora import scenario as settings
-from fedlora.data.cells import Label, Taught
+from fedlora.data import chats, tagged
+from fedlora.data.cells import Column, Label, Taught, missing
 from fedlora.data.partitions import draw
+from fedlora.data.tables import read_table
 from fedlora.errors import SettingError, suggestion
+from fedlora.scenario import templates
 
 # Named datasets that live on the Hub. gsm8k has `question` and `answer`, the prompt and its completion.
 HUB_DATASETS = {
@@ -27,8 +29,8 @@ HUB_DATASETS = {
     "gsm8k": settings.Hub(path="openai/gsm8k", config="main", text="question", label="answer"),
 }
 
-Input = str | tuple[str, str] | bytes
-"""A text, a pair of texts, or an image as its file holds it."""
+Input = str | tuple[str, ...] | tuple[chats.Turn, ...] | bytes
+"""A text, a pair of texts, the words of a text, the turns of a chat, or an image as its file holds it."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,10 @@ class Rows:
     """Rows of one split before they are encoded.
 
     Attributes:
-        texts: of each row a text, a pair of texts, or the bytes of an image's file.
-        labels: of each row its class, or its completion for causal_lm; for multi_label the tuple of its labels,
-            for regression that of its scores, from 0 to 1; None where there are none.
+        texts: of each row a text, a pair of texts, its words, a chat's turns, or the bytes of an image's file.
+        labels: of each row its class, its completion for causal_lm, of a chat the last turns of the assistant,
+            which are learnt, the tags of its words, for multi_label its labels, for regression its scores, from 0
+            to 1, of preferences both completions; None where there are none.
         owners: of each row whose it is, by the natural partition's column; None elsewhere.
     """
 
@@ -79,6 +82,11 @@ def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
 def set_aside(data: settings.Data, task: str, test: Rows) -> tuple[Rows, Rows]:
     """The test rows that report, and the rows that choose the best round; none of these unless they are asked for.
 
+    Args:
+        data: what to read.
+        test: every test row.
+        task: of the scenario.
+
     Raises:
         SettingError: they cannot be read, or one of the two would be empty.
     """
@@ -118,7 +126,9 @@ def read_file(files: settings.Files, key: str, taught: Taught) -> Rows:
 
 def read_site(files: settings.Files, labels: Sequence[str] | None, taught: Taught) -> tuple[Rows, int]:
     """The rows of a site's own file, `files.train`, that have no label but `labels`, and how many are left out."""
-    rows = _read_rows(files, "train", files.train, None, taught)
+    told = {key: name for key, name in taught.usual.items() if key not in files.model_fields_set}
+    anything = replace(taught, labels=None)  # a row of others is left out, whatever the run asks, and none refused
+    rows = _read_rows(files.model_copy(update=told), "train", files.train, None, anything)
     if labels is None or rows.labels is None or taught.target == "score":
         return rows, 0
     known = set(labels)
@@ -182,11 +192,18 @@ def label_names(data: settings.Data, rows: Rows, task: str) -> tuple[str, ...]:
         return data.label_columns
     if not found.labelled:
         return ()
-    names = data.labels or tuple(sorted(rows.classes))
+    names = data.labels or named(rows, task)
     if len(names) < 2:
         raise SettingError("data", f"{task} needs two labels or more, and there is only {list(names)}")
     check_labels("data.labels", rows, names, "the data has labels that it does not name")
     return names
+
+
+def named(rows: Rows, task: str) -> tuple[str, ...]:
+    """The labels that rows have, in order."""
+    if plugins.find("tasks", task).target == "marks":
+        return tagged.names([tuple(map(str, label)) for label in rows.labels or ()])
+    return tuple(sorted(rows.classes))
 
 
 def check_labels(key: str, rows: Rows, names: Sequence[str], what: str) -> None:
@@ -220,7 +237,7 @@ def columns_of(path: Path) -> dict[str, list[str]]:
     Raises:
         SettingError: it cannot be read.
     """
-    table = _read_table("data.files.train", path, None)
+    table = read_table("data.files.train", path, None)
     return {str(name): [str(value) for value in table[name].tolist()] for name in table.columns}
 
 
@@ -230,7 +247,8 @@ def _read_files(files: settings.Files, owner: str | None, taught: Taught) -> tup
 
 
 def _read_rows(files: settings.Files, key: str, path: str, owner: str | None, taught: Taught) -> Rows:
-    table = _read_table(f"data.files.{key}", Path(path), files.columns)
+    """The rows of a file, which the setting `key` names."""
+    table = read_table(f"data.files.{key}", Path(path), files.columns)
 
     def held(setting: str, name: str) -> Any:
         if name not in table.columns:
@@ -240,17 +258,61 @@ def _read_rows(files: settings.Files, key: str, path: str, owner: str | None, ta
 
     def column(setting: str, name: str) -> list[str]:
         values = held(setting, name)
-        empty = values.isna() | (values.eq("") if setting != "data.files.text" else False)
-        if empty.any():
-            at = int(np.flatnonzero(empty.to_numpy())[0]) + 1
-            raise SettingError(setting, f"{path}: row {at} has no {name!r}")
+        _complete(setting, path, name, values.isna() | (values.eq("") if setting != "data.files.text" else False))
         return [str(v) for v in values.tolist()]
 
-    label = "data.files.label"
+    def cells(setting: str, name: str) -> list[Any]:
+        values = held(setting, name)
+        if taught.target == "marks":
+            _complete(setting, path, name, values.isna())
+        return list(values.tolist())
+
+    return _rows(files, path, owner, taught, column, cells, partial(column, "data.files.text"))
+
+
+def _complete(setting: str, path: str, name: str, empty: Any) -> None:
+    """Make sure that no row lacks a value."""
+    if empty.any():
+        at = int(np.flatnonzero(empty.to_numpy())[0]) + 1
+        raise SettingError(setting, f"{path}: row {at} has no {name!r}")
+
+
+def _rows(
+    named: settings.Hub | settings.Files,
+    source: str,
+    owner: str | None,
+    taught: Taught,
+    column: Callable[[str, str], list[str]],
+    cells: Callable[[str, str], list[Any]],
+    inputs: Callable[[str], list[Any]],
+) -> Rows:
+    """The rows of a table.
+
+    Args:
+        named: the columns.
+        source: the table, for errors.
+        owner: the column that says whose a row is.
+        taught: how the labels are read.
+        column: gives a column, for the setting that names it, as text of which none is empty.
+        cells: likewise, as it is.
+        inputs: gives a column of texts or images.
+    """
+    key = f"data.{'files' if isinstance(named, settings.Files) else 'hub'}"
+    owners = column("data.partition.column", owner) if owner else None
+    if taught.target == "marks":
+        names = (str(named.text), str(named.label))
+        held = [cells(f"{key}.{what}", name) for what, name in zip(("text", "label"), names, strict=True)]
+        return Rows(*tagged.rows(*held, key=key, source=source, columns=names, known=taught.labels), owners)
+    if taught.target == "start" and (name := taught.messages) is not None:
+        held = cells("data.messages", name)
+        return Rows(*chats.rows(held, taught.scored, Column("data.messages", source, name)), owners)
+    if taught.target == "start" and taught.prompt is None and isinstance(named.text, str):
+        chats.no_lists(cells(f"{key}.text", named.text), Column(f"{key}.text", source, named.text))
+    label = f"{key}.label"
     return Rows(
-        _inputs(files.text, lambda name: column("data.files.text", name)),
-        taught.read(files, path, partial(column, label), lambda name: held(label, name).tolist()),
-        column("data.partition.column", owner) if owner else None,
+        _inputs(named.text, inputs) if taught.prompt is None else prompts_of(taught.prompt, cells),
+        taught.read(named, source, partial(column, label), partial(cells, label)),
+        owners,
     )
 
 
@@ -262,34 +324,19 @@ def _inputs(names: str | tuple[str, ...], column: Callable[[str], list[str]]) ->
     return [*zip(first, second, strict=True)]
 
 
-def _read_table(key: str, path: Path, columns: Sequence[str] | None) -> Any:
-    import pandas as pd
+def prompts_of(template: str, cells: Callable[[str, str], list[Any]]) -> list[str]:
+    """A template with the values of each row.
 
-    suffix = path.suffix.lower()
-    try:
-        if suffix in (".csv", ".tsv"):
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", pd.errors.ParserWarning)  # a row longer than the names
-                return pd.read_csv(
-                    path,
-                    sep="," if suffix == ".csv" else "\t",
-                    dtype=str,
-                    na_filter=False,
-                    encoding="utf-8",
-                    names=list(columns) if columns else None,
-                    header=None if columns else 0,
-                    index_col=False,  # else the first column is taken for it where a name is missing
-                )
-        if suffix in (".json", ".jsonl"):
-            return pd.read_json(path, lines=suffix == ".jsonl", dtype=False)
-        if suffix == ".parquet":
-            return pd.read_parquet(path)
-    except FileNotFoundError as error:
-        raise SettingError(key, f"no such file: {path}") from error
-    except Exception as error:  # each reader has errors of its own
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SettingError(key, f"{path} is not readable as {suffix[1:]}: {what}") from error
-    raise SettingError(key, f"{path}: {suffix or 'no suffix'} is not one of .csv, .tsv, .json, .jsonl, .parquet")
+    Args:
+        template: of `data.prompt`.
+        cells: gives a column, for the setting that names it.
+    """
+    columns = {
+        name: ["" if missing(cell) else str(cell) for cell in cells("data.prompt", name)]
+        for name in templates.columns(template)
+    }
+    rows = zip(*columns.values(), strict=True)
+    return [templates.filled(template, dict(zip(columns, row, strict=True))) for row in rows]
 
 
 def _read_hub(hub: settings.Hub, owner: str | None, taught: Taught) -> tuple[Rows, Rows | None]:
@@ -326,24 +373,19 @@ def _read_split(hub: settings.Hub, key: str, split: str, owner: str | None, taug
         named = kind.int2str if isinstance(kind, datasets.ClassLabel) else str
         return [named(v) for v in table[name]]
 
-    def cells(name: str) -> list[Any]:
-        kind = feature(label, name)
+    def cells(setting: str, name: str) -> list[Any]:
+        kind = feature(setting, name)
         inner = getattr(kind, "feature", None)  # of a list
         if isinstance(inner, datasets.ClassLabel):
             return [inner.int2str(list(v or ())) for v in table[name]]
-        return column(label, name) if isinstance(kind, datasets.ClassLabel) else list(table[name])
+        return column(setting, name) if isinstance(kind, datasets.ClassLabel) else list(table[name])
 
     def inputs(name: str) -> list[Any]:
         if isinstance(table.features.get(name), datasets.Image):
             return _files_of(table, name)
         return column("data.hub.text", name)
 
-    label = "data.hub.label"
-    return Rows(
-        _inputs(hub.text, inputs),
-        taught.read(hub, hub.path, partial(column, label), cells),
-        column("data.partition.column", owner) if owner else None,
-    )
+    return _rows(hub, f"{hub.path}, split {split!r}", owner, taught, column, cells, inputs)
 
 
 def _files_of(table: Any, name: str) -> list[bytes]:
@@ -389,6 +431,6 @@ def _hold_out(rows: Rows, share: float, again: bool = False) -> tuple[Rows, Rows
 def as_bytes(part: Input) -> bytes:
     """An input as bytes; no two are alike."""
     if isinstance(part, tuple):
-        first, second = map(as_bytes, part)
-        return len(first).to_bytes(8, "big") + first + second
+        parts = [as_bytes(one) for one in part]
+        return b"".join(len(one).to_bytes(8, "big") + one for one in parts[:-1]) + b"".join(parts[-1:])
     return part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")

@@ -35,13 +35,19 @@ class Encoded:
     Attributes:
         tokens: of each row its tokens, or the pixels of an image, channels first.
         targets: of each row the number of its class, or for causal_lm how many leading tokens are not scored; or
-            an array of 0 and 1, (rows, labels), uint8, or of scores from 0 to 1, (rows, scores), float32.
+            an array of 0 and 1, (rows, labels), uint8, or of scores from 0 to 1, (rows, scores), float32, or of
+            where parts of a row lie, (rows, places), int64.
         types: of each token which text of a pair it is of; None where there are no pairs.
+        marks: of each token the number of what it is judged by, 0 in a task without labels, -100 where it is not
+            scored; None: a row is judged as a whole, or from its target on.
+        cut: how many rows lost something that is judged, or what goes before it, to `max_length`.
     """
 
     tokens: Sequence[Sequence[int] | NDArray[np.uint8]]
-    targets: list[int] | NDArray[np.uint8] | NDArray[np.float32]
+    targets: list[int] | Targets
     types: Sequence[Sequence[int]] | None = None
+    marks: Sequence[Sequence[int]] | None = None
+    cut: int = 0
 
     @property
     def held(self) -> Targets:
@@ -59,14 +65,17 @@ class Examples:
     Attributes:
         tokens: of all rows one after another, (total tokens,), or all pixels.
         offsets: where each row begins, (rows + 1,).
-        targets: of each row, (rows,); of those with several labels or scores (rows, of each).
+        targets: of each row, (rows,); of those with several labels, scores or places (rows, of each).
         types: which text of a pair each token is of, (total tokens,); None where there are no pairs.
+        marks: what each token is judged by, (total tokens,), -100 where it is not scored; None: whole rows are, or
+            what follows their targets.
     """
 
     tokens: NDArray[np.int32 | np.uint8]  # (total tokens,), or all pixels
     offsets: NDArray[np.int64]  # (rows + 1,)
-    targets: Targets  # (rows,) or (rows, labels or scores)
+    targets: Targets  # (rows,) or (rows, labels, scores or places)
     types: NDArray[np.uint8] | None = None  # which text of a pair each token is of, (total tokens,)
+    marks: NDArray[np.int32] | None = None  # what each token is judged by, (total tokens,)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -80,9 +89,19 @@ class Examples:
         here = slice(self.offsets[index], self.offsets[index + 1])
         return np.zeros(here.stop - here.start, np.uint8) if self.types is None else self.types[here]
 
+    def marks_of(self, index: int) -> NDArray[np.int32]:
+        """Of each token of one example, what it is judged by; none where examples are judged as wholes."""
+        here = slice(self.offsets[index], self.offsets[index + 1])
+        return np.zeros(0, np.int32) if self.marks is None else self.marks[here]
+
     def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens in each of the rows."""
         return self.offsets[rows + 1] - self.offsets[rows]
+
+    @property
+    def majority(self) -> float | None:
+        """Of examples, or of scored tokens, as the function of that name has it."""
+        return majority(self.targets if self.marks is None else self.marks[self.marks >= 0])
 
 
 @dataclass(frozen=True)
@@ -114,6 +133,7 @@ class Dataset:
     validation: Examples  # that choose the best round; none unless the scenario asks for some
     labels: tuple[str, ...]  # names of classes, or of scores, in order; empty for causal_lm
     holdings: Stored | Drawn
+    cut: int = 0  # test rows that lost something that is judged to `data.max_length`
 
     @classmethod
     def open(cls, folder: Path, partition_folder: Path) -> Self:
@@ -130,6 +150,7 @@ class Dataset:
             holdings=Drawn(**json.loads(drawn.read_text()))
             if drawn.exists()
             else Stored(*(_map(partition_folder / f"{name}.npy") for name in names)),
+            cut=meta.get("cut", 0),
         )
 
     @property
@@ -172,16 +193,16 @@ class Dataset:
 
     @property
     def majority(self) -> float | None:
-        """As the function of that name has it, of the test examples; None where they have no labels."""
-        return majority(self.test.targets) if self.labels else None
+        """What always saying the commonest label comes to on the test examples, as `Examples.majority`."""
+        return self.test.majority if self.labels else None
 
 
-def label_counts(targets: Targets) -> NDArray[np.int64]:
+def label_counts(targets: Targets | NDArray[np.int32]) -> NDArray[np.int64]:
     """How many rows have each label, up to the last that any has; a row may have several."""
     return targets.sum(axis=0, dtype=np.int64) if targets.ndim == 2 else np.bincount(targets)
 
 
-def majority(targets: Targets) -> float | None:
+def majority(targets: Targets | NDArray[np.int32]) -> float | None:
     """What always saying the commonest label comes to, in [0, 1]; None of scores, and of no rows.
 
     That is its share of the rows. Where rows have several labels it is the micro F1, 2 c / (n + p), of c rows with
@@ -292,12 +313,13 @@ def _tokenised(
     encoding: str,
 ) -> Path:
     parts = {"train": train, "test": test} | ({"validation": validation} if validation.texts else {})
-    contents = map(_content, parts.values())
+    contents = map(content, parts.values())
     key = _fingerprint(_FORMAT, task, encoding, str(data.max_length), *contents, *names)
     return cached(cache_folder() / "tokens" / key, lambda to: _write(to, parts, names, encode))
 
 
 def _write(folder: Path, parts: Mapping[str, Rows], names: Sequence[str], encode: Encode) -> None:
+    meta: dict[str, Any] = {"labels": list(names)}
     for half, rows in parts.items():
         encoded = encode(rows) if rows.texts else Encoded([], [])
         lengths = np.fromiter(map(len, encoded.tokens), np.int64, len(encoded.tokens))
@@ -311,7 +333,12 @@ def _write(folder: Path, parts: Mapping[str, Rows], names: Sequence[str], encode
         if encoded.types is not None:
             kinds = np.fromiter((t for row in encoded.types for t in row), np.uint8, int(lengths.sum()))
             np.save(folder / f"{half}.types.npy", kinds)
-    (folder / "meta.json").write_text(json.dumps({"labels": list(names)}))
+        if encoded.marks is not None:
+            marks = np.fromiter((m for row in encoded.marks for m in row), np.int32, int(lengths.sum()))
+            np.save(folder / f"{half}.marks.npy", marks)
+        if half == "test" and encoded.cut:  # of others nobody is told
+            meta["cut"] = encoded.cut
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def _write_partitions(folder: Path, held_share: float | None, parts: list[NDArray[np.int64]], seed: Root) -> None:
@@ -328,8 +355,8 @@ def _examples(folder: Path, half: str) -> Examples:
     if not (folder / f"{half}.offsets.npy").exists():
         return Examples(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64))
     tokens, offsets, targets = (_map(folder / f"{half}.{what}.npy") for what in ("tokens", "offsets", "targets"))
-    types = folder / f"{half}.types.npy"
-    return Examples(tokens, offsets, targets, _map(types) if types.exists() else None)
+    more = ((folder / f"{half}.{what}.npy") for what in ("types", "marks"))
+    return Examples(tokens, offsets, targets, *(_map(file) if file.exists() else None for file in more))
 
 
 def _map(path: Path) -> NDArray[Any]:
@@ -337,7 +364,8 @@ def _map(path: Path) -> NDArray[Any]:
     return np.asarray(array)
 
 
-def _content(rows: Rows) -> str:
+def content(rows: Rows) -> str:
+    """Differs where a text or a label of some rows does."""
     labels = (label if isinstance(label, str) else json.dumps(label) for label in rows.labels or ())
     return _fingerprint(*rows.texts, "\0labels", *labels)
 

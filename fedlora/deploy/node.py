@@ -240,7 +240,9 @@ class Node:
                 setup = replace(ready.setup, noise=noise, secret=ready.client.private, kept=None)
             else:
                 told = self.site.data.labels
-                rows, left_out = reading.read_site(self.site.data, told, Taught.of(scenario.data, scenario.task))
+                taught, held = Taught.of(scenario.data, scenario.task), self.site.data
+                taught = replace(taught, messages=held.messages, prompt=held.prompt)
+                rows, left_out = reading.read_site(held, told, taught)
                 if left_out:
                     logger.warning("%d rows are left out: their label is not in data.labels", left_out)
                 placed = {"threads": self.site.threads, "device": self.site.device}

@@ -19,6 +19,7 @@ from fedlora.scenario import (
     Score,
     Section,
     Source,
+    Template,
     read,
 )
 from fedlora.tasks.contract import find
@@ -33,6 +34,8 @@ class Held(Files):
         None  # what the rows may be classified by; a run must have these and no others
     )
     score: Score | None = None  # the scale of the rows' scores, as a run must have it
+    messages: str | None = None  # a column of chats, where rows hold these instead of prompts and completions
+    prompt: Template | None = None  # of prompts, by columns of the rows; those of a scenario are its server's own
 
 
 class Budget(Section):

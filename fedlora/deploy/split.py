@@ -60,7 +60,8 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
             (new / f"site-{client}").mkdir()
             _write(new / f"site-{client}" / "train.csv", train, rows, scenario.data, separator)
             place = seen_as or folder.absolute() / f"site-{client}"
-            label = "null" if train.labels is None else "label"
+            columns = _columns(train, scenario.data)
+            label = json.dumps(columns) if len(columns) > 1 else columns[0] if columns else "null"
             more = f", labels: {json.dumps(held.labels)}" if held.labels else ""
             if (scale := scenario.data.score) is not None:
                 label = json.dumps(held.labels)
@@ -79,20 +80,27 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
 
 def _write(file: Path, rows: Rows, chosen: "np.typing.NDArray[np.int64]", data: Data, separator: str) -> None:
     labels = rows.labels
-    named = () if labels is None else ("label",) if data.score is None else data.label_columns
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["text", *named])
+        writer.writerow(["text", *_columns(rows, data)])
         for row in chosen:
             writer.writerow([rows.texts[row], *(() if labels is None else _cells(labels[row], data, separator))])
 
 
+def _columns(rows: Rows, data: Data) -> list[str]:
+    """The columns of labels, of scores or of both completions, as a file has them."""
+    if rows.labels is None:
+        return []
+    several = data.score is not None or len(data.label_columns) > 1
+    return [*data.label_columns] if several else ["label"]
+
+
 def _cells(label: Label, data: Data, separator: str) -> list[str]:
-    """A row's label, its labels, or its scores in their units, as a file has them."""
+    """A row's label, its labels, its scores in their units, or both completions, as a file has them."""
     if isinstance(label, str):
         return [label]
     if (scale := data.score) is None:
-        return [separator.join(map(str, label))]
+        return [separator.join(map(str, label))] if separator else [*map(str, label)]
     return [f"{scale.low + (scale.high - scale.low) * float(x):.9g}" for x in label]
 
 

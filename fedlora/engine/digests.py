@@ -63,7 +63,7 @@ class Digests:
         return self._based
 
     def _examples(self, partition: Partition) -> str:
-        """Of a client's tokens and targets."""
+        """Of a client's tokens and of what they are judged by."""
         if partition.client not in self._seen:
             if len(self._seen) >= KNOWN:
                 self._seen.clear()
@@ -72,6 +72,8 @@ class Digests:
             types = np.concatenate([examples.types_of(int(row)) for row in rows])
             prefix = self.task.prefix
             kept = None if prefix is None else prefix.find(examples, rows)  # an input of a pass as they are
-            parts = (tokens, types, examples.lengths(rows), examples.targets[rows], rows, kept)
+            parts: list[Any] = [tokens, types, examples.lengths(rows), examples.targets[rows], rows, kept]
+            if examples.marks is not None:
+                parts.append(np.concatenate([examples.marks_of(int(row)) for row in rows]))
             self._seen[partition.client] = replay.digest(self.scenario.seed, *parts)
         return self._seen[partition.client]

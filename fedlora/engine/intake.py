@@ -14,6 +14,7 @@ import numpy as np
 from fedlora.adapter import Adapter, Instruction, Tensor, Update
 from fedlora.engine.replies import Replies, Report
 from fedlora.errors import ContractError
+from fedlora.optimizers import averaged
 from fedlora.scenario import Scenario
 from fedlora.strategy import Strategy
 
@@ -81,13 +82,14 @@ class Intake:
             instruction: as the server sent it.
 
         Raises:
-            ContractError: its tensors are not those asked for, it moved further than `clients.max_norm`, or it
-                claims to weigh more than its clients hold.
+            ContractError: its tensors or second moments are not those asked for, it moved further than
+                `clients.max_norm`, or it claims to weigh more than its clients hold.
         """
         told = self.scenario.clients
         rank = told.rank(update.clients[0], self.scenario.seed, self.scenario.model.adapter.r)
         check_tensors(update.adapter, self.expected(instruction, rank))
         self._check_weight(update)
+        averaged.check(update.moments, len(instruction.moments))
         if told.max_norm is not None:
             moved = _moved(update.adapter, instruction.at(rank).adapter)
             if moved > told.max_norm:

@@ -214,5 +214,8 @@ def _not_evaluated(job: int, why: str) -> Any:
 
 def _own(replies: Replies) -> Replies:
     """Replies with tensors of their own, so that the object store need not hold a whole round's."""
-    updates = [replace(u, adapter={n: t.copy() for n, t in u.adapter.items()}) for u in replies.updates]
+    updates = [
+        replace(u, adapter={n: t.copy() for n, t in u.adapter.items()}, moments=u.moments.copy())
+        for u in replies.updates
+    ]
     return Replies(updates, replies.reports)

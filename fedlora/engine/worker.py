@@ -26,6 +26,7 @@ from fedlora.errors import ContractError, Refusal
 from fedlora.metrics import confusion
 from fedlora.metrics import contract as metrics
 from fedlora.metrics.contract import Evaluation
+from fedlora.optimizers import averaged
 from fedlora.passes import alone
 from fedlora.passes.fused import Fused
 from fedlora.passes.kept import Kept, Piece, pays
@@ -80,6 +81,7 @@ class Worker:
                 precision="bf16" if setup.precision == "bf16" else "fp32",
                 start=start.saved if start is not None else None,
                 scale=(score.low, score.high) if (score := self.scenario.data.score) is not None else None,
+                beta=asked.beta if (asked := self.scenario.preference) is not None else None,
             )
         self.kept: Kept | None = None
         if self.task.prefix is not None and pays(self.scenario, self.dataset):
@@ -293,14 +295,20 @@ class Worker:
             )
         plain = type(strategy).reply is strategies.Strategy.reply
         settings = self.settings(instruction, len(partition), client)
+        averages = self.scenario.clients.averages_state and len(instruction.moments) > 0
         if self.optimizers is not None:
             settings = replace(settings, state=self.optimizers.load(client, before=round))
+        elif averages:
+            settings = replace(settings, state=dict(zip(instruction.send, instruction.moments, strict=True)))
         wanted = tuple(sorted({*settings.send, *instruction.keep} if plain else layout))
         update = yield from self._train(instruction, partition, settings, wanted, rank, sharing, deed)
         clients.check_kept(self.client)
         if self.optimizers is not None:
             self.optimizers.save(client, round, update.state)
-        update = replace(update, state={})
+        if averages and not update.state.keys() >= set(instruction.send):
+            raise ContractError(f"{type(self.client).__name__} gives no state back, as `Steps.kept` has it")
+        moments = averaged.rows(update.state, instruction.send if averages else ())
+        update = replace(update, state={}, moments=moments)
         if plain and not instruction.keep:  # all of it is sent, and checked when it comes in
             return replace(update, scaling=kind.scaling(rank))
         check_tensors(update.adapter, {n: kind.shape(layout[n], rank) for n in wanted})  # before it is kept
@@ -385,7 +393,7 @@ class Worker:
         rows, examples, asked = np.arange(start, stop), getattr(self.dataset, half), self.scenario.exact_match
         rowwise = bool(self.metrics) or (half == "test" and confusion.tells(self.task.target, self.dataset.labels))
         found = self.task.evaluation(adapter, examples, rows, rowwise)
-        writes = half == "test" or self.scenario.chosen_by(self.task.metric) == "exact_match"
+        writes = half == "test" or self.scenario.chosen_by(self.task.metric) in ("exact_match", "rouge_l")
         if asked and writes and start < asked.examples:
             model = self.scenario.model
             more = self.task.written(lambda: self.task.reader(model.base, model.revision), examples, rows, asked)
@@ -407,7 +415,8 @@ class Worker:
             self.task.become(rank, instruction.draw)
             held = rows if test else self.dataset.held_out(client)
             made = self.task.evaluation(adapter, held.examples, held.rows, bool(self.metrics))
-            found[client] = made.figures(self.task.figures(made.sums), self.metrics, self.dataset.labels)
+            told = self.task.figures(made.sums)
+            found[client] = made.figures(told, self.metrics, self.dataset.labels)
         return found
 
     def merge(self, change: Change) -> None:
@@ -418,11 +427,13 @@ class Worker:
         self.merged += 1
 
     def figures(self, found: Mapping[Half, Evaluation]) -> dict[Half, Figures]:
-        """Loss and metrics of each half; of the test rows of a run their confusion too, where it can be told."""
-        labels, sums = self.dataset.labels, self.task.by_half({half: each.sums for half, each in found.items()})
-        told = {half: each.figures(sums[half], self.metrics, labels) for half, each in found.items()}
-        if (test := found.get("test")) and test.outputs is not None and confusion.tells(self.task.target, labels):
-            told["test"][confusion.CONFUSION] = confusion.confusion(test, len(labels))
+        """Loss and metrics of the rows that report and of those that choose; of the first also their confusion."""
+        labels, sums = self.dataset.labels, self.task.by_half({half: these.sums for half, these in found.items()})
+        told: dict[Half, Figures] = {
+            half: these.figures(sums[half], self.metrics, labels) for half, these in found.items()
+        }
+        if found["test"].outputs is not None and confusion.tells(self.task.target, labels):
+            told["test"][confusion.CONFUSION] = confusion.confusion(found["test"], len(labels))
         return told
 
     def export(self, adapter: Adapter, folder: Path, merged: Change | None) -> None:

@@ -5,6 +5,7 @@ of a weight is linear in them, what the change is, and how it becomes an ordinar
 else assumes how its tensors are called: strategies read the `role` of a slot.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -174,6 +175,18 @@ class Kind(ABC):
     def rescale(self, layer: Any, rank: int) -> None:
         """Let a layer be that of a client of some rank."""
         layer.scaling["default"] = self.scaling(rank)
+
+    @contextlib.contextmanager
+    def off(self, layers: Collection[Any]) -> Iterator[None]:
+        """Have layers be those of the base alone for a while."""
+        before = [layer.scaling["default"] for layer in layers]
+        try:
+            for layer in layers:
+                layer.scaling["default"] = 0.0
+            yield
+        finally:
+            for layer, scaling in zip(layers, before, strict=True):
+                layer.scaling["default"] = scaling
 
     def export(
         self, layout: Layout, adapter: Mapping[str, Tensor], merged: Change | None = None

@@ -130,7 +130,7 @@ def known(target: str) -> Mapping[str, Metric]:
     """The built-in metrics for a target, by name."""
     found: dict[str, Metric] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if module.name not in ("contract", "confusion"):
+        if module.name not in ("contract", "confusion", "written"):
             held: Sequence[Metric] = importlib.import_module(f"fedlora.metrics.{module.name}").METRICS
             found |= {metric.name: metric for metric in held if metric.takes == target}
     return dict(sorted(found.items()))
@@ -221,6 +221,7 @@ TARGETS: Mapping[str, str] = {
 }
 TAKEN = frozenset(
     "round clients failures loss train_loss bytes_up bytes_down epsilon late virtual_seconds seconds phases "
-    "client num_examples steps error exact_match perplexity confusion resting aggregation_error metrics".split()
+    "client num_examples steps error exact_match rouge_l perplexity confusion resting aggregation_error "
+    "metrics".split()
 )
 _NONE = "is of labels or scores, and this task has none: leave it out"

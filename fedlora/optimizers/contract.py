@@ -1,7 +1,8 @@
 """The optimiser of a client: made anew each round by `Client.optimizer`, at the rates of the scenario's schedule.
 
 Whatever it is, it sees gradients after clipping and noise: a function of what was paid for, it costs no epsilon.
-Its state is a function of those too. With `state: kept` it stays where the client's personal tensors stay.
+Its state is a function of those too. With `state: kept` it stays where the client's personal tensors stay; with
+`state: averaged` second moments begin at the mean of others' (`fedlora.optimizers.averaged`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from fedlora.errors import ContractError, SettingError, suggestion
 
 if TYPE_CHECKING:
     import torch
+
+    from fedlora.optimizers.adamw import AdamW
 
 
 class Told(Protocol):
@@ -37,7 +40,7 @@ class Told(Protocol):
 
     @property
     def state(self) -> Adapter:
-        """Of the optimiser, as the client kept it."""
+        """Of the optimiser, as the client kept it, or as the server averaged it."""
 
 
 _NUMBER = "="  # before the name of a value of the state that is a plain number and no tensor
@@ -101,7 +104,10 @@ class Steps:
         self.optimizer, self.settings = optimizer, settings
         self.parameters = dict(zip(names, parameters, strict=True))
         self._rates = [group["lr"] for group in optimizer.param_groups]
-        if settings.state:
+        if self._averaging is not None:
+            for name, (second, weight) in settings.state.items():
+                self._averaging.begin(self.parameters[name], float(second), float(weight))
+        elif settings.state:
             _fill(optimizer, self.parameters, settings.state)
 
     def take(self, step: int, variances: "Mapping[str, torch.Tensor | float] | None" = None) -> None:
@@ -119,8 +125,21 @@ class Steps:
                 expect(self.parameters[name], variance)
         self.optimizer.step()
 
+    @property
+    def _averaging(self) -> "AdamW | None":
+        """The optimiser, where its second moments are averaged."""
+        if self.settings.optimizer.get("state") != "averaged":
+            return None
+        from fedlora.optimizers.adamw import AdamW
+
+        if not isinstance(self.optimizer, AdamW):
+            raise ContractError(f"{type(self.optimizer).__name__} has no second moment that can be averaged")
+        return self.optimizer
+
     def kept(self) -> Adapter:
-        """The state, where it stays with the client; by tensor and name."""
+        """The state, where it stays with the client, by tensor and name; where it is averaged, a row by tensor."""
+        if self._averaging is not None:
+            return {n: np.array(self._averaging.mean(p), np.float32) for n, p in self.parameters.items()}
         if self.settings.optimizer.get("state") != "kept":
             return {}
         found: dict[str, Any] = {}

@@ -283,7 +283,9 @@ def _pack(alone: Alone) -> str:
     unfit = ""
     for cut, first in product((task.pools, False) if task.pools else (False,), (0, after)):
         try:
-            task.packing = Packing(body, unpack=task.pools, first_position=first, cut=cut)
+            task.packing = Packing(
+                body, unpack=task.pools, first_position=first, cut=cut, sequences=task.sequences
+            )
             if not (unfit := alone.differs(few) or alone.differs(many)):
                 return ""
         except Exception as error:  # whatever a model says to what it does not know

@@ -168,7 +168,8 @@ class Fused:
         examples, tokens = self.task.low_rank.lie(x, layer), x.shape[:-1].numel()
         key = (examples is None, tokens)
         if key not in self._lies:
-            each = [tokens // len(x)] * len(x) if examples is None else examples.lengths
+            count = self.task.low_rank.examples
+            each = [tokens // count] * count if examples is None else examples.lengths
             it = iter(each)
             lengths = [sum(itertools.islice(it, count)) for count in self._examples]
             ends = torch.tensor(lengths, device=x.device)[:, None]

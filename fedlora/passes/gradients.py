@@ -123,6 +123,9 @@ def _hooks(task: "Task") -> None:
             activations = module.activations.pop()
             lies = task.low_rank.lie(backprops, module)
             module.max_batch_len = task.low_rank.examples
+            if lies is None and (count := task.low_rank.sequences) > 1:
+                each = [x.reshape(-1, count, *x.shape[1:]) for x in (*activations, backprops)]
+                return each[:-1], each[-1]
             if lies is None or type(module) is torch.nn.Linear:
                 return activations, backprops
             # Padding comes back as zeros, which add nothing to the gradient of any example.

@@ -35,6 +35,7 @@ class LowRank:
         find: how the examples lie in a tensor of the last pass.
         singly: whether backward passes leave `grad_sample`, (examples, *shape) in float32, in place of `grad`.
         examples: of the pass.
+        sequences: of an example: as many rows of a padded batch are its own, one after another.
         shares: layers that were given something that all examples of a pass share.
     """
 
@@ -46,7 +47,7 @@ class LowRank:
             find: gives the examples of a row, where it is one.
             product: whether the kind of adapter is such a product; else no layer is taken over.
         """
-        self.singly, self.examples, self.find = False, 0, find
+        self.singly, self.examples, self.sequences, self.find = False, 0, 1, find
         self.layers = list(_plain(model)) if product else []
         self.shares: set[Any] = set()
         self._names = {module: name for name, module in model.named_modules()}
@@ -65,14 +66,15 @@ class LowRank:
         return y
 
     def copies(self, layer: Any, x: "torch.Tensor") -> int:
-        """How often what a layer makes of `x` is laid out: once, or for each example where they all share `x`."""
-        if self.examples == 1 or len(x) > 1 or self.find(x) is not None:
+        """How often what a layer makes of `x` is laid out: once, or for each sequence where they all share `x`."""
+        rows = self.examples * self.sequences
+        if rows == 1 or len(x) > 1 or self.find(x) is not None:
             return 1
         self.shares.add(layer)
-        return self.examples
+        return rows
 
     def lie(self, x: "torch.Tensor", layer: Any) -> "Segments | None":
-        """How the examples of this pass lie in a tensor; None where the first dimension holds them, one each.
+        """How the examples of this pass lie in a tensor; None where the first dimension holds their sequences.
 
         Args:
             x: an input, an output or a gradient.
@@ -82,7 +84,8 @@ class LowRank:
             ContractError: they do not lie in it: what is taken for an example's would be of several.
         """
         lies = self.find(x)
-        if (found := len(x) if lies is None else len(lies.lengths)) != self.examples:
+        found, rows = (len(x), self.sequences) if lies is None else (len(lies.lengths), 1)
+        if found != self.examples * rows:
             raise ContractError(
                 f"{self._names.get(layer, type(layer).__name__)} runs on {found} rows where there are "
                 f"{self.examples} examples: whose a gradient is cannot be told"
@@ -101,7 +104,7 @@ class LowRank:
             right: (tokens, other width), likewise.
 
         Raises:
-            ContractError: the first dimension is not the examples.
+            ContractError: the first dimension is not the examples' sequences.
         """
         import torch
 
@@ -109,9 +112,9 @@ class LowRank:
             return by_example(left, right, lies)
         tokens = whole.shape[1:-1].numel()
         left, right = (x.float().view(-1, tokens, x.shape[-1]) for x in (left, right))
-        if len(left) == len(right):
-            return torch.bmm(left.transpose(1, 2), right)
-        return torch.matmul(left.transpose(1, 2), right)  # one of the two is shared
+        product = torch.bmm if len(left) == len(right) else torch.matmul  # of which one of the two is shared
+        made = product(left.transpose(1, 2), right)  # (sequences of all, width, other width)
+        return made if self.sequences == 1 else made.view(-1, self.sequences, *made.shape[1:]).sum(1)
 
 
 def by_example(left: "torch.Tensor", right: "torch.Tensor", lies: "Segments") -> "torch.Tensor":

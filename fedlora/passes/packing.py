@@ -30,6 +30,10 @@ class Segments:
 
     mask: "torch.Tensor"
 
+    def joined(self, count: int) -> "Segments":
+        """The same tokens in the same row, with every `count` examples as one."""
+        return self if count == 1 else Segments(self.mask.reshape(-1, count * self.mask.shape[1]))
+
     @cached_property
     def cells(self) -> "torch.Tensor":
         """The cell of the flattened padded batch that each token of the row comes from, (tokens,)."""
@@ -219,7 +223,9 @@ class Packing:
         cut: the same of what the next pass will cut its row to behind the body.
     """
 
-    def __init__(self, body: Any, *, unpack: bool, first_position: int = 0, cut: bool = False) -> None:
+    def __init__(
+        self, body: Any, *, unpack: bool, first_position: int = 0, cut: bool = False, sequences: int = 1
+    ) -> None:
         """Hook into a body.
 
         Args:
@@ -228,12 +234,14 @@ class Packing:
             first_position: the position id of an example's first token.
             cut: whether the last layer asks for the first token of each example alone, and goes on with it:
                 a classifier that pools there reads no other.
+            sequences: of an example, rows of the batch one after another that do not see each other.
 
         Raises:
             AttributeError: the layers of the body are not where `cut` looks for them.
         """
         self.rows: Mapping[int, Segments] = {}
         self.cut: Mapping[int, Segments] = {}
+        self.sequences = sequences
         self._body, self._before, self._first = body, body.config._attn_implementation, first_position
         self._hooks: list[Callable[[], Any]] = [
             lambda: body.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -281,8 +289,9 @@ class Packing:
         Raises:
             ContractError: it is a row of another pass.
         """
-        examples = len(next(iter(self.rows.values())).mask) if self.rows else 1
-        if examples == 1 or len(tensor) > 1 or tensor.dim() < 3:  # the row of a single example is its batch
+        examples = len(next(iter(self.rows.values())).mask) if self.rows else 0
+        single = examples == self.sequences == 1  # whose row is its batch
+        if not examples or single or len(tensor) > 1 or tensor.dim() < 3:
             return None
         if tensor.shape[1] not in self.rows:
             raise ContractError(f"a row of {tensor.shape[1]} tokens is none of the last pass")
@@ -293,7 +302,8 @@ class Packing:
         mask = kwargs.get("attention_mask")
         segments = Segments(ids.new_ones(ids.shape).bool() if mask is None else mask.bool())
         row = segments.row(ids)
-        self.rows, self.cut = {**self.cut, row.shape[1]: segments}, {}
+        lies = {**self.cut, row.shape[1]: segments}
+        self.rows, self.cut = {length: held.joined(self.sequences) for length, held in lies.items()}, {}
         changed = {"input_ids": row, "attention_mask": None, "segments": segments}
         if (types := kwargs.get("token_type_ids")) is not None:
             changed["token_type_ids"] = segments.row(types)

@@ -111,8 +111,8 @@ def _history(events: Iterable[Event]) -> tuple[tuple[float, float, int], ...]:
 def epsilon_of_runs(runs: Iterable[Iterable[Sequence[Event]]], delta: float) -> float:
     """Epsilon at `delta` of several runs together, on an example that anybody may have held in each.
 
-    Another seed deals the examples out anew. So each run costs, at every order of Renyi DP, what it cost the
-    holder who spent most at that order; over runs this adds up (Mironov, 2017, https://arxiv.org/abs/1702.07476).
+    Runs with different seeds have different partitions. So each run costs, at every order of Renyi DP, as much as
+    its holder with the largest cost at that order; over runs this adds up (Mironov, 2017, https://arxiv.org/abs/1702.07476).
 
     Args:
         runs: for each run the events of every holder of a budget.

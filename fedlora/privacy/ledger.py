@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, get_args
 
 from fedlora.errors import UserError
 from fedlora.privacy import lock
-from fedlora.privacy.accounting import FROM_SERVER, Accountant, Event, added, epsilon
+from fedlora.privacy.accounting import FROM_SERVER, Accountant, Event, added, epsilon, statement
 
 MECHANISM = "poisson_subsampled_gaussian"
 MAX_DRAWS = 10_000  # of a round: more is no interruption
@@ -396,6 +396,22 @@ def epsilon_of(file: Path, unit: str = "example", accountant: Accountant | None 
     return max(
         (epsilon(e, first["delta"], accountant or first["accountant"]) for e in events.values()), default=0.0
     )
+
+
+def statements(run: Path) -> list[str]:
+    """What a run's ledger, or a `privacy.jsonl`, says that was spent, by every accountant, a line each.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = run / "privacy.jsonl" if run.is_dir() else run
+    lines = [f"{file}: whole, {sum(map(len, replay(file).values()))} events"]
+    for unit, line in {line["unit"]: line for line in read(file, torn=True)}.items():
+        for accountant in get_args(Accountant):
+            spent = epsilon_of(file, unit, accountant)
+            said = statement(spent, line["delta"], unit, accountant, line.get("honest", 1.0))
+            lines.append(f"  {accountant}  {said}")
+    return lines
 
 
 def _append(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -1,7 +1,7 @@
 """The card beside a run's adapter: what it is, what it was promised, how to load it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ def write(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:
     who = "sites" if ready.setup.secret else "simulated clients"
     sent = f"{summary['bytes_up_total']:,} bytes; to clients: {summary['bytes_down_total']:,} bytes"
     if scenario.client_privacy is not None:
-        sent = "not told: it says how many were drawn"
+        sent = "not reported: it would show how many were drawn"
     judged = f"{summary['test_examples']} held-out examples"
     if ready.strategy.tested:
         judged += ", the mean of clients' own models; this adapter is what all of them began with, untrained"
@@ -48,7 +48,7 @@ by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["
 - scenario hash {summary["hash"]}, seed {summary["seed"]}
 
 ```python
-{_WITH_FEDLORA if base == "minilm" else _in_peft(task, base, len(labels))}
+{_WITH_FEDLORA if base == "minilm" else _in_peft(task, base, labels)}
 ```
 """,
         encoding="utf-8",
@@ -63,15 +63,16 @@ def _read_as(scenario: Scenario, summary: Mapping[str, Any]) -> str:
     return f" (each given from a probability of {threshold:g} on)" if threshold is not None else ""
 
 
-def _in_peft(task: type[Task], base: str, labels: int) -> str:
-    """How to load it without fedlora."""
-    more = f", num_labels={labels}" if labels else ""
+def _in_peft(task: type[Task], base: str, labels: Sequence[str]) -> str:
+    """How to load it without fedlora; the model gives labels by their names."""
+    names = ", ".join(f"{i}: {json.dumps(name, ensure_ascii=False)}" for i, name in enumerate(labels))
+    more = f", num_labels={len(labels)}, id2label=labels" if labels else ""
     if task.problem is not None:
         more += f', problem_type="{task.problem}"'
     if not task.tokens:
         more += ", ignore_mismatched_sizes=True"
     return f"""from peft import PeftModel
 from transformers import {task.auto}
-
+{f"{chr(10)}labels = {{{names}}}" if labels else ""}
 base = {task.auto}.from_pretrained("{base}"{more})
 model = PeftModel.from_pretrained(base, "adapter")"""

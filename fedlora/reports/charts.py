@@ -58,6 +58,7 @@ def lines(
         ringed: the x whose points have a ring around them; None: none has.
     """
     held = data(rows)
+    scale = _scale([row[column] for row in rows for column in (y[0], rule, *(band or ())) if column in row], zero)
     base = alt.Chart(held).encode(
         x=alt.X(
             f"{x[0]}:Q",
@@ -65,7 +66,7 @@ def lines(
             scale=alt.Scale(zero=False, nice=False, padding=12),
             axis=alt.Axis(grid=False, tickMinStep=1, format="d") if whole else alt.Axis(grid=False),
         ),
-        y=alt.Y(f"{y[0]}:Q", title=y[1], scale=alt.Scale(zero=zero)),
+        y=alt.Y(f"{y[0]}:Q", title=y[1], scale=scale),
         tooltip=_hover(rows),
     )
     if series:
@@ -76,7 +77,7 @@ def lines(
         )
     layers: list[alt.Chart] = []
     if rule and any(rule in row for row in rows):
-        level = alt.Y(f"max({rule}):Q", title=y[1], scale=alt.Scale(zero=zero))
+        level = alt.Y(f"max({rule}):Q", title=y[1], scale=scale)
         mark = alt.Chart(held).mark_rule(strokeDash=[4, 4], strokeWidth=1.5, color="gray")
         layers.append(mark.encode(y=level, tooltip=alt.Tooltip(f"max({rule}):Q", title=rule, format=".4~g")))
     if band:
@@ -87,6 +88,16 @@ def lines(
         layers.append(ring.mark_point(filled=False, size=160, strokeWidth=2, opacity=1))
     layers.append(base.mark_point(filled=True, size=500, opacity=0))  # something larger to hover over
     return alt.LayerChart(layer=layers, width="container", height=230)
+
+
+def _scale(values: Sequence[float | None], zero: bool) -> alt.Scale:
+    """The scale of an axis; around a value that never changes there is room, so that ticks have labels."""
+    known = {value for value in values if value is not None}
+    if zero or len(known) != 1:
+        return alt.Scale(zero=zero)
+    (value,) = known
+    around = abs(value) / 10 or 1.0
+    return alt.Scale(domain=[value - around, value + around])
 
 
 def data(rows: Sequence[Row]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from fedlora.errors import counted
 from fedlora.privacy.accounting import neighbours, terms
 from fedlora.reports.tables import Table
 from fedlora.run import Run
@@ -128,10 +129,10 @@ class Live:
         self._metric, self._rounds, self._done, self._began = metric, scenario.rounds, done, time.monotonic()
         if self._bar is None:
             return
+        cohort = f"{scenario.clients.cohort_size} of {counted(scenario.clients.total, 'client')} a round"
         private = scenario.clients.use if scenario.privacy is None else f"{scenario.clients.use}, private"
         self._bar.console.print(
-            f"[bold]{scenario.name}[/]  {scenario.strategy.use}, {private}, "
-            f"{scenario.clients.cohort_size} of {scenario.clients.total} clients a round, seed {scenario.seed}"
+            f"[bold]{scenario.name}[/]  {scenario.strategy.use}, {private}, {cohort}, seed {scenario.seed}"
         )
         if asked := scenario.privacy:
             said = terms(asked.unit, asked.accountant)
@@ -200,10 +201,8 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         f"up {size(rounds[0]['bytes_up'])}, down {size(rounds[0]['bytes_down'])}; all clients together",
     ]
     if plan["virtual_seconds"] is not None:
-        late = sum(line["late"] for line in rounds)
-        lines.append(
-            f"  devices   {plan['virtual_seconds'] / 3600:.2f} virtual hours; {late} clients late or gone"
-        )
+        late = counted(sum(line["late"] for line in rounds), "client")
+        lines.append(f"  devices   {plan['virtual_seconds'] / 3600:.2f} virtual hours; {late} late or gone")
     if private:
         lines.append(
             f"  privacy   epsilon {plan['epsilon']:.3f} at delta {plan['delta']:g} for each {plan['unit']}; "
@@ -298,7 +297,7 @@ def advice_lines(advice: Sequence[Mapping[str, Any]]) -> list[str]:
     if not best["set"]:
         return [*told, "as it is, it has the best ratio of these"]
     more = best["run_ratio"] / now["run_ratio"]
-    return [*told, f"advice: {more:.2f} times the ratio by  {best['set']}  (then tune the learning rate anew)"]
+    return [*told, f"advice: {more:.2f} times the ratio by  {best['set']}  (then tune the learning rate again)"]
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -324,7 +323,8 @@ def summary_lines(run: Run) -> list[str]:
     if "virtual_seconds" in summary:
         lines.insert(2, f"  devices  {summary['virtual_seconds'] / 3600:.2f} virtual hours")
     if "stopped" in summary:
-        lines.insert(1, f"  stopped  {summary['stopped']}; go on with --resume")
+        more = "; continue with --resume" if summary["stopped"].startswith("interrupted") else ""
+        lines.insert(1, f"  stopped  {summary['stopped']}{more}")
     if "ended" in summary:
         lines.insert(1, f"  ended    {summary['ended']}")
     return lines + [f"  verdict  {verdict}" for verdict in run.verdicts()]

@@ -188,7 +188,7 @@ def _clients(run: Run) -> Sequence[Figure]:
         words = key.replace("_", " ")
         title = f"{words.capitalize()} of each client"
         chart = heat(rows, ("round", "round"), ("client", "client"), (key, words), height=tall(len(some)))
-        found.append(Figure(title, f"As the client told it, by round.{_thinning(len(some), total)}", chart))
+        found.append(Figure(title, f"As the client reported it, by round.{_thinning(len(some), total)}", chart))
     return found
 
 

@@ -104,7 +104,7 @@ def _key_figures(run: Run) -> Iterator[tuple[str, str, str]]:
     if rounds and (clock := rounds[-1].get("virtual_seconds")) is not None:
         late = sum(line.get("late", 0) for line in rounds)
         yield "Virtual time", f"{clock / 3600:.2f} h", f"by the clock of the devices; {late} were late or vanished"
-    yield "Time", span(sum(line.get("seconds", 0.0) for line in rounds)), "minutes of rounds"
+    yield "Time", span(sum(line.get("seconds", 0.0) for line in rounds)), "of rounds, as minutes:seconds"
 
 
 def _privacy(run: Run) -> Iterator[str]:

@@ -135,7 +135,7 @@ def privacy_in_words(ready: Prepared, record: Ledger) -> str:
     words = accounting.statement(spent_of(record, asked) or 0.0, asked.delta, asked.unit, asked.accountant)
     if asked.unit == "client":
         seen = "the sum of the clipped updates" if scenario.secure_aggregation else "each clipped update"
-        words += f", from whoever sees the models but not from the server, which sees {seen}"
+        words += f", from anyone who sees the models but not from the server, which sees {seen}"
     if (whole := server_epsilon(scenario, record.events)) is not None and scenario.secure_aggregation is not None:
         honest = scenario.secure_aggregation.honest
         words += " under the clients' noise; "
@@ -151,7 +151,7 @@ def privacy_in_words(ready: Prepared, record: Ledger) -> str:
     if scenario.model.start is not None:
         words += "; the adapter that it began from is taken as given: what rows lost there adds up with this"
     if ready.setup.secret:
-        return f"{words}; whoever added noise drew it, and the batches, under a key from the operating system"
+        return f"{words}; noise and batches were drawn under keys from the operating system"
     return (
         f"{words}; noise was drawn from the scenario's seed, as fits a simulation and not a deployment; who holds "
         "which examples, the labels and the test set are taken as given"

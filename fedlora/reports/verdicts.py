@@ -3,8 +3,8 @@
 With n test rows, m the share of their commonest label, the standard error of an accuracy a is
 `e(a) = sqrt(a (1 - a) / n)`. The rules:
 
-- `majority`: the last accuracy is at most `m + 2 e(m)`; at most m is sure. The last micro F1 is at most that of
-  always saying the commonest label.
+- `majority`: the last accuracy is at most `m + 2 e(m)`; at most m is sure. Or the last micro F1 is at most that of
+  always saying the commonest label, or the last F1 of entities is 0.
 - `guessing`: the last loss is above that of saying each of k labels by its share. Of labels with a commonest share
   of m that is at most the entropy `-m log m - (1 - m) log((1 - m) / (k - 1))`. The mean of n losses is taken to be
   off by `2 / sqrt(n)`: a loss spreads by about one nat.
@@ -92,6 +92,9 @@ def verdicts(
         above = judged and majority and labels > 1 and _guessing(points[-1], majority, labels, judged)
         if majority and (judged or metric in GUESSED[1:]):
             found += _no_better(points[-1], majority, judged, settings.lower if fell or above else settings.signal)
+        if metric == "f1" and not points[-1].value:
+            says = "not one entity is found as it is: no better than always saying that there is none"
+            found.append(Verdict("majority", says, settings.lower if fell else settings.signal))
         if above:
             found.append(Verdict("guessing", above, settings.lower))
         if fell:
@@ -117,7 +120,7 @@ def _no_better(last: _Point, majority: float, rows: int | None, setting: str) ->
     if last.value <= majority:
         says = f"no better than {always}"
     else:
-        says = f"its accuracy of {last.value:.3f} cannot be told from {always}: that takes more than {least:.3f}"
+        says = f"its accuracy of {last.value:.3f} is not distinct from {always}: that takes more than {least:.3f}"
     yield Verdict("majority", says, setting if least < 1 else "more test rows, of more labels")
 
 
@@ -219,7 +222,7 @@ class _Settings:
             key = "sample_rate" if self.clients.get("sample_rate") else "batch_size"
             tried.append(f"a larger clients.{key} (now {self.clients.get(key, '?')})")
         key, rate = self._rate()
-        return ", ".join([*tried, f"another {key} (now {rate})"])
+        return ", ".join([*tried, f"another {key} (now {rate}), as fedlora tune finds it"])
 
     @property
     def lower(self) -> str:

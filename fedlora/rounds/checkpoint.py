@@ -27,7 +27,8 @@ from fedlora.errors import UserError
 
 _MANIFEST = "manifest.json"
 _FILES = {"adapter.safetensors", "strategy.safetensors", "state.json"}
-_UNDER_WAY, _BEST = "under_way/", "best/"  # before the names of such tensors, beside the strategy's
+# Before the names of such tensors, beside the strategy's.
+_UNDER_WAY, _BEST, _MOMENTS = "under_way/", "best/", "clients.moments/"
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Checkpoint:
         strategy: what `Strategy.state` gave: arrays and JSON values by name.
         under_way: tensors of updates that have not arrived yet, where rounds are not in step.
         best: the adapter of the best round so far, where one is kept.
+        moments: of each tensor, where clients' optimisers begin at their mean.
         words: JSON values of the loop, such as the totals so far.
         origin: what it belongs to, as JSON values: the resolved scenario, the versions, the ledger's position.
     """
@@ -53,6 +55,7 @@ class Checkpoint:
     origin: Mapping[str, Any] = field(default_factory=dict)
     under_way: Adapter = field(default_factory=dict)
     best: Adapter = field(default_factory=dict)
+    moments: Adapter = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -71,7 +74,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "origin": dict(checkpoint.origin),
     }
     write_tensors(new / "adapter.safetensors", checkpoint.adapter)
-    for prefix, tensors in ((_UNDER_WAY, checkpoint.under_way), (_BEST, checkpoint.best)):
+    apart = ((_UNDER_WAY, checkpoint.under_way), (_BEST, checkpoint.best), (_MOMENTS, checkpoint.moments))
+    for prefix, tensors in apart:
         arrays |= {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
     write_tensors(new / "strategy.safetensors", arrays)
     _write(new / "state.json", json.dumps(state).encode())
@@ -122,9 +126,9 @@ def _whole(folder: Path) -> Checkpoint | None:
         if type(state["round"]) is not int:
             return None
         arrays = read_tensors(folder / "strategy.safetensors")
-        under_way, best = (
+        under_way, best, moments = (
             {n.removeprefix(prefix): arrays.pop(n) for n in list(arrays) if n.startswith(prefix)}
-            for prefix in (_UNDER_WAY, _BEST)
+            for prefix in (_UNDER_WAY, _BEST, _MOMENTS)
         )
         return Checkpoint(
             round=state["round"],
@@ -134,6 +138,7 @@ def _whole(folder: Path) -> Checkpoint | None:
             origin=origin,
             under_way=under_way,
             best=best,
+            moments=moments,
         )
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -47,8 +47,10 @@ def check(folder: Path, scenario: Scenario, resume: bool) -> None:
     file = folder / "scenario.yaml"
     if not resume:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            what = "already holds a run" if file.exists() else "is not an empty folder"
-            raise UserError(f"{folder}: {what}; name another with --out, or go on with it with --resume")
+            what, more = "is not an empty folder", ""
+            if file.exists():
+                what, more = "already holds a run", ", or continue it with --resume"
+            raise UserError(f"{folder}: {what}; name another with --out{more}")
         return
     if not file.exists():
         raise UserError(f"{folder}: holds no run to resume")

@@ -17,6 +17,7 @@ from fedlora.engine.intake import Intake
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError, RoundError
 from fedlora.metrics import confusion
+from fedlora.optimizers import averaged
 from fedlora.privacy import cohorts
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.ledger import Ledger
@@ -87,6 +88,8 @@ class Loop:
             kept = {n: t for n, t in now.adapter.items() if n not in instruction.adapter}
             instruction = replace(instruction, frozen=fingerprint(kept))
             instruction = self._bounded(instruction, now)
+            if self.scenario.clients.averages_state:
+                instruction = replace(instruction, moments=averaged.rows(now.moments, instruction.send))
             watch.lap("account")
             if (gathered := self._gather(instruction, now)) is None:
                 now.last["stopped"] = f"after round {round - 1}: another would pass every client's epsilon"
@@ -106,6 +109,8 @@ class Loop:
                 after = {**before, **self.server.step(round, before, made.adapter)}
             self._check(before, after, made.base)
             adapter = {**now.adapter, **after}
+            if len(instruction.moments):
+                now.moments |= averaged.mean(instruction.send, replies.updates)
             if made.base:
                 self.engine.merge(self.merges.append(made.base))
             watch.lap("aggregate")
@@ -141,7 +146,8 @@ class Loop:
             if count >= told.min_replies or len(cohort) < self._least or nobody:
                 return replace(replies, reports=added(before, replies.reports)), {"resting": resting}
             few = f"{count} of {len(cohort)} clients replied and {told.min_replies} must"
-            why = f"round {round}: {few if count else f'all {len(cohort)} clients failed'}; {first_error(replies)}"
+            none = f"all {len(cohort)} clients failed" if len(cohort) > 1 else "its only client failed"
+            why = f"round {round}: {few if count else none}; {first_error(replies)}"
             logger.warning("%s (attempt %d of %d)", why, attempt + 1, told.retries + 1)
             unused = [replace(r, error=r.error or f"was not used: {few}", steps=0) for r in replies.reports]
             before = added(before, unused)
@@ -383,6 +389,7 @@ class Loop:
                 words=now.words(),
                 under_way=now.tensors(),
                 best=now.best.adapter if now.best else {},
+                moments=now.moments,
                 origin={**self.origin, "ledger": self.ledger.position},
             ),
         )

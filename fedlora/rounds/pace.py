@@ -11,11 +11,14 @@ under way. Each K = `per_round` updates that arrive make the next adapter
 
 with change_i what client i trained since the adapter that it was sent, s_i adapters ago. A client trains at once
 with that adapter; only its arrival waits. It starts once for each adapter at most: it would train the same again.
+Second moments that are averaged are no changes: those of client i count (1 + s_i)^-1/2, and the server's the rest.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from fedlora import wire
 from fedlora.adapter import Instruction, Update
@@ -219,7 +222,8 @@ class Pace:
             name: (instruction.adapter[name] + weight * change).astype(change.dtype)
             for name, change in one.change.adapter.items()
         }
-        return replace(one.change, adapter=adapter)
+        moments = (1 - weight) * instruction.moments + weight * one.change.moments
+        return replace(one.change, adapter=adapter, moments=moments.astype(np.float32))
 
     # Both.
 

@@ -10,6 +10,9 @@ from fedlora.rounds.world import Journey
 
 Line = dict[str, Any]
 
+_ELSEWHERE = ("round", "adapter", "under_way", "best", "moments")  # in a checkpoint, than in its words
+_MOMENTS = "moments"  # among the names of an update's tensors
+
 
 @dataclass(frozen=True)
 class UnderWay:
@@ -60,12 +63,13 @@ class Progress:
     virtual_seconds: float = 0.0  # by the clock of a simulated world
     under_way: list[UnderWay] = field(default_factory=list)
     best: Best | None = None  # where somebody asks for it
+    moments: Adapter = field(default_factory=dict)  # of each tensor, where clients' optimisers begin at their mean
     waited: int = 0  # evaluations since
     unjudged: Line | None = None  # the line of the last round, where that is being evaluated beside the next
 
     def words(self) -> dict[str, Any]:
         """All but the tensors."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("round", "adapter", "under_way", "best")}
+        plain = {k: v for k, v in vars(self).items() if k not in _ELSEWHERE}
         best = {k: v for k, v in vars(self.best).items() if k != "adapter"} if self.best else None
         return {**plain, "best": best, "under_way": [_words(one) for one in self.under_way]}
 
@@ -75,7 +79,7 @@ class Progress:
             f"{one.journey.client}/{name}": tensor
             for one in self.under_way
             if one.change is not None
-            for name, tensor in one.change.adapter.items()
+            for name, tensor in {**one.change.adapter, _MOMENTS: one.change.moments}.items()
         }
 
     @classmethod
@@ -88,7 +92,8 @@ class Progress:
         words = dict(saved.words)
         under_way = [_under_way(told, saved.under_way) for told in words.pop("under_way")]
         best = Best(**told, adapter=saved.best) if (told := words.pop("best", None)) else None
-        return cls(round=saved.round, adapter=saved.adapter, under_way=under_way, best=best, **words)
+        words |= {"under_way": under_way, "best": best, "moments": saved.moments}
+        return cls(round=saved.round, adapter=saved.adapter, **words)
 
 
 def _words(one: UnderWay) -> dict[str, Any]:
@@ -106,7 +111,8 @@ def _under_way(told: dict[str, Any], tensors: Adapter) -> UnderWay:
         return UnderWay(journey)
     prefix = f"{journey.client}/"
     adapter = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    return UnderWay(journey, Update(adapter=adapter, clients=(journey.client,), **change))
+    moments = adapter.pop(_MOMENTS)
+    return UnderWay(journey, Update(adapter=adapter, clients=(journey.client,), moments=moments, **change))
 
 
 class Stopwatch:

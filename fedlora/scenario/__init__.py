@@ -7,6 +7,7 @@ what to write instead. Beneath this package functions take plain values, never t
 from fedlora.scenario.clients import Tier
 from fedlora.scenario.compression import Rounded, TopK
 from fedlora.scenario.data import (
+    COLUMNS_OF,
     DATASETS,
     Data,
     Dirichlet,
@@ -21,6 +22,7 @@ from fedlora.scenario.data import (
     Score,
     Shards,
     Size,
+    Template,
 )
 from fedlora.scenario.files import SHIPPED, SWEEPS, find, given, load, parse, shipped, written
 from fedlora.scenario.keys import KeyPath, Source
@@ -31,6 +33,7 @@ from fedlora.scenario.sections import Engine, Scenario, Strategy
 from fedlora.scenario.world import Diurnal, Markov, Trace
 
 __all__ = [
+    "COLUMNS_OF",
     "DATASETS",
     "SHIPPED",
     "SWEEPS",
@@ -63,6 +66,7 @@ __all__ = [
     "Size",
     "Source",
     "Strategy",
+    "Template",
     "Tier",
     "TopK",
     "Trace",

@@ -128,6 +128,14 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("secure_aggregation", "honest"), "goes with noise: shared")
     if sections.get("secure_aggregation") and clients and clients.sample_rate is not None:
         yield Problem(("clients", "sample_rate"), "secure aggregation weighs clients alike: write batch_size")
+    if clients and clients.averages_state:
+        privacy = sections.get("privacy")
+        for key, asked, why in (
+            ("secure_aggregation", sections.get("secure_aggregation"), "masks sum what clients train alone"),
+            ("privacy", privacy and privacy.unit == "client", "unit: client noises what clients train alone"),
+        ):
+            if asked:
+                yield Problem((key,), f"{why}: clients.optimizer.state takes fresh or kept, and not averaged")
     if sections.get("secure_aggregation") and clients:
         yield from _summed(clients, sections)
     if (world := sections.get("world")) and clients:
@@ -207,6 +215,8 @@ def _of_task(task: str, sections: Mapping[str, Any]) -> Iterator[Problem]:
         metrics.find_all(sections.get("metrics") or (), getattr(found, "target", "class"))
     except SettingError as error:
         yield Problem(("metrics",), f"metrics: {error.message}")
+    if sections.get("preference") and found.target != "pair":
+        yield Problem(("preference",), f"preference is for task: preference, and the task is {task}: leave it out")
     if data:
         yield from _taught(task, found.target, data)
 
@@ -215,12 +225,16 @@ def _taught(task: str, target: str, data: Data) -> Iterator[Problem]:
     """Keys of several labels or of scores, where the task has none."""
     if target != "score" and data.score is not None:
         yield Problem(("data", "score"), f"score is for task: regression, and the task is {task}: leave it out")
+    for name in ("messages", "prompt"):
+        if target != "start" and getattr(data, name) is not None:
+            yield Problem(("data", name), f"{name} is for task: causal_lm, and the task is {task}: leave it out")
     for name in ("files", "hub"):
         if (source := getattr(data, name)) is None:
             continue
-        if target != "score" and isinstance(source.label, tuple):
+        if target not in ("score", "pair") and isinstance(source.label, tuple):
             yield Problem(
-                ("data", name, "label"), f"several columns are for task: regression, and the task is {task}"
+                ("data", name, "label"),
+                f"several columns are for task: regression or preference, and the task is {task}",
             )
         if target != "many" and source.separator is not None:
             yield Problem(

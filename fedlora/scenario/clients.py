@@ -120,6 +120,11 @@ class Clients(PlugIn):
         """Whether the state of a client's optimiser stays with it from one of its rounds to the next."""
         return self.optimizer is not None and self.optimizer.state == "kept"
 
+    @property
+    def averages_state(self) -> bool:
+        """Whether the second moments of clients' optimisers travel, and begin each round at their mean."""
+        return self.optimizer is not None and self.optimizer.state == "averaged"
+
     def pace(self, round: int, rounds: int) -> tuple[float, tuple[float, ...]]:
         """What a round's first local step makes of the rate, and what each of its steps is over that."""
         if self.schedule is None:

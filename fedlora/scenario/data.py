@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora.errors import suggestion
+from fedlora.scenario import templates
 from fedlora.scenario.section import Float, Int, PositiveFloat, PositiveInt, Section
 
 # What `data.dataset` may name. Where each comes from: fedlora.data.reading.
@@ -17,11 +18,27 @@ DATASETS = {
     "gsm8k": "grade-school mathematics with worked answers, for causal_lm (Hub: openai/gsm8k)",
 }
 TASK_OF = {"gsm8k": "causal_lm"}  # of the others: classification
-
+COLUMNS_OF: dict[str, dict[str, str | tuple[str, ...]]] = {  # where nobody says
+    "token_classification": {"text": "tokens", "label": "tags"},
+    "preference": {"text": "prompt", "label": ("chosen", "rejected")},
+}
 
 Columns = str | Annotated[tuple[str, ...], Field(min_length=2, max_length=2)]
 Labels = str | Annotated[tuple[str, ...], Field(min_length=1)]
 Separator = Annotated[str, Field(min_length=1)]
+
+
+def _names_columns(template: str) -> str:
+    try:
+        named = templates.columns(template)
+    except ValueError as error:
+        raise PydanticCustomError("template", f"{error}") from error
+    if not named:
+        raise PydanticCustomError("template", "names no column: write one in braces, such as {question}")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_names_columns)]
 
 
 class Hub(Section):
@@ -34,22 +51,26 @@ class Hub(Section):
     test: str | None = "test"  # null: hold out `data.test_share` of the training rows
     validation: str | None = None  # to choose the best round by; or give `data.validation_share`
     text: Columns = "text"  # two of them for pairs, such as [premise, hypothesis]; for images the column of images
-    label: Labels = "label"  # for regression the column of scores, or several of them
+    label: Labels = (
+        "label"  # for regression one or several; for token_classification tags, for preference [chosen, rejected]
+    )
     separator: Separator | None = None  # for multi_label: between labels of a text; null: | or ; or , as there is
 
 
 class Files(Section):
-    """Local csv, tsv, json, jsonl or parquet files."""
+    """Local csv, tsv, json, jsonl or parquet files, or for token_classification conll or iob2."""
 
     train: str
     test: str | None = None  # null: hold out `data.test_share` of the training rows
     validation: str | None = None  # to choose the best round by; or give `data.validation_share`
     text: Columns = "text"  # for causal_lm: the prompt, or the whole text where `label` is null; two for pairs
-    label: Labels | None = "label"  # for causal_lm: the completion; for regression the scores' column, or several
+    label: Labels | None = (
+        "label"  # completion, tags or spans; for regression several too; for preference [chosen, rejected]
+    )
     separator: Separator | None = (
         None  # for multi_label: between the labels of a row; null: | or ; or , as there is
     )
-    columns: tuple[str, ...] | None = None  # names of the columns of a csv or tsv file without a header
+    columns: tuple[str, ...] | None = None  # names of the columns of a csv or tsv without a header, or of a conll
 
 
 class Iid(Section):
@@ -175,8 +196,11 @@ class Data(Source):
         None  # of the test rows: they choose the best round, and the others report
     )
     client_test_share: Annotated[Float, Field(gt=0, lt=1)] | None = None  # that each client keeps to judge by
-    labels: tuple[str, ...] | None = None  # in order; null: those of the data, sorted
+    labels: tuple[str, ...] | None = None  # in order; null: those of the data, sorted (of tags O first)
     score: Score | None = None  # for regression: the lowest and the highest score that there can be
+    messages: str | None = None  # for causal_lm: a column of chats, instead of the columns `text` and `label`
+    scored: Literal["all", "last"] = "all"  # which of the assistant's turns in `messages` are learnt
+    prompt: Template | None = None  # for causal_lm: of several columns, as "{question} {hint}", instead of `text`
     public: Public | None = None  # like rows that are nobody's, on which `fedlora tune` tries rates at no epsilon
 
     @field_validator("public", mode="before")
@@ -193,6 +217,8 @@ class Data(Source):
     def _apart(self) -> Self:
         if self.own_validation is not None and self.validation_share is not None:
             raise PydanticCustomError("source", "validation rows are given: leave validation_share out")
+        if self.messages is not None and self.prompt is not None:
+            raise PydanticCustomError("source", "messages are whole chats: leave prompt out, or messages")
         return self
 
     @property

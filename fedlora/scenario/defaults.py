@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fedlora.scenario.data import COLUMNS_OF
+
 _SGD, _ADAM = 0.5, 0.002  # without privacy
 _CLIPPED, _NOISED_ADAM = 2.0, 0.01  # a clipped gradient is at most clip_norm long; Adam's steps are noisier
 
@@ -20,6 +22,14 @@ def completed(raw: Mapping[str, Any]) -> dict[str, Any]:
             told.setdefault("local_steps", 1)  # whose server steps after each
         told.setdefault("lr", _rate(told, example))
         made["clients"] = told
+    if raw.get("task") == "preference":
+        made.setdefault("preference", {})
+    data, columns = raw.get("data"), COLUMNS_OF.get(str(raw.get("task")))
+    if isinstance(data, Mapping) and columns:
+        made["data"] = {
+            key: {**columns, **held} if key in ("hub", "files") and isinstance(held, Mapping) else held
+            for key, held in data.items()
+        }
     return made
 
 

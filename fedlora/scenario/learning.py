@@ -3,7 +3,16 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from fedlora.scenario.section import Float, PositiveFloat, Section
@@ -73,13 +82,19 @@ class ClientOptimizer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     kind: str = Field(json_schema_extra={"not": {"enum": ["sgd", "adamw"]}})  # a class of torch.optim, in any case
-    state: Literal["fresh", "kept", "averaged"] = "fresh"  # anew each round, or kept on the client's own disk
+    state: Literal["fresh", "kept", "averaged"] = (
+        "fresh"  # anew each round, on the client's disk, or clients' mean
+    )
 
     @field_validator("state")
     @classmethod
-    def _built(cls, state: str) -> str:
-        if state == "averaged":
-            raise PydanticCustomError("unknown", "averaged is not built yet: take fresh or kept")
+    def _averages(cls, state: str, info: ValidationInfo) -> str:
+        if state == "averaged" and (kind := info.data.get("kind")) not in (None, "adamw"):
+            raise PydanticCustomError(
+                "unknown",
+                "averaged is for adamw, whose second moment counts its own steps: {kind} takes fresh or kept",
+                {"kind": kind},
+            )
         return state
 
 

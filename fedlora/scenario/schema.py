@@ -36,7 +36,7 @@ def schema() -> dict[str, Any]:
         auto = ["auto"] if shelf == "kinds" else []
         parts[section]["properties"][key]["anyOf"] = [
             {"enum": [*auto, *plugins.names(shelf)]},
-            {"pattern": r"^[\w.]+:\w+$", "description": "a class of one's own, as module:Class"},
+            {"pattern": r"^[\w.]+:\w+$", "description": "your own class, as module:Class"},
         ]
     parts["Scenario"]["properties"]["metrics"]["items"]["anyOf"] = [
         {"enum": sorted({name for target in metrics.TARGETS for name in metrics.known(target)})},

@@ -85,6 +85,12 @@ class ExactMatch(Section):
         return pattern
 
 
+class Preference(Section):
+    """For task: preference, which is DPO (Rafailov et al., 2023, https://arxiv.org/abs/2305.18290)."""
+
+    beta: PositiveFloat = 0.1  # what a log probability beside the base's counts; larger stays nearer to the base
+
+
 class Strategy(PlugIn):
     """How the server turns updates into the next adapter."""
 
@@ -132,6 +138,7 @@ class Scenario(Section):
     stop: Stop | None = None  # before the last round, as {patience: 3}, once there is nothing better
     metrics: tuple[str, ...] = ()  # further figures of each evaluation, such as macro_f1; fedlora list metrics
     exact_match: ExactMatch | None = None  # judge a causal_lm by its own words too
+    preference: Preference | None = None  # how pairs of completions teach; null: as by default
     engine: Engine = Engine()
     baseline: Baseline | None = None  # of which scenario this is one; written by `simulate --baseline`
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # where the figures of each round go too

@@ -187,6 +187,10 @@ class Adapted:
             for layer in self._layers.values():
                 self.kind.rescale(layer, rank)
 
+    def off(self) -> contextlib.AbstractContextManager[None]:
+        """The base without its adapter for a while, with what was merged into it."""
+        return self.kind.off(self._layers.values())
+
     def weight(self, name: str) -> "torch.Tensor":
         """The frozen weight of a layer with factors, (out, in), with what was merged into it."""
         from transformers.pytorch_utils import Conv1D

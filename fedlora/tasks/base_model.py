@@ -90,6 +90,7 @@ def encoding_fingerprint(reader: Any) -> str:
     else:
         backend = getattr(reader, "backend_tokenizer", None)
         text = backend.to_str() if backend else repr(sorted(reader.get_vocab().items()))
+        text += str(reader.chat_template or "")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -106,18 +107,27 @@ def load_processor(base: str, revision: str | None = None) -> Any:
         return AutoImageProcessor.from_pretrained(path, revision=revision or "main", backend="pil")
 
 
-def tell(model: Any, *, threshold: float | None = None, scale: Sequence[float] | None = None) -> None:
+def tell(
+    model: Any,
+    *,
+    threshold: float | None = None,
+    scale: Sequence[float] | None = None,
+    beta: float | None = None,
+) -> None:
     """Have a model's configuration say what transformers keeps and does nothing by.
 
     Args:
         model: of transformers.
         threshold: from which probability on a label is given.
         scale: from where to where scores go.
+        beta: of preferences, how much a reward grows with a log probability.
     """
     if threshold is not None:
         model.config.threshold = threshold
     if scale is not None:
         model.config.score_scale = [float(end) for end in scale]
+    if beta is not None:
+        model.config.preference_beta = float(beta)
 
 
 def check_room(model: Any, tokenizer: Any, max_length: int, private: bool) -> None:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora import seeding
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded, Examples
+from fedlora.metrics.written import rouge_l
 from fedlora.passes.packing import Segments
-from fedlora.tasks.contract import Batch, Problem, Sums, Task
+from fedlora.tasks import base_model, dialogues
+from fedlora.tasks.contract import Batch, Problem, Prompt, Sums, Task
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +33,11 @@ class CausalLM(Task):
     labelled = False
     target = "start"
     pools = False
+    completes = True
 
     @classmethod
     def needs(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
-        """No labels; with `exact_match` a column of answers."""
+        """No labels; with `exact_match` answers, in a column or in chats."""
         data, model = sections.get("data"), sections.get("model")
         if data and data.partition.kind in ("dirichlet", "pathological", "shards", "label_shares"):
             yield (
@@ -41,7 +45,7 @@ class CausalLM(Task):
                 f"{data.partition.kind} splits by label, and causal_lm has none: use iid, size or natural",
             )
         yield from no_pairs(sections)
-        if sections.get("exact_match") and data and data.files and data.files.label is None:
+        if sections.get("exact_match") and data and data.files and not (data.files.label or data.messages):
             yield ("data", "files", "label"), "exact_match needs the name of the column of answers"
         if model and model.pooler == "trained":
             yield ("model", "pooler"), "a causal language model has no pooler"
@@ -52,42 +56,54 @@ class CausalLM(Task):
 
         The target is how many leading tokens belong to the prompt: they are not scored. Without a
         completion all of the text is. An example always keeps one scored token, so a prompt that is
-        longer than `max_length` loses its beginning.
+        longer than `max_length` loses its beginning. In chats every token has a mark too where several turns are
+        scored (`fedlora.tasks.dialogues`).
+
+        Raises:
+            SettingError: the chat template refuses a chat, or there is none.
         """
+        if rows.texts and dialogues.is_chat(rows.texts[0]):
+            return dialogues.encode(reader, rows, max_length)
         end = [] if reader.eos_token_id is None else [reader.eos_token_id]
         if rows.labels is None:
             plain = reader(rows.texts, truncation=True, max_length=max_length - len(end))["input_ids"]
             return Encoded([ids + end for ids in plain], [0] * len(plain))
         answers = reader([str(label) for label in rows.labels], add_special_tokens=False)["input_ids"]
-        tokens, starts = [], []
+        tokens, starts, cut = [], [], 0
         for prompt, answer in zip(prompts(reader, [str(t) for t in rows.texts]), answers, strict=True):
+            cut += len(prompt) + len(answer) + len(end) > max_length
             answer = (answer + end)[: max_length - 1]
             prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
             tokens.append(prompt + answer)
             starts.append(len(prompt))
-        return Encoded(tokens, starts)
+        return Encoded(tokens, starts, cut=cut)
 
     @classmethod
     def answer(
         cls, model: Any, reader: Any, text: str, labels: Sequence[str], max_length: int, max_new_tokens: int
     ) -> tuple[str, float | None]:
         """The completion, by greedy decoding."""
-        import torch
+        (said,) = cls.complete(model, reader, [text], max_length, max_new_tokens=max_new_tokens)
+        return said, None
 
-        (tokens,) = prompts(reader, [text])
-        made = model.generate(
-            input_ids=torch.tensor([tokens]),
-            attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-        )
-        return reader.decode(made[0, len(tokens) :], skip_special_tokens=True).strip(), None
+    @classmethod
+    def complete(
+        cls, model: Any, reader: Any, prompts: Sequence[Prompt], max_length: int, **how: Any
+    ) -> list[str]:
+        """The completion of each prompt, of which the last `max_length` tokens are read."""
+        pad = base_model.pad_of(reader, model.get_input_embeddings().num_embeddings)
+        asked = [question(reader, prompt, max_length) for prompt in prompts]
+        return [
+            reader.decode(made, skip_special_tokens=True).strip() for made in completions(model, asked, pad, **how)
+        ]
 
     def _scored(self, batch: Batch) -> "torch.Tensor":
         """Whether the token after each one is scored, (examples, longest - 1)."""
         import torch
 
         mask = batch["attention_mask"][:, 1:].bool()
+        if "marks" in batch:
+            return mask & (batch["marks"][:, 1:] >= 0)
         position = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         return mask & (position >= batch["targets"][:, None])
 
@@ -121,10 +137,12 @@ class CausalLM(Task):
         return {"loss": float(losses.sum()), "tokens": float(scored.sum())}
 
     def figures(self, sums: Sums) -> dict[str, float]:
-        """Mean loss of a token, its exponential, and the share of answers that match where some were written."""
+        """Mean loss of a token and its exponential; where answers were written, how many match, and ROUGE-L."""
         loss = sums["loss"] / max(sums["tokens"], 1.0)
         told = {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
-        return told | ({"exact_match": sums["matched"] / sums["asked"]} if "asked" in sums else {})
+        if "asked" in sums:
+            told |= {"exact_match": sums["matched"] / sums["asked"], "rouge_l": sums["overlap"] / sums["asked"]}
+        return told
 
     def match(
         self, tokenizer: Any, examples: Examples, rows: NDArray[np.int64], max_new_tokens: int, pattern: str | None
@@ -141,39 +159,83 @@ class CausalLM(Task):
             pattern: the last match of it is compared, its first group if it has one; None: all of the text.
 
         Returns:
-            Sums of the answers that `asked` and `matched`.
+            Sums of the answers that are `asked` for and that `matched`, and of their ROUGE-L (`overlap`).
         """
         import torch
 
-        told = []
+        kept = [examples.row(int(row)) for row in rows]
+        starts = [int(start) for start in examples.targets[rows]]
+        asked = [tokens[:start] for tokens, start in zip(kept, starts, strict=True)]
+        told = {"asked": float(len(kept)), "matched": 0.0, "overlap": 0.0}
         with torch.inference_mode(), self.packing.away() if self.packing else contextlib.nullcontext():
-            for start in range(0, len(rows), _ANSWERS):
-                chunk = [examples.row(int(row)) for row in rows[start : start + _ANSWERS]]
-                starts = examples.targets[rows[start : start + _ANSWERS]]
-                width = int(starts.max())
-                ids = np.full((len(chunk), width), self.pad, np.int64)
-                mask = np.zeros((len(chunk), width), np.int64)
-                for i, (tokens, end) in enumerate(zip(chunk, starts, strict=True)):
-                    ids[i, width - end :] = tokens[:end]
-                    mask[i, width - end :] = 1
-                made = self.model.generate(
-                    input_ids=self.place(ids),
-                    attention_mask=self.place(mask),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    use_cache=True,
-                    pad_token_id=self.pad,
-                )[:, width:]
-                for tokens, end, said in zip(chunk, starts, made.cpu().numpy(), strict=True):
-                    pair = (tokenizer.decode(part, skip_special_tokens=True) for part in (tokens[end:], said))
-                    told.append([_answer(text, pattern) for text in pair])
-        return {"asked": float(len(told)), "matched": float(sum(a is not None and a == b for a, b in told))}
+            made = completions(self.model, asked, self.pad, max_new_tokens=max_new_tokens)
+            for tokens, start, said in zip(kept, starts, made, strict=True):
+                pair = [tokenizer.decode(part, skip_special_tokens=True) for part in (tokens[start:], said)]
+                given, found = (_answer(text, pattern) for text in pair)
+                told["matched"] += given is not None and given == found
+                told["overlap"] += rouge_l(pair[1], pair[0])
+        return told
 
     def written(self, reader: Any, examples: Examples, rows: NDArray[np.int64], asked: Any) -> dict[str, float]:
-        """How many of the answers that are asked for match."""
+        """How many of the answers that are asked for match, and how far they overlap."""
         if not len(rows := rows[rows < asked.examples]):
             return {}
         return self.match(reader(), examples, rows, asked.max_new_tokens, asked.pattern)
+
+
+def completions(
+    model: Any,
+    asked: Sequence[Sequence[int] | NDArray[Any]],
+    pad: int,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[NDArray[np.int64]]:
+    """What a model writes after each prompt, some at once; what follows the end is padding.
+
+    Args:
+        model: of transformers or peft, in evaluation.
+        asked: the tokens of each prompt.
+        pad: the id of the padding token.
+        max_new_tokens: that a completion may have.
+        temperature: logits are divided by it before a token is drawn; 0: the likeliest is taken.
+        top_p: only the likeliest tokens that have such a share together are drawn.
+        seed: of what is drawn.
+    """
+    import torch
+
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    for start in range(0, len(asked), _ANSWERS):
+        chunk = asked[start : start + _ANSWERS]
+        width = max(map(len, chunk))
+        ids = np.full((len(chunk), width), pad, np.int64)
+        mask = np.zeros((len(chunk), width), np.int64)
+        for i, tokens in enumerate(chunk):
+            ids[i, width - len(tokens) :] = tokens
+            mask[i, width - len(tokens) :] = 1
+        with seeding.ambient(seed, "write", start):
+            made = model.generate(
+                input_ids=torch.from_numpy(ids).to(model.device),
+                attention_mask=torch.from_numpy(mask).to(model.device),
+                max_new_tokens=max_new_tokens,
+                use_cache=True,
+                pad_token_id=pad,
+                **(drawn if temperature else {"do_sample": False}),
+            )
+        yield from made[:, width:].cpu().numpy()
+
+
+def question(reader: Any, prompt: Prompt, max_length: int) -> list[int]:
+    """The tokens of a prompt or of a chat, the last `max_length` of them.
+
+    Raises:
+        SettingError: the chat template refuses it.
+    """
+    if isinstance(prompt, str):
+        return prompts(reader, [prompt])[0][-max_length:]
+    return dialogues.question(reader, prompt, max_length)
 
 
 def prompts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -198,4 +260,5 @@ def no_pairs(sections: Mapping[str, Any]) -> Iterator[Problem]:
     named = data and (data.hub or data.files)
     if named and not isinstance(named.text, str):
         source = "hub" if data and data.hub else "files"
-        yield ("data", source, "text"), f"pairs of columns are for classification, and the task is {task}"
+        instead = ": write data.prompt, a template" if task == "causal_lm" else ""
+        yield ("data", source, "text"), f"pairs of columns are for classification, and the task is {task}{instead}"

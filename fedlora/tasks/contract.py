@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import plugins
+from fedlora.data.chats import Turn
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded, Examples
 from fedlora.kinds.contract import Kind
@@ -31,6 +32,12 @@ Sums = Mapping[str, Any]
 
 Problem = tuple[tuple[str, ...], str]
 """A key of a scenario, and what is wrong with it."""
+
+Prompt = str | tuple[Turn, ...]
+"""What a model goes on with: a text, or a chat whose last turn is the user's."""
+
+UNSCORED = -100
+"""The mark of a token by which nothing is judged."""
 
 _EVALUATION_TOKENS = 1024  # padded tokens of an evaluation batch: small enough for a core's cache
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")  # of a model
@@ -68,15 +75,25 @@ class Task(Adapted, ABC):
     problem: ClassVar[str | None] = None
     """What transformers calls it, as `problem_type` of a model's configuration; None: by the number of labels."""
 
-    target: ClassVar[Literal["class", "many", "score", "marks", "start"]] = "class"
-    """What an example is judged by: the number of its class, any number of labels, scores, a tag of each token, or
-    its tokens from where its answer starts. `fedlora.metrics.contract` says what metrics are given of each."""
+    target: ClassVar[Literal["class", "many", "score", "marks", "start", "pair"]] = "class"
+    """What an example is judged by: the number of its class, any number of labels, scores, a tag of each token,
+    its tokens from where its answer starts, or which of two answers is the better one. `fedlora.metrics.contract`
+    says what metrics are given of each."""
 
     pools: ClassVar[bool] = True
     """Whether the head reads a padded batch, and not each token by itself."""
 
     tokens: ClassVar[bool] = True
     """Whether examples are tokens, which a tokenizer makes and which can lie in one row without padding."""
+
+    completes: ClassVar[bool] = False
+    """Whether a model goes on with what it is given (`complete`)."""
+
+    sequences: ClassVar[int] = 1
+    """Of how many sequences an example is: as many rows of a batch are its own, and do not see each other."""
+
+    against_base: ClassVar[bool] = False
+    """Whether a loss depends on what the base makes of the same rows without its adapter."""
 
     trial: Examples
 
@@ -93,6 +110,7 @@ class Task(Adapted, ABC):
         self.prefix: Prefix | None = None
         self._passed: tuple[Batch, Any] | None = None  # a batch, and what the model made of it
         super().__init__(model, kind, **told)
+        self.low_rank.sequences = self.sequences
 
     # What is asked before there is a model.
 
@@ -152,6 +170,16 @@ class Task(Adapted, ABC):
         Returns:
             The answer, and its probability where the task has one.
         """
+
+    @classmethod
+    def complete(
+        cls, model: Any, reader: Any, prompts: Sequence[Prompt], max_length: int, **how: Any
+    ) -> list[str]:
+        """What a finished model writes after each prompt; of tasks that write. Arguments are as of `answer`.
+
+        `how` has `max_new_tokens`, and may have `temperature`, `top_p` and `seed`.
+        """
+        raise NotImplementedError
 
     def sees(self, reader: Any) -> None:
         """Take on what a pass needs of what `reader` gave; nothing by default."""
@@ -241,34 +269,40 @@ class Task(Adapted, ABC):
     def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
         """`input_ids` and `attention_mask` (examples, longest), `targets` (examples, ...), on the device.
 
-        Of pairs `token_type_ids` too, where the model tells their texts apart; of examples that are known above
-        the frozen layers `prefix`, (1, tokens, width).
+        Of pairs `token_type_ids` too, where the model tells their texts apart; of examples whose tokens are judged
+        `marks`, (examples, longest), -100 where one is not; of examples that are known above the frozen layers
+        `prefix`, (1, tokens, width).
         """
         width = int(examples.lengths(rows).max())
         ids = np.full((len(rows), width), self.pad, np.int64)
         mask = np.zeros((len(rows), width), np.int64)
         types = np.zeros_like(mask) if examples.types is not None and self.kinds > 1 else None
+        marks = np.full_like(mask, UNSCORED) if examples.marks is not None else None
         for i, row in enumerate(rows):
             tokens = examples.row(int(row))
             ids[i, : len(tokens)] = tokens
             mask[i, : len(tokens)] = 1
             if types is not None:
                 types[i, : len(tokens)] = examples.types_of(int(row))
+            if marks is not None:
+                marks[i, : len(tokens)] = examples.marks_of(int(row))
         arrays = {"input_ids": ids, "attention_mask": mask, "targets": examples.targets[rows]}
         if types is not None:
             arrays["token_type_ids"] = types
+        if marks is not None:
+            arrays["marks"] = marks
+        return self._placed(examples, rows, arrays)
+
+    def _placed(self, examples: Examples, rows: NDArray[np.int64], arrays: Mapping[str, NDArray[Any]]) -> Batch:
+        """Arrays on the device, and `prefix` where it is known of these rows; bfloat16 is kept as its bits."""
+        import torch
+
         batch = {key: self.place(array) for key, array in arrays.items()}
         row = self.prefix.find(examples, rows) if self.prefix is not None else None
         if row is not None and (row.dtype == np.uint16) is self._in_half:
-            batch["prefix"] = self._placed(row)
+            placed = self.place(row)[None]
+            batch["prefix"] = placed.view(torch.bfloat16) if row.dtype == np.uint16 else placed
         return batch
-
-    def _placed(self, row: NDArray[Any]) -> "torch.Tensor":
-        """Tokens above the frozen layers on the device, (1, tokens, width); bfloat16 is kept as its bits."""
-        import torch
-
-        placed = self.place(row)[None]
-        return placed.view(torch.bfloat16) if row.dtype == np.uint16 else placed
 
     def join(self, batches: Sequence[Batch]) -> Batch:
         """Batches as one, of their examples one after another."""
@@ -277,12 +311,12 @@ class Task(Adapted, ABC):
         shared = [key for key in batches[0] if all(key in batch for batch in batches)]
         width = max(batch["input_ids"].shape[1] for batch in batches) if "input_ids" in shared else 0
         joined: Batch = {}
+        fillers = {"input_ids": self.pad, "attention_mask": 0, "token_type_ids": 0, "marks": UNSCORED}
         for key in shared:
             parts = [batch[key] for batch in batches]
-            if key in ("input_ids", "attention_mask", "token_type_ids"):
-                filler = self.pad if key == "input_ids" else 0
+            if key in fillers:
                 pad = torch.nn.functional.pad
-                parts = [pad(part, (0, width - part.shape[1]), value=filler) for part in parts]
+                parts = [pad(part, (0, width - part.shape[1]), value=fillers[key]) for part in parts]
             joined[key] = torch.cat(parts, dim=1 if key == "prefix" else 0)
         return joined
 
@@ -397,8 +431,8 @@ class Task(Adapted, ABC):
 
 def numbers(rows: Rows, labels: Sequence[str]) -> list[int]:
     """The number of each row's label."""
-    number: dict[Any, int] = {label: i for i, label in enumerate(labels)}
-    return [number[label] for label in rows.labels or ()]
+    number = {label: i for i, label in enumerate(labels)}
+    return [number[str(label)] for label in rows.labels or ()]
 
 
 def find(use: str) -> type[Task]:

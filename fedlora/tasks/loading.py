@@ -64,6 +64,7 @@ def load(
     start: Saved | None = None,
     scale: tuple[float, float] | None = None,
     threshold: float | None = None,
+    beta: float | None = None,
 ) -> Task:
     """Load a base model, switch its dropout off and build the adapter in.
 
@@ -80,7 +81,7 @@ def load(
     # On a CPU the backward pass of torch's fused attention takes nearly half of a step on short text.
     attention = "eager" if device == "cpu" and max_length <= 256 else "sdpa"
     model, missing = _base(cls, base, revision, reader, labels, seed, attention, device, quantize, pooler)
-    base_model.tell(model, scale=scale, threshold=threshold)
+    base_model.tell(model, scale=scale, threshold=threshold, beta=beta)
     heads: dict[str, bool] = {}
     if cls.headed:
         heads = {name: head != "frozen" for name in base_model.heads_of(model)}

@@ -51,6 +51,23 @@ def classification(folder: Path, bases) -> Sample:
     )
 
 
+def token_classification(folder: Path, bases) -> Sample:
+    rows = Rows(
+        [("Angelman", "syndrome", "of", "Bob", "."), "mild angioedema", ("nothing", "unusual")],
+        [("B-Illness", "I-Illness", "O", "B-Name", "O"), ("O", "B-Illness"), ("O", "O")],
+    )
+    right = sections("token_classification", text="tokens", label="tags")
+    return Sample(
+        rows,
+        ("O", "B-Illness", "B-Name", "I-Illness", "I-Name"),
+        bases("tiny_base"),
+        ("query", "value"),
+        "Bob has angioedema.",
+        right,
+        right | {"exact_match": _Section(examples=1)},
+    )
+
+
 def causal_lm(folder: Path, bases) -> Sample:
     rows = Rows(["two and two", "three and four more"], ["four", "seven or so"])
     right = sections("causal_lm")
@@ -62,6 +79,48 @@ def causal_lm(folder: Path, bases) -> Sample:
         "two and two",
         right,
         sections("causal_lm", partition="shards"),
+    )
+
+
+def causal_lm_of_chats(folder: Path, bases) -> Sample:
+    from fedlora.data.chats import Turn
+    from fedlora.tasks.base_model import load_tokenizer
+
+    tokenizer = load_tokenizer(bases("tiny_lm"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} [SEP]{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    shutil.copytree(bases("tiny_lm"), base := folder / "chat", dirs_exist_ok=True)
+    tokenizer.save_pretrained(base)
+    ask, say = (lambda text: Turn("user", text)), (lambda text: Turn("assistant", text))
+    rows = Rows(
+        [
+            (Turn("system", "be brief"), ask("two"), say("three")),
+            (ask("one"), say("two"), ask("so"), say("three or four")),
+            (ask("one two three four"), say("five")),
+        ],
+        [("three",), ("two", "three or four"), ("five",)],
+    )
+    right = sections("causal_lm")
+    wrong = sections("causal_lm", partition="shards")
+    return Sample(rows, (), str(base), ("q_proj", "v_proj"), "two and two", right, wrong)
+
+
+def preference(folder: Path, bases) -> Sample:
+    rows = Rows(
+        ["two and two", "three and four more", "six", "so"],
+        [("four", "five or so"), ("it is seven", "eight"), ("yes", "no " * 40), ("a word " * 30, "another " * 12)],
+    )
+    right = sections("preference", text="prompt", label=("chosen", "rejected"))
+    return Sample(
+        rows,
+        (),
+        bases("tiny_lm"),
+        ("q_proj", "v_proj"),
+        "two and two",
+        right,
+        sections("preference", label="chosen", partition="shards"),
     )
 
 

@@ -1,4 +1,4 @@
-"""What every client promises; found by listing the package, so that a new file is tested by existing."""
+"""What every client promises; the package is listed, so a new file is tested automatically."""
 
 import dataclasses
 
@@ -71,15 +71,19 @@ def test_repeats_bit_for_bit_and_leaves_nothing_behind(fit):
     assert same(first, fit(client=0))
 
 
-@pytest.fixture(params=["encoder", "pooler", "decoder", "core"])
-def model(request, build, tiny_lm):
+@pytest.fixture(params=["encoder", "pooler", "decoder", "core", "tagger", "pairs", "core of pairs"])
+def model(request, build, tiny_lm, sentences, choices):
     """Overrides that build another model: with another task, other targets, or a trained head with biases."""
     lm = ("task=causal_lm", f"model.base={tiny_lm}", "model.adapter.targets=[q_proj,up_proj,lm_head]")
+    pairs = ("task=preference", *lm[1:], f"data.files={{train: {choices}}}")
     return {
         "encoder": (),
         "pooler": ("model.pooler=trained", "model.adapter.targets=[query,dense]"),
         "core": ("model.adapter.kind=lora_xs",),
         "decoder": lm,
+        "tagger": ("task=token_classification", f"data.files={{train: {sentences}}}"),
+        "pairs": pairs,
+        "core of pairs": (*pairs, "model.adapter.kind=lora_xs"),
     }[request.param]
 
 

@@ -1,4 +1,4 @@
-"""What every kind of adapter promises; found by listing the package, so that a new file is tested by existing."""
+"""What every kind of adapter promises; the package is listed, so a new file is tested automatically."""
 
 from itertools import chain, combinations
 

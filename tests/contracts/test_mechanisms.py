@@ -1,4 +1,4 @@
-"""What every mechanism promises; found by listing the package, so that a new file is tested by existing."""
+"""What every mechanism promises; the package is listed, so a new file is tested automatically."""
 
 import dataclasses
 import importlib

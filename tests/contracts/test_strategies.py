@@ -1,4 +1,4 @@
-"""What every strategy promises; found by listing the package, so that a new file is tested by existing.
+"""What every strategy promises; the package is listed, so a new file is tested automatically.
 
 A round is played as the loop plays it, with all its trips, on clients whose trained tensors are drawn at random.
 """

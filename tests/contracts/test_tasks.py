@@ -1,4 +1,4 @@
-"""What every task promises; found by listing the package, so that a new file is tested by existing."""
+"""What every task promises; the package is listed, so a new file is tested automatically."""
 
 import subprocess
 import sys
@@ -17,6 +17,7 @@ from fedlora.tasks import contract, loading
 from tests.contracts import samples
 
 NAMES = plugins.names("tasks")
+SAMPLES = [*NAMES, "causal_lm_of_chats"]  # whose tokens have marks
 LENGTH = 24
 
 
@@ -24,7 +25,7 @@ class Tried:
     """A task on the rows of its sample."""
 
     def __init__(self, name, folder, bases):
-        self.name, self.cls = name, contract.find(name)
+        self.name, self.cls = name, contract.find(name.partition("_of_")[0])
         self.sample = getattr(samples, name)(folder, bases)
         sample = self.sample
         self.reader = self.cls.reader(sample.base, None)
@@ -37,14 +38,15 @@ class Tried:
             np.concatenate([[0], np.cumsum(lengths)]),
             self.encoded.held,
             types,
+            self.encoded.marks and np.concatenate([np.asarray(row, np.int32) for row in self.encoded.marks]),
         )
         self.rows = np.arange(len(self.examples))
         kind = Lora(4, 8, sample.targets)
         told = {"labels": sample.labels, "seed": 3, "max_length": LENGTH}
-        self.task = loading.load(name, sample.base, kind, private=True, **told)
+        self.task = loading.load(name.partition("_of_")[0], sample.base, kind, private=True, **told)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=SAMPLES)
 def tried(request, tmp_path_factory):
     return Tried(request.param, tmp_path_factory.mktemp(request.param), request.getfixturevalue)
 
@@ -54,7 +56,7 @@ def test_a_row_is_an_example(tried):
     if tried.cls.target in ("many", "score"):
         assert tried.encoded.held.shape == (len(tried.sample.rows.texts), len(tried.sample.labels))
     if tried.cls.tokens:
-        assert all(0 < len(row) <= LENGTH for row in tried.encoded.tokens)
+        assert all(0 < len(row) <= LENGTH * tried.cls.sequences for row in tried.encoded.tokens)
     if tried.cls.labelled and tried.cls.target == "class":
         names = [tried.sample.labels[target] for target in tried.encoded.targets]
         assert names == tried.sample.rows.labels
@@ -100,6 +102,27 @@ def test_a_finished_model_answers(tried):
                 said, sure = tried.cls.answer(*told)
     assert isinstance(said, str) and (sure is None or 0 <= sure <= 1)
     assert not (tried.cls.labelled and tried.cls.target == "class") or said in tried.sample.labels
+
+
+def test_packing_is_padding(tried):
+    """To 1e-5: the loss of each example, and its gradient."""
+    if not tried.cls.tokens:
+        return
+    task, names = tried.task, tuple(n for n, s in tried.task.layout.items() if s.role != "A")
+    assert task.packing is not None
+
+    def passed():
+        parameters = task.begin(task.initial, names)
+        losses = task.losses(task.batch(tried.examples, tried.rows))
+        losses.sum().backward()
+        return [losses.detach(), *(p.grad.clone() for p in parameters)]
+
+    packed, packing = passed(), task.packing
+    with packing.away(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "packing", None)
+        padded = passed()
+    for one, other in zip(packed, padded, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_a_scenario_that_does_not_go_with_it_is_told_by_its_key(tried):

@@ -25,23 +25,32 @@ def lines(folder, name):
 
 
 @pytest.mark.parametrize(
-    "use", ["ffa_lora", "fedex_lora", "fedsa_lora", "fedask", "flwr.serverapp.strategy:FedMedian"]
+    "use, more",
+    [
+        ("ffa_lora", ()),
+        ("ffa_lora", ("clients.optimizer={kind: adamw, state: averaged}",)),
+        ("fedex_lora", ()),
+        ("fedsa_lora", ("data.client_test_share=0.5",)),
+        ("fedask", ()),
+        ("flwr.serverapp.strategy:FedMedian", ()),
+    ],
 )
-def test_sites_give_what_a_simulation_gives_bit_for_bit(sites, nodes, deployed, tiny, tmp_path, use, monkeypatch):
+def test_sites_give_what_a_simulation_gives_bit_for_bit(
+    sites, nodes, deployed, tiny, tmp_path, use, more, monkeypatch
+):
     """The same files, the same order, no noise: nothing may differ, merges, kept factors and trips included.
 
     Sites draw by a key of their own which rows they hold out; for once it is the simulation's seed.
     """
-    share = ["data.client_test_share=0.5"] if use == "fedsa_lora" else []
     told = prepare.prepare_site
 
     def alike(scenario, labels, rows, client, own, **placed):
         return told(scenario, labels, rows, client, scenario.seed, **placed)
 
     monkeypatch.setattr(prepare, "prepare_site", alike)
-    scenario, files = sites(f"strategy.use={use}", *share, private=False)
+    scenario, files = sites(f"strategy.use={use}", *more, private=False)
     run, engine = deployed(scenario, LocalGrid(nodes(files)))
-    plain = simulate(tiny(f"strategy.use={use}", *share, private=False), out=tmp_path / "plain")
+    plain = simulate(tiny(f"strategy.use={use}", *more, private=False), out=tmp_path / "plain")
     one, other = adapter(run.folder), adapter(plain.folder)
     assert set(one) == set(other) and all(np.array_equal(one[n], other[n]) for n in one)
     assert run.summary["accuracy"] == pytest.approx(plain.summary["accuracy"], abs=1e-6)

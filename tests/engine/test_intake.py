@@ -68,6 +68,7 @@ def test_an_honest_update_passes_as_it_is(intake):
         ({"adapter": with_head(-np.inf)}, "not finite"),
         ({"adapter": with_head(3e38)}, r"norm 3e\+38, above 1e\+12"),
         ({"adapter": with_head(4.0)}, r"moved by 3, further than clients.max_norm, 2.5"),
+        ({"moments": np.zeros((2, 2), np.float32)}, "second moments are 0 rows"),
         ({"weight": 10.5}, "claims to weigh 10.5, and its examples are 10 at most"),
         ({"weight": 1e9}, "claims to weigh 1000000000, and its examples are 10"),
         ({"weight": np.nan}, "positive number, not nan"),

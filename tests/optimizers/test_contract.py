@@ -15,6 +15,7 @@ from fedlora.simulation import simulate
 from fedlora.strategy import load
 
 ADAMW = "clients.optimizer={kind: adamw, betas: [0.8, 0.9]}"
+AVERAGED = "clients.optimizer={kind: adamw, state: averaged}"
 KEPT = "clients.optimizer={kind: adamw, state: kept}"
 COSINE = "clients.schedule={kind: cosine, warmup: 0.25}"
 ROLES = "clients.lr={A: 0.05, B: 0.2, head: 0.1}"
@@ -85,7 +86,9 @@ def test_one_of_ones_own_is_as_the_built_in(private, runs):
     assert all(np.allclose(own[name], built_in[name], atol=1e-5) for name in own)
 
 
-@pytest.mark.parametrize("told", [(ADAMW, SLOW), (ADAMW, COSINE, "strategy.use=fedavg_lora", ROLES), (KEPT, SLOW)])
+@pytest.mark.parametrize(
+    "told", [(ADAMW, SLOW), (ADAMW, COSINE, "strategy.use=fedavg_lora", ROLES), (KEPT, SLOW), (AVERAGED, SLOW)]
+)
 def test_fused_clients_step_as_one_alone(told, runs):
     alone, fused = adapter(runs(*told)), adapter(runs(*told, "engine.fused=3"))
     assert all(np.allclose(alone[name], fused[name], atol=1e-5) for name in alone)
@@ -112,6 +115,8 @@ def test_settings_follow_the_schedule(tiny):
         (KEPT, COSINE, "strategy.use=rolora", SLOW),
         (KEPT, SLOW, "engine.fused=2"),
         (KEPT, SLOW, "world={concurrency: 3, spread: 0.3}"),
+        (AVERAGED, COSINE, "strategy.use=rolora", SLOW),
+        (AVERAGED, SLOW, "world={concurrency: 3, spread: 0.3}"),
         ("clients.optimizer={kind: NAdam, state: kept}", SLOW, COSINE),
         ("clients.optimizer={kind: sgd, momentum: 0.9, state: kept}", "strategy.use=la_lora", ROLES),
         (ADAMW, COSINE, "strategy.use=la_lora", SLOW, "strategy.server={kind: adam}"),
@@ -177,8 +182,8 @@ def test_clients_that_step_by_themselves_are_not_told_how(use, why, tiny, tmp_pa
         ("{kind: sgd, betas: [0, 0]}", "unknown key 'betas' in clients.optimizer"),
         ("{kind: adamw, betas: [0.9, 1]}", "clients.optimizer.betas.1: should be less than 1"),
         (
-            "{kind: adamw, state: averaged}",
-            "averaged is not built yet: take fresh or kept",
+            "{kind: NAdam, state: averaged}",
+            "state: averaged is for adamw, whose second moment counts its own steps: NAdam takes fresh or kept",
         ),
         ("{kind: adamw, state: lost}", "clients.optimizer.state: should be"),
         ("{state: kept}", "clients.optimizer.kind is missing"),

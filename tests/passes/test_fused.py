@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 CLIENTS = (0, 1, 2)
 PRIVATE = {"noise_multiplier": 0.3, "clip_norm": 0.5}
 LM = ("task=causal_lm", "model.adapter.targets=[q_proj,up_proj,lm_head]")
+PAIRS = ("task=preference", "preference.beta=1.0", "model.adapter.targets=[q_proj,up_proj,lm_head]")
 MODELS = {
     "encoder": (),
     "padded": ("name=padded",),
@@ -30,16 +31,26 @@ MODELS = {
     "prefix": ("model.adapter.layers=[1]", "rounds=8"),
     "core": ("model.adapter.kind=lora_xs",),
     "decoder": LM,
+    "tagger": ("task=token_classification",),
+    "pairs": PAIRS,
+    "padded pairs": (*PAIRS, "name=padded"),
 }
 
 
 @pytest.fixture
-def task_of(build, tiny_lm):
+def task_of(build, tiny_lm, sentences, choices):
     """The worker of a model, by its name."""
+    pairs = (f"model.base={tiny_lm}", f"data.files={{train: {choices}}}")
+    own = {
+        "decoder": (f"model.base={tiny_lm}",),
+        "tagger": (f"data.files={{train: {sentences}}}",),
+        "pairs": pairs,
+        "padded pairs": pairs,
+    }
 
     def make(name):
-        worker = build(*MODELS[name], *([f"model.base={tiny_lm}"] if name == "decoder" else []), private=False)
-        if name == "padded" and worker.task.packing is not None:
+        worker = build(*MODELS[name], *own.get(name, ()), private=False)
+        if name.startswith("padded") and worker.task.packing is not None:
             worker.task.packing.remove()
             worker.task.packing = None
         return worker
@@ -89,7 +100,7 @@ def assert_equal(adapters, alone, together, clients=CLIENTS):
 @pytest.mark.parametrize("model", MODELS)
 def test_a_client_gets_what_it_gets_alone(model, client, task_of):
     worker = task_of(model)
-    assert (worker.task.packing is None) is (model == "padded")
+    assert (worker.task.packing is None) is model.startswith("padded")
     assert (worker.task.prefix is None) is (model != "prefix")
     private = {**PRIVATE, "share_metrics": True} if client.private else {}
     assert_equal(*both(worker, client, told(worker.task, **private)))

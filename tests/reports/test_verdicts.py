@@ -36,13 +36,19 @@ def judged(rounds, scenario=PLAIN, clients=(), labels=2, **summary):
     "value, words",
     [
         (0.5, "no better than always saying the commonest label (0.50 of 400 test rows)"),
-        (0.55, "its accuracy of 0.550 cannot be told from always saying the commonest label"),  # 0.5 + 2 * 0.025
+        (0.55, "its accuracy of 0.550 is not distinct from always saying the commonest label"),  # 0.5 + 2 * 0.025
         (0.56, None),
     ],
 )
 def test_two_standard_errors_above_the_commonest_label_is_learning(value, words):
     found = judged(curve(value))
     assert found["majority"].says.startswith(words) if words else found == {}
+
+
+def test_an_f1_of_nothing_is_that_of_always_saying_that_there_is_nothing():
+    (found,) = judged(curve(0.2, 0.0, losses=[0.3, 0.3], metric="f1"), metric="f1", majority=0.9).values()
+    assert found.code == "majority" and found.says.startswith("not one entity is found")
+    assert judged(curve(0.01, metric="f1"), metric="f1", majority=0.9) == {}
 
 
 def test_where_no_score_can_tell_it_is_the_test_set_that_is_to_change():
@@ -131,14 +137,14 @@ def test_settings_to_try_are_those_that_the_scenario_has_left():
     adam = {**PRIVATE, "strategy": {"use": "ffa_lora", "server": {"kind": "adam", "lr": 0.02}}}
     assert judged(chance, PRIVATE)["majority"].setting == (
         "strategy.server: {kind: adam, lr: 0.02}, a larger clients.batch_size (now 64), "
-        "another clients.lr (now 0.5)"
+        "another clients.lr (now 0.5), as fedlora tune finds it"
     )
     assert judged(chance, adam)["majority"].setting == (
-        "a larger clients.batch_size (now 64), another strategy.server.lr (now 0.02)"
+        "a larger clients.batch_size (now 64), another strategy.server.lr (now 0.02), as fedlora tune finds it"
     )
     for use in ("flora", "fedask", "mine:Own"):  # no mean, or nobody knows
         assert judged(chance, {**PLAIN, "strategy": {"use": use}})["majority"].setting == (
-            "another clients.lr (now 0.5)"
+            "another clients.lr (now 0.5), as fedlora tune finds it"
         )
     whole = {**adam, "privacy": {"unit": "client"}, "clients": {"per_round": 10}}
     assert judged(chance, whole)["majority"].setting.startswith("a larger clients.per_round (now 10), ")

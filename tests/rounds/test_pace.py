@@ -1,6 +1,7 @@
 """Rounds on a virtual clock: who is used, what is paid, and that a run can be broken off anywhere."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,6 +106,10 @@ def test_the_mean_of_a_buffer_by_hand(tiny, build):
         client=1, round=4, start=0, trains=1, sends=2, arrives=3, gone=9, steps=2, bytes_down=1, bytes_up=1
     )
     change = Update(adapter={"w": np.full(1, 3, np.float32)}, weight=2.0, clients=(1,))
+    change = replace(change, moments=np.array([[8, 0.5]], np.float32))
+    told = replace(told, moments=np.array([[2, 0.1]], np.float32))
+    made = pace._arrived(told, UnderWay(way, change), staleness=3)
+    assert made.moments.tolist() == [[5.0, pytest.approx(0.3)]]  # half of either
     made = pace._arrived(told, UnderWay(way, change), staleness=1)
     assert made.adapter["w"][0] == pytest.approx(1 + 3 / 2**0.5) and made.adapter["w"].dtype == np.float32
 

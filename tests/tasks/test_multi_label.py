@@ -196,7 +196,7 @@ def test_labels_are_lists_or_text_with_a_separator(cells, labels, tmp_path):
     )
     assert list(rows(file).labels) == labels
     parquet = tmp_path / "x.parquet"
-    reading._read_table("x", file, None).to_parquet(parquet)
+    reading.read_table("x", file, None).to_parquet(parquet)
     assert list(rows(parquet).labels) == labels
 
 

@@ -237,9 +237,11 @@ def test_answers_are_written_as_plain_transformers_writes_them_and_compared(tiny
     data = examples([np.concatenate(pair) for pair in zip(prompts, given, strict=True)], [len(p) for p in prompts])
     before = lm.evaluate({}, data, np.arange(11))
     assert lm.packing is not None and 5 <= same < 11
-    assert lm.match(tokenizer, data, np.arange(11), 4, None) == {"asked": 11, "matched": same}
+    made = lm.match(tokenizer, data, np.arange(11), 4, None)
+    assert (made["asked"], made["matched"]) == (11, same) and same <= made["overlap"] <= 11
     assert lm.evaluate({}, data, np.arange(11)) == before  # rows again
-    assert lm.figures({"loss": 2.0, "tokens": 1.0, "asked": 4.0, "matched": 3.0})["exact_match"] == 0.75
+    told = lm.figures({"loss": 2.0, "tokens": 1.0, "asked": 4.0, "matched": 3.0, "overlap": 3.5})
+    assert (told["exact_match"], told["rouge_l"]) == (0.75, 0.875)
 
 
 def test_a_chat_template_frames_one_dialogue_and_the_answer_alone_is_scored(tiny_lm):
