@@ -63,9 +63,13 @@ def test_it_begins_where_the_other_ended(tiny, first, where):
     saved = load_file(first.folder / "adapter" / "adapter_model.safetensors")
     assert made.task.initial.keys() == saved.keys()
     assert all(np.array_equal(made.task.initial[name], saved[name]) for name in saved)
-    figures = made.figures(made.evaluate(made.task.initial, "test", 0, first.summary["test_examples"]))
+    figures = made.figures({"test": made.evaluate(made.task.initial, "test", 0, first.summary["test_examples"])})[
+        "test"
+    ]
     same_rows = worker(tiny(private=False))
-    expected = same_rows.figures(same_rows.evaluate(saved, "test", 0, first.summary["test_examples"]))
+    expected = same_rows.figures({"test": same_rows.evaluate(saved, "test", 0, first.summary["test_examples"])})[
+        "test"
+    ]
     assert figures == expected and figures["accuracy"] == first.summary["accuracy"]
     made.task.become(draw=3)  # a further draw of the seed moves nothing that was taken over
     made.task.begin({}, ())
@@ -151,7 +155,9 @@ def test_the_core_between_singular_vectors_is_found_again(tiny, first, tmp_path)
     told = ("strategy.use=fed_sb", "model.adapter.kind=auto", "model.adapter.r=8")
     run = simulate(tiny(*told, *LEARN, private=False), out=tmp_path / "sb")
     made = worker(tiny(*told, f"model.start={run.folder}", private=False))
-    figures = made.figures(made.evaluate(made.task.initial, "test", 0, run.summary["test_examples"]))
+    figures = made.figures({"test": made.evaluate(made.task.initial, "test", 0, run.summary["test_examples"])})[
+        "test"
+    ]
     assert figures["loss"] == pytest.approx(run.summary["loss"], abs=1e-4)
     assert any(t.any() for n, t in made.task.initial.items() if made.task.layout[n].role == "core")
     with pytest.raises(UserError, match="is not between the first 8 singular vectors"):
@@ -269,7 +275,9 @@ def test_a_run_that_merged_says_why_its_rank_is_another(tiny, tmp_path):
     with pytest.raises(UserError, match=rf"has rank {rank} \(its run merged into its base, .*set it to {rank}"):
         simulate(tiny(f"model.start={run.folder}", private=False), out=tmp_path / "next")
     made = worker(tiny(f"model.start={run.folder}", f"model.adapter.r={rank}", private=False))
-    figures = made.figures(made.evaluate(made.task.initial, "test", 0, run.summary["test_examples"]))
+    figures = made.figures({"test": made.evaluate(made.task.initial, "test", 0, run.summary["test_examples"])})[
+        "test"
+    ]
     assert figures["loss"] == pytest.approx(run.summary["loss"], abs=1e-4)
 
 
