@@ -46,9 +46,10 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
     try:
         held = prepare.prepare(scenario).data
         train, test = read(scenario.data, scenario.task)
-        several = find(scenario.task).target == "many"
+        target = find(scenario.task).target
+        several = target == "many"
         separator = _separator(scenario.data, held.labels) if several else ""
-        if not isinstance(train.texts[0], str):
+        if not isinstance(train.texts[0], str) or target == "marks":
             raise SettingError("data", "only rows of one text and its label can be written as files of sites")
     except SettingError as error:
         raise scenario.located(error) from error
