@@ -18,9 +18,10 @@ from fedlora.kinds import contract as kinds
 from fedlora.metrics import confusion
 from fedlora.metrics import contract as metrics
 from fedlora.metrics.contract import Evaluation, Metric
+from fedlora.prepare import encoding
 from fedlora.reports.tables import Table
 from fedlora.run import Run
-from fedlora.tasks import base_model, loading
+from fedlora.tasks import loading
 from fedlora.tasks.contract import Task
 
 _SHOWN = 5  # rows in a line
@@ -111,7 +112,7 @@ def _metrics(folder: Path, given: Sequence[str] | None, task: type[Task], own_co
 
 def columns(folder: Path, data: str, text: str | Sequence[str] | None, label: str | None) -> scenarios.Files:
     """Where the rows are, and which columns hold what: as in the run's own source, or as they are named."""
-    told: dict[str, Any] = {}
+    told: dict[str, Any] = {**scenarios.COLUMNS_OF.get(About.read(folder).task, {})}
     if (folder.parent / "scenario.yaml").is_file():
         own = scenarios.written(folder.parent).data
         source = own.files or own.hub or reading.HUB_DATASETS.get(str(own.dataset))
@@ -143,6 +144,10 @@ def _rows(files: scenarios.Files, task: type[Task], about: About) -> reading.Row
     rows = reading.read_file(files, "test", Taught(*told))
     if not rows.texts:
         raise SettingError("data", f"{files.test}: holds no row")
+    if rows.labels is None and task.target != "start":
+        raise SettingError("data.files.label", f"{files.test}: name the column by which its rows are judged")
+    if task.target == "score" and (count := len(about.labels)) != len((rows.labels or [()])[0]):
+        raise SettingError("data.files.label", f"{files.test}: the run judges {count} columns of scores")
     if task.target not in ("class", "many"):
         return rows
     held = ((i, [label] if isinstance(label, str) else label) for i, label in enumerate(rows.labels or [], 1))
@@ -195,7 +200,7 @@ def _evaluated(
         1,
         0,
         lambda these: task.encode(reader, these, about.labels, about.max_length),
-        base_model.encoding_fingerprint(reader),
+        encoding(about.task, task, reader),
         about.labels,
         test=rows,
     )

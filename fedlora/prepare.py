@@ -139,8 +139,7 @@ def _prepared(
             names.extend(reading.label_names(data, rows, scenario.task))
         return _encoded(task, scenario.task, reader, rows, names, data.max_length)
 
-    encoding = base_model.encoding_fingerprint(reader)
-    dataset = hold(encode, f"{encoding} {replay.code(task)}" if ":" in scenario.task else encoding)
+    dataset = hold(encode, encoding(scenario.task, task, reader))
     _tell_heads(scenario, task, dataset.labels)
     for metric in metrics.find_all(scenario.metrics, task.target):
         if metric.takes is None:
@@ -159,6 +158,18 @@ def _prepared(
         device=engines.device(scenario),
     )
     return Prepared(scenario=scenario, strategy=strategy, client=client, data=dataset, setup=setup)
+
+
+def encoding(use: str, task: type[tasks.Task], reader: Any) -> str:
+    """Differs where rows would be encoded in another way: by another tokenizer, or by a task of one's own.
+
+    Args:
+        use: the task's name.
+        task: of that name.
+        reader: as the task gives it.
+    """
+    made = base_model.encoding_fingerprint(reader)
+    return f"{made} {replay.code(task)}" if ":" in use else made
 
 
 def _tell_heads(scenario: Scenario, task: type[tasks.Task], labels: Sequence[str]) -> None:

@@ -119,3 +119,54 @@ def test_own_code_is_not_imported_unasked(tiny, reviews, tmp_path, monkeypatch):
     assert made.summary["metrics"]["rows"] == made.summary["test_examples"]
     assert "rows" not in evaluate(made, reviews).metrics
     assert evaluate(made, reviews, own_code=True).metrics["rows"] == 240
+
+
+def test_a_task_of_one_s_own_that_changed_encodes_rows_anew(tiny, reviews, tmp_path, monkeypatch):
+    """Else rows that were encoded for another version of it would be judged."""
+    code = """
+from dataclasses import replace
+from fedlora.tasks.classification import Classification
+
+
+class Own(Classification):
+    @classmethod
+    def encode(cls, *told):
+        made = super().encode(*told)
+        return replace(made, targets=[{} for _ in made.targets])
+"""
+    from fedlora.exporting import About
+    from fedlora.prepare import encoding
+    from fedlora.tasks.contract import find
+
+    (tmp_path / "own_task.py").write_text(code.format(0))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = simulate(tiny("task=own_task:Own", "rounds=1", private=False), out=tmp_path / "run")
+    assert evaluate(made, reviews, own_code=True).majority == 1.0
+    about, task = About.read(made.folder / "adapter"), find("own_task:Own")
+    reader = task.reader(about.base, None)
+    before = encoding(about.task, task, reader)
+    (tmp_path / "own_task.py").write_text(code.format(1))
+    assert encoding(about.task, task, reader) != before
+
+
+@pytest.mark.parametrize("task", ["preference", "regression"])
+def test_an_exported_adapter_of_several_columns_is_judged_by_all_of_them(
+    task, tiny, tiny_lm, choices, tmp_path, capsys
+):
+    file = choices
+    told = [f"model.base={tiny_lm}", "model.adapter.targets=[q_proj]"]
+    if task == "regression":
+        file, told = tmp_path / "rows.csv", ["data.score={low: 0, high: 9}"]
+        file.write_text("text,one,two\n" + "".join(f"note {i},{i % 9},{i % 4}\n" for i in range(60)))
+        told += [f"data.files={{train: {file}, label: [one, two]}}"]
+    else:
+        told += [f"data.files={{train: {file}}}"]
+    run = simulate(tiny(f"task={task}", *told, "rounds=1", private=False), out=tmp_path / "run")
+    folder = export(run, tmp_path / "adapter")
+    if task == "preference":  # which columns these are is known
+        assert evaluate(folder, file).metrics["accuracy"] == evaluate(run, file).metrics["accuracy"]
+    label = "who" if task == "preference" else "one"
+    for of in (run.folder, folder):
+        assert main(["evaluate", str(of), "--data", str(file), "--label", label]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert ("2 columns of scores" in line) if task == "regression" else ("two columns, of completions" in line)

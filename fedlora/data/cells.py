@@ -98,6 +98,8 @@ class Taught:
             told = [Column(key, source, name) for name in names]
             return scores([cells(name) for name in names], self.score.low, self.score.high, told)
         if self.target == "pair":
+            if len(names) != 2:
+                raise SettingError(key, "should be two columns, of completions that were chosen and rejected")
             columns = [Column(key.replace("label", "text"), source, str(named.text))]
             columns += [Column(key, source, name) for name in names]
             return completions([cells(column.name) for column in columns], columns)

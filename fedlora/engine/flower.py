@@ -139,8 +139,8 @@ class FlowerEngine(Engine):
             if c in self.roster.sites
         }
         figures: dict[int, Figures] = {}
-        known = ("loss", self.description.metric)
-        asked = [metric.name for metric in self.worker.metrics if metric.name not in known]
+        main = self.description.metric
+        asked = [metric.name for metric in self.worker.metrics if metric.name not in ("loss", main)]
         for client, (reply, _) in self.roster.ask("evaluate", contents).items():
             try:
                 if reply.has_error():
@@ -148,8 +148,11 @@ class FlowerEngine(Engine):
                 words = wire.unpack_words(reply.content)
                 if refused := words.get("refused"):
                     raise ContractError(str(refused))
-                told: Figures = {key: wire.number(words.get(key), key) for key in known}
-                figures[client] = told | {name: wire.figure(words.get(name), name) for name in asked}
+                told: Figures = {"loss": wire.number(words.get("loss"), "loss")}
+                told |= {name: wire.figure(words.get(name), name) for name in (main, *asked)}
+                if told[main] is None:  # of any sign: a correlation may be below 0
+                    raise ContractError(f"{main} in a message is a finite number, not None")
+                figures[client] = told
             except ContractError as error:
                 logger.warning("%s did not judge: %s", self.roster.sites[client], error)
         if not figures:

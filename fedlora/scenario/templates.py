@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-_PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_PART = re.compile(r"\{\{|\}\}|\{([^{}\n]*)\}|[{}]")
 
 
 def columns(template: str) -> tuple[str, ...]:

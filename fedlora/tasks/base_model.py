@@ -91,6 +91,8 @@ def encoding_fingerprint(reader: Any) -> str:
         backend = getattr(reader, "backend_tokenizer", None)
         text = backend.to_str() if backend else repr(sorted(reader.get_vocab().items()))
         text += str(reader.chat_template or "")
+        ends = (getattr(reader, "eos_token_id", None), getattr(reader, "truncation_side", None))
+        text += repr(ends)  # of no tokenizer.json: an instructed model may end with another token than its base
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

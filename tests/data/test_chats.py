@@ -137,6 +137,7 @@ def test_a_template_leaves_out_lines_of_empty_columns_and_keeps_doubled_braces()
     "told, what",
     [
         ("data.prompt='no column'", "names no column: write one in braces"),
+        ('data.prompt="{a\\n\\nb}"', "a { stands alone: write {{"),
         ("data.prompt='{a'", "a { stands alone: write {{"),
         ("data.prompt='{} {a}'", "{} names no column"),
         ("data.prompt='{a}'", "prompt is for task: causal_lm, and the task is classification"),

@@ -66,13 +66,24 @@ def test_a_separator_that_labels_have_is_not_taken(tiny, tmp_path):
         split(tiny(*told), tmp_path / "more")
 
 
-def test_tags_cannot_be_written_as_one_column(tiny, tmp_path):
-    (file := tmp_path / "rows.jsonl").write_text(
-        "".join(
-            f'{{"text": "Ann {i}", "spans": [{{"start": 0, "end": 3, "label": "Name"}}]}}\n' for i in range(60)
-        )
-    )
-    told = ["task=token_classification", f"data.files={{train: {file}, text: text, label: spans}}"]
+def test_texts_with_spans_are_no_csv(tiny, tmp_path):
+    """A text has many tags, and a row of a csv one label."""
+    row = '{"text": "of Ann %d", "tags": [{"start": 3, "end": 6, "label": "Name"}]}\n'
+    (file := tmp_path / "rows.jsonl").write_text("".join(row % i for i in range(60)))
+    told = ("task=token_classification", f"data.files={{train: {file}, text: text, label: tags}}")
     with pytest.raises(UserError, match="only rows of one text and its label"):
         split(tiny(*told), tmp_path / "sites")
-    assert not (tmp_path / "sites").exists()
+
+
+def test_a_correlation_below_0_is_a_figure(told, sites, nodes, deployed, monkeypatch):
+    from fedlora.engine import Worker
+
+    scenario, files = sites(*told, "data.client_test_share=0.7", "rounds=1", private=False)
+    judge = Worker.judge
+
+    def against(worker, *more):
+        return {c: figures | {worker.task.metric: -0.25} for c, figures in judge(worker, *more).items()}
+
+    monkeypatch.setattr(Worker, "judge", against)
+    run, _ = deployed(scenario, LocalGrid(nodes(files)))
+    assert run.rounds[0][f"local_{run.metric}"] == -0.25

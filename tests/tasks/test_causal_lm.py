@@ -138,6 +138,15 @@ def test_another_template_is_another_encoding(reader, base):
     assert base_model.encoding_fingerprint(other) != base_model.encoding_fingerprint(reader)
 
 
+def test_another_token_of_the_end_is_another_encoding(reader, base):
+    """Instructed models often have their base's tokenizer.json, and another end."""
+    other = base_model.load_tokenizer(base)
+    other.eos_token = "[MASK]" if other.eos_token != "[MASK]" else "[CLS]"
+    rows = Rows(["so"], ["yes"])
+    one, two = (CausalLM.encode(r, rows, (), 32).tokens for r in (reader, other))
+    assert one != two and base_model.encoding_fingerprint(other) != base_model.encoding_fingerprint(reader)
+
+
 def test_the_loss_is_the_mean_over_the_tokens_of_all_answers(reader, base):
     """By plain transformers' logits, for one example among others."""
     lm = loading.load("causal_lm", base, Lora(4, 8, ("q_proj",)), labels=(), seed=3, max_length=64)
