@@ -214,6 +214,7 @@ def test_a_separator_that_is_named_is_the_one(tmp_path, caplog):
         ([["a"], [None]], "row 2: 'labels' is no list of labels"),
         ([["a"], {"a": 1}], "row 2: 'labels' is no list of labels"),
         ([["a"], [["b"]]], "row 2: 'labels' is no list of labels"),
+        ([["a"], [float("nan")]], "row 2: 'labels' is no list of labels"),
     ],
 )
 def test_a_bad_cell_is_told_by_file_row_and_column(cells, what, tmp_path):
