@@ -227,6 +227,11 @@ def test_a_bad_cell_is_told_by_file_row_and_column(cells, what, tmp_path):
     assert caught.value.key == "data.files.label" and "secret" not in caught.value.message
 
 
+def test_a_threshold_between_those_that_are_counted_is_a_line():
+    with pytest.raises(SettingError, match=r"at the threshold 0\.33 are not counted: take one of 0\.01, "):
+        figures({}, 0.33)
+
+
 def test_a_label_that_the_run_does_not_know_is_refused(tiny, films, tmp_path):
     (test := tmp_path / "test.csv").write_text("text,labels\nx,good|strange\n")
     asked = [t for t in told(films) if "validation" not in t]
