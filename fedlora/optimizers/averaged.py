@@ -43,7 +43,7 @@ def mean(names: Sequence[str], updates: Sequence[Update]) -> Adapter:
         total.add(replace(update, adapter={}))
     if len(updates) > 1:  # in the arithmetic of sums on the way, of which one update is that already
         made = total.moments / np.float32(total.weight)
-    made = np.minimum(made, np.float32([np.inf, 1.0]))
+    made = np.minimum(made, np.array([np.inf, 1.0], np.float32))
     return dict(zip(names, made, strict=True))
 
 
