@@ -136,14 +136,16 @@ def unpack_instruction(content: RecordDict, layout: Layout, rounds: int = MOST, 
         raise ContractError("the fingerprint of the frozen tensors in a message is no text")
     trip = whole(config.pop("trip", 1), "trip", 1, trips)
     moments = _moments(config.pop(MOMENTS, b""))
-    sent = tuple(sorted(adapter)) if send is None else _unmask(send, layout)
+    sent, trained = (tuple(sorted(adapter)) if mask is None else _unmask(mask, layout) for mask in (send, train))
     averaged.check(moments, len(sent) if len(moments) else 0)
+    if len(moments) and not set(sent) <= set(trained):
+        raise ContractError("a message has second moments of tensors that do not train")
     if trip == 1 and not set(adapter) <= set(layout):  # in later trips a strategy sends what it likes
         raise ContractError("the message holds tensors of another adapter")
     return Instruction(
         round=whole(config.pop(ROUND, 1), ROUND, 1, rounds),
         adapter=adapter,
-        train=tuple(sorted(adapter)) if train is None else _unmask(train, layout),
+        train=trained,
         send=sent,
         keep=() if keep is None else _unmask(keep, layout),
         frozen=frozen,

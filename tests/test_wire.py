@@ -134,6 +134,15 @@ def test_second_moments_are_rows_of_what_is_sent(moments):
             wire.unpack_instruction(content, LAYOUT)
 
 
+def test_second_moments_are_of_what_trains():
+    """Else a training that was paid for would fail."""
+    told = Instruction(round=1, adapter={}, train=("a",), send=("a",), moments=np.full((1, 2), 0.5, np.float32))
+    content = wire.pack_instruction(told, LAYOUT)
+    content[wire.CONFIG]["train"] = wire.pack_instruction(replace(told, train=()), LAYOUT)[wire.CONFIG]["train"]
+    with pytest.raises(ContractError, match="second moments of tensors that do not train"):
+        wire.unpack_instruction(content, LAYOUT)
+
+
 def test_a_mask_of_another_adapter_is_refused():
     content = wire.pack_instruction(Instruction(round=1, adapter={}, train=("a",), send=("a",)), LAYOUT)
     with pytest.raises(ContractError, match="another adapter"):

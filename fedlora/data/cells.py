@@ -131,7 +131,7 @@ def label_sets(cells: Sequence[Any], separator: str | None, column: Column) -> l
             parts = list(cell)
         else:
             parts = [cell]
-        if any(isinstance(part, dict | list | tuple) or part is None for part in parts):
+        if any(not isinstance(part, str) and (missing(part) or hasattr(part, "__len__")) for part in parts):
             raise column.wrong(row, "is no list of labels")
         names = [str(part).strip() for part in parts]
         if not all(names):

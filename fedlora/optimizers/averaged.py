@@ -21,6 +21,7 @@ import numpy as np
 from fedlora.adapter import Adapter, Sum, Tensor, Update
 from fedlora.errors import ContractError
 
+ROUNDING = 1e-4  # by which float32 may make a mean of weights of 1 longer, over thousands of clients
 LARGEST = 1e24  # of a second moment: of gradients as long as what `fedlora.engine.intake` calls enormous
 
 
@@ -42,6 +43,7 @@ def mean(names: Sequence[str], updates: Sequence[Update]) -> Adapter:
         total.add(replace(update, adapter={}))
     if len(updates) > 1:  # in the arithmetic of sums on the way, of which one update is that already
         made = total.moments / np.float32(total.weight)
+    made = np.minimum(made, np.array([np.inf, 1.0], np.float32))
     return dict(zip(names, made, strict=True))
 
 
@@ -54,5 +56,5 @@ def check(moments: Tensor, count: int) -> None:
     if not isinstance(moments, np.ndarray) or moments.dtype != np.float32 or moments.shape != (count, 2):
         raise ContractError(f"second moments are {count} rows of two numbers of float32, and these are not")
     second, weight = moments[:, 0], moments[:, 1]
-    if not (np.all((second >= 0) & (second <= LARGEST)) and np.all((weight >= 0) & (weight <= 1))):
+    if not (np.all((second >= 0) & (second <= LARGEST)) and np.all((weight >= 0) & (weight <= 1 + ROUNDING))):
         raise ContractError(f"second moments are from 0 to {LARGEST:g}, their weights to 1, and these are not")

@@ -106,7 +106,7 @@ class Steps:
         self._rates = [group["lr"] for group in optimizer.param_groups]
         if self._averaging is not None:
             for name, (second, weight) in settings.state.items():
-                self._averaging.begin(self.parameters[name], float(second), float(weight))
+                self._averaging.begin(self.parameters[name], float(second), min(float(weight), 1.0))
         elif settings.state:
             _fill(optimizer, self.parameters, settings.state)
 

@@ -132,6 +132,18 @@ def tell(
         model.config.preference_beta = float(beta)
 
 
+def positions(model: Any) -> int | None:
+    """For how many tokens of an example a model has positions; None where it has no table of them."""
+    import torch
+
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITIONS:
+            before = 0 if module.padding_idx is None else module.padding_idx + 1  # as RoBERTa counts
+            found.append(int(module.num_embeddings) - int(getattr(module, "offset", 0) or before))
+    return min(found, default=None)
+
+
 def check_room(model: Any, tokenizer: Any, max_length: int, private: bool) -> None:
     """Make sure that a model has a place for every token that examples may hold; they are not looked at.
 
@@ -140,15 +152,8 @@ def check_room(model: Any, tokenizer: Any, max_length: int, private: bool) -> No
     Raises:
         SettingError: it has fewer positions, or fewer tokens than its tokenizer.
     """
-    import torch
-
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITIONS:
-            before = 0 if module.padding_idx is None else module.padding_idx + 1  # as RoBERTa counts
-            room = module.num_embeddings - (getattr(module, "offset", 0) or before)
-            if room < max_length:
-                told = f"{max_length} tokens, and the model has {room} positions: lower it"
-                raise SettingError("data.max_length", told)
+    if (room := positions(model)) is not None and room < max_length:
+        raise SettingError("data.max_length", f"{max_length} tokens, and the model has {room} positions: lower it")
     known, used = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     if private and used >= known:
         raise SettingError(

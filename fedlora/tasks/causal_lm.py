@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedlora import seeding
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded, Examples
+from fedlora.errors import SettingError
 from fedlora.metrics.written import rouge_l
 from fedlora.passes.packing import Segments
 from fedlora.tasks import base_model, dialogues
@@ -203,9 +204,18 @@ def completions(
         temperature: logits are divided by it before a token is drawn; 0: the likeliest is taken.
         top_p: only the likeliest tokens that have such a share together are drawn.
         seed: of what is drawn.
+
+    Raises:
+        SettingError: the model has no positions for a prompt and what follows it.
     """
     import torch
 
+    longest, room = max(map(len, asked), default=0), base_model.positions(model)
+    if room is not None and longest + max_new_tokens > room:
+        raise SettingError(
+            "exact_match.max_new_tokens",
+            f"{max_new_tokens} tokens after a prompt of {longest}, and the model has {room} positions: lower it",
+        )
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     for start in range(0, len(asked), _ANSWERS):
         chunk = asked[start : start + _ANSWERS]

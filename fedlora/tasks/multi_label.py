@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded
+from fedlora.errors import SettingError
 from fedlora.tasks.classification import Classification, inputs
 from fedlora.tasks.contract import Batch, Sums
 
@@ -105,7 +106,15 @@ def figures(sums: Sums, threshold: float) -> dict[str, float]:
 
     The F1 of a label is `2 t / (g + h)`, of t rows that have it and are given it, g that are given it and h that
     have it; where there are none of either it is 0.
+
+    Raises:
+        SettingError: it is another one, as where somebody wrote it into `fedlora.json`.
     """
+    if threshold not in THRESHOLDS:
+        known = ", ".join(f"{one:g}" for one in THRESHOLDS)
+        raise SettingError(
+            "threshold", f"figures at the threshold {threshold:g} are not counted: take one of {known}"
+        )
     right, given, had = (counts[:, THRESHOLDS.index(threshold)] for counts in _reached(sums))
     each = np.divide(2 * right, given + had, out=np.zeros_like(right), where=given + had > 0)
     told = {"loss": sums["loss"] / sums["examples"], "micro_f1": _micro(right, given, had)}

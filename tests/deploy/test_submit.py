@@ -41,16 +41,22 @@ def test_the_app_holds_the_scenario_the_code_and_the_signature(tiny, tmp_path, m
     (tmp_path / "lab_of_mine" / "__init__.py").write_text("")
     (tmp_path / "lab_of_mine" / "mine.py").write_text(OWN)
     (tmp_path / "lab_of_mine" / "test_mine.py").write_text("")
+    (tmp_path / "figures_of_mine.py").write_text("def rows(outputs, targets, labels):\n    return 1.0\n")
     (tmp_path / "lab_of_mine" / "data").mkdir()
     (tmp_path / "lab_of_mine" / "data" / "rows.csv").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
-    scenario = tiny("strategy.use=lab_of_mine.mine:Mine", "data.labels=[bad, good]")
+    told = ("strategy.use=lab_of_mine.mine:Mine", "metrics=[figures_of_mine:rows]", "data.labels=[bad, good]")
+    scenario = tiny(*told)
     module._make(tmp_path / "app", scenario, "tiny-1", False, tmp_path / "key")
     told = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert scenarios.parse(told["config"]["scenario"]).hash == scenario.hash and told["config"]["resume"] == ""
     assert (tmp_path / "app" / "lab_of_mine" / "mine.py").read_text() == OWN
-    assert sorted(p.name for p in (tmp_path / "app").iterdir()) == ["lab_of_mine", "pyproject.toml"]
+    assert sorted(p.name for p in (tmp_path / "app").iterdir()) == [
+        "figures_of_mine.py",
+        "lab_of_mine",
+        "pyproject.toml",
+    ]
     sent = json.loads(json.dumps(scenario.model_dump()))
     public = (tmp_path / "key.pub").read_text()
     assert signing.signed(told["config"]["signature"], [public], sent, "tiny-1", tmp_path / "app")

@@ -220,3 +220,13 @@ def test_a_base_without_a_template_is_told_by_the_scenarios_line(tiny, tiny_lm, 
     with pytest.raises(UserError, match=r"data\.messages: the base model's tokenizer has no chat template"):
         simulate(tiny(*told(tiny_lm, talks)), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_more_tokens_than_a_model_has_positions_for_are_one_line(reader):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small = {"vocab_size": 30522, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    model = GPT2LMHeadModel(GPT2Config(**small, bos_token_id=101, eos_token_id=5, pad_token_id=0)).eval()
+    with pytest.raises(SettingError, match="and the model has 32 positions: lower it"):
+        CausalLM.complete(model, reader, ["secret"], 16, max_new_tokens=64)
+    assert len(CausalLM.complete(model, reader, ["so"], 16, max_new_tokens=8)) == 1

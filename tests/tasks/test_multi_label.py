@@ -214,6 +214,7 @@ def test_a_separator_that_is_named_is_the_one(tmp_path, caplog):
         ([["a"], [None]], "row 2: 'labels' is no list of labels"),
         ([["a"], {"a": 1}], "row 2: 'labels' is no list of labels"),
         ([["a"], [["b"]]], "row 2: 'labels' is no list of labels"),
+        ([["a"], [float("nan")]], "row 2: 'labels' is no list of labels"),
     ],
 )
 def test_a_bad_cell_is_told_by_file_row_and_column(cells, what, tmp_path):
@@ -224,6 +225,11 @@ def test_a_bad_cell_is_told_by_file_row_and_column(cells, what, tmp_path):
         rows(file)
     assert what in caught.value.message and str(file) in caught.value.message
     assert caught.value.key == "data.files.label" and "secret" not in caught.value.message
+
+
+def test_a_threshold_between_those_that_are_counted_is_a_line():
+    with pytest.raises(SettingError, match=r"at the threshold 0\.33 are not counted: take one of 0\.01, "):
+        figures({}, 0.33)
 
 
 def test_a_label_that_the_run_does_not_know_is_refused(tiny, films, tmp_path):
