@@ -7,8 +7,13 @@ Questions and answers are cut into tokens apart, so that a question's are those 
 Of a chat that is longer than `max_length` the oldest questions are left out with their answers, and the system's
 turn stays. A last answer that is too long by itself loses its end, and keeps one token; where what goes before it
 leaves no room for that, this loses its beginning.
+
+A template is refused by a chat that is made up, and never by a row: else whether a site answers would tell what
+one of its rows holds. A row that the template refuses or rewrites, as some rewrite earlier answers or take no turn
+of the system, teaches nothing.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -19,6 +24,10 @@ from fedlora.errors import SettingError
 from fedlora.tasks.contract import UNSCORED
 
 Chat = tuple[Turn, ...]
+
+_PLAIN = tuple(Turn(role, word) for word in ("one", "two") for role in ("user", "assistant"))  # nobody's
+
+logger = logging.getLogger(__name__)
 
 
 def is_chat(text: Input) -> TypeGuard[Chat]:
@@ -32,19 +41,26 @@ def encode(reader: Any, rows: Rows, max_length: int) -> Encoded:
     The target is where the last answer begins. Where any row has several that are scored, tokens have marks.
 
     Raises:
-        SettingError: the chat template refuses a chat, or there is none.
+        SettingError: the chat template refuses plain chats, or there is none.
     """
+    _laid(reader, _PLAIN, 1)
     tokens: list[list[int]] = []
     marks: list[list[int]] = []
     starts, cut, several = [], 0, False
+    refused: SettingError | None = None
     for turns, answers in zip(rows.texts, rows.labels or (), strict=True):
         assert is_chat(turns) and isinstance(answers, tuple)
         several |= len(answers) > 1
-        ids, mine, start, whole = _row(reader, turns, len(answers), max_length)
+        try:
+            ids, mine, start, whole = _row(reader, turns, len(answers), max_length)
+        except SettingError as error:
+            refused, (ids, mine, start, whole) = error, ([reader.eos_token_id or 0], [UNSCORED], 1, True)
         tokens.append(ids)
         marks.append(mine)
         starts.append(start)
         cut += not whole
+    if refused is not None:
+        logger.warning("%s: some chats teach nothing: %s", refused.key, refused.message)
     return Encoded(tokens, starts, marks=marks if several else None, cut=cut)
 
 

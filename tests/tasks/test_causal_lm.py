@@ -118,9 +118,13 @@ def test_a_template_without_an_end_in_its_turns_gets_one_at_the_end(reader, base
         (
             "{{ raise_exception('secret ' ~ messages[0]['content']) }}",
             "data.messages",
-            "refuses a turn of the system",
+            "refuses a chat of",
         ),
-        ("{% for m in messages %}{{ loop.last }}{{ m['content'] }}{% endfor %}", "data.scored", "write last"),
+        (
+            "{% for m in messages %}{{ loop.last }}{{ m['content'] }}{% endfor %}",
+            "data.scored",
+            "begins an answer",
+        ),
         (None, "data.messages", "has no chat template"),
     ],
 )
@@ -130,6 +134,22 @@ def test_a_template_that_does_not_fit_is_one_line_without_text(reader, base, tmp
     with pytest.raises(SettingError) as caught:
         encoded(other)
     assert caught.value.key == key and what in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_no_row_decides_whether_a_template_is_refused(base, caplog):
+    """This one leaves thoughts out of earlier answers: a chat that has some teaches nothing, and the others do."""
+    other = base_model.load_tokenizer(base)
+    other.chat_template = (
+        "{% for m in messages %}{{ m.role }}: "
+        "{{ m.content if loop.last else m.content.split('!')[-1] }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    ask, say = (lambda text: Turn("user", text)), (lambda text: Turn("assistant", text))
+    plain = (ask("one"), say("two"), ask("one"), say("three"))
+    thinks = (ask("one"), say("ill ! two"), ask("one"), say("three"))
+    made = CausalLM.encode(other, Rows([plain, thinks], [("two", "three"), ("ill ! two", "three")]), (), 32)
+    assert 0 in made.marks[0] and made.marks[1] == [-100] and made.targets[1] == len(made.tokens[1]) == 1
+    assert "some chats teach nothing" in caplog.text and "ill" not in caplog.text
 
 
 def test_another_template_is_another_encoding(reader, base):
