@@ -356,7 +356,8 @@ class Node:
         figures = self.state.judged(
             run.key, instruction.round, lambda: worker.judge(instruction, [client])[client]
         )
-        return wire.pack_words(figures)
+        asked = {"loss", worker.task.metric, *(metric.name for metric in worker.metrics)}
+        return wire.pack_words({name: value for name, value in figures.items() if name in asked})
 
     def _pay(self, key: str, round: int, client: int, event: Event) -> None:
         """Write an event into the run's ledger and the site's, unless it would pass what either allows.
