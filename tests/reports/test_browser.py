@@ -35,7 +35,7 @@ def visit(browser, file):
     """Opens a page and makes sure that it draws all and complains of nothing."""
     contexts = []
 
-    def opened(width=1280, scheme="light", file=file, count=10):
+    def opened(width=1280, scheme="light", file=file, count=11):
         contexts.append(
             context := browser.new_context(
                 viewport={"width": width, "height": 900},
