@@ -225,7 +225,7 @@ def least_of(file):
         ("seed: [0, 1]", "sed: [0]", 7, "did you mean 'seed'?"),
         ("fedavg_lora", "fedavg_lra", 5, "did you mean 'fedavg_lora'?"),
         ("clients.lr: 0.25", "clients.lr: -1", 3, "clients.lr: should be greater than 0"),
-        ("name: small", "name: small\nsamples: 2", 1, "nothing is: leave it out"),
+        ("name: small", "name: small\nsamples: 2", 1, "no key draws: leave it out"),
         ("name: small", "name: [", 3, "not YAML"),
         ("seed: [0, 1]", "seed: [0, 1]\n  seed: [2]", 8, "is written twice, first on line 7"),
         ("seed: [0, 1]", "seed, rounds: [0, 1]", 4, "seed, rounds should be a list of lists, each of 2 values"),
