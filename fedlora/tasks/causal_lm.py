@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from fedlora.errors import SettingError
 from fedlora.metrics.written import rouge_l
 from fedlora.passes.packing import Segments
 from fedlora.tasks import base_model, dialogues
-from fedlora.tasks.contract import Batch, Problem, Prompt, Sums, Task
+from fedlora.tasks.contract import Batch, Problem, Prompt, Sums, Task, TaskTarget
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ class CausalLM(Task):
     auto = "AutoModelForCausalLM"
     headed = False
     labelled = False
-    target = "start"
+    target: ClassVar[TaskTarget] = "start"
     pools = False
     completes = True
 

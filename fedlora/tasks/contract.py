@@ -17,7 +17,7 @@ from fedlora.data.chats import Turn
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded, Examples
 from fedlora.kinds.contract import Kind
-from fedlora.metrics.contract import Evaluation
+from fedlora.metrics.contract import Evaluation, Target
 from fedlora.passes.prefix import Prefix, below
 from fedlora.seeding import generator
 from fedlora.tasks import base_model
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 Batch = dict[str, "torch.Tensor"]
 Sums = Mapping[str, Any]
 """Numbers and float64 arrays by name, which add up over batches."""
+
+TaskTarget = Target | Literal["start", "pair"]
+"""What an example is judged by: as metrics have it, or in words that none is of."""
 
 Problem = tuple[tuple[str, ...], str]
 """A key of a scenario, and what is wrong with it."""
@@ -75,7 +78,7 @@ class Task(Adapted, ABC):
     problem: ClassVar[str | None] = None
     """What transformers calls it, as `problem_type` of a model's configuration; None: by the number of labels."""
 
-    target: ClassVar[Literal["class", "many", "score", "marks", "start", "pair"]] = "class"
+    target: ClassVar[TaskTarget] = "class"
     """What an example is judged by: the number of its class, any number of labels, scores, a tag of each token,
     its tokens from where its answer starts, or which of two answers is the better one. `fedlora.metrics.contract`
     says what metrics are given of each."""

@@ -40,7 +40,7 @@ class Preference(CausalLM):
 
     metric = "accuracy"
     higher_is_better = True
-    target = "pair"  # type: ignore[assignment]
+    target = "pair"
     sequences = 2
     against_base = True
 
