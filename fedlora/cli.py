@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write what a run did as one HTML file that opens offline")
     report.add_argument("run", metavar="RUN", help="a run folder")
     report.add_argument("--out", metavar="FILE", help="the file (default: report.html in the run folder)")
+    _drawn(report)
     report.set_defaults(command=_report)
 
     compare = commands.add_parser("compare", help="runs side by side: a table, and a page that opens offline")
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", default="comparison.html", help="the page (default: comparison.html)"
     )
     compare.add_argument("--metric", metavar="NAME", help="compare by it (default: the task's own)")
+    _drawn(compare)
     compare.set_defaults(command=_compare)
 
     sweep = commands.add_parser("sweep", help="many runs of a scenario: grids, random draws, early stopping")
@@ -174,6 +176,10 @@ def _parser() -> argparse.ArgumentParser:
 def _scenario(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("scenario", metavar="SCENARIO", help="a YAML file, or the name of one that ships here")
     _overrides(parser)
+
+
+def _drawn(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--figures", metavar="DIR", dest="drawn", help="write the charts as SVG, PDF and PNG here")
 
 
 def _own_code(parser: argparse.ArgumentParser) -> None:
@@ -293,20 +299,19 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from fedlora.reports.single import report
 
-    print(report(arguments.run, arguments.out))
+    print(report(arguments.run, arguments.out, arguments.drawn))
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     from fedlora.reports.comparison import compare
 
-    made = compare(arguments.runs, arguments.out, arguments.metric)
-    table = made.table()
+    made = compare(arguments.runs, arguments.out, arguments.metric, arguments.drawn)
     if arguments.form != "text":
-        print(table.markdown() if arguments.form == "markdown" else table.latex())
+        print(made.table().markdown() if arguments.form == "markdown" else made.table().latex())
         return 0
     told = [*made.sentences, ""] if made.sentences else []
-    print("\n".join([*table.text(""), "", *told, *made.legend(), *made.notes, f"page: {arguments.out}"]))
+    print("\n".join([*made.table().text(""), "", *told, *made.legend(), *made.notes, f"page: {arguments.out}"]))
     return 0
 
 
@@ -435,14 +440,9 @@ def _ledger(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from fedlora.listing import TABLES
+    from fedlora.listing import lines
 
-    for what in [arguments.what] if arguments.what else TABLES:
-        if not arguments.what:
-            print(f"{what}:")
-        wide = max(14, *map(len, table := TABLES[what]()))
-        for name, line in table.items():
-            print(f"  {name:<{wide}} {line}")
+    print("\n".join(lines(arguments.what)))
     return 0
 
 

@@ -1,6 +1,6 @@
 """What `fedlora list` tells: each thing that a scenario can name, in a line."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from fedlora import plugins, scenario
 from fedlora.metrics import contract as metrics
@@ -45,3 +45,12 @@ TABLES: Mapping[str, Callable[[], dict[str, str]]] = {
     "scenarios": scenario.shipped,
     "sweeps": lambda: scenario.shipped(scenario.SWEEPS),
 }
+
+
+def lines(what: str | None = None) -> Iterator[str]:
+    """One table, or all of them under their names."""
+    for shelf in [what] if what else TABLES:
+        if not what:
+            yield f"{shelf}:"
+        wide = max(14, *map(len, table := TABLES[shelf]()))
+        yield from (f"  {name:<{wide}} {line}" for name, line in table.items())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import UserError
-from fedlora.reports import charts
+from fedlora.reports import charts, paper
 from fedlora.reports.baselines import Measured, ends, kind_of, of, sentences
 from fedlora.reports.charts import Figure, Row
 from fedlora.reports.labels import labels_of
@@ -372,7 +372,10 @@ def _curve(group: Group, metric: str) -> Iterator[Row]:
 
 
 def compare(
-    runs: Iterable[Run | str | Path], out: str | Path | None = None, metric: str | None = None
+    runs: Iterable[Run | str | Path],
+    out: str | Path | None = None,
+    metric: str | None = None,
+    drawn: str | Path | None = None,
 ) -> Comparison:
     """Runs side by side; those that differ by their seed alone are one row, with its spread.
 
@@ -380,6 +383,7 @@ def compare(
         runs: or their folders; the first is what the others are compared with.
         out: a file to write the page to, one HTML file that opens offline; None: none is written.
         metric: the figure to compare them by, such as `macro_f1`; by default the task's own.
+        drawn: a folder for the charts as SVG, PDF and PNG, as wide as a column of a paper; None: none are drawn.
 
     Returns:
         The comparison: `table()`, `legend()`, `notes`, `html()`.
@@ -392,4 +396,6 @@ def compare(
     made = Comparison(opened if metric is None else [run.by(metric) for run in opened])
     if out is not None:
         save(made.html(), Path(out))
+    if drawn is not None:
+        paper.draw(made.figures(), drawn)
     return made

@@ -32,7 +32,7 @@ def figures(run: Run) -> Mapping[Literal["learning", "privacy", "clients", "cost
 
 def _learning(run: Run) -> Sequence[Figure]:
     found, metric = [], run.metric
-    if rows := measured(run.rounds, metric, run.majority):
+    if len(rows := measured(run.rounds, metric, run.majority)) > 1:  # a single point is a figure, and no chart
         note = "Measured on the held-out test set."
         if any(f"validation_{metric}" in line for line in run.rounds):
             note = "Measured on the held-out test set, and on the validation rows that choose and do not report."
@@ -53,7 +53,7 @@ def _learning(run: Run) -> Sequence[Figure]:
             note = "The same by the clock of the simulated devices."
             found.append(Figure(f"{metric.capitalize()} by virtual hour", note, chart))
     for name in run.figures:
-        if name not in (metric, "loss") and measured(run.rounds, name):
+        if name not in (metric, "loss") and len(measured(run.rounds, name)) > 1:
             better = "more" if run.by(name).higher_is_better else "less"
             by_round = metric_by_round(run.rounds, name, None, run.best_round)
             note = f"Measured on the same rows; {better} is better."
@@ -65,7 +65,7 @@ def _learning(run: Run) -> Sequence[Figure]:
         for line in run.rounds
         if line.get(key) is not None
     ]
-    if losses:
+    if len({row["round"] for row in losses}) > 1:
         private = (
             "" if any(row["set"] == "training" for row in losses) else " Training losses stayed with the clients."
         )
@@ -76,7 +76,7 @@ def _learning(run: Run) -> Sequence[Figure]:
         for line in run.rounds
         if line.get("aggregation_error") is not None
     ]
-    if errors:
+    if len(errors) > 1:
         chart = lines(errors, ("round", "round"), ("error", "relative error"), whole=True, zero=True)
         note = "How far the aggregate is from the mean of the clients' full weight changes, as a share of it."
         found.append(Figure("Aggregation error by round", note, chart))
@@ -134,7 +134,7 @@ def _privacy(run: Run) -> Sequence[Figure]:
         each += [{"client": c, "round": round, "epsilon": so_far[c]} for c in drawn if c in so_far]
         for name, value in (("largest", max(so_far.values())), ("median", statistics.median(so_far.values()))):
             stated.append({"round": round, "of": f"each example, {name}" if whole else name, "epsilon": value})
-    if not stated:
+    if len({row["round"] for row in stated}) < 2:
         return []
     note = (
         "Spent so far to protect each client, by the server's noise."

@@ -22,7 +22,7 @@ _AXIS = {
 }
 _LEGEND = {"labelColor": "var(--ink)", "titleColor": "var(--muted)", "titleFontWeight": 500, "titleLimit": 400}
 # Colours are variables of page.css, so that light, dark and print are its business alone.
-_CONFIG: Mapping[str, Any] = {
+CONFIG: Mapping[str, Any] = {
     "background": "transparent",
     "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif",
     "view": {"stroke": None},
@@ -79,7 +79,7 @@ class Page:
     def _figure(self, figure: Figure) -> str:
         name = f"figure-{next(self._ids)}"
         spec = figure.chart.properties(description=f"{figure.title}. {figure.note}").to_dict()
-        spec["config"] = _CONFIG
+        spec["config"] = CONFIG
         self._charts[name] = {"title": figure.title, "spec": spec}
         return (
             f'<figure id="{name}">'

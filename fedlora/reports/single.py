@@ -6,7 +6,7 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
-from fedlora.reports import baselines, page
+from fedlora.reports import baselines, page, paper
 from fedlora.reports.comparison import Comparison
 from fedlora.reports.console import size, span
 from fedlora.reports.figures import figures
@@ -17,21 +17,24 @@ from fedlora.run import Run
 NAME = "report.html"
 
 
-def report(run: Run | str | Path, out: str | Path | None = None) -> Path:
+def report(run: Run | str | Path, out: str | Path | None = None, drawn: str | Path | None = None) -> Path:
     """Write the page of a run, one HTML file that opens offline.
 
     Args:
         run: in whatever state it is, or its folder; what it lacks is said.
         out: the file, by default `report.html` in the run folder.
+        drawn: a folder for its charts as SVG, PDF and PNG, as wide as a column of a paper; None: none are drawn.
 
     Returns:
-        The file.
+        The page.
 
     Raises:
         UserError: there is no run, or the file cannot be written.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     page.save(html(run), file := Path(out) if out else run.folder / NAME)
+    if drawn is not None:
+        paper.draw((figure for part in figures(run).values() for figure in part), drawn)
     return file
 
 
