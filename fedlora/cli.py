@@ -229,7 +229,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
             ray_address=arguments.ray_address,
             display=display,
         )
-    print("\n".join(summary_lines(run)))
+    print("\n".join([*summary_lines(run), display.time_line()]))
     return 130 if str(run.summary.get("stopped", "")).startswith("interrupted") else 0
 
 
@@ -251,7 +251,7 @@ def _submit(arguments: argparse.Namespace) -> int:
             key=Path(arguments.key) if arguments.key else None,
             display=display,
         )
-    print("\n".join(summary_lines(run)))
+    print("\n".join([*summary_lines(run), display.time_line()]))
     return 0
 
 

@@ -58,7 +58,8 @@ def test_a_run_from_the_shell(scenario, tmp_path):
     done = fedlora("simulate", str(scenario), "--out", str(tmp_path / "run"), "--set", "rounds=1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("tiny: accuracy 0.") and str(tmp_path / "run" / "adapter") in done.stdout
-    assert "differential privacy for each example" in done.stdout and done.stderr == ""  # quiet: no terminal
+    assert "differential privacy for each example" in done.stdout
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["tiny", "epsilon:", "round", "1/1"]
     again = fedlora("simulate", str(scenario), "--out", str(tmp_path / "run"), "--set", "rounds=1")
     assert (again.returncode, again.stdout) == (2, "") and again.stderr.count("\n") == 1
     assert "already holds a run" in again.stderr
@@ -195,3 +196,23 @@ def test_on_a_terminal_there_is_a_line_for_each_round(tiny, tmp_path):
         simulate(tiny(), out=tmp_path / "run", display=display)
     shown = screen.file.getvalue()
     assert "1/2" in shown and "2/2" in shown and "epsilon" in shown and "kB" in shown
+
+
+def test_without_a_terminal_too_and_rows_fit_80_columns(tiny, tmp_path):
+    import io
+    import re
+
+    from rich.console import Console
+
+    from fedlora.reports.console import Live
+    from fedlora.simulation import simulate
+
+    with Live(Console(file=(told := io.StringIO()), width=80)) as display:
+        simulate(tiny(), out=tmp_path / "run", display=display)
+    lines = told.getvalue().splitlines()
+    head = next(n for n, line in enumerate(lines) if line.split()[:2] == ["round", "clients"])
+    rows = lines[head:]
+    assert [row.split()[0] for row in rows] == ["round", "1/2", "2/2"] and max(map(len, rows)) <= 80
+    assert re.fullmatch(
+        r"  time     \d+:\d\d in all: start \d+:\d\d, rounds \d+:\d\d, end \d+:\d\d", display.time_line()
+    )

@@ -129,8 +129,15 @@ def test_every_epsilon_says_what_it_is(run):
     )
     told = told.replace("(8,", f"({summary['epsilon']:.3g},")
     card = (run.folder / "adapter" / "README.md").read_text()
-    for text in (summary["privacy"], "\n".join(summary_lines(run)), card):
+    for text in (summary["privacy"], card):
         assert told in text
+    promise, _, _ = told.partition(", neighbouring")
+    lines = summary_lines(run)
+    at = next(n for n, line in enumerate(lines) if line.startswith("  privacy"))
+    assert lines[at : at + 2] == [
+        f"  privacy  {promise}, the largest over clients",
+        "           by privacy loss distributions (dp-accounting), assuming Poisson sampling of examples",
+    ]
 
 
 def test_a_delta_that_lets_an_example_out_is_warned_of(tiny, caplog):

@@ -1,4 +1,4 @@
-"""The live display of a run: an aligned line for each round on a terminal, nothing elsewhere."""
+"""The live display of a run: an aligned line for each round, and on a terminal a bar below."""
 
 import sys
 import time
@@ -86,20 +86,22 @@ def default_display() -> Display:
 
 
 class Live:
-    """Progress on a terminal; silent where the output is no terminal."""
+    """A line for each round as it ends; on a terminal also a bar, and what is done meanwhile."""
 
     def __init__(self, console: Console | None = None, shown: bool | None = None) -> None:
         """Show a run.
 
         Args:
             console: where; by default on standard error.
-            shown: whether, by default only on a terminal.
+            shown: whether with a bar, by default only on a terminal.
         """
         self.console = console or Console(stderr=True)
         self.shown = self.console.is_terminal if shown is None else shown
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._metric, self._rounds, self._done, self._began = "accuracy", 0, 0, 0.0
+        self._metric, self._rounds, self._done, self._started = "accuracy", 0, 0, time.monotonic()
+        self._began: float | None = None
+        self._ended = 0.0
 
     def __enter__(self) -> Self:
         if self.shown:
@@ -126,41 +128,59 @@ class Live:
 
     def begin(self, scenario: Scenario, metric: str, done: int) -> None:
         """Print the head of the table."""
-        self._metric, self._rounds, self._done, self._began = metric, scenario.rounds, done, time.monotonic()
-        if self._bar is None:
-            return
+        self._metric, self._rounds, self._done = metric, scenario.rounds, done
+        self._began = self._ended = time.monotonic()
         cohort = f"{scenario.clients.cohort_size} of {counted(scenario.clients.total, 'client')} a round"
         private = scenario.clients.use if scenario.privacy is None else f"{scenario.clients.use}, private"
-        self._bar.console.print(
+        self._print(
             f"[bold]{scenario.name}[/]  {scenario.strategy.use}, {private}, {cohort}, seed {scenario.seed}"
         )
         if asked := scenario.privacy:
             said = terms(asked.unit, asked.accountant)
-            self._bar.console.print(f"[dim]epsilon: for each {asked.unit} at delta {asked.delta:g}, {said}[/]")
-        head = f"{'round':>9} {'clients':>8} {metric:>11} {'loss':>8} {'up':>10} {'down':>10}"
-        self._bar.console.print(f"[dim]{head} {'epsilon':>8} {'seconds':>8} {'left':>6}[/]")
-        self._bar.update(self._task, description="training", total=scenario.rounds, completed=done)
+            self._print(f"[dim]epsilon: for each {asked.unit} at delta {asked.delta:g}, {said}[/]")
+        names = ("round", "clients", metric, "loss", "up", "down", "epsilon", "seconds", "left")
+        self._print(f"[dim]{self._row(names)}[/]")
+        if self._bar is not None:
+            self._bar.update(self._task, description="training", total=scenario.rounds, completed=done)
 
     def round(self, line: Mapping[str, Any]) -> None:
         """Print a row of the table."""
-        if self._bar is None:
-            return
-        finished = line["round"]
-        each = (time.monotonic() - self._began) / max(finished - self._done, 1)
+        finished, self._ended = line["round"], time.monotonic()
+        each = (self._ended - (self._began or self._ended)) / max(finished - self._done, 1)
         loss = line["loss"] if line["loss"] is not None else line["train_loss"]
         failed = f"-{line['failures']}" if line.get("failures") else ""
-        cells = [
-            f"{finished}/{self._rounds}".rjust(9),
-            f"{line.get('clients', '-')}{failed}".rjust(8),
-            _figure(line[self._metric], 11),
-            _figure(loss, 8),
-            *((size(line[key]) if key in line else "-").rjust(10) for key in ("bytes_up", "bytes_down")),
-            _figure(line["epsilon"], 8, 3),
-            f"{line['seconds']:.1f}".rjust(8),
-            span(each * (self._rounds - finished)).rjust(6),
-        ]
-        self._bar.console.print(" ".join(cells), highlight=False)
-        self._bar.update(self._task, completed=finished)
+        self._print(
+            self._row(
+                (
+                    f"{finished}/{self._rounds}",
+                    f"{line.get('clients', '-')}{failed}",
+                    _figure(line[self._metric]),
+                    _figure(loss),
+                    *(size(line[key]) if key in line else "-" for key in ("bytes_up", "bytes_down")),
+                    _figure(line["epsilon"], 3),
+                    f"{line['seconds']:.1f}",
+                    span(each * (self._rounds - finished)),
+                )
+            )
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=finished)
+
+    def time_line(self) -> str:
+        """Where the time went so far: before the rounds, in them, and after the last."""
+        now = time.monotonic()
+        began, ended = self._began or now, self._ended or now
+        parts = {"start": began - self._started, "rounds": ended - began, "end": now - ended}
+        told = ", ".join(f"{name} {span(seconds)}" for name, seconds in parts.items())
+        return f"  time     {span(now - self._started)} in all: {told}"
+
+    def _row(self, cells: Sequence[str]) -> str:
+        """Cells in columns that fit 80 together, where the rounds have at most three digits."""
+        widths = (max(7, 2 * len(str(self._rounds)) + 1), 7, max(8, len(self._metric)), 7, 9, 9, 7, 7, 6)
+        return " ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=self._bar is None)
 
 
 def follow(run: Run, display: Live, pause: float = 0.5) -> Run:
@@ -184,8 +204,8 @@ def follow(run: Run, display: Live, pause: float = 0.5) -> Run:
         time.sleep(pause)
 
 
-def _figure(value: float | None, width: int, digits: int = 4) -> str:
-    return ("-" if value is None else f"{value:.{digits}f}").rjust(width)
+def _figure(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:
@@ -313,7 +333,7 @@ def summary_lines(run: Run) -> list[str]:
     lines = [
         f"{summary['scenario']}: {metric} {value} on {summary['test_examples']:,} test examples "
         f"after {summary['rounds']} rounds{kept} of {summary['strategy']} in {span(summary['seconds'])}",
-        f"  privacy  {summary['privacy']}",
+        *_privacy_lines(str(summary["privacy"])),
         f"  folder   {folder}",
         f"  adapter  {folder}/adapter",
     ]
@@ -328,3 +348,15 @@ def summary_lines(run: Run) -> list[str]:
     if "ended" in summary:
         lines.insert(1, f"  ended    {summary['ended']}")
     return lines + [f"  verdict  {verdict}" for verdict in run.verdicts()]
+
+
+def _privacy_lines(words: str) -> list[str]:
+    """A run's promise in two lines: its number and unit, and how it was found; summary.json says it whole."""
+    first, _, rest = words.partition("; ")
+    promise, *meant = first.split(", neighbouring datasets ", 1)
+    if not meant:
+        return [f"  privacy  {words}"]
+    how = rest.partition("; ")[0]
+    largest = "the largest over clients, "
+    whose = f", {largest.removesuffix(', ')}" if how.startswith(largest) else ""
+    return [f"  privacy  {promise}{whose}", f"           {how.removeprefix(largest)}"]
