@@ -5,10 +5,12 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fedlora import options
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = options.parsed(_parser(), argv)
     from fedlora.errors import FedloraError, UserError
 
     if not {"", os.getcwd()} & set(sys.path):
@@ -35,11 +37,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tune language models with low-rank adapters across clients that never share their "
         "data, under differential privacy, and say what that costs.",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="print the version")
+    options.version(parser)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     simulate = commands.add_parser("simulate", help="run a scenario on this machine or a Ray cluster")
-    _scenario(simulate)
+    options.scenario(simulate)
     simulate.add_argument(
         "--baseline",
         choices=["pooled", "pooled_private", "alone"],
@@ -52,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate.set_defaults(command=_simulate)
 
     submit = commands.add_parser("submit", help="run a scenario on the sites of a Flower SuperLink")
-    _scenario(submit)
+    options.scenario(submit)
     submit.add_argument("--superlink", metavar="NAME", required=True, help="a connection in Flower's config.toml")
     submit.add_argument("--out", metavar="DIR", help="where the run folder comes (default: runs/<its name>)")
     submit.add_argument("--resume", metavar="NAME", help="go on with a run folder of the server")
@@ -60,17 +62,17 @@ def _parser() -> argparse.ArgumentParser:
     submit.set_defaults(command=_submit)
 
     split = commands.add_parser("split", help="write each client's examples and site file, to rehearse with")
-    _scenario(split)
+    options.scenario(split)
     split.add_argument("--out", metavar="DIR", default="sites", help="a folder to make (default: sites)")
     split.add_argument("--as", metavar="PATH", dest="seen_as", help="where a node sees its own folder")
     split.set_defaults(command=_split)
 
     check = commands.add_parser("check", help="report everything that is wrong with a scenario")
-    _scenario(check)
+    options.scenario(check)
     check.set_defaults(command=_check)
 
     plan = commands.add_parser("plan", help="say what a scenario will cost: bytes, epsilon, time and memory")
-    _scenario(plan)
+    options.scenario(plan)
     plan.add_argument("--json", action="store_true", help="print all of it as JSON")
     plan.add_argument("--advise", action="store_true", help="find less noise for the same epsilon and examples")
     plan.set_defaults(command=_plan)
@@ -78,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write what a run did as one HTML file that opens offline")
     report.add_argument("run", metavar="RUN", help="a run folder")
     report.add_argument("--out", metavar="FILE", help="the file (default: report.html in the run folder)")
-    _drawn(report)
+    options.drawn(report)
     report.set_defaults(command=_report)
 
     compare = commands.add_parser("compare", help="runs side by side: a table, and a page that opens offline")
@@ -88,17 +90,17 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", default="comparison.html", help="the page (default: comparison.html)"
     )
     compare.add_argument("--metric", metavar="NAME", help="compare by it (default: the task's own)")
-    _drawn(compare)
+    options.drawn(compare)
     compare.set_defaults(command=_compare)
 
     sweep = commands.add_parser("sweep", help="many runs of a scenario: grids, random draws, early stopping")
     sweep.add_argument("sweep", metavar="SWEEP", help="a YAML file; started again, it goes on where it was")
     sweep.add_argument("--out", metavar="DIR", help="folder of its runs (default: sweeps/<name>)")
-    _overrides(sweep)
+    options.overrides(sweep)
     sweep.set_defaults(command=_sweep)
 
     tune = commands.add_parser("tune", help="a short search of the learning rate; writes a scenario with the best")
-    _scenario(tune)
+    options.scenario(tune)
     rows = tune.add_mutually_exclusive_group()
     rows.add_argument("--public", metavar="ROWS", help="dataset or file to search on (default: data.public)")
     rows.add_argument("--private", action="store_true", help="search on the clients' own rows, at their epsilon")
@@ -109,18 +111,18 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", help="a run folder")
     export.add_argument("--out", metavar="DIR", help="a folder to make (default: <run>-adapter or <run>-merged)")
     export.add_argument("--merge", action="store_true", help="write the whole model instead of the adapter")
-    _own_code(export)
+    options.own_code(export)
     export.add_argument("--push", metavar="REPO", help="upload it to the Hugging Face Hub, as you/name")
     export.set_defaults(command=_export)
 
     predict = commands.add_parser("predict", help="ask a run's model about a text, or about the rows of a file")
-    _asked(predict, "--data", "texts", "its texts, two columns for pairs")
+    options.asked(predict, "--data", "texts", "its texts, two columns for pairs")
     predict.set_defaults(command=_ask, use="predict")
 
     generate = commands.add_parser(
         "generate", help="let a run's model go on with prompts, or with those of a file"
     )
-    _asked(generate, "--prompts", "prompts", "its prompts")
+    options.asked(generate, "--prompts", "prompts", "its prompts")
     for name, kind, default, told in (
         ("--max-new-tokens", int, 64, "the most that it writes for each"),
         ("--temperature", float, 0.0, "0: the likeliest each time; above: drawn"),
@@ -137,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--text", metavar="COLUMN", nargs="+", help="its texts, two columns for pairs")
     evaluate.add_argument("--label", metavar="COLUMN", help="its labels (default: columns as the run's own)")
     evaluate.add_argument("--json", action="store_true", help="print all of it as JSON")
-    _own_code(evaluate)
+    options.own_code(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
     watch = commands.add_parser("watch", help="follow a run that another terminal started")
@@ -156,8 +158,12 @@ def _parser() -> argparse.ArgumentParser:
     schema = commands.add_parser("schema", help="print the JSON Schema of scenarios, for editors")
     schema.set_defaults(command=_schema)
 
+    explain = commands.add_parser("explain", help="say what a key of a scenario or of a site file is")
+    explain.add_argument("key", metavar="KEY", nargs="?", help="such as clients.lr, clients or site.accept")
+    explain.set_defaults(command=_explain)
+
     audit = commands.add_parser("audit", help="try to break a scenario's epsilon: a lower bound beside the claim")
-    _scenario(audit)
+    options.scenario(audit)
     audit.add_argument("--out", metavar="DIR", help="folder for figures and plot (default: audits/<name>-<hash>)")
     audit.add_argument("--canaries", type=int, default=4000, metavar="N", help="over all clients (default: 4000)")
     audit.set_defaults(command=_audit)
@@ -171,43 +177,6 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("what", nargs="?", choices=shelves)
     listing.set_defaults(command=_list)
     return parser
-
-
-def _scenario(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("scenario", metavar="SCENARIO", help="a YAML file, or the name of one that ships here")
-    _overrides(parser)
-
-
-def _drawn(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--figures", metavar="DIR", dest="drawn", help="write the charts as SVG, PDF and PNG here")
-
-
-def _own_code(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--own-code", action="store_true", help="import the run's own task: it is a program")
-
-
-def _asked(parser: argparse.ArgumentParser, file: str, what: str, columns: str) -> None:
-    """What a finished run is asked: words of the command line, or a file."""
-    parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("texts", metavar="TEXT", nargs="*", help=f"{what}, before any option")
-    parser.add_argument(file, metavar="FILE", dest="data", help="txt, csv, tsv, json, jsonl or parquet")
-    parser.add_argument("--text", metavar="COLUMN", nargs="+", help=f"{columns} (default: as the run's own)")
-    parser.add_argument("--out", metavar="FILE", help="write answers here: jsonl, csv or tsv")
-    _own_code(parser)
-
-
-def _overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set", metavar="a.b=v", action="append", default=[], dest="overrides", help="override a setting"
-    )
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version
-
-        print(f"fedlora {version('fedlora')}")
-        parser.exit()
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
@@ -415,6 +384,13 @@ def _schema(arguments: argparse.Namespace) -> int:
     from fedlora.scenario.schema import schema
 
     print(json.dumps(schema(), indent=2))
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from fedlora.reference import lines
+
+    print("\n".join(lines(arguments.key)))
     return 0
 
 

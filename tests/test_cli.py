@@ -32,6 +32,7 @@ def scenario(tiny_yaml, tmp_path):
         "from fedlora.cli import main; main(['--help'])",
         "from fedlora.cli import main; main(['check', 'smoke'])",
         "from fedlora.cli import main; main(['list'])",
+        "from fedlora.cli import main; main(['explain', 'clients.lr'])",
     ],
 )
 def test_what_should_be_quick_imports_neither_torch_nor_ray(code):

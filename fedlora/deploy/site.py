@@ -28,18 +28,35 @@ FLOOR = 20  # rows that a site holds out at least where it judges: a mean over f
 
 
 class Held(Files):
-    """The site's rows. A row of another label than `labels` is left out, whatever a run asks."""
+    """The site's rows. A row with a label that `labels` lacks is left out, whatever a run asks.
 
-    labels: tuple[str, ...] | None = (
-        None  # what the rows may be classified by; a run must have these and no others
-    )
-    score: Score | None = None  # the scale of the rows' scores, as a run must have it
-    messages: str | None = None  # a column of chats, where rows hold these instead of prompts and completions
-    prompt: Template | None = None  # of prompts, by columns of the rows; those of a scenario are its server's own
+    Attributes:
+        test: Not used at a site: the test set is the server's.
+        validation: Not used at a site: the server's rows choose the best round.
+        labels: Labels of the rows; a run must have exactly these. null: the site answers no classification run.
+            Example: `[surgery, other]`.
+        score: Scale of the rows' scores; a run must have the same. null: the site answers no regression run.
+            Example: `{low: 0, high: 5}`.
+        messages: Column of chats, where rows hold these. null: rows hold prompts and completions. Example:
+            `messages`.
+        prompt: Template of prompts by columns of the site's rows. null: `text` is the prompt. Example:
+            `'{question} {hint}'`.
+    """
+
+    labels: tuple[str, ...] | None = None
+    score: Score | None = None
+    messages: str | None = None
+    prompt: Template | None = None
 
 
 class Budget(Section):
-    """What the site's examples may lose in all runs together, for each of them."""
+    """The privacy budget of the site's examples, over all runs together.
+
+    Attributes:
+        max_epsilon: Most epsilon that the site's examples may spend in all runs together. Example: `8`.
+        delta: Probability with which epsilon may not hold. Keep it below 1 / examples. Example: `1.0e-5`.
+        accountant: How events become epsilon. All three are upper bounds; pld is the tightest.
+    """
 
     max_epsilon: PositiveFloat
     delta: Annotated[Float, Field(gt=0, lt=1)]
@@ -47,39 +64,74 @@ class Budget(Section):
 
 
 class Accept(Section):
-    """What a run must be like."""
+    """What a run must be like for the site to take part.
 
-    scenarios: tuple[str, ...] | None = None  # names; null: any
-    bases: tuple[str, ...] | None = None  # as in `model.base`; null: minilm alone. Its files read every row
-    starts: tuple[str, ...] = ()  # as in `model.start`: a folder by its whole path, which is read here too
-    strategies: tuple[str, ...] | None = None  # as in `strategy.use`; null: any that comes with fedlora
-    clients: tuple[str, ...] | None = None  # as in `clients.use`; null: any that comes with fedlora
-    tasks: tuple[str, ...] | None = (
-        None  # as in `task`; null: those that come with fedlora, whatever own_code says
-    )
-    kinds: tuple[str, ...] | None = None  # as in `model.adapter.kind`; null: likewise
-    own_code: bool = False  # whether strategies, clients and metrics may come with the run: they are programs
-    masked_only: bool = (
-        False  # whether a run must have `secure_aggregation`: nobody sees the site's update by itself
-    )
-    metrics: bool = False  # whether losses and the like of the site's own rows may be told; epsilon covers none
-    submitters: tuple[str, ...] | None = None  # ssh public keys, one of which signed the run; null: anybody
+    Attributes:
+        scenarios: Names of scenarios that the site accepts. null: any. Example: `[wards]`.
+        bases: Base models that it accepts, as in `model.base`. null: minilm alone. A model's files read every row.
+            Example: `[minilm]`.
+        starts: Adapters that a run may begin from, as in `model.start`; a folder by its whole path, which is read
+            at the site too. Example: `[/site/public]`.
+        strategies: Strategies that it accepts, as in `strategy.use`. null: any that ships with fedlora. Example:
+            `[ffa_lora]`.
+        clients: Ways to train that it accepts, as in `clients.use`. null: any that ships with fedlora. Example:
+            `[dp_sgd]`.
+        tasks: Tasks that it accepts, as in `task`. null: any that ships with fedlora, whatever `own_code` says.
+            Example: `[classification]`.
+        kinds: Kinds of adapter that it accepts, as in `model.adapter.kind`. null: any that ships with fedlora,
+            whatever `own_code` says. Example: `[lora]`.
+        own_code: Whether a run may bring its own strategies, clients and metrics. They are programs: accept them
+            only from people whom you let run code.
+        masked_only: Whether a run must have `secure_aggregation`, so that nobody sees the site's update by itself.
+        metrics: Whether losses and figures of the site's own rows may be reported. Epsilon does not cover them.
+        submitters: ssh public keys; one of them must have signed the run. null: anyone may submit. Example:
+            `[ssh-ed25519 AAAA lab]`.
+    """
+
+    scenarios: tuple[str, ...] | None = None
+    bases: tuple[str, ...] | None = None
+    starts: tuple[str, ...] = ()
+    strategies: tuple[str, ...] | None = None
+    clients: tuple[str, ...] | None = None
+    tasks: tuple[str, ...] | None = None
+    kinds: tuple[str, ...] | None = None
+    own_code: bool = False
+    masked_only: bool = False
+    metrics: bool = False
+    submitters: tuple[str, ...] | None = None
 
 
 class Site(Section):
-    """Everything about a node that is the site's own affair."""
+    """Everything about a node that the site alone decides.
+
+    Attributes:
+        name: Name of the site: letters, digits, `_`, `.` and `-`. Example: `st-mary`.
+        client: Number of the scenario's client that the site is, from 0. Example: `0`.
+        data: The site's rows and their columns; the test set is the server's. Example: `{train: /site/train.csv,
+            labels: [surgery, other]}`.
+        state: Folder of the ledger, of what clients keep, and of logs. Back it up: without it the site cannot know
+            what it has spent. Example: `/site/state`.
+        privacy: Budget of the site's examples over all runs. null: the site trains without one, if the scenario
+            asks for no privacy. Example: `{max_epsilon: 8, delta: 1.0e-5}`.
+        accept: What a run must be like for the site to take part.
+        device: Torch device that trains, such as `cpu` or `cuda`.
+        threads: Torch threads of the worker.
+        idle_minutes: Minutes without work after which the worker unloads the model.
+        metrics_port: Port where Prometheus reads the site's figures. null: none. Example: `9101`.
+        metrics_address: Address on which that port listens.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
-    client: Annotated[Int, Field(ge=0)]  # which of the scenario's clients it is, from 0
-    data: Held  # `train` with its columns; the test set is the server's
-    state: Annotated[str, Field(min_length=1)]  # folder of the ledger, of what clients keep, and of logs
-    privacy: Budget | None = None  # null: trains without a guarantee of its own, if the scenario asks for none
+    client: Annotated[Int, Field(ge=0)]
+    data: Held
+    state: Annotated[str, Field(min_length=1)]
+    privacy: Budget | None = None
     accept: Accept = Accept()
-    device: str = "cpu"  # of torch
-    threads: PositiveInt = 1  # of torch
-    idle_minutes: PositiveFloat = 30.0  # after which the worker lets the model go
-    metrics_port: Annotated[Int, Field(ge=1, le=65535)] | None = None  # of a Prometheus endpoint; null: none
-    metrics_address: Annotated[str, Field(min_length=1)] = "127.0.0.1"  # that it listens on
+    device: str = "cpu"
+    threads: PositiveInt = 1
+    idle_minutes: PositiveFloat = 30.0
+    metrics_port: Annotated[Int, Field(ge=1, le=65535)] | None = None
+    metrics_address: Annotated[str, Field(min_length=1)] = "127.0.0.1"
 
     @property
     def folder(self) -> Path:

@@ -22,10 +22,15 @@ ASIDE = (
 
 
 class Baseline(Section):
-    """What `fedlora simulate --baseline` made this scenario of; not written by hand."""
+    """The scenario that `fedlora simulate --baseline` made this one of; not written by hand.
+
+    Attributes:
+        kind: Which baseline it is: `pooled`, `pooled_private` or `alone`.
+        of: Hash of the scenario that it is a baseline of. Example: `0123abcd`.
+    """
 
     kind: Kind
-    of: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]  # the configuration that it is a baseline of, for any seed
+    of: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 
 
 def configuration(scenario: Mapping[str, Any]) -> str:

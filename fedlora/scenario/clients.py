@@ -13,14 +13,24 @@ from fedlora.seeding import generator
 
 
 class RankList(Section):
-    """The rank of each client in turn; the list repeats when there are more clients."""
+    """The rank of each client in turn; the list repeats when there are more clients.
+
+    Attributes:
+        kind: list: ranks are written out.
+        values: Rank of each client in turn; the list repeats where there are more clients. Example: `[4, 8]`.
+    """
 
     kind: Literal["list"]
     values: tuple[PositiveInt, ...] = Field(min_length=1)
 
 
 class RankShares(Section):
-    """Each client draws its rank from the seed, with these shares, such as {4: 0.5, 8: 0.5}."""
+    """Each client draws its rank from the seed, with these shares, such as {4: 0.5, 8: 0.5}.
+
+    Attributes:
+        kind: shares: ranks are drawn from the seed.
+        shares: Share of the clients for each rank; the shares sum to 1. Example: `{4: 0.5, 8: 0.5}`.
+    """
 
     kind: Literal["shares"]
     shares: dict[PositiveInt, Annotated[Float, Field(gt=0, le=1)]] = Field(min_length=1)
@@ -37,36 +47,76 @@ Ranks = Annotated[RankList | RankShares, Field(discriminator="kind")]
 
 
 class Tier(Section):
-    """A kind of device; each client draws its own from the seed."""
+    """A kind of device; each client draws its own from the seed.
 
-    share: Annotated[Float, Field(gt=0, le=1)]  # of the clients
-    rank: PositiveInt | None = None  # of its factors; null: model.adapter.r
-    seconds_per_example: PositiveFloat = 0.05  # in a world: that a step takes for each example of its batch
-    megabits_down: PositiveFloat = 50.0  # in a world: a second
-    megabits_up: PositiveFloat = 10.0  # in a world: a second
+    Attributes:
+        share: Share of the clients that have this device; the shares of all tiers sum to 1. Example: `0.5`.
+        rank: Rank of its adapter. null: `model.adapter.r`. Lower it for weak devices. Example: `4`.
+        seconds_per_example: Virtual seconds that a step takes for each example of its batch. It counts only with
+            `world`.
+        megabits_down: Download speed in megabits a second. It counts only with `world`.
+        megabits_up: Upload speed in megabits a second. It counts only with `world`.
+    """
+
+    share: Annotated[Float, Field(gt=0, le=1)]
+    rank: PositiveInt | None = None
+    seconds_per_example: PositiveFloat = 0.05
+    megabits_down: PositiveFloat = 50.0
+    megabits_up: PositiveFloat = 10.0
 
 
 class Clients(PlugIn):
-    """How many clients there are and how each trains."""
+    """How many clients there are and how each trains.
 
-    use: str = "sgd"  # a name, or module:Class of one's own; unset: dp_sgd where examples are private
+    Attributes:
+        use: How a client trains: a name of `fedlora list clients`, or `module:Class` of your own. Unset: `dp_sgd`
+            where examples are private, else `sgd`. Further keys are its options.
+        total: Number of clients. Example: `10`.
+        per_round: Clients that train in each round. null: all of them. Fewer cost less time, and each of them
+            spends less epsilon. Example: `5`.
+        local_steps: Optimiser steps of a client in a round. Unset: 1 where `strategy` is unset too, else 10. More
+            steps need fewer rounds and bytes.
+        batch_size: Examples in a step. Under privacy it is the expected size of a Poisson batch: larger batches
+            have less noise beside the signal.
+        sample_rate: Share of a client's examples in a step; it replaces `batch_size`. null: `batch_size` counts.
+            Set it where clients differ in size: each example then weighs alike. Example: `0.02`.
+        lr: Learning rate, or one by role. Unset: 0.5, or 2 / `clip_norm` for private examples; with Adam 0.002, or
+            0.01 for private examples. Tune it first: `fedlora tune`. Example: `{B: 0.004, head: 0.01}`.
+        optimizer: How a client takes its steps: sgd, adamw, another class of torch.optim, or a mapping with its
+            options. null: plain SGD. Example: `{kind: adamw}`.
+        schedule: How the learning rate changes over all local steps of the run. null: it is constant. Example:
+            `{kind: cosine, warmup: 0.1}`.
+        micro_batch_size: About how many examples are in memory at once. The result does not depend on it. Lower it
+            where memory runs out.
+        ranks: Rank of each client, at most `model.adapter.r`. null: all have that rank. It needs a strategy that
+            takes unequal ranks. Example: `{kind: list, values: [4, 8]}`.
+        tiers: Kinds of device by name; a client draws its own from the seed. null: all are alike. Example:
+            `{phone: {share: 0.8, rank: 4}, laptop: {share: 0.2}}`.
+        max_norm: Largest L2 norm of one client's change; a larger one is refused. null: any. Set it where clients
+            may be faulty. Example: `10`.
+        max_examples: Most examples that a client may claim where the server does not know their number. null: any.
+            Example: `10000`.
+        min_replies: Clients that must reply for a round to count. Raise it where a mean over few clients says too
+            little.
+        retries: How often a round with too few replies is tried again, each time with another cohort.
+    """
+
+    use: str = "sgd"
     total: PositiveInt
-    per_round: PositiveInt | None = None  # null: all of them
-    local_steps: PositiveInt = 10  # unset: 1 where strategy is unset too
-    batch_size: PositiveInt = 32  # under DP the expected size of a Poisson batch
-    sample_rate: Annotated[Float, Field(gt=0, le=1)] | None = (
-        None  # a batch is this share of a client's examples, in the place of batch_size: each example weighs alike
-    )
-    lr: Rates = 0.5  # by role, as {B: 0.004, head: 0.01}; unset: SGD 0.5, private 2 / clip_norm; adam 0.002, 0.01
-    optimizer: Optimizer | None = None  # sgd, adamw, {kind: adamw, ...} or a class of torch.optim; null: plain SGD
-    schedule: Schedule | None = None  # of lr, over all local steps of the run; null: constant
-    micro_batch_size: PositiveInt = 16  # about how many examples are in memory at once; does not change the result
-    ranks: Ranks | None = None  # of each client, at most model.adapter.r; null: all have that
-    tiers: dict[str, Tier] | None = None  # kinds of device by name, such as {phone: {share: 0.8, rank: 4}, ...}
-    max_norm: PositiveFloat | None = None  # L2 bound on one client's change; one that moved further is refused
-    max_examples: PositiveInt | None = None  # that a client may claim where the server does not know; null: any
-    min_replies: PositiveInt = 1  # clients that must reply for a round to count
-    retries: Annotated[Int, Field(ge=0)] = 0  # of a round in which fewer did, each with another cohort
+    per_round: PositiveInt | None = None
+    local_steps: PositiveInt = 10
+    batch_size: PositiveInt = 32
+    sample_rate: Annotated[Float, Field(gt=0, le=1)] | None = None
+    lr: Rates = 0.5
+    optimizer: Optimizer | None = None
+    schedule: Schedule | None = None
+    micro_batch_size: PositiveInt = 16
+    ranks: Ranks | None = None
+    tiers: dict[str, Tier] | None = None
+    max_norm: PositiveFloat | None = None
+    max_examples: PositiveInt | None = None
+    min_replies: PositiveInt = 1
+    retries: Annotated[Int, Field(ge=0)] = 0
 
     @field_validator("use")
     @classmethod

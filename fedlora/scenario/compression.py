@@ -8,23 +8,39 @@ from fedlora.scenario.section import Float, Section
 
 
 class Rounded(Section):
-    """Numbers of fewer bits, rounded up or down by chance so that the mean is right."""
+    """Numbers of fewer bits, rounded up or down at random so that the mean is right.
 
-    kind: Literal["fp16", "bf16", "int8", "int4"]  # 2, 2, 1 and 1/2 bytes a number, where plain ones take 4
+    Attributes:
+        kind: Number format: 2 bytes a number for fp16 and bf16, about 1 for int8 and 1/2 for int4.
+    """
+
+    kind: Literal["fp16", "bf16", "int8", "int4"]
 
 
 class TopK(Section):
-    """The largest numbers of each tensor; a client keeps what it left out, and adds it to what it sends next."""
+    """The largest numbers of each tensor. A client keeps the rest, and adds it to what it sends next.
+
+    Attributes:
+        kind: top_k: only the largest numbers are sent.
+        share: Share of the numbers that is sent, each in 8 bytes. Lower it for fewer bytes and slower learning.
+    """
 
     kind: Literal["top_k"]
-    share: Annotated[Float, Field(ge=0.001, le=1)] = 0.1  # of the numbers; each takes 8 bytes
+    share: Annotated[Float, Field(ge=0.001, le=1)] = 0.1
 
 
 Packed = Annotated[Rounded | TopK, Field(discriminator="kind")]
 
 
 class Compression(Section):
-    """What travels in fewer bytes; clients send their change, noise included, and the server's own stays exact."""
+    """What is sent in fewer bytes. Clients send their change, noise included; the server's own tensors stay exact.
 
-    up: Packed | None = None  # int8 is a quarter of the bytes; judge its cost by a run without
-    down: Rounded | None = None  # the adapter itself, whose rounding all clients share: prefer fp16 to fewer bits
+    Attributes:
+        up: Format of what clients send. null: 4 bytes a number. Compare with a run without it to see what it
+            costs. Example: `{kind: int8}`.
+        down: Format of what the server sends. null: 4 bytes a number. All clients share its rounding, so prefer
+            fp16. Example: `{kind: fp16}`.
+    """
+
+    up: Packed | None = None
+    down: Rounded | None = None

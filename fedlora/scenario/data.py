@@ -42,81 +42,144 @@ Template = Annotated[str, AfterValidator(_names_columns)]
 
 
 class Hub(Section):
-    """A dataset of the Hugging Face Hub, or in a folder that the datasets library reads."""
+    """A dataset of the Hugging Face Hub, or in a folder that the datasets library reads.
 
-    path: str  # a Hub id, a folder of images or parquet files, or what `save_to_disk` wrote
+    Attributes:
+        path: A Hub id, a folder of images or parquet files, or a folder that `save_to_disk` wrote. Example:
+            `nyu-mll/glue`.
+        config: Configuration of the dataset. null: its only one. Example: `sst2`.
+        revision: Branch, tag or commit of the dataset. null: the main branch. Set it so that a run can be
+            repeated. Example: `main`.
+        train: Split that clients train on.
+        test: Split that the server evaluates on. null: `data.test_share` of the training rows.
+        validation: Split that chooses the best round. null: none, or `data.validation_share`. Example:
+            `validation`.
+        text: Column of texts; two columns for pairs; for images the column of images.
+        label: Column of labels. Regression takes one column of scores or several, and preference the two columns
+            [chosen, rejected].
+        separator: For multi_label: what stands between the labels of a text. null: the first of `|`, `;` and `,`
+            that occurs. Example: `';'`.
+    """
+
+    path: str
     config: str | None = None
     revision: str | None = None
     train: str = "train"
-    test: str | None = "test"  # null: hold out `data.test_share` of the training rows
-    validation: str | None = None  # to choose the best round by; or give `data.validation_share`
-    text: Columns = "text"  # two of them for pairs, such as [premise, hypothesis]; for images the column of images
-    label: Labels = (
-        "label"  # for regression one or several; for token_classification tags, for preference [chosen, rejected]
-    )
-    separator: Separator | None = None  # for multi_label: between labels of a text; null: | or ; or , as there is
+    test: str | None = "test"
+    validation: str | None = None
+    text: Columns = "text"
+    label: Labels = "label"
+    separator: Separator | None = None
 
 
 class Files(Section):
-    """Local csv, tsv, json, jsonl or parquet files, or for token_classification conll or iob2."""
+    """Local csv, tsv, json, jsonl or parquet files, or for token_classification conll or iob2.
+
+    Attributes:
+        train: File of the rows that clients train on. Example: `train.csv`.
+        test: File of the rows that the server evaluates on. null: `data.test_share` of the training rows. Example:
+            `test.csv`.
+        validation: File of the rows that choose the best round. null: none, or `data.validation_share`. Example:
+            `validation.csv`.
+        text: Column of texts, or two columns for pairs. For causal_lm it is the prompt, or the whole text where
+            `label` is null.
+        label: Column of labels, completions, tags or spans. Regression takes several columns too, and preference
+            the two columns [chosen, rejected].
+        separator: For multi_label: what stands between the labels of a text. null: the first of `|`, `;` and `,`
+            that occurs. Example: `';'`.
+        columns: Names of the columns of a csv or tsv without a header, or of a conll file. null: the header names
+            them. Example: `[text, label]`.
+    """
 
     train: str
-    test: str | None = None  # null: hold out `data.test_share` of the training rows
-    validation: str | None = None  # to choose the best round by; or give `data.validation_share`
-    text: Columns = "text"  # for causal_lm: the prompt, or the whole text where `label` is null; two for pairs
-    label: Labels | None = (
-        "label"  # completion, tags or spans; for regression several too; for preference [chosen, rejected]
-    )
-    separator: Separator | None = (
-        None  # for multi_label: between the labels of a row; null: | or ; or , as there is
-    )
-    columns: tuple[str, ...] | None = None  # names of the columns of a csv or tsv without a header, or of a conll
+    test: str | None = None
+    validation: str | None = None
+    text: Columns = "text"
+    label: Labels | None = "label"
+    separator: Separator | None = None
+    columns: tuple[str, ...] | None = None
 
 
 class Iid(Section):
-    """Equal shares of the shuffled examples."""
+    """Equal shares of the shuffled examples.
+
+    Attributes:
+        kind: iid: examples are shuffled and shared out equally.
+    """
 
     kind: Literal["iid"] = "iid"
 
 
 class Dirichlet(Section):
-    """Each label is spread over clients by a Dirichlet draw; a smaller alpha is more skewed."""
+    """Each label is spread over clients by a Dirichlet draw; a smaller alpha is more skewed.
+
+    Attributes:
+        kind: dirichlet: clients differ in their labels.
+        alpha: Concentration of the draw. Lower it for more skew: 0.1 is strong, 100 nearly none. Example: `0.3`.
+        min_examples: Fewest examples of a client; the draw is repeated until every client has as many.
+    """
 
     kind: Literal["dirichlet"]
     alpha: PositiveFloat
-    min_examples: PositiveInt = 10  # drawn again until every client has as many
+    min_examples: PositiveInt = 10
 
 
 class Pathological(Section):
-    """Each client holds a fixed number of the labels."""
+    """Each client holds a fixed number of the labels.
+
+    Attributes:
+        kind: pathological: clients hold few labels each.
+        labels_per_client: Number of labels that each client holds. Example: `2`.
+    """
 
     kind: Literal["pathological"]
     labels_per_client: PositiveInt
 
 
 class Shards(Section):
-    """Examples sorted by label are cut into shards; each client gets a number of them (McMahan et al., 2017)."""
+    """Examples sorted by label are cut into shards; each client gets a number of them (McMahan et al., 2017).
+
+    Attributes:
+        kind: shards: clients hold pieces of the sorted examples.
+        shards_per_client: Number of pieces for each client. Fewer give more skew.
+    """
 
     kind: Literal["shards"]
     shards_per_client: PositiveInt = 2
 
 
 class Size(Section):
-    """Shuffled examples in unequal amounts: client i gets a share in proportion to i, i^2 or e^i."""
+    """Shuffled examples in unequal amounts: client i gets a share in proportion to i, i^2 or e^i.
+
+    Attributes:
+        kind: size: clients differ in their number of examples.
+        growth: How sizes grow with the client's number i: as i, i^2 or e^i.
+    """
 
     kind: Literal["size"]
     growth: Literal["linear", "square", "exponential"] = "linear"
 
 
 class Natural(Section):
-    """One client for each value of a column, such as a hospital or a user."""
+    """One client for each value of a column, such as a hospital or a user.
+
+    Attributes:
+        kind: natural: each value of a column is a client.
+        column: Column that names the holder of a row. Example: `hospital`.
+    """
 
     kind: Literal["natural"]
     column: str
 
 
 class LabelShares(Section):
-    """The label shares of each client, written out; rows repeat when there are more clients."""
+    """The label shares of each client, written out; rows repeat when there are more clients.
+
+    Attributes:
+        kind: label_shares: the label shares of each client are written out.
+        shares: For each client its share of each label, which sum to 1. Rows repeat; `clients.total` is a multiple
+            of their number. Example: `[[0.1, 0.9], [0.9, 0.1]]`.
+    """
 
     kind: Literal["label_shares"]
     shares: tuple[tuple[Annotated[Float, Field(ge=0, le=1)], ...], ...] = Field(min_length=1)
@@ -132,10 +195,15 @@ class LabelShares(Section):
 
 
 class Sampled(Section):
-    """Each client draws its examples from all, none twice; others may hold them too. For any number of clients."""
+    """Each client draws distinct examples from all; others may hold the same. For any number of clients.
+
+    Attributes:
+        kind: sampled: each client draws its examples from all; others may hold them too.
+        examples: Number of examples that each client holds, its own test examples included. Example: `200`.
+    """
 
     kind: Literal["sampled"]
-    examples: PositiveInt  # that each client holds, its own test examples among them
+    examples: PositiveInt
 
 
 Partition = Annotated[
@@ -144,7 +212,12 @@ Partition = Annotated[
 
 
 class Score(Section):
-    """The scale of scores. It is public: what clients' own scores reach would tell of their rows."""
+    """The scale of scores. It is public, as the range of clients' own scores would say something about their rows.
+
+    Attributes:
+        low: Lowest score that can occur. Example: `0`.
+        high: Highest score that can occur, above `low`. Example: `5`.
+    """
 
     low: Float
     high: Float
@@ -157,7 +230,17 @@ class Score(Section):
 
 
 class Source(Section):
-    """Where rows come from: one of a named dataset, the Hub and files."""
+    """Where rows come from: one of a named dataset, the Hub and files.
+
+    Attributes:
+        dataset: A dataset by name: `fedlora list datasets`. null: `hub` or `files` names the rows. Example:
+            `tweets`.
+        hub: A dataset of the Hugging Face Hub, or a folder that the datasets library reads. null: `dataset` or
+            `files` names the rows. Example: `{path: nyu-mll/glue, config: sst2, test: validation, text:
+            sentence}`.
+        files: Local files. null: `dataset` or `hub` names the rows. Example: `{train: train.csv, text: question,
+            label: kind}`.
+    """
 
     dataset: str | None = None
     hub: Hub | None = None
@@ -183,25 +266,44 @@ _NAMES = ("text", "label", "separator")
 
 
 class Public(Source):
-    """Rows that anybody may see, for `fedlora tune`; columns that are not named are called as the clients' own."""
+    """Rows that anyone may see, for `fedlora tune`; columns that are not named are as in the clients' source."""
 
 
 class Data(Source):
-    """The examples, and how clients come to hold them."""
+    """The examples, and how clients come to hold them.
+
+    Attributes:
+        partition: Which client holds which examples. Change it to study clients that differ.
+        max_length: Tokens to which an example is cut. Lower it for speed and memory where texts are short.
+        test_share: Share of the training rows that is held out as the test set, where the source has none.
+        validation_share: Share of the test rows that chooses the best round; the others report. null: no such
+            rows. Set it for `keep` and `stop`. Example: `0.3`.
+        client_test_share: Share of its own examples on which a client evaluates. null: none. Epsilon does not
+            cover these figures. Example: `0.2`.
+        labels: Names of the labels, in order. null: those of the data, sorted. Write them where sites keep their
+            rows. Example: `[negative, neutral, positive]`.
+        score: For regression: the scale of the scores, which is public. It is required there. Example: `{low: 0,
+            high: 5}`.
+        messages: For causal_lm: the column of chats, which replaces `text` and `label`. null: rows hold prompts
+            and completions. Example: `messages`.
+        scored: Which turns of the assistant in `messages` are learnt: all, or the last one.
+        prompt: For causal_lm: a template of the prompt with columns in braces, which replaces `text`. null: `text`
+            is the prompt. Example: `'{question} {hint}'`.
+        public: Rows that anyone may see, from a source like the clients' own. `fedlora tune` tries learning rates
+            on them at no epsilon. null: none. Example: `{files: {train: public.csv}}`.
+    """
 
     partition: Partition = Iid()
-    max_length: Annotated[Int, Field(ge=2)] = 128  # tokens an example is cut to
-    test_share: Annotated[Float, Field(gt=0, lt=1)] = 0.1  # held out where the source has no test set
-    validation_share: Annotated[Float, Field(gt=0, lt=1)] | None = (
-        None  # of the test rows: they choose the best round, and the others report
-    )
-    client_test_share: Annotated[Float, Field(gt=0, lt=1)] | None = None  # that each client keeps to judge by
-    labels: tuple[str, ...] | None = None  # in order; null: those of the data, sorted (of tags O first)
-    score: Score | None = None  # for regression: the lowest and the highest score that there can be
-    messages: str | None = None  # for causal_lm: a column of chats, instead of the columns `text` and `label`
-    scored: Literal["all", "last"] = "all"  # which of the assistant's turns in `messages` are learnt
-    prompt: Template | None = None  # for causal_lm: of several columns, as "{question} {hint}", instead of `text`
-    public: Public | None = None  # like rows that are nobody's, on which `fedlora tune` tries rates at no epsilon
+    max_length: Annotated[Int, Field(ge=2)] = 128
+    test_share: Annotated[Float, Field(gt=0, lt=1)] = 0.1
+    validation_share: Annotated[Float, Field(gt=0, lt=1)] | None = None
+    client_test_share: Annotated[Float, Field(gt=0, lt=1)] | None = None
+    labels: tuple[str, ...] | None = None
+    score: Score | None = None
+    messages: str | None = None
+    scored: Literal["all", "last"] = "all"
+    prompt: Template | None = None
+    public: Public | None = None
 
     @field_validator("public", mode="before")
     @classmethod

@@ -1,6 +1,6 @@
 """How a mistake that pydantic found is told: the key as it is written, what is wrong, what to write instead."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -13,6 +13,7 @@ from fedlora.scenario.data import Partition
 from fedlora.scenario.keeping import KEPT
 from fedlora.scenario.keys import Problem, dotted
 from fedlora.scenario.learning import TAGS
+from fedlora.scenario.section import sections
 from fedlora.scenario.sections import Scenario
 from fedlora.scenario.world import Availability
 
@@ -76,7 +77,7 @@ def _fields(path: Sequence[str | int], raw: object) -> Iterable[str]:
     for part in path:
         here = here.get(part, {}) if isinstance(here, dict) else {}
         field = cls.model_fields.get(str(part))
-        if not (options := list(_sections(field.annotation)) if field else []):
+        if not (options := list(sections(field.annotation)) if field else []):
             continue  # a name of the user's own, such as a tier's
         kind = here.get("kind") if isinstance(here, dict) else None
         cls = next((c for c in options if "kind" in c.model_fields and kind in _literals(c)), options[0])
@@ -85,10 +86,3 @@ def _fields(path: Sequence[str | int], raw: object) -> Iterable[str]:
 
 def _literals(cls: type[BaseModel]) -> tuple[Any, ...]:
     return get_args(cls.model_fields["kind"].annotation)
-
-
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections(argument)

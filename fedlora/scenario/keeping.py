@@ -10,9 +10,14 @@ KEPT = ("in a word", "by a figure")  # what pydantic calls the branches of `keep
 
 
 class Best(Section):
-    """Keep the best round's adapter by a figure of one's choice."""
+    """Keep the adapter of the best round, by a figure that you name.
 
-    best: Annotated[str, Field(min_length=1)]  # loss, the task's metric such as accuracy, or exact_match
+    Attributes:
+        best: Figure that chooses the round: loss, the task's metric, exact_match, or one of `metrics`. Example:
+            `loss`.
+    """
+
+    best: Annotated[str, Field(min_length=1)]
 
 
 Keep = Annotated[
@@ -22,6 +27,11 @@ Keep = Annotated[
 
 
 class Stop(Section):
-    """End a run that gets no better; it is finished then, and what it does not train it does not pay."""
+    """End a run that stops improving. It is then finished, and does not pay for rounds that it did not train.
 
-    patience: PositiveInt  # evaluations in a row without a better one, by keep's figure or the task's metric
+    Attributes:
+        patience: Evaluations in a row without a better one, after which the run ends. Raise it where figures vary
+            from round to round. Example: `3`.
+    """
+
+    patience: PositiveInt

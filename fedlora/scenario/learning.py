@@ -28,11 +28,18 @@ Rates = Annotated[
 
 
 class Schedule(Section):
-    """How a learning rate goes over the run: up in a straight line, then down or level."""
+    """How a learning rate changes over the run: it rises in a straight line, then falls or stays.
+
+    Attributes:
+        kind: How the learning rate changes after the warm-up: it stays, falls in a straight line, or falls as a
+            cosine.
+        warmup: Share of the run over which the learning rate rises from 0. Try 0.1 where early steps diverge.
+        end: Share of the learning rate that is left after the last step.
+    """
 
     kind: Literal["constant", "linear", "cosine"] = "linear"
-    warmup: Annotated[Float, Field(ge=0, lt=1)] = 0.0  # share of the run over which the rate rises
-    end: Annotated[Float, Field(ge=0, le=1)] = 0.0  # share of the rate that is left after the last step
+    warmup: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    end: Annotated[Float, Field(ge=0, le=1)] = 0.0
 
     def factor(self, step: int, steps: int) -> float:
         """What the rate is multiplied by in a step; above 0.
@@ -55,36 +62,57 @@ class Schedule(Section):
 
 
 class ServerAdam(Section):
-    """Adam or Yogi on the mean change of a round (FedOpt: Reddi et al., 2021)."""
+    """Adam or Yogi on the mean change of a round (FedOpt: Reddi et al., 2021).
+
+    Attributes:
+        kind: adam, or yogi, whose second moment changes more slowly.
+        lr: Learning rate, or one by role: about how far a number moves in a round. Tune it first: `fedlora tune`.
+            Example: `{B: 0.01, head: 0.02}`.
+        betas: Decay of the first and the second moment from round to round.
+        eps: Added to the root of the second moment.
+        schedule: How the learning rate changes by round. null: it is constant. Example: `{kind: linear}`.
+    """
 
     kind: Literal["adam", "yogi"]
-    lr: Rates = 0.01  # about how far a number moves in a round; by role, such as {B: 0.01, head: 0.02}
+    lr: Rates = 0.01
     betas: Betas = (0.9, 0.99)
-    eps: PositiveFloat = 1.0e-8  # added to the root of the second moment
-    schedule: Schedule | None = None  # of lr, by round; null: constant
+    eps: PositiveFloat = 1.0e-8
+    schedule: Schedule | None = None
 
 
 class ServerMomentum(Section):
-    """Heavy-ball momentum on the mean change of a round; with momentum 0 a server's learning rate."""
+    """Heavy-ball momentum on the mean change of a round; with momentum 0 it is a learning rate of the server.
+
+    Attributes:
+        kind: momentum: heavy-ball momentum.
+        lr: Learning rate, or one by role. At 1 with momentum 0 the server takes the strategy's own mean. Example:
+            `{B: 1.0, head: 2.0}`.
+        momentum: Share of the last step that is added to the next one. 0: none.
+        schedule: How the learning rate changes by round. null: it is constant. Example: `{kind: linear}`.
+    """
 
     kind: Literal["momentum"]
-    lr: Rates = 1.0  # 1 with momentum 0: the strategy's own mean; by role, such as {B: 1.0, head: 2.0}
+    lr: Rates = 1.0
     momentum: Beta = 0.9
-    schedule: Schedule | None = None  # of lr, by round; null: constant
+    schedule: Schedule | None = None
 
 
 ServerOptimizer = Annotated[ServerAdam | ServerMomentum, Field(discriminator="kind")]
 
 
 class ClientOptimizer(BaseModel):
-    """How clients take their steps: a class of torch.optim by name; its options are further keys."""
+    """How clients take their steps: a class of torch.optim by name, with its options as further keys.
+
+    Attributes:
+        kind: Name of a class of torch.optim, in any case. Further keys are its options. Example: `RMSprop`.
+        state: Where moments are between rounds. fresh: they begin again. kept: they stay on the client's disk.
+            averaged, for adamw alone: second moments travel, and clients begin at their mean.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    kind: str = Field(json_schema_extra={"not": {"enum": ["sgd", "adamw"]}})  # a class of torch.optim, in any case
-    state: Literal["fresh", "kept", "averaged"] = (
-        "fresh"  # anew each round, on the client's disk, or clients' mean
-    )
+    kind: str = Field(json_schema_extra={"not": {"enum": ["sgd", "adamw"]}})
+    state: Literal["fresh", "kept", "averaged"] = "fresh"
 
     @field_validator("state")
     @classmethod
@@ -99,7 +127,15 @@ class ClientOptimizer(BaseModel):
 
 
 class ClientSGD(ClientOptimizer):
-    """Stochastic gradient descent."""
+    """Stochastic gradient descent.
+
+    Attributes:
+        kind: sgd: stochastic gradient descent.
+        momentum: Share of the last step that is added to the next one. 0: none.
+        dampening: Share by which a gradient is reduced before it enters the momentum.
+        weight_decay: L2 penalty that is added to gradients. It pulls weights to 0.
+        nesterov: Whether to take Nesterov's momentum. It needs `momentum`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -107,20 +143,31 @@ class ClientSGD(ClientOptimizer):
     momentum: Beta = 0.0
     dampening: Beta = 0.0
     weight_decay: Annotated[Float, Field(ge=0)] = 0.0
-    nesterov: bool = False  # needs momentum
+    nesterov: bool = False
 
 
 class ClientAdamW(ClientOptimizer):
-    """AdamW, which under DP takes the noise's variance out of its second moment."""
+    """AdamW, which under privacy subtracts the noise's variance from its second moment.
+
+    Attributes:
+        kind: adamw: Adam with decoupled weight decay.
+        betas: Decay of the first and the second moment from step to step.
+        eps: Added to the root of the second moment.
+        weight_decay: Share of the weights, times the learning rate, that a step takes off.
+        correct_noise: Under privacy, subtract the known variance of the noise from the second moment. Leave it on:
+            otherwise the noise sets the size of steps.
+        floor: Share of the noise's variance that at least stays in the second moment. Raise it where steps get too
+            long.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["adamw"]
     betas: Betas = (0.9, 0.999)
-    eps: PositiveFloat = 1.0e-8  # added to the root of the second moment
+    eps: PositiveFloat = 1.0e-8
     weight_decay: Annotated[Float, Field(ge=0)] = 0.0
-    correct_noise: bool = True  # under DP: subtract the known variance of the noise from the second moment
-    floor: Annotated[Float, Field(gt=0, le=1)] = 0.1  # which leaves at least this share of that variance
+    correct_noise: bool = True
+    floor: Annotated[Float, Field(gt=0, le=1)] = 0.1
 
 
 def _named(value: object) -> object:

@@ -11,10 +11,17 @@ Way = Literal["flat", "per_layer", "quantile", "automatic"]
 
 
 class Clip(Section):
-    """What becomes of a gradient before it is summed: scaled to `clip_norm` at most, in one of several ways."""
+    """How a gradient is bounded before it is summed: it is scaled to a norm of at most `clip_norm`.
 
-    kind: Way = "flat"  # whole; each tensor by itself; to a bound that moves; always, to about clip_norm
-    quantile: Annotated[Float, Field(gt=0, lt=1)] | None = None  # kind quantile: of the norms, 0.5 unless given
+    Attributes:
+        kind: How a gradient is clipped. flat: as a whole. per_layer: each tensor by itself. quantile: to a bound
+            that adapts. automatic: always scaled to about `clip_norm`, which then needs no tuning.
+        quantile: Quantile of the norms that the bound follows, for kind quantile. null: 0.5 for that kind, none
+            for others. Example: `0.7`.
+    """
+
+    kind: Way = "flat"
+    quantile: Annotated[Float, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -32,21 +39,35 @@ def _clip(value: object) -> object:
 
 
 class Privacy(Section):
-    """The privacy guarantee asked for; without this section nothing is clipped or noised."""
+    """The guarantee of differential privacy; without this section nothing is clipped or noised.
 
-    epsilon: PositiveFloat | None = None  # the most that a client may spend; the noise is calibrated to it
-    noise_multiplier: PositiveFloat | None = None  # set it instead of calibrating
-    delta: Annotated[Float, Field(gt=0, lt=1)] = 1.0e-5  # below one over the examples of a client
-    clip_norm: PositiveFloat = 1.0  # L2 bound on one example's gradient; with unit client on one client's change
-    unit: Literal["example", "client"] = "example"  # what the guarantee protects: each, or all of a client
-    clip: Annotated[Clip, BeforeValidator(_clip, json_schema_input_type=Way | Clip)] = (
-        Clip()  # a word or a mapping: flat, per_layer, automatic, quantile, {kind: quantile, quantile: 0.7}
-    )
-    example: "Privacy | None" = (
-        None  # unit client: a guarantee for each example as well, by the client's own noise
-    )
-    accountant: Literal["pld", "prv", "rdp"] = "pld"  # the first is the tightest; all are upper bounds
-    share_metrics: bool = False  # let training loss and example counts leave clients, outside of epsilon
+    Attributes:
+        epsilon: Most epsilon that a client may spend in the run; noise is calibrated to it. null:
+            `noise_multiplier` sets the noise. Lower it for more privacy. Example: `6`.
+        noise_multiplier: Standard deviation of the noise divided by `clip_norm`. null: calibrated to `epsilon`.
+            Set it to fix the noise itself. Example: `1.0`.
+        delta: Probability with which epsilon may not hold. Keep it below 1 / examples of a client, or with `unit:
+            client` 1 / clients.
+        clip_norm: Largest L2 norm of one example's gradient, or with `unit: client` of one client's change. The
+            noise grows with it.
+        unit: What is protected: each example, or all that a client holds.
+        clip: How gradients are clipped: a word, or a mapping with options. With `unit: client` flat or quantile.
+            Example: `{kind: quantile, quantile: 0.7}`.
+        example: With `unit: client`: a guarantee for each example as well, by the client's own noise. null: none.
+            Example: `{epsilon: 8, delta: 1.0e-5}`.
+        accountant: How events become epsilon. All three are upper bounds; pld is the tightest.
+        share_metrics: Whether training losses and numbers of examples leave clients. Epsilon does not cover them.
+    """
+
+    epsilon: PositiveFloat | None = None
+    noise_multiplier: PositiveFloat | None = None
+    delta: Annotated[Float, Field(gt=0, lt=1)] = 1.0e-5
+    clip_norm: PositiveFloat = 1.0
+    unit: Literal["example", "client"] = "example"
+    clip: Annotated[Clip, BeforeValidator(_clip, json_schema_input_type=Way | Clip)] = Clip()
+    example: "Privacy | None" = None
+    accountant: Literal["pld", "prv", "rdp"] = "pld"
+    share_metrics: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -74,11 +95,18 @@ class Privacy(Section):
 
 
 class SecureAggregation(Section):
-    """Clients mask what they send, and the server learns only its sum; they weigh alike."""
+    """Clients mask what they send, and the server learns only the sum. All clients weigh alike.
 
-    range: PositiveFloat = 1.0  # of a number's change; one beyond fails its client, or is cut under unit client
-    survivors: Annotated[Float, Field(ge=0.66, le=1)] = 0.66  # share of the clients that must not drop out
-    noise: Literal["server", "shared"] = "server"  # shared: unit client, each adds its share before it masks
-    honest: Annotated[Float, Field(gt=0, le=1)] = (
-        1.0  # share of those who send that keep their noise to themselves
-    )
+    Attributes:
+        range: Largest change of a number. A larger one fails its client, or is cut with `unit: client`. Lower it
+            for finer rounding.
+        survivors: Share of a round's clients that must not drop out. Below it the round fails.
+        noise: Who adds the noise of `unit: client`: the server, or shared: each client its part before it masks.
+        honest: Share of the senders that keep their noise from the server, with `noise: shared`. Lower it to allow
+            for more clients that collude.
+    """
+
+    range: PositiveFloat = 1.0
+    survivors: Annotated[Float, Field(ge=0.66, le=1)] = 0.66
+    noise: Literal["server", "shared"] = "server"
+    honest: Annotated[Float, Field(gt=0, le=1)] = 1.0

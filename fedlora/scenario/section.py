@@ -1,9 +1,10 @@
 """What every section of a scenario is: a frozen mapping, whose numbers are no truth values.
 
-The comment beside a key is its description in the schema (`fedlora.scenario.schema`).
+A key is described in its docstring, under `Attributes:`; the schema and `fedlora explain` show it.
 """
 
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -38,3 +39,11 @@ class PlugIn(BaseModel):
     def options(self) -> dict[str, Any]:
         """The keys beyond the known ones."""
         return dict(self.__pydantic_extra__ or {})
+
+
+def sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a key of some type may hold, each as often as the type names it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from sections(argument)

@@ -26,15 +26,26 @@ from fedlora.scenario.world import World
 
 
 class Adapter(Section):
-    """Low-rank factors beside each matched linear layer (Hu et al., 2021)."""
+    """Low-rank factors beside each matched linear layer (Hu et al., 2021).
 
-    kind: str = "auto"  # a name, or module:Class of one's own; auto: what the strategy is for, lora for most
-    r: PositiveInt = 8  # the rank; with `clients.ranks` the server's, and the highest
-    alpha: PositiveFloat = 8.0  # the change of a weight is alpha / r * B @ A
+    Attributes:
+        kind: How the change of a weight is parametrised: a name of `fedlora list kinds`, or `module:Class` of your
+            own. auto takes what the strategy is made for: `lora` for most.
+        r: Rank: the inner dimension of the factors. More learns more, sends more and gets more noise under
+            privacy. With `clients.ranks` it is the server's rank and the highest.
+        alpha: Numerator of the scaling: a weight changes by `alpha / r * B A`. Keep it at `r` and tune the
+            learning rate first.
+        targets: Layers that get factors, by the ends of their names. They depend on the base: `[query, value]` for
+            BERT, `[q_proj, v_proj]` for Llama-like models.
+        layers: Numbers of the blocks that have targets, counted from 0. null: all. Upper blocks alone train
+            faster. Example: `[4, 5]`.
+    """
+
+    kind: str = "auto"
+    r: PositiveInt = 8
+    alpha: PositiveFloat = 8.0
     targets: tuple[str, ...] = Field(default=("query", "value"), min_length=1)
-    layers: tuple[Annotated[Int, Field(ge=0)], ...] | None = (
-        None  # that have targets, from 0; null: all. Upper ones alone, as [4, 5] of 6, train quicker
-    )
+    layers: tuple[Annotated[Int, Field(ge=0)], ...] | None = None
 
     @field_validator("kind")
     @classmethod
@@ -45,19 +56,30 @@ class Adapter(Section):
 
 
 class Model(Section):
-    """The base model and what is trained beside it."""
+    """The base model and what is trained beside it.
 
-    base: Annotated[str, Field(min_length=1)] = "minilm"  # "minilm", a local path or a Hub id
-    revision: str | None = None  # of a Hub id: branch, tag or commit
-    quantize: Literal["8bit", "4bit"] | None = None  # hold the frozen weights so, by bitsandbytes
+    Attributes:
+        base: The pretrained model: `minilm`, a local folder or a Hub id. Its weights stay frozen.
+        revision: Branch, tag or commit of a Hub id. null: the main branch. Set it so that a run can be repeated.
+            Example: `main`.
+        quantize: Hold the frozen linear layers in 8 or 4 bits, by bitsandbytes. null: in full. Set it where the
+            base does not fit into memory. Example: `4bit`.
+        adapter: Which layers are trained, and how.
+        start: Begin from this adapter: the folder of a run, a folder that peft saved, or a Hub id. null: the
+            adapter is drawn from the seed. Example: `runs/public`.
+        head: The last layer. trained: it is trained and sent. frozen: it stays as it begins. kept: it is trained,
+            and begins as in the base or in `model.start`, whatever its labels are called.
+        pooler: The encoder's pooler, where it has one. Under privacy leave it frozen: it has many more numbers
+            than the adapter.
+    """
+
+    base: Annotated[str, Field(min_length=1)] = "minilm"
+    revision: str | None = None
+    quantize: Literal["8bit", "4bit"] | None = None
     adapter: Adapter = Adapter()
-    start: Annotated[str, Field(min_length=1)] | None = (
-        None  # begin from this: the folder of a run, of an adapter as peft saves it, or a Hub id; null: the seed
-    )
-    head: Literal["trained", "frozen", "kept"] = (
-        "trained"  # and sent; frozen: left as it begins; kept: trained, from the base's or the start's as it is
-    )
-    pooler: Literal["trained", "frozen"] = "frozen"  # the encoder's pooler, where it has one
+    start: Annotated[str, Field(min_length=1)] | None = None
+    head: Literal["trained", "frozen", "kept"] = "trained"
+    pooler: Literal["trained", "frozen"] = "frozen"
 
     @field_validator("start")
     @classmethod
@@ -69,11 +91,19 @@ class Model(Section):
 
 
 class ExactMatch(Section):
-    """For causal_lm: answers that the model writes out itself, by greedy decoding, held to those given."""
+    """For causal_lm: answers that the model writes by greedy decoding, compared with the given ones.
 
-    examples: PositiveInt = 32  # of the test set, the first ones; each takes seconds on a CPU
+    Attributes:
+        examples: Number of test examples for which the model writes an answer, from the first on. Each takes
+            seconds on a CPU.
+        max_new_tokens: Most tokens that the model writes for an example. Raise it where answers are cut off.
+        pattern: Regular expression; its last matches in the two texts are compared. null: the whole texts are
+            compared. Set it where only a part counts, such as a final number. Example: `'#### *(-?[0-9]+)'`.
+    """
+
+    examples: PositiveInt = 32
     max_new_tokens: PositiveInt = 256
-    pattern: str | None = None  # what to compare: the last match of this regular expression; null: all of the text
+    pattern: str | None = None
 
     @field_validator("pattern")
     @classmethod
@@ -86,15 +116,27 @@ class ExactMatch(Section):
 
 
 class Preference(Section):
-    """For task: preference, which is DPO (Rafailov et al., 2023, https://arxiv.org/abs/2305.18290)."""
+    """For `task: preference`, which is DPO (Rafailov et al., 2023, https://arxiv.org/abs/2305.18290).
 
-    beta: PositiveFloat = 0.1  # what a log probability beside the base's counts; larger stays nearer to the base
+    Attributes:
+        beta: Weight of the log probability relative to the base's, in DPO. A larger value keeps the model nearer
+            to the base.
+    """
+
+    beta: PositiveFloat = 0.1
 
 
 class Strategy(PlugIn):
-    """How the server turns updates into the next adapter."""
+    """How the server turns updates into the next adapter.
 
-    server: ServerOptimizer | None = None  # steps along the mean of the updates; null: takes the mean itself
+    Attributes:
+        use: How the server aggregates: a name of `fedlora list strategies`, or `module:Class` of your own. Further
+            keys of this section are its options. Example: `ffa_lora`.
+        server: Optimiser steps along the mean of the updates. null: the mean is taken as it is. It suits
+            strategies that take a mean. Example: `{kind: adam, lr: 0.02}`.
+    """
+
+    server: ServerOptimizer | None = None
 
     @field_validator("use")
     @classmethod
@@ -105,25 +147,74 @@ class Strategy(PlugIn):
 
 
 class Engine(Section):
-    """Where clients run. Nothing here but `threads`, `fused` and `precision` can change a result."""
+    """Where clients run. Nothing here but `threads`, `fused` and `precision` can change a result.
+
+    Attributes:
+        kind: Where clients run. auto: in this process where the run is small or has one worker, else on Ray.
+        workers: Number of processes that train clients. auto: as many as there are cores and clients in a round.
+            The result does not depend on it.
+        threads: Torch threads of each worker. auto: 1. Another number changes rounding, so results differ
+            slightly.
+        fused: Clients that share a worker's forward and backward passes. Try 4 where batches are small and memory
+            is free.
+        gpus_per_worker: Share of a GPU for each worker; at 0.5 two share one. auto: GPUs where there are any, with
+            as many workers as fit into their memory.
+        deadline: Seconds that a round at sites, or a chunk of clients on Ray, may take. null: 600 at sites, none
+            on Ray. Example: `900`.
+        precision: Number format of training; evaluation is in fp32. auto: bf16 where the hardware multiplies it,
+            else fp32.
+    """
 
     kind: Literal["auto", "inline", "ray"] = "auto"
     workers: PositiveInt | Literal["auto"] = "auto"
-    threads: PositiveInt | Literal["auto"] = "auto"  # per worker
-    fused: PositiveInt = 1  # clients that share a worker's passes; try 4 where batches are small and memory is not
-    gpus_per_worker: Annotated[Float, Field(ge=0, le=1)] | Literal["auto"] = (
-        0.0  # 0.5: two share one; auto: GPUs where there are any, shared by as many workers as they hold
-    )
-    deadline: PositiveFloat | None = None  # seconds that a round at sites, or a chunk of clients on Ray, may take
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of training; evaluation is in fp32
+    threads: PositiveInt | Literal["auto"] = "auto"
+    fused: PositiveInt = 1
+    gpus_per_worker: Annotated[Float, Field(ge=0, le=1)] | Literal["auto"] = 0.0
+    deadline: PositiveFloat | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
 class Scenario(Section):
-    """Everything about a run."""
+    """Everything about a run.
+
+    Attributes:
+        name: Name of the run, for its folder and its reports: letters, digits, `_`, `.` and `-`. Example: `mine`.
+        seed: Root of all random numbers of a simulation. Repeat a run with several seeds to see its spread.
+        task: What is learnt: a name of `fedlora list tasks`, or `module:Class` of your own.
+        model: The base model, and what is trained beside it.
+        data: Where examples come from, and which client holds which. Example: `{dataset: tweets}`.
+        clients: How many clients there are, and how each trains. Example: `{total: 10}`.
+        privacy: The guarantee of differential privacy. null: nothing is clipped or noised. Example: `{epsilon: 6,
+            delta: 1.0e-5}`.
+        secure_aggregation: Clients mask their updates, and the server sees only the sum. null: the server sees
+            each update. Example: `{range: 1.0}`.
+        compression: Fewer bytes for what is sent. null: 4 bytes a number. Example: `{up: {kind: int8}}`.
+        world: Simulated devices on a virtual clock. null: only the time of this machine is counted. Example:
+            `{deadline: 300}`.
+        strategy: How the server makes the next adapter of the updates. Unset: `ffa_lora` with Adam at the server,
+            and one local step a round. Example: `{use: ffa_lora}`.
+        rounds: Number of rounds, or the most with `stop`. Noise is calibrated to all of them.
+        eval_every: Rounds from one evaluation to the next; the last round is always evaluated. Raise it where
+            evaluation takes most of the time.
+        keep: The round whose adapter is exported: last, best by the task's metric, or the best by a named figure.
+            The latter two need validation rows. Example: `{best: loss}`.
+        stop: End early once evaluations stop improving. null: all rounds are trained. It needs validation rows.
+            Example: `{patience: 3}`.
+        metrics: Further figures of each evaluation: names of `fedlora list metrics`, or `module:function` of your
+            own. Example: `[macro_f1, ece]`.
+        exact_match: For causal_lm: the model also writes answers, which are compared with the given ones. null: it
+            writes none. Example: `{examples: 32}`.
+        preference: Options of `task: preference`. null: that task takes its defaults. Example: `{beta: 0.1}`.
+        engine: Where clients run, and on what hardware.
+        baseline: The scenario that this one is a baseline of. `fedlora simulate --baseline` writes it; leave it
+            out by hand. Example: `{kind: pooled, of: 0123abcd}`.
+        trackers: Services that also get the figures of each round. wandb and mlflow are extras to install.
+            Example: `[tensorboard]`.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
-    task: str = "classification"  # a name, or module:Class of one's own
+    task: str = "classification"
     model: Model = Model()
     data: Data
     clients: Clients
@@ -134,14 +225,14 @@ class Scenario(Section):
     strategy: Strategy = Strategy(use="ffa_lora", server=ServerAdam(kind="adam", lr=0.05, schedule=Schedule()))
     rounds: PositiveInt = 100
     eval_every: PositiveInt = 1
-    keep: Keep = "last"  # the round whose adapter is exported: last, best, or {best: loss}
-    stop: Stop | None = None  # before the last round, as {patience: 3}, once there is nothing better
-    metrics: tuple[str, ...] = ()  # further figures of each evaluation, such as macro_f1; fedlora list metrics
-    exact_match: ExactMatch | None = None  # judge a causal_lm by its own words too, and by rouge_l
-    preference: Preference | None = None  # how pairs of completions teach; null: as by default
+    keep: Keep = "last"
+    stop: Stop | None = None
+    metrics: tuple[str, ...] = ()
+    exact_match: ExactMatch | None = None
+    preference: Preference | None = None
     engine: Engine = Engine()
-    baseline: Baseline | None = None  # of which scenario this is one; written by `simulate --baseline`
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # where the figures of each round go too
+    baseline: Baseline | None = None
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
 
     @field_validator("task")
     @classmethod

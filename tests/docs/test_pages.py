@@ -11,10 +11,15 @@ import yaml
 
 from fedlora import scenario, sweep
 from fedlora.cli import _parser, main
-from fedlora.scenario.schema import schema
+from fedlora.deploy.site import Site
+from fedlora.scenario.schema import within
 
 ROOT = Path(__file__).parents[2]
 PAGES = {file.stem: file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
+
+
+def anchors(page):
+    return re.findall(r"^### .* \{#([a-z]+)\}$", page, re.M)
 
 
 def blocks(page, language):
@@ -89,7 +94,7 @@ def test_the_python_of_the_interface_runs(small, monkeypatch):
     assert sorted(named) == sorted({*names["fedlora"].__all__} - {"Adapter"})
 
 
-@pytest.mark.parametrize("page", ["concepts", "scenarios", "privacy", "devices"])
+@pytest.mark.parametrize("page", ["concepts", "scenarios", "reference", "privacy", "devices"])
 def test_the_settings_on_a_page_are_real(page):
     whole = {"name": "x", "data": {"dataset": "tweets"}, "clients": {"total": 20}, "rounds": 1}
     for block in blocks(page, "yaml"):
@@ -101,25 +106,21 @@ def test_the_sweep_on_its_page_is_sound(tmp_path):
     assert sweep.load(file).parallel == 2
 
 
-def test_the_scenarios_reference_has_every_key_with_its_default():
+def test_the_reference_has_every_key_with_its_default():
     made = spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
     made.loader.exec_module(hooks := module_from_spec(made))
-    page = hooks.on_page_markdown(PAGES["scenarios"])
-    assert hooks.MARK not in page and page.count("\n### ") == len(schema()["$defs"]) + 1
+    page = hooks.on_page_markdown(PAGES["reference"])
+    assert hooks.MARK not in page and page.count("\n### ") == page.count("{#") == len(set(anchors(page)))
     rows = page.splitlines()
     for row in (
-        "| `per_round` | whole number, at least 1 or null | `null` | null: all of them |",
-        "| `delta` | number, above 0, below 1 | `1e-05` | below one over the examples of a client |",
-        '| `head` | `trained`, `frozen`, `kept` | `"trained"` | '
-        "and sent; frozen: left as it begins; kept: trained, from the base's or the start's as it is |",
-        "| `adapter` | [Adapter](#adapter) | see there |  |",
+        "| `per_round` | whole number (at least 1) or `null` | `null` | Clients that train in each round. null: "
+        "all of them. Fewer cost less time, and each of them spends less epsilon. Example: `5`. |",
+        "| `adapter` | [mapping](#adapter) | see there | Which layers are trained, and how. |",
+        "### `strategy.server`, kind adam or yogi {#serveradam}",
     ):
         assert row in rows
-    for name, section in vars(scenario).items():
-        if (
-            isinstance(section, type)
-            and issubclass(section, scenario.Section | scenario.PlugIn)
-            and f"### {name}\n" in page
-        ):
-            own = page.partition(f"### {name}\n")[2].partition("###")[0]
-            assert all(f"| `{key}` |" in own for key in section.model_fields), name
+    for root in (scenario.Scenario, Site):
+        for section in within(root):
+            own = page.partition(f" {{#{section.__name__.lower()}}}\n")[2].partition("\n###")[0]
+            assert all(f"| `{key}` |" in own for key in section.model_fields), section
+    assert set(re.findall(r"\]\(#([a-z]+)\)", page)) <= set(anchors(page))

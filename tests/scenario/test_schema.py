@@ -2,15 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Annotated
 
 import jsonschema
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 from fedlora.cli import main
+from fedlora.deploy.site import Site
 from fedlora.errors import UserError
-from fedlora.scenario import parse
-from fedlora.scenario.schema import schema
+from fedlora.scenario import Scenario, Section, parse
+from fedlora.scenario.schema import descriptions, schema, within
+from tests.docs.test_words import LONGEST, sentences, slips, words
 
 SCENARIOS = sorted((Path(__file__).parents[2] / "scenarios").glob("**/*.yaml"))
 SCENARIOS = [file for file in SCENARIOS if "sweeps" not in file.parts]
@@ -75,14 +79,53 @@ def test_an_optimiser_is_a_word_or_a_section(check, told, good):
             parse(yaml.safe_dump(given))
 
 
-def test_keys_carry_the_comments_beside_them():
-    made = schema()
-    assert made["$defs"]["Data"]["properties"]["max_length"]["description"] == "tokens an example is cut to"
-    assert made["$defs"]["Clients"]["description"] == "How many clients there are and how each trains."
-    told = [
-        key for section in made["$defs"].values() for key in section["properties"].values() if "description" in key
-    ]
-    assert len(told) > 25
+def test_keys_carry_what_their_docstrings_say():
+    parts = schema()["$defs"]
+    assert parts["Clients"]["description"] == "How many clients there are and how each trains."
+    assert parts["Tier"]["properties"]["rank"] == {
+        "anyOf": [{"minimum": 1, "type": "integer"}, {"type": "null"}],
+        "default": None,
+        "title": "Rank",
+        "description": "Rank of its adapter. null: `model.adapter.r`. Lower it for weak devices.",
+        "examples": [4],
+    }
+    state = parts["ClientAdamW"]["properties"]["state"]["description"]  # of the class that it extends
+    assert state.startswith("Where moments are between rounds.")
+
+
+SECTIONS = {section.__name__: section for root in (Scenario, Site) for section in within(root)}
+
+
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
+def test_every_key_has_a_description_in_plain_sentences(section):
+    told = descriptions(section)
+    assert told.keys() == section.model_fields.keys(), "write it under Attributes: in the docstring of the class"
+    for key, text in told.items():
+        text, _, example = text.partition(" Example: ")
+        assert text.endswith("."), key
+        for sentence in sentences(text):
+            assert len(words(sentence)) <= LONGEST, f"{key}: {sentence}"
+            assert not slips(sentence), f"{key}: {slips(sentence)}"
+        field = section.model_fields[key]
+        if example:
+            value = yaml.safe_load(example.removesuffix(".").strip("`"))
+            TypeAdapter(Annotated[field.annotation, *field.metadata, None]).validate_python(value)
+
+
+def test_what_no_docstring_says_is_found():
+    class Half(Section):
+        """A section.
+
+        Attributes:
+            one: The first,
+                on two lines.
+            gone: No key.
+        """
+
+        one: int
+        two: int
+
+    assert descriptions(Half) == {"one": "The first, on two lines."}
 
 
 def test_the_command_prints_it(capsys):

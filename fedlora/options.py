@@ -1,0 +1,60 @@
+"""Options that several commands share, and how a line of them is read."""
+
+import argparse
+from collections.abc import Sequence
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """A command line as `parse_args` reads it; texts may stand after options, too."""
+    told, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(told, "texts") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        told.texts = [*told.texts, *rest]
+    return told
+
+
+def scenario(parser: argparse.ArgumentParser) -> None:
+    """A scenario, with overrides."""
+    parser.add_argument("scenario", metavar="SCENARIO", help="a YAML file, or the name of one that ships here")
+    overrides(parser)
+
+
+def drawn(parser: argparse.ArgumentParser) -> None:
+    """Where charts are written as files."""
+    parser.add_argument("--figures", metavar="DIR", dest="drawn", help="write the charts as SVG, PDF and PNG here")
+
+
+def own_code(parser: argparse.ArgumentParser) -> None:
+    """Consent to the run's own task."""
+    parser.add_argument("--own-code", action="store_true", help="import the run's own task: it is a program")
+
+
+def asked(parser: argparse.ArgumentParser, file: str, what: str, columns: str) -> None:
+    """What a finished run is asked: words of the command line, or a file."""
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("texts", metavar="TEXT", nargs="*", help=f"{what}, before --text")
+    parser.add_argument(file, metavar="FILE", dest="data", help="txt, csv, tsv, json, jsonl or parquet")
+    parser.add_argument("--text", metavar="COLUMN", nargs="+", help=f"{columns} (default: as the run's own)")
+    parser.add_argument("--out", metavar="FILE", help="write answers here: jsonl, csv or tsv")
+    own_code(parser)
+
+
+def overrides(parser: argparse.ArgumentParser) -> None:
+    """Settings that override those of the file."""
+    parser.add_argument(
+        "--set", metavar="a.b=v", action="append", default=[], dest="overrides", help="override a setting"
+    )
+
+
+def version(parser: argparse.ArgumentParser) -> None:
+    """The installed version, which is looked up only then."""
+    parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="print the version")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"fedlora {version('fedlora')}")
+        parser.exit()
