@@ -57,8 +57,8 @@ class Hub(Section):
         text: Column of texts; two columns for pairs; for images the column of images.
         label: Column of labels. Regression takes one column of scores or several, and preference the two columns
             [chosen, rejected].
-        separator: For multi_label: what stands between the labels of a text. null: the first of `|`, `;` and `,`
-            that occurs. Example: `';'`.
+        separator: For multi_label: what stands between the labels of a text. null: the first of bar, semicolon
+            and comma that occurs. Example: `';'`.
     """
 
     path: str
@@ -85,8 +85,8 @@ class Files(Section):
             `label` is null.
         label: Column of labels, completions, tags or spans. Regression takes several columns too, and preference
             the two columns [chosen, rejected].
-        separator: For multi_label: what stands between the labels of a text. null: the first of `|`, `;` and `,`
-            that occurs. Example: `';'`.
+        separator: For multi_label: what stands between the labels of a text. null: the first of bar, semicolon
+            and comma that occurs. Example: `';'`.
         columns: Names of the columns of a csv or tsv without a header, or of a conll file. null: the header names
             them. Example: `[text, label]`.
     """
