@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import scenario as settings
-from fedlora.errors import SettingError
+from fedlora.errors import SettingError, counted
 from fedlora.seeding import Root, generator, key, stream
 
 
@@ -125,7 +125,9 @@ def split(
         SettingError: the rows cannot be split so.
     """
     if num_clients > len(targets):
-        raise SettingError("clients.total", f"{num_clients} clients, and only {len(targets)} examples")
+        raise SettingError(
+            "clients.total", f"{counted(num_clients, 'client')}, and only {counted(len(targets), 'example')}"
+        )
     parts = _split(how, targets, owners, num_clients, seed)
     if empty := [client for client, part in enumerate(parts) if not len(part)]:
         raise SettingError(

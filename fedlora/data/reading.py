@@ -18,7 +18,7 @@ from fedlora.data import chats, tagged
 from fedlora.data.cells import Column, Label, Taught, missing
 from fedlora.data.partitions import draw
 from fedlora.data.tables import read_table
-from fedlora.errors import SettingError, suggestion
+from fedlora.errors import SettingError, counted, suggestion
 from fedlora.scenario import templates
 
 # Named datasets that live on the Hub. gsm8k has `question` and `answer`, the prompt and its completion.
@@ -154,7 +154,9 @@ def check(data: settings.Data, task: str, num_clients: int) -> None:
     if isinstance(data.partition, settings.Sampled):
         draw(data.partition, len(train.texts), data.client_test_share, num_clients, 0)
     elif num_clients > len(train.texts):
-        raise SettingError("clients.total", f"{num_clients} clients, and only {len(train.texts)} examples")
+        raise SettingError(
+            "clients.total", f"{counted(num_clients, 'client')}, and only {counted(len(train.texts), 'example')}"
+        )
 
 
 def public(data: settings.Data) -> settings.Data:

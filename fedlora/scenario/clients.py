@@ -7,6 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora import plugins
+from fedlora.errors import counted
 from fedlora.scenario.learning import Optimizer, Rates, Schedule
 from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Section
 from fedlora.seeding import generator
@@ -130,7 +131,9 @@ class Clients(PlugIn):
     def _cohort(cls, per_round: int | None, info: ValidationInfo) -> int | None:
         total = info.data.get("total")
         if per_round is not None and total is not None and per_round > total:
-            raise PydanticCustomError("cohort", f"should be at most the {total} clients in total, not {per_round}")
+            raise PydanticCustomError(
+                "cohort", f"should be at most the {counted(total, 'client')} in total, not {per_round}"
+            )
         return per_round
 
     @field_validator("min_replies")
@@ -138,7 +141,9 @@ class Clients(PlugIn):
     def _enough(cls, least: int, info: ValidationInfo) -> int:
         size = info.data.get("per_round") or info.data.get("total")
         if size is not None and least > size:
-            raise PydanticCustomError("cohort", f"should be at most the {size} clients of a round, not {least}")
+            raise PydanticCustomError(
+                "cohort", f"should be at most the {counted(size, 'client')} of a round, not {least}"
+            )
         return least
 
     @field_validator("tiers")

@@ -82,6 +82,7 @@ def test_defaults_are_filled_in():
         ("name: a b", "f.yaml:1: name: "),
         ("clients: {total: 4, lr: .nan}", "f.yaml:3: clients.lr: should be "),
         ("clients: {total: 4, per_round: 5}", "clients.per_round: should be at most the 4 clients in total, not"),
+        ("clients: {total: 1, per_round: 2}", "clients.per_round: should be at most the 1 client in total, not"),
         (
             "model: {adapter: {kind: dora}}",
             "f.yaml:6: model.adapter.kind: unknown kind of adapter 'dora': did you mean 'lora'?",
