@@ -45,7 +45,7 @@ def test_every_command_parses_and_names_real_settings(page):
 
 def test_the_quickstart_runs_from_top_to_bottom(small, tmp_path, capsys):
     commands = re.findall(r"^\$ fedlora (.*)$", PAGES["index"], re.M)
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         assert main(shlex.split(command)) == 0, f"{command}: {capsys.readouterr()}"
     assert (tmp_path / "here" / "runs" / "first" / "report.html").exists()
