@@ -10,8 +10,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from fedlora.errors import counted
 from fedlora.privacy.accounting import neighbours, terms
+from fedlora.record import Record
 from fedlora.reports.tables import Table
-from fedlora.run import Run
 from fedlora.scenario import Scenario, written
 
 
@@ -183,7 +183,7 @@ class Live:
         self.console.print(text, highlight=False, soft_wrap=self._bar is None)
 
 
-def follow(run: Run, display: Live, pause: float = 0.5) -> Run:
+def follow(run: Record, display: Live, pause: float = 0.5) -> Record:
     """Show a run's rounds as they are written, until it has ended; gives it with its summary, if it has one.
 
     Raises:
@@ -192,7 +192,7 @@ def follow(run: Run, display: Live, pause: float = 0.5) -> Run:
     display.begin(written(run.folder), run.metric, 0)
     told = 0
     while True:
-        run = Run.open(run.folder)
+        run = Record.open(run.folder)
         lines = run.rounds
         last = bool(lines) and lines[-1]["round"] == run.scenario.get("rounds")
         ended = run.state != "unfinished" or (run.at_site and last)
@@ -325,7 +325,7 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)}) if count else []
 
 
-def summary_lines(run: Run) -> list[str]:
+def summary_lines(run: Record) -> list[str]:
     """What is printed at the end of a run, terminal or not."""
     folder, summary, metric = run.folder, run.summary, run.metric
     value = "not measured" if summary[metric] is None else f"{summary[metric]:.4f}"
