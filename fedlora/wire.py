@@ -254,7 +254,7 @@ def read_event(told: Any) -> Event | None:
     try:
         if told is None:
             return None
-        if strange := [field.name for field in fields(Event) if not _real(told[field.name])]:
+        if strange := [field.name for field in fields(Event) if not _real(told.get(field.name, field.default))]:
             raise ValueError(strange[0])
         return Event.from_json(told)
     except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:

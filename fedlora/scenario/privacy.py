@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from fedlora.scenario.section import Float, PositiveFloat, Section
+from fedlora.scenario.section import Float, Int, PositiveFloat, Section
 
 Way = Literal["flat", "per_layer", "quantile", "automatic"]
 
@@ -42,6 +42,9 @@ class Privacy(Section):
     clip: Annotated[Clip, BeforeValidator(_clip, json_schema_input_type=Way | Clip)] = (
         Clip()  # a word or a mapping: flat, per_layer, automatic, quantile, {kind: quantile, quantile: 0.7}
     )
+    bands: Annotated[Int, Field(ge=1, le=1024)] | Literal["auto"] | None = (
+        None  # unit example: noise that cancels over this many steps; auto: as many as pay; null: 1, none does
+    )
     example: "Privacy | None" = (
         None  # unit client: a guarantee for each example as well, by the client's own noise
     )
@@ -62,6 +65,15 @@ class Privacy(Section):
             raise PydanticCustomError("target", "needs epsilon (a budget) or noise_multiplier")
         if self.unit == "example" and self.example is not None:
             raise PydanticCustomError("target", "example goes with unit: client")
+        if self.unit == "client" and self.bands is not None:
+            raise PydanticCustomError("target", "bands are for unit: example, or go into privacy.example")
+        if self.bands is not None and self.clip.kind == "quantile":
+            raise PydanticCustomError("target", "bands take a bound that is fixed, and clip: quantile moves it")
+        if self.bands == "auto" and self.noise_multiplier is not None:
+            raise PydanticCustomError(
+                "target",
+                "bands: auto is for noise that is calibrated: leave noise_multiplier out, or name a number",
+            )
         if self.unit == "client" and self.clip.kind not in ("flat", "quantile"):
             raise PydanticCustomError(
                 "target",
