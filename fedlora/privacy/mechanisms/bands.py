@@ -51,7 +51,8 @@ Noise = NDArray[np.float64]
 
 CHOICES = (1, 2, 4, 8, 16, 32)  # that `auto` tries
 ROOM = 2**28  # bytes of past noise that a process keeps
-_ORDERS = (*(1 + x / 4 for x in range(1, 12)), *range(4, 17), 20, 24, 32, 48, 64, 96, 128, 256)  # of Renyi DP
+_ORDERS = (1.5, *range(2, 17), 20, 24, 32, 48, 64, 96, 128, 256)  # of Renyi DP
+_LEAST = 0.01  # noise multiplier: below it epsilon is in the thousands
 
 
 @cache
@@ -115,8 +116,12 @@ def _roughly(target: float, delta: float, rate: float, steps: int) -> float:
             spent = float(get_privacy_spent(orders=_ORDERS, rdp=rdp, delta=delta)[0])
         return math.log(max(spent, 1e-12) / target)
 
-    low, high = math.log(0.05), math.log(MAX_NOISE_MULTIPLIER)
-    if excess(high) > 0 or excess(low) < 0:
+    low, high = math.log(0.3), math.log(2.0)
+    while excess(high) > 0 and high < math.log(MAX_NOISE_MULTIPLIER):
+        low, high = high, high + math.log(4)
+    while excess(low) < 0 and low > math.log(_LEAST):
+        low, high = low - math.log(2), low
+    if excess(low) * excess(high) > 0:  # beyond what anybody trains with
         return math.exp(high if excess(high) > 0 else low)
     return math.exp(brentq(excess, low, high, xtol=1e-3))
 
