@@ -372,15 +372,15 @@ def neighbours(unit: str) -> str:
     return _NEIGHBOURS[unit]
 
 
-def named(bands: Iterable[int]) -> str:
+def named(bands: Iterable[int | str]) -> str:
     """The bands of noise in words; empty where noise is independent."""
-    told = sorted(set(bands))
+    told = sorted(set(bands), key=lambda b: (isinstance(b, str), b))
     if not told or told == [1]:
         return ""
     return f"banded noise, b = {' or '.join(map(str, told))}"
 
 
-def assumed(unit: str, honest: float = 1.0, bands: Iterable[int] = ()) -> str:
+def assumed(unit: str, honest: float = 1.0, bands: Iterable[int | str] = ()) -> str:
     """What an epsilon takes for granted; the arguments as in `terms`."""
     if unit == FROM_SERVER:
         return (
@@ -393,7 +393,7 @@ def assumed(unit: str, honest: float = 1.0, bands: Iterable[int] = ()) -> str:
     return f"{'cyclic ' * bool(turns)}Poisson sampling of {unit}s{' and ' * bool(turns)}{turns}"
 
 
-def terms(unit: str, accountant: Accountant, honest: float = 1.0, bands: Iterable[int] = ()) -> str:
+def terms(unit: str, accountant: Accountant, honest: float = 1.0, bands: Iterable[int | str] = ()) -> str:
     """Under which neighbouring relation, by which accountant and sampling an epsilon holds.
 
     Args:
@@ -412,7 +412,7 @@ def statement(
     unit: str,
     accountant: Accountant,
     honest: float = 1.0,
-    bands: Iterable[int] = (),
+    bands: Iterable[int | str] = (),
 ) -> str:
     """What an epsilon means, in one sentence; the arguments as in `terms`."""
     said = terms(unit, accountant, honest, bands)

@@ -54,6 +54,11 @@ def unit(holder: Holder) -> str:
     return FROM_SERVER if isinstance(holder, Whole) else "client" if holder is None else "example"
 
 
+def bands_of(events: Mapping[Holder, Iterable[Event]], protected: str) -> set[int]:
+    """The bands of the noise that hides those of a unit."""
+    return {event.bands for holder, spent in events.items() if unit(holder) == protected for event in spent}
+
+
 def neighbours(unit: str) -> str:
     """How the datasets or runs differ that a guarantee of a unit cannot tell apart."""
     return SILENT if unit == FROM_SERVER else NEIGHBOURS
@@ -425,7 +430,8 @@ def statements(run: Path) -> list[str]:
     for unit, line in {line["unit"]: line for line in read(file, torn=True)}.items():
         for accountant in get_args(Accountant):
             spent = epsilon_of(file, unit, accountant)
-            said = statement(spent, line["delta"], unit, accountant, line.get("honest", 1.0))
+            bands = bands_of(replay(file), unit)
+            said = statement(spent, line["delta"], unit, accountant, line.get("honest", 1.0), bands)
             lines.append(f"  {accountant}  {said}")
     return lines
 
