@@ -214,7 +214,11 @@ def _bands(asked: Privacy, target: float, rate: float, steps: int) -> int:
     """Of the noise of an alternative."""
     if asked.bands != "auto":
         return asked.bands or 1
-    return choose(target, asked.delta, rate, steps)
+
+    def noise(rate: float, turns: int) -> float:
+        return accounting.calibrate(target, asked.delta, rate, turns, asked.accountant)
+
+    return choose(target, asked.delta, rate, steps, noise)
 
 
 def _shapes(scenario: Scenario, loop: Rehearsal) -> Iterator[Mapping[str, Any]]:

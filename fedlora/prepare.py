@@ -240,12 +240,16 @@ def _encoded(
 def noised(ready: Prepared, search: calibrated.Search) -> Prepared:
     """What was prepared with the noise of each client, and its bands."""
     scenario, data = ready.scenario, ready.data
-    noise, bands = calibrate(scenario, data, search), banded(scenario, data)
+    noise, bands = calibrate(scenario, data, search), banded(scenario, data, search)
     return replace(ready, setup=replace(ready.setup, noise=noise, bands=bands))
 
 
-def banded(scenario: Scenario, data: datasets.Dataset) -> dict[int, int] | None:
+def banded(
+    scenario: Scenario, data: datasets.Dataset, search: calibrated.Search = accounting.calibrations
+) -> dict[int, int] | None:
     """The bands of the noise for each number of examples that a client holds; None where it is independent.
+
+    The arguments are those of `calibrate`.
 
     Raises:
         SettingError: there are more than steps, or a client has too few examples for as many groups.
@@ -256,10 +260,16 @@ def banded(scenario: Scenario, data: datasets.Dataset) -> dict[int, int] | None:
     where = "privacy.bands" if asked is scenario.privacy else "privacy.example.bands"
     sizes, steps = sorted(data.sizes().keys() - {0}), scenario.rounds * told.local_steps
     if asked.bands == "auto":
-        assert asked.epsilon is not None
+        target, delta, accountant = asked.epsilon, asked.delta, asked.accountant
+        assert target is not None
+
+        def noise(rate: float, turns: int) -> float:
+            return search(target, delta, [rate], turns, accountant)[0]
+
         rates = {size: min(told.rate(size), 1.0) for size in sizes}
         near = rates if len(sizes) <= _FEW else {size: _rounded_up(rate) for size, rate in rates.items()}
-        return {size: bands.choose(asked.epsilon, asked.delta, near[size], steps) for size in sizes}
+        best = {rate: bands.choose(target, delta, rate, steps, noise) for rate in sorted(set(near.values()))}
+        return {size: best[near[size]] for size in sizes}
     if asked.bands > steps:
         raise SettingError(
             where, f"{asked.bands} bands are more than the run's {steps} steps: name fewer, or auto"
@@ -307,7 +317,7 @@ def calibrate(
             "average; lower it, use fewer clients, or raise data.partition.min_examples",
         )
     rates, steps = [told.rate(size) for size in sizes], scenario.rounds * told.local_steps
-    groups = banded(scenario, data) or dict.fromkeys(sizes, 1)
+    groups = banded(scenario, data, search) or dict.fromkeys(sizes, 1)
     if asked.noise_multiplier is not None:
         noise = dict.fromkeys(sizes, asked.noise_multiplier)
     else:

@@ -33,7 +33,7 @@ No noise is on disk. What a process has not kept it draws again from the key, fr
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from typing import Any
@@ -87,23 +87,29 @@ def error(bands: int, steps: int) -> float:
     return float(np.sqrt(np.mean(in_weights(bands, steps) ** 2)))
 
 
-@lru_cache(maxsize=4096)
-def choose(target: float, delta: float, rate: float, steps: int) -> int:
+def choose(target: float, delta: float, rate: float, steps: int, noise: Callable[[float, int], float]) -> int:
     """The bands with the least noise in the weights at an epsilon, of `CHOICES`; the fewest of equals.
 
-    Noise multipliers are by Renyi DP, which ranks alike and is quick.
+    Renyi DP is quick, and tells about where they are. One band is always among those that are compared.
 
     Args:
         target: epsilon.
         delta: of the target.
         rate: B / n, with which a step of DP-SGD takes an example.
         steps: of the run.
+        noise: finds the noise multiplier for the target, of a sampling rate and a number of steps.
     """
     fit = [b for b in CHOICES if b == 1 or (b <= steps and b * rate <= 1)]
-    noise = {b: _roughly(target, delta, min(b * rate, 1.0), -(-steps // b)) * error(b, steps) for b in fit}
-    return min(fit, key=lambda b: noise[b])
+
+    def left(b: int, found: Callable[[float, int], float]) -> float:
+        return found(min(b * rate, 1.0), -(-steps // b)) * error(b, steps)
+
+    about = min(fit, key=lambda b: left(b, lambda *told: _roughly(target, delta, *told)))
+    exact = {b: left(b, noise) for b in fit if b == 1 or 1 / 2 <= b / about <= 2}
+    return min(exact, key=lambda b: exact[b])
 
 
+@lru_cache(maxsize=4096)
 def _roughly(target: float, delta: float, rate: float, steps: int) -> float:
     """The noise multiplier at which Poisson sampling costs an epsilon, by Renyi DP at a few orders, to 0.1 %."""
     from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent

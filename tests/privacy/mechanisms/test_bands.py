@@ -238,13 +238,19 @@ def test_a_draw_that_nobody_counts_is_refused():
 
 
 def test_auto_takes_the_bands_with_the_least_noise_in_the_weights_and_one_where_they_do_not_pay():
-    """The mean client of `noniid`, and a small site that goes over its rows often."""
-    rate, steps = 32 / 3600, 60
-    best = bands.choose(3.0, 1e-5, rate, steps)
+    """The mean client of `noniid`, and one of whose rows a step takes more than a half."""
+    rate, steps, asked = 32 / 3600, 60, []
 
-    def noise(b):
-        return accounting.calibrate(3.0, 1e-5, b * rate, -(-steps // b)) * bands.error(b, steps)
+    def noise(rate, turns):
+        asked.append((round(rate * 3600 / 32), turns))
+        return accounting.calibrate(3.0, 1e-5, rate, turns)
 
-    assert best in (8, 16) and noise(best) < 0.7 * noise(1)
-    assert bands.choose(1.0, 1e-5, 64 / 1000, 200) == 1
-    assert bands.choose(3.0, 1e-5, 0.6, 60) == 1 and bands.choose(3.0, 1e-5, 0.01, 1) == 1
+    best = bands.choose(3.0, 1e-5, rate, steps, noise)
+    left = {b: noise(b * rate, turns) * bands.error(b, steps) for b, turns in asked[:]}
+    assert left[best] == min(left.values()) < 0.7 * left[1] and best in (8, 16)
+    assert bands.choose(3.0, 1e-5, 0.6, 60, noise) == bands.choose(3.0, 1e-5, 0.01, 1, noise) == 1
+
+
+def test_auto_takes_one_band_where_the_real_accountant_finds_no_better():
+    """Whatever Renyi DP would have it take."""
+    assert bands.choose(3.0, 1e-5, 32 / 3600, 60, lambda rate, turns: rate) == 1
