@@ -254,7 +254,8 @@ def read_event(told: Any) -> Event | None:
     try:
         if told is None:
             return None
-        if strange := [field.name for field in fields(Event) if not _real(told.get(field.name, field.default))]:
+        told = {"bands": 1, **told}
+        if strange := [field.name for field in fields(Event) if not _real(told[field.name])]:
             raise ValueError(strange[0])
         return Event.from_json(told)
     except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:

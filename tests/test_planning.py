@@ -66,6 +66,7 @@ def test_each_strategy_runs_as_planned(tiny, tmp_path, strategy):
         (("clients.ranks={kind: list, values: [4, 2]}", "strategy.use=flexlora"), True),
         (("compression={up: {kind: int4}, down: {kind: fp16}}", "strategy.use=flora"), False),
         (("compression={up: {kind: top_k, share: 0.1}}",), True),
+        (("privacy.bands=2", "clients.per_round=2", "rounds=4"), True),
         ((CLIENTS, "clients.use=sgd", "compression={up: {kind: int8}, down: {kind: bf16}}"), False),
     ],
 )

@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from fedlora.scenario.section import Float, Int, PositiveFloat, Section
+from fedlora.scenario.section import Float, PositiveFloat, PositiveInt, Section
 
+MOST_BANDS = 1024  # beyond, groups are small and the past is long
+Bands = PositiveInt | Literal["auto"] | None
 Way = Literal["flat", "per_layer", "quantile", "automatic"]
 
 
@@ -31,6 +33,14 @@ def _clip(value: object) -> object:
     return told
 
 
+def _bands(value: object) -> object:
+    """One line for what is neither."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is None or value == "auto" or (whole and 1 <= value <= MOST_BANDS):  # type: ignore[operator]
+        return value
+    raise PydanticCustomError("bands", f"should be auto, or a whole number from 1 to {MOST_BANDS}, not {value!r}")
+
+
 class Privacy(Section):
     """The privacy guarantee asked for; without this section nothing is clipped or noised."""
 
@@ -42,9 +52,9 @@ class Privacy(Section):
     clip: Annotated[Clip, BeforeValidator(_clip, json_schema_input_type=Way | Clip)] = (
         Clip()  # a word or a mapping: flat, per_layer, automatic, quantile, {kind: quantile, quantile: 0.7}
     )
-    bands: Annotated[Int, Field(ge=1, le=1024)] | Literal["auto"] | None = (
-        None  # unit example: noise that cancels over this many steps; auto: as many as pay; null: 1, none does
-    )
+    bands: Annotated[
+        PositiveInt | Literal["auto"] | None, BeforeValidator(_bands, json_schema_input_type=Bands)
+    ] = None  # unit example: noise that cancels over this many steps; auto: as many as pay; null: 1, none does
     example: "Privacy | None" = (
         None  # unit client: a guarantee for each example as well, by the client's own noise
     )

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from fedlora.engine.inline import InlineEngine
 from fedlora.errors import RoundError, UserError
-from fedlora.privacy import ledger, replay
+from fedlora.privacy import ledger, replay, together
 from fedlora.privacy.mechanisms.bands import Past
 from fedlora.privacy.replay import Drawn, code, digest
 from fedlora.rounds.loop import Loop
@@ -362,6 +362,16 @@ def test_a_run_of_bands_that_was_interrupted_goes_on_bit_for_bit(tiny, tmp_path,
     assert all(np.array_equal(one[n], other[n]) for n in one)
     assert run.summary["epsilon"] == whole.summary["epsilon"] and len(lines_of(run.folder)) == 12
     assert {c: sorted(set(firsts)) for c, firsts in seen.items()} == counts
+
+
+def test_all_words_about_a_run_of_bands_name_them(tiny, tmp_path):
+    run = simulate(tiny("privacy.bands=2"), out=tmp_path / "run")
+    said = "assuming cyclic Poisson sampling of examples and banded noise, b = 2"
+    assert said in run.summary["privacy"] and run.summary["sampling"] == "cyclic_poisson"
+    assert all(said in line for line in ledger.statements(run.folder)[1:])
+    assert said in (run.folder / "adapter" / "README.md").read_text()
+    assert said in together.total_epsilon([run.folder])["example"][1]
+    assert 0 < ledger.epsilon_of(run.folder / "privacy.jsonl") == run.summary["epsilon"] <= 8
 
 
 def test_over_other_inputs_banded_noise_has_the_next_numbers_and_is_paid_for(tiny, tmp_path, monkeypatch):

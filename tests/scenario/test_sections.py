@@ -98,7 +98,7 @@ def test_defaults_are_filled_in():
             "f.yaml:6: privacy.clip: should be 'flat', 'per_layer', 'quantile' or 'automatic'",
         ),
         (PRIVACY % "clip: {kind: quantile, quantile: 1}", "privacy.clip.quantile: should be less than 1, not 1"),
-        (PRIVACY % "bands: 0", "f.yaml:6: privacy.bands: should be"),
+        (PRIVACY % "bands: 0", "f.yaml:6: privacy.bands: should be auto, or a whole number from 1 to 1024, not 0"),
         (
             PRIVACY % "bands: 2, clip: quantile",
             "privacy: bands take a bound that is fixed, and clip: quantile moves it",
