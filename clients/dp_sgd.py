@@ -9,7 +9,8 @@ The batch may be empty: the noise is added all the same. Large batches pass thro
 micro-batches, which changes nothing in the sum.
 
 How an example is held to C is `privacy.clip`; the equation is that of `flat`, and the others are in
-`fedlora.privacy.mechanisms.dp_sgd`.
+`fedlora.privacy.mechanisms.dp_sgd`. Where `privacy.bands` is set, examples take turns and the noise of a step
+takes back a part of the steps before (`fedlora.privacy.mechanisms.bands`).
 """
 
 import logging
@@ -22,6 +23,7 @@ from fedlora.errors import ContractError
 from fedlora.optimizers.contract import Steps, grouped, noise_left
 from fedlora.passes import gradients
 from fedlora.privacy.accounting import Event
+from fedlora.privacy.mechanisms.bands import banded
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class DPSGD(Stepwise):
     private = True
     hooked = True
     clips = ("flat", "per_layer", "quantile", "automatic")
+    banded = True
 
     def spends(self, num_examples: int, settings: Settings) -> Event:
         """`local_steps` steps at `batch_size / n`; where the bound adapts, sum and count together."""
@@ -49,7 +52,7 @@ class DPSGD(Stepwise):
         if settings.noise_multiplier is None or settings.clip_norm is None:
             raise ContractError("dp_sgd was given no noise multiplier or clip norm")
         rate = settings.sample_rate
-        return ExampleGaussian(
+        made = ExampleGaussian(
             noise_multiplier=settings.noise_multiplier,
             sample_rate=settings.batch_size / num_examples if rate is None else rate,
             total=num_examples,
@@ -59,6 +62,7 @@ class DPSGD(Stepwise):
             clip_norm=settings.clip_norm,
             clip=settings.clip,
         )
+        return made if settings.bands == 1 else banded(made, settings.bands)
 
     def passes(
         self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng
@@ -76,7 +80,8 @@ class DPSGD(Stepwise):
         received = [p.detach().clone() for p in parameters]
         inner = self.optimizer(grouped(task.layout, settings.train, parameters, settings), settings)
         steps = Steps(inner, settings.train, parameters, settings)
-        optimizer = mechanism.optimizer(inner, rng(mechanism.purpose))
+        noise = mechanism.noise(rng)
+        optimizer = mechanism.optimizer(inner, noise)
         batches = rng("batches")
         loss_sum, taken, dropped = torch.zeros((), device=task.device), 0, 0
         for step in range(mechanism.steps):
@@ -84,7 +89,7 @@ class DPSGD(Stepwise):
             for name, parameter in zip(settings.train, parameters, strict=True):
                 parameter.requires_grad_(name not in still)
             moving = [p for p in parameters if p.requires_grad]
-            rows = partition.rows[mechanism.taken(batches)]
+            rows = partition.rows[mechanism.taken(batches, rng.first + step)]
             parts = list(task.micro_batches(partition.examples, rows, settings.micro_batch_size))
             for i, (batch, _) in enumerate(parts):
                 optimizer.zero_grad(set_to_none=True)
@@ -98,6 +103,7 @@ class DPSGD(Stepwise):
                 optimizer.zero_grad(set_to_none=True)
                 gradients.fill(parameters, 0, all=True)
             variance = (optimizer.noise_multiplier * optimizer.max_grad_norm / mechanism.batch_size) ** 2
+            variance *= getattr(noise, "variance", 1.0)
             if optimizer.pre_step():
                 for parameter in parameters:
                     if not parameter.requires_grad:

@@ -28,6 +28,7 @@ import numpy as np
 
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Event
+from fedlora.privacy.mechanisms.bands import choose, in_weights
 from fedlora.rehearsal import Rehearsal
 from fedlora.rounds.progress import Line
 from fedlora.scenario import Privacy, Scenario
@@ -55,6 +56,8 @@ class Signal:
         steps: T, of the whole run.
         noise_multiplier: sigma.
         bound: C, in L2 norm.
+        bands: of the noise; 1: each step's is independent.
+        share: of the rounds that a client takes part in.
     """
 
     numbers: int
@@ -63,6 +66,8 @@ class Signal:
     steps: int
     noise_multiplier: float
     bound: float
+    bands: int = 1
+    share: float = 1.0
 
     @property
     def noise(self) -> float:
@@ -82,8 +87,11 @@ class Signal:
 
     @property
     def run_ratio(self) -> float:
-        """The same over all steps together."""
-        return math.sqrt(self.steps) * self.ratio
+        """The same over all steps together; banded noise cancels over the steps of one client."""
+        if self.bands == 1:
+            return math.sqrt(self.steps) * self.ratio
+        own = float(in_weights(self.bands, max(round(self.steps * self.share), 1))[-1])
+        return self.steps * self.ratio / (own / math.sqrt(self.share))
 
     def to_json(self) -> Line:
         """Plain data."""
@@ -91,7 +99,9 @@ class Signal:
         return asdict(self) | {name: getattr(self, name) for name in names}
 
 
-def signal(scenario: Scenario, loop: Rehearsal, noise_multiplier: float, typical: int) -> Signal | None:
+def signal(
+    scenario: Scenario, loop: Rehearsal, noise_multiplier: float, typical: int, bands: int = 1
+) -> Signal | None:
     """Of a scenario, by its rehearsal; None without privacy."""
     asked, told = scenario.privacy, scenario.clients
     if asked is None:
@@ -104,6 +114,8 @@ def signal(scenario: Scenario, loop: Rehearsal, noise_multiplier: float, typical
         steps=scenario.rounds if whole else scenario.rounds * told.local_steps,
         noise_multiplier=noise_multiplier,
         bound=asked.clip_norm,
+        bands=bands,
+        share=told.cohort_size / told.total,
     )
 
 
@@ -135,11 +147,16 @@ def advise(
         seconds: that an alternative takes.
 
     Returns:
-        For each `batch_size, local_steps, rounds, layers, r, numbers, noise_multiplier, ratio, run_ratio,
+        For each `batch_size, local_steps, rounds, layers, r, numbers, noise_multiplier, bands, ratio, run_ratio,
         bytes_up_total, bytes_down_total, seconds`, and in `set` what to type; empty for the scenario itself.
     """
-    rate = _rate(scenario, typical)
-    event = Event(noise_multiplier=now.noise_multiplier, sample_rate=rate, steps=now.steps, clip_norm=now.bound)
+    event = Event(
+        noise_multiplier=now.noise_multiplier,
+        sample_rate=min(_rate(scenario, typical) * now.bands, 1.0),
+        steps=now.steps,
+        clip_norm=now.bound,
+        bands=now.bands,
+    )
     asked = scenario.privacy
     assert asked is not None  # else there is no noise
     target = min(accounting.epsilon([event], asked.delta, asked.accountant), asked.epsilon or math.inf)
@@ -154,10 +171,13 @@ def advise(
             made = _with(shaped, schedule)
             same = not (shape or schedule)
             steps = made.rounds if now.batch_size is None else made.rounds * made.clients.local_steps
-            sigma = now.noise_multiplier
+            sigma, b = now.noise_multiplier, now.bands
             if schedule:
-                sigma = accounting.calibrate(target, asked.delta, _rate(made, typical), steps, asked.accountant)
-            figures = signal(made, first, sigma, typical)
+                rate = _rate(made, typical)
+                b = _bands(asked, target, rate, steps)
+                rate, turns = min(b * rate, 1.0), -(-steps // b)
+                sigma = accounting.calibrate(target, asked.delta, rate, turns, asked.accountant)
+            figures = signal(made, first, sigma, typical, b)
             assert figures is not None
             typed = {**shape, **schedule, **_noise_keys(asked, sigma if schedule else None)}
             found.append(
@@ -169,6 +189,7 @@ def advise(
                     "r": made.model.adapter.r,
                     "numbers": figures.numbers,
                     "noise_multiplier": sigma,
+                    "bands": b,
                     "ratio": figures.ratio,
                     "run_ratio": figures.run_ratio,
                     **{f"{way}_total": round(made.rounds * sum(each) / len(each)) for way, each in sent.items()},
@@ -187,6 +208,17 @@ def _rate(scenario: Scenario, typical: int) -> float:
     if scenario.client_privacy is not None:
         return told.cohort_size / told.total
     return min(told.rate(typical), 1.0)
+
+
+def _bands(asked: Privacy, target: float, rate: float, steps: int) -> int:
+    """Of the noise of an alternative."""
+    if asked.bands != "auto":
+        return asked.bands or 1
+
+    def noise(rate: float, turns: int) -> float:
+        return accounting.calibrate(target, asked.delta, rate, turns, asked.accountant)
+
+    return choose(target, asked.delta, rate, steps, noise)
 
 
 def _shapes(scenario: Scenario, loop: Rehearsal) -> Iterator[Mapping[str, Any]]:
@@ -208,6 +240,8 @@ def _schedules(scenario: Scenario, smallest: int) -> Iterator[Mapping[str, Any]]
     told, rounds = scenario.clients, scenario.rounds
     key = "batch_size" if told.sample_rate is None else "sample_rate"
     batch = getattr(told, key)
+    asked = scenario.example_privacy
+    groups = asked.bands if asked is not None and isinstance(asked.bands, int) else 1
     yield {}
     for times in TIMES:
         if scenario.client_privacy is not None:  # what a round costs does not depend on its steps
@@ -217,8 +251,8 @@ def _schedules(scenario: Scenario, smallest: int) -> Iterator[Mapping[str, Any]]
         for larger, steps in options:
             work = larger * steps / told.local_steps  # of a round, over what it is now
             fewer = round(rounds / work)
-            most = larger * max(told.batch(smallest) / smallest, told.sample_rate or 0.0)  # a rate
-            if most > 1 or fewer < min(_LEAST, rounds):
+            most = larger * groups * max(told.batch(smallest) / smallest, told.sample_rate or 0.0)  # a rate
+            if most > 1 or groups > fewer * steps or fewer < min(_LEAST, rounds):
                 continue
             if abs(fewer * work / rounds - 1) <= _OFF:
                 changed = {f"clients.{key}": larger * batch, "clients.local_steps": steps, "rounds": fewer}

@@ -13,7 +13,7 @@ from fedlora.data.tables import read_table
 from fedlora.errors import SettingError, UserError, counted, suggestion
 from fedlora.evaluating import columns
 from fedlora.exporting import About, Answer, adapter_of, generate, predict
-from fedlora.run import Run
+from fedlora.record import Record
 from fedlora.tasks.contract import Prompt
 
 _KINDS = (".jsonl", ".csv", ".tsv")  # of files of answers
@@ -21,7 +21,7 @@ _KINDS = (".jsonl", ".csv", ".tsv")  # of files of answers
 
 def ask(
     use: Literal["predict", "generate"],
-    run: Run | str | Path,
+    run: Record | str | Path,
     texts: Sequence[Prompt],
     data: str | Path | None = None,
     text: Sequence[str] | None = None,
@@ -62,7 +62,7 @@ def _line(told: Answer) -> str:
     return f"{told.answer}{sure}  {told.text}"
 
 
-def read(run: Run | str | Path, data: str | Path, text: Sequence[str] | None = None) -> list[Prompt]:
+def read(run: Record | str | Path, data: str | Path, text: Sequence[str] | None = None) -> list[Prompt]:
     """The texts of a file: its lines, or the rows of a table as the run's own rows are made of their columns.
 
     Args:

@@ -10,6 +10,21 @@ from fedlora.tasks.base_model import find_base
 from fedlora.tasks.contract import find
 
 
+def notes(scenario: Scenario) -> list[str]:
+    """What is no mistake, and good to know, a sentence each."""
+    asked, server, told = scenario.example_privacy, scenario.strategy.server, scenario.clients.optimizer
+    if asked is None or asked.bands in (None, 1):
+        return []
+    others = [] if told is None or told.kind == "sgd" else [f"clients.optimizer: {told.kind}"]
+    others += [] if server is None else [f"strategy.server: {server.kind}"]
+    if not others:
+        return []
+    return [
+        f"privacy.bands: noise cancels best in plain steps of SGD; under {' and '.join(others)} it protects as "
+        "much, and may help less: measure it"
+    ]
+
+
 def problems(scenario: Scenario) -> list[str]:
     """Each problem in a line, with the file and line of its setting; none where all is fine."""
 

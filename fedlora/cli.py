@@ -238,12 +238,12 @@ def _split(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from fedlora import scenario
-    from fedlora.checking import problems
+    from fedlora.checking import notes, problems
     from fedlora.errors import UserError
 
-    if told := problems(scenario.load(arguments.scenario, arguments.overrides)):
+    if told := problems(loaded := scenario.load(arguments.scenario, arguments.overrides)):
         raise UserError(*told)
-    print(f"{arguments.scenario}: fine")
+    print("\n".join([f"{arguments.scenario}: fine", *notes(loaded)]))
     return 0
 
 

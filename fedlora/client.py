@@ -11,6 +11,7 @@ from fedlora.data.store import Partition
 from fedlora.errors import ContractError, SettingError
 from fedlora.optimizers import contract
 from fedlora.privacy.accounting import Event
+from fedlora.privacy.mechanisms.bands import Past
 from fedlora.privacy.noise import Stream
 from fedlora.scenario import Scenario
 from fedlora.seeding import Root, stream
@@ -44,6 +45,7 @@ class Settings:
         clip_norm: L2 bound on one example's gradient; None without privacy.
         clip: how examples are held to it, in the words of `privacy.clip`.
         quantile: of the examples' norms, where the bound moves.
+        bands: of the noise; 1: each step's is independent.
         weight: of an update in a mean, where a private client may not tell how many examples it has.
         share_metrics: whether figures computed from private examples may leave a private client.
         config: words of the strategy to the client.
@@ -60,6 +62,7 @@ class Settings:
     clip_norm: float | None = None
     clip: str = "flat"
     quantile: float | None = None
+    bands: int = 1
     sample_rate: float | None = None
     weight: float = 1.0
     share_metrics: bool = False
@@ -73,8 +76,13 @@ class Settings:
 class Setter:
     """The settings of a client in a round, from the scenario, the instruction and the calibrated noise."""
 
-    def __init__(self, scenario: Scenario, noise: Mapping[int, float] | None) -> None:
-        self.scenario, self.noise = scenario, noise
+    def __init__(
+        self,
+        scenario: Scenario,
+        noise: Mapping[int, float] | None,
+        bands: Mapping[int, int] | None = None,
+    ) -> None:
+        self.scenario, self.noise, self.bands = scenario, noise, bands
 
     def __call__(self, instruction: Instruction, num_examples: int, client: int | None = None) -> Settings:
         """The settings of a client that holds `num_examples`; which one matters where some take fewer steps."""
@@ -95,6 +103,7 @@ class Setter:
             clip_norm=privacy.clip_norm if privacy else None,
             clip=privacy.clip.kind if privacy else "flat",
             quantile=privacy.clip.quantile if privacy else None,
+            bands=1 if self.bands is None else self.bands[num_examples],
             share_metrics=privacy.share_metrics if privacy else True,
             lrs=lrs,
             pace=pace,
@@ -112,12 +121,16 @@ class Rng:
         round: from 1.
         client: its id.
         draw: how often the client has drawn in this round before, for other inputs (`fedlora.privacy.replay`).
+        first: the number of its first step, counted over the client's run from 0; of banded noise alone.
+        past: the noise of its steps before, where they have any part in this round's.
     """
 
     root: Root
     round: int
     client: int
     draw: int = 0
+    first: int = 0
+    past: Past | None = None
 
     def __call__(self, purpose: str) -> Stream:
         """The stream of a purpose, such as `batches`, from its beginning."""
@@ -135,11 +148,13 @@ class Client(ABC):
         hooked: whether it steps by `optimizer` and `fedlora.optimizers.contract.Steps`, so that
             `clients.optimizer`, `clients.schedule` and rates by role work.
         clips: the ways of `privacy.clip` that a private one knows.
+        banded: whether a private one draws by turns and noises by `Rng.past`, as `privacy.bands` asks for.
     """
 
     private: bool = False
     hooked: bool = False
     clips: tuple[str, ...] = ("flat",)
+    banded: bool = False
 
     def spends(self, num_examples: int, settings: Settings) -> Event | None:
         """The privacy event that `fit` amounts to, known before it starts; None if it is not private."""
@@ -249,6 +264,9 @@ def check_private(client: Client, scenario: Scenario) -> None:
     if asked is not None and asked.clip.kind not in client.clips:
         key = "privacy.clip" if asked is scenario.privacy else "privacy.example.clip"
         raise SettingError(key, f"{use} knows no {asked.clip.kind}: take one of {', '.join(client.clips)}")
+    if asked is not None and asked.bands is not None and not client.banded:
+        key = "privacy.bands" if asked is scenario.privacy else "privacy.example.bands"
+        raise SettingError(key, f"{use} knows no banded noise: leave it out, or take dp_sgd")
 
 
 def load(use: str, options: Mapping[str, Any]) -> Client:

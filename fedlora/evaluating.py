@@ -19,8 +19,8 @@ from fedlora.metrics import confusion
 from fedlora.metrics import contract as metrics
 from fedlora.metrics.contract import Evaluation, Metric
 from fedlora.prepare import encoding
+from fedlora.record import Record
 from fedlora.reports.tables import Table
-from fedlora.run import Run
 from fedlora.tasks import loading
 from fedlora.tasks.contract import Task
 
@@ -65,7 +65,7 @@ class Evaluated:
 
 
 def evaluate(
-    run: Run | str | Path,
+    run: Record | str | Path,
     data: str | Path,
     metrics: Sequence[str] | None = None,
     *,
@@ -93,7 +93,7 @@ def evaluate(
         files = columns(folder, str(data), text, label)
         rows = _rows(files, task, about)
         return _evaluated(
-            folder, about, task, rows, named, str(run.folder if isinstance(run, Run) else run), files
+            folder, about, task, rows, named, str(run.folder if isinstance(run, Record) else run), files
         )
     except SettingError as error:
         option = {"data.files.text": " (--text)", "data.files.label": " (--label)"}.get(error.key, "")

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import TypeAdapter
 
 from fedlora.errors import SettingError, UserError
-from fedlora.run import Run
+from fedlora.record import Record
 from fedlora.scenario import Scenario
 from fedlora.tasks import base_model
 from fedlora.tasks.contract import Prompt, Task, find
@@ -98,13 +98,13 @@ class About:
             return TypeAdapter(cls).validate_python(json.loads(file.read_bytes()))
         except FileNotFoundError:
             if (folder.parent / "scenario.yaml").is_file():
-                return cls._of_an_older(Run.open(folder.parent))
+                return cls._of_an_older(Record.open(folder.parent))
             raise UserError(f"{file}: is not there; name the folder that fedlora wrote the adapter to") from None
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{file}: does not say what the adapter is for; it is damaged") from error
 
     @classmethod
-    def _of_an_older(cls, run: Run) -> Self:
+    def _of_an_older(cls, run: Record) -> Self:
         """Of a run of a version that wrote nothing beside its adapter."""
         model, data = run.scenario.get("model") or {}, run.scenario.get("data") or {}
         labels = run.partitions.get("labels")
@@ -115,14 +115,14 @@ class About:
         return cls(*told, tuple(labels), data.get("max_length") or 128, pairs)
 
 
-def adapter_of(run: Run | str | Path) -> Path:
+def adapter_of(run: Record | str | Path) -> Path:
     """The adapter's folder of a run, or the folder itself where it is one.
 
     Raises:
         UserError: the run has none yet, or the folder holds neither.
     """
-    folder = run.folder if isinstance(run, Run) else Path(run)
-    if not isinstance(run, Run) and (folder / "adapter_config.json").is_file():
+    folder = run.folder if isinstance(run, Record) else Path(run)
+    if not isinstance(run, Record) and (folder / "adapter_config.json").is_file():
         return folder
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -135,7 +135,7 @@ def adapter_of(run: Run | str | Path) -> Path:
     return folder / "adapter"
 
 
-def export(run: Run | str | Path, out: str | Path, merge: bool = False, *, own_code: bool = False) -> Path:
+def export(run: Record | str | Path, out: str | Path, merge: bool = False, *, own_code: bool = False) -> Path:
     """Copy a run's adapter, or merge it into its base, with the model card.
 
     Args:
@@ -191,7 +191,7 @@ def push(folder: Path, repository: str) -> str:
 
 
 def predict(
-    run: Run | str | Path, texts: Sequence[Prompt], max_new_tokens: int = 64, *, own_code: bool = False
+    run: Record | str | Path, texts: Sequence[Prompt], max_new_tokens: int = 64, *, own_code: bool = False
 ) -> list[Answer]:
     """What a run's model makes of texts: a label, labels, scores, entities, or a completion.
 
@@ -228,7 +228,7 @@ def predict(
 
 
 def generate(
-    run: Run | str | Path,
+    run: Record | str | Path,
     prompts: Sequence[Prompt],
     max_new_tokens: int = 64,
     *,
@@ -280,7 +280,7 @@ def generate(
     return [Answer(text, one, None) for text, one in zip(texts, said, strict=True)]
 
 
-def load_adapter(run: Run | str | Path, *, own_code: bool = False) -> tuple[Any, Any]:
+def load_adapter(run: Record | str | Path, *, own_code: bool = False) -> tuple[Any, Any]:
     """The base model with a run's adapter in it, in float32 and evaluation, and what makes its inputs.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import advice, plugins, prepare
+from fedlora import advice, checking, plugins, prepare
 from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora.client import Setter
@@ -27,6 +27,7 @@ from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.ledger import Holder, neighbours
 from fedlora.privacy.ledger import unit as unit_of
+from fedlora.privacy.mechanisms.bands import error
 from fedlora.rehearsal import Rehearsal, Stage
 from fedlora.reports.summary import peer_epsilon, server_epsilon
 from fedlora.rounds.progress import Line
@@ -129,8 +130,8 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
     if advise and scenario.privacy is None:
         raise SettingError("privacy", "without this section there is no noise to weigh: leave --advise out")
     ready = prepare.prepare(scenario)
-    noise = prepare.calibrate(scenario, ready.data, prepare.known)
-    setup = replace(ready.setup, noise=noise)
+    ready = prepare.noised(ready, prepare.known)
+    setup, noise = ready.setup, ready.setup.noise
     cost = _try(setup, ready) if _can_train(scenario) else None
     metrics = cost.metrics if cost else _expected_metrics(scenario)
     stage = Stage(scenario, setup, ready, metrics)
@@ -138,12 +139,12 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
     asked = scenario.privacy
     epsilons, each = _epsilons(real.ledger.spent_by, len(real.lines), asked)
     lines = [line | epsilons.get(line["round"], {}) for line in real.lines]
-    groups = _groups(scenario, ready.data, noise, real)
+    groups = _groups(scenario, ready.data, setup, real)
     workers = 1 if engines.in_process(scenario) else engines.workers(scenario)
     parameters = {"base": stage.base_parameters(), **_trained(real)}
     typical = _typical(ready.data)
     noise_of = real.central.noise_multiplier if real.central else noise[typical] if noise else 0.0
-    signal = advice.signal(scenario, real, noise_of, typical)
+    signal = advice.signal(scenario, real, noise_of, typical, (setup.bands or {}).get(typical, 1))
 
     def seconds(made: Scenario, share: float) -> float | None:
         """Of an alternative's rounds: in proportion to examples and layers."""
@@ -190,7 +191,7 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
         if signal and advise
         else [],
         frozen_bytes=cost.frozen_bytes if cost else None,
-        warnings=[*_warnings(scenario, groups, parameters)],
+        warnings=[*_warnings(scenario, groups, parameters), *checking.notes(scenario)],
     )
 
 
@@ -252,9 +253,13 @@ def _epsilons(
     return table, (time.perf_counter() - began) / len(table)
 
 
-def _groups(scenario: Scenario, data: Dataset, noise: Mapping[int, float] | None, loop: Rehearsal) -> list[Line]:
-    """Clients that hold equally many examples, from the fewest; without privacy only how many they are."""
-    asked, groups = scenario.example_privacy, []
+def _groups(scenario: Scenario, data: Dataset, setup: Setup, loop: Rehearsal) -> list[Line]:
+    """Clients that hold equally many examples, from the fewest; without privacy only how many they are.
+
+    Where noise is banded also its `bands`, and `in_weights`: the noise in the weights, as the root mean square
+    over the steps, over that of DP-SGD at the same epsilon.
+    """
+    asked, noise, groups = scenario.example_privacy, setup.noise, []
     most: dict[int, float] = {}  # epsilon, by the number of examples
     for client, events in loop.ledger.events.items():
         if asked is not None and isinstance(client, int):
@@ -268,8 +273,31 @@ def _groups(scenario: Scenario, data: Dataset, noise: Mapping[int, float] | None
                 "noise_multiplier": noise[size],
                 "epsilon": most.get(size, 0.0),
             }
+            if setup.bands is not None:
+                line |= {"bands": setup.bands[size], "in_weights": _in_weights(scenario, setup, size)}
         groups.append(line)
     return groups
+
+
+def _in_weights(scenario: Scenario, setup: Setup, size: int) -> float:
+    """Banded noise in the weights over that of DP-SGD at the same epsilon, for clients of so many examples."""
+    told, asked = scenario.clients, scenario.example_privacy
+    assert asked is not None and setup.noise is not None and setup.bands is not None
+    b, sigma, steps, rate = (
+        setup.bands[size],
+        setup.noise[size],
+        scenario.rounds * told.local_steps,
+        told.rate(size),
+    )
+    if b == 1:
+        return 1.0
+    if (target := asked.epsilon) is None or asked.noise_multiplier is not None:
+        event = Event(
+            noise_multiplier=sigma, sample_rate=min(b * rate, 1.0), steps=steps, clip_norm=asked.clip_norm, bands=b
+        )
+        target = accounting.epsilon([event], asked.delta, asked.accountant)
+    (plain,) = prepare.known(target, asked.delta, [min(rate, 1.0)], steps, asked.accountant)
+    return sigma * error(b, steps) / (plain * error(1, steps))
 
 
 @dataclass(frozen=True, kw_only=True)

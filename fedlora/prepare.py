@@ -18,6 +18,7 @@ from fedlora.errors import SettingError, UserError
 from fedlora.metrics import contract as metrics
 from fedlora.optimizers import steps
 from fedlora.privacy import accounting, calibrated, replay
+from fedlora.privacy.mechanisms import bands
 from fedlora.privacy.mechanisms.central import Central
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
 from fedlora.rounds import choice
@@ -26,6 +27,8 @@ from fedlora.scenario import Scenario
 from fedlora.seeding import Root
 from fedlora.tasks import base_model
 from fedlora.tasks import contract as tasks
+
+_FEW = 16  # numbers of examples for each of which bands are chosen
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +103,7 @@ def prepare_site(
         return datasets.hold(data, scenario.task, total, own, encode, key, labels, train=rows, client=client)
 
     ready = _prepared(scenario, hold, labels)
-    noise = calibrate(scenario, ready.data)
-    return replace(ready.setup, noise=noise, secret=ready.client.private, **placed)
+    return replace(noised(ready, accounting.calibrations).setup, secret=ready.client.private, **placed)
 
 
 def check(scenario: Scenario) -> tuple[strategies.Strategy, clients.Client]:
@@ -235,6 +237,57 @@ def _encoded(
     return made
 
 
+def noised(ready: Prepared, search: calibrated.Search) -> Prepared:
+    """What was prepared with the noise of each client, and its bands."""
+    scenario, data = ready.scenario, ready.data
+    noise, bands = calibrate(scenario, data, search), banded(scenario, data, search)
+    return replace(ready, setup=replace(ready.setup, noise=noise, bands=bands))
+
+
+def banded(
+    scenario: Scenario, data: datasets.Dataset, search: calibrated.Search = accounting.calibrations
+) -> dict[int, int] | None:
+    """The bands of the noise for each number of examples that a client holds; None where it is independent.
+
+    The arguments are those of `calibrate`.
+
+    Raises:
+        SettingError: there are more than steps, or a client has too few examples for as many groups.
+    """
+    told, asked = scenario.clients, scenario.example_privacy
+    if asked is None or asked.bands is None:
+        return None
+    where = "privacy.bands" if asked is scenario.privacy else "privacy.example.bands"
+    sizes, steps = sorted(data.sizes().keys() - {0}), scenario.rounds * told.local_steps
+    if asked.bands == "auto":
+        target, delta, accountant = asked.epsilon, asked.delta, asked.accountant
+        assert target is not None
+
+        def noise(rate: float, turns: int) -> float:
+            return search(target, delta, [rate], turns, accountant)[0]
+
+        rates = {size: min(told.rate(size), 1.0) for size in sizes}
+        near = rates if len(sizes) <= _FEW else {size: _rounded_up(rate) for size, rate in rates.items()}
+        best = {rate: bands.choose(target, delta, rate, steps, noise) for rate in sorted(set(near.values()))}
+        return {size: best[near[size]] for size in sizes}
+    if asked.bands > steps:
+        raise SettingError(
+            where, f"{asked.bands} bands are more than the run's {steps} steps: name fewer, or auto"
+        )
+    if sizes and (rate := told.rate(sizes[0])) * asked.bands > 1 + 1e-9:
+        raise SettingError(
+            where,
+            f"a client has {sizes[0]} rows, and a step would take {told.batch(sizes[0])} on average from one in "
+            f"{asked.bands} of them: name {max(int(1 / rate), 1)} at most, or auto",
+        )
+    return dict.fromkeys(sizes, asked.bands)
+
+
+def _rounded_up(rate: float) -> float:
+    """To one of eight rates in a decade, so that many clients need few searches."""
+    return float(min(10 ** (np.ceil(np.log10(rate) * 8) / 8), 1.0))
+
+
 def calibrate(
     scenario: Scenario, data: datasets.Dataset, search: calibrated.Search = accounting.calibrations
 ) -> dict[int, float] | None:
@@ -264,12 +317,20 @@ def calibrate(
             "average; lower it, use fewer clients, or raise data.partition.min_examples",
         )
     rates, steps = [told.rate(size) for size in sizes], scenario.rounds * told.local_steps
+    groups = banded(scenario, data, search) or dict.fromkeys(sizes, 1)
     if asked.noise_multiplier is not None:
         noise = dict.fromkeys(sizes, asked.noise_multiplier)
     else:
         assert asked.epsilon is not None
-        found = search(asked.epsilon, asked.delta, rates, steps, asked.accountant)
-        noise = dict(zip(sizes, found, strict=True))
+        noise = {}
+        for b in sorted(set(groups.values())):
+            mine = [
+                (size, min(b * rate, 1.0)) for size, rate in zip(sizes, rates, strict=True) if groups[size] == b
+            ]
+            found = search(
+                asked.epsilon, asked.delta, [rate for _, rate in mine], -(-steps // b), asked.accountant
+            )
+            noise |= zip((size for size, _ in mine), found, strict=True)
     ExampleGaussian(  # refuses what does not fit the largest noise
         noise_multiplier=max(noise.values()),
         sample_rate=rates[0],

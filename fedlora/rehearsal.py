@@ -71,7 +71,7 @@ class Stage:
             budget = _Budget(
                 scenario=scenario,
                 client=real,
-                settings=Setter(scenario, self.setup.noise),
+                settings=Setter(scenario, self.setup.noise, self.setup.bands),
                 data=self.ready.data,
                 central=whole,
                 ledger=ledger,

@@ -19,7 +19,7 @@ from fedlora.engine.setup import Description
 from fedlora.errors import SettingError, UserError
 from fedlora.exporting import ABOUT, About
 from fedlora.optimizers import steps
-from fedlora.prepare import Prepared, calibrate, central, check, known, prepare
+from fedlora.prepare import Prepared, central, check, known, noised, prepare
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.noise import fresh_key
@@ -83,7 +83,7 @@ def simulate(
             shown.stage("reading and tokenising the data")  # while workers import
             ready = prepare(scenario)
             shown.stage("calibrating the noise")
-            ready = replace(ready, setup=replace(ready.setup, noise=calibrate(scenario, ready.data, known)))
+            ready = noised(ready, known)
             return carry_out(ready, engine, folder, resume, shown)
     except SettingError as error:
         raise scenario.located(error) from error
@@ -167,7 +167,7 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
     budget = Budget(
         scenario=scenario,
         client=ready.client,
-        settings=Setter(scenario, setup.noise),
+        settings=Setter(scenario, setup.noise, setup.bands),
         data=ready.data,
         central=whole,
         ledger=record,

@@ -17,7 +17,7 @@ from fedlora.data.reading import quiet_hub
 from fedlora.errors import SettingError, UserError
 from fedlora.exporting import ABOUT, About, adapter_of
 from fedlora.kinds.contract import Saved
-from fedlora.run import Run
+from fedlora.record import Record
 from fedlora.scenario import Scenario
 from fedlora.tasks.base_model import find_base
 
@@ -112,7 +112,7 @@ def said(scenario: Scenario) -> dict[str, Any] | None:
     before: dict[str, Any] = {}
     if (folder := Path(start)).is_dir():
         with contextlib.suppress(UserError):  # it is gone, or of no run
-            before = dict(Run.open(adapter_of(folder).parent).summary)
+            before = dict(Record.open(adapter_of(folder).parent).summary)
     told = {key: before.get(key) for key in ("epsilon", "delta", "privacy_unit")}
     return {"folder": start, **told, **({"start": before["start"]} if before.get("start") else {})}
 

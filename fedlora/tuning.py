@@ -172,7 +172,7 @@ class _Search:
         self.key, self.base = rate_key(scenario)
         self.task = find(scenario.task)
         self.ready = prepare.prepare(scenario)
-        noise = prepare.calibrate(scenario, self.ready.data)
+        noise, self.bands = prepare.calibrate(scenario, self.ready.data), prepare.banded(scenario, self.ready.data)
         if private:
             self._check_validation()
         sizes = [size for size, count in self.ready.data.sizes().items() for _ in range(count) if size]
@@ -288,21 +288,26 @@ class _Search:
 
     def _for_examples(self, asked: Privacy, rounds: int, noise: float) -> Privacy:
         """Public rows: the noise of the median client. Private rows: what that client spends, for all of them."""
+        steps = rounds * self.scenario.clients.local_steps
+        bands = None if self.bands is None else min(self.bands[self.typical], steps)
+        if isinstance(asked.bands, int):
+            asked = asked.model_copy(update={"bands": bands})
         if not self.private:
-            return asked.model_copy(update={"epsilon": None, "noise_multiplier": noise})
+            return asked.model_copy(update={"epsilon": None, "noise_multiplier": noise, "bands": bands})
         if asked.noise_multiplier is not None:
             return asked
-        event = self._event(self.typical, noise, rounds, asked)
+        event = self._event(self.typical, noise, rounds, asked, bands or 1)
         return asked.model_copy(update={"epsilon": accounting.epsilon([event], asked.delta, asked.accountant)})
 
-    def _event(self, size: int, noise: float, rounds: int, asked: Privacy) -> Event:
+    def _event(self, size: int, noise: float, rounds: int, asked: Privacy, bands: int) -> Event:
         """What a client that holds so many examples spends if it is in every round."""
         told = self.scenario.clients
         return Event(
             noise_multiplier=noise,
-            sample_rate=min(told.rate(size), 1.0),
+            sample_rate=min(told.rate(size) * bands, 1.0),
             steps=rounds * told.local_steps,
             clip_norm=asked.clip_norm,
+            bands=bands,
         )
 
     def _foretold(self) -> list[str]:
@@ -313,7 +318,8 @@ class _Search:
         lines = []
         if asked is not None:
             noise = prepare.calibrate(short, self.ready.data) or {}
-            events = [[self._event(size, z, short.rounds, asked)] for size, z in noise.items()]
+            bands = prepare.banded(short, self.ready.data) or dict.fromkeys(noise, 1)
+            events = [[self._event(size, z, short.rounds, asked, bands[size])] for size, z in noise.items()]
             lines.append(_cost(events, asked.delta, "example"))
         if whole is not None and short.client_privacy is not None:
             event = Event(

@@ -254,6 +254,7 @@ def read_event(told: Any) -> Event | None:
     try:
         if told is None:
             return None
+        told = {"bands": 1, **told}
         if strange := [field.name for field in fields(Event) if not _real(told[field.name])]:
             raise ValueError(strange[0])
         return Event.from_json(told)

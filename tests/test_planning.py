@@ -1,6 +1,7 @@
 """A plan is held to the run that follows it."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,7 +15,9 @@ from fedlora.cli import main
 from fedlora.errors import UserError
 from fedlora.planning import plan
 from fedlora.prepare import calibrate, prepare
-from fedlora.privacy import ledger
+from fedlora.privacy import accounting, ledger
+from fedlora.privacy.accounting import Event
+from fedlora.privacy.mechanisms.bands import error
 from fedlora.reports.console import plan_lines
 from fedlora.run import Run
 from fedlora.simulation import simulate
@@ -63,6 +66,7 @@ def test_each_strategy_runs_as_planned(tiny, tmp_path, strategy):
         (("clients.ranks={kind: list, values: [4, 2]}", "strategy.use=flexlora"), True),
         (("compression={up: {kind: int4}, down: {kind: fp16}}", "strategy.use=flora"), False),
         (("compression={up: {kind: top_k, share: 0.1}}",), True),
+        (("privacy.bands=2", "clients.per_round=2", "rounds=4"), True),
         ((CLIENTS, "clients.use=sgd", "compression={up: {kind: int8}, down: {kind: bf16}}"), False),
     ],
 )
@@ -252,3 +256,37 @@ def test_a_plan_of_the_papers_scenario_tells_its_noise(tiny_base, reviews):
     fewer = ["clients.batch_size=8", "rounds=2", "engine={kind: inline}", "data.max_length=64"]
     told = plan(scenario.load("paper/sst2", named + fewer))
     assert told.epsilon <= 6 and told.noise_multiplier > 0.5 and told.clients_total == 3
+
+
+def test_a_plan_tells_the_bands_of_each_group_and_what_they_leave_of_the_noise(tiny):
+    """Twelve steps of 8 rows: from the calibrations and the matrices."""
+    planned = plan(tiny("privacy.bands=2", "rounds=6", "privacy.epsilon=3"))
+    group, rate = planned.groups[0], 8 / planned.groups[0]["num_examples"]
+    banded, plain = accounting.calibrate(3, 1e-3, 2 * rate, 6), accounting.calibrate(3, 1e-3, rate, 12)
+    assert (group["bands"], group["noise_multiplier"]) == (2, banded)
+    assert group["in_weights"] == pytest.approx(banded * error(2, 12) / (plain * math.sqrt(6.5)))
+    spent = Event(noise_multiplier=banded, sample_rate=2 * rate, steps=12, clip_norm=1.0, bands=2)
+    assert group["epsilon"] == accounting.epsilon([spent], 1e-3) <= planned.epsilon <= 3
+    assert planned.signal["bands"] == 2
+    lines = plan_lines(planned.to_json())
+    assert "            banded noise, b = 2, by the examples that a client holds" in lines
+    assert any(line.split()[-2:] == ["2", f"{group['in_weights']:.2f}"] for line in lines)
+    assert not any("bands" in line for line in plan_lines(plan(tiny()).to_json()))
+
+
+def test_bands_that_do_not_pay_are_not_taken(tiny):
+    """Half of a client's rows in a step: there is no second group to take turns with that hides as much."""
+    groups = plan(tiny("privacy.bands=auto", "clients.batch_size=30")).groups
+    assert {(group["bands"], group["in_weights"]) for group in groups} == {(1, 1.0)}
+
+
+@pytest.mark.parametrize(
+    "bands, why",
+    [
+        ("7", r"a client has 45 rows, and a step would take 8 on average from one in 7 of them: name 5 at most"),
+        ("5", r"5 bands are more than the run's 4 steps: name fewer, or auto"),
+    ],
+)
+def test_bands_that_a_client_cannot_have_are_refused(tiny, bands, why):
+    with pytest.raises(UserError, match=why):
+        plan(tiny(f"privacy.bands={bands}", *(["rounds=9"] if bands == "7" else [])))

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from safetensors.numpy import load_file
 
+import fedlora
 from fedlora import simulate
 from fedlora.errors import UserError
 from fedlora.run import Run
@@ -21,6 +23,18 @@ def folder(made, tmp_path):
     import shutil
 
     return shutil.copytree(made.folder, tmp_path / "run")
+
+
+def test_what_is_done_with_a_run_is_what_the_functions_do(made, tmp_path):
+    run = Run.open(made.folder)
+    assert run.adapter == made.folder / "adapter"
+    assert run.state_dict().keys() == load_file(run.adapter / "adapter_model.safetensors").keys()
+    assert run.report(tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert run.predict(["a fine film"]) == fedlora.predict(made.folder, ["a fine film"])
+    (data := tmp_path / "rows.csv").write_text("text,label\na fine film,good\na poor one,bad\n")
+    assert run.evaluate(data).metrics == fedlora.evaluate(made, data).metrics
+    assert (run.export(tmp_path / "copy") / "adapter_config.json").is_file()
+    assert type(made) is Run and type(run.by("loss")) is Run
 
 
 def test_what_is_opened_is_what_was_made(made):

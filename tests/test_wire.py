@@ -259,7 +259,16 @@ def test_who_an_exchange_is_about_is_a_whole_number(key):
         wire.unpack_parts(RecordDict({wire.SECURE: ConfigRecord({key: b""})}))
 
 
-@pytest.mark.parametrize("field", ["noise_multiplier", "sample_rate", "steps", "clip_norm"])
+def test_an_event_says_its_bands_where_it_has_any():
+    banded = replace(EVENT, bands=8)
+    for event in (EVENT, banded):
+        content = wire.pack_update(Update(adapter={}, weight=1.0, clients=()), event)
+        assert wire.unpack_event(content) == event
+    with pytest.raises(ContractError, match="privacy event"):
+        wire.read_event("no mapping")
+
+
+@pytest.mark.parametrize("field", ["noise_multiplier", "sample_rate", "steps", "clip_norm", "bands"])
 @pytest.mark.parametrize("value", [True, "1", None, -1, float("nan"), 1e400])
 def test_an_event_s_numbers_are_numbers_in_their_range(field, value):
     with pytest.raises(ContractError, match="privacy event"):

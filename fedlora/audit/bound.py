@@ -172,6 +172,7 @@ class Curve:
                 noise_multiplier=min(e.noise_multiplier for e in every),
                 sample_rate=max(e.sample_rate for e in every),
                 steps=max(sum(e.steps for e in history) for history in scaled),
+                bands=min(e.bands for e in every),
             )
             scaled = [(worst,)]
         deltas = np.max([accounting.profile(history, list(_EPSILONS)) for history in scaled], axis=0)

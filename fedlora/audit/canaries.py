@@ -57,6 +57,10 @@ class Canaries:
         """The canaries that could be in a client's data."""
         return np.arange(client, self.count, self.clients)
 
+    def turn(self, canaries: NDArray[np.int64], groups: int) -> NDArray[np.int64]:
+        """The group of each of some canaries among those of its client, where groups take turns."""
+        return canaries // self.clients % groups
+
     def within(self, sizes: tuple[int, ...]) -> "Directions":
         """Their directions in tensors of those sizes.
 
@@ -151,7 +155,7 @@ class Canaried(Client):
 
     def __init__(self, inner: str, options: Mapping[str, Any], seed: int, canaries: int, among: int) -> None:
         self.inner = clients.load(inner, options)
-        self.private, self.clips = self.inner.private, self.inner.clips
+        self.private, self.clips, self.banded = self.inner.private, self.inner.clips, self.inner.banded
         self.canaries = Canaries(seed, canaries, among)
 
     def spends(self, num_examples: int, settings: Settings) -> Event | None:
@@ -167,7 +171,7 @@ class Canaried(Client):
         mine = self.canaries.of(partition.client)
         mine = mine[self.canaries.included[mine]]
         names = dict(zip(map(id, task.begin(adapter, settings.train)), settings.train, strict=True))
-        coins, rate = rng("canaries"), settings.batch_size / len(partition)
+        coins, rate = rng("canaries"), min(settings.bands * settings.batch_size / len(partition), 1.0)
         bound = settings.clip_norm or 1.0
         if settings.clip == "automatic":  # long beside its constant too
             bound = max(bound, 1.0)
@@ -177,10 +181,11 @@ class Canaried(Client):
         def gradients(parameters: "list[torch.Tensor]") -> "list[torch.Tensor]":
             """Of the canaries that this step draws, as Opacus holds per-example gradients."""
             nonlocal steps
+            turn = (rng.first + steps) % settings.bands
             steps += 1
             sent = [p for p in parameters if names[id(p)] in settings.send]
             sent.sort(key=lambda p: settings.send.index(names[id(p)]))
-            drawn = mine[coins.random(len(mine)) < rate]
+            drawn = mine[(coins.random(len(mine)) < rate) & (self.canaries.turn(mine, settings.bands) == turn)]
             rows = self.canaries.within(tuple(p.numel() for p in sent)).rows(drawn)
             made = {id(p): p.new_zeros((len(drawn), *p.shape)) for p in parameters}
             start = 0

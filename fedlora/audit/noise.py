@@ -45,6 +45,9 @@ class Seen:
         squares: of each tensor the squared norm.
         kept: some of the numbers of each tensor, at the same places in each update.
         parts: along the client's canaries, of each tensor, (tensors, canaries).
+        bands: of the noise; above 1 groups of examples take turns.
+        first: number of its first step, counted over the client's run; of banded noise alone.
+        reach: by how much a gradient may be longer in it, where banded noise was taken apart.
     """
 
     client: int
@@ -59,6 +62,9 @@ class Seen:
     squares: NDArray[np.float64]
     kept: tuple[NDArray[np.float32], ...]
     parts: NDArray[np.float64]
+    bands: int = 1
+    first: int = 0
+    reach: float = 1.0
 
     def __str__(self) -> str:
         return f"client {self.client} in round {self.round}"
@@ -169,8 +175,9 @@ def _drawn(seen: Seen, steps: int, canaries: int, level: float) -> float:
     from scipy.stats import binom
 
     rate = min(seen.rate, 1.0)
-    examples, planted = (float(binom.isf(level / 2, steps * n, rate)) for n in (seen.examples, canaries))
-    return examples + math.sqrt(steps * planted)
+    each = (-(-n // seen.bands) for n in (seen.examples, canaries))  # those whose turn it is
+    examples, planted = (float(binom.isf(level / 2, steps * n, rate)) for n in each)
+    return seen.reach * (examples + math.sqrt(steps * planted))
 
 
 def _sizes(seen: Sequence[Seen], later: Sequence[float], level: float) -> tuple[float, str, tuple[str, ...]]:

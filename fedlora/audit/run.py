@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedlora import scenario as scenarios
 from fedlora.adapter import Adapter, Change, Instruction
+from fedlora.audit.bands import Apart, reached, turned
 from fedlora.audit.bound import Curve, lower_bound
 from fedlora.audit.canaries import Canaried, Canaries
 from fedlora.audit.noise import LEVEL, Noise, Seen, measure, places, worth
@@ -202,6 +203,8 @@ class Server(Engine):
         super().__init__(inner.num_clients)
         self.inner, self.hidden, self.scenario = inner, hidden, scenario
         self.seen: list[Seen] = []
+        self.apart: list[Seen] = []  # the same with banded noise taken apart, as far as it can be
+        self._apart = Apart()
         self._sent: tuple[str, ...] = ()
         self._last: Adapter = {}
 
@@ -241,26 +244,37 @@ class Server(Engine):
     def _look(
         self, instruction: Instruction, before: Adapter, after: Adapter, report: Report, event: Event
     ) -> Seen:
+        """An update as it is; noted also with its noise taken apart."""
         names, told, layout = instruction.send, self.scenario.clients, self.description.layout
         lr = _rate(told.lr)
         sizes = tuple(after[name].size for name in names)
         change = self._steps(before, after)
-        tensors = np.split(change, np.cumsum(sizes)[:-1])
-        kept = places(sizes, generator(self.hidden.seed, "audit", "kept"))
-        return Seen(
+        chosen = places(sizes, generator(self.hidden.seed, "audit", "kept"))
+
+        def measured(change: NDArray[np.float32]) -> dict[str, Any]:
+            tensors = np.split(change, np.cumsum(sizes)[:-1])
+            squares = np.array([float(np.square(t, dtype=np.float64).sum()) for t in tensors])
+            return {"squares": squares, "kept": tuple(t[at] for t, at in zip(tensors, chosen, strict=True))}
+
+        drawn = instruction.drawn.get(report.client)
+        made = Seen(
             client=report.client,
             round=instruction.round,
             steps=report.steps,
-            rate=told.batch_size / report.num_examples,
+            rate=min(event.bands * told.batch_size / report.num_examples, 1.0),
             noise=event.noise_multiplier,
             examples=report.num_examples,
             names=names,
             sizes=sizes,
             worth=np.array([worth(instruction.config, layout[n].role, report.steps, lr) for n in names]),
-            squares=np.array([float(np.square(t, dtype=np.float64).sum()) for t in tensors]),
-            kept=tuple(t[chosen] for t, chosen in zip(tensors, kept, strict=True)),
             parts=self.hidden.within(sizes).along(change, self.hidden.of(report.client)),
+            bands=event.bands,
+            first=drawn.first(report.draw) if drawn is not None and event.bands > 1 else 0,
+            **measured(change),
         )
+        if (fresh := self._apart.of(made, change)) is not None:
+            self.apart.append(replace(reached(made), **measured(fresh)))
+        return made
 
     def noise(self) -> Noise:
         """Whether the updates hold the noise that is stated."""
@@ -270,19 +284,25 @@ class Server(Engine):
         asked = told.example_privacy
         if asked is not None and asked.clip.kind == "quantile" and told.clients.local_steps > 1:
             return Noise(skipped="the clipping bound moves within a round")
-        return measure(self.seen, -(-self.hidden.count // self.hidden.clients))
+        if self.seen and not self.apart:
+            return Noise(skipped="banded noise is taken apart where rounds of one step train the same tensors")
+        return measure(self.apart, -(-self.hidden.count // self.hidden.clients))
 
     def rate(self) -> NDArray[np.float64]:
         """The score of each canary from all updates of its client, (count,)."""
         made = np.zeros(self.hidden.count)
-        alike: dict[tuple[int, Any, tuple[int, ...], int, float], list[Seen]] = {}
+        alike: dict[tuple[int, Any, tuple[int, ...], int, float, int], list[Seen]] = {}
         for u in self.seen:
-            alike.setdefault((u.client, u.names, u.sizes, u.steps, u.rate), []).append(u)
-        for (client, _, sizes, steps, rate), updates in alike.items():
+            alike.setdefault((u.client, u.names, u.sizes, u.steps, u.rate, u.bands), []).append(u)
+        for (client, _, sizes, _, rate, bands), updates in alike.items():
             numbers = [np.stack([u.kept[t] for u in updates]) for t in range(len(sizes))]
             parts = np.stack([u.parts for u in updates])  # (rounds, tensors, canaries)
-            mean, variance = steps * rate, steps * rate * (1 - rate)
-            made[self.hidden.of(client)] += self._rate(client, sizes, numbers, parts, mean, variance)
+            mine = self.hidden.of(client)
+            for turn in range(bands):
+                taken = np.array([float(turned(u, turn)) for u in updates])  # (rounds,)
+                mean, variance = taken * rate, taken * rate * (1 - rate)
+                found = self._rate(client, sizes, numbers, parts, mean, variance)
+                made[mine] += np.where(self.hidden.turn(mine, bands) == turn, found, 0.0)
         return made
 
     def rate_model(self) -> NDArray[np.float64]:
@@ -298,10 +318,13 @@ class Server(Engine):
         tensors = [t[None] for t in np.split(change, np.cumsum(sizes)[:-1])]
         for client in range(self.hidden.clients):
             mine = [u for u in self.seen if u.client == client and u.names == self._sent]
-            mean = sum(u.steps * u.rate for u in mine)
-            variance = sum(u.steps * u.rate * (1 - u.rate) for u in mine)
-            along = self.hidden.within(sizes).along(change, self.hidden.of(client))
-            made[self.hidden.of(client)] = self._rate(client, sizes, tensors, along[None], mean, variance)
+            here, bands = self.hidden.of(client), max((u.bands for u in mine), default=1)
+            along = self.hidden.within(sizes).along(change, here)
+            for turn in range(bands):
+                mean = sum(turned(u, turn) * u.rate for u in mine)
+                variance = sum(turned(u, turn) * u.rate * (1 - u.rate) for u in mine)
+                found = self._rate(client, sizes, tensors, along[None], mean, variance)
+                made[here] += np.where(self.hidden.turn(here, bands) == turn, found, 0.0)
         return made
 
     def _rate(
@@ -310,8 +333,8 @@ class Server(Engine):
         sizes: tuple[int, ...],
         numbers: list[NDArray[np.float32]],
         parts: NDArray[np.float64],
-        mean: float,
-        variance: float,
+        mean: float | NDArray[np.float64],
+        variance: float | NDArray[np.float64],
     ) -> NDArray[np.float64]:
         """Of a client's canaries, group by group; a tensor that rested says nothing."""
         directions = self.hidden.within(sizes)

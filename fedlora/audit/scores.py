@@ -33,22 +33,24 @@ def covariance(numbers: NDArray[np.float32]) -> Array:
     return shrunk + FLOOR * np.eye(rounds)
 
 
-def scores(parts: Array, shares: Array, covariances: Sequence[Array], mean: float, variance: float) -> Array:
+def scores(
+    parts: Array, shares: Array, covariances: Sequence[Array], mean: float | Array, variance: float | Array
+) -> Array:
     """The log-likelihood ratio of each of some canaries of one group, (canaries,).
 
     Args:
         parts: along the canaries, of each tensor in each round, (rounds, tensors, canaries).
         shares: of each tensor in the canaries' squared length, (tensors,).
         covariances: of each tensor, (rounds, rounds).
-        mean: of how often a round draws a canary that is in.
+        mean: of how often a round draws a canary that is in, for all rounds or (rounds,).
         variance: of the same.
     """
     weights = [np.linalg.inv(v) if share else None for v, share in zip(covariances, shares, strict=True)]
     chosen = [(t, w) for t, w in enumerate(weights) if w is not None]
     spread = np.linalg.inv(np.sum([shares[t] * w for t, w in chosen], axis=0))  # cov(b)
     drawn = spread @ np.sum([w @ parts[:, t] for t, w in chosen], axis=0)  # b, (rounds, canaries)
-    wider = spread + variance * np.eye(len(spread))
-    within, without = _square(drawn - mean, wider), _square(drawn, spread)
+    wider = spread + np.diag(np.broadcast_to(variance, len(spread)))
+    within, without = _square(drawn - np.broadcast_to(mean, len(spread))[:, None], wider), _square(drawn, spread)
     size = np.linalg.slogdet(wider)[1] - np.linalg.slogdet(spread)[1]
     ratio: Array = (without - within - size) / 2
     return ratio

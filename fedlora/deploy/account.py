@@ -7,7 +7,7 @@ from typing import Any
 from fedlora.deploy.serving import Serving
 from fedlora.deploy.site import Budget
 from fedlora.errors import Refusal, UserError
-from fedlora.privacy.accounting import Event, epsilon
+from fedlora.privacy.accounting import Event, adds, alike, epsilon
 from fedlora.privacy.ledger import Ledger, Own
 
 logger = logging.getLogger(__name__)
@@ -56,22 +56,30 @@ class Account:
         self.ledger.spend(round, {client: event}, **mine)
 
 
-def pay(run: Serving, account: Account | None, round: int, client: int, event: Event) -> None:
+def pay(run: Serving, account: Account | None, round: int, client: int, event: Event) -> int:
     """Write an event into the run's ledger and the site's, unless it would pass what either allows.
+
+    Each run counts its own steps. So the site's account, of all runs, has those of banded noise as independent
+    ones: as many as the turns of a group in this run have grown by.
+
+    Returns:
+        How many steps the client had paid for in this run before, on the same terms.
 
     Raises:
         Refusal: it would, or cannot be written.
     """
     asked = run.worker.scenario.example_privacy
     assert asked is not None
-    paid = epsilon([*run.ledger.events.get(client, ()), event], asked.delta, asked.accountant)
+    before = run.ledger.events.get(client, ())
+    paid = epsilon([*before, event], asked.delta, asked.accountant)
     if asked.epsilon is not None and paid > asked.epsilon * (1 + 1e-9):
         raise Refusal(f"another round would make epsilon {paid:.3f}, and {asked.epsilon:g} was promised")
     terms: dict[str, Any] = {"delta": asked.delta, "unit": "example", "accountant": asked.accountant}
     try:
         if account is not None:
-            account.spend(run.key, round, client, event)
+            account.spend(run.key, round, client, event if event.bands == 1 else adds(before, event))
         run.ledger.spend(round, {client: event}, **terms)
     except (OSError, UserError) as error:
         logger.error("%s", error, extra={"client": client, "round": round, "run": run.key})
         raise Refusal("its ledger cannot be written: its log says why") from error
+    return alike(before, event)

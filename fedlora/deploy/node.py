@@ -30,7 +30,7 @@ from fedlora.deploy.state import RUN, State
 from fedlora.engine.roster import BEHIND, STRANGER
 from fedlora.engine.worker import Worker
 from fedlora.errors import ContractError, Refusal, SettingError, UserError
-from fedlora.privacy import lock, secure
+from fedlora.privacy import accounting, lock, secure
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanisms.central import WITHIN
@@ -236,8 +236,8 @@ class Node:
         try:
             if self.site is None:
                 ready = prepare.prepare(scenario)
-                noise = prepare.calibrate(scenario, ready.data)
-                setup = replace(ready.setup, noise=noise, secret=ready.client.private, kept=None)
+                setup = prepare.noised(ready, accounting.calibrations).setup
+                setup = replace(setup, secret=ready.client.private, kept=None)
             else:
                 told = self.site.data.labels
                 taught, held = Taught.of(scenario.data, scenario.task), self.site.data
@@ -359,8 +359,8 @@ class Node:
         asked = {"loss", worker.task.metric, *(metric.name for metric in worker.metrics)}
         return wire.pack_words({name: value for name, value in figures.items() if name in asked})
 
-    def _pay(self, key: str, round: int, client: int, event: Event) -> None:
-        """Write an event into the run's ledger and the site's, unless it would pass what either allows.
+    def _pay(self, key: str, round: int, client: int, event: Event) -> int:
+        """As `fedlora.deploy.account.pay`.
 
         Raises:
             Refusal: it would, or cannot be written.
@@ -368,7 +368,7 @@ class Node:
         run = self.run
         if run is None or run.key != key:
             raise Refusal("it serves another run by now")
-        pay(run, self.account, round, client, event)
+        return pay(run, self.account, round, client, event)
 
 
 @contextlib.contextmanager

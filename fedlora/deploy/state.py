@@ -10,7 +10,7 @@ from typing import Any
 from fedlora.deploy.serving import Words
 from fedlora.errors import UserError
 from fedlora.privacy.noise import fresh_key
-from fedlora.run import INTRODUCTION
+from fedlora.record import INTRODUCTION
 from fedlora.scenario import Scenario
 
 RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a run's name, which is a folder's

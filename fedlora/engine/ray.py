@@ -189,7 +189,7 @@ class RayEngine(Engine):
         scenario = Scenario.model_validate(self.setup.scenario)
         client = clients.load(scenario.clients.use, scenario.clients.options)
         data = Dataset.open(self.setup.dataset, self.setup.partitions)
-        settings = Setter(scenario, self.setup.noise)
+        settings = Setter(scenario, self.setup.noise, self.setup.bands)
         return Replies(
             [],
             [

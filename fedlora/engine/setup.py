@@ -25,6 +25,7 @@ class Setup:
         precision: `fp32`, `bf16`, or `auto`: as the worker finds its device.
         device: a torch device, or `auto`: a GPU where there is one.
         noise: the calibrated noise multiplier for each number of examples; None without privacy.
+        bands: of the noise, likewise; None where it is independent.
         personal: folder of what stays with each client; None where nothing does.
         kept: folder of what the layers below all factors make of examples; None: in memory, where it fits.
         secret: whether noise is drawn from the operating system and not from the scenario's seed.
@@ -37,6 +38,7 @@ class Setup:
     precision: str = "fp32"
     device: str = "cpu"
     noise: Mapping[int, float] | None = None
+    bands: Mapping[int, int] | None = None
     personal: Path | None = None
     kept: Path | None = None
     secret: bool = False

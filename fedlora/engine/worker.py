@@ -33,6 +33,7 @@ from fedlora.passes.kept import Kept, Piece, pays
 from fedlora.privacy import replay
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms import central
+from fedlora.privacy.mechanisms.bands import Past
 from fedlora.privacy.noise import fresh_key
 from fedlora.rounds.checkpoint import Personal
 from fedlora.scenario import Scenario
@@ -43,11 +44,11 @@ class Worker:
 
     Attributes:
         pay: called with the round, the client and the event right before private training begins, whatever asked
-            for it; it may raise a `Refusal`, and then nothing is trained. None: the round loop pays, before it
-            uses what it got.
+            for it; it may raise a `Refusal`, and then nothing is trained. It gives the steps alike that were paid
+            for before. None: the round loop pays, before it uses what it got.
     """
 
-    pay: Callable[[int, int, Event], None] | None = None
+    pay: Callable[[int, int, Event], int] | None = None
 
     def __init__(self, setup: Setup) -> None:
         hardware.settle()
@@ -88,7 +89,7 @@ class Worker:
             self.kept = Kept(self.task, self.dataset, setup.kept, setup.threads)
             self.task.prefix.kept = self.kept.of
         self.fused = Fused(self.task) if self.scenario.engine.fused > 1 else None
-        self.settings = Setter(self.scenario, setup.noise)
+        self.settings = Setter(self.scenario, setup.noise, setup.bands)
         self.metrics = metrics.find_all(self.scenario.metrics, self.task.target)
         self.serve(strategy, setup.personal)
 
@@ -104,6 +105,7 @@ class Worker:
         # Noise is drawn again where a round is: in a simulation, not in a rehearsal without weights.
         repeats = not self.setup.secret and self.setup.device != "meta"
         self.digests = Digests(self.task, self.client, strategy, self.setup, self.scenario) if repeats else None
+        self.past = Past(None if self.setup.secret else self.scenario.seed)
         self.intake = Intake(self.scenario, strategy, self.dataset.num_examples)
         self.personal = Personal(personal) if personal else None
         self.transport = Transport(self.scenario, strategy, Personal(personal / "left_out") if personal else None)
@@ -351,8 +353,9 @@ class Worker:
         if event is not None and self.setup.secret:  # the tensors are somebody else's
             if unfit := alone.mingle(self.task, received):
                 raise Refusal(f"with the tensors that came, examples would not be bounded one by one: {unfit}")
+        first = 0
         if event is not None and self.pay is not None:
-            self.pay(settings.round, client, event)
+            first = self.pay(settings.round, client, event)
         deed.event, deed.steps = event, settings.local_steps
         if event is not None and self.digests is not None:
             deed.digest = self.digests.of(instruction, received, partition, settings, (rank, sharing))
@@ -360,8 +363,9 @@ class Worker:
             if not drawn.may(deed.digest):
                 deed.event = None  # it will not train
             deed.draw = drawn.draw(deed.digest)
+            first = drawn.first(deed.draw) if event.bands > 1 else 0
         root = fresh_key() if self.setup.secret else self.scenario.seed
-        rng = clients.Rng(root, settings.round, client, deed.draw)
+        rng = clients.Rng(root, settings.round, client, deed.draw, first, self.past)
         told = (self.task, received, partition, replace(settings, send=wanted), rng)
         if sharing and isinstance(self.client, clients.Stepwise):
             return (yield from self.client.passes(*told))

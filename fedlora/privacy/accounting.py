@@ -2,7 +2,8 @@
 
 Events are facts, epsilon is derived from them. The mechanism is the Poisson-subsampled Gaussian: each
 step takes every example with probability `sample_rate`, clips each example's gradient to `clip_norm` in
-L2 norm, sums, and adds Gaussian noise of standard deviation `noise_multiplier * clip_norm`.
+L2 norm, sums, and adds Gaussian noise of standard deviation `noise_multiplier * clip_norm`. Under banded noise
+(`fedlora.privacy.mechanisms.bands`) groups of examples take turns, and T steps count as ceil(T / bands).
 
 Neighbouring datasets are those of zero-out (Kairouz et al., 2021, https://arxiv.org/abs/2103.00039,
 Definition 1.1): they have equally many examples, and in one of them one example is replaced by a blank that
@@ -49,26 +50,30 @@ class Event:
 
     Attributes:
         noise_multiplier: standard deviation of the noise over `clip_norm`.
-        sample_rate: probability with which a step takes each example, in (0, 1].
+        sample_rate: probability with which a step takes each example whose turn it is, in (0, 1].
         steps: how many steps, at most `MAX_STEPS`.
         clip_norm: L2 bound on one example's gradient over all trained tensors together.
+        bands: of the noise, and groups of examples that take turns; 1: noise is independent, all are one group.
     """
 
     noise_multiplier: float
     sample_rate: float
     steps: int
     clip_norm: float
+    bands: int = 1
 
     def __post_init__(self) -> None:
         positive = all(0 < x < math.inf for x in (self.noise_multiplier, self.sample_rate, self.clip_norm))
         told = self.noise_multiplier <= MOST_NOISE and LEAST_RATE <= self.sample_rate <= 1
         told = told and self.clip_norm >= LEAST_BOUND  # below, float32 rounds norms away
+        told = told and type(self.bands) is int and 1 <= self.bands <= MAX_STEPS
         if not (positive and told and type(self.steps) is int and 0 <= self.steps <= MAX_STEPS):
             raise UserError(f"not an event of the Poisson-subsampled Gaussian mechanism: {self}")
 
     def to_json(self) -> dict[str, float | int]:
         """Plain data."""
-        return asdict(self)
+        told = asdict(self)
+        return told if self.bands > 1 else {key: value for key, value in told.items() if key != "bands"}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -78,6 +83,7 @@ class Event:
             sample_rate=float(data["sample_rate"]),
             steps=data["steps"],
             clip_norm=float(data["clip_norm"]),
+            bands=data.get("bands", 1),
         )
 
 
@@ -98,14 +104,30 @@ def epsilon(events: Iterable[Event], delta: float, accountant: Accountant = "pld
     return _epsilon(_history(events), delta, accountant)
 
 
+def alike(events: Iterable[Event], event: Event) -> int:
+    """How many steps were taken on the terms of an event."""
+    return sum(one.steps for one in events if replace(one, steps=event.steps) == event)
+
+
+def adds(events: Iterable[Event], event: Event) -> Event:
+    """What an event adds to those before it, as independent steps: those of the group that has had most turns."""
+    before = alike(events, event)
+    turns = -(-(before + event.steps) // event.bands) - -(-before // event.bands)
+    return replace(event, steps=turns, bands=1)
+
+
 def _history(events: Iterable[Event]) -> tuple[tuple[float, float, int], ...]:
-    """Equal steps taken together: their order does not matter."""
-    steps: dict[tuple[float, float], int] = {}
+    """Equal steps taken together: their order does not matter. Those of b bands are one in b, rounded up."""
+    steps: dict[tuple[float, float, int, float], int] = {}
     for event in events:
         if event.steps:
-            key = (event.noise_multiplier, event.sample_rate)
+            bound = event.clip_norm if event.bands > 1 else 0.0  # steps of another bound are counted by themselves
+            key = (event.noise_multiplier, event.sample_rate, event.bands, bound)
             steps[key] = steps.get(key, 0) + event.steps
-    return tuple((*key, count) for key, count in sorted(steps.items()))
+    turns: dict[tuple[float, float], int] = {}
+    for (noise, rate, bands, _), count in steps.items():
+        turns[noise, rate] = turns.get((noise, rate), 0) - (-count // bands)
+    return tuple((*key, count) for key, count in sorted(turns.items()))
 
 
 def epsilon_of_runs(runs: Iterable[Iterable[Sequence[Event]]], delta: float) -> float:
@@ -301,44 +323,6 @@ def calibrations(
     return noise
 
 
-@dataclass(frozen=True, kw_only=True)
-class Quantile:
-    """A clipping bound that moves towards a quantile of the norms (Andrew et al., 2021, arXiv 1905.03871).
-
-    Each that is clipped also counts +1/2 if its norm was within the bound C, and -1/2 if not. With noise of
-    standard deviation sigma_b = n / 20 on that count, `C <- C exp(-0.2 (count / n + 1/2 - quantile))`. Sum and
-    count together cost what one release under `noise_multiplier` does: `z_sum^-2 + (2 sigma_b)^-2 = z^-2`.
-
-    Attributes:
-        quantile: to move towards.
-        expected: n, how many are clipped on average; never how many were.
-        noise_multiplier: z.
-    """
-
-    quantile: float
-    expected: float
-    noise_multiplier: float
-
-    @property
-    def enough(self) -> bool:
-        """Whether there are so many that the count leaves noise for the sum: more than 10 z."""
-        return 2 * self.count_noise > self.noise_multiplier
-
-    @property
-    def count_noise(self) -> float:
-        """Standard deviation of the noise on the count."""
-        return self.expected / 20
-
-    @property
-    def sum_noise(self) -> float:
-        """Standard deviation of the noise on the sum over C."""
-        return float((self.noise_multiplier**-2 - (2 * self.count_noise) ** -2) ** -0.5)
-
-    def moved(self, bound: float, count: float) -> float:
-        """The next bound after a noised count."""
-        return bound * math.exp(-0.2 * (count / self.expected + 0.5 - self.quantile))
-
-
 _WORDS = {
     "pld": "privacy loss distributions (dp-accounting)",
     "prv": "privacy random variables (Opacus)",
@@ -388,29 +372,48 @@ def neighbours(unit: str) -> str:
     return _NEIGHBOURS[unit]
 
 
-def assumed(unit: str, honest: float = 1.0) -> str:
+def named(bands: Iterable[int | str]) -> str:
+    """The bands of noise in words; empty where noise is independent."""
+    told = sorted(set(bands), key=lambda b: (isinstance(b, str), b))
+    if not told or told == [1]:
+        return ""
+    return f"banded noise, b = {' or '.join(map(str, told))}"
+
+
+def assumed(unit: str, honest: float = 1.0, bands: Iterable[int | str] = ()) -> str:
     """What an epsilon takes for granted; the arguments as in `terms`."""
     if unit == FROM_SERVER:
         return (
             f"no sampling, that of those who sent {honest:.0%} keep their noise to themselves, and that rounded "
             "noise adds up to a Gaussian"
         )
-    return "no sampling" if unit == FROM_CLIENTS else f"Poisson sampling of {unit}s"
+    if unit == FROM_CLIENTS:
+        return "no sampling"
+    turns = named(bands)
+    return f"{'cyclic ' * bool(turns)}Poisson sampling of {unit}s{' and ' * bool(turns)}{turns}"
 
 
-def terms(unit: str, accountant: Accountant, honest: float = 1.0) -> str:
+def terms(unit: str, accountant: Accountant, honest: float = 1.0, bands: Iterable[int | str] = ()) -> str:
     """Under which neighbouring relation, by which accountant and sampling an epsilon holds.
 
     Args:
         unit: `example`, `client`, `FROM_SERVER` or `FROM_CLIENTS`.
         accountant: that gave it.
         honest: share of the clients in a sum whose noise the server does not learn; for `FROM_SERVER`.
+        bands: of the noise of all clients.
     """
     largest = "the largest over clients, " if unit in ("example", FROM_SERVER) else ""
-    return f"{neighbours(unit)}; {largest}by {_WORDS[accountant]}, assuming {assumed(unit, honest)}"
+    return f"{neighbours(unit)}; {largest}by {_WORDS[accountant]}, assuming {assumed(unit, honest, bands)}"
 
 
-def statement(epsilon: float, delta: float, unit: str, accountant: Accountant, honest: float = 1.0) -> str:
+def statement(
+    epsilon: float,
+    delta: float,
+    unit: str,
+    accountant: Accountant,
+    honest: float = 1.0,
+    bands: Iterable[int | str] = (),
+) -> str:
     """What an epsilon means, in one sentence; the arguments as in `terms`."""
-    said = terms(unit, accountant, honest)
+    said = terms(unit, accountant, honest, bands)
     return f"({epsilon:.3g}, {delta:g})-differential privacy for each {protected(unit)}, {said}"

@@ -1,7 +1,7 @@
 """What clients may spend of their privacy, and what a round costs whom."""
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,19 +71,34 @@ class Budget:
         held = self.data.num_examples(client)
         return self.client.spends(held, self.settings(instruction, held, client))
 
-    def again(self, instruction: Instruction) -> Instruction:
-        """An instruction with what noise was drawn for in its round before, where that is run again."""
-        if not self.repeatable or not (before := self.ledger.drawn(instruction.round)):
+    def again(self, instruction: Instruction, cohort: Iterable[int]) -> Instruction:
+        """An instruction with what noise was drawn for in its round before, where that is run again.
+
+        Where noise is banded, also with the number that each client of the cohort counts its steps from.
+        """
+        if not self.repeatable:
             return instruction
+        round, asked = instruction.round, self.scenario.example_privacy
+        before = self.ledger.drawn(round)
+        counted = cohort if asked is not None and asked.bands is not None else ()
         drawn: dict[int | None, Drawn] = {}
-        for holder, digests in before.items():
+        for holder in (*before, *(client for client in counted if client not in before)):
             if isinstance(holder, Whole | Own):
                 continue  # drawn for with the server's; of no run's ledger
+            digests = before.get(holder, ())
             privacy = self.scenario.client_privacy if holder is None else self.scenario.example_privacy
             event = self._next(instruction, holder)
-            more = privacy is None or privacy.epsilon is None or not self._would_pass(holder, event, {}, privacy)
-            drawn[holder] = Drawn(digests, more)
-        return replace(instruction, drawn=drawn)
+            more = (
+                not digests
+                or privacy is None
+                or privacy.epsilon is None
+                or not self._would_pass(holder, event, {}, privacy)
+            )
+            firsts: tuple[int, ...] = ()
+            if event is not None and event.bands > 1:
+                firsts = (*self.ledger.firsts(round, holder), self.ledger.paid(holder, event))
+            drawn[holder] = Drawn(digests, more, firsts)
+        return replace(instruction, drawn=drawn) if drawn else instruction
 
     def spend(self, instruction: Instruction, replies: Replies, attempt: int = 0) -> int:
         """Put the spend on disk before what it bought is used.

@@ -23,9 +23,10 @@ from typing import Any, NamedTuple, get_args
 
 from fedlora.errors import UserError
 from fedlora.privacy import lock
-from fedlora.privacy.accounting import FROM_SERVER, Accountant, Event, added, epsilon, statement
+from fedlora.privacy.accounting import FROM_SERVER, Accountant, Event, added, alike, epsilon, statement
 
 MECHANISM = "poisson_subsampled_gaussian"
+BANDED = "cyclic_poisson_banded_gaussian"  # another word: who knows no bands refuses the line
 MAX_DRAWS = 10_000  # of a round: more is no interruption
 NEIGHBOURS = "zero_out"  # how the datasets of the units example and client differ: `privacy.neighbours` says it
 EARLIER = "add_or_remove_one"  # what 0.1.0 called it; the events and their epsilon are the same
@@ -51,6 +52,11 @@ Events = tuple[Event, ...]  # of one holder, as `privacy.added` puts them togeth
 def unit(holder: Holder) -> str:
     """What the budget of a holder protects."""
     return FROM_SERVER if isinstance(holder, Whole) else "client" if holder is None else "example"
+
+
+def bands_of(events: Mapping[Holder, Iterable[Event]], protected: str) -> set[int]:
+    """The bands of the noise that hides those of a unit."""
+    return {event.bands for holder, spent in events.items() if unit(holder) == protected for event in spent}
 
 
 def neighbours(unit: str) -> str:
@@ -82,7 +88,8 @@ class Ledger:
         self._lock: lock.Lock | None = None
         self.events: dict[Holder, Events] = {}
         self._unseen: dict[tuple[int, int], dict[Holder, set[tuple[Event, str]]]] = {}
-        self._drawn: dict[int, dict[Holder, dict[int, str]]] = {}  # by round: the digest of each draw
+        self._drawn: dict[int, dict[Holder, dict[int, tuple[str, int]]]] = {}  # by round: of each draw the digest,
+        # and the steps on its terms that were paid for before
         self._lines, self._chain, self._size = 0, "", 0
         file = folder / "privacy.jsonl"
         if file.exists():
@@ -96,11 +103,11 @@ class Ledger:
             )
         for number, line in enumerate(lines):
             holder, event = _holder(line), Event.from_json(line)
-            self._note(holder, event)
             if number >= known[0]:  # of a round that runs again
                 again = self._unseen.setdefault((line["round"], line.get("attempt", 0)), {})
                 again.setdefault(holder, set()).add((event, line.get("digest", "")))
-                self._note_draw(line["round"], holder, line.get("digest", ""), line.get("draw", 0))
+                self._note_draw(line["round"], holder, event, line.get("digest", ""), line.get("draw", 0))
+            self._note(holder, event)
         self._lines, self._chain = len(lines), lines[-1]["chain"] if lines else ""
         if file.exists():
             self._size = file.read_bytes().rfind(b"\n") + 1
@@ -128,12 +135,13 @@ class Ledger:
         """
         if not events:
             return
-        terms = {**guarantee, "mechanism": MECHANISM, "neighbours": neighbours(guarantee["unit"])}
+        terms = {**guarantee, "neighbours": neighbours(guarantee["unit"])}
         file, text, chain = self.folder / "privacy.jsonl", "", self._chain
         spent: list[tuple[Holder, Event]] = []
         for holder, event in events.items():
             client = holder.client if isinstance(holder, Whole) else holder
-            line = {"round": round, "client": client, **event.to_json(), **terms}
+            named = {"mechanism": MECHANISM if event.bands == 1 else BANDED}
+            line = {"round": round, "client": client, **event.to_json(), **named, **terms}
             line |= {"attempt": attempt} if attempt else {}
             digest, draw = (drawn or {}).get(holder, ("", 0))
             line |= {"digest": digest, "draw": draw} if digest else {}
@@ -150,8 +158,8 @@ class Ledger:
             os.fsync(stream.fileno())
         self._drawn = {r: of for r, of in self._drawn.items() if r >= round}  # none of those before runs again
         for holder, event in spent:  # on disk, and not before: a full disk may have room again
+            self._note_draw(round, holder, event, *(drawn or {}).get(holder, ("", 0)))
             self._note(holder, event)
-            self._note_draw(round, holder, *(drawn or {}).get(holder, ("", 0)))
         self._size, self._lines, self._chain = self._size + len(text.encode()), self._lines + len(events), chain
         self._put_head(file, self._lines, self._chain)
 
@@ -174,9 +182,21 @@ class Ledger:
     def _note(self, client: Holder, event: Event) -> None:
         self.events[client] = added(self.events.get(client, ()), event)
 
-    def _note_draw(self, round: int, holder: Holder, digest: str, draw: int) -> None:
+    def _note_draw(self, round: int, holder: Holder, event: Event, digest: str, draw: int) -> None:
+        """Before the event is noted: what was paid for before it is where its noise begins."""
         if digest:
-            self._drawn.setdefault(round, {}).setdefault(holder, {})[draw] = digest
+            draws = self._drawn.setdefault(round, {}).setdefault(holder, {})
+            first = draws[draw][1] if draw in draws else self.paid(holder, event)
+            draws[draw] = digest, first
+
+    def paid(self, holder: Holder, event: Event) -> int:
+        """How many steps a holder has paid for on the terms of an event."""
+        return alike(self.events.get(holder, ()), event)
+
+    def firsts(self, round: int, holder: Holder) -> tuple[int, ...]:
+        """The number of each draw's first step in a round so far, counted over the run."""
+        draws = self._drawn.get(round, {}).get(holder, {})
+        return tuple(draws.get(n, ("", 0))[1] for n in range(max(draws, default=-1) + 1))
 
     def clients(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """A line per client and round."""
@@ -218,7 +238,7 @@ class Ledger:
     def drawn(self, round: int) -> Mapping[Holder, tuple[str, ...]]:
         """What noise was drawn for in a round so far: by holder, the digest of each draw, from the first."""
         return {
-            holder: tuple(draws.get(n, "") for n in range(max(draws) + 1))
+            holder: tuple(draws.get(n, ("", 0))[0] for n in range(max(draws) + 1))
             for holder, draws in self._drawn.get(round, {}).items()
         }
 
@@ -313,7 +333,8 @@ def _checked(line: Mapping[str, Any], where: str, so: str = "the record is damag
     """
     relation = neighbours(str(line.get("unit")))
     known = (relation, EARLIER) if relation == NEIGHBOURS else (relation,)
-    if line.get("mechanism") != MECHANISM or line.get("neighbours") not in known:
+    mechanism = MECHANISM if line.get("bands", 1) == 1 else BANDED
+    if line.get("mechanism") != mechanism or line.get("neighbours") not in known:
         raise UserError(f"{where}: an event of another mechanism; it cannot be accounted for here")
     try:
         held = ("round",) if line["unit"] == "client" and line["client"] is None else ("round", "client")
@@ -409,7 +430,8 @@ def statements(run: Path) -> list[str]:
     for unit, line in {line["unit"]: line for line in read(file, torn=True)}.items():
         for accountant in get_args(Accountant):
             spent = epsilon_of(file, unit, accountant)
-            said = statement(spent, line["delta"], unit, accountant, line.get("honest", 1.0))
+            bands = bands_of(replay(file), unit)
+            said = statement(spent, line["delta"], unit, accountant, line.get("honest", 1.0), bands)
             lines.append(f"  {accountant}  {said}")
     return lines
 

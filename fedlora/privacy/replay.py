@@ -5,7 +5,8 @@ one sum must not hide another: their difference would hold no noise at all. So a
 stands in the ledger beside its event: the tensors received, the tokens and targets, the settings, the device and
 the versions. Inputs with the digest of an earlier draw repeat that draw, which is paid; any others take the next
 draw, and pay. The draw's number, and not the digest, is what noise is drawn from: equal runs on two machines,
-whose digests differ, have equal noise.
+whose digests differ, have equal noise. Banded noise is drawn by the numbers of a client's steps over its run. A
+draw keeps its own, and the next one has those after all steps that were paid for.
 
 A digest is keyed by the scenario's seed. It tells about the examples as much as the noise of a simulation hides:
 nothing to who lacks the seed. At sites no noise is ever drawn again, and there is no digest.
@@ -27,7 +28,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedlora.errors import RoundError
+from fedlora.errors import ContractError, RoundError
 from fedlora.seeding import key
 
 VERSIONS = ("fedlora", "flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy")
@@ -44,10 +45,12 @@ class Drawn:
     Attributes:
         digests: of the inputs of each draw, from the first.
         more: whether the budget has room for another draw.
+        firsts: of banded noise, the number of the first step of each draw, and of the next, counted over the run.
     """
 
     digests: tuple[str, ...] = ()
     more: bool = True
+    firsts: tuple[int, ...] = ()
 
     def may(self, digest: str) -> bool:
         """Whether there is a draw for these inputs: an earlier one, or room for another."""
@@ -65,6 +68,16 @@ class Drawn:
                 "again: put back what changed, or start again in another folder"
             )
         return self.digests.index(digest) if digest in self.digests else len(self.digests)
+
+    def first(self, draw: int) -> int:
+        """The number of the first step of a draw.
+
+        Raises:
+            ContractError: nobody says: noise that was drawn before might be drawn for other inputs.
+        """
+        if draw >= len(self.firsts):
+            raise ContractError("banded noise is drawn by how many steps a client has paid for, which nobody told")
+        return self.firsts[draw]
 
 
 def digest(seed: int, *parts: Any) -> str:

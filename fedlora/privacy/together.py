@@ -13,6 +13,7 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
     """
     spent: dict[str, list[list[list[accounting.Event]]]] = {}
     deltas: dict[str, list[float]] = {}
+    bands: dict[str, set[int]] = {}
     honest = 1.0  # the least that any of them takes for granted
     for file in (folder / "privacy.jsonl" for folder in folders):
         if not file.exists():
@@ -22,6 +23,7 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
             deltas.setdefault(line["unit"], []).append(line["delta"])
             honest = min(honest, line.get("honest", 1.0))
         for unit in sorted({*map(ledger.unit, events)}):
+            bands.setdefault(unit, set()).update(ledger.bands_of(events, unit))
             spent.setdefault(unit, []).append([e for holder, e in events.items() if ledger.unit(holder) == unit])
     found = {}
     for unit, runs in spent.items():
@@ -32,6 +34,6 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
             value,
             f"{many} ({value:.3g}, {delta:g})-differential privacy for each {accounting.protected(unit)}, as if "
             f"it had been in every run with whoever spent most there; {accounting.neighbours(unit)}; by Renyi DP, "
-            f"assuming {accounting.assumed(unit, honest)}",
+            f"assuming {accounting.assumed(unit, honest, bands.get(unit, ()))}",
         )
     return found

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlora.errors import UserError
+from fedlora.record import Record
 from fedlora.reports.tables import spread
-from fedlora.run import Run
 from fedlora.scenario.baseline import configuration
 
 
@@ -31,19 +31,19 @@ class Measured:
     ends: tuple[float, float] | None = None
 
 
-def kind_of(run: Run) -> str | None:
+def kind_of(run: Record) -> str | None:
     """The kind of baseline that a run is; None if it is none."""
     told = run.scenario.get("baseline")
     return str(told.get("kind")) if isinstance(told, dict) else None
 
 
-def of(run: Run) -> str:
+def of(run: Record) -> str:
     """The configuration that a run is of, or is a baseline of."""
     told = run.scenario.get("baseline")
     return str(told.get("of")) if isinstance(told, dict) else configuration(run.scenario)
 
 
-def beside(run: Run) -> list[Run]:
+def beside(run: Record) -> list[Record]:
     """The baselines of a run, for its seed, in the folder that it lies in."""
     if kind_of(run) is not None:
         return []
@@ -51,7 +51,7 @@ def beside(run: Run) -> list[Run]:
     for file in sorted(run.folder.resolve().parent.glob("*/scenario.yaml")):
         try:
             if "\nbaseline:\n" in file.read_text(encoding="utf-8"):
-                other = Run.open(file.parent)
+                other = Record.open(file.parent)
                 if (of(other), other.scenario.get("seed")) == (of(run), run.scenario.get("seed")):
                     found.append(other)
         except (OSError, ValueError, UserError):
@@ -112,7 +112,7 @@ def _lead(one: Measured, other: Measured, higher: bool) -> float:
     return (means[0] - means[1]) * (1 if higher else -1)
 
 
-def ends(runs: Sequence[Run], metric: str) -> tuple[float, float] | None:
+def ends(runs: Sequence[Record], metric: str) -> tuple[float, float] | None:
     """The least and the most of the clients' own models of some runs; None where one did not judge them."""
     found = [[run.summary.get(f"{metric}_{end}") for end in ("least", "most")] for run in runs]
     known = [(least, most) for least, most in found if least is not None and most is not None]

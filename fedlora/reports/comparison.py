@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import UserError
+from fedlora.record import Record
 from fedlora.reports import charts, paper
 from fedlora.reports.baselines import Measured, ends, kind_of, of, sentences
 from fedlora.reports.charts import Figure, Row
 from fedlora.reports.labels import labels_of
 from fedlora.reports.page import Page, save
 from fedlora.reports.tables import Table, spread
-from fedlora.run import Run
 
 FEW = 3  # seeds from which a difference is tested
 _NONE = "-"
@@ -34,7 +34,7 @@ class Group:
     """
 
     label: str
-    runs: list[Run] = field(default_factory=list)
+    runs: list[Record] = field(default_factory=list)
 
     def final(self, name: str | None = None) -> list[float]:
         """The last measured metric of each run that has one; by default the one that the run is judged by."""
@@ -96,7 +96,7 @@ class Test:
 class Comparison:
     """Runs, grouped, judged and laid out."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Record]) -> None:
         """Group runs; the first named says what the others are compared with.
 
         Raises:
@@ -109,8 +109,8 @@ class Comparison:
         self.notes: list[str] = []
         self.groups: list[Group] = []
         self.apart: list[Group] = []  # not ended, or measured by something else: shown, and not compared
-        kept: list[Run] = []
-        others: list[Run] = []
+        kept: list[Record] = []
+        others: list[Record] = []
         for run in unique:
             self.notes += [f"{run.folder.name}: {said}" for said in run.remarks()]
             other = run.metric != self.metric or _judged_by(run) != _judged_by(unique[0])
@@ -292,19 +292,19 @@ class Comparison:
         return page.render(f"Page by fedlora {version('fedlora')}.")
 
 
-def final(run: Run) -> float | None:
+def final(run: Record) -> float | None:
     """The last measured metric of a run, or that of the round that it kept."""
     return run.measured(run.metric)
 
 
-def _judged_by(run: Run) -> tuple[Any, ...]:
+def _judged_by(run: Record) -> tuple[Any, ...]:
     """What has to be the same for two metrics to be comparable."""
     data = run.scenario.get("data") or {}
     source = {key: data.get(key) for key in ("dataset", "hub", "files", "test_share", "validation_share")}
     return run.scenario.get("task"), json.dumps(source, sort_keys=True, default=str)
 
 
-def _grouped(runs: Sequence[Run], labels: Mapping[Path, str]) -> list[Group]:
+def _grouped(runs: Sequence[Record], labels: Mapping[Path, str]) -> list[Group]:
     """Groups in the order in which they are first named."""
     groups: dict[str, Group] = {}
     for run in runs:
@@ -372,7 +372,7 @@ def _curve(group: Group, metric: str) -> Iterator[Row]:
 
 
 def compare(
-    runs: Iterable[Run | str | Path],
+    runs: Iterable[Record | str | Path],
     out: str | Path | None = None,
     metric: str | None = None,
     drawn: str | Path | None = None,
@@ -392,7 +392,7 @@ def compare(
         UserError: a folder holds no run, a run has no such figure, or the file cannot be written.
     """
     runs = [runs] if isinstance(runs, str | Path) else runs
-    opened = [run if isinstance(run, Run) else Run.open(run) for run in runs]
+    opened = [run if isinstance(run, Record) else Record.open(run) for run in runs]
     made = Comparison(opened if metric is None else [run.by(metric) for run in opened])
     if out is not None:
         save(made.html(), Path(out))

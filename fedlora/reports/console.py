@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from fedlora.errors import counted
-from fedlora.privacy.accounting import neighbours, terms
+from fedlora.privacy.accounting import named, neighbours, terms
+from fedlora.record import Record
 from fedlora.reports.tables import Table
-from fedlora.run import Run
 from fedlora.scenario import Scenario, written
 
 
@@ -136,7 +136,7 @@ class Live:
             f"[bold]{scenario.name}[/]  {scenario.strategy.use}, {private}, {cohort}, seed {scenario.seed}"
         )
         if asked := scenario.privacy:
-            said = terms(asked.unit, asked.accountant)
+            said = terms(asked.unit, asked.accountant, bands=() if asked.bands is None else (asked.bands,))
             self._print(f"[dim]epsilon: for each {asked.unit} at delta {asked.delta:g}, {said}[/]")
         names = ("round", "clients", metric, "loss", "up", "down", "epsilon", "seconds", "left")
         self._print(f"[dim]{self._row(names)}[/]")
@@ -183,7 +183,7 @@ class Live:
         self.console.print(text, highlight=False, soft_wrap=self._bar is None)
 
 
-def follow(run: Run, display: Live, pause: float = 0.5) -> Run:
+def follow(run: Record, display: Live, pause: float = 0.5) -> Record:
     """Show a run's rounds as they are written, until it has ended; gives it with its summary, if it has one.
 
     Raises:
@@ -192,7 +192,7 @@ def follow(run: Run, display: Live, pause: float = 0.5) -> Run:
     display.begin(written(run.folder), run.metric, 0)
     told = 0
     while True:
-        run = Run.open(run.folder)
+        run = Record.open(run.folder)
         lines = run.rounds
         last = bool(lines) and lines[-1]["round"] == run.scenario.get("rounds")
         ended = run.state != "unfinished" or (run.at_site and last)
@@ -228,6 +228,8 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
             f"  privacy   epsilon {plan['epsilon']:.3f} at delta {plan['delta']:g} for each {plan['unit']}; "
             f"noise multiplier up to {plan['noise_multiplier']:g};"
         )
+        if turns := named(g.get("bands", 1) for g in plan["groups"]):
+            lines.append(f"            {turns}, by the examples that a client holds")
         lines.append(f"            {neighbours(plan['unit'])}")
     if (told := plan["signal"]) is not None:
         step = "round" if told["batch_size"] is None else "step"
@@ -264,6 +266,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         rows = [[str(t["round"]), f"{t['epsilon']:.3f}", f"{t['epsilon_median']:.3f}"] for t in told]
         lines += ["", "epsilon after a round, the largest over clients and the median"]
         lines += Table(("round", "largest", "median"), rows, frozenset()).text()
+    banded = "bands" in plan["groups"][0]
     if private and "epsilon" in plan["groups"][0]:
         groups = [plan["groups"][i] for i in _spread(len(plan["groups"]), 12)]
         rows = [
@@ -273,12 +276,15 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
                 f"{g['sample_rate']:.3%}",
                 f"{g['noise_multiplier']:g}",
                 f"{g['epsilon']:.3f}",
+                *([str(g["bands"]), f"{g['in_weights']:.2f}"] if banded else []),
             ]
             for g in groups
         ]
         left_out = len(plan["groups"]) - len(groups)
         lines += ["", f"clients by their examples{f' ({left_out} sizes left out)' if left_out else ''}"]
-        lines += Table(("examples", "clients", "sample rate", "noise", "epsilon"), rows, frozenset()).text()
+        head = ("examples", "clients", "sample rate", "noise", "epsilon")
+        more = ("bands", "in the weights, over DP-SGD's") if banded else ()
+        lines += Table((*head, *more), rows, frozenset()).text()
     about = any(not a.get("exact", True) for a in plan["alternatives"])
     lines += ["", f"the same under each built-in strategy{', estimated from its first rounds' if about else ''}"]
     rows = [
@@ -294,6 +300,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
 
 def advice_lines(advice: Sequence[Mapping[str, Any]]) -> list[str]:
     """What `fedlora plan --advise` prints."""
+    banded = any(line["bands"] > 1 for line in advice)
     rows = [
         [
             f"{line['run_ratio']:.2f}",
@@ -304,16 +311,18 @@ def advice_lines(advice: Sequence[Mapping[str, Any]]) -> list[str]:
             str(line["r"]),
             f"{line['numbers']:,}",
             f"{line['noise_multiplier']:.3g}",
+            *([str(line["bands"])] if banded else []),
             size(line["bytes_up_total"] + line["bytes_down_total"]),
             "-" if line["seconds"] is None else span(line["seconds"]),
             "" if line["set"] else "as it is",
         ]
         for line in advice
     ]
-    head = ("ratio", "batch", "steps", "rounds", "layers", "r", "trained", "noise", "bytes", "time", "")
+    noise = ("noise", "bands") if banded else ("noise",)
+    head = ("ratio", "batch", "steps", "rounds", "layers", "r", "trained", *noise, "bytes", "time", "")
     best, now = advice[0], next(line for line in advice if not line["set"])
     told = ["", "signal over noise of the whole run, at the same examples and epsilon, by arithmetic alone"]
-    told += [*Table(head, rows, frozenset({4, 10})).text(), ""]
+    told += [*Table(head, rows, frozenset({4, len(head) - 1})).text(), ""]
     if not best["set"]:
         return [*told, "as it is, it has the best ratio of these"]
     more = best["run_ratio"] / now["run_ratio"]
@@ -325,7 +334,7 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)}) if count else []
 
 
-def summary_lines(run: Run) -> list[str]:
+def summary_lines(run: Record) -> list[str]:
     """What is printed at the end of a run, terminal or not."""
     folder, summary, metric = run.folder, run.summary, run.metric
     value = "not measured" if summary[metric] is None else f"{summary[metric]:.4f}"

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from fedlora.record import Record
 from fedlora.reports.charts import (
     MAJORITY,
     MOST_CLIENTS,
@@ -15,12 +16,11 @@ from fedlora.reports.charts import (
     metric_by_round,
     stacks,
 )
-from fedlora.run import Run
 
 MOST_LABELS = 30  # of a confusion that is drawn
 
 
-def figures(run: Run) -> Mapping[Literal["learning", "privacy", "clients", "cost"], list[Figure]]:
+def figures(run: Record) -> Mapping[Literal["learning", "privacy", "clients", "cost"], list[Figure]]:
     """All charts that a run has data for, by section."""
     return {
         "learning": [*_learning(run)],
@@ -30,7 +30,7 @@ def figures(run: Run) -> Mapping[Literal["learning", "privacy", "clients", "cost
     }
 
 
-def _learning(run: Run) -> Sequence[Figure]:
+def _learning(run: Record) -> Sequence[Figure]:
     found, metric = [], run.metric
     if len(rows := measured(run.rounds, metric, run.majority)) > 1:  # a single point is a figure, and no chart
         note = "Measured on the held-out test set."
@@ -83,7 +83,7 @@ def _learning(run: Run) -> Sequence[Figure]:
     return found
 
 
-def _confusion(run: Run) -> Iterator[Figure]:
+def _confusion(run: Record) -> Iterator[Figure]:
     """Which label the test rows of each were taken for, where they are few enough to see."""
     labels, counts = run.test.get("labels") or [], run.test.get("confusion") or []
     if not 1 < len(labels) <= MOST_LABELS:
@@ -113,7 +113,7 @@ def spoken(name: str) -> str:
     return words[0].upper() + words[1:]
 
 
-def _privacy(run: Run) -> Sequence[Figure]:
+def _privacy(run: Record) -> Sequence[Figure]:
     whole = (run.scenario.get("privacy") or {}).get("unit") == "client"
     stated: list[Row] = []
     if whole:
@@ -152,7 +152,7 @@ def _privacy(run: Run) -> Sequence[Figure]:
     return found
 
 
-def _clients(run: Run) -> Sequence[Figure]:
+def _clients(run: Record) -> Sequence[Figure]:
     found = []
     labels, holders = run.partitions.get("labels") or [], run.partitions.get("clients") or []
     if labels and holders:
@@ -192,7 +192,7 @@ def _clients(run: Run) -> Sequence[Figure]:
     return found
 
 
-def _cost(run: Run) -> Sequence[Figure]:
+def _cost(run: Record) -> Sequence[Figure]:
     found, rounds = [], run.rounds
     rows = [
         {"round": line["round"], "way": way, "megabytes": line[key] / 1e6}

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlora.record import Record
 from fedlora.reports.baselines import kind_of, of
-from fedlora.run import Run
 from fedlora.scenario.baseline import ASIDE, configuration
 
 _FIRST = "strategy.use"  # in a label
@@ -14,7 +14,7 @@ _NONE = "-"
 _OFF, _ON = object(), object()
 
 
-def labels_of(runs: Sequence[Run]) -> dict[Path, str]:
+def labels_of(runs: Sequence[Record]) -> dict[Path, str]:
     """Labels by folder, equal for runs that differ by their seed alone.
 
     Baselines are called by their kind, and by the run that they belong to where there are several; what differs
@@ -33,12 +33,12 @@ def labels_of(runs: Sequence[Run]) -> dict[Path, str]:
     return found
 
 
-def _use(runs: Sequence[Run], folder: Path) -> str:
+def _use(runs: Sequence[Record], folder: Path) -> str:
     (run,) = [run for run in runs if run.folder == folder]
     return _word(_FIRST, (run.scenario.get("strategy") or {}).get("use"))
 
 
-def _differences(runs: Sequence[Run]) -> dict[Path, str]:
+def _differences(runs: Sequence[Record]) -> dict[Path, str]:
     """The settings that differ between runs, in words; nothing where none do."""
     flat = {run.folder: dict(_leaves({k: v for k, v in run.scenario.items() if k not in ASIDE})) for run in runs}
     keys = sorted({key for leaves in flat.values() for key in leaves}, key=lambda key: (key != _FIRST, key))

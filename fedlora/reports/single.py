@@ -6,18 +6,18 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
+from fedlora.record import Record
 from fedlora.reports import baselines, page, paper
 from fedlora.reports.comparison import Comparison
 from fedlora.reports.console import size, span
 from fedlora.reports.figures import figures
 from fedlora.reports.spread import among_clients, by_label
 from fedlora.reports.tables import Table
-from fedlora.run import Run
 
 NAME = "report.html"
 
 
-def report(run: Run | str | Path, out: str | Path | None = None, drawn: str | Path | None = None) -> Path:
+def report(run: Record | str | Path, out: str | Path | None = None, drawn: str | Path | None = None) -> Path:
     """Write the page of a run, one HTML file that opens offline.
 
     Args:
@@ -31,14 +31,14 @@ def report(run: Run | str | Path, out: str | Path | None = None, drawn: str | Pa
     Raises:
         UserError: there is no run, or the file cannot be written.
     """
-    run = run if isinstance(run, Run) else Run.open(run)
+    run = run if isinstance(run, Record) else Record.open(run)
     page.save(html(run), file := Path(out) if out else run.folder / NAME)
     if drawn is not None:
         paper.draw((figure for part in figures(run).values() for figure in part), drawn)
     return file
 
 
-def html(run: Run) -> str:
+def html(run: Record) -> str:
     """The page of a run."""
     summary, scenario = run.summary, run.scenario
     strategy = str(scenario.get("strategy", {}).get("use", "unknown strategy"))
@@ -69,7 +69,7 @@ def html(run: Run) -> str:
     )
 
 
-def _key_figures(run: Run) -> Iterator[tuple[str, str, str]]:
+def _key_figures(run: Record) -> Iterator[tuple[str, str, str]]:
     rounds, summary, metric = run.rounds, run.summary, run.metric
     measured = [line for line in rounds if line.get(metric) is not None]
     kept = run.best_round
@@ -110,7 +110,7 @@ def _key_figures(run: Run) -> Iterator[tuple[str, str, str]]:
     yield "Time", span(sum(line.get("seconds", 0.0) for line in rounds)), "of rounds, as minutes:seconds"
 
 
-def _privacy(run: Run) -> Iterator[str]:
+def _privacy(run: Record) -> Iterator[str]:
     words = run.summary.get("privacy")
     if words is None and run.scenario.get("privacy"):
         words = "the run has not ended; what it spent so far is below"
@@ -120,7 +120,7 @@ def _privacy(run: Run) -> Iterator[str]:
     yield "".join(f"<p>{escape(part[0].upper() + part[1:])}.</p>" for part in rest.split("; ") if part)
 
 
-def _clients(run: Run) -> Iterator[str]:
+def _clients(run: Record) -> Iterator[str]:
     held = [c["num_examples"] for c in run.partitions.get("clients", [])]
     asked = run.scenario.get("clients", {})
     if held:
@@ -137,7 +137,7 @@ def _clients(run: Run) -> Iterator[str]:
         )
 
 
-def _failures(run: Run) -> Iterator[str]:
+def _failures(run: Record) -> Iterator[str]:
     failed = [line for line in run.clients if line.get("error")]
     yield "<h3>Failures</h3>"
     if not failed:
@@ -149,7 +149,7 @@ def _failures(run: Run) -> Iterator[str]:
     yield page.scrolled(told, "Failures")
 
 
-def _settings(run: Run) -> Iterator[str]:
+def _settings(run: Record) -> Iterator[str]:
     text = (run.folder / "scenario.yaml").read_text(encoding="utf-8")
     yield "<p>The scenario with every default written out; <code>fedlora simulate</code> takes it as it is.</p>"
     yield f'<pre tabindex="0" role="region" aria-label="Scenario"><code>{escape(text)}</code></pre>'

@@ -3,15 +3,15 @@
 import statistics
 from collections.abc import Iterator
 
+from fedlora.record import Record
 from fedlora.reports.figures import MOST_LABELS
 from fedlora.reports.page import scrolled
 from fedlora.reports.tables import Table
-from fedlora.run import Run
 
 _PAIRS = 30  # of labels that are taken for each other, in a table
 
 
-def by_label(run: Run) -> Iterator[str]:
+def by_label(run: Record) -> Iterator[str]:
     """Precision, recall, F1 and rows of each label; of many labels which are taken for which most often."""
     classes, labels = run.test.get("classes") or [], run.test.get("labels") or []
     if not classes:
@@ -36,7 +36,7 @@ def by_label(run: Run) -> Iterator[str]:
         yield f"<h3>Confusion of labels</h3>{scrolled(table.html('The most frequent'), 'Confusion of labels')}"
 
 
-def among_clients(run: Run) -> Iterator[str]:
+def among_clients(run: Record) -> Iterator[str]:
     """Of each figure that clients told of themselves the worst, the median, the best and the spread."""
     told: dict[str, dict[int, float]] = {}
     last = max((line["round"] for line in run.clients if any(k.startswith("local_") for k in line)), default=None)

@@ -50,7 +50,7 @@ def summary_of(
         "privacy_unit": asked.unit if asked else None,
         "accountant": asked.accountant if asked else None,
         "neighbours": ledger.neighbours(asked.unit) if asked else None,
-        "sampling": "poisson" if asked else None,
+        "sampling": None if asked is None else "cyclic_poisson" if _bands(record, asked) else "poisson",
         "example_epsilon": spent_of(record, scenario.example_privacy),
         "server_epsilon": server_epsilon(scenario, record.events),
         "peer_epsilon": peer_epsilon(scenario, record.events.get(None, ())),
@@ -132,7 +132,8 @@ def privacy_in_words(ready: Prepared, record: Ledger) -> str:
     scenario, asked = ready.scenario, ready.scenario.privacy
     if asked is None:
         return "none: no gradient was clipped or noised"
-    words = accounting.statement(spent_of(record, asked) or 0.0, asked.delta, asked.unit, asked.accountant)
+    told = (spent_of(record, asked) or 0.0, asked.delta, asked.unit, asked.accountant)
+    words = accounting.statement(*told, bands=_bands(record, asked))
     if asked.unit == "client":
         seen = "the sum of the clipped updates" if scenario.secure_aggregation else "each clipped update"
         words += f", from anyone who sees the models but not from the server, which sees {seen}"
@@ -145,7 +146,8 @@ def privacy_in_words(ready: Prepared, record: Ledger) -> str:
     if asked.example is not None:
         example = spent_of(record, asked.example) or 0.0
         words += "; at the same time, from the server too, "
-        words += accounting.statement(example, asked.example.delta, "example", asked.example.accountant)
+        told = (example, asked.example.delta, "example", asked.example.accountant)
+        words += accounting.statement(*told, bands=_bands(record, asked.example))
     if asked.share_metrics:
         words += "; the training losses and example counts that clients shared are not covered by it"
     if scenario.model.start is not None:
@@ -156,6 +158,12 @@ def privacy_in_words(ready: Prepared, record: Ledger) -> str:
         f"{words}; noise was drawn from the scenario's seed, as fits a simulation and not a deployment; who holds "
         "which examples, the labels and the test set are taken as given"
     )
+
+
+def _bands(record: Ledger, asked: scenarios.Privacy) -> set[int]:
+    """The bands of the noise behind a guarantee; none where it is independent."""
+    found = ledger.bands_of(record.events, asked.unit)
+    return found if max(found, default=1) > 1 else set()
 
 
 def peer_epsilon(scenario: Scenario, events: Sequence[accounting.Event]) -> float | None:

@@ -156,7 +156,7 @@ class Loop:
     def _exchange(self, instruction: Instruction, cohort: list[int], attempt: int, now: Progress) -> Replies:
         """Send, train, collect and account; then the further trips of the round, if the strategy makes any."""
         sums = self.strategy.partial_sums or self._summed
-        instruction = self.budget.again(instruction)
+        instruction = self.budget.again(instruction, cohort)
         if self._pace is not None:
             race = self._pace.race(instruction, cohort, now, partial(self._missed, now))
             replies = race.told(self._train(race.instruction, race.used, sums))
@@ -178,7 +178,7 @@ class Loop:
 
     def _train_and_spend(self, instruction: Instruction, cohort: list[int], lost: list[Report]) -> Replies:
         """The same where rounds are not in step, with the reports of clients that will not arrive."""
-        instruction = self.budget.again(instruction)
+        instruction = self.budget.again(instruction, cohort)
         replies = self._train(instruction, cohort, sums=False)
         replies = Replies(replies.updates, [*replies.reports, *lost])
         self.budget.spend(instruction, replies)

@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from fedlora.scenario.section import Float, PositiveFloat, Section
+from fedlora.scenario.section import Float, PositiveFloat, PositiveInt, Section
 
+MOST_BANDS = 1024  # beyond, groups are small and the past is long
+Bands = PositiveInt | Literal["auto"] | None
 Way = Literal["flat", "per_layer", "quantile", "automatic"]
 
 
@@ -38,6 +40,14 @@ def _clip(value: object) -> object:
     return told
 
 
+def _bands(value: object) -> object:
+    """One line for what is neither."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is None or value == "auto" or (whole and 1 <= value <= MOST_BANDS):  # type: ignore[operator]
+        return value
+    raise PydanticCustomError("bands", f"should be auto, or a whole number from 1 to {MOST_BANDS}, not {value!r}")
+
+
 class Privacy(Section):
     """The guarantee of differential privacy; without this section nothing is clipped or noised.
 
@@ -53,6 +63,9 @@ class Privacy(Section):
         unit: What is protected: each example, or all that a client holds.
         clip: How gradients are clipped: a word, or a mapping with options. With `unit: client` flat or quantile.
             Example: `{kind: quantile, quantile: 0.7}`.
+        bands: Steps over which the noise of `unit: example` partly cancels: each takes back some of the noise
+            before. auto: as many as pay. null: 1, which cancels none. Set it where a client passes over its rows
+            few times. Example: `auto`.
         example: With `unit: client`: a guarantee for each example as well, by the client's own noise. null: none.
             Example: `{epsilon: 8, delta: 1.0e-5}`.
         accountant: How events become epsilon. All three are upper bounds; pld is the tightest.
@@ -65,6 +78,9 @@ class Privacy(Section):
     clip_norm: PositiveFloat = 1.0
     unit: Literal["example", "client"] = "example"
     clip: Annotated[Clip, BeforeValidator(_clip, json_schema_input_type=Way | Clip)] = Clip()
+    bands: Annotated[
+        PositiveInt | Literal["auto"] | None, BeforeValidator(_bands, json_schema_input_type=Bands)
+    ] = None
     example: "Privacy | None" = None
     accountant: Literal["pld", "prv", "rdp"] = "pld"
     share_metrics: bool = False
@@ -83,6 +99,15 @@ class Privacy(Section):
             raise PydanticCustomError("target", "needs epsilon (a budget) or noise_multiplier")
         if self.unit == "example" and self.example is not None:
             raise PydanticCustomError("target", "example goes with unit: client")
+        if self.unit == "client" and self.bands is not None:
+            raise PydanticCustomError("target", "bands are for unit: example, or go into privacy.example")
+        if self.bands is not None and self.clip.kind == "quantile":
+            raise PydanticCustomError("target", "bands take a bound that is fixed, and clip: quantile moves it")
+        if self.bands == "auto" and self.noise_multiplier is not None:
+            raise PydanticCustomError(
+                "target",
+                "bands: auto is for noise that is calibrated: leave noise_multiplier out, or name a number",
+            )
         if self.unit == "client" and self.clip.kind not in ("flat", "quantile"):
             raise PydanticCustomError(
                 "target",

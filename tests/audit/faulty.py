@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from fedlora.clients.dp_sgd import DPSGD
+from fedlora.privacy.mechanisms.bands import BandedGaussian, Correlated
 
 
 class NoNoise(DPSGD):
@@ -61,6 +62,19 @@ class OwnNoise(NoNoise):
         for name in self.noised(task, settings):
             sent[name] = (sent[name] + scale * drawn.standard_normal(sent[name].shape)).astype(np.float32)
         return replace(update, adapter=sent)
+
+
+class OtherBands(DPSGD):
+    """Pays for the bands that are asked for, and adds the noise of twice as many."""
+
+    def mechanism(self, num_examples, settings):
+        made = super().mechanism(num_examples, settings)
+        return _Twice(**vars(made))
+
+
+class _Twice(BandedGaussian):
+    def noise(self, draws):
+        return Correlated(replace(self, bands=2 * self.bands), draws.past, draws.client, draws.first)
 
 
 class SameNoise(OwnNoise):

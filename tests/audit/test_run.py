@@ -77,6 +77,27 @@ def test_the_true_client_s_noise_is_not_accused(tiny, tmp_path, overrides, says)
     assert not made.refuted and made.noise.lines()[0].startswith(says), made.lines()
 
 
+def test_banded_noise_is_taken_apart_before_it_is_measured(tiny, tmp_path):
+    """Else its rounds would be accused of sharing noise, which they do by design."""
+    made = audit(
+        tiny(*LONG, "rounds=16", "privacy.epsilon=2", "privacy.bands=3", "model.adapter.r=16"),
+        out=tmp_path / "audit",
+        canaries=500,
+    )
+    assert not made.refuted and made.noise.updates == 64, made.lines()
+    assert made.noise.lines()[0] == "as stated in each tensor of 64 updates, none of it used again"
+    assert made.server.epsilon < made.claimed <= 2 and "banded noise, b = 3" in made.lines()[1]
+    assert made.server.correct > 0.5 * made.server.guesses
+
+
+@pytest.mark.parametrize(("fault", "bands"), [("OwnNoise", 3), ("OtherBands", 3)])
+def test_noise_of_other_bands_than_are_stated_refutes_the_claim(tiny, tmp_path, fault, bands):
+    """Independent noise, and that of twice as many bands; as much of it as is stated, each by itself."""
+    told = ("rounds=10", "privacy.epsilon=2", f"privacy.bands={bands}", "model.adapter.r=16", FAULTY + fault)
+    made = audit(tiny(*LONG, *told), out=tmp_path / "audit", canaries=200)
+    assert made.refuted and made.noise.repeats > 0 and not made.noise.short, made.lines()
+
+
 def test_a_fresh_accountant_each_round_refutes_its_claim(run, tiny):
     one_round = calibrate(1.0, 1e-5, 12 / 45, 1)  # of the largest client
     made = run(f"privacy={{noise_multiplier: {one_round}, delta: 1.0e-5}}", FAULTY + "FreshAccountant")

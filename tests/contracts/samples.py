@@ -184,3 +184,59 @@ def image_classification(folder: Path, bases) -> Sample:
         right,
         sections("image_classification"),
     )
+
+
+def run_of(name: str, sample: Sample, folder: Path) -> str:
+    """A private scenario of two clients and two rounds on the rows of a sample, each ten times with a number."""
+    import json
+
+    import datasets
+    from PIL import Image
+
+    task, rows = name.partition("_of_")[0], []
+    files: dict[str, object] = {"train": str(folder / "rows.jsonl"), "text": "text", "label": "label"}
+    more = ""
+    for turn in range(10):
+        for text, label in zip(sample.rows.texts, sample.rows.labels, strict=True):
+            row = {"text": f"{text} {turn}", "label": label}
+            if task in ("classification", "regression"):
+                row = {"a": text[0], "b": f"{text[1]} {turn}", "label": label}
+                files["text"] = ["a", "b"]
+            if task == "regression":
+                row |= {"alike": label[0] * 5, "long": label[1] * 5}
+                files["label"], more = ["alike", "long"], "score: {low: 0, high: 5}"
+            if task == "token_classification":
+                words = text.split() if isinstance(text, str) else text
+                row = {"text": [*words, str(turn)], "label": [*label, "O"]}
+            if task == "preference":
+                row |= dict(zip(("yes", "no"), label, strict=True))
+                files["label"] = ["yes", "no"]
+            if name == "causal_lm_of_chats":
+                turns = [{"role": one.role, "content": one.content} for one in text]
+                turns[0]["content"] += f" {turn}"
+                row, files = {"turns": turns}, {"train": files["train"]}
+                more = "messages: turns"
+            rows.append(row)
+    source = f"files: {json.dumps(files)}"
+    if task == "image_classification":
+        pictures = [Image.open(io.BytesIO(one)) for one in sample.rows.texts] * 10
+        labels = [*sample.rows.labels] * 10
+        made = datasets.Dataset.from_dict({"text": pictures, "label": labels})
+        made = made.cast_column("label", datasets.ClassLabel(names=sorted(set(labels))))
+        parts = {"train": made, "test": made.select(range(6))}
+        datasets.DatasetDict(parts).save_to_disk(str(folder / "pictures"))
+        source = f"hub: {{path: {folder / 'pictures'}, text: text, label: label}}"
+    else:
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"""
+name: every
+task: {task}
+seed: 3
+model: {{base: "{sample.base}", adapter: {{r: 4, alpha: 8, targets: {json.dumps(sample.targets)}}}}}
+data: {{{source}, {more}{", " if more else ""}partition: {{kind: iid}}, max_length: 24, test_share: 0.2}}
+clients: {{total: 2, use: dp_sgd, local_steps: 1, batch_size: 4, lr: 0.1}}
+privacy: {{epsilon: 8, delta: 1.0e-3}}
+strategy: {{use: ffa_lora}}
+rounds: 2
+engine: {{kind: inline, precision: fp32}}
+"""

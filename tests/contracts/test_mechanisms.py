@@ -8,23 +8,21 @@ import pkgutil
 import numpy as np
 import pytest
 
+from fedlora.errors import ContractError
 from fedlora.privacy import mechanisms
+from fedlora.privacy.mechanisms.bands import BandedGaussian
 from fedlora.privacy.mechanisms.central import Central
 from fedlora.privacy.mechanisms.contract import Mechanism
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
 from fedlora.seeding import stream
 
 COMMON = {"noise_multiplier": 1.5, "sample_rate": 0.2}
+EXAMPLES = {"total": 200, "steps": 3, "clip_norm": 0.5}
 MADE = {  # one of each, and of each that adapts
+    BandedGaussian: lambda **more: BandedGaussian(batch_size=10, bands=4, **EXAMPLES, **COMMON, **more),
     Central: lambda **more: Central(total=200, root=3, **COMMON, **more),
     ExampleGaussian: lambda **more: ExampleGaussian(
-        total=200,
-        batch_size=40,
-        steps=3,
-        clip_norm=0.5,
-        clip="quantile" if "quantile" in more else "flat",
-        **COMMON,
-        **more,
+        batch_size=40, clip="quantile" if "quantile" in more else "flat", **EXAMPLES, **COMMON, **more
     ),
 }
 
@@ -63,15 +61,22 @@ def test_what_it_costs_depends_on_what_is_public_alone(make):
 
 def test_it_takes_each_by_a_coin_of_its_own(make):
     made = make()
-    taken = np.stack([made.taken(stream(0, "coins", k)) for k in range(500)])  # (draws, total)
-    assert taken.shape == (500, made.total) and made.expected == pytest.approx(made.sample_rate * made.total)
+    turns = getattr(made, "bands", 1)
+    taken = np.stack([made.taken(stream(0, "coins", k), k) for k in range(500)])  # (draws, total)
+    assert taken.shape == (500, made.total)
+    assert made.expected == pytest.approx(made.sample_rate * made.total / turns)
+    taken = np.concatenate([taken[k::turns, k::turns] for k in range(turns)])  # those whose turn it is
     shares = taken.mean(0)
-    assert abs(shares.mean() - 0.2) < 0.01 and shares.std() == pytest.approx((0.2 * 0.8 / 500) ** 0.5, rel=0.25)
-    assert taken.sum(1).std() == pytest.approx((200 * 0.2 * 0.8) ** 0.5, rel=0.15)  # no fixed number of them
+    assert abs(shares.mean() - 0.2) < 0.015 and shares.std() == pytest.approx((0.2 * 0.8 / 500) ** 0.5, rel=0.25)
+    assert taken.sum(1).std() == pytest.approx((200 / turns * 0.2 * 0.8) ** 0.5, rel=0.15)  # no fixed number
 
 
 def test_a_bound_that_adapts_costs_no_more(make):
     """`z_sum^-2 + (2 sigma_b)^-2 = z^-2`: by the definition of both."""
+    if isinstance(make(), BandedGaussian):  # its bound is fixed
+        with pytest.raises(ContractError, match=r"a bound that is fixed|do not go together"):
+            make(quantile=0.5)
+        return
     made = make(quantile=0.5)
     count = made.adapts.count_noise
     assert made.sum_noise**-2 + (2 * count) ** -2 == pytest.approx(1.5**-2)

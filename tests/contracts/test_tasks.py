@@ -1,5 +1,6 @@
 """What every task promises; the package is listed, so a new file is tested automatically."""
 
+import gc
 import subprocess
 import sys
 
@@ -13,7 +14,8 @@ from fedlora.errors import SettingError, UserError
 from fedlora.kinds.lora import Lora
 from fedlora.metrics import contract as metrics
 from fedlora.passes import gradients
-from fedlora.scenario import written
+from fedlora.reports.console import Silent
+from fedlora.scenario import parse, written
 from fedlora.tasks import contract, loading
 from tests.contracts import samples
 
@@ -163,6 +165,41 @@ def test_what_a_scenario_needs_is_told_without_torch(name):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     cls = contract.find(name)
     assert done.stdout.split() == [cls.metric, str(cls.higher_is_better), cls.auto]
+
+
+def tensors(run):
+    return (run.folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def trained(tried, tmp_path_factory):
+    """A scenario of the task, and its private run."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = samples.run_of(tried.name, tried.sample, folder)
+    return text, simulate(parse(text, "every.yaml"), out=folder / "run")
+
+
+def test_it_trains_privately_and_is_resumed_bit_for_bit(trained, tmp_path):
+    class Stop(Silent):
+        def round(self, line):
+            raise KeyboardInterrupt
+
+    text, whole = trained
+    assert whole.summary["failures"] == 0 and 0 < whole.summary["epsilon"] <= 8
+    cut = simulate(parse(text, "every.yaml"), out=tmp_path / "cut", display=Stop())
+    assert len(cut.rounds) == 1
+    done = simulate(parse(text, "every.yaml"), out=tmp_path / "cut", resume=True)
+    assert tensors(done) == tensors(whole) and done.summary["epsilon"] == whole.summary["epsilon"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the processes of Ray
+def test_it_trains_under_ray_to_the_same_bits(trained, tmp_path):
+    text, whole = trained
+    told = ["engine.kind=ray", "engine.workers=2", "engine.threads=1"]
+    run = simulate(parse(text, "every.yaml", told), out=tmp_path / "run")
+    gc.collect()  # while its warnings are still let pass
+    assert run.summary["failures"] == 0 and tensors(run) == tensors(whole)
 
 
 OWN = '''

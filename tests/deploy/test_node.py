@@ -16,6 +16,7 @@ from fedlora.deploy.node import Node
 from fedlora.engine.worker import Worker
 from fedlora.errors import UserError
 from fedlora.privacy import ledger
+from fedlora.privacy.mechanisms.bands import Past
 from fedlora.strategies.ffa_lora import FFALoRA
 
 
@@ -251,6 +252,36 @@ def test_each_training_is_paid_whatever_a_message_says(server, node, monkeypatch
     made.answer("train", train(1), 0)
     assert seen == ([[1, 1], [2, 2]] if not told else [[1, 1]])
     assert lines_paid(made) == seen[-1]
+
+
+def test_a_site_counts_steps_of_banded_noise_by_its_own_ledger_under_a_key_in_memory_alone(
+    server, node, monkeypatch
+):
+    """Three bands, two steps a round: 0-1, 2-3, and after a restart 4-5, in a block of another key."""
+    words, files, train = server("privacy.bands=3", "rounds=3")
+    begun, block = [], Past.block
+
+    def watched(self, client, first, steps):
+        begun.append((client, first, *block(self, client, first, steps)))
+        return begun[-1][2:]
+
+    monkeypatch.setattr(Past, "block", watched)
+    told = meet(made := node(files[1]), words)
+    assert told["event"]["bands"] == 3
+    assert refusal(made, train(1)) is None and refusal(made, train(1)) is None  # a server may ask twice
+    made.close()
+    meet(made := node(files[1]), words)
+    assert refusal(made, train(2)) is None
+    assert [(client, first, began) for client, first, _, began in begun] == [(1, 0, 0), (1, 2, 0), (1, 4, 4)]
+    keys = {key for _, _, key, _ in begun}
+    assert len(keys) == 2 and begun[0][2] == begun[1][2] and not any(isinstance(key, int) for key in keys)
+    written = [file.read_bytes() for file in files[1].parent.rglob("*") if file.is_file()]
+    assert not any(key in text or key.hex().encode() in text for key in keys for text in written)
+    own, run = (ledger.read(made.state.folder / part / "privacy.jsonl") for part in ("ledger", "runs/tiny-1"))
+    assert [(line["steps"], line["bands"]) for line in run] == [(2, 3)] * 3
+    assert [line["steps"] for line in own] == [1, 1, 0] and not any("bands" in line for line in own)  # turns
+    paid = [ledger.epsilon_of(made.state.folder / part / "privacy.jsonl") for part in ("ledger", "runs/tiny-1")]
+    assert paid[0] == pytest.approx(paid[1], rel=1e-6)
 
 
 def test_no_exchange_of_masks_trains_for_nothing(server, node, monkeypatch):

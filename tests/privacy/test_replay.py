@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from fedlora.engine.inline import InlineEngine
 from fedlora.errors import RoundError, UserError
-from fedlora.privacy import ledger, replay
+from fedlora.privacy import ledger, replay, together
+from fedlora.privacy.mechanisms.bands import Past
 from fedlora.privacy.replay import Drawn, code, digest
 from fedlora.rounds.loop import Loop
 from fedlora.simulation import simulate
@@ -313,3 +315,98 @@ def test_code_counts_what_is_imported_late(tmp_path, monkeypatch):
     first = replay.code(late_task.Mine)
     helper.write_text("clean = 2\n")
     assert replay.code(late_task.Mine) != first
+
+
+# Banded noise, which is drawn by the numbers of a client's steps.
+
+BANDS = ("privacy={noise_multiplier: 3.0, delta: 1.0e-3, clip_norm: 0.01, bands: 2}", "rounds=3")
+
+
+def firsts_of(monkeypatch):
+    """The number of the first step of each training, by round and client, as workers draw."""
+    seen = {}
+    original = Past.block
+
+    def block(self, client, first, steps):
+        seen.setdefault(client, []).append(first)
+        return original(self, client, first, steps)
+
+    monkeypatch.setattr(Past, "block", block)
+    return seen
+
+
+def test_one_band_is_no_band(tiny, tmp_path):
+    """To the last bit, and to the last word of the ledger but for the digests."""
+    runs = [simulate(tiny(*more), out=tmp_path / str(i)) for i, more in enumerate([(), ("privacy.bands=1",)])]
+    one, other = (tensors(run) for run in runs)
+    assert all(np.array_equal(one[n], other[n]) for n in one)
+    lines = [[{**li, "chain": "", "digest": ""} for li in lines_of(run.folder)] for run in runs]
+    assert lines[0] == lines[1] and not any("bands" in line for line in lines[0])
+
+
+def test_a_run_of_bands_that_was_interrupted_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch):
+    """Also where a client missed a round; steps are counted by what each client paid for."""
+    some = (*BANDS, "clients.per_round=3", "rounds=4")
+    seen = firsts_of(monkeypatch)
+    whole = simulate(tiny(*some), out=tmp_path / "whole")
+    counts = {client: list(firsts) for client, firsts in seen.items()}
+    assert all(firsts == [2 * k for k in range(len(firsts))] for firsts in counts.values())
+    assert sum(map(len, counts.values())) == 12 and min(map(len, counts.values())) < 4
+    seen.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_record", killed(3))
+        with pytest.raises(RuntimeError, match="killed"):
+            simulate(tiny(*some), out=tmp_path / "run")
+    run = simulate(tiny(*some), out=tmp_path / "run", resume=True)
+    one, other = tensors(whole), tensors(run)
+    assert all(np.array_equal(one[n], other[n]) for n in one)
+    assert run.summary["epsilon"] == whole.summary["epsilon"] and len(lines_of(run.folder)) == 12
+    assert {c: sorted(set(firsts)) for c, firsts in seen.items()} == counts
+
+
+def test_all_words_about_a_run_of_bands_name_them(tiny, tmp_path):
+    run = simulate(tiny("privacy.bands=2"), out=tmp_path / "run")
+    said = "assuming cyclic Poisson sampling of examples and banded noise, b = 2"
+    assert said in run.summary["privacy"] and run.summary["sampling"] == "cyclic_poisson"
+    assert all(said in line for line in ledger.statements(run.folder)[1:])
+    assert said in (run.folder / "adapter" / "README.md").read_text()
+    assert said in together.total_epsilon([run.folder])["example"][1]
+    assert 0 < ledger.epsilon_of(run.folder / "privacy.jsonl") == run.summary["epsilon"] <= 8
+
+
+def test_over_other_inputs_banded_noise_has_the_next_numbers_and_is_paid_for(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_record", killed(2))
+        with pytest.raises(RuntimeError, match="killed"):
+            simulate(tiny(*BANDS), out=tmp_path / "run")
+    seen = firsts_of(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedlora.privacy.replay.versions", lambda: {"torch": "0"})
+        patch.setattr(Loop, "_record", killed(2))
+        with pytest.raises(RuntimeError, match="killed"):
+            simulate(tiny(*BANDS), out=tmp_path / "run", resume=True)
+        patch.undo()
+        patch.setattr("fedlora.privacy.replay.versions", lambda: {"torch": "0"})
+        simulate(tiny(*BANDS), out=tmp_path / "run", resume=True)
+    mine = [line for line in lines_of(tmp_path / "run") if line["client"] == 0]
+    assert [(li["round"], li["draw"], li["steps"], li["bands"]) for li in mine] == [
+        (1, 0, 2, 2),
+        (2, 0, 2, 2),
+        (2, 1, 2, 2),
+        (3, 0, 2, 2),
+    ]
+    assert seen[0] == [4, 4, 6]  # the draw that was paid for is drawn again; round 3 is after all of them
+
+
+def test_clients_that_share_passes_have_the_same_banded_noise(tiny, tmp_path):
+    told = (*BANDS, "rounds=2")
+    runs = [
+        simulate(tiny(*told, *more), out=tmp_path / str(i)) for i, more in enumerate([(), ("engine.fused=2",)])
+    ]
+    one, other = (tensors(run) for run in runs)
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-6)  # noise is some 1e-3
+
+
+def tensors(run):
+    return load_file(run.folder / "adapter" / "adapter_model.safetensors")

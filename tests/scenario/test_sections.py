@@ -99,6 +99,16 @@ def test_defaults_are_filled_in():
             "f.yaml:6: privacy.clip: should be 'flat', 'per_layer', 'quantile' or 'automatic'",
         ),
         (PRIVACY % "clip: {kind: quantile, quantile: 1}", "privacy.clip.quantile: should be less than 1, not 1"),
+        (PRIVACY % "bands: 0", "f.yaml:6: privacy.bands: should be auto, or a whole number from 1 to 1024, not 0"),
+        (
+            PRIVACY % "bands: 2, clip: quantile",
+            "privacy: bands take a bound that is fixed, and clip: quantile moves it",
+        ),
+        (PRIVACY % "unit: client, bands: 2", "privacy: bands are for unit: example, or go into privacy.example"),
+        (
+            PRIVACY % "noise_multiplier: 1.0, bands: auto",
+            "privacy: bands: auto is for noise that is calibrated: leave noise_multiplier out, or name a number",
+        ),
         (PRIVACY % "clip: {kind: flat, quantile: 0.5}", "privacy.clip: quantile goes with kind: quantile"),
         (PRIVACY % "clip: {quantil: 0.5}", "unknown key 'quantil' in privacy.clip: did you mean 'quantile'?"),
         (

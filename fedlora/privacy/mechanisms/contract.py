@@ -5,14 +5,53 @@ private, such as gradients, is an argument of a method. So what it costs cannot 
 no such argument.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.privacy.accounting import Event, Quantile
+from fedlora.privacy.accounting import Event
 from fedlora.privacy.noise import Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantile:
+    """A clipping bound that moves towards a quantile of the norms (Andrew et al., 2021, arXiv 1905.03871).
+
+    Each that is clipped also counts +1/2 if its norm was within the bound C, and -1/2 if not. With noise of
+    standard deviation sigma_b = n / 20 on that count, `C <- C exp(-0.2 (count / n + 1/2 - quantile))`. Sum and
+    count together cost what one release under `noise_multiplier` does: `z_sum^-2 + (2 sigma_b)^-2 = z^-2`.
+
+    Attributes:
+        quantile: to move towards.
+        expected: n, how many are clipped on average; never how many were.
+        noise_multiplier: z.
+    """
+
+    quantile: float
+    expected: float
+    noise_multiplier: float
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are so many that the count leaves noise for the sum: more than 10 z."""
+        return 2 * self.count_noise > self.noise_multiplier
+
+    @property
+    def count_noise(self) -> float:
+        """Standard deviation of the noise on the count."""
+        return self.expected / 20
+
+    @property
+    def sum_noise(self) -> float:
+        """Standard deviation of the noise on the sum over C."""
+        return float((self.noise_multiplier**-2 - (2 * self.count_noise) ** -2) ** -0.5)
+
+    def moved(self, bound: float, count: float) -> float:
+        """The next bound after a noised count."""
+        return bound * math.exp(-0.2 * (count / self.expected + 0.5 - self.quantile))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +94,12 @@ class Mechanism(ABC):
         """Standard deviation of the noise on the sum over C."""
         return self.adapts.sum_noise if self.adapts else self.noise_multiplier
 
-    def taken(self, coins: Stream) -> NDArray[np.bool_]:
-        """Whom a draw takes, (total,)."""
+    def taken(self, coins: Stream, step: int = 0) -> NDArray[np.bool_]:
+        """Whom a draw takes, (total,).
+
+        Args:
+            coins: to toss.
+            step: counted over the run; it matters where they take turns.
+        """
         drawn: NDArray[np.bool_] = coins.random(self.total) < self.sample_rate
         return drawn

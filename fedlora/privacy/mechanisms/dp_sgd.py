@@ -11,19 +11,20 @@ The batch may be empty: the noise is added all the same. Sums are Opacus's; nois
 - `per_layer`: the same of each of the L trained tensors by itself, to C / sqrt(L): together they stay within C. It
   helps where one tensor's gradients outweigh the others'.
 - `quantile`: `flat`, and C moves after each step towards a quantile of the norms
-  (`fedlora.privacy.accounting.Quantile`). Each round starts at `clip_norm` again.
+  (`fedlora.privacy.mechanisms.contract.Quantile`). Each round starts at `clip_norm` again.
 - `automatic`: `C g / (||g|| + 0.01)`, so that every example counts alike, however small its gradient, and C does
   no more than scale the steps (AUTO-S: Bu et al., 2022, https://arxiv.org/abs/2206.07136).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fedlora.errors import ContractError, SettingError
-from fedlora.privacy.accounting import Event, Quantile
-from fedlora.privacy.mechanisms.contract import Mechanism
+from fedlora.privacy.accounting import Event
+from fedlora.privacy.mechanisms.contract import Mechanism, Quantile
 from fedlora.privacy.noise import Stream
 
 if TYPE_CHECKING:
@@ -81,12 +82,16 @@ class ExampleGaussian(Mechanism):
         """
         return f"noise {self.noise_multiplier!r} {self.clip_norm!r}"
 
-    def optimizer(self, inner: "torch.optim.Optimizer", noise: Stream) -> Any:
+    def noise(self, draws: Callable[[str], Stream]) -> Any:
+        """What the optimiser takes the noise of each step from, by `standard_normal`."""
+        return draws(self.purpose)
+
+    def optimizer(self, inner: "torch.optim.Optimizer", noise: Any) -> Any:
         """Opacus's optimiser around another: it clips each example, adds up, noises, and lets the other step.
 
         Args:
             inner: that moves the tensors by what comes out.
-            noise: of `purpose`.
+            noise: as `noise` gives it.
         """
         told = {"noise_multiplier": self.sum_noise, "expected_batch_size": self.batch_size}
         if self.adapts is not None:
@@ -110,7 +115,7 @@ def _noised(name: str) -> Any:
     from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 
     class Noised(getattr(optimizers, name)):  # type: ignore[misc]
-        def __init__(self, inner: torch.optim.Optimizer, noise: Stream, **told: Any) -> None:
+        def __init__(self, inner: torch.optim.Optimizer, noise: Any, **told: Any) -> None:
             super().__init__(inner, **told)
             self.noise = noise
 
