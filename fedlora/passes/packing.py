@@ -116,7 +116,7 @@ def attention(
     value: "torch.Tensor",
     attention_mask: object,
     *,
-    segments: Segments,
+    segments: Segments | None = None,
     scaling: float | None = None,
     is_causal: bool | None = None,
     **_: object,
@@ -129,7 +129,7 @@ def attention(
         key: (1, key heads, tokens, width); each serves `heads / key heads` queries.
         value: as `key`.
         attention_mask: none is made for a row.
-        segments: the examples of the row.
+        segments: the examples of the row; by default those of the last pass.
         scaling: of the scores; `1 / sqrt(width)` by default.
         is_causal: whether a token sees only those before it.
 
@@ -138,6 +138,7 @@ def attention(
     """
     import torch
 
+    segments = module.fedlora_packing.attended() if segments is None else segments
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if (groups := query.shape[1] // key.shape[1]) > 1:
@@ -203,6 +204,14 @@ def _function() -> Any:
     return Attend
 
 
+def asks_first(body: Any) -> bool:
+    """Whether the last layer of a body is such that it can be asked for first tokens alone: as BERT's."""
+    layers = getattr(getattr(body, "encoder", None), "layer", None)
+    attention = getattr(layers[-1], "attention", None) if layers is not None else None
+    inner = getattr(attention, "self", None)
+    return all(hasattr(inner, name) for name in ("query", "key", "value", "num_attention_heads", "scaling"))
+
+
 class _Replaced:
     """Another `forward` of a module, until it is removed."""
 
@@ -221,7 +230,11 @@ class Packing:
         rows: how the examples of the last pass lie in its rows, by the length of the row. There is more than
             one where a row was cut to some of its tokens; rows of one length hold the same tokens.
         cut: the same of what the next pass will cut its row to behind the body.
+        whole: the sequences of the last pass.
+        attends: whether the layers of the body attend by `attention`.
     """
+
+    whole: Segments
 
     def __init__(
         self, body: Any, *, unpack: bool, first_position: int = 0, cut: bool = False, sequences: int = 1
@@ -233,15 +246,14 @@ class Packing:
             unpack: whether what enters the body's pooler, and what leaves the body, is a padded batch again.
             first_position: the position id of an example's first token.
             cut: whether the last layer asks for the first token of each example alone, and goes on with it:
-                a classifier that pools there reads no other.
+                a classifier that pools there reads no other. For a body of which `asks_first` is true.
             sequences: of an example, rows of the batch one after another that do not see each other.
-
-        Raises:
-            AttributeError: the layers of the body are not where `cut` looks for them.
         """
+        import torch
+
         self.rows: Mapping[int, Segments] = {}
         self.cut: Mapping[int, Segments] = {}
-        self.sequences = sequences
+        self.sequences, self.attends = sequences, False
         self._body, self._before, self._first = body, body.config._attn_implementation, first_position
         self._hooks: list[Callable[[], Any]] = [
             lambda: body.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -251,8 +263,10 @@ class Packing:
             self._hooks.append(lambda: _Replaced(last.self, partial(self._ask_first, last.self)))
             self._hooks.append(lambda: last.output.register_forward_pre_hook(self._cut))
         if unpack:
-            self._hooks.append(lambda: body.register_forward_hook(self._leave))
-            if (pooler := getattr(body, "pooler", None)) is not None:
+            pooler = getattr(body, "pooler", None)
+            behind = body.encoder if type(pooler) is torch.nn.Linear else body  # it gets what is pooled already
+            self._hooks.append(lambda: behind.register_forward_hook(self._leave))
+            if pooler is not None and behind is body:
                 self._hooks.append(lambda: pooler.register_forward_pre_hook(self._pool))
         self._set()
 
@@ -260,6 +274,8 @@ class Packing:
         self._handles: list[Any] = []
         try:
             self._handles.extend(hook() for hook in self._hooks)
+            for module in self._body.modules():
+                vars(module)["fedlora_packing"] = self  # not every model hands on what its layers are to know
             self._body.set_attn_implementation(NAME)
         except Exception:  # a body that cannot: no hook may stay behind
             self._unhook()
@@ -268,6 +284,8 @@ class Packing:
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
+        for module in self._body.modules():
+            vars(module).pop("fedlora_packing", None)
 
     def remove(self) -> None:
         """Let the body run on padded batches again."""
@@ -282,6 +300,11 @@ class Packing:
             yield
         finally:
             self._set()
+
+    def attended(self) -> Segments:
+        """The sequences of the last pass, for a layer that attends to them."""
+        self.attends = True
+        return self.whole
 
     def segments(self, tensor: "torch.Tensor") -> Segments | None:
         """The examples in a row of the last pass; None for what holds its examples in the first dimension.
@@ -302,17 +325,17 @@ class Packing:
         mask = kwargs.get("attention_mask")
         segments = Segments(ids.new_ones(ids.shape).bool() if mask is None else mask.bool())
         row = segments.row(ids)
-        lies = {**self.cut, row.shape[1]: segments}
+        self.whole, lies = segments, {**self.cut, row.shape[1]: segments}
         self.rows, self.cut = {length: held.joined(self.sequences) for length, held in lies.items()}, {}
-        changed = {"input_ids": row, "attention_mask": None, "segments": segments}
+        changed = {"input_ids": row, "attention_mask": None}
         if (types := kwargs.get("token_type_ids")) is not None:
             changed["token_type_ids"] = segments.row(types)
         return (), {**kwargs, **changed, "position_ids": segments.positions + self._first}
 
     def _ask_first(self, layer: Any, row: "torch.Tensor", **_: object) -> tuple["torch.Tensor", None]:
         """Self-attention of a BERT-like layer for the first token of each example."""
-        (whole,) = self.rows.values()
-        self.rows = {len(whole.first): Segments(whole.mask[:, :1]), **self.rows}
+        whole = self.rows[row.shape[1]]
+        self.attends, self.rows = True, {len(whole.first): Segments(whole.mask[:, :1]), **self.rows}
         sides = (layer.query(row.index_select(1, whole.first)), layer.key(row), layer.value(row))
         q, k, v = (x.unflatten(-1, (layer.num_attention_heads, -1)).transpose(1, 2) for x in sides)
         told = {"scaling": layer.scaling, "is_causal": layer.is_causal}
