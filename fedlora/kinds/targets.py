@@ -87,7 +87,9 @@ def _unmatched(model: Any, target: str, linear: Sequence[str]) -> str:
     known = sorted({name.rsplit(".", 1)[-1] for name in linear})
     what = "matches no linear layer of the model"
     for name, module in model.named_modules():
-        if fits(name, target):
+        if (
+            fits(name, target) and "Linear" not in type(module).__name__
+        ):  # those are of heads, which federate whole
             what = f"is {type(module).__name__}, and factors stand beside linear layers alone"
     if any(fits(name, target) for name, _ in model.named_parameters()):
         what = "is a tensor and no linear layer, as that of all experts together"

@@ -288,7 +288,9 @@ def _unfit(task: "Task", max_length: int) -> str:
 
 
 def _body(task: "Task") -> Any:
-    return body_of(task.model.get_base_model())[1]
+    """What packs: of decoders alone that stand in a body of their own, what their heads call themselves."""
+    body = body_of(task.model.get_base_model())[1]
+    return body.decoder if hasattr(body, "decoder") and not hasattr(body, "encoder") else body
 
 
 def _pack(alone: Alone) -> str:
@@ -302,7 +304,7 @@ def _pack(alone: Alone) -> str:
     lengths = alone.examples.lengths(alone.rows)
     many = np.resize(alone.rows, int(np.searchsorted(np.resize(lengths, _ROW).cumsum(), _ROW)) + 1)
     after = (task.pad if table.padding_idx is None else table.padding_idx) + 1
-    reasons = []
+    reasons = {}
     for cut, first in product((True, False) if task.pools and asks_first(body) else (False,), (0, after)):
         try:
             task.packing = Packing(
@@ -315,11 +317,11 @@ def _pack(alone: Alone) -> str:
                 return ""
         except Exception as error:  # whatever a model says to what it does not know
             unfit = f"this model takes no rows: {_reason(error)}"
-        reasons.append(unfit)
+        reasons[cut, first] = unfit
         if task.packing is not None:
             task.packing.remove()
             task.packing = None
-    return reasons[0]
+    return reasons[False, 0]
 
 
 def _off(found: "torch.Tensor", expected: "torch.Tensor") -> float:

@@ -119,6 +119,8 @@ def attention(
     segments: Segments | None = None,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: "torch.Tensor | None" = None,
     **_: object,
 ) -> tuple["torch.Tensor", None]:
     """Attention within each example of a row, as transformers calls it.
@@ -132,6 +134,8 @@ def attention(
         segments: the examples of the row; by default those of the last pass.
         scaling: of the scores; `1 / sqrt(width)` by default.
         is_causal: whether a token sees only those before it.
+        softcap: scores are bent to lie within it on both sides; None: they are not.
+        s_aux: of each head a score that goes to no token.
 
     Returns:
         (1, tokens, heads, width) as queried, and no attention weights.
@@ -144,14 +148,23 @@ def attention(
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     asked = segments if query.shape[2] == key.shape[2] else Segments(segments.mask[:, :1])
-    if query.device.type == "cpu" and segments.mask.shape[1] <= _SHORT:
+    plain = softcap is None and s_aux is None
+    if plain and query.device.type == "cpu" and segments.mask.shape[1] <= _SHORT:
         rows = (x.transpose(1, 2).reshape(-1, x.shape[3]) for x in (query, key, value))  # (tokens * heads, width)
         out = _function().apply(*rows, asked, segments, causal, scale)
         return out.view(1, query.shape[2], query.shape[1], -1), None
     bias = segments.bias(causal).to(query.dtype)
     q = asked.batch(query.transpose(1, 2)).transpose(1, 2)
     k, v = (segments.batch(x.transpose(1, 2)).transpose(1, 2) for x in (key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if plain:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    else:
+        scores = q @ k.transpose(2, 3) * scale  # (examples, heads, asked, seen)
+        scores = (scores if softcap is None else softcap * torch.tanh(scores / softcap)) + bias
+        if s_aux is not None:
+            nowhere = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, nowhere.to(scores.dtype)], -1)
+        out = scores.softmax(-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]] @ v
     return asked.row(out.transpose(1, 2)), None
 
 

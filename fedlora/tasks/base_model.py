@@ -209,6 +209,15 @@ def check_end(model: Any, tokenizer: Any) -> None:
         )
 
 
+def attention_of(config: Any, auto: Any) -> str | None:
+    """Attention in plain products, which is quick on short texts; None, transformers' own choice, where models
+    compute something else then, as Falcon does with ALiBi, or have no choice.
+    """
+    kind = auto._model_mapping[type(config)] if type(config) in auto._model_mapping else None
+    follows = getattr(kind, "_can_set_attn_implementation", None)
+    return "eager" if follows is not None and follows() else None
+
+
 def check_known(base: str, config: Any, task: str, auto: Any, others: Mapping[str, Any]) -> None:
     """Make sure that transformers has a model of an architecture for a task.
 

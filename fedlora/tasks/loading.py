@@ -82,8 +82,8 @@ def load(
     if quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise SettingError("model.quantize", "needs bitsandbytes: pip install 'fedlora[quantize]'")
     # On a CPU the backward pass of torch's fused attention takes nearly half of a step on short text.
-    attention = "eager" if device == "cpu" and max_length <= 256 else "sdpa"
-    model, missing = _base(cls, task, base, revision, reader, labels, seed, attention, device, quantize, pooler)
+    short = device == "cpu" and max_length <= 256
+    model, missing = _base(cls, task, base, revision, reader, labels, seed, short, device, quantize, pooler)
     base_model.tell(model, scale=scale, threshold=threshold, beta=beta)
     heads: dict[str, bool] = {}
     if cls.headed:
@@ -143,7 +143,7 @@ def _base(
     reader: Any,
     labels: Sequence[str],
     seed: int,
-    attention: str,
+    short: bool,
     device: str,
     quantize: Literal["8bit", "4bit"] | None,
     pooler: str,
@@ -157,6 +157,7 @@ def _base(
         config = transformers.AutoConfig.from_pretrained(path, revision=revision or "main")
     autos = {name: getattr(transformers, plugins.find("tasks", name).auto) for name in plugins.names("tasks")}
     base_model.check_known(base, config, task, auto, autos)
+    attention = base_model.attention_of(config, auto) if short else None
     with base_model.loading(base, path, "model"):
         base_model.quiet_config(config)
         told = config.get_text_config()
