@@ -210,8 +210,9 @@ def check_end(model: Any, tokenizer: Any) -> None:
 
 
 def attention_of(config: Any, auto: Any) -> str | None:
-    """Attention in plain products, which is quick on short texts; None, transformers' own choice, where models
-    compute something else then, as Falcon does with ALiBi, or have no choice.
+    """Plain products, which are quick on short texts; None, transformers' own choice, where there is no other.
+
+    Models that do not follow its interface may compute something else by them, as Falcon does with ALiBi.
     """
     kind = auto._model_mapping[type(config)] if type(config) in auto._model_mapping else None
     follows = getattr(kind, "_can_set_attn_implementation", None)

@@ -23,6 +23,15 @@ def tokenizer(words=VOCABULARY, ends=True, pad="<pad>"):
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token=pad, **told)
 
 
+def letters():
+    """Of single letters and digits, for Qwen2, whose tokenizer transformers takes whatever a folder says."""
+    from transformers import Qwen2Tokenizer
+
+    known = {"<s>": 0, "<pad>": PAD, "</s>": END, "<unk>": 3}
+    known |= {letter: 4 + i for i, letter in enumerate("wĠ0123456789fedlora")}
+    return Qwen2Tokenizer(vocab=known, merges=[], eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
 def home(model, folder, reader=None):
     """Save a model and what makes its inputs; the folder's name."""
     from fedlora.tasks.base_model import quietly

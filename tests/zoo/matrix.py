@@ -204,7 +204,11 @@ def _run(name, kind, targets, folder, private, right):
         )
     else:
         writes = models.decodes(name)
-        base = homes.home(models.plain(name), folder / "base", homes.tokenizer(ends=not writes))
+        base = homes.home(
+            models.plain(name),
+            folder / "base",
+            homes.letters() if name == "qwen2" else homes.tokenizer(ends=not writes),
+        )
         files = [homes.rows(folder / f"{half}.csv", n) for half, n in (("train", 24), ("test", 12))]
         label = ", label: null" if writes else ", label: label"
         data = f'files: {{train: "{files[0]}", test: "{files[1]}", text: text{label}}}'
