@@ -11,7 +11,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("at, name", enumerate(matrix.NAMES), ids=matrix.NAMES)
+@pytest.mark.parametrize("at, name", list(enumerate(matrix.NAMES)), ids=matrix.NAMES)
 def test_an_architecture_does_what_the_page_says(at, name, tmp_path):
     """Else `python -m tests.zoo.matrix` writes the page anew."""
     assert matrix.look(name, tmp_path) == matrix.shown()[at]
