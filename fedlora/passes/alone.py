@@ -59,7 +59,7 @@ class Alone:
             adapter: to pass them with; by default one near the first.
 
         Raises:
-            SettingError: a tensor that trains takes no part in the loss; under privacy in that of one example.
+            SettingError: no tensor that trains takes part in the loss; under privacy that one does not, of any.
         """
         import torch
 
@@ -74,7 +74,10 @@ class Alone:
         self._idle: set[str] = set()  # tensors that one of the examples does not reach
         self._exact = {int(i): self._pass(int(i)) for i in self.rows[::-1]}
         if self._idle:
-            raise SettingError("model.adapter.targets", _left_out(self._idle, self.names))
+            unused = _left_out(self._idle, self.names)
+            if task.private or self._idle == set(self.names):
+                raise SettingError("model.adapter.targets", unused)
+            logger.warning("model.adapter.targets: %s", unused)  # an expert may be met by another example
         task.begin(self.adapter, ())
         self._noise = 0.0  # of the precision of training
         if task.precision == "bf16":
@@ -201,6 +204,8 @@ def _left_out(idle: set[str], names: Sequence[str]) -> str:
         last = whole.rsplit(".", 1)[-1]
         parts.setdefault(whole if last.isdigit() else last, layer)
     layer = next(iter(parts.values()))
+    if not any(".lora_" in name for name in idle):
+        return f"{layer} takes no part in the loss, so that it has nothing to learn: leave it frozen"
     if not any(".lora_" in name for name in set(names) - idle):
         return f"{layer} takes no part in the loss, nor does any other that is named: name layers that do"
     return (

@@ -40,9 +40,13 @@ def line(base, targets, task="classification", **more):
 
 
 @pytest.mark.parametrize("private", [True, False], ids=["private", "plain"])
-def test_a_tower_that_takes_no_part_is_named_and_left_out_by_name(tmp_path, private):
+def test_a_tower_that_takes_no_part_is_named_and_left_out_by_name(tmp_path, private, caplog):
     base = homes.home(plain("gemma3-vision"), tmp_path / "base")
-    said = line(base, ATTENTION, private=private)
+    if private:
+        said = line(base, ATTENTION)
+    else:
+        load(base, ATTENTION, private=False)
+        said = caplog.messages[0]
     assert said.startswith(
         "model.adapter.targets: model.vision_tower.encoder.layers.0.self_attn.q_proj takes no part"
     )
@@ -51,7 +55,14 @@ def test_a_tower_that_takes_no_part_is_named_and_left_out_by_name(tmp_path, priv
     assert not any("vision" in name for name in made.layout) and made.packing is not None
 
 
-def test_segments_are_not_told_apart_by_what_marks_images(tmp_path):
+def test_of_all_linear_layers_too_what_takes_no_part_is_named(tmp_path):
+    base = homes.home(plain("gemma3-vision"), tmp_path / "base")
+    assert line(base, ("all-linear",)).endswith("with model.adapter.exclude: [vision_tower]")
+    made = load(base, Lora(4, 8, ("all-linear",), exclude=("vision_tower",)))
+    assert len(made._layers) == 14  # seven of each block
+
+
+def test_segments_are_not_told_apart_by_what_marks_images():
     assert base_model.text_kinds(plain("gemma3-vision")) == 0
     assert base_model.text_kinds(plain("bert")) == 2
 
