@@ -262,6 +262,13 @@ def test_no_dropout_and_no_cache_in_any_part_of_a_configuration():
     assert config.text_config.use_cache is False
 
 
+def test_attention_is_as_transformers_chooses_where_plain_products_give_something_else():
+    """Of Falcon with ALiBi logits differ by 2 %, and an adapter is used as transformers loads its base."""
+    auto = hf.AutoModelForSequenceClassification
+    assert base_model.attention_of(hf.FalconConfig(alibi=True), auto) is None
+    assert base_model.attention_of(hf.BertConfig(), auto) == "eager"
+
+
 def test_the_body_is_found_where_its_name_is_not_the_usual_one():
     assert base_model.body_of(images.plain("clip"))[0] == "vision_model"
     assert base_model.heads_of(images.plain("siglip")) == ["classifier"]

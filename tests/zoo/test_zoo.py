@@ -55,6 +55,19 @@ def test_without_privacy_it_trains_and_is_warned_about_where_results_depend_on_p
     assert right is ("not to be relied on" not in caplog.text)
 
 
+@pytest.mark.parametrize("name", ["albert", "stablelm", "opt-lm", "gemma2", "gpt-oss", "llama4"])
+def test_models_pack_whatever_they_hand_on_to_their_layers(name):
+    """A pooler of one layer, blocks that hand nothing on, a body within the body, scores that are bent."""
+    task, model = make(name)
+    examples, adapter = texts(LENGTHS), away(task)
+    losses, _ = singles(task, model, examples, adapter)
+    task.begin(adapter, ())
+    with torch.no_grad():
+        packed = task.losses(task.batch(examples, np.arange(len(examples))))
+    assert task.packing is not None
+    torch.testing.assert_close(packed, losses, rtol=1e-5, atol=1e-5 * float(losses.max()))
+
+
 @pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
 @pytest.mark.parametrize(
     "name",
