@@ -1,5 +1,6 @@
 """Which layers are meant, and the words where none is."""
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -8,6 +9,7 @@ from fedlora.errors import ScenarioError, SettingError
 from fedlora.kinds.lora import Lora
 from fedlora.kinds.lora_xs import LoraXS
 from fedlora.kinds.targets import choose, is_pattern
+from fedlora.tasks import loading
 from tests.zoo.models import plain
 
 QUERIES = {f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1)}
@@ -128,3 +130,23 @@ def test_plain_peft_has_the_layers_that_were_meant_even_where_names_end_alike(tm
     assert [n for n, m in wrapped.named_modules() if hasattr(m, "lora_A")] == ["base_model.model.fc"]
     wrapped.peft_config["default"].save_pretrained(str(tmp_path))
     assert LoraConfig.from_pretrained(str(tmp_path)).target_modules == "fc"
+
+
+def test_a_client_of_a_lower_rank_is_the_server_s_with_the_rest_zero_and_its_own_factor(tiny_base):
+    """Of rank 2 in 4 the factor is 8 / sqrt(2), so B grows by sqrt(2) where it is read at 8 / sqrt(4)."""
+    kind = Lora(4, 8.0, ("query",), rslora=True)
+    task = loading.load("classification", tiny_base, kind, labels=("bad", "good"), seed=3, max_length=16)
+    small, wide = {}, {}
+    rng = np.random.default_rng(0)
+    for name, slot in task.layout.items():
+        small[name] = (0.3 * rng.standard_normal(kind.shape(slot, 2))).astype(np.float32)
+        pad = [(0, full - own) for full, own in zip(slot.shape, small[name].shape, strict=True)]
+        wide[name] = np.pad(small[name], pad) * np.float32(2**0.5 if slot.role == "B" else 1)
+    batch = task.batch(task.trial, np.arange(len(task.trial)))
+    logits = []
+    for rank, adapter in ((2, small), (4, wide)):
+        task.become(rank)
+        task.begin(adapter, ())
+        with torch.no_grad():
+            logits.append(task.logits(batch))
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
