@@ -31,10 +31,28 @@ class Adapter(Section):
     kind: str = "auto"  # a name, or module:Class of one's own; auto: what the strategy is for, lora for most
     r: PositiveInt = 8  # the rank; with `clients.ranks` the server's, and the highest
     alpha: PositiveFloat = 8.0  # the change of a weight is alpha / r * B @ A
+    rslora: bool = False  # alpha / sqrt(r) instead, so that a larger rank does not shrink the change
     targets: tuple[str, ...] = Field(default=("query", "value"), min_length=1)
+    exclude: tuple[str, ...] = ()  # layers, or parts of the model, that have none, written as targets are
     layers: tuple[Annotated[Int, Field(ge=0)], ...] | None = (
         None  # that have targets, from 0; null: all. Upper ones alone, as [4, 5] of 6, train quicker
     )
+
+    @field_validator("targets", "exclude", mode="before")
+    @classmethod
+    def _several(cls, told: object) -> object:
+        """One alone, as peft's users write it."""
+        return (told,) if isinstance(told, str) else told
+
+    @field_validator("targets", "exclude")
+    @classmethod
+    def _compile(cls, told: tuple[str, ...]) -> tuple[str, ...]:
+        for name in told:
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise PydanticCustomError("pattern", f"{name!r} is not a regular expression: {error}") from error
+        return told
 
     @field_validator("kind")
     @classmethod
@@ -50,6 +68,7 @@ class Model(Section):
     base: Annotated[str, Field(min_length=1)] = "minilm"  # "minilm", a local path or a Hub id
     revision: str | None = None  # of a Hub id: branch, tag or commit
     quantize: Literal["8bit", "4bit"] | None = None  # hold the frozen weights so, by bitsandbytes
+    checkpointing: bool = False  # keep each block's input alone and make the rest again: less memory, more time
     adapter: Adapter = Adapter()
     start: Annotated[str, Field(min_length=1)] | None = (
         None  # begin from this: the folder of a run, of an adapter as peft saves it, or a Hub id; null: the seed
