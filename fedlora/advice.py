@@ -231,7 +231,8 @@ def _shapes(scenario: Scenario, loop: Rehearsal) -> Iterator[Mapping[str, Any]]:
         for rank in (None, *ranks):
             shape: dict[str, Any] = {} if upper is None else {"model.adapter.layers": list(upper)}
             if rank is not None:
-                shape |= {"model.adapter.r": rank, "model.adapter.alpha": told.alpha * rank / told.r}
+                same = (rank / told.r) ** (0.5 if told.rslora else 1)
+                shape |= {"model.adapter.r": rank, "model.adapter.alpha": told.alpha * same}
             yield shape
 
 

@@ -28,7 +28,7 @@ _SHELVES: Mapping[Shelf, _About] = {
     "strategies": _About("strategy.use", "strategy"),
     "clients": _About("clients.use", "client"),
     "tasks": _About("task", "task", ("adapted", "base_model", "contract", "dialogues", "loading")),
-    "kinds": _About("model.adapter.kind", "kind of adapter", ("averages", "contract")),
+    "kinds": _About("model.adapter.kind", "kind of adapter", ("averages", "contract", "targets")),
 }
 
 

@@ -148,4 +148,4 @@ def kind_of(strategy: Strategy, scenario: Scenario) -> Kind:
     """The kind of adapter that a scenario and its strategy ask for."""
     told = scenario.model.adapter
     name = strategy.kinds[0] if told.kind == "auto" else told.kind
-    return load_kind(name, told.r, told.alpha, told.targets, told.layers)
+    return load_kind(name, told.r, told.alpha, told.targets, told.layers, told.exclude, told.rslora)

@@ -37,6 +37,7 @@ from fedlora.privacy.mechanisms.bands import Past
 from fedlora.privacy.noise import fresh_key
 from fedlora.rounds.checkpoint import Personal
 from fedlora.scenario import Scenario
+from fedlora.tasks.base_model import check_tokens
 
 
 class Worker:
@@ -83,7 +84,11 @@ class Worker:
                 start=start.saved if start is not None else None,
                 scale=(score.low, score.high) if (score := self.scenario.data.score) is not None else None,
                 beta=asked.beta if (asked := self.scenario.preference) is not None else None,
+                checkpointing=model.checkpointing,
             )
+        if self.task.tokens and self.scenario.privacy is None:
+            parts = (self.dataset.train, self.dataset.test, self.dataset.validation)
+            check_tokens(self.task.model, max(int(part.tokens.max(initial=0)) for part in parts))
         self.kept: Kept | None = None
         if self.task.prefix is not None and pays(self.scenario, self.dataset):
             self.kept = Kept(self.task, self.dataset, setup.kept, setup.threads)

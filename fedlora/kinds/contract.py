@@ -79,8 +79,11 @@ class Kind(ABC):
     Attributes:
         r: the rank, with unequal ranks the server's.
         alpha: the change is multiplied by `alpha / r`.
-        targets: the layers that have one, by the ends of their names.
+        targets: the layers that have one, as `fedlora.kinds.targets` reads them.
         layers: numbers of the blocks that have targets, from 0; None: all.
+        exclude: layers and parts of the model that have none.
+        rslora: the change is multiplied by `alpha / sqrt(r)` instead (Kalajdzievski, 2023,
+            https://arxiv.org/abs/2312.03732).
     """
 
     parts: ClassVar[Mapping[str, Part]]
@@ -96,6 +99,8 @@ class Kind(ABC):
     alpha: float
     targets: tuple[str, ...]
     layers: tuple[int, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    rslora: bool = False
 
     @abstractmethod
     def wrap(self, model: Any, heads: Sequence[str], task_type: str | None) -> Any:
@@ -157,8 +162,12 @@ class Kind(ABC):
         raise SettingError("model.start", f"adapters of kind {type(self).__name__} begin from the seed alone")
 
     def scaling(self, rank: int | None = None) -> float:
-        """The factor before the change that a client of that rank has; by default the server's: `alpha / rank`."""
-        return self.alpha / (rank or self.r)
+        """The factor before the change that a client of that rank has; by default the server's: `alpha / rank`.
+
+        Under `rslora` it is `alpha / sqrt(rank)`.
+        """
+        rank = rank or self.r
+        return self.alpha / (rank**0.5 if self.rslora else rank)
 
     def trains(self, role: str) -> bool:
         """Whether tensors of a role can train; the others stay as they were first made."""
@@ -201,7 +210,7 @@ class Kind(ABC):
         Returns:
             Tensors by peft's names, and the rank, which then is `lora_alpha` too; None: as the kind's own.
         """
-        if self.ordinary and not merged and self.scaling() == self.alpha / self.r:
+        if self.ordinary and not merged and self.scaling() == Kind.scaling(self):
             return {n: t for n, t in adapter.items() if layout[n].role in (*self.parts, "head")}, None
         plain: dict[str, factors.Factors] = {}
         for name, (b, a) in self.change(layout, adapter).items():
@@ -268,14 +277,22 @@ def take_over(kind: Kind, layout: Layout, drawn: Mapping[str, Tensor], saved: Sa
     return {**taken, **heads}
 
 
-def load(use: str, r: int, alpha: float, targets: tuple[str, ...], layers: tuple[int, ...] | None) -> Kind:
+def load(
+    use: str,
+    r: int,
+    alpha: float,
+    targets: tuple[str, ...],
+    layers: tuple[int, ...] | None,
+    exclude: tuple[str, ...] = (),
+    rslora: bool = False,
+) -> Kind:
     """The kind that a scenario names.
 
     Raises:
         SettingError: nothing importable has that name.
     """
     cls: type[Kind] = plugins.find_of("kinds", use, Kind)  # type: ignore[type-abstract]
-    return cls(r, alpha, targets, layers)
+    return cls(r, alpha, targets, layers, exclude, rslora)
 
 
 def public(parameter: str) -> str:
@@ -291,21 +308,6 @@ def layer_of(name: str) -> str:
 def under(name: str, module: str) -> bool:
     """Whether a name is that of something inside a module."""
     return f".{module}." in f".{name}"
-
-
-def ends(name: str, targets: Sequence[str]) -> bool:
-    """Whether the name of a layer is one of the targets, or ends in one."""
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def linear_layers(model: Any, heads: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The names of a model's linear layers outside of its heads, and the names of all that is inside these."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    inside = [n for n, _ in model.named_modules() if any(f".{head}." in f".{n}." for head in heads)]
-    layers = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
-    return [n for n in layers if n not in inside], inside
 
 
 def first_of_head(slot: Slot, rng: np.random.Generator) -> Tensor:

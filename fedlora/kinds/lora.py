@@ -2,10 +2,13 @@
 
     W' = W + alpha / r * B A,   A (r x in) drawn, B (out x r) zero at first
 
+Under `rslora` the factor is `alpha / sqrt(r)`, which does not shrink the change as r grows.
+
 The change is linear in B where A is frozen (FFA-LoRA), and in A where B is; in both at once it is not, so that
 averaging them apart is not averaging the changes.
 """
 
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +18,8 @@ import numpy as np
 
 from fedlora.adapter import Adapter, Change, Layout, Slot, Tensor, pairs
 from fedlora.errors import SettingError
-from fedlora.kinds.contract import Gradients, Kind, Part, Saved, Weights, ends, first_of_head, linear_layers
+from fedlora.kinds.contract import Gradients, Kind, Part, Saved, Weights, first_of_head, under
+from fedlora.kinds.targets import ALL, choose, fits, is_pattern
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], rank: int) -> None:
@@ -79,38 +83,39 @@ class Lora(Kind):
         return gain
 
     def wrap(self, model: Any, heads: Sequence[str], task_type: str | None) -> Any:
-        """Put factors beside every linear layer whose name ends in one of the targets.
+        """Put factors beside the layers that are meant.
 
         Raises:
-            SettingError: a target matches no linear layer, or one of the layers is not there.
+            SettingError: they are not there (`targets.choose`), or peft does not take one of them.
         """
         from peft import LoraConfig, get_peft_model
 
-        layers, inside = linear_layers(model, heads)
-        for target in self.targets:
-            if not any(ends(name, (target,)) for name in layers):
-                known = sorted({name.rsplit(".", 1)[-1] for name in layers})
-                raise SettingError(
-                    "model.adapter.targets",
-                    f"{target!r} matches no linear layer of the model; its layers are {known}",
-                )
-        for layer in self.layers or ():
-            if not any(f".{layer}." in f".{name}" and ends(name, self.targets) for name in layers):
-                raise SettingError("model.adapter.layers", f"no layer {layer} with targets; the first is 0")
+        chosen = choose(model, heads, self.targets, self.exclude, self.layers)
+        plain = not self.exclude and not any(t == ALL or is_pattern(t) for t in self.targets)
+        names, others = (list(self.targets) if plain else chosen), [n for n, _ in model.named_modules()]
+        more = [n for n in others if n not in chosen and any(fits(n, name) for name in names)]
         config = LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # peft multiplies by it, so a float is right
             lora_dropout=0.0,
-            target_modules=list(self.targets),
-            layers_to_transform=None if self.layers is None else list(self.layers),
-            exclude_modules=inside or None,
+            # Ends of names where these mean the same to peft.
+            target_modules=names if plain or not more else "|".join(map(re.escape, chosen)),
+            layers_to_transform=list(self.layers) if plain and self.layers is not None else None,
+            exclude_modules=[n for n in others if any(under(f"{n}.", head) for head in heads)] or None,
             modules_to_save=list(heads) or None,
             task_type=task_type,
+            use_rslora=self.rslora,
         )
         with warnings.catch_warnings():  # peft 0.21 asks transformers 5 by an old name
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)  # untied to be merged
-            return get_peft_model(model, config)
+            try:
+                return get_peft_model(model, config)
+            except ValueError as error:  # of layers whose weights their model reads by itself
+                said = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+                raise SettingError(
+                    "model.adapter.targets", f"{said}: leave it out, with model.adapter.exclude"
+                ) from error
 
     def role(self, name: str) -> str:
         """`A`, `B` or `head`."""

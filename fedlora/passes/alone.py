@@ -7,7 +7,7 @@ on who is beside it: clipping would not bound it, and a private run is refused.
 """
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from fedlora.adapter import Tensor
 from fedlora.data.store import Examples
 from fedlora.errors import ContractError, SettingError
+from fedlora.kinds.contract import layer_of, under
 from fedlora.passes import gradients
-from fedlora.passes.packing import NAME, Packing, attention
+from fedlora.passes.packing import NAME, Packing, asks_first, attention
 from fedlora.seeding import generator
-from fedlora.tasks.base_model import quietly
+from fedlora.tasks.base_model import body_of, quietly
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ class Alone:
             adapter: to pass them with; by default one near the first.
 
         Raises:
-            SettingError: the model is private, and a tensor that trains takes no part in the loss.
+            SettingError: no tensor that trains takes part in the loss; under privacy that one does not, of any.
         """
         import torch
 
@@ -70,7 +71,13 @@ class Alone:
         }
         self.names = tuple(name for name, slot in task.layout.items() if slot.trainable)
         self._gradients: dict[int, list[torch.Tensor]] = {}  # of each trained tensor, for each example
+        self._idle: set[str] = set()  # tensors that one of the examples does not reach
         self._exact = {int(i): self._pass(int(i)) for i in self.rows[::-1]}
+        if self._idle:
+            unused = _left_out(self._idle, self.names)
+            if task.private or self._idle == set(self.names):
+                raise SettingError("model.adapter.targets", unused)
+            logger.warning("model.adapter.targets: %s", unused)  # an expert may be met by another example
         task.begin(self.adapter, ())
         self._noise = 0.0  # of the precision of training
         if task.precision == "bf16":
@@ -78,10 +85,11 @@ class Alone:
             self._noise = _off(torch.cat(rough), torch.cat([self._exact[int(i)] for i in self.rows]))
 
     def _pass(self, i: int) -> "torch.Tensor":
-        """An example's logits, and under privacy its gradients on the way."""
+        """An example's logits, and under privacy its gradients on the way; else those of the longest alone."""
         task, rows = self.task, self.rows[i : i + 1]
-        parameters = task.begin(self.adapter, self.names if task.private else ())
-        if not task.private:
+        reaches = task.private or i == self.rows[-1]
+        parameters = task.begin(self.adapter, self.names if reaches else ())
+        if not reaches:
             return self._logits(rows)
         made, logits = [], task.logits
 
@@ -92,15 +100,12 @@ class Alone:
         task.logits = kept  # type: ignore[method-assign]
         try:
             with task.precisely(False):
-                task.losses(self.batch(rows)).sum().backward()  # type: ignore[no-untyped-call]
+                loss = task.losses(self.batch(rows)).sum()
+                if loss.requires_grad:
+                    loss.backward()  # type: ignore[no-untyped-call]
         finally:
             del task.logits
-        for name, parameter in zip(self.names, parameters, strict=True):
-            if parameter.grad is None:
-                raise SettingError(
-                    "model.adapter.targets",
-                    f"{name} takes no part in the loss, so it has no gradient to clip: name layers that do",
-                )
+        self._idle |= {name for name, p in zip(self.names, parameters, strict=True) if p.grad is None}
         self._gradients[i] = [p.grad for p in parameters]  # type: ignore[misc]
         return made[0].detach()
 
@@ -188,6 +193,27 @@ def _settle(task: "Task", max_length: int, special: Collection[int]) -> None:
         _hold(alone)
 
 
+def _left_out(idle: set[str], names: Sequence[str]) -> str:
+    """Which layers take no part, by the largest parts of the model that hold them and no others."""
+    used = [layer_of(name) for name in names if name not in idle]
+    parts: dict[str, str] = {}  # by what is to be written
+    for layer in sorted({layer_of(name) for name in idle}):
+        steps = layer.split(".")
+        heads = (".".join(steps[: n + 1]) for n in range(len(steps)))
+        whole = next((head for head in heads if not any(under(f"{name}.", head) for name in used)), layer)
+        last = whole.rsplit(".", 1)[-1]
+        parts.setdefault(whole if last.isdigit() else last, layer)
+    layer = next(iter(parts.values()))
+    if not any(".lora_" in name for name in idle):
+        return f"{layer} takes no part in the loss, so that it has nothing to learn: leave it frozen"
+    if not any(".lora_" in name for name in set(names) - idle):
+        return f"{layer} takes no part in the loss, nor does any other that is named: name layers that do"
+    return (
+        f"{layer} takes no part in the loss, so that it has nothing to learn: leave such layers out, with "
+        f"model.adapter.exclude: [{', '.join(parts)}]"
+    )
+
+
 def _mixed_targets(task: "Task", examples: Examples) -> Examples:
     """Examples of several labels or scores: a loss that weighs an example by the labels beside it shows."""
     if not task.labelled:
@@ -253,7 +279,9 @@ def _shared(alone: Alone) -> str:
 def _unfit(task: "Task", max_length: int) -> str:
     """Why examples cannot lie in one row, as far as the model's configuration and layers tell."""
     body = _body(task)
-    config = getattr(body, "config", None)
+    config = body.config.get_text_config() if hasattr(body, "config") else None
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder-decoder reads an example twice"
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     if any(window and window < max_length for window in windows):
         return "this model attends within a window"
@@ -261,12 +289,13 @@ def _unfit(task: "Task", max_length: int) -> str:
         return "a layer of this model is given what all examples share"
     if getattr(config, "alibi", getattr(config, "model_type", "") in ("bloom", "mpt")):
         return "this model counts positions over the whole row"
-    return "" if body is not None else "this model has no body apart from its head"
+    return ""
 
 
 def _body(task: "Task") -> Any:
-    base = task.model.get_base_model()
-    return getattr(base, base.base_model_prefix, None)
+    """What packs: of decoders alone that stand in a body of their own, what their heads call themselves."""
+    body = body_of(task.model.get_base_model())[1]
+    return body.decoder if hasattr(body, "decoder") and not hasattr(body, "encoder") else body
 
 
 def _pack(alone: Alone) -> str:
@@ -280,20 +309,24 @@ def _pack(alone: Alone) -> str:
     lengths = alone.examples.lengths(alone.rows)
     many = np.resize(alone.rows, int(np.searchsorted(np.resize(lengths, _ROW).cumsum(), _ROW)) + 1)
     after = (task.pad if table.padding_idx is None else table.padding_idx) + 1
-    unfit = ""
-    for cut, first in product((task.pools, False) if task.pools else (False,), (0, after)):
+    reasons = {}
+    for cut, first in product((True, False) if task.pools and asks_first(body) else (False,), (0, after)):
         try:
             task.packing = Packing(
                 body, unpack=task.pools, first_position=first, cut=cut, sequences=task.sequences
             )
-            if not (unfit := alone.differs(few) or alone.differs(many)):
+            unfit = alone.differs(few) or alone.differs(many)
+            if not task.packing.attends:
+                unfit = "this model attends in a way of its own, to all of a row at once"
+            if not unfit:
                 return ""
         except Exception as error:  # whatever a model says to what it does not know
-            unfit = _reason(error)
+            unfit = f"this model takes no rows: {_reason(error)}"
+        reasons[cut, first] = unfit
         if task.packing is not None:
             task.packing.remove()
             task.packing = None
-    return unfit
+    return reasons[False, 0]
 
 
 def _off(found: "torch.Tensor", expected: "torch.Tensor") -> float:
@@ -305,4 +338,4 @@ def _off(found: "torch.Tensor", expected: "torch.Tensor") -> float:
 
 def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[0] if lines and not isinstance(error, KeyError) else type(error).__name__

@@ -113,6 +113,10 @@ def _hooks(task: "Task") -> None:
             torch.nn.LayerNorm: norm,
         }
 
+        def capture_activations_hook(self, *arguments: Any) -> None:
+            if not task.again.now:
+                super().capture_activations_hook(*arguments)
+
         def capture_backprops_hook(self, module: Any, *arguments: Any, **options: Any) -> None:
             if getattr(module, "activations", None):  # none where all of the module rests in this step
                 super().capture_backprops_hook(module, *arguments, **options)

@@ -116,9 +116,11 @@ def attention(
     value: "torch.Tensor",
     attention_mask: object,
     *,
-    segments: Segments,
+    segments: Segments | None = None,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: "torch.Tensor | None" = None,
     **_: object,
 ) -> tuple["torch.Tensor", None]:
     """Attention within each example of a row, as transformers calls it.
@@ -129,28 +131,40 @@ def attention(
         key: (1, key heads, tokens, width); each serves `heads / key heads` queries.
         value: as `key`.
         attention_mask: none is made for a row.
-        segments: the examples of the row.
+        segments: the examples of the row; by default those of the last pass.
         scaling: of the scores; `1 / sqrt(width)` by default.
         is_causal: whether a token sees only those before it.
+        softcap: scores are bent to lie within it on both sides; None: they are not.
+        s_aux: of each head a score that goes to no token.
 
     Returns:
         (1, tokens, heads, width) as queried, and no attention weights.
     """
     import torch
 
+    segments = module.fedlora_packing.attended() if segments is None else segments
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     asked = segments if query.shape[2] == key.shape[2] else Segments(segments.mask[:, :1])
-    if query.device.type == "cpu" and segments.mask.shape[1] <= _SHORT:
+    plain = softcap is None and s_aux is None
+    if plain and query.device.type == "cpu" and segments.mask.shape[1] <= _SHORT:
         rows = (x.transpose(1, 2).reshape(-1, x.shape[3]) for x in (query, key, value))  # (tokens * heads, width)
         out = _function().apply(*rows, asked, segments, causal, scale)
         return out.view(1, query.shape[2], query.shape[1], -1), None
     bias = segments.bias(causal).to(query.dtype)
     q = asked.batch(query.transpose(1, 2)).transpose(1, 2)
     k, v = (segments.batch(x.transpose(1, 2)).transpose(1, 2) for x in (key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if plain:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    else:
+        scores = q @ k.transpose(2, 3) * scale  # (examples, heads, asked, seen)
+        scores = (scores if softcap is None else softcap * torch.tanh(scores / softcap)) + bias
+        if s_aux is not None:
+            nowhere = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, nowhere.to(scores.dtype)], -1)
+        out = scores.softmax(-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]] @ v
     return asked.row(out.transpose(1, 2)), None
 
 
@@ -203,6 +217,14 @@ def _function() -> Any:
     return Attend
 
 
+def asks_first(body: Any) -> bool:
+    """Whether the last layer of a body is such that it can be asked for first tokens alone: as BERT's."""
+    layers = getattr(getattr(body, "encoder", None), "layer", None)
+    attention = getattr(layers[-1], "attention", None) if layers is not None else None
+    inner = getattr(attention, "self", None)
+    return all(hasattr(inner, name) for name in ("query", "key", "value", "num_attention_heads", "scaling"))
+
+
 class _Replaced:
     """Another `forward` of a module, until it is removed."""
 
@@ -221,7 +243,11 @@ class Packing:
         rows: how the examples of the last pass lie in its rows, by the length of the row. There is more than
             one where a row was cut to some of its tokens; rows of one length hold the same tokens.
         cut: the same of what the next pass will cut its row to behind the body.
+        whole: the sequences of the last pass.
+        attends: whether the layers of the body attend by `attention`.
     """
+
+    whole: Segments
 
     def __init__(
         self, body: Any, *, unpack: bool, first_position: int = 0, cut: bool = False, sequences: int = 1
@@ -233,15 +259,14 @@ class Packing:
             unpack: whether what enters the body's pooler, and what leaves the body, is a padded batch again.
             first_position: the position id of an example's first token.
             cut: whether the last layer asks for the first token of each example alone, and goes on with it:
-                a classifier that pools there reads no other.
+                a classifier that pools there reads no other. For a body of which `asks_first` is true.
             sequences: of an example, rows of the batch one after another that do not see each other.
-
-        Raises:
-            AttributeError: the layers of the body are not where `cut` looks for them.
         """
+        import torch
+
         self.rows: Mapping[int, Segments] = {}
         self.cut: Mapping[int, Segments] = {}
-        self.sequences = sequences
+        self.sequences, self.attends = sequences, False
         self._body, self._before, self._first = body, body.config._attn_implementation, first_position
         self._hooks: list[Callable[[], Any]] = [
             lambda: body.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -251,8 +276,10 @@ class Packing:
             self._hooks.append(lambda: _Replaced(last.self, partial(self._ask_first, last.self)))
             self._hooks.append(lambda: last.output.register_forward_pre_hook(self._cut))
         if unpack:
-            self._hooks.append(lambda: body.register_forward_hook(self._leave))
-            if (pooler := getattr(body, "pooler", None)) is not None:
+            pooler = getattr(body, "pooler", None)
+            behind = body.encoder if type(pooler) is torch.nn.Linear else body  # it gets what is pooled already
+            self._hooks.append(lambda: behind.register_forward_hook(self._leave))
+            if pooler is not None and behind is body:
                 self._hooks.append(lambda: pooler.register_forward_pre_hook(self._pool))
         self._set()
 
@@ -260,6 +287,8 @@ class Packing:
         self._handles: list[Any] = []
         try:
             self._handles.extend(hook() for hook in self._hooks)
+            for module in self._body.modules():
+                vars(module)["fedlora_packing"] = self  # not every model hands on what its layers are to know
             self._body.set_attn_implementation(NAME)
         except Exception:  # a body that cannot: no hook may stay behind
             self._unhook()
@@ -268,6 +297,8 @@ class Packing:
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
+        for module in self._body.modules():
+            vars(module).pop("fedlora_packing", None)
 
     def remove(self) -> None:
         """Let the body run on padded batches again."""
@@ -282,6 +313,11 @@ class Packing:
             yield
         finally:
             self._set()
+
+    def attended(self) -> Segments:
+        """The sequences of the last pass, for a layer that attends to them."""
+        self.attends = True
+        return self.whole
 
     def segments(self, tensor: "torch.Tensor") -> Segments | None:
         """The examples in a row of the last pass; None for what holds its examples in the first dimension.
@@ -302,17 +338,17 @@ class Packing:
         mask = kwargs.get("attention_mask")
         segments = Segments(ids.new_ones(ids.shape).bool() if mask is None else mask.bool())
         row = segments.row(ids)
-        lies = {**self.cut, row.shape[1]: segments}
+        self.whole, lies = segments, {**self.cut, row.shape[1]: segments}
         self.rows, self.cut = {length: held.joined(self.sequences) for length, held in lies.items()}, {}
-        changed = {"input_ids": row, "attention_mask": None, "segments": segments}
+        changed = {"input_ids": row, "attention_mask": None}
         if (types := kwargs.get("token_type_ids")) is not None:
             changed["token_type_ids"] = segments.row(types)
         return (), {**kwargs, **changed, "position_ids": segments.positions + self._first}
 
     def _ask_first(self, layer: Any, row: "torch.Tensor", **_: object) -> tuple["torch.Tensor", None]:
         """Self-attention of a BERT-like layer for the first token of each example."""
-        (whole,) = self.rows.values()
-        self.rows = {len(whole.first): Segments(whole.mask[:, :1]), **self.rows}
+        whole = self.rows[row.shape[1]]
+        self.attends, self.rows = True, {len(whole.first): Segments(whole.mask[:, :1]), **self.rows}
         sides = (layer.query(row.index_select(1, whole.first)), layer.key(row), layer.value(row))
         q, k, v = (x.unflatten(-1, (layer.num_attention_heads, -1)).transpose(1, 2) for x in sides)
         told = {"scaling": layer.scaling, "is_causal": layer.is_causal}

@@ -32,6 +32,7 @@ class Prefix:
         self.row: torch.Tensor | None = None
         self.kept: Callable[[Examples], NDArray[Any] | None] = lambda examples: None
         self._ends = False
+        self._gives: int | None = None  # of what a block gives: 0 for the tokens alone, else the length of a tuple
         for block in blocks:
             block.forward = partial(self._block, block.forward, block is blocks[-1])
 
@@ -56,11 +57,13 @@ class Prefix:
         raise AssertionError("the pass goes through the layers below the lowest factors")
 
     def _block(self, forward: Any, last: bool, hidden: "torch.Tensor", *args: Any, **told: Any) -> Any:
-        if self.row is not None:
-            return self.row if last else hidden
+        if self.row is not None and self._gives is not None:
+            made = self.row if last else hidden
+            return (made, *[None] * (self._gives - 1)) if self._gives else made
         out = forward(hidden, *args, **told)
+        self._gives = len(out) if isinstance(out, tuple) else 0
         if last and self._ends:
-            raise _Enough(out)
+            raise _Enough(out[0] if self._gives else out)
         return out
 
 

@@ -35,8 +35,10 @@ class Adapter(Section):
             privacy. With `clients.ranks` it is the server's rank and the highest.
         alpha: Numerator of the scaling: a weight changes by `alpha / r * B A`. Keep it at `r` and tune the
             learning rate first.
-        targets: Layers that get factors, by the ends of their names. They depend on the base: `[query, value]` for
-            BERT, `[q_proj, v_proj]` for Llama-like models.
+        rslora: Scale by `alpha / sqrt(r)` instead, so that a larger rank does not shrink the change.
+        targets: Layers that get factors: ends of their names, regular expressions, or all-linear. They depend on
+            the base: `[query, value]` for BERT, `[q_proj, v_proj]` for Llama-like models.
+        exclude: Layers or parts of the model that get no factors, written as `targets` are. Example: `[visual]`.
         layers: Numbers of the blocks that have targets, counted from 0. null: all. Upper blocks alone train
             faster. Example: `[4, 5]`.
     """
@@ -44,8 +46,26 @@ class Adapter(Section):
     kind: str = "auto"
     r: PositiveInt = 8
     alpha: PositiveFloat = 8.0
+    rslora: bool = False
     targets: tuple[str, ...] = Field(default=("query", "value"), min_length=1)
+    exclude: tuple[str, ...] = ()
     layers: tuple[Annotated[Int, Field(ge=0)], ...] | None = None
+
+    @field_validator("targets", "exclude", mode="before")
+    @classmethod
+    def _several(cls, told: object) -> object:
+        """One alone, as peft's users write it."""
+        return (told,) if isinstance(told, str) else told
+
+    @field_validator("targets", "exclude")
+    @classmethod
+    def _compile(cls, told: tuple[str, ...]) -> tuple[str, ...]:
+        for name in told:
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise PydanticCustomError("pattern", f"{name!r} is not a regular expression: {error}") from error
+        return told
 
     @field_validator("kind")
     @classmethod
@@ -64,6 +84,8 @@ class Model(Section):
             Example: `main`.
         quantize: Hold the frozen linear layers in 8 or 4 bits, by bitsandbytes. null: in full. Set it where the
             base does not fit into memory. Example: `4bit`.
+        checkpointing: Keep only the input of each block, and compute the rest again in the backward pass. Set it
+            where memory runs out: it takes more time.
         adapter: Which layers are trained, and how.
         start: Begin from this adapter: the folder of a run, a folder that peft saved, or a Hub id. null: the
             adapter is drawn from the seed. Example: `runs/public`.
@@ -76,6 +98,7 @@ class Model(Section):
     base: Annotated[str, Field(min_length=1)] = "minilm"
     revision: str | None = None
     quantize: Literal["8bit", "4bit"] | None = None
+    checkpointing: bool = False
     adapter: Adapter = Adapter()
     start: Annotated[str, Field(min_length=1)] | None = None
     head: Literal["trained", "frozen", "kept"] = "trained"

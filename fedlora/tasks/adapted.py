@@ -19,6 +19,7 @@ from fedlora.adapter import Adapter, Change, Layout, Slot
 from fedlora.errors import ContractError, SettingError
 from fedlora.kinds.contract import PREFIX, Kind, Saved, initial, layer_of, public, take_over, under
 from fedlora.passes import quantized
+from fedlora.passes.again import Again
 from fedlora.passes.lowrank import LowRank
 from fedlora.passes.packing import Packing
 from fedlora.tasks.base_model import untie
@@ -43,6 +44,7 @@ class Adapted:
         packing: of the examples of a batch into one row without padding; None where the model does not allow it.
         own: whether the tensors that `begin` and `read` are about are the model's own.
         private: whether gradients are clipped example by example.
+        again: whether a block is made again on the way back.
     """
 
     task_type: str | None = None  # of peft
@@ -59,6 +61,7 @@ class Adapted:
         private: bool = False,
         fresh: Collection[str] | None = None,
         start: Saved | None = None,
+        checkpointing: bool = False,
     ) -> None:
         """Wrap a loaded base model.
 
@@ -72,6 +75,7 @@ class Adapted:
             private: whether gradients are clipped example by example, so that each must be its own.
             fresh: weights of the heads that nobody trained yet, by name; None: all of them.
             start: a saved adapter to begin from; None: what the seed stands for.
+            checkpointing: whether blocks keep their inputs alone.
 
         Raises:
             SettingError: the model does not fit the adapter.
@@ -84,6 +88,9 @@ class Adapted:
         held = _kept(model, list(heads), fresh) if torch.device(device).type != "meta" else {}
         self.model = kind.wrap(model, list(heads), self.task_type)
         self.model.requires_grad_(False)
+        self.again = Again()
+        if checkpointing:
+            self.again.enable(self.model.get_base_model())
         self._still = [m for m in self.model.modules() if isinstance(m, _BatchNorm)]
         for part in self.model.modules():
             if isinstance(part, _DropoutNd):
@@ -342,7 +349,7 @@ class Adapted:
         config = self.model.peft_config["default"]
         tensors, rank = self.kind.export(self.layout, adapter, merged)
         if rank is not None:
-            config = dataclasses.replace(config, r=rank, lora_alpha=rank)
+            config = dataclasses.replace(config, r=rank, lora_alpha=rank, use_rslora=False)
         folder.mkdir(parents=True)
         config.save_pretrained(str(folder))
         whole = {n: np.ascontiguousarray(t) for n, t in tensors.items()}

@@ -7,15 +7,13 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedlora.data.reading import quiet_hub
 from fedlora.errors import SettingError
 from fedlora.kinds.contract import under
-
-_POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # tables of transformers, one place a token
 
 
 def find_base(base: str) -> str:
@@ -109,6 +107,17 @@ def load_processor(base: str, revision: str | None = None) -> Any:
         return AutoImageProcessor.from_pretrained(path, revision=revision or "main", backend="pil")
 
 
+def quiet_config(config: Any) -> None:
+    """No dropout, so that an update does not depend on how its batch was cut, and no cache, in each part."""
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    config.use_cache = False
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            quiet_config(part)
+
+
 def tell(
     model: Any,
     *,
@@ -137,17 +146,25 @@ def positions(model: Any) -> int | None:
     import torch
 
     found = []
+    towers = [n for n, m in model.named_modules() if getattr(m, "main_input_name", "") == "pixel_values"]
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITIONS:
+        if any(under(name, tower) for tower in towers):
+            continue
+        if isinstance(module, torch.nn.Embedding) and _is_of_positions(name.rsplit(".", 1)[-1]):
             before = 0 if module.padding_idx is None else module.padding_idx + 1  # as RoBERTa counts
             found.append(int(module.num_embeddings) - int(getattr(module, "offset", 0) or before))
     return min(found, default=None)
 
 
+def _is_of_positions(name: str) -> bool:
+    """Whether a table has a place for each token; those of transformers are called so, and `rel_` are others."""
+    return name == "wpe" or ("pos" in name and "embed" in name and not name.startswith("rel"))
+
+
 def check_room(model: Any, tokenizer: Any, max_length: int, private: bool) -> None:
     """Make sure that a model has a place for every token that examples may hold; they are not looked at.
 
-    Under privacy for each of the tokenizer's: a pass that fails tells of a word.
+    Under privacy for each of the tokenizer's: a pass that fails tells of a word. Without it `check_tokens` looks.
 
     Raises:
         SettingError: it has fewer positions, or fewer tokens than its tokenizer.
@@ -156,9 +173,70 @@ def check_room(model: Any, tokenizer: Any, max_length: int, private: bool) -> No
         raise SettingError("data.max_length", f"{max_length} tokens, and the model has {room} positions: lower it")
     known, used = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     if private and used >= known:
+        raise SettingError("model.base", f"its tokenizer has tokens up to number {used}, {_without(known)}")
+
+
+def check_tokens(model: Any, used: int) -> None:
+    """Make sure that a model has a place for the highest number of a token that data hold.
+
+    Raises:
+        SettingError: it has not.
+    """
+    if used >= (known := model.get_input_embeddings().num_embeddings):
+        raise SettingError("model.base", f"the data hold token number {used}, {_without(known)}")
+
+
+def _without(known: int) -> str:
+    return (
+        f"and it has embeddings of {known}: the tokenizer was given more, such as one to pad with; take the one "
+        "that the model was trained with, or save the model after resize_token_embeddings(len(tokenizer))"
+    )
+
+
+def check_end(model: Any, tokenizer: Any) -> None:
+    """Make sure that texts end with the token that an encoder-decoder classifies by.
+
+    Raises:
+        SettingError: its tokenizer ends them with none, or another.
+    """
+    end = model.config.eos_token_id
+    if end is None or tokenizer("fedlora")["input_ids"][-1] != end:
         raise SettingError(
-            "model.base", f"its tokenizer has tokens up to number {used}, and it has embeddings of {known}"
+            "model.base",
+            f"{type(model).__name__} reads what a text is at the token that ends it, number {end}, and its "
+            "tokenizer ends texts otherwise: take the tokenizer that it was trained with, or an encoder, such as "
+            "minilm",
         )
+
+
+def attention_of(config: Any, auto: Any) -> str | None:
+    """Plain products, which are quick on short texts; None, transformers' own choice, where there is no other.
+
+    Models that do not follow its interface may compute something else by them, as Falcon does with ALiBi.
+    """
+    kind = auto._model_mapping[type(config)] if type(config) in auto._model_mapping else None
+    follows = getattr(kind, "_can_set_attn_implementation", None)
+    return "eager" if follows is not None and follows() else None
+
+
+def check_known(base: str, config: Any, task: str, auto: Any, others: Mapping[str, Any]) -> None:
+    """Make sure that transformers has a model of an architecture for a task.
+
+    Args:
+        base: as it is named.
+        config: of the base model.
+        task: of the scenario.
+        auto: the class of transformers that is asked.
+        others: those of other tasks, by the names of these.
+
+    Raises:
+        SettingError: it has not; with the tasks for which there is one.
+    """
+    if type(config) in auto._model_mapping or hasattr(config, "auto_map"):
+        return
+    can = [name for name, other in others.items() if type(config) in other._model_mapping]
+    instead = f"with it goes task: {' or '.join(can)}" if can else "no task goes with it"
+    raise SettingError("model.base", f"transformers has no {config.model_type} for task: {task}; {instead}")
 
 
 def pads_as(model: Any, tokenizer: Any) -> int:
@@ -242,15 +320,25 @@ def quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def body_of(model: Any) -> tuple[str, Any]:
+    """What of a model lies below its head, by name: where no part has the usual name, the largest one."""
+    parts = dict(model.named_children())
+    name = model.base_model_prefix
+    if name not in parts:
+        name = max(parts, key=lambda part: sum(p.numel() for p in parts[part].parameters()))
+    return name, parts[name]
+
+
 def heads_of(model: Any) -> list[str]:
     """What a model has beside its body, by name."""
-    beside = [(name, part) for name, part in model.named_children() if name != model.base_model_prefix]
+    body, _ = body_of(model)
+    beside = [(name, part) for name, part in model.named_children() if name != body]
     return [name for name, part in beside if any(True for _ in part.parameters())]
 
 
 def text_kinds(model: Any) -> int:
     """How many texts of an example a model tells apart by `token_type_ids`; 0 where it knows none."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "token_type_ids" not in inspect.signature(base.forward).parameters:
-        return 0
+    if "token_type_ids" not in inspect.signature(base.forward).parameters or hasattr(base.config, "vision_config"):
+        return 0  # beside images they tell which tokens stand for one
     return int(getattr(base.config, "type_vocab_size", 2))

@@ -403,9 +403,8 @@ class Task(Adapted, ABC):
 
     def lower(self) -> Prefix | None:
         """The layers below the lowest factors, if there are any and the model packs."""
-        base = self.model.get_base_model()
-        name = base.base_model_prefix
-        blocks = below(getattr(base, name), f"{name}.", list(self._layers)) if self.packing else []
+        name, body = base_model.body_of(self.model.get_base_model())
+        blocks = below(body, f"{name}.", list(self._layers)) if self.packing else []
         return Prefix(blocks) if blocks else None
 
     def samples(self, max_length: int, special: Collection[int]) -> Examples:

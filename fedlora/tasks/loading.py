@@ -5,10 +5,10 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
-from fedlora import seeding
+from fedlora import plugins, seeding
 from fedlora.errors import SettingError
 from fedlora.kinds.contract import Kind, Saved, under
-from fedlora.passes import alone
+from fedlora.passes import alone, pooled
 from fedlora.tasks import base_model
 from fedlora.tasks.adapted import Precision
 from fedlora.tasks.contract import Task, find
@@ -39,6 +39,8 @@ def build(
         SettingError: the model does not fit the adapter, or cannot be private.
     """
     made = cls(model, kind, **told)
+    if model.config.is_encoder_decoder and cls.headed and cls.pools and model.config.eos_token_id is not None:
+        pooled.Ending(model)
     made.sees(reader)
     if made.weighs:
         alone.settle(made, max_length, {made.pad, *special})
@@ -65,6 +67,7 @@ def load(
     scale: tuple[float, float] | None = None,
     threshold: float | None = None,
     beta: float | None = None,
+    checkpointing: bool = False,
 ) -> Task:
     """Load a base model, switch its dropout off and build the adapter in.
 
@@ -79,8 +82,8 @@ def load(
     if quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise SettingError("model.quantize", "needs bitsandbytes: pip install 'fedlora[quantize]'")
     # On a CPU the backward pass of torch's fused attention takes nearly half of a step on short text.
-    attention = "eager" if device == "cpu" and max_length <= 256 else "sdpa"
-    model, missing = _base(cls, base, revision, reader, labels, seed, attention, device, quantize, pooler)
+    short = device == "cpu" and max_length <= 256
+    model, missing = _base(cls, task, base, revision, reader, labels, seed, short, device, quantize, pooler)
     base_model.tell(model, scale=scale, threshold=threshold, beta=beta)
     heads: dict[str, bool] = {}
     if cls.headed:
@@ -96,17 +99,19 @@ def load(
                 bias.data.fill_(begins)
             missing = [n for n in missing if n not in first]  # else it were drawn
         if pooler == "trained":
-            body = getattr(model, model.base_model_prefix, None)
-            if getattr(body, "pooler", None) is None:
+            if getattr(base_model.body_of(model)[1], "pooler", None) is None:
                 raise SettingError("model.pooler", f"{base} has no pooler to train; leave it frozen")
             heads["pooler"] = True
     lacking = [n for n in missing if not _within(n, heads)]
     if lacking:
+        instead = "" if any(".pooler." not in f".{n}" for n in lacking) else ": write model.pooler: trained"
         raise SettingError(
-            "model.base", f"{base} lacks weights that this task needs, such as {sorted(lacking)[0]}"
+            "model.base", f"{base} lacks weights that this task needs, such as {sorted(lacking)[0]}{instead}"
         )
     if cls.tokens:
         base_model.check_room(model, reader, max_length, private)
+    if model.config.is_encoder_decoder and cls.headed and cls.pools:
+        base_model.check_end(model, reader)
     return build(
         cls,
         model,
@@ -122,6 +127,7 @@ def load(
         private=private,
         fresh=missing,
         start=start,
+        checkpointing=checkpointing,
     )
 
 
@@ -131,12 +137,13 @@ def _within(name: str, heads: Collection[str]) -> bool:
 
 def _base(
     cls: type[Task],
+    task: str,
     base: str,
     revision: str | None,
     reader: Any,
     labels: Sequence[str],
     seed: int,
-    attention: str,
+    short: bool,
     device: str,
     quantize: Literal["8bit", "4bit"] | None,
     pooler: str,
@@ -148,13 +155,15 @@ def _base(
     path, auto = base_model.find_base(base), getattr(transformers, cls.auto)
     with base_model.loading(base, path, "model"):
         config = transformers.AutoConfig.from_pretrained(path, revision=revision or "main")
-        for key, value in config.to_dict().items():
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)  # an update must not depend on how its batch was cut
-        config.use_cache = False
+    autos = {name: getattr(transformers, plugins.find("tasks", name).auto) for name in plugins.names("tasks")}
+    base_model.check_known(base, config, task, auto, autos)
+    attention = base_model.attention_of(config, auto) if short else None
+    with base_model.loading(base, path, "model"):
+        base_model.quiet_config(config)
         told = config.get_text_config()
-        if cls.tokens and getattr(told, "pad_token_id", None) is None:
-            told.pad_token_id = base_model.pad_of(reader, getattr(told, "vocab_size", 1))  # some need one
+        known, pad = getattr(told, "vocab_size", 1), getattr(told, "pad_token_id", None)
+        if cls.tokens and (pad is None or pad >= known):
+            told.pad_token_id = base_model.pad_of(reader, known)  # some need one; some were given a token too much
         if cls.problem is not None:
             config.problem_type = cls.problem
         if cls.labelled:

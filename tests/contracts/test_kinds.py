@@ -23,8 +23,8 @@ LABELS = ("bad", "good")
 class Tried:
     """A kind in a tiny BERT, and an adapter of it away from the first."""
 
-    def __init__(self, name, base):
-        self.kind = contract.load(name, R, ALPHA, ("query", "value"), None)
+    def __init__(self, name, base, rslora=False):
+        self.kind = contract.load(name, R, ALPHA, ("query", "value"), None, (), rslora)
         self.base = base
         self.task = self.load()
         self.layout = self.task.layout
@@ -48,9 +48,9 @@ class Tried:
         }
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[*((name, False) for name in NAMES), ("lora", True)], ids=str)
 def tried(request, tiny_base):
-    return Tried(request.param, tiny_base)
+    return Tried(request.param[0], tiny_base, request.param[1])
 
 
 def test_every_tensor_is_of_a_part_and_has_its_shape(tried):

@@ -11,6 +11,7 @@ from fedlora.data.store import Examples
 from fedlora.kinds.contract import public as _public
 from fedlora.kinds.lora import Lora
 from fedlora.tasks.base_model import heads_of as _heads
+from fedlora.tasks.base_model import quiet_config
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.loading import build
@@ -35,6 +36,7 @@ DEBERTA3 = {"position_biased_input": False, "position_buckets": 8, "share_att_ke
 MODERN = {"cls_token_id": 0, "sep_token_id": 2, "global_attn_every_n_layers": 1, "initializer_cutoff_factor": 9.0}
 GPT2 = {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
 NEO = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 32}
+NEO["max_position_embeddings"] = 600  # more than a packed row has
 OPT = {**BASE, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.3}
 SLOPES = {**BASE, "n_layer": 2, "n_head": 2, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 64}
 FALCON = {**BASE, "new_decoder_architecture": False, "multi_query": False}
@@ -58,6 +60,26 @@ EXPERTS = {
     "moe_intermediate_size": 16,
 }
 SHARED = {**EXPERTS, "shared_expert_intermediate_size": 32}
+LLAMA4 = {**EXPERTS, "intermediate_size_mlp": 64, "head_dim": 16, "attention_chunk_size": 64}
+EYES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 28,
+    "patch_size": 14,
+}
+GEMMA3 = {
+    "text_config": WIDE,
+    "vision_config": EYES,
+    "mm_tokens_per_image": 4,
+    "num_labels": 3,
+    "pad_token_id": PAD,
+}
+MOBILE = {**BASE, "intra_bottleneck_size": 32, "embedding_size": 32, "true_hidden_size": 32}
+MAMBA = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+LFM2 = {**DECODER, "layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_ff_dim": 64}
+OSS = {**EXPERTS, "head_dim": 16, "layer_types": ["full_attention"] * 2}
 XLNET = {**TOKENS, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64, "initializer_range": 0.3}
 QV, ATTENTION = ("query", "value"), ("q_proj", "v_proj")
 
@@ -101,6 +123,22 @@ FIT = {
     "granite": ("GraniteForCausalLM", DECODER, ATTENTION),
     "mixtral": ("MixtralForCausalLM", EXPERTS, ATTENTION),
     "qwen-moe": ("Qwen2MoeForCausalLM", SHARED, ATTENTION),
+    "xlm-roberta": ("XLMRobertaForSequenceClassification", {**BASE, "type_vocab_size": 1}, QV),
+    "camembert": ("CamembertForSequenceClassification", {**BASE, "type_vocab_size": 1}, QV),
+    "mobilebert": ("MobileBertForSequenceClassification", MOBILE, QV),
+    "ernie": ("ErnieForSequenceClassification", BASE, QV),
+    "llama-tied": ("LlamaForCausalLM", {**DECODER, "tie_word_embeddings": True}, ("q_proj", "lm_head")),
+    "llama-unpadded": ("LlamaForSequenceClassification", {**DECODER, "pad_token_id": None}, ATTENTION),
+    "llama-last-pad": ("LlamaForSequenceClassification", {**DECODER, "pad_token_id": -1}, ATTENTION),
+    "llama4": ("Llama4ForCausalLM", LLAMA4, ATTENTION),
+    "gemma3-vision": ("Gemma3ForSequenceClassification", GEMMA3, ATTENTION),
+    "cohere2": ("Cohere2ForCausalLM", WIDE, ATTENTION),
+    "olmo2": ("Olmo2ForCausalLM", DECODER, ATTENTION),
+    "smollm3": ("SmolLM3ForCausalLM", DECODER, ATTENTION),
+    "starcoder2": ("Starcoder2ForCausalLM", DECODER, ATTENTION),
+    "gpt-oss": ("GptOssForCausalLM", OSS, ATTENTION),
+    "lfm2": ("Lfm2ForCausalLM", LFM2, ("q_proj", "in_proj")),
+    "mamba": ("MambaForCausalLM", MAMBA, ("in_proj",)),
     "t5": ("T5ForSequenceClassification", T5, ("q", "v")),
     "bart": ("BartForSequenceClassification", {**BART, "decoder_start_token_id": 2}, ATTENTION),
 }
@@ -119,6 +157,7 @@ UNFIT = {
         "depends on",
     ),
 }
+EXCLUDED = {"gemma3-vision": ("vision_tower",)}
 MODELS = FIT | {name: told[:3] for name, told in UNFIT.items()}
 
 
@@ -127,26 +166,31 @@ def plain(name, **changes):
     kind, told, _ = MODELS[name]
     torch.manual_seed(0)
     cls = getattr(hf, kind)
-    config = cls.config_class(**{**told, "use_cache": False, **changes})
-    for key, value in config.to_dict().items():
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
+    config = cls.config_class(**{**told, **changes})
+    quiet_config(config)
     return cls(config).eval()
 
 
-def make(name, *, max_length=32, changes=(), **more):
+def decodes(name):
+    """Whether a model writes, and does not classify."""
+    return "CausalLM" in MODELS[name][0] or "LMHead" in MODELS[name][0]
+
+
+def make(name, *, max_length=32, changes=(), layers=None, **more):
     """The task, and the same model with factors by peft alone, for `singles`."""
-    model, targets = plain(name, **dict(changes)), MODELS[name][2]
+    model, targets, excluded = plain(name, **dict(changes)), MODELS[name][2], EXCLUDED.get(name, ())
     copied = copy.deepcopy(model)
-    decodes = "CausalLM" in MODELS[name][0] or "LMHead" in MODELS[name][0]
-    heads = {} if decodes else dict.fromkeys(_heads(model), True)
+    model.config.get_text_config().pad_token_id = PAD  # as loading a base has it
+    heads = {} if decodes(name) else dict.fromkeys(_heads(model), True)
     told = {"heads": heads, "seed": 3, "pad": PAD, "special": (0, 1, 2), "max_length": max_length, **more}
-    task = build(CausalLM if decodes else Classification, model, Lora(4, 8, targets), **told)
-    inside = [n for n, _ in copied.named_modules() if any(f".{h}." in f".{n}." for h in heads)]
+    kind = Lora(4, 8, targets, layers, excluded)
+    task = build(CausalLM if decodes(name) else Classification, model, kind, **told)
+    inside = [n for n, _ in copied.named_modules() if any(f".{h}." in f".{n}." for h in (*heads, *excluded))]
     config = LoraConfig(
         r=4,
         lora_alpha=8,
         target_modules=list(targets),
+        layers_to_transform=layers,
         exclude_modules=inside or None,
         modules_to_save=list(heads) or None,
         task_type=task.task_type,
@@ -179,8 +223,11 @@ def singles(task, model, examples, adapter):
     parameters = [named[name].requires_grad_() for name in sorted(task.layout)]
     losses, gradients = [], []
     for i in range(len(examples)):
-        ids = torch.from_numpy(examples.row(i).astype(np.int64))[None]
-        told = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if task.tokens:
+            ids = torch.from_numpy(examples.row(i).astype(np.int64))[None]
+            told = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        else:
+            told = {"pixel_values": task.batch(examples, np.array([i]))["pixel_values"]}
         if examples.types is not None:
             told["token_type_ids"] = torch.from_numpy(examples.types_of(i).astype(np.int64))[None]
         out = model(**told).logits
