@@ -65,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     split.add_argument("--as", metavar="PATH", dest="seen_as", help="where a node sees its own folder")
     split.set_defaults(command=_split)
 
-    check = commands.add_parser("check", help="report everything that is wrong with a scenario")
+    check = commands.add_parser("check", help="say what is wrong with a scenario, and what was understood of it")
     _scenario(check)
+    check.add_argument("--json", action="store_true", help="print what was understood as JSON")
     check.set_defaults(command=_check)
 
     plan = commands.add_parser("plan", help="say what a scenario will cost: bytes, epsilon, time and memory")
@@ -263,13 +264,9 @@ def _split(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from fedlora import scenario
-    from fedlora.checking import problems
-    from fedlora.errors import UserError
+    from fedlora.checking import check
 
-    if told := problems(scenario.load(arguments.scenario, arguments.overrides)):
-        raise UserError(*told)
-    print(f"{arguments.scenario}: fine")
-    return 0
+    return check(scenario.load(arguments.scenario, arguments.overrides), arguments.scenario).told(arguments.json)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from fedlora.engine.setup import Setup
 from fedlora.errors import SettingError, UserError
 from fedlora.metrics import contract as metrics
 from fedlora.optimizers import steps
-from fedlora.privacy import accounting, calibrated, replay
+from fedlora.privacy import accounting, affordable, calibrated, replay
 from fedlora.privacy.mechanisms.central import Central
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
 from fedlora.rounds import choice
@@ -263,6 +263,7 @@ def calibrate(
             f"a client has {sizes[0]} examples, and a private batch takes {told.batch_size} of them on "
             "average; lower it, use fewer clients, or raise data.partition.min_examples",
         )
+    affordable.check(scenario, sizes)
     rates, steps = [told.rate(size) for size in sizes], scenario.rounds * told.local_steps
     if asked.noise_multiplier is not None:
         noise = dict.fromkeys(sizes, asked.noise_multiplier)
@@ -308,6 +309,7 @@ def central(scenario: Scenario, root: Root, search: calibrated.Search = accounti
             "whole client away now and then counts as private; write %.0e or less",
             *(asked.delta, told.total, 0.1 / told.total),
         )
+    affordable.check(scenario, ())
     rate, noise = told.cohort_size / told.total, asked.noise_multiplier
     if noise is None:
         assert asked.epsilon is not None

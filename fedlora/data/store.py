@@ -6,6 +6,7 @@ array of row numbers and one of offsets; or nothing but the seed, where clients 
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -17,13 +18,18 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora import plugins
 from fedlora import scenario as settings
+from fedlora.data.notes import notes
 from fedlora.data.partitions import Drawn, Stored, classes, draw, keep_back, split
 from fedlora.data.reading import NOTHING, Input, Rows, as_bytes, check_labels, label_names, read, set_aside
 from fedlora.seeding import Root
 
 _DRAWN = "drawn.json"  # in the place of a partition's arrays
+_NAMES = "names.json"  # what clients are called, by a natural column
 Targets = NDArray[np.int64] | NDArray[np.uint8] | NDArray[np.float32]
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = "2"  # raise it when what is cached changes its meaning
 
@@ -134,6 +140,7 @@ class Dataset:
     labels: tuple[str, ...]  # names of classes, or of scores, in order; empty for causal_lm
     holdings: Stored | Drawn
     cut: int = 0  # test rows that lost something that is judged to `data.max_length`
+    names: tuple[str, ...] = ()  # of clients, by their natural column; none elsewhere
 
     @classmethod
     def open(cls, folder: Path, partition_folder: Path) -> Self:
@@ -151,6 +158,9 @@ class Dataset:
             if drawn.exists()
             else Stored(*(_map(partition_folder / f"{name}.npy") for name in names)),
             cut=meta.get("cut", 0),
+            names=tuple(json.loads((partition_folder / _NAMES).read_text(encoding="utf-8")))
+            if (partition_folder / _NAMES).exists()
+            else (),
         )
 
     @property
@@ -228,7 +238,7 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
         data: what to read and how to split it.
         task: of the scenario.
         num_clients: partitions to make.
-        seed: of the partition. The test set does not depend on it.
+        seed: of the partition, where `data.partition` has none. The test set does not depend on it.
         encode: turns rows of text into tokens.
         encoding: a fingerprint of `encode`; another tokenizer gives another cache entry.
 
@@ -240,8 +250,11 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
     check_labels("data", test, names, "the test set has labels that the training set has not")
     test, validation = set_aside(data, task, test)
     check_labels("data", validation, names, "the validation set has labels that the training set has not")
+    for note in notes(train, test, validation, names, plugins.find("tasks", task).target):
+        logger.warning("%s", note)
+    seed = seed if data.partition.seed is None else data.partition.seed
     folder = _tokenised(data, task, train, test, validation, names, encode, encoding)
-    how = f"{data.partition.model_dump_json()} {data.client_test_share}"
+    how = f"{data.partition.model_dump_json(exclude={'seed'})} {data.client_test_share}"
     owners = _fingerprint(*train.owners) if train.owners else ""
 
     def write(to: Path) -> None:
@@ -252,8 +265,10 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
             return
         parts = split(data.partition, classes(targets), train.owners, num_clients, seed)
         _write_partitions(to, data.client_test_share, parts, seed)
+        if train.owners is not None:
+            (to / _NAMES).write_text(json.dumps([train.owners[part[0]] for part in parts]), encoding="utf-8")
 
-    key = _fingerprint(_FORMAT, how, owners, str(num_clients), str(seed))
+    key = _fingerprint(_FORMAT, _NAMES if owners else "", how, owners, str(num_clients), str(seed))
     return Dataset.open(folder, cached(folder.with_name(f"{folder.name}-{key}"), write))
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 from fedlora.errors import SettingError, UserError, suggestion
 from fedlora.privacy.accounting import Accountant
 from fedlora.scenario import (
+    Encoding,
     Files,
     Float,
     Int,
@@ -35,6 +36,7 @@ class Held(Files):
     )
     score: Score | None = None  # the scale of the rows' scores, as a run must have it
     messages: str | None = None  # a column of chats, where rows hold these instead of prompts and completions
+    encoding: Encoding | None = None  # of the file, such as cp1252; null: UTF-8, or as its mark says
     prompt: Template | None = None  # of prompts, by columns of the rows; those of a scenario are its server's own
 
 

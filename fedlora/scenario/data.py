@@ -41,6 +41,23 @@ def _names_columns(template: str) -> str:
 Template = Annotated[str, AfterValidator(_names_columns)]
 
 
+def _known_encoding(name: str) -> str:
+    try:
+        "".encode(name)
+    except (LookupError, ValueError):
+        known = False
+    else:
+        known = True
+    if known:
+        return name
+    raise PydanticCustomError(
+        "unknown", f"no encoding is called {name!r}: such as utf-8, cp1252, latin-1 or gb18030"
+    )
+
+
+Encoding = Annotated[str, AfterValidator(_known_encoding)]
+
+
 class Hub(Section):
     """A dataset of the Hugging Face Hub, or in a folder that the datasets library reads."""
 
@@ -73,13 +90,19 @@ class Files(Section):
     columns: tuple[str, ...] | None = None  # names of the columns of a csv or tsv without a header, or of a conll
 
 
-class Iid(Section):
+class Split(Section):
+    """How clients come to hold examples."""
+
+    seed: Annotated[Int, Field(ge=0, lt=2**63)] | None = None  # of who holds what; null: the scenario's seed
+
+
+class Iid(Split):
     """Equal shares of the shuffled examples."""
 
     kind: Literal["iid"] = "iid"
 
 
-class Dirichlet(Section):
+class Dirichlet(Split):
     """Each label is spread over clients by a Dirichlet draw; a smaller alpha is more skewed."""
 
     kind: Literal["dirichlet"]
@@ -87,35 +110,35 @@ class Dirichlet(Section):
     min_examples: PositiveInt = 10  # drawn again until every client has as many
 
 
-class Pathological(Section):
+class Pathological(Split):
     """Each client holds a fixed number of the labels."""
 
     kind: Literal["pathological"]
     labels_per_client: PositiveInt
 
 
-class Shards(Section):
+class Shards(Split):
     """Examples sorted by label are cut into shards; each client gets a number of them (McMahan et al., 2017)."""
 
     kind: Literal["shards"]
     shards_per_client: PositiveInt = 2
 
 
-class Size(Section):
+class Size(Split):
     """Shuffled examples in unequal amounts: client i gets a share in proportion to i, i^2 or e^i."""
 
     kind: Literal["size"]
     growth: Literal["linear", "square", "exponential"] = "linear"
 
 
-class Natural(Section):
+class Natural(Split):
     """One client for each value of a column, such as a hospital or a user."""
 
     kind: Literal["natural"]
     column: str
 
 
-class LabelShares(Section):
+class LabelShares(Split):
     """The label shares of each client, written out; rows repeat when there are more clients."""
 
     kind: Literal["label_shares"]
@@ -131,7 +154,7 @@ class LabelShares(Section):
         return shares
 
 
-class Sampled(Section):
+class Sampled(Split):
     """Each client draws its examples from all, none twice; others may hold them too. For any number of clients."""
 
     kind: Literal["sampled"]
@@ -189,6 +212,7 @@ class Public(Source):
 class Data(Source):
     """The examples, and how clients come to hold them."""
 
+    encoding: Encoding | None = None  # of files, such as cp1252; null: UTF-8, or as their marks say
     partition: Partition = Iid()
     max_length: Annotated[Int, Field(ge=2)] = 128  # tokens an example is cut to
     test_share: Annotated[Float, Field(gt=0, lt=1)] = 0.1  # held out where the source has no test set
