@@ -205,6 +205,14 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _print_json(told: object) -> None:
+    import json
+
+    from fedlora.returned import finite
+
+    print(json.dumps(finite(told), indent=2))
+
+
 def _simulate(arguments: argparse.Namespace) -> int:
     from fedlora import scenario
     from fedlora.reports.console import Live, summary_lines
@@ -225,7 +233,8 @@ def _simulate(arguments: argparse.Namespace) -> int:
             display=display,
         )
     print("\n".join(summary_lines(run)))
-    return 130 if str(run.summary.get("stopped", "")).startswith("interrupted") else 0
+    cut_short = str(run.summary.get("stopped", "")).startswith("interrupted")
+    return 130 if cut_short else 0 if run.summary["rounds"] else 1
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -277,9 +286,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     told = plan(loaded, advise=arguments.advise).to_json()
     if arguments.json:
-        import json
-
-        print(json.dumps(told, indent=2))
+        _print_json(told)
     else:
         from fedlora.reports.console import plan_lines
 
@@ -362,9 +369,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     told = {"text": arguments.text, "label": arguments.label, "own_code": arguments.own_code}
     made = evaluate(arguments.run, arguments.data, named, **told)
     if arguments.json:
-        import json
-
-        print(json.dumps(made.to_json(), indent=2))
+        _print_json(made.to_json())
     else:
         print("\n".join(made.lines()))
     return 0
@@ -402,11 +407,9 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    import json
-
     from fedlora.scenario.schema import schema
 
-    print(json.dumps(schema(), indent=2))
+    _print_json(schema())
     return 0
 
 

@@ -24,7 +24,7 @@ from fedlora.rounds import choice
 from fedlora.rounds.world import World
 from fedlora.scenario import Scenario
 from fedlora.seeding import Root
-from fedlora.tasks import base_model
+from fedlora.tasks import base_model, weights
 from fedlora.tasks import contract as tasks
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,10 @@ def prepare_server(scenario: Scenario) -> Prepared:
     if strategies.load(scenario.strategy.use, scenario.strategy.options).tested:
         raise SettingError(
             "strategy.use", f"{scenario.strategy.use} is judged by the test set, which sites have not: simulate it"
+        )
+    if scenario.loss is not None and scenario.loss.class_weights == "balanced":
+        raise SettingError(
+            "loss.class_weights", "counts the server's test rows, which sites do not see: write weights"
         )
     data, total = scenario.data, scenario.clients.total
     every, labels = reading.read_test(data, scenario.task)
@@ -150,7 +154,7 @@ def _prepared(
             *(dataset.cut, len(dataset.test), data.max_length),
         )
     setup = Setup(
-        scenario=scenario.model_dump(),
+        scenario=weights.resolved(scenario, dataset).model_dump(),
         dataset=dataset.folder,
         partitions=dataset.partition_folder,
         threads=engines.threads(scenario),

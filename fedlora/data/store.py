@@ -23,8 +23,10 @@ from fedlora import scenario as settings
 from fedlora.data.notes import notes
 from fedlora.data.partitions import Drawn, Stored, classes, draw, keep_back, split
 from fedlora.data.reading import NOTHING, Input, Rows, as_bytes, check_labels, label_names, read, set_aside
+from fedlora.errors import UserError
 from fedlora.seeding import Root
 
+_ELSEWHERE = "name a folder that can be written, FEDLORA_CACHE=/some/folder"
 _DRAWN = "drawn.json"  # in the place of a partition's arrays
 _NAMES = "names.json"  # what clients are called, by a natural column
 Targets = NDArray[np.int64] | NDArray[np.uint8] | NDArray[np.float32]
@@ -228,7 +230,12 @@ def cache_folder() -> Path:
     """Where tokenised data is kept: `$FEDLORA_CACHE`, else `$XDG_CACHE_HOME/fedlora`, else `~/.cache/fedlora`."""
     if given := os.environ.get("FEDLORA_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedlora"
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "fedlora"
+    try:
+        return Path.home() / ".cache" / "fedlora"
+    except RuntimeError as error:
+        raise UserError(f"there is no home folder to keep tokenised data in: {_ELSEWHERE}") from error
 
 
 def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode: Encode, encoding: str) -> Dataset:
@@ -402,8 +409,12 @@ def cached(folder: Path, make: Callable[[Path], None]) -> Path:
     """
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    except OSError as error:
+        what = f"{folder.parent}: tokenised data cannot be kept there: {error.strerror or error}"
+        raise UserError(f"{what}: {_ELSEWHERE}") from error
     try:
         make(temporary)
         temporary.chmod(0o700)

@@ -27,6 +27,7 @@ _MOST_WORDS, _MOST_CONTENT = 2**20, 2**34
 _START = 120.0  # seconds that a resident may take to listen
 _PAUSE = 0.02  # seconds between two looks for one
 _HERE = b"!"  # its first byte to whoever it takes in
+_SHORT = 60  # characters of a folder that has room for a socket's name, of 107
 _IDLE = 300.0  # seconds without a request after which one ends where no site file says
 
 logger = logging.getLogger("fedlora.deploy.resident")
@@ -81,7 +82,8 @@ def home() -> Path:
     Raises:
         Unreachable: somebody else made it, or opened it.
     """
-    folder = Path(tempfile.gettempdir()) / f"fedlora-{os.getuid()}"
+    base = tempfile.gettempdir()
+    folder = Path(base if len(base) < _SHORT else "/tmp") / f"fedlora-{os.getuid()}"  # a socket's path is short
     folder.mkdir(mode=0o700, exist_ok=True)
     if (there := folder.stat()).st_uid != os.getuid() or there.st_mode & 0o077:
         raise Unreachable(f"{folder} is open to others")

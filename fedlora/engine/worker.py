@@ -53,7 +53,7 @@ class Worker:
         hardware.settle()
         import torch
 
-        from fedlora.tasks import loading
+        from fedlora.tasks import loading, weights
 
         torch.set_num_threads(setup.threads)
         device = hardware.device(setup.device)
@@ -83,6 +83,7 @@ class Worker:
                 scale=(score.low, score.high) if (score := self.scenario.data.score) is not None else None,
                 beta=asked.beta if (asked := self.scenario.preference) is not None else None,
             )
+        weights.weigh(self.task, self.scenario, self.dataset.labels)
         self.kept: Kept | None = None
         if self.task.prefix is not None and pays(self.scenario, self.dataset):
             self.kept = Kept(self.task, self.dataset, setup.kept, setup.threads)
@@ -302,6 +303,7 @@ class Worker:
             settings = replace(settings, state=dict(zip(instruction.send, instruction.moments, strict=True)))
         wanted = tuple(sorted({*settings.send, *instruction.keep} if plain else layout))
         update = yield from self._train(instruction, partition, settings, wanted, rank, sharing, deed)
+        clients.check_returned(self.client, update)
         clients.check_kept(self.client)
         if self.optimizers is not None:
             self.optimizers.save(client, round, update.state)
@@ -347,7 +349,7 @@ class Worker:
         client, received = partition.client, self._received(instruction, partition.client, instruction.round)
         self.task.become(rank, instruction.draw)
         self._agree(instruction)
-        event = self.client.spends(len(partition), settings)
+        event = clients.spends(self.client, len(partition), settings)
         if event is not None and self.setup.secret:  # the tensors are somebody else's
             if unfit := alone.mingle(self.task, received):
                 raise Refusal(f"with the tensors that came, examples would not be bounded one by one: {unfit}")

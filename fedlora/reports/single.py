@@ -93,6 +93,8 @@ def _key_figures(run: Run) -> Iterator[tuple[str, str, str]]:
         yield "Epsilon", f"{max(spent):.2f}", f"at delta {asked.get('delta', '?')}, {whose}"
         if (seen := summary.get("server_epsilon")) is not None:
             yield "Epsilon from the server", f"{seen:.2f}", "which sees each round's sum; the largest over clients"
+    elif asked:
+        yield "Epsilon", "unbounded", "the noise is too little for any, or nobody trained"
     else:
         yield "Epsilon", "none", "nothing was clipped or noised"
     for way in ("up", "down"):

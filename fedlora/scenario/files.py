@@ -92,8 +92,12 @@ def _place(raw: dict[str, Any], folder: Path, written: Mapping[KeyPath, str]) ->
     for section in (data, data.get("public") if isinstance(data, dict) else None):
         files = section.get("files") if isinstance(section, dict) else None
         for key in ("train", "test", "validation"):
-            path = files.get(key) if isinstance(files, dict) else None
-            if not isinstance(path, str) or any("files" in told for told in written) or os.path.isabs(path):
+            if (
+                not isinstance(files, dict)
+                or not isinstance(path := files.get(key), str)
+                or any("files" in told for told in written)
+                or os.path.isabs(path)
+            ):
                 continue
             if (here := folder / path).exists() or not Path(path).exists():
                 files[key] = str(here)

@@ -91,6 +91,15 @@ class Preference(Section):
     beta: PositiveFloat = 0.1  # what a log probability beside the base's counts; larger stays nearer to the base
 
 
+class Loss(Section):
+    """For classification: how examples teach; how they are judged stays as it is."""
+
+    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = (
+        None  # of labels, as {rare: 5}, others 1; balanced: by counts of the test rows, which are public
+    )
+    label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = 0.0  # share of a label that is spread over all
+
+
 class Strategy(PlugIn):
     """How the server turns updates into the next adapter."""
 
@@ -138,6 +147,7 @@ class Scenario(Section):
     stop: Stop | None = None  # before the last round, as {patience: 3}, once there is nothing better
     metrics: tuple[str, ...] = ()  # further figures of each evaluation, such as macro_f1; fedlora list metrics
     exact_match: ExactMatch | None = None  # judge a causal_lm by its own words too, and by rouge_l
+    loss: Loss | None = None  # weights of labels and smoothing, for classification; null: cross-entropy
     preference: Preference | None = None  # how pairs of completions teach; null: as by default
     engine: Engine = Engine()
     baseline: Baseline | None = None  # of which scenario this is one; written by `simulate --baseline`
