@@ -67,9 +67,7 @@ def prepare_server(scenario: Scenario) -> Prepared:
             "strategy.use", f"{scenario.strategy.use} is judged by the test set, which sites have not: simulate it"
         )
     if scenario.loss is not None and scenario.loss.class_weights == "balanced":
-        raise SettingError(
-            "loss.class_weights", "counts the server's test rows, which sites do not see: write weights"
-        )
+        raise SettingError("loss.class_weights", "counts test rows, which sites do not see: write weights")
     data, total = scenario.data, scenario.clients.total
     every, labels = reading.read_test(data, scenario.task)
     test, validation = reading.set_aside(data, scenario.task, every)

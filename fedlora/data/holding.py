@@ -44,7 +44,7 @@ def hold_out(
                 chosen.add(text)
                 left -= count[text]
         held = sum(count[text] for text in chosen)
-        if abs(held - asked) >= 1 and len(number) < len(texts):
+        if held and abs(held - asked) >= 1 and len(number) < len(texts):
             logger.warning(
                 "%s asks for %.0f of %d rows, and %d are held out: the rows have %d different texts, equal ones "
                 "stay together, and no label is held out whole",

@@ -70,6 +70,8 @@ def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
         train, test = _read_hub(hub, owner, taught)
     if not train.texts:
         raise SettingError("data", "the training set is empty")
+    if taught.target == "class" and data.labels is None:
+        check_names(f"data.{'files' if data.files else 'hub'}.label", sorted(train.classes), len(train.texts))
     if test is not None and not test.texts:
         raise SettingError("data", "the test set is empty; give more examples, or a larger data.test_share")
     if test is None:
@@ -180,9 +182,6 @@ def label_names(data: settings.Data, rows: Rows, task: str) -> tuple[str, ...]:
     if not found.labelled:
         return ()
     names = data.labels or named(rows, task)
-    if found.target == "class" and data.labels is None:
-        key = f"data.{'files' if data.files else 'hub' if data.hub else 'dataset'}.label"
-        check_names(key, names, len(rows.texts))
     if len(names) < 2:
         only = [cut(name) for name in names]
         raise SettingError("data", f"{task} needs two labels or more, and there is only {only}")

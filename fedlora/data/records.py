@@ -87,6 +87,7 @@ def _columns(told: Mapping[str, Any], suffix: str) -> dict[str, list[Any]] | Non
 
 
 def _inner(told: Mapping[str, Any]) -> list[Any] | None:
-    """The rows of an object that holds nothing but a list of them, such as {"data": [...]}."""
+    """The rows of an object that holds one list of them, and words beside it, such as {"data": [...]}."""
     lists = [held for held in told.values() if isinstance(held, list) and held and isinstance(held[0], dict)]
-    return lists[0] if len(lists) == 1 == len(told) else None
+    others = [held for held in told.values() if isinstance(held, list | dict)]
+    return lists[0] if len(lists) == 1 == len(others) else None

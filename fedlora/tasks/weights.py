@@ -29,9 +29,7 @@ def resolved(scenario: Scenario, data: Dataset) -> Scenario:
             )
         return scenario
     if not len(data.test):
-        raise SettingError(
-            _KEY, "balanced counts the server's test rows, which sites do not see: write weights, as {rare: 5}"
-        )
+        raise SettingError(_KEY, "balanced counts test rows, which sites do not see: write weights, as {rare: 5}")
     counts = label_counts(data.test.targets).tolist()
     counts += [0] * (len(data.labels) - len(counts))
     if 0 in counts:

@@ -60,7 +60,7 @@ AB = Rows(["one", "two"], ["a", "b"])
         ("x.json", '{"text": {"0": "one", "1": "two"}, "label": {"0": "a", "1": "b"}}', AB),
         ("x.json", '{"text": ["one", "two"], "label": ["a", "b"]}', AB),
         ("x.json", '{"data": [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}]}', AB),
-        ("x.jsonl", '{"text": "\u2028", "label": "a"}\n{"label": 2, "text": ""}', Rows(["\u2028", ""], ["a", "2"])),
+        ("x.jsonl", '{"text": "\u2028", "label": "a"}\n{"label": 2, "text": ""}', Rows(["\u2028", ""], [*"a2"])),
         ("x.jsonl", '{"text": 1, "label": 0.0}\n{"text": 2.5, "label": 1.0}', Rows(["1", "2.5"], ["0", "1"])),
         ("x.csv", "text,label\none,0.0\ntwo,1.0\n", Rows(["one", "two"], ["0", "1"])),
         ("x.csv", "text,label\none,007\ntwo,1\n", Rows(["one", "two"], ["007", "1"])),
@@ -192,7 +192,7 @@ def test_scores_and_texts_are_not_taken_for_labels(labels, message, tmp_path):
     file = written(tmp_path, "x.csv", "text,label\n" + "".join(f"text {i},{v}\n" for i, v in enumerate(labels)))
     data = Data(files=Files(train=str(file), test=str(file)))
     with pytest.raises(SettingError, match=message) as caught:
-        label_names(data, read(data, "classification")[0], "classification")
+        read(data, "classification")
     assert SECRET not in caught.value.message
     names = tuple(sorted(set(labels)))
     assert (
