@@ -262,6 +262,8 @@ def calibrate(
     while excess(high, _COARSER) > 0:
         low, high = high, high + math.log(4)
         if high > math.log(MAX_NOISE_MULTIPLIER):
+            if not math.isfinite(_spend(((MAX_NOISE_MULTIPLIER, sample_rate, steps),), delta, accountant)):
+                raise unresolved(target, delta, accountant)
             raise SettingError(
                 "privacy.epsilon",
                 f"no noise reaches epsilon {target:g} at delta {delta:g} over {steps} steps that each take "

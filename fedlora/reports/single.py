@@ -10,7 +10,7 @@ from fedlora.reports import baselines, page
 from fedlora.reports.comparison import Comparison
 from fedlora.reports.console import size, span
 from fedlora.reports.figures import figures
-from fedlora.reports.spread import among_clients, by_label
+from fedlora.reports.spread import among_clients, by_label, named_clients
 from fedlora.reports.tables import Table
 from fedlora.run import Run
 
@@ -54,7 +54,12 @@ def html(run: Run) -> str:
     made.section("What was learnt", *told, learnt, *by_label(run))
     made.section("What privacy it keeps", *_privacy(run), made.figures(found["privacy"]))
     made.section(
-        "Who took part", *_clients(run), *among_clients(run), made.figures(found["clients"]), *_failures(run)
+        "Who took part",
+        *_clients(run),
+        *named_clients(run),
+        *among_clients(run),
+        made.figures(found["clients"]),
+        *_failures(run),
     )
     made.section("What it cost", made.figures(found["cost"]) or "<p>No round is recorded yet.</p>")
     made.section("What was run", *_settings(run))

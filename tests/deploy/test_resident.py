@@ -107,3 +107,8 @@ def test_a_site_file_that_is_wrong_is_said_on_the_site(site, tmp_path, capfd):
     with pytest.raises(resident.Unreachable, match="does not start: what its node or container printed says why"):
         ask(site, tmp_path)
     assert "client is missing" in capfd.readouterr().err
+
+
+def test_sockets_lie_where_their_paths_are_short(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.gettempdir", lambda: f"/tmp/{'long' * 30}")
+    assert len(str(resident.place(tmp_path))) < 107
