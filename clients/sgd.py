@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedlora.adapter import Adapter, Update
-from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_towards, resting, smooth
+from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_towards, pulled, resting, smooth
 from fedlora.data.store import Partition
 from fedlora.optimizers.contract import Steps, grouped
 
@@ -43,8 +43,9 @@ class SGD(Stepwise):
                 loss_sum += yield Pass(batch, over=size)
             pull_towards(parameters, received, settings.config)
             smooth(task, dict(zip(settings.train, parameters, strict=True)), settings.config)
+            asked = step == 0 and pulled(parameters)
             steps.take(step)
-            if step == 0:
+            if asked:
                 moved(parameters, received, each=False)
         return Update(
             adapter=task.read(settings.send),

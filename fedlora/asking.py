@@ -107,7 +107,7 @@ def _rows(path: Path, about: About, folder: Path, text: Sequence[str] | None) ->
         held, column = cells("data.messages", about.messages), Column("data", str(path), about.messages)
         return [chats.asked(cell, row, column) for row, cell in enumerate(held, 1)]
     if text is None and about.prompt is not None:
-        return [*reading.prompts_of(about.prompt, cells)]
+        return [*reading.prompts_of(about.prompt, cells, str(path))]
     names = (named.text,) if isinstance(named.text, str) else named.text
     every = [[*enumerate(cells("data.files.text", name), 1)] for name in names]
     parts = [

@@ -1,13 +1,29 @@
-"""`fedlora check`: what is wrong with a scenario that can be said without torch, a model or the Hub."""
+"""`fedlora check`: what is wrong with a scenario, and what was understood of it, without torch or the Hub."""
 
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from fedlora import client, strategy, suitability
-from fedlora.data import reading
-from fedlora.errors import SettingError
+from fedlora.data import overview as data
+from fedlora.errors import SettingError, UserError, cut
+from fedlora.privacy import affordable
+from fedlora.reports.tables import Table
 from fedlora.scenario import Scenario
 from fedlora.tasks.base_model import find_base
 from fedlora.tasks.contract import find
+
+_LABELS = 12  # in a table for people
+_CLIENTS = 8
+_BY_TABLE = (  # models that look a position up in a table, so that no token can be beyond it
+    "albert bert bart camembert clip_text_model codegen data2vec-text deberta distilbert electra ernie flaubert "
+    "fnet funnel gpt2 gpt_bigcode gpt_neo layoutlm longformer mbart mobilebert mpnet nystromformer openai-gpt opt "
+    "roberta roberta-prelayernorm roformer splinter xglm xlm xlm-roberta xlm-roberta-xl xmod yoso"
+).split()
+_BEFORE = "camembert data2vec-text longformer roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod".split()
 
 
 def notes(scenario: Scenario) -> list[str]:
@@ -25,8 +41,98 @@ def notes(scenario: Scenario) -> list[str]:
     ]
 
 
-def problems(scenario: Scenario) -> list[str]:
-    """Each problem in a line, with the file and line of its setting; none where all is fine."""
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What a check found.
+
+    Attributes:
+        scenario: what it was called.
+        problems: each in a line, with the file and line of its setting; none where all is fine.
+        understood: of the data; None where they are not at hand, or wrong.
+        positions: tokens that the base model has places for; None where it does not say, or is not at hand.
+        max_length: of the scenario.
+        notes: what is no mistake, and good to know, a sentence each.
+        folder: from which relative paths are read.
+    """
+
+    scenario: str
+    problems: Sequence[str]
+    understood: data.Overview | None
+    positions: int | None
+    max_length: int
+    notes: Sequence[str]
+    folder: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return json.loads(json.dumps({**asdict(self), "fine": not self.problems}))  # type: ignore[no-any-return]
+
+    def lines(self) -> list[str]:
+        """What a terminal shows, where there is no problem."""
+        fine = f"{self.scenario}: fine"
+        told = self.understood
+        if told is None:
+            return [f"{fine}; its rows are not at hand, and were not looked at", *self.notes]
+        said = [["rows", ", ".join(f"{count:,} {part}" for part, count in told.rows.items())]]
+        said += [["labels", line] for line in self._labels(told)]
+        if (held := told.lengths) is not None:
+            over = f"{held.over:,} of {held.rows:,} rows have more" if held.over else "no row has more"
+            said.append(["words", f"{held.median} in the median row, {held.most} at most; {over} than max_length"])
+            said.append(["tokens", f"{self.max_length} kept of a row (data.max_length); more than its words"])
+            said.append(["empty", f"{held.empty:,} rows without a word"])
+        places = "as many as the base has places for is not known" if self.positions is None else None
+        said.append(["positions", places or f"{self.positions} of the base model"])
+        said.append(["clients", _clients(told)])
+        said.append(["repeated", f"{told.repeated:,} training rows have the text of another"])
+        said.append(["leaks", f"{told.leaks:,} test rows have a text of the training set"])
+        said += [["note", note] for note in told.notes]
+        return [fine, *Table(("what", "understood"), said, left=frozenset({0, 1})).text(), *self.notes]
+
+    def told(self, as_json: bool) -> int:
+        """Print it; gives the exit code.
+
+        Raises:
+            UserError: there are problems.
+        """
+        if as_json:
+            print(json.dumps(self.to_json(), indent=2, ensure_ascii=False))
+            return 2 if self.problems else 0
+        if self.problems:
+            raise UserError(*self.problems)
+        print("\n".join(self.lines()))
+        return 0
+
+    def _labels(self, told: data.Overview) -> list[str]:
+        if not told.labels:
+            return ["none"]
+        ordered = sorted(told.labels.items(), key=lambda pair: -pair[1]["train"])
+        made = [
+            f"{cut(name)!r}: {', '.join(f'{count:,} {part}' for part, count in counts.items())}"
+            for name, counts in ordered[:_LABELS]
+        ]
+        return [*made, *([f"and {len(ordered) - _LABELS} more, rarer ones"] if len(ordered) > _LABELS else [])]
+
+
+def _clients(told: data.Overview) -> str:
+    if told.sizes is None:
+        return "sizes are known once rows are tokenised"
+    ordered = sorted(told.sizes)
+    line = f"{len(ordered)}, of {ordered[0]:,} to {ordered[-1]:,} rows, {ordered[len(ordered) // 2]:,} the median"
+    if told.names:
+        each = [f"{cut(name)} {size:,}" for name, size in zip(told.names, told.sizes, strict=True)]
+        line += f": {', '.join(each[:_CLIENTS])}{' ...' if len(each) > _CLIENTS else ''}"
+    return line
+
+
+def check(scenario: Scenario, called: str = "") -> Checked:
+    """Everything that can be said before a model is loaded.
+
+    Args:
+        scenario: to check.
+        called: what it is called in the answer; by default its name.
+    """
+    found: list[str] = []
+    seen: list[data.Overview] = []
 
     def of_strategy() -> None:
         made = strategy.load(scenario.strategy.use, scenario.strategy.options)
@@ -38,17 +144,65 @@ def problems(scenario: Scenario) -> list[str]:
         client.check_fused(made, scenario.engine.fused)
         client.check_private(made, scenario)
 
+    def of_data() -> None:
+        if data.at_hand(scenario.data):
+            told = scenario.data, scenario.task, scenario.clients.total, scenario.seed
+            seen.append(data.overview(*told))
+
+    def of_model() -> None:
+        find_base(scenario.model.base)
+        if (room := places(scenario.model.base, by_table=True)) is not None and room < scenario.data.max_length:
+            what = f"{scenario.data.max_length} tokens, and the model has {room} positions: lower it"
+            raise SettingError("data.max_length", what)
+
+    def of_budget() -> None:
+        sizes = seen[0].sizes if seen else None
+        affordable.check(scenario, sizes or ())
+
     checks: tuple[Callable[[], object], ...] = (
         lambda: find(scenario.task),
         of_strategy,
         of_clients,
-        lambda: find_base(scenario.model.base),
-        lambda: reading.check(scenario.data, scenario.task, scenario.clients.total),
+        of_model,
+        of_data,
+        of_budget,
     )
-    found: list[str] = []
-    for check in checks:
+    for one in checks:
         try:
-            check()
+            one()
         except SettingError as error:
             found += scenario.located(error).lines
-    return found
+    return Checked(
+        scenario=called or scenario.name,
+        problems=found,
+        understood=seen[0] if seen else None,
+        positions=places(scenario.model.base),
+        max_length=scenario.data.max_length,
+        notes=notes(scenario),
+        folder=os.getcwd(),
+    )
+
+
+def problems(scenario: Scenario) -> list[str]:
+    """Each problem in a line, with the file and line of its setting; none where all is fine."""
+    return [*check(scenario).problems]
+
+
+def places(base: str, by_table: bool = False) -> int | None:
+    """For how many tokens a base has positions, by its configuration; None where that is not here or does not say.
+
+    Args:
+        base: as `model.base`.
+        by_table: only of models that look them up in a table; others can go on beyond.
+    """
+    try:
+        told = json.loads((Path(find_base(base)) / "config.json").read_text(encoding="utf-8"))
+        kind = told.get("model_type")
+        if by_table and kind not in _BY_TABLE:
+            return None
+        keys = ("max_position_embeddings", "n_positions", "n_ctx")
+        held = next((told[key] for key in keys if isinstance(told.get(key), int)), None)
+        before = (told.get("pad_token_id") or 0) + 1 if kind in _BEFORE else 0
+    except (OSError, ValueError, AttributeError, SettingError):
+        return None
+    return None if held is None else held - before

@@ -67,8 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     split.add_argument("--as", metavar="PATH", dest="seen_as", help="where a node sees its own folder")
     split.set_defaults(command=_split)
 
-    check = commands.add_parser("check", help="report everything that is wrong with a scenario")
+    check = commands.add_parser("check", help="say what is wrong with a scenario, and what was understood of it")
     options.scenario(check)
+    check.add_argument("--json", action="store_true", help="print what was understood as JSON")
     check.set_defaults(command=_check)
 
     plan = commands.add_parser("plan", help="say what a scenario will cost: bytes, epsilon, time and memory")
@@ -179,6 +180,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _print_json(told: object) -> None:
+    import json
+
+    from fedlora.returned import finite
+
+    print(json.dumps(finite(told), indent=2))
+
+
 def _simulate(arguments: argparse.Namespace) -> int:
     from fedlora import scenario
     from fedlora.reports.console import Live, summary_lines
@@ -199,7 +208,8 @@ def _simulate(arguments: argparse.Namespace) -> int:
             display=display,
         )
     print("\n".join([*summary_lines(run), display.time_line()]))
-    return 130 if str(run.summary.get("stopped", "")).startswith("interrupted") else 0
+    cut_short = str(run.summary.get("stopped", "")).startswith("interrupted")
+    return 130 if cut_short else 0 if run.summary["rounds"] else 1
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -238,13 +248,9 @@ def _split(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from fedlora import scenario
-    from fedlora.checking import notes, problems
-    from fedlora.errors import UserError
+    from fedlora.checking import check
 
-    if told := problems(loaded := scenario.load(arguments.scenario, arguments.overrides)):
-        raise UserError(*told)
-    print("\n".join([f"{arguments.scenario}: fine", *notes(loaded)]))
-    return 0
+    return check(scenario.load(arguments.scenario, arguments.overrides), arguments.scenario).told(arguments.json)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -255,9 +261,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     told = plan(loaded, advise=arguments.advise).to_json()
     if arguments.json:
-        import json
-
-        print(json.dumps(told, indent=2))
+        _print_json(told)
     else:
         from fedlora.reports.console import plan_lines
 
@@ -339,9 +343,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     told = {"text": arguments.text, "label": arguments.label, "own_code": arguments.own_code}
     made = evaluate(arguments.run, arguments.data, named, **told)
     if arguments.json:
-        import json
-
-        print(json.dumps(made.to_json(), indent=2))
+        _print_json(made.to_json())
     else:
         print("\n".join(made.lines()))
     return 0
@@ -379,11 +381,9 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    import json
-
     from fedlora.scenario.schema import schema
 
-    print(json.dumps(schema(), indent=2))
+    _print_json(schema())
     return 0
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedlora import plugins
+from fedlora import plugins, returned
 from fedlora.adapter import Adapter, Instruction, Update
 from fedlora.data.store import Partition
 from fedlora.errors import ContractError, SettingError
@@ -280,6 +280,35 @@ def load(use: str, options: Mapping[str, Any]) -> Client:
     return client
 
 
+def check_returned(client: Client, update: object) -> None:
+    """Make sure that a client's training came to an update.
+
+    Raises:
+        ContractError: it came to something else.
+    """
+    name = returned.who(client, "fit")
+    if not isinstance(update, Update):
+        raise returned.wrong(name, update, "a fedlora.Update")
+    returned.tensors(name, update.adapter)
+    returned.figures(f"{name} in metrics", update.metrics)
+    if not isinstance(returned.plain(update.weight), int | float):
+        raise returned.wrong(f"{name} in weight", update.weight, "a number")
+    if not isinstance(update.clients, tuple):
+        raise returned.wrong(f"{name} in clients", update.clients, "(partition.client,)")
+
+
+def spends(client: Client, num_examples: int, settings: Settings) -> Event | None:
+    """What a client says that its training costs.
+
+    Raises:
+        ContractError: it is no event.
+    """
+    event = client.spends(num_examples, settings)
+    if event is not None and not isinstance(event, Event):
+        raise returned.wrong(returned.who(client, "spends"), event, "a fedlora.Event, or None")
+    return event
+
+
 def check_kept(client: Client) -> None:
     """Make sure that a client keeps no optimiser that has learnt something: it would carry it to the next client.
 
@@ -340,6 +369,18 @@ def smooth(task: "Task", parameters: "Mapping[str, torch.Tensor]", config: Mappi
         parameter.grad = (filtered if role == "A" else filtered.T).contiguous(
             memory_format=torch.contiguous_format
         )
+
+
+def pulled(parameters: "list[torch.Tensor]") -> bool:
+    """Whether a step should change something: a gradient is more than nothing, or none came at all.
+
+    What is learnt to a loss of 0 has gradients of 0, which is no fault of wiring.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return not grads or any(bool(grad.abs().max() > _NOTHING) for grad in grads)
+
+
+_NOTHING = 1e-6  # of a gradient: a step of it may be less than float32 tells
 
 
 def moved(parameters: "list[torch.Tensor]", received: "list[torch.Tensor]", each: bool) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+_LISTED = 60  # names in a line, at most
+
 
 def counted(count: int, thing: str) -> str:
     """A count and its noun, as `1 client` and `2 clients`."""
@@ -70,8 +72,17 @@ class Refusal(FedloraError):
         self.event = event
 
 
+def cut(word: object, most: int = 40) -> str:
+    """A name or a value as a line shows it: its first characters, where it is long."""
+    shown = str(word)
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """What to write instead of `word`: the nearest known name, else the list of all of them."""
+    """What to write instead of `word`: the nearest known name, else a list of those that are known."""
     names = sorted(known)
     near = get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    if near:
+        return f"did you mean {cut(near[0])!r}?"
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"known: {', '.join(map(cut, names[:_LISTED]))}{more}"

@@ -27,7 +27,7 @@ class _About(NamedTuple):
 _SHELVES: Mapping[Shelf, _About] = {
     "strategies": _About("strategy.use", "strategy"),
     "clients": _About("clients.use", "client"),
-    "tasks": _About("task", "task", ("adapted", "base_model", "contract", "dialogues", "loading")),
+    "tasks": _About("task", "task", ("adapted", "base_model", "contract", "dialogues", "loading", "weights")),
     "kinds": _About("model.adapter.kind", "kind of adapter", ("averages", "contract", "targets")),
 }
 

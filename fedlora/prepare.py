@@ -17,7 +17,7 @@ from fedlora.engine.setup import Setup
 from fedlora.errors import SettingError, UserError
 from fedlora.metrics import contract as metrics
 from fedlora.optimizers import steps
-from fedlora.privacy import accounting, calibrated, replay
+from fedlora.privacy import accounting, affordable, calibrated, replay
 from fedlora.privacy.mechanisms import bands
 from fedlora.privacy.mechanisms.central import Central
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
@@ -25,7 +25,7 @@ from fedlora.rounds import choice
 from fedlora.rounds.world import World
 from fedlora.scenario import Scenario
 from fedlora.seeding import Root
-from fedlora.tasks import base_model
+from fedlora.tasks import base_model, weights
 from fedlora.tasks import contract as tasks
 
 _FEW = 16  # numbers of examples for each of which bands are chosen
@@ -69,6 +69,8 @@ def prepare_server(scenario: Scenario) -> Prepared:
         raise SettingError(
             "strategy.use", f"{scenario.strategy.use} is judged by the test set, which sites have not: simulate it"
         )
+    if scenario.loss is not None and scenario.loss.class_weights == "balanced":
+        raise SettingError("loss.class_weights", "counts test rows, which sites do not see: write weights")
     data, total = scenario.data, scenario.clients.total
     every, labels = reading.read_test(data, scenario.task)
     test, validation = reading.set_aside(data, scenario.task, every)
@@ -152,7 +154,7 @@ def _prepared(
             *(dataset.cut, len(dataset.test), data.max_length),
         )
     setup = Setup(
-        scenario=scenario.model_dump(),
+        scenario=weights.resolved(scenario, dataset).model_dump(),
         dataset=dataset.folder,
         partitions=dataset.partition_folder,
         threads=engines.threads(scenario),
@@ -316,6 +318,7 @@ def calibrate(
             f"a client has {sizes[0]} examples, and a private batch takes {told.batch_size} of them on "
             "average; lower it, use fewer clients, or raise data.partition.min_examples",
         )
+    affordable.check(scenario, sizes)
     rates, steps = [told.rate(size) for size in sizes], scenario.rounds * told.local_steps
     groups = banded(scenario, data, search) or dict.fromkeys(sizes, 1)
     if asked.noise_multiplier is not None:
@@ -369,6 +372,7 @@ def central(scenario: Scenario, root: Root, search: calibrated.Search = accounti
             "whole client away now and then counts as private; write %.0e or less",
             *(asked.delta, told.total, 0.1 / told.total),
         )
+    affordable.check(scenario, ())
     rate, noise = told.cohort_size / told.total, asked.noise_multiplier
     if noise is None:
         assert asked.epsilon is not None

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedlora import plugins, wire
+from fedlora import plugins, returned, wire
 from fedlora.adapter import Adapter, Change, Instruction, Layout, Update
 from fedlora.errors import ContractError, SettingError
 from fedlora.kinds.averages import aggregation_error
@@ -130,7 +130,8 @@ class Strategy(FlowerStrategy):
     @property
     def held(self) -> list[str]:
         """The tensors that the server sends down: those that federate, but for what can never train."""
-        return sorted(name for name in self.federates(self.layout) if self.layout[name].trainable)
+        names = returned.names(self._who("federates"), self.federates(self.layout))
+        return sorted(name for name in names if self.layout[name].trainable)
 
     def trains(self, round: int, layout: Layout) -> Collection[str]:
         """The tensors that clients train in a round; by default all that federate."""
@@ -222,19 +223,35 @@ class Strategy(FlowerStrategy):
             adapter: the tensors that the server holds.
             ranks: of the round's clients, where they are below the server's.
         """
-        train = sorted(n for n in self.trains(round, self.layout) if self.layout[n].trainable)
-        sends = set(self.sends(round, self.layout))
+        trains = returned.names(self._who("trains"), self.trains(round, self.layout))
+        train = sorted(n for n in trains if self.layout[n].trainable)
+        sends = set(returned.names(self._who("sends"), self.sends(round, self.layout)))
+        keeps = returned.names(self._who("keeps"), self.keeps(self.layout))
         down = {name: adapter[name] for name in self.held}
         return Instruction(
             round=round,
-            adapter=self.receives(down, self.kind.r),
+            adapter=returned.tensors(self._who("receives"), self.receives(down, self.kind.r)),
             train=tuple(train),
             send=tuple(name for name in train if name in sends),
-            keep=tuple(name for name in train if name in self.keeps(self.layout)),
-            config=self.config(round),
+            keep=tuple(name for name in train if name in keeps),
+            config=returned.mapping(self._who("config"), self.config(round), "words"),
             ranked={rank: self.receives(down, rank) for rank in sorted(ranks) if rank != self.kind.r},
             draw=self.draw(round),
         )
+
+    def aggregated(self, adapter: Adapter, updates: Sequence[Update]) -> Merged:
+        """What `aggregate` returned, if that is what it should.
+
+        Raises:
+            ContractError: it is no mapping of arrays.
+        """
+        made, who = self.aggregate(adapter, updates), self._who("aggregate")
+        if isinstance(made, Merged):
+            return Merged(returned.tensors(who, made.adapter), made.base)
+        return Merged(returned.tensors(who, made), {})
+
+    def _who(self, method: str) -> str:
+        return returned.who(self, method)
 
     # Flower's interface, in terms of the above. `start` has no layout: there all that it sends trains.
 
@@ -246,7 +263,8 @@ class Strategy(FlowerStrategy):
         if self.layout:
             content = wire.pack_instruction(self.instruct(server_round, self._sent), self.layout)
         else:
-            words = ConfigRecord({**config, **self.config(server_round), wire.ROUND: server_round})
+            own = returned.mapping(self._who("config"), self.config(server_round), "words")
+            words = ConfigRecord({**config, **own, wire.ROUND: server_round})
             content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: words})
         return [
             Message(content=content, message_type=MessageType.TRAIN, dst_node_id=node)
@@ -261,10 +279,10 @@ class Strategy(FlowerStrategy):
         if not good:
             return None, None
         updates = [wire.unpack_update(reply, reply.metadata.src_node_id) for reply in good]
-        made = self.aggregate(self._sent, updates)
-        if isinstance(made, Merged):
+        made = self.aggregated(self._sent, updates)
+        if made.base:
             raise ContractError(f"{type(self).__name__} merges into the base, which Flower's own loop cannot do")
-        after = {**self._sent, **made}
+        after = {**self._sent, **made.adapter}
         return wire.to_arrays(after), MetricRecord({"clients": len(good)})
 
     def configure_evaluate(

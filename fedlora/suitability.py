@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fedlora import plugins
+from fedlora import plugins, returned
 from fedlora.adapter import Slot
 from fedlora.errors import SettingError
 from fedlora.kinds.contract import Kind
@@ -137,7 +137,8 @@ def check_bound(strategy: Strategy) -> None:
         SettingError: it does not.
     """
     layout = strategy.layout
-    for what, names in (("federates", strategy.federates(layout)), ("trains", strategy.trains(1, layout))):
+    for what, named in (("federates", strategy.federates(layout)), ("trains", strategy.trains(1, layout))):
+        names = returned.names(returned.who(strategy, what), named)
         if strange := sorted(set(names) - set(layout)):
             raise SettingError("strategy.use", f"{what} {strange[0]!r}, which the adapter does not have")
     if not any(layout[name].trainable for name in strategy.trains(1, layout)):

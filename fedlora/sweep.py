@@ -28,6 +28,7 @@ from fedlora.privacy.together import total_epsilon
 from fedlora.reports.comparison import Comparison, final
 from fedlora.reports.console import Silent
 from fedlora.reports.page import save
+from fedlora.returned import finite
 from fedlora.rounds.choice import directions
 from fedlora.run import Run
 from fedlora.scenario import Float, Int, PositiveInt, Scenario, Section
@@ -284,7 +285,7 @@ def sweep(
         "privacy": cost,
     }
     save(comparison.html(), folder / "comparison.html")
-    (folder / "sweep.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "sweep.json").write_text(json.dumps(finite(summary), indent=2) + "\n")
     return Outcome(folder, comparison, summary)
 
 

@@ -30,6 +30,7 @@ from fedlora.privacy.accounting import Event
 from fedlora.privacy.together import total_epsilon
 from fedlora.reports.tables import Table
 from fedlora.reports.verdicts import UNLEARNT, Verdict, verdicts
+from fedlora.returned import finite
 from fedlora.rounds.choice import OF_VALIDATION
 from fedlora.run import Run
 from fedlora.scenario import Privacy, Sampled, Scenario
@@ -212,7 +213,7 @@ class _Search:
             "trials": [asdict(trial) for trial in trials],
         }
         kept |= {"best": best and best.rate, "epsilon_total": tuned.epsilon_total, "costs": tuned.costs}
-        (self.folder / "tuning.json").write_text(json.dumps(kept, indent=2) + "\n")
+        (self.folder / "tuning.json").write_text(json.dumps(finite(kept), indent=2) + "\n")
         return tuned
 
     def _check_validation(self) -> None:

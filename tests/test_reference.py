@@ -17,7 +17,7 @@ def test_a_key_is_explained(capsys):
         "  values:   number (above 0)\n"
         "  default:  required\n"
         "  example:  data: {partition: {kind: dirichlet, alpha: 0.3}}\n"
-        "  beside:   kind, min_examples\n"
+        "  beside:   seed, kind, min_examples\n"
     )
 
 

@@ -23,6 +23,7 @@ from fedlora.privacy import ledger
 from fedlora.privacy.accounting import Event
 from fedlora.reports import charts
 from fedlora.reports.console import Display
+from fedlora.returned import finite
 from fedlora.rounds.checkpoint import whole_folder
 from fedlora.scenario import Scenario
 from fedlora.seeding import generator
@@ -171,7 +172,9 @@ def audit(
             seconds=round(time.perf_counter() - began, 1),
         )
         (new / "scenario.yaml").write_text(scenario.to_yaml())
-        (new / "audit.json").write_text(json.dumps({**asdict(made), "refuted": made.refuted}, indent=2) + "\n")
+        (new / "audit.json").write_text(
+            json.dumps(finite({**asdict(made), "refuted": made.refuted}), indent=2) + "\n"
+        )
         _plot(new / "audit.png", made, tuple(rated.values()), hidden.included)
     return made
 

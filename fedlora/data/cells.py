@@ -2,9 +2,12 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
+
+import numpy as np
 
 from fedlora import plugins
 from fedlora import scenario as settings
@@ -52,6 +55,7 @@ class Taught:
         messages: the column of chats; None where rows have a prompt or a text.
         scored: which turns of the assistant are judged.
         prompt: the template of prompts; None where a column has them.
+        encoding: of files; None: UTF-8, or what their marks say.
     """
 
     target: str
@@ -61,12 +65,13 @@ class Taught:
     messages: str | None = None
     scored: Literal["all", "last"] = "all"
     prompt: str | None = None
+    encoding: str | None = None
 
     @classmethod
     def of(cls, data: settings.Data, task: str) -> Self:
         """By a scenario."""
         told = (plugins.find("tasks", task).target, data.score, data.labels, settings.COLUMNS_OF.get(task, {}))
-        return cls(*told, data.messages, data.scored, data.prompt)
+        return cls(*told, data.messages, data.scored, data.prompt, data.encoding)
 
     def read(
         self,
@@ -196,8 +201,48 @@ def completions(cells: Sequence[Sequence[Any]], columns: Sequence[Column]) -> li
     return made
 
 
+def words(cells: Sequence[Any], column: Column, whole: bool = False) -> list[str]:
+    """Cells as text: texts and numbers, and of labels truth values; a float that is a whole number is one.
+
+    Args:
+        cells: of which none is empty.
+        column: that they are of.
+        whole: whether they are names, of labels or owners: where all are written as whole numbers, `1.0` is `1`.
+
+    Raises:
+        SettingError: a cell is a list, a mapping or anything else that is no text.
+    """
+    made = []
+    for row, cell in enumerate(cells, 1):
+        if isinstance(cell, str):
+            made.append(cell)
+        elif isinstance(cell, bool | np.bool_):
+            if not whole:
+                raise column.wrong(row, "is no text")
+            made.append(str(bool(cell)))
+        elif isinstance(cell, int | np.integer):
+            made.append(str(int(cell)))
+        elif isinstance(cell, float | np.floating):
+            value = float(cell)
+            made.append(str(int(value)) if value.is_integer() and abs(value) < _WHOLE else repr(value))
+        elif whole and hasattr(cell, "isoformat"):
+            made.append(str(cell))  # a day
+        else:
+            kind = "a list" if hasattr(cell, "__len__") and not isinstance(cell, Mapping | bytes) else "no text"
+            kind = "an object of keys" if isinstance(cell, Mapping) else kind
+            raise column.wrong(row, f"is {kind}, and should be text: name another column, or write it out")
+    if whole and all(map(_NUMBER.fullmatch, made)):
+        return [cell.partition(".")[0] for cell in made]
+    return made
+
+
+_NONE = ("NAType", "NaTType")  # of pandas
+_WHOLE = 2**53  # below it floats have every whole number
+_NUMBER = re.compile(r"-?\d+(\.0*)?")
+
+
 def missing(cell: Any) -> bool:
     """Whether a cell is empty, as files have it; an empty list is not."""
     if isinstance(cell, str):
         return not cell.strip()
-    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+    return cell is None or type(cell).__name__ in _NONE or (isinstance(cell, float) and math.isnan(cell))

@@ -6,6 +6,7 @@ A client is a slice or a draw, never a Python object.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,9 @@ def _split(
 ) -> list[NDArray[np.int64]]:
     if isinstance(how, settings.LabelShares):
         return _by_label_shares(how.shares, targets, num_clients, seed)
+    if isinstance(how, settings.Natural):
+        assert owners is not None
+        return _by_owner(how.column, owners, num_clients)
     order = generator(seed, "partition").permutation(len(targets))
     if isinstance(how, settings.Iid):  # as IidPartitioner cuts them, at once
         return [np.sort(part) for part in np.array_split(order, num_clients)]
@@ -154,9 +158,6 @@ def _split(
 
     partition_seed = int.from_bytes(key(seed, "partitioner"), "big")
     columns: dict[str, Any] = {"row": order, "label": targets[order]}
-    if isinstance(how, settings.Natural):
-        assert owners is not None
-        columns["owner"] = [owners[row] for row in order]
     match how:
         case settings.Dirichlet():
             made = flwr.DirichletPartitioner(
@@ -173,27 +174,60 @@ def _split(
                 "exponential": flwr.ExponentialPartitioner,
             }
             made = by[how.growth](num_clients)
-        case settings.Natural():
-            made = flwr.NaturalIdPartitioner("owner")
-    made.dataset = datasets.Dataset.from_dict(columns).with_format("numpy")
+    table = datasets.Dataset.from_dict(columns).with_format("numpy")
+    table.__class__ = _whole_columns()
+    made.dataset = table
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a retry of the draw is no news to the user
-            if isinstance(how, settings.Natural) and made.num_partitions != num_clients:
-                raise SettingError(
-                    "clients.total",
-                    f"column {how.column!r} has {made.num_partitions} values: set clients.total to that",
-                )
-            return [np.sort(np.asarray(made.load_partition(k)["row"], np.int64)) for k in range(num_clients)]
+            return [
+                np.sort(np.asarray(made.load_partition(k).with_format("numpy")[:]["row"], np.int64))
+                for k in range(num_clients)
+            ]
     except (ValueError, IndexError, ArithmeticError) as error:
         reason = str(error).splitlines()[0]
         if isinstance(how, settings.Shards):
             reason = f"{num_clients} clients with {how.shards_per_client} shards each need more examples"
+        if isinstance(how, settings.Pathological):
+            counts = np.unique(targets, return_counts=True)[1]
+            reason = (
+                f"{num_clients} clients with labels_per_client {how.labels_per_client} share each label out, and "
+                f"the rarest has {counts.min()} rows: use fewer clients, or leave rare labels out"
+            )
+            if how.labels_per_client > len(counts):
+                reason = (
+                    f"labels_per_client is {how.labels_per_client}, and there are {len(counts)} labels: lower it"
+                )
         if isinstance(how, settings.Size):
             reason = f"{how.growth} growth leaves the least of {num_clients} clients no example; use fewer clients"
         if isinstance(how, settings.Dirichlet):
             reason = f"no draw gave every client {how.min_examples} examples: raise alpha, or lower min_examples"
         raise SettingError("data.partition", reason) from error
+
+
+@cache
+def _whole_columns() -> type[Any]:
+    """A class of datasets that gives a column at once; those of the library go over it row by row."""
+    import datasets
+
+    class Whole(datasets.Dataset):  # type: ignore[misc]
+        def __getitem__(self, key: Any) -> Any:
+            if isinstance(key, str) and self._indices is None:
+                return self._data.column(key).to_numpy()
+            return super().__getitem__(key)
+
+    return Whole
+
+
+def _by_owner(column: str, owners: Sequence[str], num_clients: int) -> list[NDArray[np.int64]]:
+    """The rows of each value of a column, in the order of the values as text."""
+    if len(names := sorted(set(owners))) != num_clients:
+        raise SettingError(
+            "clients.total", f"column {column!r} has {len(names)} values: set clients.total to that"
+        )
+    number = {name: client for client, name in enumerate(names)}
+    of = np.array([number[owner] for owner in owners])
+    return [np.flatnonzero(of == client) for client in range(num_clients)]
 
 
 def _by_label_shares(

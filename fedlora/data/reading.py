@@ -1,24 +1,22 @@
 """Rows of a source, before they are encoded: of local files, of the Hub, or of a named dataset."""
 
-import contextlib
-import hashlib
 import importlib.util
-import logging
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedlora import plugins
 from fedlora import scenario as settings
 from fedlora.data import chats, tagged
-from fedlora.data.cells import Column, Label, Taught, missing
-from fedlora.data.partitions import draw
-from fedlora.data.tables import read_table
-from fedlora.errors import SettingError, counted, suggestion
+from fedlora.data.cells import Column, Label, Taught, missing, words
+from fedlora.data.holding import hold_out
+from fedlora.data.hub import load
+from fedlora.data.hub import quiet_hub as quiet_hub
+from fedlora.data.tables import no_column, read_table
+from fedlora.errors import SettingError, cut
 from fedlora.scenario import templates
 
 # Named datasets that live on the Hub. gsm8k has `question` and `answer`, the prompt and its completion.
@@ -72,10 +70,19 @@ def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
         train, test = _read_hub(hub, owner, taught)
     if not train.texts:
         raise SettingError("data", "the training set is empty")
-    if test is None:
-        train, test = _hold_out(train, data.test_share)
-    if not test.texts:
+    if taught.target == "class" and data.labels is None:
+        check_names(f"data.{'files' if data.files else 'hub'}.label", sorted(train.classes), len(train.texts))
+    if test is not None and not test.texts:
         raise SettingError("data", "the test set is empty; give more examples, or a larger data.test_share")
+    if test is None:
+        whole, (train, test) = train, _hold_out(train, data.test_share, taught.target)
+        if not test.texts:
+            different = len(set(whole.texts))
+            raise SettingError(
+                "data.test_share",
+                f"the test set is empty: of {len(whole.texts)} rows with {different} different texts, of which "
+                "equal ones stay together, each label and client keeps one to train on; give more, or test rows",
+            )
     return train, test
 
 
@@ -95,7 +102,7 @@ def set_aside(data: settings.Data, task: str, test: Rows) -> tuple[Rows, Rows]:
     elif data.hub is not None and data.hub.validation is not None:
         chosen = _read_split(data.hub, "validation", data.hub.validation, None, Taught.of(data, task))
     elif data.validation_share is not None:
-        test, chosen = _hold_out(test, data.validation_share, again=True)
+        test, chosen = _hold_out(test, data.validation_share, Taught.of(data, task).target, again=True)
     else:
         return test, NOTHING
     if not test.texts or not chosen.texts:
@@ -139,26 +146,6 @@ def read_site(files: settings.Files, labels: Sequence[str] | None, taught: Taugh
     return left, len(rows.texts) - len(kept)
 
 
-def check(data: settings.Data, task: str, num_clients: int) -> None:
-    """What can be said about data without a tokenizer, and without the Hub.
-
-    Raises:
-        SettingError: a local source cannot be read, or has fewer examples than there are clients.
-    """
-    if data.files is None and data.dataset != "tweets":
-        return
-    train, test = read(data, task)
-    set_aside(data, task, test)
-    if (known := data.public) and (known.files is not None or known.dataset == "tweets"):
-        read_public(data, task, label_names(data, train, task))
-    if isinstance(data.partition, settings.Sampled):
-        draw(data.partition, len(train.texts), data.client_test_share, num_clients, 0)
-    elif num_clients > len(train.texts):
-        raise SettingError(
-            "clients.total", f"{counted(num_clients, 'client')}, and only {counted(len(train.texts), 'example')}"
-        )
-
-
 def public(data: settings.Data) -> settings.Data:
     """The settings with the public rows in the place of the clients'."""
     assert data.public is not None
@@ -196,7 +183,8 @@ def label_names(data: settings.Data, rows: Rows, task: str) -> tuple[str, ...]:
         return ()
     names = data.labels or named(rows, task)
     if len(names) < 2:
-        raise SettingError("data", f"{task} needs two labels or more, and there is only {list(names)}")
+        only = [cut(name) for name in names]
+        raise SettingError("data", f"{task} needs two labels or more, and there is only {only}")
     check_labels("data.labels", rows, names, "the data has labels that it does not name")
     return names
 
@@ -208,6 +196,35 @@ def named(rows: Rows, task: str) -> tuple[str, ...]:
     return tuple(sorted(rows.classes))
 
 
+def check_names(key: str, names: Sequence[str], count: int) -> None:
+    """Make sure that names are of classes, and neither scores nor texts; none of them is shown.
+
+    Args:
+        key: of the column.
+        names: of the labels.
+        count: of rows.
+
+    Raises:
+        SettingError: they are numbers with fractions, or nearly as many as rows.
+    """
+    if len(names) > 1 and all(map(_SCORE.fullmatch, names)) and any("." in name for name in names):
+        raise SettingError(
+            key,
+            f"holds {len(names)} different numbers with fractions, as scores are: write task: regression with "
+            "data.score, or name them in data.labels if they are names",
+        )
+    if len(names) > max(_FEW, count / 2):
+        raise SettingError(
+            key,
+            f"has {len(names)} different values in {count} rows, as no column of labels has: name another, or "
+            "write task: causal_lm to learn texts",
+        )
+
+
+_FEW = 20  # labels, of which no number of rows is too few
+_SCORE = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
+
+
 def check_labels(key: str, rows: Rows, names: Sequence[str], what: str) -> None:
     """Make sure that rows have no other labels than those named.
 
@@ -215,7 +232,10 @@ def check_labels(key: str, rows: Rows, names: Sequence[str], what: str) -> None:
         SettingError: of `key`, with `what` is wrong; they have.
     """
     if names and (strange := sorted(rows.classes - set(names))):
-        raise SettingError(key, f"{what}: {strange[:5]}")
+        alike = {name.strip().casefold(): name for name in names}
+        near = [name for name in strange if name.strip().casefold() in alike]
+        hint = "; some differ from them by blanks or case alone" if near else ""
+        raise SettingError(key, f"{what}: {[cut(name) for name in strange[:5]]}{hint}")
 
 
 def _read_tweets(owner: str | None) -> Rows:
@@ -240,7 +260,10 @@ def columns_of(path: Path) -> dict[str, list[str]]:
         SettingError: it cannot be read.
     """
     table = read_table("data.files.train", path, None)
-    return {str(name): [str(value) for value in table[name].tolist()] for name in table.columns}
+    columns = {str(name): [str(value) for value in table[name].tolist()] for name in table.columns}
+    if table.attrs.get("private") and any(name in values for name, values in columns.items()):
+        raise SettingError("data.files.train", f"{path}: its first line is a row: write names of columns above it")
+    return columns
 
 
 def _read_files(files: settings.Files, owner: str | None, taught: Taught) -> tuple[Rows, Rows | None]:
@@ -250,33 +273,29 @@ def _read_files(files: settings.Files, owner: str | None, taught: Taught) -> tup
 
 def _read_rows(files: settings.Files, key: str, path: str, owner: str | None, taught: Taught) -> Rows:
     """The rows of a file, which the setting `key` names."""
-    table = read_table(f"data.files.{key}", Path(path), files.columns)
+    table = read_table(f"data.files.{key}", Path(path), files.columns, taught.encoding)
 
     def held(setting: str, name: str) -> Any:
         if name not in table.columns:
-            known = [str(c) for c in table.columns]
-            raise SettingError(setting, f"{path} has no column {name!r}: {suggestion(name, known)}")
+            raise no_column(setting, path, name, table)
         return table[name]
 
     def column(setting: str, name: str) -> list[str]:
-        values = held(setting, name)
-        _complete(setting, path, name, values.isna() | (values.eq("") if setting != "data.files.text" else False))
-        return [str(v) for v in values.tolist()]
+        of_text, told = setting == "data.files.text", held(setting, name).tolist()
+        for row, cell in enumerate(told, 1):
+            if not (of_text and isinstance(cell, str)) and missing(cell):
+                raise SettingError(setting, f"{path}: row {row} has no {cut(name)!r}")
+        names = setting == "data.partition.column" or (taught.target == "class" and not of_text)
+        return words(told, Column(setting, path, name), names)
 
     def cells(setting: str, name: str) -> list[Any]:
-        values = held(setting, name)
-        if taught.target == "marks":
-            _complete(setting, path, name, values.isna())
-        return list(values.tolist())
+        told = list(held(setting, name).tolist())
+        lacking = (row for row, cell in enumerate(told, 1) if missing(cell) and not isinstance(cell, str))
+        if taught.target == "marks" and (row := next(lacking, None)):
+            raise SettingError(setting, f"{path}: row {row} has no {cut(name)!r}")
+        return told
 
     return _rows(files, path, owner, taught, column, cells, partial(column, "data.files.text"))
-
-
-def _complete(setting: str, path: str, name: str, empty: Any) -> None:
-    """Make sure that no row lacks a value."""
-    if empty.any():
-        at = int(np.flatnonzero(empty.to_numpy())[0]) + 1
-        raise SettingError(setting, f"{path}: row {at} has no {name!r}")
 
 
 def _rows(
@@ -312,7 +331,7 @@ def _rows(
         chats.no_lists(cells(f"{key}.text", named.text), Column(f"{key}.text", source, named.text))
     label = f"{key}.label"
     return Rows(
-        _inputs(named.text, inputs) if taught.prompt is None else prompts_of(taught.prompt, cells),
+        _inputs(named.text, inputs) if taught.prompt is None else prompts_of(taught.prompt, cells, source),
         taught.read(named, source, partial(column, label), partial(cells, label)),
         owners,
     )
@@ -326,17 +345,21 @@ def _inputs(names: str | tuple[str, ...], column: Callable[[str], list[str]]) ->
     return [*zip(first, second, strict=True)]
 
 
-def prompts_of(template: str, cells: Callable[[str, str], list[Any]]) -> list[str]:
+def prompts_of(template: str, cells: Callable[[str, str], list[Any]], source: str) -> list[str]:
     """A template with the values of each row.
 
     Args:
         template: of `data.prompt`.
         cells: gives a column, for the setting that names it.
+        source: the table, for errors.
+
+    Raises:
+        SettingError: a cell is no text.
     """
-    columns = {
-        name: ["" if missing(cell) else str(cell) for cell in cells("data.prompt", name)]
-        for name in templates.columns(template)
-    }
+    columns = {}
+    for name in templates.columns(template):
+        told = ["" if missing(cell) else cell for cell in cells("data.prompt", name)]
+        columns[name] = words(told, Column("data.prompt", source, name))
     rows = zip(*columns.values(), strict=True)
     return [templates.filled(template, dict(zip(columns, row, strict=True))) for row in rows]
 
@@ -348,78 +371,27 @@ def _read_hub(hub: settings.Hub, owner: str | None, taught: Taught) -> tuple[Row
 
 def _read_split(hub: settings.Hub, key: str, split: str, owner: str | None, taught: Taught) -> Rows:
     """The rows of a split, which the setting `key` of the hub names."""
-    import datasets
-
-    try:
-        with quiet_hub():
-            if (Path(hub.path) / "dataset_dict.json").exists():
-                table = datasets.load_from_disk(hub.path)[split]
-            else:
-                table = datasets.load_dataset(hub.path, hub.config, revision=hub.revision, split=split)
-    except Exception as error:  # whatever the Hub, the network or the cache raise
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SettingError(
-            f"data.hub.{key}",
-            f"cannot load {hub.path}, split {split!r}, from the Hub or its cache: {what}",
-        ) from error
-
-    def feature(setting: str, name: str) -> Any:
-        if name not in table.column_names:
-            raise SettingError(
-                setting, f"{hub.path} has no column {name!r}: {suggestion(name, table.column_names)}"
-            )
-        return table.features[name]
-
-    def column(setting: str, name: str) -> list[str]:
-        kind = feature(setting, name)
-        named = kind.int2str if isinstance(kind, datasets.ClassLabel) else str
-        return [named(v) for v in table[name]]
-
-    def cells(setting: str, name: str) -> list[Any]:
-        kind = feature(setting, name)
-        inner = getattr(kind, "feature", None)  # of a list
-        if isinstance(inner, datasets.ClassLabel):
-            return [inner.int2str(list(v or ())) for v in table[name]]
-        return column(setting, name) if isinstance(kind, datasets.ClassLabel) else list(table[name])
-
-    def inputs(name: str) -> list[Any]:
-        if isinstance(table.features.get(name), datasets.Image):
-            return _files_of(table, name)
-        return column("data.hub.text", name)
-
-    return _rows(hub, f"{hub.path}, split {split!r}", owner, taught, column, cells, inputs)
+    return _rows(hub, f"{hub.path}, split {split!r}", owner, taught, *load(hub, key, split, taught))
 
 
-def _files_of(table: Any, name: str) -> list[bytes]:
-    """Each image of a column as its file holds it, not decoded."""
-    import datasets
-
-    held = table.cast_column(name, datasets.Image(decode=False))[name]
-    return [image["bytes"] or Path(image["path"]).read_bytes() for image in held]
-
-
-@contextlib.contextmanager
-def quiet_hub() -> Iterator[None]:
-    """No line of huggingface_hub's for each retry: what failed in the end is said once, by us."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _hold_out(rows: Rows, share: float, again: bool = False) -> tuple[Rows, Rows]:
-    """Split off a test set by a hash of each text: the same for every seed, and equal texts stay together.
+def _hold_out(rows: Rows, share: float, target: str, again: bool = False) -> tuple[Rows, Rows]:
+    """Split off a share of the rows, as `fedlora.data.holding` says.
 
     Args:
         rows: to split.
         share: to split off.
-        again: what is split was split off itself: by other bytes of the hash.
+        target: of the task: no label of classes, and no owner, is split off whole.
+        again: what is split was split off itself.
     """
-    limit, at = int(share * 2**32), slice(4, 8) if again else slice(4)
-    held = [int.from_bytes(hashlib.sha1(as_bytes(t)).digest()[at], "big") < limit for t in rows.texts]
+    none: Sequence[Any] = [()] * len(rows.texts)
+    labels = (rows.labels or none) if target in ("class", "many", "marks") else none
+    owned = none if rows.owners is None else [[("owner", owner)] for owner in rows.owners]
+    kinds = [
+        {*([label] if isinstance(label, str) else label), *owner}
+        for label, owner in zip(labels, owned, strict=True)
+    ]
+    key = "data.validation_share" if again else "data.test_share"
+    held = hold_out([as_bytes(text) for text in rows.texts], share, kinds, again, key)
 
     def pick(test: bool) -> Rows:
         def keep(column: Sequence[Any] | None) -> list[Any] | None:

@@ -6,6 +6,7 @@ array of row numbers and one of offsets; or nothing but the seed, where clients 
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -17,13 +18,20 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora import plugins
 from fedlora import scenario as settings
+from fedlora.data.notes import notes
 from fedlora.data.partitions import Drawn, Stored, classes, draw, keep_back, split
 from fedlora.data.reading import NOTHING, Input, Rows, as_bytes, check_labels, label_names, read, set_aside
+from fedlora.errors import UserError
 from fedlora.seeding import Root
 
+_ELSEWHERE = "name a folder that can be written, FEDLORA_CACHE=/some/folder"
 _DRAWN = "drawn.json"  # in the place of a partition's arrays
+_NAMES = "names.json"  # what clients are called, by a natural column
 Targets = NDArray[np.int64] | NDArray[np.uint8] | NDArray[np.float32]
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = "2"  # raise it when what is cached changes its meaning
 
@@ -134,6 +142,7 @@ class Dataset:
     labels: tuple[str, ...]  # names of classes, or of scores, in order; empty for causal_lm
     holdings: Stored | Drawn
     cut: int = 0  # test rows that lost something that is judged to `data.max_length`
+    names: tuple[str, ...] = ()  # of clients, by their natural column; none elsewhere
 
     @classmethod
     def open(cls, folder: Path, partition_folder: Path) -> Self:
@@ -151,6 +160,9 @@ class Dataset:
             if drawn.exists()
             else Stored(*(_map(partition_folder / f"{name}.npy") for name in names)),
             cut=meta.get("cut", 0),
+            names=tuple(json.loads((partition_folder / _NAMES).read_text(encoding="utf-8")))
+            if (partition_folder / _NAMES).exists()
+            else (),
         )
 
     @property
@@ -162,6 +174,11 @@ class Dataset:
     def num_clients(self) -> int:
         """Clients that hold examples."""
         return self.holdings.num_clients
+
+    @property
+    def largest_token(self) -> int:
+        """The highest token id of any example."""
+        return max(int(part.tokens.max(initial=0)) for part in (self.train, self.test, self.validation))
 
     def num_examples(self, client: int) -> int:
         """Examples that a client trains on."""
@@ -218,7 +235,12 @@ def cache_folder() -> Path:
     """Where tokenised data is kept: `$FEDLORA_CACHE`, else `$XDG_CACHE_HOME/fedlora`, else `~/.cache/fedlora`."""
     if given := os.environ.get("FEDLORA_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedlora"
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "fedlora"
+    try:
+        return Path.home() / ".cache" / "fedlora"
+    except RuntimeError as error:
+        raise UserError(f"there is no home folder to keep tokenised data in: {_ELSEWHERE}") from error
 
 
 def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode: Encode, encoding: str) -> Dataset:
@@ -228,7 +250,7 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
         data: what to read and how to split it.
         task: of the scenario.
         num_clients: partitions to make.
-        seed: of the partition. The test set does not depend on it.
+        seed: of the partition, where `data.partition` has none. The test set does not depend on it.
         encode: turns rows of text into tokens.
         encoding: a fingerprint of `encode`; another tokenizer gives another cache entry.
 
@@ -240,8 +262,11 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
     check_labels("data", test, names, "the test set has labels that the training set has not")
     test, validation = set_aside(data, task, test)
     check_labels("data", validation, names, "the validation set has labels that the training set has not")
+    for note in notes(train, test, validation, names, plugins.find("tasks", task).target):
+        logger.warning("%s", note)
+    seed = seed if data.partition.seed is None else data.partition.seed
     folder = _tokenised(data, task, train, test, validation, names, encode, encoding)
-    how = f"{data.partition.model_dump_json()} {data.client_test_share}"
+    how = f"{data.partition.model_dump_json(exclude={'seed'})} {data.client_test_share}"
     owners = _fingerprint(*train.owners) if train.owners else ""
 
     def write(to: Path) -> None:
@@ -252,8 +277,10 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
             return
         parts = split(data.partition, classes(targets), train.owners, num_clients, seed)
         _write_partitions(to, data.client_test_share, parts, seed)
+        if train.owners is not None:
+            (to / _NAMES).write_text(json.dumps([train.owners[part[0]] for part in parts]), encoding="utf-8")
 
-    key = _fingerprint(_FORMAT, how, owners, str(num_clients), str(seed))
+    key = _fingerprint(_FORMAT, _NAMES if owners else "", how, owners, str(num_clients), str(seed))
     return Dataset.open(folder, cached(folder.with_name(f"{folder.name}-{key}"), write))
 
 
@@ -387,8 +414,12 @@ def cached(folder: Path, make: Callable[[Path], None]) -> Path:
     """
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    except OSError as error:
+        what = f"{folder.parent}: tokenised data cannot be kept there: {error.strerror or error}"
+        raise UserError(f"{what}: {_ELSEWHERE}") from error
     try:
         make(temporary)
         temporary.chmod(0o700)

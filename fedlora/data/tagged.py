@@ -193,7 +193,7 @@ def _whole(number: Any) -> TypeGuard[int]:
     return isinstance(number, int | np.integer) and not isinstance(number, bool)
 
 
-def read_conll(key: str, path: Path, columns: Sequence[str] | None) -> dict[str, list[list[str]]]:
+def read_conll(key: str, path: Path, text: str, columns: Sequence[str] | None) -> dict[str, list[list[str]]]:
     """The sentences of a CoNLL file, by column.
 
     Fields are parted by tabs, or by spaces where a line has none. Blank lines part sentences; comments, such as
@@ -201,14 +201,15 @@ def read_conll(key: str, path: Path, columns: Sequence[str] | None) -> dict[str,
 
     Args:
         key: of the scenario, that names the file.
-        path: of the file.
+        path: of the file, for errors.
+        text: that it holds.
         columns: names of the fields; None: the first is of `tokens`, the last of `tags`.
 
     Raises:
         SettingError: a line has other fields.
     """
     found: list[list[list[str]]] = [[]]  # sentences, of lines, of fields
-    for at, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for at, line in enumerate(text.split("\n"), 1):
         fields = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
         if not line.strip() or fields[0] == "-DOCSTART-":
             found.append([])

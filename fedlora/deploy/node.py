@@ -241,7 +241,7 @@ class Node:
             else:
                 told = self.site.data.labels
                 taught, held = Taught.of(scenario.data, scenario.task), self.site.data
-                taught = replace(taught, messages=held.messages, prompt=held.prompt)
+                taught = replace(taught, messages=held.messages, prompt=held.prompt, encoding=held.encoding)
                 rows, left_out = reading.read_site(held, told, taught)
                 if left_out:
                     logger.warning("%d rows are left out: their label is not in data.labels", left_out)

@@ -20,6 +20,7 @@ from typing import Any
 from fedlora.errors import UserError
 from fedlora.privacy import ledger
 from fedlora.reports.console import Display
+from fedlora.returned import finite
 from fedlora.run import Run
 from fedlora.scenario import Scenario, load
 
@@ -172,8 +173,8 @@ def _without_counts(folder: Path) -> dict[str, bytes | None]:
     """The files of a run folder that tell who was drawn, or how many, as they may travel; None: not at all."""
     run = Run.open(folder)
     made: dict[str, bytes | None] = {"clients.jsonl": None}
-    made["metrics.jsonl"] = "".join(json.dumps(_uncounted(line)) + "\n" for line in run.rounds).encode()
-    made["summary.json"] = (json.dumps(_uncounted(run.summary), indent=2) + "\n").encode()
+    made["metrics.jsonl"] = "".join(json.dumps(finite(_uncounted(line))) + "\n" for line in run.rounds).encode()
+    made["summary.json"] = (json.dumps(finite(_uncounted(run.summary)), indent=2) + "\n").encode()
     file = folder / "privacy.jsonl"
     if file.exists() and any(line["client"] is not None for line in ledger.read(file)):
         made |= {"privacy.jsonl": None, "privacy.head": None}

@@ -27,6 +27,7 @@ _MOST_WORDS, _MOST_CONTENT = 2**20, 2**34
 _START = 120.0  # seconds that a resident may take to listen
 _PAUSE = 0.02  # seconds between two looks for one
 _HERE = b"!"  # its first byte to whoever it takes in
+_SHORT = 107 - len("/0123456789abcdef.sock")  # bytes of a folder: the path of a socket has 107 at most
 _IDLE = 300.0  # seconds without a request after which one ends where no site file says
 
 logger = logging.getLogger("fedlora.deploy.resident")
@@ -81,7 +82,10 @@ def home() -> Path:
     Raises:
         Unreachable: somebody else made it, or opened it.
     """
-    folder = Path(tempfile.gettempdir()) / f"fedlora-{os.getuid()}"
+    name = f"fedlora-{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / name
+    if len(os.fsencode(folder)) > _SHORT:
+        folder = Path("/tmp") / name
     folder.mkdir(mode=0o700, exist_ok=True)
     if (there := folder.stat()).st_uid != os.getuid() or there.st_mode & 0o077:
         raise Unreachable(f"{folder} is open to others")

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 from fedlora.errors import SettingError, UserError, suggestion
 from fedlora.privacy.accounting import Accountant
 from fedlora.scenario import (
+    Encoding,
     Files,
     Float,
     Int,
@@ -39,6 +40,7 @@ class Held(Files):
             Example: `{low: 0, high: 5}`.
         messages: Column of chats, where rows hold these. null: rows hold prompts and completions. Example:
             `messages`.
+        encoding: Encoding of the file. null: UTF-8, or as the mark at its beginning says. Example: `cp1252`.
         prompt: Template of prompts by columns of the site's rows. null: `text` is the prompt. Example:
             `'{question} {hint}'`.
     """
@@ -46,6 +48,7 @@ class Held(Files):
     labels: tuple[str, ...] | None = None
     score: Score | None = None
     messages: str | None = None
+    encoding: Encoding | None = None
     prompt: Template | None = None
 
 

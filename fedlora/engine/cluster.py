@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import weakref
@@ -13,6 +14,8 @@ from typing import Any
 
 from fedlora.engine.hardware import Node
 from fedlora.errors import UserError
+
+_SHORT = 30  # characters of a folder that has room for a session's sockets, of 107
 
 SILENCE = 15.0  # seconds for which a cluster's head may not answer; Ray itself ends this process after 60
 
@@ -66,6 +69,8 @@ class Cluster:
                     "object_store_memory": 512 * 2**20,
                 }
             )
+            if not self.address and len(tempfile.gettempdir()) > _SHORT:  # paths of its sockets are short
+                options["_temp_dir"] = f"/tmp/ray-{os.getuid()}"
             before = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)

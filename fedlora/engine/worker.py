@@ -55,15 +55,15 @@ class Worker:
         hardware.settle()
         import torch
 
-        from fedlora.tasks import loading
+        from fedlora.tasks import loading, weights
 
         torch.set_num_threads(setup.threads)
         device = hardware.device(setup.device)
         self.setup = setup = replace(setup, device=device, precision=hardware.precision(setup.precision, device))
         self.scenario = Scenario.model_validate(setup.scenario)
         self.dataset = Dataset.open(setup.dataset, setup.partitions)
-        model, told = self.scenario.model, self.scenario.clients
-        self.client = clients.load(told.use, told.options)
+        model = self.scenario.model
+        self.client = clients.load(self.scenario.clients.use, self.scenario.clients.options)
         strategy = strategies.load(self.scenario.strategy.use, self.scenario.strategy.options)
         start = starting.read(self.scenario, self.dataset.labels) if device != "meta" else None
         with hardware.on_gpu("a worker"):
@@ -87,8 +87,8 @@ class Worker:
                 checkpointing=model.checkpointing,
             )
         if self.task.tokens and self.scenario.privacy is None:
-            parts = (self.dataset.train, self.dataset.test, self.dataset.validation)
-            check_tokens(self.task.model, max(int(part.tokens.max(initial=0)) for part in parts))
+            check_tokens(self.task.model, self.dataset.largest_token)
+        weights.weigh(self.task, self.scenario, self.dataset.labels)
         self.kept: Kept | None = None
         if self.task.prefix is not None and pays(self.scenario, self.dataset):
             self.kept = Kept(self.task, self.dataset, setup.kept, setup.threads)
@@ -288,9 +288,7 @@ class Worker:
         client, round, strategy = partition.client, instruction.round, self.strategy
         kind, layout = self.task.kind, self.task.layout
         if not 1 <= instruction.trip <= strategy.trips:
-            raise ContractError(
-                f"a round of this strategy has trips 1 to {strategy.trips}, not {instruction.trip}"
-            )
+            raise ContractError(f"a round of this strategy has {strategy.trips} trips, and no {instruction.trip}")
         if instruction.trip > 1:
             assert self.personal is not None
             trained, weight = self.personal.load_trip(client, round)
@@ -309,6 +307,7 @@ class Worker:
             settings = replace(settings, state=dict(zip(instruction.send, instruction.moments, strict=True)))
         wanted = tuple(sorted({*settings.send, *instruction.keep} if plain else layout))
         update = yield from self._train(instruction, partition, settings, wanted, rank, sharing, deed)
+        clients.check_returned(self.client, update)
         clients.check_kept(self.client)
         if self.optimizers is not None:
             self.optimizers.save(client, round, update.state)
@@ -354,7 +353,7 @@ class Worker:
         client, received = partition.client, self._received(instruction, partition.client, instruction.round)
         self.task.become(rank, instruction.draw)
         self._agree(instruction)
-        event = self.client.spends(len(partition), settings)
+        event = clients.spends(self.client, len(partition), settings)
         if event is not None and self.setup.secret:  # the tensors are somebody else's
             if unfit := alone.mingle(self.task, received):
                 raise Refusal(f"with the tensors that came, examples would not be bounded one by one: {unfit}")

@@ -29,7 +29,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora import plugins
+from fedlora import plugins, returned
 from fedlora.errors import SettingError, suggestion
 
 Target = Literal["class", "many", "score", "marks"]
@@ -73,10 +73,11 @@ class Evaluation:
         self, told: Mapping[str, float], asked: Sequence["Metric"], labels: Sequence[str]
     ) -> dict[str, Any]:
         """Figures by name: those `told` of the sums, and then those that are asked for beside them."""
+        figures = dict(returned.figures("the task's figures", told))
         if self.outputs is None or self.targets is None:
-            return dict(told)
+            return figures
         more = [metric for metric in asked if metric.name not in told]
-        return {**told, **{metric.name: metric.of(self.outputs, self.targets, labels) for metric in more}}
+        return {**figures, **{metric.name: metric.of(self.outputs, self.targets, labels) for metric in more}}
 
 
 class Undefined(ValueError):
@@ -203,8 +204,14 @@ def try_out(metric: Metric, target: str, labels: Sequence[str]) -> None:
     outputs = ((1 + often) / (1 + width)).astype(np.float32)  # of each row they sum to 1
     targets = {"many": right.astype(np.uint8), "score": right.astype(np.float32)}.get(target, right.argmax(-1))
     try:
-        value = float(metric.function(outputs, targets, labels))
-    except Undefined:
+        made = returned.plain(metric.function(outputs, targets, labels))
+        if not isinstance(made, int | float):
+            shown = "None" if made is None else f"a {type(made).__name__}"
+            raise SettingError(KEY, f"{metric.name} returned {shown} for made-up rows; return a number")
+        value = float(made)
+    except (Undefined, SettingError) as error:
+        if isinstance(error, SettingError):
+            raise
         return
     except Exception as error:  # somebody's own code
         what = str(error).splitlines()[0] if str(error) else "no more is said"

@@ -41,6 +41,7 @@ _MIN_NOISE_MULTIPLIER = 0.01  # below it epsilon is in the thousands
 _COARSER = 8  # the width of losses in the search for a noise multiplier; what it finds is checked finely
 _SEARCHES = 32  # noise multipliers that are searched for by themselves; of more sample rates a curve tells
 _POINTS = 5e4  # that one step's losses are cut into at most; a second of work
+_TRIES = 400  # steps of a search: it ends, whatever an accountant says
 _PRV_MOST = 100.0  # epsilon beyond which privacy random variables would take minutes
 
 
@@ -219,7 +220,10 @@ def _prv(history: History, delta: float, _: int = 1) -> float:
     accountant.history = list(history)
     with warnings.catch_warnings(), np.errstate(divide="ignore"):  # log 0 where every example is taken
         warnings.filterwarnings("ignore", "Optimal order is", UserWarning)
-        return float(accountant.get_epsilon(delta, eps_error=min(max(bound / 100, 1e-3), 1e-2)))
+        try:
+            return float(accountant.get_epsilon(delta, eps_error=min(max(bound / 100, 1e-3), 1e-2)))
+        except ValueError:
+            return bound  # its grid does not resolve such a delta; this holds too
 
 
 _ACCOUNTANTS: Mapping[Accountant, Callable[[History, float, int], float]] = {
@@ -253,6 +257,14 @@ def _one_step(noise_multiplier: float, sample_rate: float, interval: float) -> A
     )
 
 
+def unresolved(target: float, delta: float, accountant: Accountant) -> SettingError:
+    """That an accountant tells no epsilon finely enough, and which one does."""
+    other = "name a larger delta or epsilon" if accountant == "rdp" else "write accountant: rdp, which does"
+    return SettingError(
+        "privacy.accountant", f"{accountant} tells no epsilon {target:g} at delta {delta:g} finely enough: {other}"
+    )
+
+
 @lru_cache(maxsize=65536)
 def calibrate(
     target: float, delta: float, sample_rate: float, steps: int, accountant: Accountant = "pld"
@@ -272,6 +284,8 @@ def calibrate(
     while excess(high, _COARSER) > 0:
         low, high = high, high + math.log(4)
         if high > math.log(MAX_NOISE_MULTIPLIER):
+            if not math.isfinite(_spend(((MAX_NOISE_MULTIPLIER, sample_rate, steps),), delta, accountant)):
+                raise unresolved(target, delta, accountant)
             raise SettingError(
                 "privacy.epsilon",
                 f"no noise reaches epsilon {target:g} at delta {delta:g} over {steps} steps that each take "
@@ -283,16 +297,19 @@ def calibrate(
             return _MIN_NOISE_MULTIPLIER
     high = brentq(excess, low, high, args=(_COARSER,), xtol=2e-4)
     width = 4e-3
-    while excess(high - width) < 0:  # losses were cut too coarsely here, which asks for too much noise
+    while (
+        excess(high - width) < 0 and width < 8
+    ):  # losses were cut too coarsely here, which asks for too much noise
         width *= 4
     if width > 4e-3:
         high = brentq(excess, high - width, high, xtol=2e-4)
     noise = math.exp(high)
-    while True:
+    for _ in range(_TRIES):
         noise = math.ceil(noise * 2000) / 2000 if noise < 1000 else noise  # a round number is told more easily
         if _epsilon(((noise, sample_rate, steps),), delta, accountant) <= target:
             return noise
         noise *= 1.0005
+    raise unresolved(target, delta, accountant)
 
 
 def calibrations(
@@ -317,8 +334,12 @@ def calibrations(
     noise = []
     for rate in sample_rates:
         least = 1.001 * float(np.exp(curve(np.clip(math.log(rate), *np.log(nodes[[0, -1]])))))
-        while _epsilon(((least, rate, steps),), delta, accountant) > target:
+        for _ in range(_TRIES):
+            if _epsilon(((least, rate, steps),), delta, accountant) <= target:
+                break
             least *= 1.001
+        else:
+            raise unresolved(target, delta, accountant)
         noise.append(least)
     return noise
 
@@ -416,4 +437,6 @@ def statement(
 ) -> str:
     """What an epsilon means, in one sentence; the arguments as in `terms`."""
     said = terms(unit, accountant, honest, bands)
+    if not math.isfinite(epsilon):
+        return f"no epsilon bounds what is lost at delta {delta:g}, for each {protected(unit)}, {said}"
     return f"({epsilon:.3g}, {delta:g})-differential privacy for each {protected(unit)}, {said}"

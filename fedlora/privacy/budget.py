@@ -7,6 +7,7 @@ from typing import Any
 
 from fedlora.adapter import Instruction
 from fedlora.client import Client, Setter
+from fedlora.client import spends as spent_by
 from fedlora.data.store import Dataset
 from fedlora.engine import Replies
 from fedlora.privacy import grid
@@ -52,7 +53,7 @@ class Budget:
                 return True
             key = (held, self.ledger.events.get(client), frozenset(paid.get(client, ())))
             if key not in fits:
-                spends = self.client.spends(held, self.settings(instruction, held))
+                spends = spent_by(self.client, held, self.settings(instruction, held))
                 fits[key] = not self._would_pass(client, spends, paid, privacy)
             return fits[key]
 
@@ -69,7 +70,7 @@ class Budget:
     def event(self, instruction: Instruction, client: int) -> Event | None:
         """What a client spends in a round; None where it protects nothing by itself."""
         held = self.data.num_examples(client)
-        return self.client.spends(held, self.settings(instruction, held, client))
+        return spent_by(self.client, held, self.settings(instruction, held, client))
 
     def again(self, instruction: Instruction, cohort: Iterable[int]) -> Instruction:
         """An instruction with what noise was drawn for in its round before, where that is run again.

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, get_args
 from fedlora.errors import UserError
 from fedlora.privacy import lock
 from fedlora.privacy.accounting import FROM_SERVER, Accountant, Event, added, alike, epsilon, statement
+from fedlora.returned import finite
 
 MECHANISM = "poisson_subsampled_gaussian"
 BANDED = "cyclic_poisson_banded_gaussian"  # another word: who knows no bands refuses the line
@@ -438,4 +439,4 @@ def statements(run: Path) -> list[str]:
 
 def _append(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     with file.open("a", encoding="utf-8") as stream:
-        stream.write("".join(json.dumps(line) + "\n" for line in lines))
+        stream.write("".join(json.dumps(finite(line), allow_nan=False) + "\n" for line in lines))

@@ -196,7 +196,7 @@ class Comparison:
             _NONE if test is None or test.p is None else ("<0.001" if test.p < 0.001 else f"{test.p:.3f}"),
             f"{group.total('bytes_up') / 1e6:.2f}",
             f"{group.total('bytes_down') / 1e6:.2f}",
-            "none" if epsilon is None else f"{epsilon:.2f}",
+            _spent(group) if epsilon is None else f"{epsilon:.2f}",
             f"{group.total('seconds') / 60:.1f}",
             "yes" if group.label in self.front and group in self.groups else "",
             *(spread(group.final(name)) for name in self.others),
@@ -399,3 +399,8 @@ def compare(
     if drawn is not None:
         paper.draw(made.figures(), drawn)
     return made
+
+
+def _spent(group: Group) -> str:
+    """What a group spent that has no epsilon: it asked for none, or its noise is too little for any."""
+    return "unbounded" if any(run.scenario.get("privacy") for run in group.runs) else "none"

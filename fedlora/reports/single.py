@@ -11,7 +11,7 @@ from fedlora.reports import baselines, page, paper
 from fedlora.reports.comparison import Comparison
 from fedlora.reports.console import size, span
 from fedlora.reports.figures import figures
-from fedlora.reports.spread import among_clients, by_label
+from fedlora.reports.spread import among_clients, by_label, named_clients
 from fedlora.reports.tables import Table
 
 NAME = "report.html"
@@ -57,7 +57,12 @@ def html(run: Record) -> str:
     made.section("What was learnt", *told, learnt, *by_label(run))
     made.section("What privacy it keeps", *_privacy(run), made.figures(found["privacy"]))
     made.section(
-        "Who took part", *_clients(run), *among_clients(run), made.figures(found["clients"]), *_failures(run)
+        "Who took part",
+        *_clients(run),
+        *named_clients(run),
+        *among_clients(run),
+        made.figures(found["clients"]),
+        *_failures(run),
     )
     made.section("What it cost", made.figures(found["cost"]) or "<p>No round is recorded yet.</p>")
     made.section("What was run", *_settings(run))
@@ -96,6 +101,8 @@ def _key_figures(run: Record) -> Iterator[tuple[str, str, str]]:
         yield "Epsilon", f"{max(spent):.2f}", f"at delta {asked.get('delta', '?')}, {whose}"
         if (seen := summary.get("server_epsilon")) is not None:
             yield "Epsilon from the server", f"{seen:.2f}", "which sees each round's sum; the largest over clients"
+    elif asked:
+        yield "Epsilon", "unbounded", "the noise is too little for any, or nobody trained"
     else:
         yield "Epsilon", "none", "nothing was clipped or noised"
     for way in ("up", "down"):

@@ -3,11 +3,13 @@
 import statistics
 from collections.abc import Iterator
 
+from fedlora.errors import cut
 from fedlora.record import Record
 from fedlora.reports.figures import MOST_LABELS
 from fedlora.reports.page import scrolled
 from fedlora.reports.tables import Table
 
+_NAMED = 100  # clients in a table
 _PAIRS = 30  # of labels that are taken for each other, in a table
 
 
@@ -36,6 +38,23 @@ def by_label(run: Record) -> Iterator[str]:
         yield f"<h3>Confusion of labels</h3>{scrolled(table.html('The most frequent'), 'Confusion of labels')}"
 
 
+def names_of(run: Record) -> dict[int, str]:
+    """What clients are called, by a natural column; none elsewhere."""
+    holders = run.partitions.get("clients") or []
+    return {held["client"]: str(held["name"]) for held in holders if "name" in held}
+
+
+def named_clients(run: Record) -> Iterator[str]:
+    """Which client is which value of a natural column, and how many examples it holds."""
+    holders = run.partitions.get("clients") or []
+    if called := names_of(run):
+        held = [h for h in holders if h["client"] in called][:_NAMED]
+        rows = [[str(h["client"]), cut(called[h["client"]]), f"{h['num_examples']:,}"] for h in held]
+        more = f", the first {_NAMED} of {len(called)}" if len(called) > _NAMED else ""
+        table = Table(("client", "name", "examples"), rows, frozenset({1})).html(f"Clients by name{more}")
+        yield f"<h3>Clients by name</h3>{scrolled(table, 'Clients by name')}"
+
+
 def among_clients(run: Record) -> Iterator[str]:
     """Of each figure that clients told of themselves the worst, the median, the best and the spread."""
     told: dict[str, dict[int, float]] = {}
@@ -45,7 +64,7 @@ def among_clients(run: Record) -> Iterator[str]:
             for key, value in line.items():
                 if key.startswith("local_") and isinstance(value, int | float):
                     told.setdefault(key.removeprefix("local_"), {})[line["client"]] = value
-    rows = []
+    rows, called = [], names_of(run)
     for name, values in told.items():
         if name not in run.figures:
             continue
@@ -54,7 +73,14 @@ def among_clients(run: Record) -> Iterator[str]:
         spread = statistics.stdev(values.values()) if len(values) > 1 else 0.0
         middle = statistics.median(values.values())
         cells = (values[worst], middle, best, spread)
-        rows.append([name, str(len(values)), f"{worst}", *(f"{value:.4f}" for value in cells)])
+        rows.append(
+            [
+                name,
+                str(len(values)),
+                f"{worst} {called.get(worst, '')}".rstrip(),
+                *(f"{value:.4f}" for value in cells),
+            ]
+        )
     if rows:
         head = ("figure", "clients", "worst client", "worst", "median", "best", "standard deviation")
         table = Table(head, rows).html(f"Of clients' own rows, after round {last}")

@@ -13,6 +13,7 @@ from fedlora.prepare import Prepared
 from fedlora.privacy import accounting, cohorts, ledger
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.replay import versions
+from fedlora.returned import finite
 from fedlora.rounds.choice import OF_VALIDATION, Choice
 from fedlora.rounds.lines import round_to
 from fedlora.rounds.progress import Progress
@@ -86,7 +87,8 @@ def summary_of(
         summary["ended"] = why
     if stopped is not None:
         summary["stopped"] = stopped
-    return summary
+    plain: dict[str, Any] = finite(summary)  # an epsilon without a bound is null, and told in words
+    return plain
 
 
 def _by_name(scenario: Scenario, found: Description, figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from fedlora import factors, wire
 from fedlora.adapter import Adapter, Change
 from fedlora.errors import UserError
+from fedlora.returned import finite, plain
 
 _MANIFEST = "manifest.json"
 _FILES = {"adapter.safetensors", "strategy.safetensors", "state.json"}
@@ -69,8 +70,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     arrays = {k: v for k, v in checkpoint.strategy.items() if isinstance(v, np.ndarray)}
     state = {
         "round": checkpoint.round,
-        "strategy": {k: v for k, v in checkpoint.strategy.items() if k not in arrays},
-        "words": dict(checkpoint.words),
+        "strategy": {k: plain(v) for k, v in checkpoint.strategy.items() if k not in arrays},
+        "words": finite(checkpoint.words),
         "origin": dict(checkpoint.origin),
     }
     write_tensors(new / "adapter.safetensors", checkpoint.adapter)
@@ -203,9 +204,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         yield new
         new.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        new.rename(folder)
+        try:
+            if folder.exists():
+                folder.rmdir()
+            new.rename(folder)
+        except OSError as error:
+            if folder.is_dir() and any(folder.iterdir()):
+                raise UserError(f"{folder}: another run has begun there meanwhile: name another folder") from error
+            raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

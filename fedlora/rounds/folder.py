@@ -12,6 +12,7 @@ from fedlora import scenario as scenarios
 from fedlora.data.store import Dataset
 from fedlora.errors import UserError
 from fedlora.privacy.ledger import Ledger
+from fedlora.returned import finite
 from fedlora.rounds import checkpoint
 from fedlora.rounds.checkpoint import whole_folder
 from fedlora.rounds.progress import Progress
@@ -97,7 +98,12 @@ def partitions(data: Dataset) -> dict[str, Any]:
         "labels": [] if data.scored else list(data.labels),
         "clients_total": total,
         "clients": [
-            {"client": c, "num_examples": data.num_examples(c), "labels": data.histogram(c).tolist()}
+            {
+                "client": c,
+                **({"name": data.names[c]} if data.names else {}),
+                "num_examples": data.num_examples(c),
+                "labels": data.histogram(c).tolist(),
+            }
             for c in shown
             if data.num_examples(c)  # else nobody but its site knows
         ],
@@ -155,8 +161,8 @@ def restore(
 
 
 def write_json(file: Path, data: Any) -> None:
-    """A file of JSON, whole or not at all."""
-    write_text(file, json.dumps(data, indent=2) + "\n")
+    """A file of JSON, whole or not at all; null where a number is not finite."""
+    write_text(file, json.dumps(finite(data), indent=2, allow_nan=False) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:

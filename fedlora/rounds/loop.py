@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import wire
+from fedlora import returned, wire
 from fedlora.adapter import Adapter, Change, Instruction, Update, fingerprint
 from fedlora.data.store import Dataset
 from fedlora.engine import Engine, Replies, Report
@@ -32,7 +32,7 @@ from fedlora.rounds.progress import Line, Progress, Stopwatch
 from fedlora.rounds.server import ServerOptimizer
 from fedlora.scenario import Scenario
 from fedlora.seeding import generator
-from fedlora.strategy import Merged, Strategy
+from fedlora.strategy import Strategy
 
 JUDGED = 100  # clients whose own models are evaluated, at most
 FEW = 10  # clients whose own models meet the test set in every evaluated round; those of more at the end alone
@@ -101,8 +101,7 @@ class Loop:
             self._catch_up(replies, now)
             before = {name: now.adapter[name] for name in self.strategy.held}
             updates = self._released(instruction, replies, now)
-            made = self.strategy.aggregate(before, updates)
-            made = made if isinstance(made, Merged) else Merged(made, {})
+            made = self.strategy.aggregated(before, updates)
             mean = after = {**before, **made.adapter}
             if self.server is not None:
                 self._check(before, mean, made.base)  # nothing that is not finite gets into its moments
@@ -117,7 +116,8 @@ class Loop:
             figures = self._figures(round, adapter)
             watch.lap("evaluate")
             if not self._summed:
-                figures |= self.strategy.diagnose(before, updates, mean, made.base)
+                told = self.strategy.diagnose(before, updates, mean, made.base)
+                figures |= returned.figures(returned.who(self.strategy, "diagnose"), told)
             watch.lap("diagnose")
             self._record(round, adapter, replies, figures | noted, now, watch)
 
@@ -166,7 +166,8 @@ class Loop:
         for trip in range(2, self.strategy.trips + 1):
             if not replies.updates:
                 break
-            down = self.strategy.relay(trip, replies.updates)
+            made = self.strategy.relay(trip, replies.updates)
+            down = returned.tensors(returned.who(self.strategy, "relay"), made)
             there = [c for update in replies.updates for c in update.clients]
             asked = replace(instruction, adapter=down, ranked={}, trip=trip)
             replies = replies.then(self._train(asked, there, sums))
@@ -374,6 +375,8 @@ class Loop:
             "phases": {phase: round_to(took) for phase, took in watch.phases.items()},
         }
         lines = [client_line(round, r, spent.get(r.client)) | self._own.pop(r.client, {}) for r in reports]
+        if named := self.data.names:
+            lines = [{**told, "name": named[told["client"]]} for told in lines]
         lines += ({"round": round, "client": client, **own} for client, own in self._own.items())
         self.ledger.clients(lines)
         if self._beside is None:
@@ -385,7 +388,10 @@ class Loop:
             Checkpoint(
                 round=round,
                 adapter=now.adapter,
-                strategy={**self.strategy.state(), **(self.server.state() if self.server else {})},
+                strategy={
+                    **returned.mapping(returned.who(self.strategy, "state"), self.strategy.state(), "values"),
+                    **(self.server.state() if self.server else {}),
+                },
                 words=now.words(),
                 under_way=now.tensors(),
                 best=now.best.adapter if now.best else {},

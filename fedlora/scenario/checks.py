@@ -217,6 +217,8 @@ def _of_task(task: str, sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("metrics",), f"metrics: {error.message}")
     if sections.get("preference") and found.target != "pair":
         yield Problem(("preference",), f"preference is for task: preference, and the task is {task}: leave it out")
+    if sections.get("loss") and not (found.target == "class" and getattr(found, "labelled", True)):
+        yield Problem(("loss",), f"loss is for classification, and the task is {task}: leave it out")
     if data:
         yield from _taught(task, found.target, data)
 

@@ -41,6 +41,23 @@ def _names_columns(template: str) -> str:
 Template = Annotated[str, AfterValidator(_names_columns)]
 
 
+def _known_encoding(name: str) -> str:
+    try:
+        "".encode(name)
+    except (LookupError, ValueError):
+        known = False
+    else:
+        known = True
+    if known:
+        return name
+    raise PydanticCustomError(
+        "unknown", f"no encoding is called {name!r}: such as utf-8, cp1252, latin-1 or gb18030"
+    )
+
+
+Encoding = Annotated[str, AfterValidator(_known_encoding)]
+
+
 class Hub(Section):
     """A dataset of the Hugging Face Hub, or in a folder that the datasets library reads.
 
@@ -100,7 +117,18 @@ class Files(Section):
     columns: tuple[str, ...] | None = None
 
 
-class Iid(Section):
+class Split(Section):
+    """How clients come to hold examples.
+
+    Attributes:
+        seed: Seed of who holds what. null: the scenario's seed. Set it to keep the partition while `seed` varies.
+            Example: `7`.
+    """
+
+    seed: Annotated[Int, Field(ge=0, lt=2**63)] | None = None
+
+
+class Iid(Split):
     """Equal shares of the shuffled examples.
 
     Attributes:
@@ -110,7 +138,7 @@ class Iid(Section):
     kind: Literal["iid"] = "iid"
 
 
-class Dirichlet(Section):
+class Dirichlet(Split):
     """Each label is spread over clients by a Dirichlet draw; a smaller alpha is more skewed.
 
     Attributes:
@@ -124,7 +152,7 @@ class Dirichlet(Section):
     min_examples: PositiveInt = 10
 
 
-class Pathological(Section):
+class Pathological(Split):
     """Each client holds a fixed number of the labels.
 
     Attributes:
@@ -136,7 +164,7 @@ class Pathological(Section):
     labels_per_client: PositiveInt
 
 
-class Shards(Section):
+class Shards(Split):
     """Examples sorted by label are cut into shards; each client gets a number of them (McMahan et al., 2017).
 
     Attributes:
@@ -148,7 +176,7 @@ class Shards(Section):
     shards_per_client: PositiveInt = 2
 
 
-class Size(Section):
+class Size(Split):
     """Shuffled examples in unequal amounts: client i gets a share in proportion to i, i^2 or e^i.
 
     Attributes:
@@ -160,7 +188,7 @@ class Size(Section):
     growth: Literal["linear", "square", "exponential"] = "linear"
 
 
-class Natural(Section):
+class Natural(Split):
     """One client for each value of a column, such as a hospital or a user.
 
     Attributes:
@@ -172,7 +200,7 @@ class Natural(Section):
     column: str
 
 
-class LabelShares(Section):
+class LabelShares(Split):
     """The label shares of each client, written out; rows repeat when there are more clients.
 
     Attributes:
@@ -194,7 +222,7 @@ class LabelShares(Section):
         return shares
 
 
-class Sampled(Section):
+class Sampled(Split):
     """Each client draws distinct examples from all; others may hold the same. For any number of clients.
 
     Attributes:
@@ -273,6 +301,8 @@ class Data(Source):
     """The examples, and how clients come to hold them.
 
     Attributes:
+        encoding: Encoding of `files`. null: UTF-8, or as the mark at the beginning of a file says. Example:
+            `cp1252`.
         partition: Which client holds which examples. Change it to study clients that differ.
         max_length: Tokens to which an example is cut. Lower it for speed and memory where texts are short.
         test_share: Share of the training rows that is held out as the test set, where the source has none.
@@ -293,6 +323,7 @@ class Data(Source):
             on them at no epsilon. null: none. Example: `{files: {train: public.csv}}`.
     """
 
+    encoding: Encoding | None = None
     partition: Partition = Iid()
     max_length: Annotated[Int, Field(ge=2)] = 128
     test_share: Annotated[Float, Field(gt=0, lt=1)] = 0.1

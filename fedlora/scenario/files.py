@@ -1,7 +1,9 @@
 """A scenario from its file, by path or by the name of one that ships with fedlora."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -67,6 +69,7 @@ def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> S
     written: dict[KeyPath, str] = {}
     for override in overrides:
         apply(override, raw, written, problems)
+    _place(raw, Path(file).parent, written)
     scenario, found = validate(raw)
     unread = {p.path for p in problems if p.path}
     problems += (p for p in found if p.path not in unread)
@@ -75,6 +78,29 @@ def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> S
         told = (f"{source.where(p.path)}: {p.message}" for p in problems)
         raise ScenarioError(*(line.replace("\n", "\\n") for line in told))
     return scenario.written_in(source)
+
+
+def _place(raw: dict[str, Any], folder: Path, written: Mapping[KeyPath, str]) -> None:
+    """Read relative paths of data from the scenario's folder; from the one at hand where they are there alone.
+
+    Args:
+        raw: plain data of the scenario, which is changed.
+        folder: that it is in.
+        written: keys that the command line gave, whose paths are read from the folder at hand.
+    """
+    data = raw.get("data")
+    for section in (data, data.get("public") if isinstance(data, dict) else None):
+        files = section.get("files") if isinstance(section, dict) else None
+        for key in ("train", "test", "validation"):
+            if (
+                not isinstance(files, dict)
+                or not isinstance(path := files.get(key), str)
+                or any("files" in told for told in written)
+                or os.path.isabs(path)
+            ):
+                continue
+            if (here := folder / path).exists() or not Path(path).exists():
+                files[key] = str(here)
 
 
 def find(path: str | Path, folder: Path = SHIPPED) -> Path:

@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from fedlora.scenario.section import Float, PositiveFloat, PositiveInt, Section
 
+LEAST_DELTA = 1e-13  # that losses on a grid of floats resolve
 MOST_BANDS = 1024  # beyond, groups are small and the past is long
 Bands = PositiveInt | Literal["auto"] | None
 Way = Literal["flat", "per_layer", "quantile", "automatic"]
@@ -97,6 +98,12 @@ class Privacy(Section):
     def _target(self) -> Self:
         if self.epsilon is None and self.noise_multiplier is None:
             raise PydanticCustomError("target", "needs epsilon (a budget) or noise_multiplier")
+        if self.delta < LEAST_DELTA and self.accountant != "rdp":
+            raise PydanticCustomError(
+                "target",
+                f"accountant {self.accountant} tells no delta below {LEAST_DELTA:g} apart from none, and delta is "
+                f"{self.delta:g}: write accountant: rdp, or a larger delta",
+            )
         if self.unit == "example" and self.example is not None:
             raise PydanticCustomError("target", "example goes with unit: client")
         if self.unit == "client" and self.bands is not None:

@@ -149,6 +149,19 @@ class Preference(Section):
     beta: PositiveFloat = 0.1
 
 
+class Loss(Section):
+    """For classification: how examples teach; how they are judged stays as it is.
+
+    Attributes:
+        class_weights: Weight of each label in the loss; labels that are not named have 1. balanced: by counts of
+            the test rows, which are public. null: all alike. Set it where labels are rare. Example: `{rare: 5}`.
+        label_smoothing: Share of the target that is spread over all labels. Raise it where labels are noisy.
+    """
+
+    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
+    label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+
+
 class Strategy(PlugIn):
     """How the server turns updates into the next adapter.
 
@@ -227,6 +240,8 @@ class Scenario(Section):
             own. Example: `[macro_f1, ece]`.
         exact_match: For causal_lm: the model also writes answers, which are compared with the given ones. null: it
             writes none. Example: `{examples: 32}`.
+        loss: Weights of labels and label smoothing, for classification. null: cross-entropy. Example:
+            `{label_smoothing: 0.1}`.
         preference: Options of `task: preference`. null: that task takes its defaults. Example: `{beta: 0.1}`.
         engine: Where clients run, and on what hardware.
         baseline: The scenario that this one is a baseline of. `fedlora simulate --baseline` writes it; leave it
@@ -252,6 +267,7 @@ class Scenario(Section):
     stop: Stop | None = None
     metrics: tuple[str, ...] = ()
     exact_match: ExactMatch | None = None
+    loss: Loss | None = None
     preference: Preference | None = None
     engine: Engine = Engine()
     baseline: Baseline | None = None

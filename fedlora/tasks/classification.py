@@ -20,6 +20,9 @@ class Classification(Task):
     higher_is_better = True
     auto = "AutoModelForSequenceClassification"
 
+    class_weights: "torch.Tensor | None" = None  # of labels, by which examples teach; None: all alike
+    smoothing: float = 0.0  # share of a label that is spread over all labels
+
     @classmethod
     def needs(cls, sections: Mapping[str, Any]) -> Iterator[Problem]:
         """A column of labels."""
@@ -57,11 +60,23 @@ class Classification(Task):
         logits: torch.Tensor = out.logits.float()
         return logits
 
+    def weigh(self, weights: Sequence[float] | None, smoothing: float) -> None:
+        """Let examples teach by weights of their labels, in order, and by labels that are smoothed."""
+        import torch
+
+        self.smoothing = smoothing
+        self.class_weights = None if weights is None else torch.tensor(weights, device=self.device)
+
     def losses(self, batch: Batch) -> "torch.Tensor":
-        """Cross-entropy of each example, (examples,)."""
+        """Cross-entropy of each example times the weight of its own label, (examples,).
+
+        A weight depends on the example's label alone, and nothing is divided by the weights of others.
+        """
         from torch.nn.functional import cross_entropy
 
-        return cross_entropy(self.logits(batch), batch["targets"], reduction="none")
+        targets = batch["targets"]
+        each = cross_entropy(self.logits(batch), targets, reduction="none", label_smoothing=self.smoothing)
+        return each if self.class_weights is None else each * self.class_weights[targets]
 
     def score(self, batch: Batch) -> dict[str, float]:
         """Sums of the loss, of the correct answers and of the examples."""

@@ -120,7 +120,12 @@ def test_dirichlet_is_more_skewed_with_a_smaller_alpha():
             "no draw gave every client",
         ),
         ({"kind": "dirichlet", "alpha": 1e-9}, 9, "data.partition", "raise alpha, or lower min_examples"),
-        ({"kind": "pathological", "labels_per_client": 4}, 5, "data.partition", "greater than the number of"),
+        (
+            {"kind": "pathological", "labels_per_client": 4},
+            5,
+            "data.partition",
+            "labels_per_client is 4, and there are 3 labels",
+        ),
         ({"kind": "shards", "shards_per_client": 40}, 5, "data.partition", "5 clients with 40 shards each need"),
         ({"kind": "size", "growth": "exponential"}, 20, "data.partition", "leaves the least of 20 clients no"),
         ({"kind": "label_shares", "shares": [[0.5, 0.5]]}, 2, "data.partition.shares", "2 shares, and there"),

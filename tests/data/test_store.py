@@ -8,7 +8,8 @@ import pytest
 
 from fedlora.data.reading import Rows, read
 from fedlora.data.store import Dataset, Encoded, cache_folder, prepare
-from fedlora.errors import SettingError
+from fedlora.errors import SettingError, UserError
+from fedlora.rounds.folder import partitions
 from fedlora.scenario import Data, Files, LabelShares, Natural, Sampled
 
 
@@ -196,3 +197,45 @@ def test_no_client_draws_more_examples_than_there_are(table, cache):
     ) as caught:
         drawn(table, 3, 1000)
     assert caught.value.key == "data.partition.examples"
+
+
+def test_natural_clients_keep_their_names(tmp_path, cache):
+    (tmp_path / "a.csv").write_text("text,label,site\na,x,ward 10\nb,y,ward 9\nc,y,ward 2\nd,x,ward 9\n")
+    config = source(tmp_path / "a.csv").model_copy(update={"partition": Natural(kind="natural", column="site")})
+    made = prepare(config, "classification", 3, 0, Encoder(), "e")
+    assert made.names == ("ward 10", "ward 2", "ward 9") and made.sizes() == {1: 2, 2: 1}
+    assert [c["name"] for c in partitions(made)["clients"]] == list(made.names)
+    plain = prepare(source(tmp_path / "a.csv"), "classification", 2, 0, Encoder(), "e")
+    assert plain.names == () and "name" not in partitions(plain)["clients"][0]
+
+
+@pytest.mark.parametrize(
+    "kind", [{"kind": "iid"}, {"kind": "dirichlet", "alpha": 1.0}, {"kind": "sampled", "examples": 20}]
+)
+def test_who_holds_what_may_have_a_seed_of_its_own(kind, table, cache):
+    def rows(seed, own=None):
+        data = Data.model_validate({**source(table).model_dump(), "partition": {**kind, "seed": own}})
+        made = prepare(data, "classification", 3, seed, Encoder(), "e")
+        return [made.partition(client).rows.tolist() for client in range(3)], made.fingerprint
+
+    assert rows(1, 7) == rows(2, 7) == rows(7) != rows(1)
+    assert rows(1) != rows(2)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(table, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        monkeypatch.setenv("FEDLORA_CACHE", str(place))
+        with pytest.raises(UserError, match=r"tokenised data cannot be kept there: .*FEDLORA_CACHE=/some/folder"):
+            prepare(source(table), "classification", 2, 0, Encoder(), "e")
+
+
+def test_without_a_home_the_cache_is_asked_for(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FEDLORA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(UserError, match="there is no home folder"):
+        cache_folder()

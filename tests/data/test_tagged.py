@@ -8,7 +8,8 @@ import pytest
 
 from fedlora.data import tagged
 from fedlora.data.cells import Taught
-from fedlora.data.reading import Rows, as_bytes, check, label_names, read, read_site, read_test, set_aside
+from fedlora.data.overview import overview
+from fedlora.data.reading import Rows, as_bytes, label_names, read, read_site, read_test, set_aside
 from fedlora.errors import SettingError
 from fedlora.scenario import Data, Files, Hub, Natural
 
@@ -275,7 +276,7 @@ def test_validation_rows_are_read_alike(tmp_path):
     (own := tmp_path / "own.iob2").write_text("Ann B-Name\n")
     data = source(file, validation=str(own))
     assert set_aside(data, TASK, ROWS) == (ROWS, Rows([("Ann",)], [("B-Name",)]))
-    check(data, TASK, 2)
+    overview(data, TASK, 2, 0)
 
 
 def test_a_site_needs_to_name_no_columns_and_leaves_out_rows_of_other_tags(tmp_path):

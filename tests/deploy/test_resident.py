@@ -107,3 +107,15 @@ def test_a_site_file_that_is_wrong_is_said_on_the_site(site, tmp_path, capfd):
     with pytest.raises(resident.Unreachable, match="does not start: what its node or container printed says why"):
         ask(site, tmp_path)
     assert "client is missing" in capfd.readouterr().err
+
+
+def test_sockets_lie_where_their_paths_are_short(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(resident.Path, "mkdir", lambda self, **_: made.append(str(self)))
+    monkeypatch.setattr(
+        resident.Path, "stat", lambda self: os.stat_result((0o40700, 0, 0, 0, os.getuid(), *[0] * 5))
+    )
+    for length in (60, 70, 200):
+        monkeypatch.setattr(resident.tempfile, "gettempdir", lambda n=length: "/" + "x" * n)
+        assert len(f"{resident.home()}/0123456789abcdef.sock") <= 107
+    assert made == [f"{folder}/fedlora-{os.getuid()}" for folder in ("/" + "x" * 60, "/" + "x" * 70, "/tmp")]

@@ -11,11 +11,13 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from scipy.stats import norm
 
 from fedlora.errors import SettingError, UserError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Event, calibrate, epsilon, statement
+from fedlora.scenario import Privacy
 
 DELTA = 1e-5
 SST2 = 200 / (67349 / 3)  # FFA-LoRA's experiment: batches of 200, three clients
@@ -282,3 +284,27 @@ def test_the_profile_of_one_gaussian_step_is_the_textbook_s(noise):
 
 def test_of_nothing_the_profile_is_that_of_no_difference():
     assert accounting.profile([], [-1.0, 0.0, 1.0]) == pytest.approx([1 - math.exp(-1), 0, 0])
+
+
+@pytest.mark.parametrize("accountant", ["pld", "prv"])
+@pytest.mark.parametrize("delta", [1e-14, 1e-20])
+def test_a_delta_that_is_not_resolved_is_told_with_the_accountant_that_does(accountant, delta):
+    told = {"epsilon": 3, "delta": delta}
+    with pytest.raises(
+        ValidationError, match=f"accountant {accountant} tells no delta below 1e-13.*accountant: rdp"
+    ):
+        Privacy.model_validate({**told, "accountant": accountant})
+    assert Privacy.model_validate({**told, "accountant": "rdp"}).delta == delta
+
+
+def test_a_search_ends_whatever_an_accountant_says():
+    with pytest.raises(SettingError, match="write accountant: rdp, which does"):
+        accounting.calibrate(3.0, 1e-15, 0.25, 2, "pld")
+    noise = accounting.calibrate(3.0, 1e-15, 0.25, 2, "rdp")
+    assert accounting.epsilon([event(noise, 0.25, 2)], 1e-15, "rdp") <= 3
+
+
+def test_no_epsilon_is_told_in_words():
+    said = accounting.statement(math.inf, 1e-5, "example", "pld")
+    assert said.startswith("no epsilon bounds what is lost at delta 1e-05, for each example, neighbouring")
+    assert "inf" not in said

@@ -180,3 +180,12 @@ def test_a_manifest_cannot_name_files_elsewhere(folder, name, monkeypatch):
         with pytest.raises(UserError, match="no whole checkpoint"):
             load(folder)
     assert all(path.resolve().parent == folder.resolve() for path in read)
+
+
+def test_two_runs_that_make_one_folder_are_told_apart(tmp_path):
+    with pytest.raises(UserError, match="another run has begun there meanwhile: name another folder"):
+        with checkpoint.whole_folder(tmp_path / "a run") as new:
+            (new / "scenario.yaml").write_text("mine")
+            with checkpoint.whole_folder(tmp_path / "a run") as other:
+                (other / "scenario.yaml").write_text("theirs")
+    assert (tmp_path / "a run" / "scenario.yaml").read_text() == "theirs" and len(list(tmp_path.iterdir())) == 1

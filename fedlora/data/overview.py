@@ -1,0 +1,146 @@
+"""What was understood of a scenario's data, before a tokenizer or a model is loaded: counts, and never a text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora import plugins
+from fedlora import scenario as settings
+from fedlora.data import notes
+from fedlora.data.partitions import classes, draw, split
+from fedlora.data.reading import Rows, check_labels, label_names, read, read_public, set_aside
+from fedlora.errors import SettingError, counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """How long rows are, in words: the tokenizer, which is not loaded here, makes more tokens of them.
+
+    Attributes:
+        rows: training and test rows together.
+        empty: rows without any word.
+        median, most: words of a row.
+        over: rows of more words than `data.max_length`; these and more are cut.
+    """
+
+    rows: int
+    empty: int
+    median: int
+    most: int
+    over: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """What was understood.
+
+    Attributes:
+        rows: how many of each part: `train, test, validation`.
+        labels: of each label, how many rows of each part have it; empty where there are none.
+        lengths: of the inputs; None of images.
+        sizes: rows of each client, in order, before it holds any out; None where a tokenizer is needed to say.
+        names: of clients, by a natural column.
+        repeated: training rows whose text stood before.
+        leaks: test rows whose text is in the training set too.
+        notes: what is likely a slip.
+    """
+
+    rows: Mapping[str, int]
+    labels: Mapping[str, Mapping[str, int]]
+    lengths: Lengths | None
+    sizes: Sequence[int] | None
+    names: Sequence[str]
+    repeated: int
+    leaks: int
+    notes: Sequence[str]
+
+
+def at_hand(data: settings.Data) -> bool:
+    """Whether the rows are read without the Hub."""
+    return data.files is not None or data.dataset == "tweets"
+
+
+def overview(data: settings.Data, task: str, num_clients: int, seed: int) -> Overview:
+    """Read and count rows that are at hand.
+
+    Args:
+        data: to read.
+        task: of the scenario.
+        num_clients: that hold the training rows.
+        seed: of the scenario.
+
+    Raises:
+        SettingError: as a run would.
+    """
+    train, test = read(data, task)
+    names, target = label_names(data, train, task), plugins.find("tasks", task).target
+    check_labels("data", test, names, "the test set has labels that the training set has not")
+    test, validation = set_aside(data, task, test)
+    check_labels("data", validation, names, "the validation set has labels that the training set has not")
+    if (known := data.public) and (known.files is not None or known.dataset == "tweets"):
+        read_public(data, task, names)
+    parts = {"train": train, "test": test} | ({"validation": validation} if validation.texts else {})
+    counts = {part: notes.label_counts(rows, names) for part, rows in parts.items()}
+    labelled = names if target != "score" else ()
+    seed = seed if data.partition.seed is None else data.partition.seed
+    sizes, called = _sizes(data, train, names, target, num_clients, seed)
+    return Overview(
+        rows={part: len(rows.texts) for part, rows in parts.items()},
+        labels={name: {part: counts[part][i] for part in parts} for i, name in enumerate(labelled)},
+        lengths=_lengths(data.max_length, train, test),
+        sizes=sizes,
+        names=called,
+        repeated=notes.repeated(train),
+        leaks=notes.common(test, train),
+        notes=notes.notes(train, test, validation, names, target),
+    )
+
+
+def _lengths(most: int, *parts: Rows) -> Lengths | None:
+    if any(isinstance(text, bytes) for rows in parts for text in rows.texts[:1]):
+        return None
+    words = np.array([notes.length(text) for rows in parts for text in rows.texts], np.int64)
+    return Lengths(
+        rows=len(words),
+        empty=sum(notes.empty(rows) for rows in parts),
+        median=int(np.median(words)),
+        most=int(words.max()),
+        over=int((words > most).sum()),
+    )
+
+
+def _sizes(
+    data: settings.Data, train: Rows, names: Sequence[str], target: str, num_clients: int, seed: int
+) -> tuple[list[int] | None, list[str]]:
+    """Rows of each client, and what clients are called; as `store.prepare` splits them."""
+    how, total = data.partition, len(train.texts)
+    if isinstance(how, settings.Sampled):
+        draw(how, total, data.client_test_share, num_clients, seed)
+        return [how.examples] * num_clients, []
+    if num_clients > total:
+        raise SettingError(
+            "clients.total", f"{counted(num_clients, 'client')}, and only {counted(total, 'example')}"
+        )
+    by_label = not isinstance(how, settings.Iid | settings.Size | settings.Natural)
+    if by_label and target not in ("class", "many", "score"):
+        return None, []
+    targets = _targets(train, names, target) if by_label else np.zeros(total, np.int64)
+    parts = split(how, targets, train.owners, num_clients, seed)
+    return [len(part) for part in parts], [train.owners[part[0]] for part in parts] if train.owners else []
+
+
+def _targets(train: Rows, names: Sequence[str], target: str) -> NDArray[np.int64]:
+    """By what partitions of labels tell rows apart."""
+    number = {name: i for i, name in enumerate(names)}
+    labels: Sequence[Any] = train.labels or ()
+    if target == "class":
+        return np.array([number[label] for label in labels], np.int64)
+    if target == "score":
+        return classes(np.array(labels, np.float32))
+    made = np.zeros((len(labels), len(names)), np.uint8)
+    for row, held in enumerate(labels):
+        made[row, [number[name] for name in held]] = 1
+    return classes(made)
