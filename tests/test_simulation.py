@@ -275,7 +275,7 @@ def test_a_folder_with_a_run_is_left_alone(run, tiny, tmp_path):
     "override, where",
     [
         ("clients.batch_size=100", "clients.batch_size"),
-        ("privacy={epsilon: 1.0e-9, delta: 1.0e-15}", "privacy.epsilon"),
+        ("privacy={epsilon: 1.0e-9, delta: 1.0e-15}", "write accountant: rdp"),
         ("clients.total=500", "clients.total"),
         ("data.files.text=texts", "data.files.text"),
         ("model.adapter.targets=[nothing]", "model.adapter.targets"),
