@@ -90,7 +90,7 @@ def test_on_public_rows_the_search_sees_no_private_row_and_has_the_noise_of_the_
         assert run.scenario["data"]["files"]["train"] == "public.csv"
         assert run.scenario["privacy"]["noise_multiplier"] == noise and run.scenario["privacy"]["epsilon"] is None
         assert run.scenario["rounds"] == 1 and run.scenario["clients"]["batch_size"] == 8
-        assert run.scenario["data"]["partition"] == {"kind": "sampled", "examples": median}
+        assert run.scenario["data"]["partition"] == {"kind": "sampled", "examples": median, "seed": None}
     assert [t.rate for t in made.trials if t.factor <= 9 and t.factor >= 0.1] == [0.0556, 0.167, 0.5, 1.5, 4.5]
     told = json.loads((made.folder / "tuning.json").read_text())
     assert told["key"] == "clients.lr" and [t["rate"] for t in told["trials"]] == [t.rate for t in made.trials]

@@ -158,9 +158,9 @@ def _read(text: str, separator: str, quoting: int, width: int | None) -> list[li
     named = width is None
     try:
         for row in reader:
-            if not any(cell.strip() for cell in row) and len(row) < 2:
+            if not row or (len(row) == 1 and row[0] and not row[0].strip()):
                 began = reader.line + 1
-                continue  # a blank line
+                continue  # a blank line, and no empty text between quotes
             width = len(row) if width is None else width
             while len(row) > width and not row[-1]:
                 row.pop()  # separators at the end of a line

@@ -99,10 +99,10 @@ def test_refuses_what_does_not_go_together(server, node, caplog, change, why):
 def test_what_is_wrong_with_its_data_stands_in_its_log_alone(server, node, caplog):
     words, files, _ = server()
     secret = files[0].parent / "train.csv"
-    secret.write_text(secret.read_text().replace("text,label", "text,very private"))
+    secret.write_text(secret.read_text().replace("text,label", "text,very_private"))
     told = meet(node(files[0]), words)["refused"]
     assert told == "its data or machine do not fit the scenario (data.files.label): its log says why"
-    assert "very private" in caplog.text and "site.yaml:" in caplog.text
+    assert "very_private" in caplog.text and "site.yaml:" in caplog.text
 
 
 def test_trains_for_those_who_signed_if_it_says_so(server, node, tmp_path):
