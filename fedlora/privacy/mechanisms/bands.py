@@ -246,8 +246,8 @@ class BandedGaussian(ExampleGaussian):
 
     @property
     def purpose(self) -> str:
-        """What the noise is drawn for: steps that are counted together, and no others, share it."""
-        return f"{super().purpose} {self.sample_rate!r} {self.bands}"
+        """What the noise is drawn for: steps that are counted together, over as many rows, share it."""
+        return f"{super().purpose} {self.sample_rate!r} {self.bands} {self.total}"
 
     def noise(self, draws: Any) -> Correlated:
         """What the optimiser takes the noise of each step from.
