@@ -158,7 +158,7 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
     if resume:
         now, record = folders.restore(folder, scenario, strategy, now, origin, stage)
     else:
-        folders.create(folder, scenario, ready.data)
+        folders.create(folder, scenario, ready.data, origin)
         record = Ledger(folder)
     merges = Merges(folder / "merges", found.weights)
     merges.restore(now.merges)

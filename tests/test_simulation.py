@@ -23,6 +23,7 @@ from fedlora.simulation import simulate
 
 FILES = {
     "scenario.yaml",
+    "origin.json",
     "partitions.json",
     "metrics.jsonl",
     "clients.jsonl",

@@ -268,8 +268,17 @@ class Node:
         merges.restore(count if merged is None else merged)
         for change in merges.changes:
             worker.merge(change)
-        self.run = Serving(words, worker, Ledger(folder), merges)
-        return self.run
+        run = Serving(words, worker, Ledger(folder), merges)
+        banded = any(event.bands > 1 for spent in run.ledger.events.values() for event in spent)
+        if not self.state.same_rows(key, worker.dataset.fingerprint, banded) and banded:
+            logger.error(
+                "the rows are not those that this run began with, or stand in another order: under privacy.bands "
+                "each row has its turn by its place; put them back, or let another run begin",
+                extra={"client": client, "run": key},
+            )
+            raise Refusal("its data are not as they were when the run began: its log says why")
+        self.run = run
+        return run
 
     def _resumed(self, told: Words, client: int) -> Serving:
         """The run that a message is about; loaded again if this process was not the one that met it.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedlora import seeding
 from fedlora.deploy.serving import Words
 from fedlora.errors import UserError
 from fedlora.privacy.noise import fresh_key
@@ -14,6 +15,7 @@ from fedlora.record import INTRODUCTION
 from fedlora.scenario import Scenario
 
 RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a run's name, which is a folder's
+_ROWS = "rows"  # which rows a site began a run with, by a digest under its own key
 _JUDGED = "judged.json"  # what a site has said of its own rows in a run, by round
 
 
@@ -63,6 +65,22 @@ class State:
         if len(key := file.read_bytes()) != 32:
             raise UserError(f"{file}: is damaged; restore it, or remove it to hold other rows out")
         return key
+
+    def same_rows(self, key: str, rows: str, begun: bool) -> bool:
+        """Whether a run goes on over the rows, in their order, that it began with.
+
+        Args:
+            key: of the run.
+            rows: a fingerprint of them, which is kept as a digest under the site's own key.
+            begun: whether the run has trained on rows before; else these are the first.
+        """
+        file, mine = self.of_run(key) / _ROWS, seeding.key(self.key(), "rows", rows).hex()
+        if begun:
+            return file.exists() and file.read_text() == mine
+        part = file.with_suffix(".part")
+        part.write_text(mine)
+        part.replace(file)
+        return True
 
     def judged(self, key: str, round: int, judge: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the site says of its own rows in a round of a run: as it said before, or what `judge` finds."""

@@ -12,6 +12,7 @@ from fedlora.data.store import Partition
 from fedlora.engine.setup import Setup
 from fedlora.privacy import replay
 from fedlora.scenario import Scenario
+from fedlora.scenario.keys import lasting
 from fedlora.strategy import Strategy
 from fedlora.tasks.contract import Task
 
@@ -22,7 +23,7 @@ class Digests:
     """The digests of one worker in one run: a round over other inputs draws other noise."""
 
     def __init__(self, task: Task, client: Client, strategy: Strategy, setup: Setup, scenario: Scenario) -> None:
-        """At the start of a run, before anything was merged."""
+        """At the start of a run, before anything was merged; the scenario is resolved, as workers have it."""
         self.task, self.client, self.strategy, self.setup, self.scenario = task, client, strategy, setup, scenario
         self._based, self._merges = "", ""
         self._seen: dict[int, str] = {}
@@ -41,7 +42,7 @@ class Digests:
         self._merges = replay.digest(self.scenario.seed, self._merges, change)
 
     def _base(self) -> str:
-        """Of what stays the same for the life of a worker: weights, client, device, versions."""
+        """Of what stays the same for the life of a worker: weights, scenario, client, device, versions."""
         if not self._based:
             import torch
 
@@ -49,16 +50,9 @@ class Digests:
             chip = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
             machine = (platform.machine(), chip, self.setup.device, self.setup.precision, self.setup.threads)
             codes = [replay.code(of) for of in (self.client, self.strategy, self.task, self.task.kind)]
-            own = (codes, self.scenario.clients.options)
+            told = lasting(self.scenario.model_dump(mode="json"))  # with what was found in the data, as weights
             first = (fingerprint(self.task.initial),) if self.scenario.model.start is not None else ()
-            parts = (
-                self.task.base_fingerprint(),
-                replay.versions(),
-                machine,
-                own,
-                self.scenario.engine.fused,
-                *first,
-            )
+            parts = (self.task.base_fingerprint(), replay.versions(), machine, codes, told, *first)
             self._based = replay.digest(self.scenario.seed, *parts)
         return self._based
 

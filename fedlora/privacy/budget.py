@@ -12,7 +12,7 @@ from fedlora.data.store import Dataset
 from fedlora.engine import Replies
 from fedlora.privacy import grid
 from fedlora.privacy.accounting import FROM_SERVER, Event, epsilon
-from fedlora.privacy.ledger import Holder, Ledger, Own, Whole
+from fedlora.privacy.ledger import Holder, Ledger, Own, Paid, Whole
 from fedlora.privacy.mechanisms.central import CLIP_NORM, Central
 from fedlora.privacy.replay import Drawn, digest, versions
 from fedlora.rounds.progress import Line
@@ -20,7 +20,7 @@ from fedlora.scenario import Privacy, Scenario
 
 logger = logging.getLogger(__name__)
 
-Paid = Mapping[Holder, Collection[tuple[Event, str]]]  # events, with the digest of what their noise hides
+Spent = Mapping[Holder, Collection[Paid]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ class Budget:
             new = {
                 holder: event
                 for holder, event in events.items()
-                if (event, drawn.get(holder, ("", 0))[0]) not in paid.get(holder, ())
+                if (event, *drawn.get(holder, ("", 0))) not in paid.get(holder, ())
             }
             self.ledger.spend(round, new, attempt, drawn, **terms)
         return draw
@@ -130,14 +130,14 @@ class Budget:
         """The epsilon that a holder has spent."""
         return epsilon(self.ledger.events.get(holder, ()), privacy.delta, privacy.accountant)
 
-    def _would_pass(self, holder: Holder, event: Event | None, paid: Paid, privacy: Privacy) -> bool:
+    def _would_pass(self, holder: Holder, event: Event | None, paid: Spent, privacy: Privacy) -> bool:
         """Whether a budget's epsilon would be passed by an event, unless one like it is paid already."""
-        more = [event] if event and all(event != one for one, _ in paid.get(holder, ())) else []
+        more = [event] if event and all(event != one for one, *_ in paid.get(holder, ())) else []
         events = [*self.ledger.events.get(holder, ()), *more]
         assert privacy.epsilon is not None
         return epsilon(events, privacy.delta, privacy.accountant) > privacy.epsilon * (1 + 1e-9)
 
-    def _paid(self, round: int, attempt: int) -> Paid:
+    def _paid(self, round: int, attempt: int) -> Spent:
         """What need not be paid again if an attempt at a round runs again, over the same inputs."""
         return self.ledger.spent(round, attempt) if self.repeatable else {}
 

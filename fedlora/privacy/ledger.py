@@ -32,6 +32,7 @@ MAX_DRAWS = 10_000  # of a round: more is no interruption
 NEIGHBOURS = "zero_out"  # how the datasets of the units example and client differ: `privacy.neighbours` says it
 EARLIER = "add_or_remove_one"  # what 0.1.0 called it; the events and their epsilon are the same
 SILENT = "one_sends_nothing"  # how the runs of unit client_from_server differ
+_TWICE = "one draw of the noise would hide two sums, and no epsilon covers that: start again in another folder"
 UNITS = ("example", "client", FROM_SERVER)
 
 
@@ -47,6 +48,7 @@ class Own(NamedTuple):
 
 # Whose budget: a client's, for its examples; None: the server's, for its clients; or as their classes say.
 Holder = int | None | Whole | Own
+Paid = tuple[Event, str, int]  # with the digest of what its noise hides, and which draw that noise is
 Events = tuple[Event, ...]  # of one holder, as `privacy.added` puts them together
 
 
@@ -74,27 +76,27 @@ class Ledger:
             the rounds.
     """
 
-    def __init__(self, folder: Path, known: tuple[int, str] = (0, "")) -> None:
+    def __init__(self, folder: Path, known: tuple[int, str] = (0, ""), round: int = 0) -> None:
         """Open a run folder's ledger, or start one.
 
         Args:
             folder: of the run.
             known: the `position` that a checkpoint was saved with.
+            round: that it was saved after. Those beyond it run again, also where the checkpoint knows their lines:
+                one that was lost may have been saved after them.
 
         Raises:
             UserError: what is there is damaged, lacks what the checkpoint has seen, or is in use by another
                 process.
         """
         self.folder = folder
-        self._lock: lock.Lock | None = None
         self.events: dict[Holder, Events] = {}
-        self._unseen: dict[tuple[int, int], dict[Holder, set[tuple[Event, str]]]] = {}
+        self._unseen: dict[tuple[int, int], dict[Holder, set[Paid]]] = {}
         self._drawn: dict[int, dict[Holder, dict[int, tuple[str, int]]]] = {}  # by round: of each draw the digest,
         # and the steps on its terms that were paid for before
         self._lines, self._chain, self._size = 0, "", 0
         file = folder / "privacy.jsonl"
-        if file.exists():
-            self._lock = lock.hold(file)
+        self._lock = lock.hold(file) if file.exists() else None
         self._head = _read_head(file)  # as this ledger left it
         lines = _verified(file) if file.exists() or self._head is not None else []
         if len(lines) < known[0] or (known[0] and lines[known[0] - 1]["chain"] != known[1]):
@@ -104,10 +106,11 @@ class Ledger:
             )
         for number, line in enumerate(lines):
             holder, event = _holder(line), Event.from_json(line)
-            if number >= known[0]:  # of a round that runs again
+            digest, draw = line.get("digest", ""), line.get("draw", 0)
+            if number >= known[0] or line["round"] > round:  # of a round that runs again
                 again = self._unseen.setdefault((line["round"], line.get("attempt", 0)), {})
-                again.setdefault(holder, set()).add((event, line.get("digest", "")))
-                self._note_draw(line["round"], holder, event, line.get("digest", ""), line.get("draw", 0))
+                again.setdefault(holder, set()).add((event, digest, draw))
+                self._note_draw(line["round"], holder, event, digest, draw)
             self._note(holder, event)
         self._lines, self._chain = len(lines), lines[-1]["chain"] if lines else ""
         if file.exists():
@@ -132,7 +135,8 @@ class Ledger:
             guarantee: the terms that every line repeats; with `run` they are a site's own account.
 
         Raises:
-            UserError: a line would be none that can be read again, or another process writes here, or did.
+            UserError: a line would be none that can be read again, its noise was drawn for something else, or
+                another process writes here, or did.
         """
         if not events:
             return
@@ -145,6 +149,8 @@ class Ledger:
             line = {"round": round, "client": client, **event.to_json(), **named, **terms}
             line |= {"attempt": attempt} if attempt else {}
             digest, draw = (drawn or {}).get(holder, ("", 0))
+            if digest and self._drawn.get(round, {}).get(holder, {}).get(draw, (digest,))[0] != digest:
+                raise UserError(f"{file}: {_TWICE}; it was not written")
             line |= {"digest": digest, "draw": draw} if digest else {}
             spent.append((_checked(line, f"{file}:{self._lines + len(spent) + 1}", "it was not written"), event))
             chain = _link(chain, line)
@@ -228,12 +234,8 @@ class Ledger:
                 part.write_text("".join(json.dumps(line) + "\n" for line in kept))
                 part.replace(file)
 
-    def spent(self, round: int, attempt: int = 0) -> Mapping[Holder, Collection[tuple[Event, str]]]:
-        """What was spent, when the ledger was opened, in an attempt at a round that runs again.
-
-        Returns:
-            By holder, events with the digest of what their noise hides.
-        """
+    def spent(self, round: int, attempt: int = 0) -> Mapping[Holder, Collection[Paid]]:
+        """What was spent by holder, when the ledger was opened, in an attempt at a round that runs again."""
         return self._unseen.get((round, attempt), {})
 
     def drawn(self, round: int) -> Mapping[Holder, tuple[str, ...]]:
@@ -297,6 +299,7 @@ def _verified(file: Path, headless: bool = False) -> list[dict[str, Any]]:
     head = _read_head(file)
     lines = [] if head is not None and not file.exists() else read(file, torn=True)
     chain, number = "", 0
+    hidden: dict[tuple[Any, ...], str] = {}  # what each draw of the noise hides
     for number, line in enumerate(lines, 1):
         _checked(line, f"{file}:{number}")
         if "chain" not in line:
@@ -307,6 +310,10 @@ def _verified(file: Path, headless: bool = False) -> list[dict[str, Any]]:
                 f"{file}:{number}: does not follow from the lines before it: it was edited, or a line was moved "
                 "or taken out; restore the file, or start again in another folder"
             )
+        if digest := line.get("digest"):
+            draw = (line["round"], line["unit"], line["client"], line.get("draw", 0))
+            if hidden.setdefault(draw, digest) != digest:
+                raise UserError(f"{file}:{number}: {_TWICE}")
         if head is not None and number == head[0] and chain != head[1]:
             raise UserError(
                 f"{file}:{number}: is not the line that {_head(file).name} counts: another run's ledger"

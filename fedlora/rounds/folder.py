@@ -18,25 +18,15 @@ from fedlora.rounds.checkpoint import whole_folder
 from fedlora.rounds.progress import Progress
 from fedlora.rounds.server import ServerOptimizer
 from fedlora.scenario import Scenario
+from fedlora.scenario.keys import CHANGEABLE
 from fedlora.strategy import Strategy
 
+ORIGIN = "origin.json"  # what it began with, of which only fingerprints are kept
 TEST = "test.json"  # which label the test rows of each were taken for (`fedlora.metrics.confusion`)
+_BEGUN = ("data", "start")
 SHOWN = 1000  # clients in `partitions.json`, at most
 
 logger = logging.getLogger(__name__)
-
-# What a resumed run may change: how long it goes on, and what cannot change a result.
-CHANGEABLE = (
-    "rounds",
-    "eval_every",
-    "stop",
-    "stop.patience",
-    "trackers",
-    "engine.kind",
-    "engine.workers",
-    "engine.gpus_per_worker",
-    "engine.deadline",
-)
 
 
 def check(folder: Path, scenario: Scenario, resume: bool) -> None:
@@ -80,12 +70,20 @@ def _differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def create(folder: Path, scenario: Scenario, data: Dataset) -> None:
-    """Make the run folder, whole or not at all."""
+def create(folder: Path, scenario: Scenario, data: Dataset, origin: Mapping[str, Any]) -> None:
+    """Make the run folder, whole or not at all.
+
+    Args:
+        folder: to make.
+        scenario: of the run.
+        data: who holds what.
+        origin: fingerprints of what the run begins with, which a resumed one must begin with too.
+    """
     try:
         with whole_folder(folder) as new:
             (new / "scenario.yaml").write_text(scenario.to_yaml())
             write_json(new / "partitions.json", partitions(data))
+            write_json(new / ORIGIN, {key: origin[key] for key in _BEGUN if key in origin})
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
@@ -125,19 +123,11 @@ def restore(
         UserError: no checkpoint is whole, it is of another run, or the ledger lacks what it has seen.
     """
     now, known = first, (0, "")
-    if (saved := checkpoint.load(folder / "checkpoint")) is not None:
+    saved = checkpoint.load(folder / "checkpoint")
+    _same_origin(folder, origin, None if saved is None else saved.origin)
+    if saved is not None:
         try:
             same_run(folder, saved.origin["scenario"], origin["scenario"])
-            if saved.origin["data"] != origin["data"]:
-                raise UserError(
-                    f"{folder}: its rounds so far were trained on other data, or cut by another tokenizer: put "
-                    "those back, or start again in another folder with --out"
-                )
-            if saved.origin.get("start") != origin.get("start"):
-                raise UserError(
-                    f"{folder}: what it began from (model.start) is another adapter now: put that back, or start "
-                    "again in another folder with --out"
-                )
             if set(saved.adapter) != set(first.adapter):
                 raise UserError(f"{folder}: its checkpoint holds another adapter than this scenario builds")
             strategy.load_state(saved.strategy if stage is None else stage.load_state(saved.strategy))
@@ -154,10 +144,39 @@ def restore(
             if before.get(what) != v
         ]:
             logger.warning("%s: began with %s; the rest may differ in last bits", folder, "; ".join(moved))
-    record = Ledger(folder, known)
+    record = Ledger(folder, known, now.round)
     record.forget_after(now.round, judged=now.round - (now.unjudged is not None))
     write_text(folder / "scenario.yaml", scenario.to_yaml())
     return now, record
+
+
+def _same_origin(folder: Path, now: Mapping[str, Any], saved: Mapping[str, Any] | None) -> None:
+    """Refuse to go on with other rows, or from another adapter, than the run began with.
+
+    Args:
+        folder: of the run.
+        now: what it would go on with.
+        saved: what its checkpoint was made with, if it has one.
+
+    Raises:
+        UserError: they differ, or nobody knows.
+    """
+    file, known = folder / ORIGIN, [] if saved is None else [saved]
+    try:
+        if saved is None or file.exists():
+            known.append(dict(json.loads(file.read_text())))
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: is missing or damaged: restore it, or start again in another folder") from error
+    if any(one.get("data") != now["data"] for one in known):
+        raise UserError(
+            f"{folder}: it began with other data, or with another tokenizer: put those back, or start again in "
+            "another folder with --out"
+        )
+    if any(one.get("start") != now.get("start") for one in known):
+        raise UserError(
+            f"{folder}: what it began from (model.start) is another adapter now: put that back, or start again in "
+            "another folder with --out"
+        )
 
 
 def write_json(file: Path, data: Any) -> None:

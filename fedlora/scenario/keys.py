@@ -1,9 +1,28 @@
 """The keys of a scenario: where each was written, and what is wrong with one."""
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 KeyPath = tuple[str | int, ...]
+
+# What a resumed run may change: how long it goes on, and what cannot change a result.
+CHANGEABLE = (
+    "rounds",
+    "eval_every",
+    "stop",
+    "stop.patience",
+    "trackers",
+    "engine.kind",
+    "engine.workers",
+    "engine.gpus_per_worker",
+    "engine.deadline",
+)
+
+
+def lasting(dump: Mapping[str, Any], path: KeyPath = ()) -> dict[str, Any]:
+    """A scenario's keys, as `model_dump` gives them, without those that a resumed run may change."""
+    kept = {key: value for key, value in dump.items() if dotted((*path, key)) not in CHANGEABLE}
+    return {key: lasting(v, (*path, key)) if isinstance(v, Mapping) else v for key, v in kept.items()}
 
 
 def dotted(path: Iterable[str | int]) -> str:

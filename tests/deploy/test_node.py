@@ -284,6 +284,41 @@ def test_a_site_counts_steps_of_banded_noise_by_its_own_ledger_under_a_key_in_me
     assert paid[0] == pytest.approx(paid[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("change", ["order", "fewer", "gone"])
+def test_under_bands_a_site_goes_on_with_the_rows_that_it_began_with(server, node, caplog, change):
+    """A row's place says when its turn is; without bands rows may come and go."""
+    words, files, train = server("privacy.bands=3", "rounds=3")
+    meet(made := node(files[1]), words)
+    made.close()
+    rows = files[1].parent / "train.csv"
+    head, *lines = (before := rows.read_text()).splitlines()
+    rows.write_text("\n".join([head, *(lines[::-1] if change != "fewer" else lines[2:])]) + "\n")
+    told = meet(made := node(files[1]), words)
+    assert "refused" not in told  # nothing was trained yet
+    assert refusal(made, train(1)) is None
+    made.close()
+    rows.write_text(before)
+    if change == "gone":
+        rows.write_text("\n".join([head, *lines[::-1]]) + "\n")
+        (made.state.of_run("tiny-1") / "rows").unlink()
+    told = meet(made := node(files[1]), words)["refused"]
+    assert told == "its data are not as they were when the run began: its log says why"
+    assert "under privacy.bands each row has its turn by its place" in caplog.text
+    assert refusal(made, train(2)) == told
+    assert len(ledger.read(made.state.folder / "ledger" / "privacy.jsonl")) == 1
+
+
+def test_without_bands_rows_may_come_and_go(server, node):
+    words, files, train = server("rounds=3")
+    meet(made := node(files[1]), words)
+    assert refusal(made, train(1)) is None
+    made.close()
+    rows = files[1].parent / "train.csv"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-2]))
+    meet(made := node(files[1]), words)
+    assert refusal(made, train(2)) is None
+
+
 def test_no_exchange_of_masks_trains_for_nothing(server, node, monkeypatch):
     """Keys asked for again in a round, and a masked vector asked for again: each training is paid."""
     words, files, train = server("secure_aggregation={survivors: 0.7}")

@@ -66,7 +66,41 @@ def test_what_was_spent_is_read_back_exactly(tmp_path):
         {0},
         {},
     )
-    assert again.spent(2)[0] == {(LIGHT, "")}
+    assert again.spent(2)[0] == {(LIGHT, "", 0)}
+
+
+def test_one_draw_of_the_noise_hides_one_sum(tmp_path):
+    """It may be paid for again; for another sum it is refused, and so is a ledger that has it."""
+    record = Ledger(tmp_path)
+    record.spend(1, {0: LIGHT}, drawn={0: ("a", 0)}, **TERMS)
+    record.spend(1, {0: LIGHT}, 1, drawn={0: ("a", 0)}, **TERMS)
+    record.spend(1, {0: LIGHT}, 1, drawn={0: ("b", 1)}, **TERMS)
+    before = (tmp_path / "privacy.jsonl").read_bytes()
+    for on in (record, None):
+        if on is None:
+            del record
+            on = Ledger(tmp_path)
+        with pytest.raises(UserError, match="would hide two sums, and no epsilon covers that"):
+            on.spend(1, {0: LIGHT}, drawn={0: ("b", 0)}, **TERMS)
+    assert (tmp_path / "privacy.jsonl").read_bytes() == before
+    lines = [{k: v for k, v in json.loads(line).items() if k != "chain"} for line in before.splitlines()]
+    (copy := tmp_path / "copy").mkdir()
+    file = write(copy, *lines, {**lines[0], "digest": "c"})
+    with pytest.raises(UserError, match=r"privacy.jsonl:4: one draw of the noise"):
+        replay(file)
+
+
+def test_rounds_that_run_again_are_known_whatever_lines_a_checkpoint_has_seen(tmp_path):
+    """Its position counts lines of rounds beyond its own where an earlier life paid for them."""
+    record = Ledger(tmp_path)
+    for round in (1, 2, 3):
+        record.spend(round, {0: LIGHT}, drawn={0: (f"r{round}", 0)}, **TERMS)
+    known = record.position
+    del record
+    again = Ledger(tmp_path, known, 1)
+    assert again.drawn(2) == {0: ("r2",)} and again.drawn(3) == {0: ("r3",)} and again.drawn(1) == {}
+    assert [again.firsts(round, 0) for round in (2, 3)] == [(5,), (10,)]
+    assert again.spent(3)[0] == {(LIGHT, "r3", 0)} and again.spent(1) == {}
 
 
 def test_what_a_full_disk_did_not_take_was_not_spent_and_the_next_line_follows(tmp_path, largest_file):

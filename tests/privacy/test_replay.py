@@ -10,13 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from fedlora.data.store import Dataset
+from fedlora.engine.digests import Digests
 from fedlora.engine.inline import InlineEngine
+from fedlora.engine.worker import Worker
 from fedlora.errors import RoundError, UserError
+from fedlora.prepare import prepare
 from fedlora.privacy import ledger, replay, together
+from fedlora.privacy.budget import Budget
 from fedlora.privacy.mechanisms.bands import Past
 from fedlora.privacy.replay import Drawn, code, digest
 from fedlora.rounds.loop import Loop
 from fedlora.simulation import simulate
+from fedlora.strategies.ffa_lora import FFALoRA
 
 VALUES = st.recursive(
     st.integers(-9, 9) | st.text(max_size=2) | st.none(),
@@ -126,23 +132,52 @@ def lines_of(folder):
     return ledger.read(folder / "privacy.jsonl")
 
 
-def test_a_resume_over_other_data_is_refused(tiny, rows, tmp_path, monkeypatch):
+@pytest.mark.parametrize("round", [1, 2])
+def test_a_resume_over_other_data_is_refused(tiny, rows, tmp_path, monkeypatch, round):
+    """Before the first checkpoint too."""
     scenario = tiny(rows.files, "rounds=3")
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_record", killed(2))
+        patch.setattr(Loop, "_record", killed(round))
         with pytest.raises(RuntimeError, match="killed"):
             simulate(scenario, out=tmp_path / "run")
     before = (tmp_path / "run" / "privacy.jsonl").read_bytes()
     rows("new")
-    with pytest.raises(UserError, match=r"were trained on other data, .*: put those back, or start again"):
+    with pytest.raises(UserError, match=r"it began with other data, .*: put those back, or start again"):
         simulate(scenario, out=tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "privacy.jsonl").read_bytes() == before
     rows("old")
     assert simulate(scenario, out=tmp_path / "run", resume=True).summary["rounds"] == 3
 
 
+def test_rows_in_another_order_are_other_data(tiny, rows, tmp_path, monkeypatch):
+    """Under bands a row's place says when its turn is."""
+    scenario = tiny(rows.files, "rounds=2", "privacy.bands=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_record", killed(1))
+        with pytest.raises(RuntimeError, match="killed"):
+            simulate(scenario, out=tmp_path / "run")
+    file = tmp_path / "rows.csv"
+    head, *lines = file.read_text().splitlines()
+    file.write_text("\n".join([head, *lines[::-1]]) + "\n")
+    with pytest.raises(UserError, match="it began with other data"):
+        simulate(scenario, out=tmp_path / "run", resume=True)
+    file.write_text("\n".join([head, *lines]) + "\n")
+    origin = tmp_path / "run" / "origin.json"
+    kept = origin.read_text()
+    for damage in ("", "[]", '{"data": null}'):
+        origin.write_text(damage)
+        with pytest.raises(UserError, match=r"origin.json: is missing or damaged|it began with other data"):
+            simulate(scenario, out=tmp_path / "run", resume=True)
+    origin.unlink()
+    with pytest.raises(UserError, match=r"origin.json: is missing or damaged: restore it, or start again"):
+        simulate(scenario, out=tmp_path / "run", resume=True)
+    origin.write_text(kept)
+    assert simulate(scenario, out=tmp_path / "run", resume=True).summary["rounds"] == 2
+
+
 def test_a_first_round_over_other_data_draws_other_noise_and_pays(tiny, rows, tmp_path, monkeypatch):
-    """Nothing was saved yet that knows the data: the ledger does."""
+    """Were the data not compared, the digest still is."""
+    monkeypatch.setattr(Dataset, "fingerprint", "one for all")
     loose = ("privacy={noise_multiplier: 3.0, delta: 1.0e-3, clip_norm: 0.01}", "rounds=1")
     scenario = tiny(rows.files, *loose)
     seen = updates_of(monkeypatch)
@@ -162,6 +197,7 @@ def test_a_first_round_over_other_data_draws_other_noise_and_pays(tiny, rows, tm
 
 
 def test_other_data_are_not_trained_on_where_the_budget_is_spent(tiny, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(Dataset, "fingerprint", "one for all")
     scenario = tiny(rows.files, "rounds=1")
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_record", killed(1))
@@ -208,6 +244,88 @@ def test_a_round_over_another_adapter_draws_other_noise_and_pays(tiny, tmp_path,
     for client in range(4):
         one, again = other[client], seen[3, client][0]
         assert abs(np.corrcoef(one, again)[0, 1]) < 5 / np.sqrt(len(one))
+
+
+@pytest.mark.parametrize("bands", [1, 2])
+def test_a_ledger_that_is_ahead_of_its_checkpoint_forgets_no_draw(tiny, tmp_path, monkeypatch, bands):
+    """Life 1 pays rounds 1 to 3. Its checkpoint is lost, and life 2 goes on from the one before it, with a client
+    that fails in round 2, and dies in round 3 before it pays. Its checkpoint counts the lines of life 1.
+    """
+    loose = ("privacy={noise_multiplier: 3.0, delta: 1.0e-3, clip_norm: 0.01}", "rounds=3")
+    scenario = tiny(*loose, f"privacy.bands={bands}")
+    run, seen = tmp_path / "run", updates_of(monkeypatch)
+
+    def life(record, fails=False, pays=True):
+        with monkeypatch.context() as patch:
+            original, spend = InlineEngine.train, Budget.spend
+
+            def train(self, instruction, cohort, partial_sums):
+                replies = original(self, instruction, cohort, partial_sums)
+                if not fails or instruction.round != 2:
+                    return replies
+                reports = [r if r.client else dataclasses.replace(r, error="late") for r in replies.reports]
+                left = [u for u in replies.updates if u.clients != (0,)]
+                return dataclasses.replace(replies, updates=left, reports=reports)
+
+            def paying(self, instruction, *rest):
+                if instruction.round == 3 and not pays:
+                    raise RuntimeError("killed")
+                return spend(self, instruction, *rest)
+
+            patch.setattr(InlineEngine, "train", train)
+            patch.setattr(Budget, "spend", paying)
+            if record:
+                patch.setattr(Loop, "_record", killed(record))
+            simulate(scenario, out=run, resume=run.exists())
+
+    with pytest.raises(RuntimeError, match="killed"):
+        life(3)
+    checkpoint = run / "checkpoint"
+    shutil.rmtree(checkpoint)  # of round 2; that of round 1 is beside it
+    with pytest.raises(RuntimeError, match="killed"):
+        life(0, fails=True, pays=False)
+    life(0)
+    lines = [line for line in lines_of(run) if line["client"] == 1]
+    drawn = {(line["round"], line["draw"]): line["digest"] for line in lines}
+    assert [(line["round"], line["draw"]) for line in lines] == [(1, 0), (2, 0), (3, 0), (3, 1)]
+    assert len(drawn) == len(set(drawn.values())) == 4
+    first, *_, last = seen[3, 1]
+    assert abs(np.corrcoef(first, last)[0, 1]) < 5 / np.sqrt(len(first))  # noise dwarfs the gradients here
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "loss={class_weights: {good: 2}}",
+        "loss={label_smoothing: 0.1}",
+        "model.adapter.alpha=3",
+        "data.max_length=31",
+    ],
+)
+def test_whatever_a_scenario_says_of_training_makes_another_digest(tiny, change):
+    """All but what a resumed run may change, such as its rounds."""
+
+    def base(*overrides):
+        worker = Worker(prepare(tiny(*overrides)).setup)
+        return Digests(worker.task, worker.client, FFALoRA(), worker.setup, worker.scenario)._base()
+
+    assert base(change) != base() == base("rounds=9", "eval_every=2", "engine.workers=1")
+
+
+def test_weights_by_counts_that_have_changed_make_another_digest(tiny, rows, tmp_path, monkeypatch):
+    """`balanced` is written out by the test rows, which may be others when a run goes on."""
+    test = tmp_path / "test.csv"
+    told = f"data.files={{train: {tmp_path / 'rows.csv'}, test: {test}, text: text, label: label}}"
+    scenario = tiny(told, "loss={class_weights: balanced}", "rounds=1", "privacy.epsilon=100")
+    monkeypatch.setattr(Dataset, "fingerprint", "one for all")
+    for good in (4, 1):
+        test.write_text("text,label\n" + "".join(f"a {i},{'good' if i < good else 'bad'}\n" for i in range(8)))
+        with monkeypatch.context() as patch:
+            patch.setattr(Loop, "_record", killed(1))
+            with pytest.raises((RuntimeError, RoundError), match=r"killed|no epsilon is left"):
+                simulate(scenario, out=tmp_path / "run", resume=good == 1)
+    lines = [line for line in lines_of(tmp_path / "run") if line["client"] == 0]
+    assert len(lines) == 1  # calibrated to one round: nothing is left for the other sum
 
 
 @pytest.mark.parametrize("what", ["versions", "machine"])
