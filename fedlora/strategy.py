@@ -278,7 +278,7 @@ class Strategy(FlowerStrategy):
         good = sorted((r for r in replies if r.has_content()), key=lambda r: r.metadata.src_node_id)
         if not good:
             return None, None
-        updates = [wire.unpack_update(reply, reply.metadata.src_node_id) for reply in good]
+        updates = [wire.unpack_update(reply.content, reply.metadata.src_node_id) for reply in good]
         made = self.aggregated(self._sent, updates)
         if made.base:
             raise ContractError(f"{type(self).__name__} merges into the base, which Flower's own loop cannot do")

@@ -1,4 +1,4 @@
-"""Flower messages <-> plain data. The only place that names record keys, and that knows their sizes.
+"""Flower messages <-> plain data. The only place that names record keys; `fedlora.traffic` knows their sizes.
 
 A reply has the shape that Flower's own strategies expect: one ArrayRecord, and one MetricRecord whose
 `num-examples` is the weight. What else a reply tells stands in a ConfigRecord beside them.
@@ -12,8 +12,7 @@ import math
 import sys
 import tokenize
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
-from functools import lru_cache
+from dataclasses import fields
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -29,7 +28,6 @@ from fedlora.errors import ContractError, UserError
 from fedlora.optimizers import averaged
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.secure import Parts
-from fedlora.seeding import generator
 
 HEADER = 512  # bytes in which an array says what it is
 DIMENSIONS = 8  # of an array
@@ -39,6 +37,7 @@ SECURE, MOMENTS = "secure", "moments"
 PARTS = ("you", "mask", "share", "sealed", "members", "masked", "sent", "dropped", "shares")  # of the exchanges
 WEIGHT, ROUND = "num-examples", "server-round"
 CLIENT_FAILED = 0  # flwr.app.ErrorCode.UNKNOWN
+MOST_TERMS = 1000  # on which a site may have paid in one run
 MOST = 2**63 - 1  # that a whole number of a message may be, where nothing narrower is known
 ABOVE_ZERO, FROM_ZERO = (
     ("clip-norm", "sum-noise"),
@@ -205,13 +204,12 @@ def pack_update(update: Update, event: Event | None = None, packing: Packing | N
     return content
 
 
-def unpack_update(message: Message, client: int) -> Update:
+def unpack_update(content: RecordDict, client: int) -> Update:
     """The update in a reply, whoever wrote it; what it claims is for `fedlora.engine.intake` to judge.
 
     Raises:
         ContractError: the reply lacks tensors, or its weight is no positive number.
     """
-    content = message.content
     metrics: dict[str, Any] = dict(next(iter(content.metric_records.values()), {}))
     weight = metrics.pop(WEIGHT, None)
     if not _real(weight) or not 0 < weight < math.inf or not content.array_records:
@@ -245,6 +243,21 @@ def unpack_event(content: RecordDict) -> Event | None:
     return None if told is None else read_event(_json(told))
 
 
+def unpack_spent(content: RecordDict) -> tuple[Event, ...] | None:
+    """All that a site has paid in a run, as its own ledger has it; None where a reply does not say.
+
+    Raises:
+        ContractError: it is garbled.
+    """
+    told = unpack_words(content).get("spent")
+    if told is None:
+        return None
+    events = [read_event(one) for one in told] if isinstance(told, list) and len(told) <= MOST_TERMS else [None]
+    if not all(events):
+        raise ContractError("a message garbles what its site has paid in the run")
+    return tuple(event for event in events if event)
+
+
 def read_event(told: Any) -> Event | None:
     """A privacy event from what a client wrote; None from null.
 
@@ -265,6 +278,13 @@ def read_event(told: Any) -> Event | None:
 def pack_words(words: Mapping[str, Any]) -> RecordDict:
     """JSON values by name as the content of a message between the server and a site, without tensors."""
     return RecordDict({REPORT: ConfigRecord({key: json.dumps(value) for key, value in words.items()})})
+
+
+def add_words(content: RecordDict, words: Mapping[str, Any]) -> None:
+    """Put further words into the content of a message, or replace those of the same names."""
+    content[REPORT] = ConfigRecord(
+        {**_report(content), **{key: json.dumps(value) for key, value in words.items()}}
+    )
 
 
 def unpack_words(content: RecordDict) -> dict[str, Any]:
@@ -354,11 +374,6 @@ def from_bytes(data: bytes) -> RecordDict:
         raise ContractError(f"no message of Flower's: {error!s:.100}") from error
 
 
-def content_bytes(content: RecordDict) -> int:
-    """Bytes of a message's content as Flower serialises it."""
-    return _size(content)
-
-
 def _digits(text: str, what: str) -> int:
     """A whole number that is written as the end of a key, in one way."""
     if len(text) <= len(str(MOST)) and text.isascii() and text.isdecimal() and str(int(text)) == text:
@@ -380,55 +395,6 @@ def _json(text: object) -> Any:
 def error_reply(to: Message, reason: str) -> Message:
     """The reply of a client that failed."""
     return Message(Error(CLIENT_FAILED, reason), reply_to=to)
-
-
-def instruction_bytes(instruction: Instruction, layout: Layout, codec: Codec | None = None) -> int:
-    """Bytes of an instruction as Flower serialises it."""
-    empty = replace(instruction, adapter={}, ranked={})
-    return _size(pack_instruction(empty, layout)) + _arrays_bytes(_shapes(instruction.adapter), codec)
-
-
-def update_bytes(update: Update, event: Event | None = None, codec: Codec | None = None) -> int:
-    """Bytes of an update as Flower serialises it."""
-    return _words_bytes(tuple(update.metrics), event, len(update.moments)) + _arrays_bytes(
-        _shapes(update.adapter), codec
-    )
-
-
-def tensor_bytes(names: Iterable[str], layout: Layout, codec: Codec | None = None) -> int:
-    """Bytes that the named tensors add to a message."""
-    return arrays_bytes({name: layout[name].shape for name in names}, codec)
-
-
-def arrays_bytes(shapes: Mapping[str, tuple[int, ...]], codec: Codec | None = None) -> int:
-    """Bytes that tensors of these shapes add to a message."""
-    return _arrays_bytes(tuple(shapes.items()), codec)
-
-
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-
-
-def _shapes(adapter: Mapping[str, Tensor]) -> Shapes:
-    return tuple((name, tensor.shape) for name, tensor in adapter.items())
-
-
-@lru_cache(maxsize=4096)
-def _words_bytes(metrics: tuple[str, ...], event: Event | None, rows: int) -> int:
-    """What an update weighs without tensors: a figure takes eight bytes, whatever it is, and so does a row."""
-    moments, figures = np.zeros((rows, 2), np.float32), dict.fromkeys(metrics, 1.0)
-    return _size(pack_update(Update(adapter={}, weight=1.0, clients=(), metrics=figures, moments=moments), event))
-
-
-@lru_cache(maxsize=256)
-def _arrays_bytes(shapes: Shapes, codec: Codec | None = None) -> int:
-    """What tensors of these shapes add to a message: measured once on zeros, as size is all that counts."""
-    packing = None if codec is None else (codec, generator(0, "size"))
-    record = to_arrays({name: np.zeros(shape, np.float32) for name, shape in shapes}, packing)
-    return _size(RecordDict({ARRAYS: record})) - _size(RecordDict({ARRAYS: ArrayRecord()}))
-
-
-def _size(content: RecordDict) -> int:
-    return int(recorddict_to_proto(content).ByteSize())
 
 
 def _mask(names: Iterable[str], layout: Layout) -> bytes:

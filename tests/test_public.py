@@ -16,7 +16,7 @@ Scenario Settings Slot Stepwise Strategy Task Update UserError aggregation_error
 load load_adapter plan predict report simulate weighted_mean""".split()
 
 HEAVY = {
-    "flwr": {"deploy", "engine", "privacy", "wire", "strategy"},
+    "flwr": {"deploy", "engine", "privacy", "wire", "strategy", "traffic"},
     "cryptography": {"deploy", "privacy"},
     "opacus": {"audit", "passes", "privacy"},
     "ray": {"engine", "sweep"},

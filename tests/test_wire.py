@@ -3,12 +3,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora import wire
+from fedlora import traffic, wire
 from fedlora.adapter import Instruction, Slot, Update
 from fedlora.errors import ContractError
 from fedlora.privacy.accounting import Event
@@ -46,7 +46,7 @@ def test_an_instruction_survives_the_wire(train, down, round):
     assert replace(got, adapter={}) == replace(sent, adapter={})
     for name, tensor in sent.adapter.items():
         np.testing.assert_array_equal(got.adapter[name], tensor)
-    assert wire.instruction_bytes(sent, LAYOUT) == pytest.approx(
+    assert traffic.instruction_bytes(sent, LAYOUT) == pytest.approx(
         len(recorddict_to_proto(content).SerializeToString()), abs=6
     )
 
@@ -56,17 +56,16 @@ def test_an_instruction_survives_the_wire(train, down, round):
 def test_update_bytes_are_those_of_the_serialised_reply(names, event):
     update = Update(adapter=tensors(names), weight=12.0, clients=(3,), metrics={"train_loss": 0.5})
     size = len(recorddict_to_proto(wire.pack_update(update, event)).SerializeToString())
-    assert wire.update_bytes(update, event) == pytest.approx(size, abs=6)
+    assert traffic.update_bytes(update, event) == pytest.approx(size, abs=6)
     update = replace(update, moments=np.ones((len(names), 2), np.float32))
     size = len(recorddict_to_proto(wire.pack_update(update, event)).SerializeToString())
-    assert wire.update_bytes(update, event) == pytest.approx(size, abs=6)  # lengths are written in 1 to 5 bytes
+    assert traffic.update_bytes(update, event) == pytest.approx(size, abs=6)  # lengths are written in 1 to 5 bytes
 
 
 def test_an_update_survives_the_wire(engine_identity):
     rows = np.array([[1e-7, 0.1], [3, 1]], np.float32)
     update = Update(adapter=tensors("ab"), weight=12.0, clients=(3,), metrics={"train_loss": 0.5}, moments=rows)
-    ask = Message(content=RecordDict(), message_type="train", dst_node_id=4)
-    got = wire.unpack_update(Message(over_the_wire(wire.pack_update(update, EVENT)), reply_to=ask), 3)
+    got = wire.unpack_update(over_the_wire(wire.pack_update(update, EVENT)), 3)
     assert (got.weight, got.clients, got.metrics) == (12.0, (3,), {"train_loss": 0.5})
     np.testing.assert_array_equal(got.adapter["b"], update.adapter["b"])
     np.testing.assert_array_equal(got.moments, rows)
@@ -76,9 +75,8 @@ def test_an_update_survives_the_wire(engine_identity):
 def test_a_reply_without_a_positive_weight_is_refused(engine_identity, weight):
     content = wire.pack_update(Update(adapter=tensors("a"), weight=1.0, clients=(0,)))
     content[wire.METRICS] = MetricRecord({} if weight is None else {wire.WEIGHT: weight})
-    ask = Message(content=RecordDict(), message_type="train", dst_node_id=1)
     with pytest.raises(ContractError, match="client 0"):
-        wire.unpack_update(Message(content, reply_to=ask), 0)
+        wire.unpack_update(content, 0)
 
 
 GOOD = Array(np.ones((2, 3), np.float32))

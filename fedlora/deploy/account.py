@@ -70,7 +70,7 @@ def pay(run: Serving, account: Account | None, round: int, client: int, event: E
     """
     asked = run.worker.scenario.example_privacy
     assert asked is not None
-    before = run.ledger.events.get(client, ())
+    before = run.spent(client)
     paid = epsilon([*before, event], asked.delta, asked.accountant)
     if asked.epsilon is not None and paid > asked.epsilon * (1 + 1e-9):
         raise Refusal(f"another round would make epsilon {paid:.3f}, and {asked.epsilon:g} was promised")

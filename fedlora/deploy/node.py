@@ -23,6 +23,7 @@ from fedlora.data.cells import Taught
 from fedlora.deploy import signing, sources
 from fedlora.deploy import site as sites
 from fedlora.deploy.account import Account, pay
+from fedlora.deploy.answers import Answers
 from fedlora.deploy.masks import Masks, member_of
 from fedlora.deploy.serving import Serving, Words
 from fedlora.deploy.site import FLOOR, Site
@@ -135,13 +136,22 @@ class Node:
             self.failed += kind == "train"
             logger.warning("refused: %s", error, extra=seen)
             spent = {} if error.event is None else {"privacy": error.event.to_json()}
-            return wire.pack_words({"refused": str(error), **spent})
+            made = wire.pack_words({"refused": str(error), **spent})
+            self._tell_spent(made, kind, client)
+            return made
+        self._tell_spent(made, kind, client)
         self.served += kind == "train"
         if kind == "train":
             seen["trained"] = round(self.trained, 3)
         seen |= {"seconds": round(time.perf_counter() - began, 3), "epsilon": self.epsilon}
         logger.info("answered", extra=seen)
         return made
+
+    def _tell_spent(self, made: RecordDict, kind: str, client: int) -> None:
+        """Say beside an answer what the examples lost in the run, so that the server's ledger says no less."""
+        run = self.run
+        if kind == "train" and run is not None and run.worker.scenario.example_privacy is not None:
+            wire.add_words(made, {"spent": [event.to_json() for event in run.spent(client)]})
 
     # Introductions.
 
@@ -268,7 +278,7 @@ class Node:
         merges.restore(count if merged is None else merged)
         for change in merges.changes:
             worker.merge(change)
-        run = Serving(words, worker, Ledger(folder), merges)
+        run = Serving(words, worker, Ledger(folder), merges, Answers(folder, self.state.key()))
         banded = any(event.bands > 1 for spent in run.ledger.events.values() for event in spent)
         if not self.state.same_rows(key, worker.dataset.fingerprint, banded) and banded:
             logger.error(
@@ -316,6 +326,8 @@ class Node:
     def _train(self, run: Serving, instruction: Instruction, content: RecordDict, client: int) -> RecordDict:
         """Train, which pays first; where the scenario says so, mask what is sent.
 
+        Asked again what it has paid for and answered, it answers as before.
+
         Raises:
             Refusal: the site cannot afford it, holds no masks, would add less noise than was promised, or
                 training failed.
@@ -329,6 +341,11 @@ class Node:
                 whole.check_words(instruction.config, asked.clip_norm)
             except ContractError as error:
                 raise Refusal(str(error)) from error
+        expected = run.event(instruction, client) if instruction.trip == 1 else None
+        question = run.answers.question(instruction, client, len(run.merges), expected)
+        if (before := run.answers.find(instruction.trip, question)) is not None:
+            logger.info("asked again: answered as before", extra={"client": client, "round": instruction.round})
+            return self._masked(run, instruction, content, client, before) if masked else wire.from_bytes(before)
         update, report = run.worker.fit(instruction, client)
         event, self.trained = report.event, report.seconds
         if self.site is not None and instruction.trip == 1:
@@ -338,13 +355,25 @@ class Node:
             raise Refusal("training failed: its log says why", event)
         if self.site is not None and not self.site.accept.metrics:
             update = replace(update, metrics={k: v for k, v in update.metrics.items() if k == WITHIN})
-        transport = run.worker.transport
-        if not masked:
-            return wire.pack_update(update, event, transport.packing_up(instruction, client))
-        trained = (instruction, transport.arrived(update, instruction))
-        made = self.masks.exchange(run, secure.MASKED, content, client, trained)
-        spent = {} if event is None else {"privacy": event.to_json()}
-        return RecordDict({**made, **wire.pack_words(spent)})
+        packing = None if masked else run.worker.transport.packing_up(instruction, client)
+        answer = wire.pack_update(update, event, packing)
+        if scenario.example_privacy is not None:
+            try:
+                run.answers.keep(instruction.trip, question, wire.to_bytes(answer))
+            except OSError as error:
+                logger.warning("its answer cannot be kept, in case it is lost: %s", error.strerror or error)
+        return self._masked(run, instruction, content, client, wire.to_bytes(answer)) if masked else answer
+
+    def _masked(
+        self, run: Serving, instruction: Instruction, content: RecordDict, client: int, answer: bytes
+    ) -> RecordDict:
+        """An answer with its update masked."""
+        told = wire.from_bytes(answer)
+        update = run.worker.transport.arrived(wire.unpack_update(told, client), instruction)
+        made = self.masks.exchange(run, secure.MASKED, content, client, (instruction, update))
+        event = wire.unpack_event(told)
+        wire.add_words(made, {} if event is None else {"privacy": event.to_json()})
+        return made
 
     def _judge(self, run: Serving, instruction: Instruction, client: int) -> RecordDict:
         """Loss and metric of the client's own model on the examples that it holds out.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora.adapter import Instruction
+from fedlora.deploy.answers import Answers
 from fedlora.engine.replies import Report
 from fedlora.engine.worker import Worker
 from fedlora.privacy.accounting import Event, epsilon
@@ -23,6 +24,7 @@ class Serving:
     worker: Worker
     ledger: Ledger
     merges: Merges
+    answers: Answers
     member: tuple[object, Member] | None = None  # its part in secure aggregation, with the round
 
     @property
@@ -35,9 +37,13 @@ class Serving:
         held = self.worker.dataset.num_examples(client)
         return self.worker.client.spends(held, self.worker.settings(instruction, held))
 
+    def spent(self, client: int) -> tuple[Event, ...]:
+        """What the client's examples have lost in this run, those on equal terms together."""
+        return self.ledger.events.get(client, ())
+
     def line(self, report: Report, round: int, client: int) -> dict[str, Any]:
         """A round as a site saw it, which `fedlora watch` shows; what was learnt only the server can tell."""
-        asked, events = self.worker.scenario.example_privacy, self.ledger.events.get(client, ())
+        asked, events = self.worker.scenario.example_privacy, self.spent(client)
         spent = None if asked is None else epsilon(events, asked.delta, asked.accountant)
         return {
             "round": round,

@@ -17,7 +17,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedlora import wire
+from fedlora import traffic, wire
 from fedlora.adapter import Adapter, Change, Instruction, Update
 from fedlora.engine import secure as masking
 from fedlora.engine.base import Engine, Figures
@@ -112,7 +112,7 @@ class FlowerEngine(Engine):
         answers = self.roster.ask("train", contents)
         for client in cohort:
             reply, seconds = answers.get(client, (None, time.monotonic() - began))
-            down = wire.content_bytes(contents[client]) if client in contents else 0
+            down = traffic.content_bytes(contents[client]) if client in contents else 0
             update, report = self._read(asked[client], client, reply, down, seconds)
             reports.append(report)
             if update is not None:
@@ -238,7 +238,7 @@ class FlowerEngine(Engine):
                 reply, seconds = answers.get(client, (None, time.monotonic() - began))
                 report = reports[client]
                 report = replace(report, seconds=report.seconds + seconds)
-                report = replace(report, bytes_down=report.bytes_down + wire.content_bytes(content))
+                report = replace(report, bytes_down=report.bytes_down + traffic.content_bytes(content))
                 site = self.roster.sites[client]
                 spends = site.event if what == secure.MASKED else report.event
                 try:
@@ -246,7 +246,9 @@ class FlowerEngine(Engine):
                         raise ContractError(f"no reply within {self.deadline:g} s")
                     if reply.has_error():
                         raise ContractError(reply.error.reason)
-                    report = replace(report, bytes_up=report.bytes_up + wire.content_bytes(reply.content))
+                    report = replace(report, bytes_up=report.bytes_up + traffic.content_bytes(reply.content))
+                    if what == secure.MASKED:
+                        report = replace(report, spent=wire.unpack_spent(reply.content))
                     if refused := wire.unpack_words(reply.content).get("refused"):
                         spends = wire.unpack_event(reply.content) or report.event
                         self.roster.forget(site, str(refused))
@@ -283,15 +285,16 @@ class FlowerEngine(Engine):
             return None, replace(report, event=spends, error=f"no reply within {self.deadline:g} s")
         if reply.has_error():
             return None, replace(report, event=spends, error=reply.error.reason)
-        report = replace(report, bytes_up=wire.content_bytes(reply.content))
+        report = replace(report, bytes_up=traffic.content_bytes(reply.content))
         try:
-            event = wire.unpack_event(reply.content)
+            event, spent = wire.unpack_event(reply.content), wire.unpack_spent(reply.content)
+            report = replace(report, spent=spent)
             if refused := wire.unpack_words(reply.content).get("refused"):
                 self.roster.forget(site, str(refused))
                 return None, replace(report, event=event, error=str(refused))
             update = self._checked(instruction, client, reply)
         except FedloraError as error:
-            return None, replace(report, event=spends, error=f"{type(error).__name__}: {error}")
+            return None, replace(report, event=spends, spent=None, error=f"{type(error).__name__}: {error}")
         site.merged = len(self.merges)
         shown = {k: v for k, v in update.metrics.items() if k != central.WITHIN}
         steps = self.worker.scenario.clients.local_steps if instruction.trip == 1 else 0
@@ -303,7 +306,7 @@ class FlowerEngine(Engine):
         Raises:
             ContractError: it is not what was asked for.
         """
-        update = wire.unpack_update(reply, client)
+        update = wire.unpack_update(reply.content, client)
         update = replace(update, scaling=self.description.kind.scaling(self._rank(client)))
         update = self.worker.transport.arrived(update, instruction)
         update = self.worker.intake.check(update, instruction)

@@ -18,6 +18,7 @@ class Report:
         bytes_up, bytes_down: of its messages as Flower serialises them.
         seconds: that it took.
         event: the privacy event that it cost, also where it failed after it may have trained.
+        spent: all that it paid in the run, as its own ledger has it; None where it keeps none.
         digest: of all that made its update (`fedlora.privacy.replay`); empty where its noise is never drawn again.
         draw: which draw of its noise that update carries.
         error: why it failed; None if it did not.
@@ -33,6 +34,7 @@ class Report:
     bytes_down: int
     seconds: float
     event: Event | None = None
+    spent: tuple[Event, ...] | None = None
     digest: str = ""
     draw: int = 0
     error: str | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora import wire
+from fedlora import traffic, wire
 from fedlora.adapter import Adapter, Change, Instruction, Update
 from fedlora.engine.base import Engine, Figures
 from fedlora.engine.replies import Replies, Report
@@ -195,7 +195,7 @@ class SecureEngine(Engine):
                 except ContractError as error:
                     reports[client] = replace(had, error=f"{type(error).__name__}: {error}", steps=0)
                     continue
-                up, down = (wire.content_bytes(wire.pack_parts(p)) for p in (made[client], parts))
+                up, down = (traffic.content_bytes(wire.pack_parts(p)) for p in (made[client], parts))
                 reports[client] = replace(had, bytes_up=had.bytes_up + up, bytes_down=had.bytes_down + down)
             return made
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedlora import client as clients
-from fedlora import starting, suitability, wire
+from fedlora import starting, suitability, traffic
 from fedlora import strategy as strategies
 from fedlora.adapter import Adapter, Change, Instruction, Sum, Update, fingerprint
 from fedlora.client import Setter
@@ -203,7 +203,7 @@ class Worker:
         return self.scenario.clients.rank(client, self.scenario.seed, self.scenario.model.adapter.r)
 
     def _bytes_down(self, instruction: Instruction) -> int:
-        return wire.instruction_bytes(instruction, self.task.layout, self.transport.down)
+        return traffic.instruction_bytes(instruction, self.task.layout, self.transport.down)
 
     def fit(self, instruction: Instruction, client: int) -> tuple[Update | None, Report]:
         """Run one client, by an instruction as it received it.
@@ -272,7 +272,7 @@ class Worker:
         return update, report(
             began,
             steps=deed.steps,
-            bytes_up=wire.update_bytes(update, deed.event, self.transport.up),
+            bytes_up=traffic.update_bytes(update, deed.event, self.transport.up),
             metrics={k: v for k, v in update.metrics.items() if k != central.WITHIN},
         )
 

@@ -10,6 +10,7 @@ from fedlora.client import Client, Setter
 from fedlora.client import spends as spent_by
 from fedlora.data.store import Dataset
 from fedlora.engine import Replies
+from fedlora.engine.replies import Report
 from fedlora.privacy import grid
 from fedlora.privacy.accounting import FROM_SERVER, Event, epsilon
 from fedlora.privacy.ledger import Holder, Ledger, Own, Paid, Whole
@@ -141,6 +142,17 @@ class Budget:
         """What need not be paid again if an attempt at a round runs again, over the same inputs."""
         return self.ledger.spent(round, attempt) if self.repeatable else {}
 
+    def _owed(self, report: Report) -> list[Event]:
+        """What a client cost that is not in the ledger yet.
+
+        A site keeps a ledger of its own, and says all that it has. So a reply that was lost is made up for, and
+        an answer that it gives a second time costs nothing.
+        """
+        if report.spent is None:
+            return [] if report.event is None else [report.event]
+        before = [(event, event.steps - self.ledger.paid(report.client, event)) for event in report.spent]
+        return [replace(event, steps=more) for event, more in before if more > 0]
+
     def _next(self, instruction: Instruction, holder: int | None) -> Event | None:
         """What another draw in this round would cost."""
         if holder is not None:
@@ -166,7 +178,9 @@ class Budget:
             return {"delta": privacy.delta, "unit": privacy.unit, "accountant": privacy.accountant}
 
         if (example := self.scenario.example_privacy) is not None:
-            yield terms(example), {r.client: r.event for r in replies.reports if r.event}
+            owed = {report.client: self._owed(report) for report in replies.reports}
+            for turn in range(max(map(len, owed.values()), default=0)):
+                yield terms(example), {c: events[turn] for c, events in owed.items() if len(events) > turn}
         if self.central is None or (whole := self.scenario.client_privacy) is None:
             return
         bound = instruction.config[CLIP_NORM]

@@ -80,11 +80,11 @@ class Drawn:
         return self.firsts[draw]
 
 
-def digest(seed: int, *parts: Any) -> str:
+def digest(seed: int | bytes, *parts: Any) -> str:
     """32 hex digits that differ where any bit of the parts does.
 
     Args:
-        seed: of the scenario, which keys it.
+        seed: of the scenario, or a site's own key; it keys the digest.
         parts: arrays, mappings by name, sequences, and values whose `repr` says all of them.
     """
     made = hmac.new(key(seed, "digest"), digestmod=hashlib.sha256)

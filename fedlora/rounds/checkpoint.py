@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora import factors, wire
+from fedlora import factors, traffic
 from fedlora.adapter import Adapter, Change
 from fedlora.errors import UserError
 from fedlora.returned import finite, plain
@@ -319,7 +319,7 @@ class Merges:
     def _add(self, change: Change) -> None:
         self.changes.append(change)
         sides = {f"{m}/{i}": side for m, pair in change.items() for i, side in enumerate(pair)}
-        self._bytes.append(wire.arrays_bytes({name: side.shape for name, side in sides.items()}))
+        self._bytes.append(traffic.arrays_bytes({name: side.shape for name, side in sides.items()}))
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number + 1:05d}.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import returned, wire
+from fedlora import returned, traffic
 from fedlora.adapter import Adapter, Change, Instruction, Update, fingerprint
 from fedlora.data.store import Dataset
 from fedlora.engine import Engine, Replies, Report
@@ -427,4 +427,4 @@ class Loop:
         layout = self.strategy.layout
         sent = set(self.strategy.trains(round, layout)) & set(self.strategy.sends(round, layout))
         heads = sorted(n for n in sent if layout[n].role == "head" and layout[n].trainable)
-        return wire.tensor_bytes(heads, layout, Transport(self.scenario, self.strategy).up)
+        return traffic.tensor_bytes(heads, layout, Transport(self.scenario, self.strategy).up)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import wire
+from fedlora import traffic
 from fedlora.adapter import Instruction, Update
 from fedlora.data.store import Dataset
 from fedlora.engine import Replies, Report
@@ -253,8 +253,8 @@ class Pace:
         if rank not in sizes:
             told = instruction.at(rank)
             shapes = self.intake.expected(told, rank)
-            down = wire.instruction_bytes(told, self.strategy.layout, self.transport.down)
-            sizes[rank] = (down, wire.arrays_bytes(shapes, self.transport.up))
+            down = traffic.instruction_bytes(told, self.strategy.layout, self.transport.down)
+            sizes[rank] = (down, traffic.arrays_bytes(shapes, self.transport.up))
         return sizes[rank]
 
     def _steps(self, instruction: Instruction, ways: list[Journey]) -> Instruction:

@@ -1,6 +1,7 @@
 """The server's side of a deployment, against real nodes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from fedlora.deploy.node import Node
 from fedlora.engine.roster import Roster
 from fedlora.errors import ContractError, RoundError, SettingError
 from fedlora.privacy import ledger
+from fedlora.privacy.budget import Budget
+from fedlora.rounds.loop import Loop
 from tests.deploy.federation import LocalGrid
 
 
@@ -135,6 +138,59 @@ def test_a_site_that_says_nothing_is_missed_at_the_deadline_and_its_late_reply_i
     ]
     assert engine.roster.late == 1  # that of round 1; that of round 2 never came
     assert len(ledger.replay(run.folder / "privacy.jsonl")[1]) == 2  # it trained, for all the server knows
+
+
+@pytest.mark.parametrize("more", [(), ("secure_aggregation={survivors: 0.7}",), ("privacy.bands=2", "rounds=3")])
+@pytest.mark.parametrize("dies", ["before it pays", "before it saves"])
+def test_an_interrupted_run_ends_within_its_epsilon_and_all_ledgers_agree(
+    sites, nodes, deployed, tmp_path, monkeypatch, more, dies
+):
+    """The server dies in each round once, after its sites have trained."""
+    scenario, files = sites(*more)
+    grid, folder, died = LocalGrid(made := nodes(files)), tmp_path / "runs" / "run-1", set()
+    where = (Budget, "spend") if dies == "before it pays" else (Loop, "_record")
+    original = getattr(*where)
+
+    def killed(self, what, *rest):
+        round = what if isinstance(what, int) else what.round
+        if round not in died:
+            died.add(round)
+            raise RuntimeError("killed")
+        return original(self, what, *rest)
+
+    monkeypatch.setattr(*where, killed)
+    for _ in range(scenario.rounds):
+        with pytest.raises(RuntimeError, match="killed"):
+            deployed(scenario, grid, folder, resume=folder.exists())
+        for node in made.values():
+            node.close() if not more else node.masks.__init__()  # its worker was started anew
+    run, _ = deployed(scenario, grid, folder, resume=True)
+    assert (
+        run.summary["failures"] == 0 and run.summary["rounds"] == scenario.rounds and len(died) == scenario.rounds
+    )
+    assert 7 < run.summary["epsilon"] <= 8.0
+    for client, node in enumerate(made.values()):
+        here = ledger.replay(node.state.folder / "runs" / "run-1" / "privacy.jsonl")
+        there = ledger.replay(run.folder / "privacy.jsonl")[client]
+        assert len(here[client]) == scenario.rounds and here[client] == there
+
+
+def test_what_a_server_did_not_hear_of_stands_in_its_ledger_when_it_hears_again(sites, nodes, deployed, tmp_path):
+    """A site has paid for a question that its server, which lost its disk, has never asked."""
+    scenario, files = sites("privacy={noise_multiplier: 3.0, delta: 1.0e-3}", "rounds=1")
+    grid = LocalGrid(made := nodes(files))
+    deployed(scenario, grid)
+    shutil.rmtree(tmp_path / "runs" / "run-1")
+    changed = scenario.model_copy(update={"rounds": 2})
+    for node in made.values():
+        for answer in node.state.folder.rglob("answer-*"):
+            answer.unlink()
+    run, _ = deployed(changed, grid)
+    for client, node in enumerate(made.values()):
+        here = ledger.replay(node.state.folder / "runs" / "run-1" / "privacy.jsonl")[client]
+        there = ledger.replay(run.folder / "privacy.jsonl")[client]
+        assert sum(e.steps for e in here) == sum(e.steps for e in there) == 6
+        assert [e.steps for e in there] == [4, 2]
 
 
 def test_a_site_that_is_not_there_is_a_failure_and_one_that_comes_joins(sites, nodes, deployed):

@@ -145,9 +145,37 @@ def test_pays_before_it_trains_and_never_beyond_what_was_promised(server, node):
         assert refusal(made, train(round)) is None
     paid = ledger.replay(made.state.folder / "runs" / "tiny-1" / "privacy.jsonl")
     assert len(paid[0]) == 2 and made.served == 2
-    assert "and 8 was promised" in refusal(made, train(2)) and made.failed == 1
+    assert "and 8 was promised" in refusal(made, train(1)) and made.failed == 1  # its noise would be new
     assert ledger.replay(made.state.folder / "runs" / "tiny-1" / "privacy.jsonl") == paid
-    assert "and 8 was promised" in refusal(made, train(1))  # nor by asking for a round again: its noise is new
+
+
+@pytest.mark.parametrize("up", ["null", "{kind: top_k, share: 0.2}"])
+def test_asked_again_what_it_has_answered_it_answers_the_same_and_pays_nothing(server, node, up, monkeypatch):
+    """A reply that was lost: the budget of two rounds is enough for two. Another question is another training."""
+    words, files, train = server(f"compression={{up: {up}}}")
+    meet(made := node(files[0]), words)
+    first = made.answer("train", train(1), 0)
+    fit = made.run.worker.client.passes
+    monkeypatch.setattr(made.run.worker.client, "passes", lambda *_: pytest.fail("it trains again"))
+    for _ in range(2):
+        again = made.answer("train", train(1), 0)
+        assert wire.to_bytes(again) == wire.to_bytes(first)
+        made = node(files[0])  # from its disk, after a restart
+    assert lines_paid(made) == [1, 1]
+    (told,) = wire.unpack_spent(first)
+    assert told == wire.unpack_event(first)
+    monkeypatch.undo()
+    assert refusal(made, train(1, {"proximal-mu": 0.5})) is None
+    assert lines_paid(made) == [2, 2] and fit is not None
+    assert "and 8 was promised" in refusal(made, train(2))
+    assert wire.unpack_spent(made.answer("train", train(2), 0))[0].steps == 2 * told.steps  # a refusal says it too
+
+
+def test_a_plain_run_keeps_no_answers(server, node):
+    words, files, train = server(private=False)
+    meet(made := node(files[0]), words)
+    assert wire.unpack_spent(made.answer("train", train(1), 0)) is None
+    assert not list(made.state.folder.rglob("answer-*"))
 
 
 def test_a_site_s_own_cap_holds_over_all_runs_and_restarts(server, node):
@@ -249,7 +277,7 @@ def test_each_training_is_paid_whatever_a_message_says(server, node, monkeypatch
 
     monkeypatch.setattr(made.run.worker.client, "passes", watched)
     made.answer("train", train(1, told), 0)
-    made.answer("train", train(1), 0)
+    made.answer("train", train(2 if not told else 1), 0)
     assert seen == ([[1, 1], [2, 2]] if not told else [[1, 1]])
     assert lines_paid(made) == seen[-1]
 
@@ -268,7 +296,7 @@ def test_a_site_counts_steps_of_banded_noise_by_its_own_ledger_under_a_key_in_me
     monkeypatch.setattr(Past, "block", watched)
     told = meet(made := node(files[1]), words)
     assert told["event"]["bands"] == 3
-    assert refusal(made, train(1)) is None and refusal(made, train(1)) is None  # a server may ask twice
+    assert refusal(made, train(1)) is None and refusal(made, train(1, {"proximal-mu": 0.5})) is None
     made.close()
     meet(made := node(files[1]), words)
     assert refusal(made, train(2)) is None
@@ -391,7 +419,7 @@ def test_of_two_workers_of_one_state_the_second_that_pays_is_refused(server, nod
     for made in (one, other):
         meet(made, words)
     assert refusal(one, train(1)) is None
-    assert refusal(other, train(1)) == "its ledger cannot be written: its log says why"
+    assert refusal(other, train(2)) == "its ledger cannot be written: its log says why"
     assert refusal(one, train(2)) is None and lines_paid(one) == [2, 2]
 
 

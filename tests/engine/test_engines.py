@@ -215,7 +215,7 @@ def test_messages_do_what_plain_data_does(engine):
     assert [r.metadata.src_node_id for r in replies] == [1, 2, 3, 4]
     plain = engine.train(instruct(engine), range(4), partial_sums=False)
     for reply, update in zip(replies, plain.updates, strict=True):
-        got = wire.unpack_update(reply, update.clients[0])
+        got = wire.unpack_update(reply.content, update.clients[0])
         assert all(np.array_equal(got.adapter[n], t) for n, t in update.adapter.items())
     assert list(engine.pull_messages(["no such message"])) == []
 

@@ -138,7 +138,7 @@ def read_update(rng: random.Random, folder: Path) -> None:
     answer = Message(content, reply_to=ask)
     wire.unpack_event(content)
     wire.unpack_words(content)
-    wire.unpack_update(answer, 0)
+    wire.unpack_update(answer.content, 0)
 
 
 READERS = {"scenario": read_scenario, "ledger": read_ledger, "checkpoint": read_checkpoint, "update": read_update}

@@ -16,7 +16,6 @@ import warnings
 from pathlib import Path
 
 import atheris
-from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 with atheris.instrument_imports(include=["fedlora"]):
@@ -69,8 +68,7 @@ def read_update(data: bytes, folder: Path) -> None:
     content = wire.from_bytes(data)
     wire.unpack_event(content)
     wire.unpack_words(content)
-    ask = Message(content=RecordDict(), message_type="train", dst_node_id=1)
-    wire.unpack_update(Message(content, reply_to=ask), 0)
+    wire.unpack_update(content, 0)
 
 
 def good() -> dict[str, list[bytes]]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import wire
+from fedlora import traffic, wire
 from fedlora.adapter import Sum, Update
 from fedlora.engine.ray import RayEngine
 from fedlora.errors import ContractError, ScenarioError
@@ -194,8 +194,8 @@ def test_bytes_are_those_of_the_serialised_messages(build):
     asked = replace(instruction, moments=averaged.rows({}, instruction.send))
     replies = worker.train(asked, [1], False)
     (update,), (report,) = replies.updates, replies.reports
-    up = wire.content_bytes(wire.pack_update(update, report.event))
-    down = wire.content_bytes(wire.pack_instruction(asked, worker.task.layout))
+    up = traffic.content_bytes(wire.pack_update(update, report.event))
+    down = traffic.content_bytes(wire.pack_instruction(asked, worker.task.layout))
     assert report.bytes_up == pytest.approx(up, abs=8) and report.bytes_down == pytest.approx(down, abs=8)
 
 
