@@ -9,7 +9,7 @@ from fedlora.kinds.contract import Kind
 from fedlora.kinds.contract import load as load_kind
 from fedlora.scenario import Scenario
 from fedlora.strategy import Stock, Strategy
-from fedlora.tasks import base_model
+from fedlora.tasks import located
 
 
 def check(strategy: Strategy, scenario: Scenario) -> None:
@@ -98,7 +98,7 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
         can = _those(lambda cls: cls().draw(2) == cls().draw(1))
         raise SettingError("model.start", f"{use} begins each round from new factors; take one of {can}")
     xs = (strategy.kinds[0] if kind == "auto" else kind) == "lora_xs"
-    if xs and (width := base_model.width(scenario.model.base)) and scenario.model.adapter.r > width:
+    if xs and (width := located.width(scenario.model.base)) and scenario.model.adapter.r > width:
         can = _those(lambda cls: cls.kinds[0] == "lora")
         raise SettingError(
             "model.adapter.r",

@@ -23,14 +23,14 @@ class Lengths:
         rows: training and test rows together.
         empty: rows without any word.
         median, most: words of a row.
-        over: rows of more words than `data.max_length`; these and more are cut.
+        over: rows of more words than `data.max_length`; these and more are cut. None where nobody says it.
     """
 
     rows: int
     empty: int
     median: int
     most: int
-    over: int
+    over: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +90,25 @@ def overview(data: settings.Data, task: str, num_clients: int, seed: int) -> Ove
     return Overview(
         rows={part: len(rows.texts) for part, rows in parts.items()},
         labels={name: {part: counts[part][i] for part in parts} for i, name in enumerate(labelled)},
-        lengths=_lengths(data.max_length, train, test),
+        lengths=lengths_of(data.max_length, train, test),
         sizes=sizes,
         names=called,
         repeated=notes.repeated(train),
         leaks=notes.common(test, train),
-        notes=notes.notes(train, test, validation, names, target),
+        notes=notes.slips(train, test, validation, names, target),
     )
 
 
-def _lengths(most: int, *parts: Rows) -> Lengths | None:
+def lengths_of(most: int | None, *parts: Rows) -> Lengths | None:
+    """How long rows are; None of images, and where there are none.
+
+    Args:
+        most: words beyond which a row counts as over; None: nobody says.
+        parts: rows.
+    """
     if any(isinstance(text, bytes) for rows in parts for text in rows.texts[:1]):
+        return None
+    if not any(rows.texts for rows in parts):
         return None
     words = np.array([notes.length(text) for rows in parts for text in rows.texts], np.int64)
     return Lengths(
@@ -108,7 +116,7 @@ def _lengths(most: int, *parts: Rows) -> Lengths | None:
         empty=sum(notes.empty(rows) for rows in parts),
         median=int(np.median(words)),
         most=int(words.max()),
-        over=int((words > most).sum()),
+        over=None if most is None else int((words > most).sum()),
     )
 
 

@@ -13,6 +13,16 @@ Bands = PositiveInt | Literal["auto"] | None
 Way = Literal["flat", "per_layer", "quantile", "automatic"]
 
 
+def unresolved_delta(delta: float, accountant: str) -> str | None:
+    """What is wrong where an accountant tells no such delta; None where it does."""
+    if delta >= LEAST_DELTA or accountant == "rdp":
+        return None
+    return (
+        f"accountant {accountant} tells no delta below {LEAST_DELTA:g} apart from none, and delta is {delta:g}: "
+        "write accountant: rdp, or a larger delta"
+    )
+
+
 class Clip(Section):
     """How a gradient is bounded before it is summed: it is scaled to a norm of at most `clip_norm`.
 
@@ -98,12 +108,8 @@ class Privacy(Section):
     def _target(self) -> Self:
         if self.epsilon is None and self.noise_multiplier is None:
             raise PydanticCustomError("target", "needs epsilon (a budget) or noise_multiplier")
-        if self.delta < LEAST_DELTA and self.accountant != "rdp":
-            raise PydanticCustomError(
-                "target",
-                f"accountant {self.accountant} tells no delta below {LEAST_DELTA:g} apart from none, and delta is "
-                f"{self.delta:g}: write accountant: rdp, or a larger delta",
-            )
+        if wrong := unresolved_delta(self.delta, self.accountant):
+            raise PydanticCustomError("target", "{wrong}", {"wrong": wrong})
         if self.unit == "example" and self.example is not None:
             raise PydanticCustomError("target", "example goes with unit: client")
         if self.unit == "client" and self.bands is not None:
