@@ -21,17 +21,16 @@ _CLIENTS = 8
 
 def remarks(scenario: Scenario) -> list[str]:
     """What is no mistake, and good to know of a scenario, a sentence each."""
+    found = [*scenario.unused]
     asked, server, told = scenario.example_privacy, scenario.strategy.server, scenario.clients.optimizer
-    if asked is None or asked.bands in (None, 1):
-        return []
     others = [] if told is None or told.kind == "sgd" else [f"clients.optimizer: {told.kind}"]
     others += [] if server is None else [f"strategy.server: {server.kind}"]
-    if not others:
-        return []
-    return [
-        f"privacy.bands: noise cancels best in plain steps of SGD; under {' and '.join(others)} it protects as "
-        "much, and may help less: measure it"
-    ]
+    if asked is not None and asked.bands not in (None, 1) and others:
+        found.append(
+            f"privacy.bands: noise cancels best in plain steps of SGD; under {' and '.join(others)} it protects as "
+            "much, and may help less: measure it"
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,8 +108,8 @@ fedlora predict runs/first "a text"
 ```
 
 `scenario.yaml` says everything about the run; an editor with a YAML language server checks it against
-`scenario.schema.json`. `trimmed_mean.py` is a strategy of your own: a class with `aggregate`. Try it in the place of
-the scenario's, and its test:
+`scenario.schema.json`. `trimmed_mean.py` is a strategy of your own: a class with `aggregate`. Try it in the place
+of the scenario's, and its test:
 
 ```
 fedlora simulate scenario.yaml --set strategy='{use: "trimmed_mean:TrimmedMean"}' --out runs/trimmed

@@ -69,8 +69,8 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
         can = _those(has_mean)
         raise SettingError(
             "strategy.server",
-            f"{stage.kind} steps along a mean of changes, and what {use} makes is none: write strategy.server: null "
-            f"(--set strategy.server=null), or take one of {can}",
+            f"{stage.kind} steps along a mean of changes, and what {use} makes is none: write strategy.server: "
+            f"null (--set strategy.server=null), or take one of {can}",
         )
     if scenario.feeds_back and not (strategy.trips == 1 and (strategy.linear or isinstance(strategy, Stock))):
         can = _those(lambda cls: cls.linear and cls.trips == 1)

@@ -6,7 +6,7 @@ import pytest
 
 from fedlora.checking import check
 from fedlora.cli import main
-from fedlora.scenario import parse
+from fedlora.scenario import load, parse, shipped
 from fedlora.tasks.located import blocks, places
 
 YAML = """
@@ -193,3 +193,22 @@ def test_blocks_that_are_not_there_are_refused(made, layers):
 def test_blocks_are_read_of_a_configuration(config, count, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert blocks(str(tmp_path)) == count
+
+
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [
+        (["clients.sample_rate=0.1"], 0),
+        (["clients.batch_size=64"], 0),
+        (["clients.sample_rate=0.1", "clients.batch_size=32"], 1),
+        (["clients.sample_rate=0.1", "clients.batch_size=64"], 1),
+    ],
+)
+def test_a_batch_size_that_a_rate_replaces_is_told(made, more, count):
+    found = [note for note in check(made(ROWS, more=more)).notes if "clients.batch_size" in note]
+    assert len(found) == count and all("is not used beside clients.sample_rate: 0.1" in note for note in found)
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_no_scenario_that_ships_says_what_it_does_not_use(name):
+    assert load(name).unused == []

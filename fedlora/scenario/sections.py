@@ -33,8 +33,9 @@ class Adapter(Section):
             own. auto takes what the strategy is made for: `lora` for most.
         r: Rank: the inner dimension of the factors. More learns more, sends more and gets more noise under
             privacy. With `clients.ranks` it is the server's rank and the highest.
-        alpha: Numerator of the scaling: a weight changes by `alpha / r * B A`. Keep it at `r` and tune the
-            learning rate first.
+        alpha: Numerator of the scaling: a weight changes by `alpha / r * B A`. Under plain steps of SGD keep it at
+            `r` and tune the learning rate. With `strategy.server: adam`, whose steps have one size whatever alpha
+            is, several times `r` learns more: 64 at r 8.
         rslora: Scale by `alpha / sqrt(r)` instead, so that a larger rank does not shrink the change.
         targets: Layers that get factors: ends of their names, regular expressions, or all-linear. They depend on
             the base: `[query, value]` for BERT, `[q_proj, v_proj]` for Llama-like models.
@@ -316,6 +317,17 @@ class Scenario(Section):
             return told.cohort_size
         chance = cohorts.RARE / 2 * whole.delta / self.rounds
         return cohorts.most(told.total, told.cohort_size / told.total, chance)
+
+    @property
+    def unused(self) -> list[str]:
+        """What is written and does nothing beside another key, a sentence each."""
+        told, key = self.clients, ("clients", "batch_size")
+        if told.sample_rate is None or not (key in self._source.lines or key in self._source.overrides):
+            return []
+        return [
+            f"clients.batch_size: {told.batch_size} is not used beside clients.sample_rate: {told.sample_rate:g}, "
+            "which says what a step takes: leave one of them out, or write clients.sample_rate: null"
+        ]
 
     _source: Source = PrivateAttr(default_factory=lambda: Source("scenario", {}, {}))
 
