@@ -27,8 +27,8 @@ def remarks(scenario: Scenario) -> list[str]:
     others += [] if server is None else [f"strategy.server: {server.kind}"]
     if asked is not None and asked.bands not in (None, 1) and others:
         found.append(
-            f"privacy.bands: noise cancels best in plain steps of SGD; under {' and '.join(others)} it protects as "
-            "much, and may help less: measure it"
+            f"privacy.bands: noise cancels best in plain steps of SGD; under {' and '.join(others)} it protects "
+            "as much, and may help less: measure it"
         )
     return found
 

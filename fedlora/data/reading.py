@@ -11,7 +11,7 @@ from typing import Any
 from fedlora import plugins
 from fedlora import scenario as settings
 from fedlora.data import chats, tagged
-from fedlora.data.cells import Column, Label, Taught, missing, words
+from fedlora.data.cells import Column, Label, Taught, check_whole, missing, words
 from fedlora.data.holding import hold_out
 from fedlora.data.hub import load
 from fedlora.data.hub import quiet_hub as quiet_hub
@@ -292,6 +292,7 @@ def _read_rows(files: settings.Files, key: str, path: str, owner: str | None, ta
     def held(setting: str, name: str) -> Any:
         if name not in table.columns:
             raise no_column(setting, path, name, table)
+        check_whole(table[name].tolist(), Column(setting, path, name))
         return table[name]
 
     def column(setting: str, name: str) -> list[str]:

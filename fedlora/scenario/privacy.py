@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from fedlora.scenario.section import Float, PositiveFloat, PositiveInt, Section
+from fedlora.scenario.section import Float, PositiveFloat, PositiveInt, Scale, Section
 
 LEAST_DELTA = 1e-13  # that losses on a grid of floats resolve
 MOST_BANDS = 1024  # beyond, groups are small and the past is long
@@ -86,7 +86,7 @@ class Privacy(Section):
     epsilon: PositiveFloat | None = None
     noise_multiplier: PositiveFloat | None = None
     delta: Annotated[Float, Field(gt=0, lt=1)] = 1.0e-5
-    clip_norm: PositiveFloat = 1.0
+    clip_norm: Scale = 1.0
     unit: Literal["example", "client"] = "example"
     clip: Annotated[Clip, BeforeValidator(_clip, json_schema_input_type=Way | Clip)] = Clip()
     bands: Annotated[
@@ -144,7 +144,7 @@ class SecureAggregation(Section):
             for more clients that collude.
     """
 
-    range: PositiveFloat = 1.0
+    range: Scale = 1.0
     survivors: Annotated[Float, Field(ge=0.66, le=1)] = 0.66
     noise: Literal["server", "shared"] = "server"
     honest: Annotated[Float, Field(gt=0, le=1)] = 1.0

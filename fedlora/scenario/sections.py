@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora import plugins
@@ -19,9 +19,9 @@ from fedlora.scenario.compression import Compression, TopK
 from fedlora.scenario.data import Data
 from fedlora.scenario.keeping import Best, Keep, Stop
 from fedlora.scenario.keys import Source
-from fedlora.scenario.learning import Schedule, ServerAdam, ServerOptimizer
+from fedlora.scenario.learning import TAGS, Schedule, ServerAdam, ServerOptimizer
 from fedlora.scenario.privacy import Privacy, SecureAggregation
-from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Section
+from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Scale, Section, Weight
 from fedlora.scenario.world import World
 
 
@@ -46,7 +46,7 @@ class Adapter(Section):
 
     kind: str = "auto"
     r: PositiveInt = 8
-    alpha: PositiveFloat = 8.0
+    alpha: Scale = 8.0
     rslora: bool = False
     targets: tuple[str, ...] = Field(default=("query", "value"), min_length=1)
     exclude: tuple[str, ...] = ()
@@ -147,7 +147,13 @@ class Preference(Section):
             to the base.
     """
 
-    beta: PositiveFloat = 0.1
+    beta: Scale = 0.1
+
+
+ClassWeights = Annotated[
+    Annotated[Literal["balanced"], Tag(TAGS[0])] | Annotated[dict[str, Weight], Tag(TAGS[1])],
+    Discriminator(lambda value: TAGS[isinstance(value, dict)]),
+]
 
 
 class Loss(Section):
@@ -159,7 +165,7 @@ class Loss(Section):
         label_smoothing: Share of the target that is spread over all labels. Raise it where labels are noisy.
     """
 
-    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
+    class_weights: ClassWeights | None = None
     label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = 0.0
 
 
