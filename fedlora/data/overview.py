@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedlora import plugins
 from fedlora import scenario as settings
 from fedlora.data import notes
 from fedlora.data.partitions import classes, draw, split
 from fedlora.data.reading import Rows, check_labels, label_names, read, read_public, set_aside
+from fedlora.data.targets import BY_TARGET
 from fedlora.errors import SettingError, counted
 
 
@@ -133,22 +132,8 @@ def _sizes(
             "clients.total", f"{counted(num_clients, 'client')}, and only {counted(total, 'example')}"
         )
     by_label = not isinstance(how, settings.Iid | settings.Size | settings.Natural)
-    if by_label and target not in ("class", "many", "score"):
+    if by_label and target not in BY_TARGET:
         return None, []
-    targets = _targets(train, names, target) if by_label else np.zeros(total, np.int64)
+    targets = classes(BY_TARGET[target](train, names)) if by_label else np.zeros(total, np.int64)
     parts = split(how, targets, train.owners, num_clients, seed)
     return [len(part) for part in parts], [train.owners[part[0]] for part in parts] if train.owners else []
-
-
-def _targets(train: Rows, names: Sequence[str], target: str) -> NDArray[np.int64]:
-    """By what partitions of labels tell rows apart."""
-    number = {name: i for i, name in enumerate(names)}
-    labels: Sequence[Any] = train.labels or ()
-    if target == "class":
-        return np.array([number[label] for label in labels], np.int64)
-    if target == "score":
-        return classes(np.array(labels, np.float32))
-    made = np.zeros((len(labels), len(names)), np.uint8)
-    for row, held in enumerate(labels):
-        made[row, [number[name] for name in held]] = 1
-    return classes(made)
