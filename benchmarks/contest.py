@@ -66,7 +66,7 @@ def net(labels: int, seed: int) -> Any:
     from fedlora.adapter import Slot
     from fedlora.kinds.contract import initial
     from fedlora.kinds.lora import Lora
-    from fedlora.tasks.base_model import find_base
+    from fedlora.tasks.located import find_base
 
     base = AutoModelForSequenceClassification.from_pretrained(find_base("minilm"), num_labels=labels)
     told = LoraConfig(r=8, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS")

@@ -21,7 +21,7 @@ from transformers import BertConfig, BertModel
 import fedlora
 from fedlora.reports.console import Silent
 from fedlora.scenario import parse
-from fedlora.tasks.base_model import find_base
+from fedlora.tasks.located import find_base
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -163,7 +163,7 @@ def _plain(told: argparse.Namespace, steps: int, size: int) -> tuple[Callable[[]
 
     from fedlora import scenario
     from fedlora.prepare import prepare
-    from fedlora.tasks.base_model import find_base
+    from fedlora.tasks.located import find_base
 
     torch.set_num_threads(told.threads)
     data = prepare(scenario.parse(_scenario(told, steps, size, False, "fp32"))).data

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedlora.data import chats, reading
-from fedlora.data.cells import Column, missing
+from fedlora.data.cells import Column, check_whole, missing
 from fedlora.data.tables import read_table
 from fedlora.errors import SettingError, UserError, counted, suggestion
 from fedlora.evaluating import columns
@@ -101,6 +101,7 @@ def _rows(path: Path, about: About, folder: Path, text: Sequence[str] | None) ->
         if name not in table.columns:
             known = [str(column) for column in table.columns]
             raise SettingError(key, f"{path} has no column {name!r}: {suggestion(name, known)}")
+        check_whole(table[name].tolist(), Column("data", str(path), name))
         return list(table[name])
 
     if text is None and about.messages is not None:

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from fedlora import client, strategy, suitability
@@ -13,32 +12,25 @@ from fedlora.errors import SettingError, UserError, cut
 from fedlora.privacy import affordable
 from fedlora.reports.tables import Table
 from fedlora.scenario import Scenario
-from fedlora.tasks.base_model import find_base
+from fedlora.tasks import located
 from fedlora.tasks.contract import find
 
 _LABELS = 12  # in a table for people
 _CLIENTS = 8
-_BY_TABLE = (  # models that look a position up in a table, so that no token can be beyond it
-    "albert bert bart camembert clip_text_model codegen data2vec-text deberta distilbert electra ernie flaubert "
-    "fnet funnel gpt2 gpt_bigcode gpt_neo layoutlm longformer mbart mobilebert mpnet nystromformer openai-gpt opt "
-    "roberta roberta-prelayernorm roformer splinter xglm xlm xlm-roberta xlm-roberta-xl xmod yoso"
-).split()
-_BEFORE = "camembert data2vec-text longformer roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod".split()
 
 
-def notes(scenario: Scenario) -> list[str]:
-    """What is no mistake, and good to know, a sentence each."""
+def remarks(scenario: Scenario) -> list[str]:
+    """What is no mistake, and good to know of a scenario, a sentence each."""
+    found = [*scenario.unused]
     asked, server, told = scenario.example_privacy, scenario.strategy.server, scenario.clients.optimizer
-    if asked is None or asked.bands in (None, 1):
-        return []
     others = [] if told is None or told.kind == "sgd" else [f"clients.optimizer: {told.kind}"]
     others += [] if server is None else [f"strategy.server: {server.kind}"]
-    if not others:
-        return []
-    return [
-        f"privacy.bands: noise cancels best in plain steps of SGD; under {' and '.join(others)} it protects as "
-        "much, and may help less: measure it"
-    ]
+    if asked is not None and asked.bands not in (None, 1) and others:
+        found.append(
+            f"privacy.bands: noise cancels best in plain steps of SGD; under {' and '.join(others)} it protects "
+            "as much, and may help less: measure it"
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +41,7 @@ class Checked:
         scenario: what it was called.
         problems: each in a line, with the file and line of its setting; none where all is fine.
         understood: of the data; None where they are not at hand, or wrong.
+        base: where the base model is, and what it is by its configuration.
         positions: tokens that the base model has places for; None where it does not say, or is not at hand.
         max_length: of the scenario.
         notes: what is no mistake, and good to know, a sentence each.
@@ -58,6 +51,7 @@ class Checked:
     scenario: str
     problems: Sequence[str]
     understood: data.Overview | None
+    base: str
     positions: int | None
     max_length: int
     notes: Sequence[str]
@@ -72,7 +66,11 @@ class Checked:
         fine = f"{self.scenario}: fine"
         told = self.understood
         if told is None:
-            return [f"{fine}; its rows are not at hand, and were not looked at", *self.notes]
+            return [
+                f"{fine}; its rows are not at hand, and were not looked at",
+                f"  base  {self.base}",
+                *self.notes,
+            ]
         said = [["rows", ", ".join(f"{count:,} {part}" for part, count in told.rows.items())]]
         said += [["labels", line] for line in self._labels(told)]
         if (held := told.lengths) is not None:
@@ -81,6 +79,7 @@ class Checked:
             said.append(["tokens", f"{self.max_length} kept of a row (data.max_length); more than its words"])
             said.append(["empty", f"{held.empty:,} rows without a word"])
         places = "as many as the base has places for is not known" if self.positions is None else None
+        said.append(["base", self.base])
         said.append(["positions", places or f"{self.positions} of the base model"])
         said.append(["clients", _clients(told)])
         said.append(["repeated", f"{told.repeated:,} training rows have the text of another"])
@@ -150,10 +149,16 @@ def check(scenario: Scenario, called: str = "") -> Checked:
             seen.append(data.overview(*told))
 
     def of_model() -> None:
-        find_base(scenario.model.base)
-        if (room := places(scenario.model.base, by_table=True)) is not None and room < scenario.data.max_length:
+        base, revision = scenario.model.base, scenario.model.revision
+        located.check(base, revision)
+        room = located.places(base, by_table=True, revision=revision)
+        if room is not None and room < scenario.data.max_length:
             what = f"{scenario.data.max_length} tokens, and the model has {room} positions: lower it"
             raise SettingError("data.max_length", what)
+        asked, there = scenario.model.adapter.layers, located.blocks(base, revision)
+        if asked and there is not None and max(asked) >= there:
+            what = f"no layer {max(asked)}: {cut(base)} has {there}, which are counted from 0 to {there - 1}"
+            raise SettingError("model.adapter.layers", what)
 
     def of_budget() -> None:
         sizes = seen[0].sizes if seen else None
@@ -172,13 +177,18 @@ def check(scenario: Scenario, called: str = "") -> Checked:
             one()
         except SettingError as error:
             found += scenario.located(error).lines
+    try:
+        base = located.told(scenario.model.base, scenario.model.revision)
+    except SettingError as error:
+        base = error.message
     return Checked(
         scenario=called or scenario.name,
         problems=found,
         understood=seen[0] if seen else None,
-        positions=places(scenario.model.base),
+        base=base,
+        positions=located.places(scenario.model.base, revision=scenario.model.revision),
         max_length=scenario.data.max_length,
-        notes=notes(scenario),
+        notes=remarks(scenario),
         folder=os.getcwd(),
     )
 
@@ -186,23 +196,3 @@ def check(scenario: Scenario, called: str = "") -> Checked:
 def problems(scenario: Scenario) -> list[str]:
     """Each problem in a line, with the file and line of its setting; none where all is fine."""
     return [*check(scenario).problems]
-
-
-def places(base: str, by_table: bool = False) -> int | None:
-    """For how many tokens a base has positions, by its configuration; None where that is not here or does not say.
-
-    Args:
-        base: as `model.base`.
-        by_table: only of models that look them up in a table; others can go on beyond.
-    """
-    try:
-        told = json.loads((Path(find_base(base)) / "config.json").read_text(encoding="utf-8"))
-        kind = told.get("model_type")
-        if by_table and kind not in _BY_TABLE:
-            return None
-        keys = ("max_position_embeddings", "n_positions", "n_ctx")
-        held = next((told[key] for key in keys if isinstance(told.get(key), int)), None)
-        before = (told.get("pad_token_id") or 0) + 1 if kind in _BEFORE else 0
-    except (OSError, ValueError, AttributeError, SettingError):
-        return None
-    return None if held is None else held - before

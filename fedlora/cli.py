@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from fedlora import options
+from fedlora.deploy import commands as deployment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,19 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--ray-address", metavar="A", help="join a running Ray cluster")
     simulate.set_defaults(command=_simulate)
 
-    submit = commands.add_parser("submit", help="run a scenario on the sites of a Flower SuperLink")
-    options.scenario(submit)
-    submit.add_argument("--superlink", metavar="NAME", required=True, help="a connection in Flower's config.toml")
-    submit.add_argument("--out", metavar="DIR", help="where the run folder comes (default: runs/<its name>)")
-    submit.add_argument("--resume", metavar="NAME", help="go on with a run folder of the server")
-    submit.add_argument("--key", metavar="FILE", help="ssh key that signs the run, for sites that ask who submits")
-    submit.set_defaults(command=_submit)
-
-    split = commands.add_parser("split", help="write each client's examples and site file, to rehearse with")
-    options.scenario(split)
-    split.add_argument("--out", metavar="DIR", default="sites", help="a folder to make (default: sites)")
-    split.add_argument("--as", metavar="PATH", dest="seen_as", help="where a node sees its own folder")
-    split.set_defaults(command=_split)
+    deployment.add(commands)
 
     check = commands.add_parser("check", help="say what is wrong with a scenario, and what was understood of it")
     options.scenario(check)
@@ -210,40 +199,6 @@ def _simulate(arguments: argparse.Namespace) -> int:
     print("\n".join([*summary_lines(run), display.time_line()]))
     cut_short = str(run.summary.get("stopped", "")).startswith("interrupted")
     return 130 if cut_short else 0 if run.summary["rounds"] else 1
-
-
-def _submit(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from fedlora import scenario
-    from fedlora.reports.console import Live, summary_lines
-
-    loaded = scenario.load(arguments.scenario, arguments.overrides)
-    with Live() as display:
-        from fedlora.deploy.submit import submit
-
-        run = submit(
-            loaded,
-            arguments.superlink,
-            out=Path(arguments.out) if arguments.out else None,
-            resume=arguments.resume,
-            key=Path(arguments.key) if arguments.key else None,
-            display=display,
-        )
-    print("\n".join([*summary_lines(run), display.time_line()]))
-    return 0
-
-
-def _split(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from fedlora import scenario
-    from fedlora.deploy.split import split
-
-    seen_as = Path(arguments.seen_as) if arguments.seen_as else None
-    for file in split(scenario.load(arguments.scenario, arguments.overrides), Path(arguments.out), seen_as):
-        print(file)
-    return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from fedlora.errors import SettingError, UserError
 from fedlora.record import Record
 from fedlora.scenario import Scenario
-from fedlora.tasks import base_model
+from fedlora.tasks import base_model, located
 from fedlora.tasks.contract import Prompt, Task, find
 
 ABOUT = "fedlora.json"  # beside an adapter: what peft's own files do not say
@@ -308,7 +308,7 @@ def load_adapter(run: Record | str | Path, *, own_code: bool = False) -> tuple[A
         reader = task.reader(about.base, revision)
         with base_model.quietly():
             model = getattr(transformers, task.auto).from_pretrained(
-                base_model.find_base(about.base), revision=revision or "main", dtype="float32", **named
+                located.find_base(about.base), revision=revision or "main", dtype="float32", **named
             )
             base_model.tell(model, threshold=about.threshold, scale=about.scale)
             if task.tokens:

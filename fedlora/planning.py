@@ -32,7 +32,7 @@ from fedlora.rehearsal import Rehearsal, Stage
 from fedlora.reports.summary import peer_epsilon, server_epsilon
 from fedlora.rounds.progress import Line
 from fedlora.scenario import Scenario
-from fedlora.tasks.base_model import at_hand
+from fedlora.tasks.located import at_hand
 
 FEW_EXAMPLES = 100  # of a client: below it the noise of a useful epsilon outweighs what they say
 LARGE_RATE = 0.1  # share of a client's examples in one step, from which sampling hides little
@@ -191,7 +191,7 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
         if signal and advise
         else [],
         frozen_bytes=cost.frozen_bytes if cost else None,
-        warnings=[*_warnings(scenario, groups, parameters), *checking.notes(scenario)],
+        warnings=[*_warnings(scenario, groups, parameters), *checking.remarks(scenario)],
     )
 
 

@@ -27,7 +27,9 @@ class _About(NamedTuple):
 _SHELVES: Mapping[Shelf, _About] = {
     "strategies": _About("strategy.use", "strategy"),
     "clients": _About("clients.use", "client"),
-    "tasks": _About("task", "task", ("adapted", "base_model", "contract", "dialogues", "loading", "weights")),
+    "tasks": _About(
+        "task", "task", ("adapted", "base_model", "contract", "dialogues", "loading", "located", "weights")
+    ),
     "kinds": _About("model.adapter.kind", "kind of adapter", ("averages", "contract", "targets")),
 }
 

@@ -51,6 +51,8 @@ def prepare(scenario: Scenario) -> Prepared:
         SettingError: a setting does not fit the data.
     """
     data, total = scenario.data, scenario.clients.total
+    for line in scenario.unused:
+        logger.warning("%s", line)
     ready = _prepared(
         scenario, lambda encode, key: datasets.prepare(data, scenario.task, total, scenario.seed, encode, key)
     )

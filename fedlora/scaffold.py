@@ -38,10 +38,10 @@ from fedlora import Strategy
 class TrimmedMean(Strategy):
     """Coordinate-wise trimmed mean (Yin et al., 2018, https://arxiv.org/abs/1803.01498)."""
 
-    trim: float = 0.1  # fraction of clients dropped at each end, in [0, 0.5)
+    trim: float = 0.1  # fraction of clients dropped at each end, in [0, 0.5): one at least, of three or more
 
     def aggregate(self, adapter, updates):
-        k = int(self.trim * len(updates))
+        k = min(max(1, int(self.trim * len(updates))), (len(updates) - 1) // 2)
         stacked = {n: np.sort([u.adapter[n] for u in updates], axis=0) for n in updates[0].adapter}
         return {n: x[k : len(x) - k].mean(axis=0) for n, x in stacked.items()}
 '''
@@ -108,9 +108,16 @@ fedlora predict runs/first "a text"
 ```
 
 `scenario.yaml` says everything about the run; an editor with a YAML language server checks it against
-`scenario.schema.json`.
+`scenario.schema.json`. `trimmed_mean.py` is a strategy of your own: a class with `aggregate`. Try it in the place
+of the scenario's, and its test:
+
+```
+fedlora simulate scenario.yaml --set strategy='{use: "trimmed_mean:TrimmedMean"}' --out runs/trimmed
+python -m pytest
+```
 """
 
+_OWN = {"trimmed_mean.py": _STRATEGY, "test_trimmed_mean.py": _TEST}  # the project's own strategy
 _MOST_LABELS = 200
 _PER_TOKEN = 4.0  # characters of English; of other scripts fewer
 _STEPS = {"rounds": 60, "rate": 0.06, "every": 10}
@@ -147,6 +154,7 @@ def of_data(folder: Path, data: Path, text: str | None, label: str | None) -> li
     files = {
         "scenario.yaml": _OF_DATA.format(**told, **_STEPS),
         "scenario.schema.json": json.dumps(schema(), indent=2) + "\n",
+        **_OWN,
         "README.md": _README_OF_DATA,
     }
     _write(folder, files)
@@ -202,8 +210,7 @@ def init(folder: Path) -> list[str]:
     files = {
         "scenario.yaml": _SCENARIO,
         "scenario.schema.json": json.dumps(schema(), indent=2) + "\n",
-        "trimmed_mean.py": _STRATEGY,
-        "test_trimmed_mean.py": _TEST,
+        **_OWN,
         "README.md": _README,
     }
     _write(folder, files)

@@ -19,7 +19,7 @@ from fedlora.exporting import ABOUT, About, adapter_of
 from fedlora.kinds.contract import Saved
 from fedlora.record import Record
 from fedlora.scenario import Scenario
-from fedlora.tasks.base_model import find_base
+from fedlora.tasks.located import find_base
 
 KEY = "model.start"
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -59,10 +59,10 @@ class Strategy(FlowerStrategy):
     >>> import numpy as np
     >>> @dataclass(kw_only=True)
     ... class TrimmedMean(Strategy):
-    ...     trim: float = 0.1  # fraction of clients dropped at each end, in [0, 0.5)
+    ...     trim: float = 0.1  # fraction of clients dropped at each end, in [0, 0.5): one at least, of three
     ...
     ...     def aggregate(self, adapter, updates):
-    ...         k = int(self.trim * len(updates))
+    ...         k = min(max(1, int(self.trim * len(updates))), (len(updates) - 1) // 2)
     ...         stacked = {n: np.sort([u.adapter[n] for u in updates], axis=0) for n in adapter}
     ...         return {n: x[k : len(x) - k].mean(axis=0) for n, x in stacked.items()}
     >>> updates = [Update(adapter={"w": np.array([x])}, weight=1.0, clients=(x,)) for x in range(10)]

@@ -9,7 +9,7 @@ from fedlora.kinds.contract import Kind
 from fedlora.kinds.contract import load as load_kind
 from fedlora.scenario import Scenario
 from fedlora.strategy import Stock, Strategy
-from fedlora.tasks import base_model
+from fedlora.tasks import located
 
 
 def check(strategy: Strategy, scenario: Scenario) -> None:
@@ -69,8 +69,8 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
         can = _those(has_mean)
         raise SettingError(
             "strategy.server",
-            f"{stage.kind} steps along a mean of changes, and what {use} makes is none: leave it out, or take one "
-            f"of {can}",
+            f"{stage.kind} steps along a mean of changes, and what {use} makes is none: write strategy.server: "
+            f"null (--set strategy.server=null), or take one of {can}",
         )
     if scenario.feeds_back and not (strategy.trips == 1 and (strategy.linear or isinstance(strategy, Stock))):
         can = _those(lambda cls: cls.linear and cls.trips == 1)
@@ -98,7 +98,7 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
         can = _those(lambda cls: cls().draw(2) == cls().draw(1))
         raise SettingError("model.start", f"{use} begins each round from new factors; take one of {can}")
     xs = (strategy.kinds[0] if kind == "auto" else kind) == "lora_xs"
-    if xs and (width := base_model.width(scenario.model.base)) and scenario.model.adapter.r > width:
+    if xs and (width := located.width(scenario.model.base)) and scenario.model.adapter.r > width:
         can = _those(lambda cls: cls.kinds[0] == "lora")
         raise SettingError(
             "model.adapter.r",

@@ -23,6 +23,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora import scenario
+from fedlora.engine.cluster import place
 from fedlora.errors import ScenarioError, SettingError, UserError, suggestion
 from fedlora.privacy.together import total_epsilon
 from fedlora.reports.comparison import Comparison, final
@@ -376,6 +377,7 @@ def explore(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tup
         logging_level=logging.ERROR,
         object_store_memory=256 * 2**20,
         runtime_env={"env_vars": environment},
+        **place(),
     )
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong in a run is told by us, in a line
     try:

@@ -145,7 +145,7 @@ def tune(
     if not private and scenario.data.public is None:
         raise UserError(
             f"{file}: tune needs rows to search on: name public ones, by  data: {{public: {{files: {{train: "
-            "rows.csv}}}}  or --public tweets, which costs no epsilon; or take the clients' own by --private"
+            "rows.csv}}}  or --public tweets, which costs no epsilon; or take the clients' own by --private"
         )
     written = Path(out) if out is not None else _beside(file)
     if written.exists():

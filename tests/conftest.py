@@ -31,7 +31,7 @@ def tiny_base(tmp_path_factory) -> str:
     import torch
     from transformers import BertConfig, BertModel
 
-    from fedlora.tasks.base_model import find_base
+    from fedlora.tasks.located import find_base
 
     folder = tmp_path_factory.mktemp("tiny")
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
@@ -55,7 +55,7 @@ def tiny_lm(tmp_path_factory) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from fedlora.tasks.base_model import find_base
+    from fedlora.tasks.located import find_base
 
     folder = tmp_path_factory.mktemp("tiny-lm")
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):

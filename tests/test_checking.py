@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from fedlora.checking import check, places
+from fedlora.checking import check
 from fedlora.cli import main
-from fedlora.scenario import parse
+from fedlora.scenario import load, parse, shipped
+from fedlora.tasks.located import blocks, places
 
 YAML = """
 name: mine
@@ -139,3 +140,75 @@ def test_a_run_without_a_round_is_no_success(monkeypatch, made, tmp_path, capsys
     monkeypatch.setattr(console, "summary_lines", lambda run: [])
     made(ROWS)
     assert main(["simulate", str(tmp_path / "s.yaml")]) == 1
+
+
+def test_a_base_is_told_by_where_it_is_and_what_it_is(made, monkeypatch):
+    assert "on this machine, BertModel, 2 blocks" in check(made(ROWS)).base
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    away = check(made(ROWS, more=["model.base=minilmm"]))
+    assert away.problems == [] and away.base == (
+        "minilmm: not on this machine; it is fetched from the Hub when the run starts; did you mean 'minilm'?"
+    )
+    assert any(line.endswith(away.base) for line in away.lines())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (problem,) = check(made(ROWS, more=["model.base=google/none"])).problems
+    assert "model.base: 'google/none' is not on this machine, and HF_HUB_OFFLINE keeps it" in problem
+
+
+@pytest.mark.parametrize(
+    ("base", "files", "message"),
+    [
+        ("{here}/none", (), "no such folder"),
+        ("{here}", (), "the folder has no config.json"),
+        ("{here}", ("config.json",), "the folder has no weights, such as model.safetensors"),
+        ("a/b/c", (), "'a/b/c' is no folder here, and no id of the Hub"),
+        ("mini lm", (), "'mini lm' is no folder here, and no id of the Hub"),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused(made, tmp_path, base, files, message):
+    (here := tmp_path / "model").mkdir()
+    for name in files:
+        (here / name).write_text("{}")
+    (problem,) = check(made(ROWS, more=[f"model.base={base.format(here=here)}"])).problems
+    assert "model.base: " in problem and message in problem
+
+
+@pytest.mark.parametrize("layers", ["[2]", "[0, 99]"])
+def test_blocks_that_are_not_there_are_refused(made, layers):
+    (problem,) = check(made(ROWS, more=[f"model.adapter.layers={layers}"])).problems
+    assert "model.adapter.layers: no layer " in problem and "has 2, which are counted from 0 to 1" in problem
+    assert check(made(ROWS, more=["model.adapter.layers=[0, 1]"])).problems == []
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ({"num_hidden_layers": 6}, 6),
+        ({"n_layer": 12}, 12),
+        ({"num_layers": 2, "num_decoder_layers": 4}, 4),
+        ({"text_config": {"num_hidden_layers": 3}, "vision_config": {"num_hidden_layers": 5}}, 5),
+        ({"model_type": "odd", "num_hidden_layers": "many"}, None),
+    ],
+)
+def test_blocks_are_read_of_a_configuration(config, count, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert blocks(str(tmp_path)) == count
+
+
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [
+        (["clients.sample_rate=0.1"], 0),
+        (["clients.batch_size=64"], 0),
+        (["clients.sample_rate=0.1", "clients.batch_size=32"], 1),
+        (["clients.sample_rate=0.1", "clients.batch_size=64"], 1),
+    ],
+)
+def test_a_batch_size_that_a_rate_replaces_is_told(made, more, count):
+    found = [note for note in check(made(ROWS, more=more)).notes if "clients.batch_size" in note]
+    assert len(found) == count and all("is not used beside clients.sample_rate: 0.1" in note for note in found)
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_no_scenario_that_ships_says_what_it_does_not_use(name):
+    assert load(name).unused == []

@@ -269,6 +269,7 @@ def test_a_plan_tells_the_bands_of_each_group_and_what_they_leave_of_the_noise(t
     assert group["epsilon"] == accounting.epsilon([spent], 1e-3) <= planned.epsilon <= 3
     assert planned.signal["bands"] == 2
     lines = plan_lines(planned.to_json())
+    assert sum("epsilon rises by turns, not by rounds" in line for line in lines) == 1
     assert "            banded noise, b = 2, by the examples that a client holds" in lines
     assert any(line.split()[-2:] == ["2", f"{group['in_weights']:.2f}"] for line in lines)
     assert not any("bands" in line for line in plan_lines(plan(tiny()).to_json()))

@@ -9,6 +9,7 @@ import pytest
 from fedlora import Run
 from fedlora.cli import main
 from fedlora.scenario import load
+from tests.test_readme import trims
 
 ROOT = str(Path(__file__).parent.parent)
 
@@ -82,6 +83,29 @@ def test_a_project_of_ones_own_data_finds_texts_and_labels_and_runs(mine, tmp_pa
     told = [part for s in sets for part in ("--set", s)]
     assert main(["simulate", str(folder / "scenario.yaml"), "--out", str(tmp_path / "run"), *told]) == 0
     assert Run.open(tmp_path / "run").summary["rounds"] == 2
+
+
+def test_the_strategy_of_a_new_project_trims_any_three(project):
+    names: dict = {"__name__": "mine"}
+    exec((project / "trimmed_mean.py").read_text(), names)
+    trims(names["TrimmedMean"])
+
+
+def test_what_the_readme_of_a_project_says_of_ones_own_strategy_works_as_printed(
+    mine, tmp_path, monkeypatch, capsys
+):
+    import re
+    import shlex
+
+    folder = tmp_path / "study"
+    assert main(["init", str(folder), "--data", str(mine)]) == 0
+    monkeypatch.chdir(folder)
+    (line,) = re.findall(r"^fedlora simulate (.*trimmed_mean:.*) --out", (folder / "README.md").read_text(), re.M)
+    assert main(["check", *shlex.split(line)]) == 0
+    beside = ["check", "scenario.yaml", "--set", "strategy.use=trimmed_mean:TrimmedMean"]
+    assert main(beside) == 2
+    said = re.search(r"\((--set strategy.server=null)\)", capsys.readouterr().err)
+    assert main([*beside, *shlex.split(said[1])]) == 0
 
 
 def test_columns_may_be_named(mine, tmp_path):

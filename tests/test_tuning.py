@@ -333,3 +333,15 @@ def test_a_shipped_scenario_keeps_its_comments_and_is_written_here(name, tmp_pat
 def test_what_cannot_be_edited_in_place_is_said(text):
     with pytest.raises(LookupError):
         scenario.edited(text, ["a", "b"], 1)
+
+
+def test_what_is_proposed_where_rows_are_missing_can_be_read(tiny_yaml, tmp_path):
+    import re
+
+    import yaml
+
+    (file := tmp_path / "s.yaml").write_text(tiny_yaml)
+    with pytest.raises(UserError) as raised:
+        tune(file)
+    (proposed,) = re.findall(r"by  (data: .*?)  or", str(raised.value))
+    assert yaml.safe_load(proposed) == {"data": {"public": {"files": {"train": "rows.csv"}}}}

@@ -171,7 +171,8 @@ class Canaried(Client):
         mine = self.canaries.of(partition.client)
         mine = mine[self.canaries.included[mine]]
         names = dict(zip(map(id, task.begin(adapter, settings.train)), settings.train, strict=True))
-        coins, rate = rng("canaries"), min(settings.bands * settings.batch_size / len(partition), 1.0)
+        share = settings.batch_size / len(partition) if settings.sample_rate is None else settings.sample_rate
+        coins, rate = rng("canaries"), min(settings.bands * share, 1.0)
         bound = settings.clip_norm or 1.0
         if settings.clip == "automatic":  # long beside its constant too
             bound = max(bound, 1.0)

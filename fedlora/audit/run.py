@@ -34,6 +34,10 @@ VIEWS = {"server": 0.85, "model": 0.15}
 ANYWAY = 0.05
 
 
+_INSTEAD = {key: f"leave it out, or --set clients.{key}=null" for key in ("optimizer", "schedule")}
+_INSTEAD["lr"] = "write one rate, such as --set clients.lr=1.0"
+
+
 @dataclass(frozen=True)
 class Bound:
     """What one way of looking refutes.
@@ -134,11 +138,10 @@ def audit(
         raise ScenarioError(f"{scenario.name}: has no privacy section of unit: example, and so no claim to audit")
     told = scenario.clients
     own = (("optimizer", told.optimizer), ("schedule", told.schedule), ("lr", told.rates or None))
-    for key, value in (*own, ("sample_rate", told.sample_rate)):
+    for key, value in own:
         if value is not None:
-            raise scenario.located(
-                SettingError(f"clients.{key}", "an audit reads steps of plain SGD, in equal batches: leave it out")
-            )
+            what = f"an audit reads plain steps of SGD: {_INSTEAD[key]}"
+            raise scenario.located(SettingError(f"clients.{key}", what))
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another with --out")
     hidden = Canaries(scenario.seed, canaries, scenario.clients.total)
@@ -251,7 +254,7 @@ class Server(Engine):
         names, told, layout = instruction.send, self.scenario.clients, self.description.layout
         lr = _rate(told.lr)
         sizes = tuple(after[name].size for name in names)
-        change = self._steps(before, after)
+        change = self._steps(before, after, report.num_examples)
         chosen = places(sizes, generator(self.hidden.seed, "audit", "kept"))
 
         def measured(change: NDArray[np.float32]) -> dict[str, Any]:
@@ -264,7 +267,7 @@ class Server(Engine):
             client=report.client,
             round=instruction.round,
             steps=report.steps,
-            rate=min(event.bands * told.batch_size / report.num_examples, 1.0),
+            rate=min(event.bands * told.rate(report.num_examples), 1.0),
             noise=event.noise_multiplier,
             examples=report.num_examples,
             names=names,
@@ -316,7 +319,8 @@ class Server(Engine):
         made, first = np.zeros(self.hidden.count), self.description.initial
         if any(self._last[name].shape != first[name].shape for name in self._sent):
             return made  # of another rank: nothing to compare
-        change = self._steps(first, self._last) * np.float32(self.scenario.clients.cohort_size)
+        held = [u.examples for u in self.seen]  # a mean by weights as batches are is one of sums over their mean
+        change = self._steps(first, self._last, *held) * np.float32(self.scenario.clients.cohort_size)
         sizes = tuple(self._last[name].size for name in self._sent)
         tensors = [t[None] for t in np.split(change, np.cumsum(sizes)[:-1])]
         for client in range(self.hidden.clients):
@@ -371,10 +375,17 @@ class Server(Engine):
         """The inner engine's."""
         self.inner.close()
 
-    def _steps(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> NDArray[np.float32]:
-        """The sum of clipped gradients that a change stands for, in units of the clipping bound."""
+    def _steps(self, before: Mapping[str, Any], after: Mapping[str, Any], *held: int) -> NDArray[np.float32]:
+        """The sum of clipped gradients that a change stands for, in units of the clipping bound.
+
+        Args:
+            before: it.
+            after: it.
+            held: examples of the clients whose change it is.
+        """
         told, privacy = self.scenario.clients, self.scenario.privacy
-        unit = _rate(told.lr) * (privacy.clip_norm if privacy else 1.0) / told.batch_size
+        batch = float(np.mean([told.rate(n) * n for n in held])) if held else float(told.batch_size)
+        unit = _rate(told.lr) * (privacy.clip_norm if privacy else 1.0) / batch
         change: NDArray[np.float32] = np.concatenate([(before[n] - after[n]).ravel() for n in self._sent])
         return change / np.float32(unit)
 

@@ -236,6 +236,29 @@ def words(cells: Sequence[Any], column: Column, whole: bool = False) -> list[str
     return made
 
 
+def check_whole(cells: Sequence[Any], column: Column) -> None:
+    """Make sure that every text in a column can be written out, in lists and objects too.
+
+    Raises:
+        SettingError: one holds half of a pair of UTF-16, as JSON may spell it.
+    """
+    for row, cell in enumerate(cells, 1):
+        if halved(cell):
+            raise column.wrong(row, "holds half of a character, from \\ud800 to \\udfff: write a whole one")
+
+
+def halved(cell: Any) -> bool:
+    """Whether a text, or one in a list or an object, holds half of a pair of UTF-16."""
+    if isinstance(cell, str):
+        return not cell.isascii() and _HALF.search(cell) is not None
+    if isinstance(cell, Mapping):
+        return any(halved(key) or halved(value) for key, value in cell.items())
+    if isinstance(cell, list | tuple) or (isinstance(cell, np.ndarray) and cell.dtype == object):
+        return any(map(halved, cell))
+    return False
+
+
+_HALF = re.compile("[\ud800-\udfff]")
 _NONE = ("NAType", "NaTType")  # of pandas
 _WHOLE = 2**53  # below it floats have every whole number
 _NUMBER = re.compile(r"-?\d+(\.0*)?")

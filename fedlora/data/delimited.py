@@ -63,7 +63,20 @@ def read(text: str, suffix: str, columns: Sequence[str] | None, source: str) -> 
         names = [*columns]
         if rows and [cell.strip() for cell in rows[0]] == names:
             raise Torn(1 + skipped, "is a header already: leave data.files.columns out")
+    if not text.endswith(("\n", "\r")):
+        _tell_cut(rows, source)
     return {name: [row[at] for row in rows] for at, name in enumerate(names)}
+
+
+def _tell_cut(rows: Sequence[Sequence[str]], source: str) -> None:
+    """Say where a last line without an end may be half of one: its last cell is new in a column of few values."""
+    *before, last = [row[-1] for row in rows] or [""]
+    if 0 < 2 * len({*before}) <= len(before) and last not in before:
+        logger.warning(
+            "%s: its last line has no end, and the last cell of it is like no other of its column: if the file "
+            "was cut there, leave the row out; if not, end the line",
+            source,
+        )
 
 
 def looks_named(cells: dict[str, list[str]]) -> bool:

@@ -1,27 +1,28 @@
 """What a person would want to know of rows before they are learnt: counts and labels, and never a text."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from fedlora.data.names import alike
 from fedlora.data.reading import Input, Rows
 from fedlora.errors import counted, cut
 
 _SHOWN = 5  # groups of labels in a line
 
 
-def notes(train: Rows, test: Rows, validation: Rows, names: Sequence[str], target: str) -> list[str]:
+def slips(train: Rows, test: Rows, validation: Rows, names: Sequence[str], target: str) -> list[str]:
     """What is likely a slip in the rows, a line each.
 
     Args:
         train: rows, none where sites keep theirs.
-        test: that report.
+        test: that report, none at a site.
         validation: that choose the best round.
         names: of the labels, in order.
         target: of the task.
     """
     named = target in ("class", "many")
-    found = [*_alike(names)]
+    found = [*alike(names)]
     for what, rows, other, others in (
         ("test", test, train, "training"),
         ("validation", validation, train, "training"),
@@ -34,7 +35,7 @@ def notes(train: Rows, test: Rows, validation: Rows, names: Sequence[str], targe
             )
     if target == "class" and (torn := contradictory(train)):
         found.append(f"{counted(torn, 'text')} of the training set stands there with more than one label")
-    if named and train.texts and (lacking := missing_labels(test, names)):
+    if named and train.texts and test.texts and (lacking := missing_labels(test, names)):
         shown = ", ".join(repr(cut(name)) for name in lacking[:_SHOWN])
         found.append(f"{len(lacking)} of {len(names)} labels have no test row: {shown}")
     return found
@@ -87,15 +88,6 @@ def label_counts(rows: Rows, names: Sequence[str]) -> list[int]:
 def missing_labels(rows: Rows, names: Sequence[str]) -> list[str]:
     """Labels that no row has."""
     return [name for name, count in zip(names, label_counts(rows, names), strict=True) if not count]
-
-
-def _alike(names: Sequence[str]) -> Iterable[str]:
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        groups[" ".join(name.split()).casefold()].append(name)
-    for group in [group for group in groups.values() if len(group) > 1][:_SHOWN]:
-        shown = ", ".join(repr(cut(name)) for name in group)
-        yield f"labels {shown} differ by blanks or case alone, and are {len(group)} classes: write them alike"
 
 
 def _plain(text: Input) -> Input:

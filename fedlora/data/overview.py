@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedlora import plugins
 from fedlora import scenario as settings
 from fedlora.data import notes
 from fedlora.data.partitions import classes, draw, split
 from fedlora.data.reading import Rows, check_labels, label_names, read, read_public, set_aside
+from fedlora.data.targets import BY_TARGET
 from fedlora.errors import SettingError, counted
 
 
@@ -23,14 +22,14 @@ class Lengths:
         rows: training and test rows together.
         empty: rows without any word.
         median, most: words of a row.
-        over: rows of more words than `data.max_length`; these and more are cut.
+        over: rows of more words than `data.max_length`; these and more are cut. None where nobody says it.
     """
 
     rows: int
     empty: int
     median: int
     most: int
-    over: int
+    over: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +89,25 @@ def overview(data: settings.Data, task: str, num_clients: int, seed: int) -> Ove
     return Overview(
         rows={part: len(rows.texts) for part, rows in parts.items()},
         labels={name: {part: counts[part][i] for part in parts} for i, name in enumerate(labelled)},
-        lengths=_lengths(data.max_length, train, test),
+        lengths=lengths_of(data.max_length, train, test),
         sizes=sizes,
         names=called,
         repeated=notes.repeated(train),
         leaks=notes.common(test, train),
-        notes=notes.notes(train, test, validation, names, target),
+        notes=notes.slips(train, test, validation, names, target),
     )
 
 
-def _lengths(most: int, *parts: Rows) -> Lengths | None:
+def lengths_of(most: int | None, *parts: Rows) -> Lengths | None:
+    """How long rows are; None of images, and where there are none.
+
+    Args:
+        most: words beyond which a row counts as over; None: nobody says.
+        parts: rows.
+    """
     if any(isinstance(text, bytes) for rows in parts for text in rows.texts[:1]):
+        return None
+    if not any(rows.texts for rows in parts):
         return None
     words = np.array([notes.length(text) for rows in parts for text in rows.texts], np.int64)
     return Lengths(
@@ -108,7 +115,7 @@ def _lengths(most: int, *parts: Rows) -> Lengths | None:
         empty=sum(notes.empty(rows) for rows in parts),
         median=int(np.median(words)),
         most=int(words.max()),
-        over=int((words > most).sum()),
+        over=None if most is None else int((words > most).sum()),
     )
 
 
@@ -125,22 +132,8 @@ def _sizes(
             "clients.total", f"{counted(num_clients, 'client')}, and only {counted(total, 'example')}"
         )
     by_label = not isinstance(how, settings.Iid | settings.Size | settings.Natural)
-    if by_label and target not in ("class", "many", "score"):
+    if by_label and target not in BY_TARGET:
         return None, []
-    targets = _targets(train, names, target) if by_label else np.zeros(total, np.int64)
+    targets = classes(BY_TARGET[target](train, names)) if by_label else np.zeros(total, np.int64)
     parts = split(how, targets, train.owners, num_clients, seed)
     return [len(part) for part in parts], [train.owners[part[0]] for part in parts] if train.owners else []
-
-
-def _targets(train: Rows, names: Sequence[str], target: str) -> NDArray[np.int64]:
-    """By what partitions of labels tell rows apart."""
-    number = {name: i for i, name in enumerate(names)}
-    labels: Sequence[Any] = train.labels or ()
-    if target == "class":
-        return np.array([number[label] for label in labels], np.int64)
-    if target == "score":
-        return classes(np.array(labels, np.float32))
-    made = np.zeros((len(labels), len(names)), np.uint8)
-    for row, held in enumerate(labels):
-        made[row, [number[name] for name in held]] = 1
-    return classes(made)

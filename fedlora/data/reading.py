@@ -11,10 +11,11 @@ from typing import Any
 from fedlora import plugins
 from fedlora import scenario as settings
 from fedlora.data import chats, tagged
-from fedlora.data.cells import Column, Label, Taught, missing, words
+from fedlora.data.cells import Column, Label, Taught, check_whole, missing, words
 from fedlora.data.holding import hold_out
 from fedlora.data.hub import load
 from fedlora.data.hub import quiet_hub as quiet_hub
+from fedlora.data.names import bare
 from fedlora.data.tables import no_column, read_table
 from fedlora.errors import SettingError, cut
 from fedlora.scenario import templates
@@ -133,17 +134,27 @@ def read_file(files: settings.Files, key: str, taught: Taught) -> Rows:
 
 def read_site(files: settings.Files, labels: Sequence[str] | None, taught: Taught) -> tuple[Rows, int]:
     """The rows of a site's own file, `files.train`, that have no label but `labels`, and how many are left out."""
-    told = {key: name for key, name in taught.usual.items() if key not in files.model_fields_set}
-    anything = replace(taught, labels=None)  # a row of others is left out, whatever the run asks, and none refused
-    rows = _read_rows(files.model_copy(update=told), "train", files.train, None, anything)
+    rows = read_whole_site(files, taught)
     if labels is None or rows.labels is None or taught.target == "score":
         return rows, 0
-    known = set(labels)
-    kept = [i for i, held in enumerate(rows.labels) if known.issuperset([held] if isinstance(held, str) else held)]
+    out = set(left_out(rows.labels, labels))
+    kept = [i for i in range(len(rows.texts)) if i not in out]
     if not kept:
         raise SettingError("data.files.labels", f"{files.train}: no row has any of them")
-    left = Rows([rows.texts[i] for i in kept], [rows.labels[i] for i in kept])
-    return left, len(rows.texts) - len(kept)
+    return Rows([rows.texts[i] for i in kept], [rows.labels[i] for i in kept]), len(out)
+
+
+def read_whole_site(files: settings.Files, taught: Taught) -> Rows:
+    """The rows of a site's own file, whatever their labels are."""
+    told = {key: name for key, name in taught.usual.items() if key not in files.model_fields_set}
+    anything = replace(taught, labels=None)  # a row of others is left out, whatever the run asks, and none refused
+    return _read_rows(files.model_copy(update=told), "train", files.train, None, anything)
+
+
+def left_out(held: Sequence[Label], labels: Sequence[str]) -> list[int]:
+    """Which rows, from 0, have a label that is none of `labels`."""
+    known = set(labels)
+    return [i for i, one in enumerate(held) if not known.issuperset([one] if isinstance(one, str) else one)]
 
 
 def public(data: settings.Data) -> settings.Data:
@@ -232,9 +243,12 @@ def check_labels(key: str, rows: Rows, names: Sequence[str], what: str) -> None:
         SettingError: of `key`, with `what` is wrong; they have.
     """
     if names and (strange := sorted(rows.classes - set(names))):
-        alike = {name.strip().casefold(): name for name in names}
-        near = [name for name in strange if name.strip().casefold() in alike]
-        hint = "; some differ from them by blanks or case alone" if near else ""
+        alike = {*map(bare, names)}
+        hint = (
+            "; some differ from them by blanks, case or hidden signs alone"
+            if alike & {*map(bare, strange)}
+            else ""
+        )
         raise SettingError(key, f"{what}: {[cut(name) for name in strange[:5]]}{hint}")
 
 
@@ -278,6 +292,7 @@ def _read_rows(files: settings.Files, key: str, path: str, owner: str | None, ta
     def held(setting: str, name: str) -> Any:
         if name not in table.columns:
             raise no_column(setting, path, name, table)
+        check_whole(table[name].tolist(), Column(setting, path, name))
         return table[name]
 
     def column(setting: str, name: str) -> list[str]:

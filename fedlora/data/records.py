@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from fedlora.data.cells import halved
 from fedlora.data.delimited import Torn
 
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -21,6 +22,9 @@ def read(text: str, suffix: str) -> dict[str, list[Any]]:
         Torn: a line is no row.
     """
     rows = _objects(text)
+    for line, row in rows:
+        _check_keys(row, line)
+        _check_names(row, line)
     if len(rows) == 1:
         ((line, only),) = rows
         if isinstance(only, list):
@@ -44,7 +48,7 @@ def _objects(text: str) -> list[tuple[int, Any]]:
     for line, words in enumerate(text.split("\n"), 1):
         if words.strip():
             try:
-                found.append((line, json.loads(words)))
+                found.append((line, json.loads(words, object_pairs_hook=_object)))
             except (ValueError, RecursionError) as error:
                 what = (
                     f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
@@ -53,7 +57,7 @@ def _objects(text: str) -> list[tuple[int, Any]]:
                 break
     if wrong is None:
         return found
-    found, at, decoder = [], 0, json.JSONDecoder()
+    found, at, decoder = [], 0, json.JSONDecoder(object_pairs_hook=_object)
     while (at := _blank(text, at)) < len(text):
         try:
             value, end = decoder.raw_decode(text, at)
@@ -64,6 +68,44 @@ def _objects(text: str) -> list[tuple[int, Any]]:
         found.append((text.count("\n", 0, at) + 1, value))
         at = end
     return found
+
+
+class _Twice(dict[str, Any]):
+    """An object that has a key twice, of which JSON's readers keep the last alone."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    return made if len(made) == len(pairs) else _Twice(made)
+
+
+def _check_keys(value: Any, line: int) -> None:
+    """Make sure that no object in a row, or in an array of rows, has a key twice.
+
+    Raises:
+        Torn: one has; by its line, and in an array by its row.
+    """
+    for at, row in enumerate(value, 1) if isinstance(value, list) else [(0, value)]:
+        if _twice(row):
+            where = f"row {at} " if at else ""
+            raise Torn(line, f"{where}has a key twice, of which one would be lost: leave one out")
+
+
+def _twice(value: Any) -> bool:
+    if isinstance(value, dict):
+        return isinstance(value, _Twice) or any(_twice(v) for v in value.values() if isinstance(v, dict | list))
+    return isinstance(value, list) and any(_twice(v) for v in value if isinstance(v, dict | list))
+
+
+def _check_names(row: Any, line: int) -> None:
+    """Make sure that names of columns can be written out.
+
+    Raises:
+        Torn: one cannot.
+    """
+    for one in row if isinstance(row, list) else [row]:
+        if isinstance(one, dict) and any(map(halved, one)):
+            raise Torn(line, "the name of a column holds half of a character: write a whole one")
 
 
 def _blank(text: str, at: int) -> int:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fedlora import plugins
 from fedlora import scenario as settings
-from fedlora.data.notes import notes
+from fedlora.data.notes import slips
 from fedlora.data.partitions import Drawn, Stored, classes, draw, keep_back, split
 from fedlora.data.reading import NOTHING, Input, Rows, as_bytes, check_labels, label_names, read, set_aside
 from fedlora.errors import UserError
@@ -262,7 +262,7 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
     check_labels("data", test, names, "the test set has labels that the training set has not")
     test, validation = set_aside(data, task, test)
     check_labels("data", validation, names, "the validation set has labels that the training set has not")
-    for note in notes(train, test, validation, names, plugins.find("tasks", task).target):
+    for note in slips(train, test, validation, names, plugins.find("tasks", task).target):
         logger.warning("%s", note)
     seed = seed if data.partition.seed is None else data.partition.seed
     folder = _tokenised(data, task, train, test, validation, names, encode, encoding)

@@ -57,18 +57,28 @@ def signed(signature: str, keys: Iterable[str], scenario: Mapping[str, Any], nam
     except UserError:
         return False
     for text in keys:
-        try:
-            key = load_ssh_public_key(text.encode())
-        except Exception as error:  # as above
-            raise UserError(f"accept.submitters: {text:.30}... is no ssh public key: {error}") from error
-        if not isinstance(key, Ed25519PublicKey):
-            raise UserError(f"accept.submitters: {text:.30}... is not an Ed25519 key")
+        key = public_key(text)
         try:
             key.verify(base64.b64decode(signature), message)
         except (InvalidSignature, ValueError):
             continue
         return True
     return False
+
+
+def public_key(text: str) -> Ed25519PublicKey:
+    """A public key as in an `.pub` file.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        key = load_ssh_public_key(text.encode())
+    except Exception as error:  # as above
+        raise UserError(f"accept.submitters: {text:.30}... is no ssh public key: {error}") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise UserError(f"accept.submitters: {text:.30}... is not an Ed25519 key")
+    return key
 
 
 def _message(scenario: Mapping[str, Any], name: str, app: Path) -> bytes:

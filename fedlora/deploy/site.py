@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from fedlora.errors import SettingError, UserError, suggestion
 from fedlora.privacy.accounting import Accountant
@@ -21,8 +22,10 @@ from fedlora.scenario import (
     Section,
     Source,
     Template,
+    looks_like_scenario,
     read,
 )
+from fedlora.scenario.privacy import unresolved_delta
 from fedlora.tasks.contract import find
 
 FLOOR = 20  # rows that a site holds out at least where it judges: a mean over few tells each of them
@@ -64,6 +67,12 @@ class Budget(Section):
     max_epsilon: PositiveFloat
     delta: Annotated[Float, Field(gt=0, lt=1)]
     accountant: Accountant = "pld"
+
+    @model_validator(mode="after")
+    def _resolved(self) -> Self:
+        if wrong := unresolved_delta(self.delta, self.accountant):
+            raise PydanticCustomError("target", "{wrong}", {"wrong": wrong})
+        return self
 
 
 class Accept(Section):
@@ -223,6 +232,8 @@ def load(path: str | Path) -> Site:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     raw, lines, problems = read(text, str(path))
+    if looks_like_scenario(raw):
+        raise UserError(f"{path}:1: this is a scenario, and no site's file: fedlora check {path}")
     source = Source(str(path), lines, {})
     told = [f"{source.where(p.path)}: {p.message}" for p in problems]
     try:

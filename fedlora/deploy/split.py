@@ -23,10 +23,13 @@ data: {{train: {train}, text: text, label: {label}{more}}}
 state: {state}
 accept: {{bases: [{base}], own_code: false}}
 """
-_BUDGET = (
-    "privacy: {{max_epsilon: {most:g}, delta: {delta:g}}}  # what its examples may lose in all runs together\n"
-)
+_BUDGET = """\
+# The most that its examples may lose in all runs together: {runs} rehearsals of epsilon {one:g}, counted whole.
+# For real rows write what they may lose, such as {one:g} for one run.
+privacy: {{max_epsilon: {most:g}, delta: {delta:g}}}
+"""
 _RUNS = 10  # rehearsals that a budget is for
+_ANY = 10.0  # epsilon of a rehearsal where the scenario names none, but its noise
 
 
 def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list[Path]:
@@ -73,10 +76,22 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
             told["base"] = json.dumps(scenario.model.base)
             text = _SITE.format(client=client, **told)
             if (asked := scenario.example_privacy) is not None:
-                text += _BUDGET.format(most=_RUNS * (asked.epsilon or 10), delta=asked.delta)
+                one = asked.epsilon or _ANY
+                text += _BUDGET.format(runs=_RUNS, one=one, most=_RUNS * one, delta=asked.delta)
             (new / f"site-{client}" / "site.yaml").write_text(text)
             made.append(folder / f"site-{client}" / "site.yaml")
     return made
+
+
+def caps(scenario: Scenario) -> list[str]:
+    """Why the site files of a scenario allow as much epsilon as they do; nothing where they allow none."""
+    if (asked := scenario.example_privacy) is None:
+        return []
+    one = asked.epsilon or _ANY
+    return [
+        f"privacy.max_epsilon of each site file is {_RUNS * one:g}: {_RUNS} rehearsals of epsilon {one:g}; for "
+        f"real rows write what they may lose in all runs together, such as {one:g}"
+    ]
 
 
 def _write(file: Path, rows: Rows, chosen: "np.typing.NDArray[np.int64]", data: Data, separator: str) -> None:

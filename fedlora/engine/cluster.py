@@ -25,6 +25,12 @@ LAST_WORDS = (
 )
 
 
+def place() -> dict[str, str]:
+    """An option of Ray for a short folder, where its own choice leaves no room for the paths of its sockets."""
+    chosen = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return {"_temp_dir": f"/tmp/ray-{os.getuid()}"} if len(chosen) > _SHORT else {}
+
+
 class Cluster:
     """Where actors run: this machine, or the nodes of the cluster at an address.
 
@@ -69,8 +75,8 @@ class Cluster:
                     "object_store_memory": 512 * 2**20,
                 }
             )
-            if not self.address and len(tempfile.gettempdir()) > _SHORT:  # paths of its sockets are short
-                options["_temp_dir"] = f"/tmp/ray-{os.getuid()}"
+            if not self.address:
+                options |= place()
             before = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)

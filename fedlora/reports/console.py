@@ -267,6 +267,11 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         lines += ["", "epsilon after a round, the largest over clients and the median"]
         lines += Table(("round", "largest", "median"), rows, frozenset()).text()
     banded = "bands" in plan["groups"][0]
+    if private and banded and max(g["bands"] for g in plan["groups"]) > 1:
+        lines.append(
+            "  under privacy.bands a row has a turn once in as many steps as there are bands, and a turn is paid "
+            "whole at its first step: epsilon rises by turns, not by rounds"
+        )
     if private and "epsilon" in plan["groups"][0]:
         groups = [plan["groups"][i] for i in _spread(len(plan["groups"]), 12)]
         rows = [

@@ -25,7 +25,17 @@ from fedlora.scenario.data import (
     Size,
     Template,
 )
-from fedlora.scenario.files import SHIPPED, SWEEPS, find, given, load, parse, shipped, written
+from fedlora.scenario.files import (
+    SHIPPED,
+    SWEEPS,
+    find,
+    given,
+    load,
+    looks_like_scenario,
+    parse,
+    shipped,
+    written,
+)
 from fedlora.scenario.keys import KeyPath, Source
 from fedlora.scenario.privacy import Privacy, SecureAggregation
 from fedlora.scenario.reading import edited, read, values
@@ -76,6 +86,7 @@ __all__ = [
     "find",
     "given",
     "load",
+    "looks_like_scenario",
     "parse",
     "read",
     "shipped",

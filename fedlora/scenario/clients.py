@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 from fedlora import plugins
 from fedlora.errors import counted
 from fedlora.scenario.learning import Optimizer, Rates, Schedule
-from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Section
+from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Scale, Section
 from fedlora.seeding import generator
 
 
@@ -114,7 +114,7 @@ class Clients(PlugIn):
     micro_batch_size: PositiveInt = 16
     ranks: Ranks | None = None
     tiers: dict[str, Tier] | None = None
-    max_norm: PositiveFloat | None = None
+    max_norm: Scale | None = None
     max_examples: PositiveInt | None = None
     min_replies: PositiveInt = 1
     retries: Annotated[Int, Field(ge=0)] = 0

@@ -1,6 +1,5 @@
 """Defaults that depend on other keys, filled in before a scenario is checked: its resolved form has them."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,4 +55,4 @@ def _rate(clients: Mapping[str, Any], example: Mapping[str, Any] | None) -> floa
         bound = float(example.get("clip_norm", 1.0))  # YAML reads 1e-3 as a word
     except (TypeError, ValueError, OverflowError):
         return _CLIPPED  # the checks tell
-    return _CLIPPED / bound if math.isfinite(bound) and bound > 0 else _CLIPPED
+    return _CLIPPED / bound if 1e-9 <= bound <= 1e9 else _CLIPPED

@@ -54,11 +54,17 @@ def explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
         message = str(detail["ctx"]["error"])
     else:
         message = _PLAINER.get(kind, detail["msg"].replace("Input should", "should"))
+    name, word = _BOUNDS.get(kind, ("", ""))
+    bound = detail.get("ctx", {}).get(name)
+    if isinstance(bound, float) and (bound < _SMALL or bound > 1 / _SMALL):
+        message = f"should be {word} {bound:g}"
     shown = "" if isinstance(here, dict) else f", not {here!r}"
     own = kind in ("unknown", "source", "cohort", "target", "shares", "pattern")
     return Problem(tuple(path), f"{key}: {message}{'' if own else shown}")
 
 
+_SMALL = 1e-5  # bounds below it, and above its inverse, are written with an exponent
+_BOUNDS = {"greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
 _PLAINER = {
     "model_type": "should be a mapping of keys to values",
     "model_attributes_type": "should be a mapping of keys to values",

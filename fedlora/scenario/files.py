@@ -66,6 +66,8 @@ def written(folder: Path) -> Scenario:
 def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> Scenario:
     """`load` for text that is already in hand; `file` names it in messages."""
     raw, lines, problems = read(text, file)
+    if looks_like_site(raw):
+        raise ScenarioError(f"{file}:1: this is a site's file, and no scenario: fedlora site check {file}")
     written: dict[KeyPath, str] = {}
     for override in overrides:
         apply(override, raw, written, problems)
@@ -78,6 +80,16 @@ def parse(text: str, file: str = "scenario", overrides: Sequence[str] = ()) -> S
         told = (f"{source.where(p.path)}: {p.message}" for p in problems)
         raise ScenarioError(*(line.replace("\n", "\\n") for line in told))
     return scenario.written_in(source)
+
+
+def looks_like_site(raw: Mapping[str, Any]) -> bool:
+    """Whether keys are those of a site's file, and of no scenario."""
+    return "clients" not in raw and len({"client", "state", "accept"} & raw.keys()) > 1
+
+
+def looks_like_scenario(raw: Mapping[str, Any]) -> bool:
+    """Whether keys are those of a scenario, and of no site's file."""
+    return "state" not in raw and len({"clients", "strategy", "rounds", "model"} & raw.keys()) > 1
 
 
 def _place(raw: dict[str, Any], folder: Path, written: Mapping[KeyPath, str]) -> None:

@@ -15,14 +15,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from fedlora.scenario.section import Float, PositiveFloat, Section
+from fedlora.scenario.section import Decay, Float, Rate, Section, Tiny
 
 Beta = Annotated[Float, Field(ge=0, lt=1)]
 Betas = tuple[Beta, Beta]
 TAGS = ("one", "by role", "sgd", "adamw", "torch")  # what pydantic calls the branches of a union here; no keys
 Rates = Annotated[
-    Annotated[PositiveFloat, Tag(TAGS[0])]
-    | Annotated[dict[str, PositiveFloat], Tag(TAGS[1]), Field(min_length=1)],
+    Annotated[Rate, Tag(TAGS[0])] | Annotated[dict[str, Rate], Tag(TAGS[1]), Field(min_length=1)],
     Discriminator(lambda value: TAGS[isinstance(value, dict)]),
 ]
 
@@ -76,7 +75,7 @@ class ServerAdam(Section):
     kind: Literal["adam", "yogi"]
     lr: Rates = 0.01
     betas: Betas = (0.9, 0.99)
-    eps: PositiveFloat = 1.0e-8
+    eps: Tiny = 1.0e-8
     schedule: Schedule | None = None
 
 
@@ -142,7 +141,7 @@ class ClientSGD(ClientOptimizer):
     kind: Literal["sgd"]
     momentum: Beta = 0.0
     dampening: Beta = 0.0
-    weight_decay: Annotated[Float, Field(ge=0)] = 0.0
+    weight_decay: Decay = 0.0
     nesterov: bool = False
 
 
@@ -164,8 +163,8 @@ class ClientAdamW(ClientOptimizer):
 
     kind: Literal["adamw"]
     betas: Betas = (0.9, 0.999)
-    eps: PositiveFloat = 1.0e-8
-    weight_decay: Annotated[Float, Field(ge=0)] = 0.0
+    eps: Tiny = 1.0e-8
+    weight_decay: Decay = 0.0
     correct_noise: bool = True
     floor: Annotated[Float, Field(gt=0, le=1)] = 0.1
 

@@ -5,12 +5,22 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from fedlora.scenario.section import Float, PositiveFloat, PositiveInt, Section
+from fedlora.scenario.section import Float, PositiveFloat, PositiveInt, Scale, Section
 
 LEAST_DELTA = 1e-13  # that losses on a grid of floats resolve
 MOST_BANDS = 1024  # beyond, groups are small and the past is long
 Bands = PositiveInt | Literal["auto"] | None
 Way = Literal["flat", "per_layer", "quantile", "automatic"]
+
+
+def unresolved_delta(delta: float, accountant: str) -> str | None:
+    """What is wrong where an accountant tells no such delta; None where it does."""
+    if delta >= LEAST_DELTA or accountant == "rdp":
+        return None
+    return (
+        f"accountant {accountant} tells no delta below {LEAST_DELTA:g} apart from none, and delta is {delta:g}: "
+        "write accountant: rdp, or a larger delta"
+    )
 
 
 class Clip(Section):
@@ -76,7 +86,7 @@ class Privacy(Section):
     epsilon: PositiveFloat | None = None
     noise_multiplier: PositiveFloat | None = None
     delta: Annotated[Float, Field(gt=0, lt=1)] = 1.0e-5
-    clip_norm: PositiveFloat = 1.0
+    clip_norm: Scale = 1.0
     unit: Literal["example", "client"] = "example"
     clip: Annotated[Clip, BeforeValidator(_clip, json_schema_input_type=Way | Clip)] = Clip()
     bands: Annotated[
@@ -98,12 +108,8 @@ class Privacy(Section):
     def _target(self) -> Self:
         if self.epsilon is None and self.noise_multiplier is None:
             raise PydanticCustomError("target", "needs epsilon (a budget) or noise_multiplier")
-        if self.delta < LEAST_DELTA and self.accountant != "rdp":
-            raise PydanticCustomError(
-                "target",
-                f"accountant {self.accountant} tells no delta below {LEAST_DELTA:g} apart from none, and delta is "
-                f"{self.delta:g}: write accountant: rdp, or a larger delta",
-            )
+        if wrong := unresolved_delta(self.delta, self.accountant):
+            raise PydanticCustomError("target", "{wrong}", {"wrong": wrong})
         if self.unit == "example" and self.example is not None:
             raise PydanticCustomError("target", "example goes with unit: client")
         if self.unit == "client" and self.bands is not None:
@@ -138,7 +144,7 @@ class SecureAggregation(Section):
             for more clients that collude.
     """
 
-    range: PositiveFloat = 1.0
+    range: Scale = 1.0
     survivors: Annotated[Float, Field(ge=0.66, le=1)] = 0.66
     noise: Literal["server", "shared"] = "server"
     honest: Annotated[Float, Field(gt=0, le=1)] = 1.0

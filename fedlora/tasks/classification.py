@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded
+from fedlora.data.targets import one_each
 from fedlora.tasks.base_model import text_kinds
-from fedlora.tasks.contract import Batch, Problem, Sums, Task, numbers
+from fedlora.tasks.contract import Batch, Problem, Sums, Task
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ class Classification(Task):
     def encode(cls, reader: Any, rows: Rows, labels: Sequence[str], max_length: int) -> Encoded:
         """Each text, or pair of texts, cut to `max_length` tokens; the target is the number of its label."""
         tokens, types = cls.cut(reader, rows, max_length)
-        return Encoded(tokens, numbers(rows, labels), types)
+        return Encoded(tokens, one_each(rows, labels), types)
 
     @classmethod
     def cut(

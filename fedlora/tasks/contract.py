@@ -431,12 +431,6 @@ class Task(Adapted, ABC):
         return Examples(tokens, np.concatenate([[0], ends]), targets, halves if self.kinds > 1 else None)
 
 
-def numbers(rows: Rows, labels: Sequence[str]) -> list[int]:
-    """The number of each row's label."""
-    number = {label: i for i, label in enumerate(labels)}
-    return [number[str(label)] for label in rows.labels or ()]
-
-
 def find(use: str) -> type[Task]:
     """The task that a scenario names.
 

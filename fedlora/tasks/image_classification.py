@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded, Examples
+from fedlora.data.targets import one_each
 from fedlora.errors import SettingError, UserError
 from fedlora.seeding import generator
 from fedlora.tasks import base_model
 from fedlora.tasks.causal_lm import no_pairs
 from fedlora.tasks.classification import Classification, likeliest, no_answers
-from fedlora.tasks.contract import Batch, Problem, numbers
+from fedlora.tasks.contract import Batch, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,7 @@ class ImageClassification(Classification):
                 ) from error
             made = reader(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
             pixels.append(np.asarray(made).round().clip(0, 255).astype(np.uint8).ravel())
-        return Encoded(pixels, numbers(rows, labels))
+        return Encoded(pixels, one_each(rows, labels))
 
     @classmethod
     def answer(

@@ -9,7 +9,7 @@ from fedlora import plugins, seeding
 from fedlora.errors import SettingError
 from fedlora.kinds.contract import Kind, Saved, under
 from fedlora.passes import alone, pooled
-from fedlora.tasks import base_model
+from fedlora.tasks import base_model, located
 from fedlora.tasks.adapted import Precision
 from fedlora.tasks.contract import Task, find
 
@@ -152,7 +152,7 @@ def _base(
     import torch
     import transformers
 
-    path, auto = base_model.find_base(base), getattr(transformers, cls.auto)
+    path, auto = located.find_base(base), getattr(transformers, cls.auto)
     with base_model.loading(base, path, "model"):
         config = transformers.AutoConfig.from_pretrained(path, revision=revision or "main")
     autos = {name: getattr(transformers, plugins.find("tasks", name).auto) for name in plugins.names("tasks")}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded
+from fedlora.data.targets import several
 from fedlora.errors import SettingError
 from fedlora.tasks.classification import Classification, inputs
 from fedlora.tasks.contract import Batch, Sums
@@ -48,11 +49,7 @@ class MultiLabel(Classification):
     def encode(cls, reader: Any, rows: Rows, labels: Sequence[str], max_length: int) -> Encoded:
         """Each text, or pair of texts, cut to `max_length` tokens; the targets are 1 for each of its labels."""
         tokens, types = cls.cut(reader, rows, max_length)
-        number: dict[Any, int] = {label: i for i, label in enumerate(labels)}
-        targets = np.zeros((len(rows.texts), len(labels)), np.uint8)
-        for row, held in enumerate(rows.labels or ()):
-            targets[row, [number[label] for label in held]] = 1
-        return Encoded(tokens, targets, types)
+        return Encoded(tokens, several(rows, labels), types)
 
     @classmethod
     def answer(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fedlora.data.cells import NO_SCALE
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded
+from fedlora.data.targets import scores
 from fedlora.tasks.classification import Classification, inputs
 from fedlora.tasks.contract import Batch, Problem, Sums
 
@@ -53,7 +54,7 @@ class Regression(Classification):
     def encode(cls, reader: Any, rows: Rows, labels: Sequence[str], max_length: int) -> Encoded:
         """Each text, or pair of texts, cut to `max_length` tokens; the targets are its scores, from 0 to 1."""
         tokens, types = cls.cut(reader, rows, max_length)
-        return Encoded(tokens, np.asarray(rows.labels, np.float32).reshape(len(rows.texts), len(labels)), types)
+        return Encoded(tokens, scores(rows, labels), types)
 
     @classmethod
     def answer(

@@ -30,6 +30,17 @@ def test_the_true_client_keeps_its_claim_and_still_leaks_something(run, tmp_path
     assert (tmp_path / "audit" / "audit.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_share_of_the_examples_is_audited_as_a_batch_is(tiny, tmp_path):
+    """Beside Adam at the server, as `fedlora init --data` writes it."""
+    told = ("clients.sample_rate=0.25", "strategy.use=ffa_lora", "strategy.server={kind: adam, lr: 0.01}")
+    long = ("rounds=20", "privacy.epsilon=2", "model.adapter.r=16", *told)
+    made = audit(tiny(*LONG, *long), out=tmp_path / "true", canaries=300)
+    assert not made.refuted and made.noise.lines()[0].startswith("as stated in each tensor"), made.lines()
+    assert made.server.correct > 0.5 * made.server.guesses
+    fault = audit(tiny(*LONG, *long, FAULTY + "TenthOfTheNoise"), out=tmp_path / "faulty", canaries=300)
+    assert fault.refuted and not made.noise.refuted
+
+
 @pytest.mark.parametrize("fault", ["NoNoise", "TenthOfTheNoise"])
 def test_noise_that_is_not_there_refutes_the_claim(run, fault):
     made = run("privacy.epsilon=2", FAULTY + fault)

@@ -254,14 +254,14 @@ def test_every_value_of_a_natural_column_keeps_rows(tmp_path):
 def test_slips_are_counted_and_no_text_is_told():
     train = Rows([SECRET, SECRET, "b", "c"], ["bad", "Bad", "good", "good "])
     test = Rows([f"{SECRET} ", "new"], ["bad", "good"])
-    found = notes.notes(train, test, Rows([], []), ("Bad", "bad", "good", "good "), "class")
+    found = notes.slips(train, test, Rows([], []), ("Bad", "bad", "good", "good "), "class")
     assert found == [
-        "labels 'Bad', 'bad' differ by blanks or case alone, and are 2 classes: write them alike",
-        "labels 'good', 'good ' differ by blanks or case alone, and are 2 classes: write them alike",
+        "labels 'Bad', 'bad' differ by blanks, case or hidden signs alone, and are 2 classes: write them alike",
+        "labels 'good', 'good ' differ by blanks, case or hidden signs alone, and are 2 classes: write them alike",
         "1 of 2 test rows have a text that stands in the training set too: a figure of them says little of new "
         "texts; leave them out of one",
         "1 text of the training set stands there with more than one label",
         "2 of 4 labels have no test row: 'Bad', 'good '",
     ]
     assert notes.repeated(train) == 1 and notes.empty(Rows(["", " \n", "a", ("", "b")], None)) == 2
-    assert notes.notes(train, test, Rows([], []), ("a", "b"), "start") == found[2:3]
+    assert notes.slips(train, test, Rows([], []), ("a", "b"), "start") == found[2:3]

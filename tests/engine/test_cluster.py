@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fedlora.engine.cluster import place
 from fedlora.engine.ray import RayEngine
 from fedlora.privacy.ledger import read
 from fedlora.simulation import simulate
@@ -93,3 +94,14 @@ def test_a_head_that_goes_is_one_line_and_the_run_goes_on_from_its_checkpoint(cl
     resumed = simulate(tiny(*more, private=False), out=run, resume=True)
     whole = simulate(tiny(*more, private=False), out=tmp_path / "whole")
     assert len(resumed.rounds) == done + 1 and same(tensors(whole.folder), tensors(resumed.folder))
+
+
+@pytest.mark.parametrize(
+    ("folder", "own", "short"),
+    [("/tmp", None, False), ("/tmp/" + "long/" * 30, None, True), ("/tmp", "/tmp/" + "x" * 60, True)],
+)
+def test_sockets_of_ray_have_room_whatever_the_temporary_folder_is(folder, own, short, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", folder)
+    monkeypatch.setenv("RAY_TMPDIR", own) if own else monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    told = place()
+    assert bool(told) is short and all(len(folder) < 30 for folder in told.values())

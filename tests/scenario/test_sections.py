@@ -331,3 +331,31 @@ def test_rows_that_choose_are_neither_clients_own_nor_those_that_report(told, sa
 
 def test_two_slices_of_a_split_are_other_rows():
     parse(GOOD, "f.yaml", [HUB % ("'train[:80%]'", "'train[80%:]'")])
+
+
+@pytest.mark.parametrize("value", ["1.0e39", ".inf", ".nan", "-1", "0", "1.0e-40"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "loss={{class_weights: {{a: {}}}}}",
+        "clients.lr={}",
+        "clients.lr={{B: {}}}",
+        "clients.max_norm={}",
+        "clients.optimizer={{kind: adamw, eps: {}}}",
+        "strategy.server={{kind: adam, lr: {}}}",
+        "model.adapter.alpha={}",
+        "privacy.clip_norm={}",
+    ],
+)
+def test_numbers_that_single_precision_does_not_hold_are_refused(override, value):
+    text = changed("clients: {total: 4, use: dp_sgd}\n" + PRIVACY % "clip_norm: 2")
+    with pytest.raises(ScenarioError) as raised:
+        parse(text, overrides=[override.format(value)])
+    (line,) = raised.value.lines
+    assert "should be" in line
+
+
+@pytest.mark.parametrize("value", ["1.0", "1.0e39", ".nan", "-0.1"])
+def test_all_of_a_target_cannot_be_spread(value):
+    with pytest.raises(ScenarioError, match=r"loss\.label_smoothing: should be"):
+        parse(GOOD, overrides=[f"loss={{label_smoothing: {value}}}"])

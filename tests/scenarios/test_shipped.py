@@ -30,7 +30,7 @@ def test_smoke_runs_for_real_and_its_adapter_loads_in_plain_peft(tmp_path):
     from transformers import AutoModelForSequenceClassification
 
     from fedlora.prepare import prepare
-    from fedlora.tasks.base_model import find_base
+    from fedlora.tasks.located import find_base
 
     run = simulate("smoke", out=tmp_path / "run", overrides=["engine.kind=inline"])
     assert run.summary["rounds"] == 2 and run.summary["failures"] == 0 and run.summary["epsilon"] <= 6

@@ -1,0 +1,46 @@
+"""Names of labels that a reader takes for one, and a computer for several."""
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from fedlora.errors import cut
+
+_SHOWN = 5  # groups of labels
+_NUMBER = re.compile(r"[-+]?\d{1,300}(\.\d*)?", re.ASCII)
+_HIDDEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u3164\ufe00-\ufe0f\uffa0]")  # no blank, and not seen
+_UNSEEN = ("Cf", "Cc")  # among them zero-width ones and a byte order mark
+
+
+def alike(names: Sequence[str]) -> Iterator[str]:
+    """Labels that are likely meant as one, a line for each group of them."""
+    for same, what in ((bare, "blanks, case or hidden signs"), (_value, "how a number is written")):
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            groups[same(name)].append(name)
+        several = [group for group in groups.values() if len(group) > 1 and (same is bare or _apart(group))]
+        for group in several[:_SHOWN]:
+            shown = ", ".join(repr(cut(name)) if _seen(name) else ascii(cut(name)) for name in group)
+            yield f"labels {shown} differ by {what} alone, and are {len(group)} classes: write them alike"
+
+
+def bare(name: str) -> str:
+    """A name without what a reader hardly sees: blanks, case, invisible marks, and how letters are composed."""
+    seen = "".join(c for c in name if c.isspace() or not (_HIDDEN.match(c) or unicodedata.category(c) in _UNSEEN))
+    return unicodedata.normalize("NFC", " ".join(seen.split()).casefold())
+
+
+def _seen(name: str) -> bool:
+    """Whether a name shows all that it holds."""
+    return name.isprintable() and not _HIDDEN.search(name) and unicodedata.is_normalized("NFC", name)
+
+
+def _value(name: str) -> str:
+    """A number as it is read, any other name as it is."""
+    plain = bare(name)
+    return repr(float(plain)) if _NUMBER.fullmatch(plain) else plain
+
+
+def _apart(names: Sequence[str]) -> bool:
+    return len({*map(bare, names)}) > 1

@@ -1,0 +1,402 @@
+"""`fedlora site check`: what a site file says, and what was understood of it, for the owner of the rows.
+
+It reads the rows as a worker does, without torch. What it tells stays on this machine: counts, labels and numbers
+of rows, and never a text.
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedlora import plugins
+from fedlora.data import names, notes, overview, reading
+from fedlora.data.cells import Taught
+from fedlora.deploy import site as sites
+from fedlora.deploy.site import FLOOR, Held, Site
+from fedlora.errors import SettingError, UserError, counted, cut
+from fedlora.privacy import accounting, ledger
+from fedlora.privacy.ledger import Own
+from fedlora.reports.tables import Table
+from fedlora.returned import finite
+from fedlora.scenario import COLUMNS_OF
+from fedlora.tasks import located
+
+_LABELS = 12  # in a table for people
+_ROWS = 8  # numbers of rows, likewise
+_LITTLE = 2**30  # bytes of disk below which a ledger or a cache may soon not be written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """The site's budget.
+
+    Attributes:
+        max_epsilon: the most that its examples may lose in all runs together.
+        delta: of it.
+        accountant: that counts.
+        epsilon: what they have lost, by the ledger in `state`.
+        runs: names of the runs that it went to, with the rounds of each.
+    """
+
+    max_epsilon: float
+    delta: float
+    accountant: str
+    epsilon: float
+    runs: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Understood:
+    """The site's rows.
+
+    Attributes:
+        task: by which they were read, as the site file describes them.
+        rows: that a run may train on.
+        labels: of each label of `data.labels`, how many of these have it.
+        left_out: numbers of the other rows, from 1: their label is not in `data.labels`.
+        nearly: how many of those have one that differs from a label by blanks, case or hidden signs.
+        empty: numbers of rows without a word, from 1.
+        lengths: of the rows, in words; None of images.
+        repeated: rows whose text stood before.
+    """
+
+    task: str
+    rows: int
+    labels: dict[str, int]
+    left_out: Sequence[int]
+    nearly: int
+    empty: Sequence[int]
+    lengths: overview.Lengths | None
+    repeated: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteChecked:
+    """What a check of a site file found.
+
+    Attributes:
+        site: its file.
+        name: of the site.
+        client: which one it is in a scenario.
+        problems: each in a line, with the file and line of its setting; none where all is fine.
+        understood: of the rows; None where they are wrong.
+        privacy: the budget; None where the site keeps none.
+        rules: what a run may do here and what not, a sentence each.
+        bases: of each base model that is accepted, where it is.
+        state: the folder of the ledger.
+        free: bytes of disk that are left for it.
+        clock: the time that this machine has, in UTC.
+        notes: what is no mistake, and good to know, a sentence each.
+        folder: from which relative paths are read.
+    """
+
+    site: str
+    name: str = ""
+    client: int = 0
+    problems: Sequence[str] = ()
+    understood: Understood | None = None
+    privacy: Spent | None = None
+    rules: Sequence[str] = ()
+    bases: dict[str, str]
+    state: str = ""
+    free: int = 0
+    clock: str = ""
+    notes: Sequence[str] = ()
+    folder: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "fine": not self.problems}
+
+    def told(self, as_json: bool) -> int:
+        """Print it; gives the exit code.
+
+        Raises:
+            UserError: there are problems.
+        """
+        if as_json:
+            print(json.dumps(finite(self.to_json()), indent=2))
+            return 2 if self.problems else 0
+        if self.problems:
+            raise UserError(*self.problems)
+        print("\n".join(self.lines()))
+        return 0
+
+    def lines(self) -> list[str]:
+        """What a terminal shows, where there is no problem."""
+        told = self.understood
+        said = [["site", f"{self.name}, client {self.client} of a scenario"]]
+        if told is not None:
+            said += [*self._rows(told)]
+        said += [["budget", line] for line in _budget(self.privacy)]
+        said += [["a run", rule] for rule in self.rules]
+        said += [["base", line] for line in self.bases.values()]
+        said.append(["state", f"{self.state}, with {self.free / 2**30:.1f} GiB of disk left"])
+        said.append(["clock", f"{self.clock}; certificates are valid by it"])
+        said += [["note", note] for note in self.notes]
+        return [f"{self.site}: fine", *Table(("what", "understood"), said, left=frozenset({0, 1})).text()]
+
+    def _rows(self, told: Understood) -> Iterator[list[str]]:
+        yield ["rows", f"{told.rows:,} to train on, read for task: {told.task}"]
+        if told.left_out:
+            out = f"{counted(len(told.left_out), 'row')} with a label that is not in data.labels"
+            yield ["left out", f"{out}: {_numbered(told.left_out)}"]
+        ordered = sorted(told.labels.items(), key=lambda pair: -pair[1])
+        for name, count in ordered[:_LABELS]:
+            yield ["labels", f"{cut(name)!r}: {counted(count, 'row')}"]
+        if more := ordered[_LABELS:]:
+            yield ["labels", f"and {len(more)} more, rarer ones"]
+        if (held := told.lengths) is not None:
+            yield ["words", f"{held.median} in the median row, {held.most} at most"]
+        if told.empty:
+            yield ["empty", f"{counted(len(told.empty), 'row')} without a word: {_numbered(told.empty)}"]
+        yield ["repeated", f"{told.repeated:,} rows have the text of another"]
+
+
+def check(file: Path) -> SiteChecked:
+    """Everything that can be said of a site before a run is submitted; nothing is written.
+
+    Args:
+        file: the site's YAML file.
+
+    Raises:
+        UserError: it is no site file, or a key of it is wrong.
+    """
+    site, folder = sites.load(file), os.getcwd()
+    found: list[str] = []
+    understood = spent = None
+    try:
+        understood = _understood(site)
+    except SettingError as error:
+        found += sites.located(file, error).lines
+    try:
+        spent = _spent(site)
+    except UserError as error:
+        found += error.lines
+    here = site.folder.absolute()
+    place = next(p for p in (here, *here.parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        found += sites.located(file, SettingError("state", f"{place} cannot be written by this user")).lines
+    bases = {base: _base(base) for base in site.accept.bases or ("minilm",)}
+    free = shutil.disk_usage(place).free
+    return SiteChecked(
+        site=str(file),
+        name=site.name,
+        client=site.client,
+        problems=found,
+        understood=understood,
+        privacy=spent,
+        rules=[*rules(site)],
+        bases=bases,
+        state=str(site.folder),
+        free=free,
+        clock=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        notes=[*_notes(site, understood, free, folder)],
+        folder=folder,
+    )
+
+
+def task_of(site: Site) -> str:
+    """The task for which a site's rows are, as its file describes them."""
+    held, labels = site.data, site.data.labels or ()
+    if held.score is not None:
+        return "regression"
+    if held.separator is not None:
+        return "multi_label"
+    if "O" in labels and all(label == "O" or label[:2] in ("B-", "I-") for label in labels):
+        return "token_classification"
+    if labels:
+        return "classification"
+    return "preference" if isinstance(held.label, tuple) else "causal_lm"
+
+
+def rules(site: Site) -> Iterator[str]:
+    """What a run may do at a site and what not, a sentence each."""
+    told = site.accept
+    named = " or ".join(map(cut, told.scenarios or ()))
+    yield "may have any name" if told.scenarios is None else f"must be named {named or 'nothing: all are refused'}"
+    if told.bases is not None and not told.bases:
+        yield "may take no base model: accept.bases is empty, and all runs are refused"
+    starts = " or ".join(map(cut, told.starts))
+    yield f"must begin from the seed{f', or from {starts}' if starts else ''}"
+    for one, many, known in (
+        ("strategy", "strategies", told.strategies),
+        ("client", "clients", told.clients),
+        ("task", "tasks", told.tasks),
+        ("kind of adapter", "kinds", told.kinds),
+    ):
+        if known is None:
+            yield f"may take any {one} that ships with fedlora (accept.{many})"
+        else:
+            yield f"must take the {one} {' or '.join(map(cut, known)) or 'of no name: all are refused'}"
+    if told.own_code:
+        yield "may bring programs of its own, which can read and write all that the worker can (accept.own_code)"
+    else:
+        yield "may bring no program of its own (accept.own_code)"
+    yield from _asked(site)
+    if told.masked_only:
+        yield "must mask updates: nobody sees this site's by itself (accept.masked_only)"
+    else:
+        yield "may show this site's own update to the server (accept.masked_only)"
+    if told.metrics:
+        yield f"may learn exact losses and figures of {FLOOR} rows or more, beside epsilon (accept.metrics)"
+    else:
+        yield "may learn no loss and no figure of these rows (accept.metrics)"
+    if told.submitters is None:
+        yield "may come from anyone who reaches the SuperLink (accept.submitters)"
+    else:
+        yield f"must be signed: accept.submitters has {counted(len(told.submitters), 'key')}"
+
+
+def _asked(site: Site) -> Iterator[str]:
+    task = plugins.find("tasks", task_of(site))
+    if site.privacy is None:
+        yield "may train without privacy: there is no budget (privacy)"
+    else:
+        yield "must protect examples by differential privacy, within the budget (privacy)"
+    if site.data.score is not None:
+        yield f"may learn scores of the scale {site.data.score.low:g} to {site.data.score.high:g}"
+    elif task.labelled and site.data.labels:
+        yield f"must have exactly the {len(site.data.labels)} labels of data.labels"
+    else:
+        yield "may have no labels: data.labels is missing, and no classification run is answered"
+
+
+def _numbered(rows: Sequence[int]) -> str:
+    shown = ", ".join(map(str, rows[:_ROWS]))
+    return f"{'row' if len(rows) == 1 else 'rows'} {shown}{' ...' if len(rows) > _ROWS else ''}"
+
+
+def _base(base: str) -> str:
+    try:
+        located.check(base)
+        return located.told(base)
+    except SettingError as error:
+        return f"{cut(base)}: {error.message}: no run with it can train here"
+
+
+def _understood(site: Site) -> Understood:
+    """Of the rows.
+
+    Raises:
+        SettingError: they cannot be read.
+    """
+    name, held = task_of(site), site.data
+    task = plugins.find("tasks", name)
+    rows = reading.read_whole_site(held, _taught(name, task.target, held))
+    if not rows.texts:
+        raise SettingError("data.files.train", f"{held.train}: holds no rows")
+    labels = held.labels if held.labels and task.labelled and task.target != "score" else None
+    out: list[int] = []
+    if labels is not None and rows.labels is None:
+        raise SettingError("data.files.label", "names no column, and data.labels says that rows have labels")
+    if labels is not None:
+        out = reading.left_out(rows.labels or (), labels)
+        if len(out) == len(rows.texts):
+            raise SettingError("data.files.labels", f"{held.train}: no row has any of them")
+    gone = set(out)
+    kept = [i for i in range(len(rows.texts)) if i not in gone]
+    mine = reading.Rows([rows.texts[i] for i in kept], rows.labels and [rows.labels[i] for i in kept])
+    near = {names.bare(label) for label in labels or ()}
+    strange = [rows.labels[i] for i in out] if rows.labels is not None else []
+    nearly = sum(all(names.bare(str(part)) in near for part in _parts(one)) for one in strange)
+    return Understood(
+        task=name,
+        rows=len(kept),
+        labels=dict(zip(labels, notes.label_counts(mine, labels), strict=True)) if labels else {},
+        left_out=[i + 1 for i in out],
+        nearly=nearly,
+        empty=[i + 1 for i in kept if not notes.length(rows.texts[i])],
+        lengths=overview.lengths_of(None, mine),
+        repeated=notes.repeated(mine),
+    )
+
+
+def _parts(label: Any) -> Sequence[Any]:
+    return (label,) if isinstance(label, str) else label
+
+
+def _taught(name: str, target: str, held: Held) -> Taught:
+    told = (target, held.score, None, COLUMNS_OF.get(name, {}))
+    return Taught(*told, held.messages, "all", held.prompt, held.encoding)
+
+
+def _spent(site: Site) -> Spent | None:
+    """The budget, and what the ledger of `state` says was spent of it.
+
+    Raises:
+        UserError: the ledger is damaged.
+    """
+    if (cap := site.privacy) is None:
+        return None
+    file, events, runs = site.folder / "ledger" / "privacy.jsonl", [], Counter[str]()
+    if file.exists():
+        events = ledger.replay(file).get(Own(), [])
+        runs.update(cut(line.get("run", ""), 100) for line in ledger.read(file, torn=True))
+    spent = accounting.epsilon(events, cap.delta, cap.accountant)
+    told = {"max_epsilon": cap.max_epsilon, "delta": cap.delta, "accountant": cap.accountant}
+    return Spent(epsilon=spent, runs=dict(runs), **told)  # type: ignore[arg-type]
+
+
+def _budget(told: Spent | None) -> Iterator[str]:
+    if told is None:
+        yield "none: nothing bounds what runs may learn of the rows (privacy)"
+        return
+    yield f"epsilon {told.max_epsilon:g} at delta {told.delta:g} in all runs together, by {told.accountant}"
+    share = f", {told.epsilon / told.max_epsilon:.0%} of it" if told.epsilon else ""
+    each = "".join(f"; {name} {counted(rounds, 'round')}" for name, rounds in told.runs.items())
+    yield f"epsilon {told.epsilon:.3g} is spent{share}{each}"
+
+
+def _notes(site: Site, told: Understood | None, free: int, folder: str) -> Iterator[str]:
+    """What is likely a slip."""
+    held = site.data
+    if told is not None:
+        yield from names.alike(held.labels or ())
+        if told.nearly:
+            yield (
+                f"{told.nearly} of the rows that are left out have a label that differs from one of data.labels "
+                "by blanks, case or hidden signs: write them alike"
+            )
+        if lacking := [name for name, count in told.labels.items() if not count]:
+            shown = ", ".join(repr(cut(name)) for name in lacking[:_ROWS])
+            yield f"{len(lacking)} of {len(told.labels)} labels of data.labels have no row here: {shown}"
+        if site.accept.metrics and told.rows < 2 * FLOOR:
+            yield f"accept.metrics: at least {FLOOR} rows judge, and there are {told.rows}: such runs are refused"
+        if site.privacy is not None and site.privacy.delta * told.rows >= 1:
+            yield (
+                f"privacy.delta is {site.privacy.delta:g}, which allows that one of {told.rows:,} rows is told "
+                f"whole: keep it below {1 / told.rows:.0e}"
+            )
+    for what, path in (("data.train", held.train), ("state", site.state)):
+        if not os.path.isabs(path):
+            yield f"{what} is read from the folder at hand, {folder}: write its whole path"
+    for key in ("test", "validation"):
+        if getattr(held, key) is not None:
+            yield f"data.{key} is not used: the server judges by rows of its own"
+    for shelf in ("strategies", "clients", "tasks", "kinds"):
+        for use in getattr(site.accept, shelf) or ():
+            ships = use.startswith("flwr.serverapp.strategy:") and shelf == "strategies"
+            if not ships and (wrong := plugins.problem(shelf, use)):
+                yield f"accept.{shelf}: {wrong}"
+            elif ":" in use and not ships and not site.accept.own_code:
+                yield f"accept.{shelf}: {cut(use)} comes with a run, and accept.own_code refuses such programs"
+    yield from _keys(site.accept.submitters or ())
+    if free < _LITTLE:
+        yield f"the disk of {site.state} is nearly full: a site that cannot write its ledger trains nothing"
+
+
+def _keys(told: Sequence[str]) -> Iterator[str]:
+    from fedlora.deploy import signing
+
+    for at, key in enumerate(told, 1):
+        try:
+            signing.public_key(key)
+        except UserError as error:
+            yield f"key {at} of {error}: every run is refused"
