@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", metavar="RUN", help="a run folder")
     report.add_argument("--out", metavar="FILE", help="the file (default: report.html in the run folder)")
     options.drawn(report)
+    report.add_argument("--share", action="store_true", help="leave out what epsilon does not cover")
     report.set_defaults(command=_report)
 
     compare = commands.add_parser("compare", help="runs side by side: a table, and a page that opens offline")
@@ -272,7 +273,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from fedlora.reports.single import report
 
-    print(report(arguments.run, arguments.out, arguments.drawn))
+    print(report(arguments.run, arguments.out, arguments.drawn, arguments.share))
     return 0
 
 

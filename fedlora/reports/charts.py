@@ -223,7 +223,7 @@ def measured(recorded: Sequence[Row], metric: str, majority: float | None = None
     return [
         {
             "round": line["round"],
-            "megabytes": total / 1e6,
+            **({"megabytes": total / 1e6} if "bytes_up" in line else {}),
             metric: line[metric],
             "loss": line.get("loss"),
             **({"hours": line["virtual_seconds"] / 3600} if "virtual_seconds" in line else {}),

@@ -33,6 +33,9 @@ Lines = Sequence[Mapping[str, Any]]
 UNLEARNT: tuple[Code, ...] = ("majority", "guessing", "collapsed")
 """Verdicts on a run that is not to be chosen, whatever its metric is beside others'."""
 
+AGAIN = "Another run on the same private rows spends its epsilon too, and the two add up"
+"""Said beside the verdicts on a private run: each names a setting to try."""
+
 GUESSED = ("accuracy", "micro_f1")
 """Metrics in which a summary's `majority` is told."""
 
@@ -120,7 +123,7 @@ def _no_better(last: _Point, majority: float, rows: int | None, setting: str) ->
     if last.value <= majority:
         says = f"no better than {always}"
     else:
-        says = f"its accuracy of {last.value:.3f} is not distinct from {always}: that takes more than {least:.3f}"
+        says = f"its accuracy of {last.value:.3f} could be chance beside {always}: more than {least:.3f} could not"
     yield Verdict("majority", says, setting if least < 1 else "more test rows, of more labels")
 
 
