@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", default="comparison.html", help="the page (default: comparison.html)"
     )
     compare.add_argument("--metric", metavar="NAME", help="compare by it (default: the task's own)")
+    compare.add_argument("--names", metavar="A,B", help="what rows are called (default: by what differs)")
     options.drawn(compare)
     compare.set_defaults(command=_compare)
 
@@ -280,7 +281,8 @@ def _report(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from fedlora.reports.comparison import compare
 
-    made = compare(arguments.runs, arguments.out, arguments.metric, arguments.drawn)
+    names = None if arguments.names is None else [name.strip() for name in arguments.names.split(",")]
+    made = compare(arguments.runs, arguments.out, arguments.metric, arguments.drawn, names)
     if arguments.form != "text":
         print(made.table().markdown() if arguments.form == "markdown" else made.table().latex())
         return 0

@@ -174,7 +174,7 @@ def points(
         tooltip=_hover(rows),
     )
     best = (
-        base.transform_filter(f"datum.{front}")
+        base.transform_filter(f"datum['{front}']")
         .mark_line(strokeDash=[4, 4], opacity=0.7)
         .encode(tooltip=alt.value(None))
     )

@@ -74,8 +74,8 @@ def explained(run: Record) -> Iterator[str]:
     yield (
         f"Take one {one}, and a person who sees {seen}. That person can tell whether the {one} was used, or "
         f"counted for nothing, at odds at most exp({epsilon:.2f}) = {factor(epsilon)} times those before. "
-        f"Exactly: they say “used” where it was used at most {factor(epsilon)} times as often as where it was not, "
-        f"plus delta = {delta:g}."
+        f"Exactly: they say “used” where it was used at most {factor(epsilon)} times as often as where it was "
+        f"not, plus delta = {delta:g}."
     )
 
 

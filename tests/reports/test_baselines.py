@@ -68,7 +68,7 @@ def test_one_seed_of_each(write):
         "average, from 0.3100 to 0.5500 by client.",
     ]
     assert [row[0] for row in made.table().rows] == ["ffa_lora", "pooled", "pooled_private", "alone"]
-    assert made.front == {"ffa_lora"} and any("stay out of the front" in said for said in made.legend())
+    assert made.front == {"ffa_lora"} and any("stay out of the Pareto front" in said for said in made.legend())
     page = made.html()
     assert all(f"<p>{said}</p>" in page for said in made.sentences)
 
