@@ -17,7 +17,7 @@ from fedlora.baselines import derive
 from fedlora.client import Setter
 from fedlora.engine.setup import Description
 from fedlora.errors import SettingError, UserError
-from fedlora.exporting import ABOUT, About
+from fedlora.exporting import About, describe
 from fedlora.optimizers import steps
 from fedlora.prepare import Prepared, central, check, known, noised, prepare
 from fedlora.privacy.budget import Budget
@@ -231,6 +231,6 @@ def _export(engine: engines.Engine, adapter: Adapter, folder: Path, merged: Chan
     new = folder / ".adapter"
     shutil.rmtree(new, ignore_errors=True)
     engine.export(adapter, new, merged or None)
-    folders.write_json(new / ABOUT, asdict(about))
+    describe(new, about)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     new.rename(folder / "adapter")

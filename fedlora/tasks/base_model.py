@@ -15,6 +15,13 @@ from fedlora.data.reading import quiet_hub
 from fedlora.errors import SettingError
 from fedlora.kinds.contract import under
 
+HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}  # what names of our own stand for on the Hub
+
+
+def named_elsewhere(base: str) -> str:
+    """`model.base` as other machines and libraries know it: a Hub id; a folder stays what it is."""
+    return HUB.get(base, base)
+
 
 def find_base(base: str) -> str:
     """The path or Hub id that `model.base` stands for."""
