@@ -317,7 +317,7 @@ def load_adapter(run: Record | str | Path, *, own_code: bool = False) -> tuple[A
 
     Args:
         run: that has ended, its folder, or the folder of an exported adapter.
-        own_code: import a task of somebody's own where the run was of one; a folder may name any module.
+        own_code: import a custom task where the run had one; a folder may name any module.
 
     Returns:
         A `peft.PeftModel`, and the tokenizer or image processor.
@@ -351,14 +351,14 @@ def load_adapter(run: Record | str | Path, *, own_code: bool = False) -> tuple[A
 
 
 def task_of(about: About, folder: Path, own_code: bool) -> type[Task]:
-    """The task of an adapter; one of somebody's own only where that is asked for: it is a program.
+    """The task of an adapter; a custom one only where that is asked for: it is a program.
 
     Raises:
         UserError: it is not there, or not asked for.
     """
     if ":" in about.task and not own_code:
         raise UserError(
-            f"{folder}: its task {about.task!r} is code of somebody's own: where you trust it, say own_code=True "
+            f"{folder}: its task {about.task!r} is custom code: where you trust it, write own_code=True "
             "(--own-code)"
         )
     try:

@@ -135,7 +135,7 @@ class Record:
 
     @property
     def majority(self) -> float | None:
-        """What always saying the commonest label comes to in the metric; None where that is not told."""
+        """What always saying the commonest label comes to in the metric; None where that is not known."""
         told = self.summary.get("majority")
         return float(told) if isinstance(told, int | float) and self.metric in GUESSED else None
 

@@ -59,7 +59,7 @@ def simulate(
         resume: go on from the folder's checkpoint.
         ray_address: of a running Ray cluster to join.
         display: shown how the run goes; by default a progress bar in a notebook, and nothing elsewhere.
-        watch: puts an engine of one's own around the one that runs the clients, to see what passes.
+        watch: puts a custom engine around the one that runs the clients, to see what passes.
 
     Returns:
         The run. After Ctrl-C its summary says `stopped`, and holds what was finished.

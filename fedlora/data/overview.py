@@ -133,7 +133,7 @@ def _sizes(
 
 
 def _targets(train: Rows, names: Sequence[str], target: str) -> NDArray[np.int64]:
-    """By what partitions of labels tell rows apart."""
+    """The classes of rows, for partitions by label."""
     number = {name: i for i, name in enumerate(names)}
     labels: Sequence[Any] = train.labels or ()
     if target == "class":

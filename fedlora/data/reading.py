@@ -147,7 +147,7 @@ def read_site(files: settings.Files, labels: Sequence[str] | None, taught: Taugh
 
 
 def public(data: settings.Data) -> settings.Data:
-    """The settings with the public rows in the place of the clients'."""
+    """The settings with the public rows instead of the clients'."""
     assert data.public is not None
     held = {key: getattr(data.public, key) for key in ("dataset", "hub", "files")}
     for key in ("hub", "files"):

@@ -36,7 +36,7 @@ class Serving:
         return self.worker.client.spends(held, self.worker.settings(instruction, held))
 
     def line(self, report: Report, round: int, client: int) -> dict[str, Any]:
-        """A round as a site saw it, which `fedlora watch` shows; what was learnt only the server can tell."""
+        """A round as a site saw it, which `fedlora watch` shows; only the server knows the metric."""
         asked, events = self.worker.scenario.example_privacy, self.ledger.events.get(client, ())
         spent = None if asked is None else epsilon(events, asked.delta, asked.accountant)
         return {

@@ -79,7 +79,7 @@ def test_over_seeds_differences_are_taken_by_seed(write):
     runs += [write(f"pooled{seed}", value, kind="pooled", seed=seed) for seed, value in ((2, 0.80), (1, 0.78))]
     runs += [write("alone9", 0.4, kind="alone", seed=9)]
     assert Comparison(runs).sentences == [
-        "alone and ffa_lora share no seed, so what lies between them is not told.",
+        "alone and ffa_lora share no seed, so they are not compared.",
         "Privacy at epsilon 5.98 costs 0.0900 ± 0.0141 in accuracy over 2 seeds: pooled has 0.7900, and ffa_lora "
         "0.7000.",
     ]
