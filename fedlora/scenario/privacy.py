@@ -64,9 +64,9 @@ class Privacy(Section):
         unit: What is protected: each example, or all that a client holds.
         clip: How gradients are clipped: a word, or a mapping with options. With `unit: client` flat or quantile.
             Example: `{kind: quantile, quantile: 0.7}`.
-        bands: Number of steps over which noise is correlated, for `unit: example`. Later noise then cancels a part of
-            earlier noise. auto: the number with the least noise, for each client. null: 1, independent noise. It helps
-            where a client passes over its rows few times. Example: `auto`.
+        bands: Number of steps over which noise is correlated, for `unit: example`. Later noise then cancels a part
+            of earlier noise. auto: the number with the least noise, for each client. null: 1, independent noise.
+            It helps where a client passes over its rows few times. Example: `auto`.
         example: With `unit: client`: a guarantee for each example as well, by the client's own noise. null: none.
             Example: `{epsilon: 8, delta: 1.0e-5}`.
         accountant: How events become epsilon. All three are upper bounds; pld is the tightest.
