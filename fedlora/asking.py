@@ -37,7 +37,7 @@ def ask(
         data: a file of texts, instead of these.
         text: the column of texts in it, or two for pairs, where it is another than the run's own.
         out: a file to write answers to: `text`, `answer` and `probability`.
-        how: what else is told.
+        how: further options.
 
     Raises:
         UserError: there is no text, or a file cannot be read or written.

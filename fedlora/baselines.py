@@ -144,7 +144,7 @@ def _alone(scenario: Scenario, made: Strategy, told: dict[str, Any]) -> None:
 
 
 def _times(one: float | Mapping[str, float], other: float | Mapping[str, float]) -> float | dict[str, float]:
-    """The product of two rates, by role where either is."""
+    """The product of two learning rates, by role where either is."""
     if isinstance(one, Mapping):
         return {role: rate * (other[role] if isinstance(other, Mapping) else other) for role, rate in one.items()}
     return {role: rate * one for role, rate in other.items()} if isinstance(other, Mapping) else one * other

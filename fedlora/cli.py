@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", metavar="RUN", help="a run folder")
     report.add_argument("--out", metavar="FILE", help="the file (default: report.html in the run folder)")
     options.drawn(report)
+    report.add_argument("--share", action="store_true", help="leave out what epsilon does not cover")
     report.set_defaults(command=_report)
 
     compare = commands.add_parser("compare", help="runs side by side: a table, and a page that opens offline")
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", default="comparison.html", help="the page (default: comparison.html)"
     )
     compare.add_argument("--metric", metavar="NAME", help="compare by it (default: the task's own)")
+    compare.add_argument("--names", metavar="A,B", help="what rows are called (default: by what differs)")
     options.drawn(compare)
     compare.set_defaults(command=_compare)
 
@@ -227,14 +229,15 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from fedlora.reports.single import report
 
-    print(report(arguments.run, arguments.out, arguments.drawn))
+    print(report(arguments.run, arguments.out, arguments.drawn, arguments.share))
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     from fedlora.reports.comparison import compare
 
-    made = compare(arguments.runs, arguments.out, arguments.metric, arguments.drawn)
+    names = None if arguments.names is None else [name.strip() for name in arguments.names.split(",")]
+    made = compare(arguments.runs, arguments.out, arguments.metric, arguments.drawn, names)
     if arguments.form != "text":
         print(made.table().markdown() if arguments.form == "markdown" else made.table().latex())
         return 0

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a client is told for one round, in plain values.
+    """The settings of a client for one round, as plain values.
 
     Attributes:
         round: from 1.
@@ -35,18 +35,18 @@ class Settings:
         local_steps: optimiser steps.
         batch_size: examples in a step; under Poisson sampling the expected number.
         sample_rate: where it is given, the probability that takes an example into a step of a private client.
-        lr: learning rate in the first local step; where roles have rates of their own the largest of these.
+        lr: learning rate in the first local step; where roles have their own, the largest of these.
         lrs: learning rates by role, in the first local step; empty where all have `lr`.
-        pace: what the rate of each local step is over that of the first; empty: it is constant.
+        pace: learning rate of each local step, divided by that of the first; empty: constant.
         optimizer: its kind, options and state, as `clients.optimizer` has them; empty: plain SGD.
-        state: of the optimiser, as the client kept it, or as the server averaged it; empty where it begins anew.
+        state: of the optimiser, as the client kept it or the server averaged it; empty where it has none.
         micro_batch_size: about how many examples are in memory at once: at most half as many again.
         noise_multiplier: standard deviation of the noise over `clip_norm`; None without privacy.
         clip_norm: L2 bound on one example's gradient; None without privacy.
         clip: how examples are held to it, in the words of `privacy.clip`.
         quantile: of the examples' norms, where the bound moves.
         bands: of the noise; 1: each step's is independent.
-        weight: of an update in a mean, where a private client may not tell how many examples it has.
+        weight: of an update in a mean, where a private client may not report how many examples it has.
         share_metrics: whether figures computed from private examples may leave a private client.
         config: words of the strategy to the client.
     """
@@ -146,7 +146,7 @@ class Client(ABC):
     Attributes:
         private: whether updates are clipped and noised; such a client needs a `privacy` section.
         hooked: whether it steps by `optimizer` and `fedlora.optimizers.contract.Steps`, so that
-            `clients.optimizer`, `clients.schedule` and rates by role work.
+            `clients.optimizer`, `clients.schedule` and learning rates by role work.
         clips: the ways of `privacy.clip` that a private one knows.
         banded: whether a private one draws by turns and noises by `Rng.past`, as `privacy.bands` asks for.
     """
@@ -164,7 +164,7 @@ class Client(ABC):
         """The optimiser of a round; by default the one that the scenario names.
 
         Args:
-            parameters: as an optimiser of torch takes them; in groups where roles have rates of their own.
+            parameters: as an optimiser of torch takes them; in groups where roles have their own learning rates.
             settings: of the round.
         """
         return contract.build(parameters, settings)

@@ -1,7 +1,7 @@
 """Fewer bytes for the same tensors: numbers of 16, 8 or 4 bits by stochastic rounding, or the largest few.
 
 Rounding goes up or down by chance, so that what arrives is what was sent on average; see `Codec` for how far off
-one number can be. The largest few are sent exactly and the rest not at all: that is biased, and whoever sends
+one number can be. The largest few are sent exactly and the rest not at all: that is biased, and the one who sends
 keeps what was left out and adds it to what it sends next (error feedback; Karimireddy et al., 2019,
 https://arxiv.org/abs/1901.09847). Sizes follow from the shape alone.
 """

@@ -38,7 +38,7 @@ class Evaluated:
         majority: the share of the commonest label among them; None where rows have none.
         metrics: every figure by name; None where it says nothing of these rows.
         labels: in order.
-        confusion: of each label, how many of its rows were taken for each; None where that cannot be told.
+        confusion: of each label, how many of its rows were taken for each; None where that is not known.
     """
 
     run: str

@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from fedlora.errors import SettingError, UserError
 from fedlora.record import Record
+from fedlora.rounds.folder import write_json
 from fedlora.scenario import Scenario
 from fedlora.tasks import base_model, located
 from fedlora.tasks.contract import Prompt, Task, find
@@ -113,6 +114,37 @@ class About:
         pairs = any(isinstance((data.get(key) or {}).get("text"), list) for key in ("hub", "files"))
         told = (str(run.scenario.get("task", "classification")), str(model.get("base")), model.get("revision"))
         return cls(*told, tuple(labels), data.get("max_length") or 128, pairs)
+
+
+def describe(folder: Path, about: About) -> None:
+    """Write what an adapter is for beside it.
+
+    That is `fedlora.json`; the base in `adapter_config.json`, by the name that it has elsewhere; and, where there
+    are labels, `config.json`: the base's own configuration with them, as `transformers.AutoConfig` reads it.
+
+    Args:
+        folder: of the adapter, as peft wrote it.
+        about: the run that it comes from.
+    """
+    from transformers import AutoConfig
+
+    write_json(folder / ABOUT, asdict(about))
+    file = folder / "adapter_config.json"
+    base = {"base_model_name_or_path": located.named_elsewhere(about.base), "revision": about.revision}
+    write_json(file, json.loads(file.read_bytes()) | base)
+    if told := _names(about, find(about.task)):
+        path, revision = located.find_base(about.base), about.revision or "main"
+        AutoConfig.from_pretrained(path, revision=revision, **told).save_pretrained(str(folder))
+
+
+def _names(about: About, task: type[Task]) -> dict[str, Any]:
+    """What a model's configuration says of the labels; nothing where there are none."""
+    named: dict[str, Any] = {}
+    if about.labels:
+        named = {"id2label": dict(enumerate(about.labels)), "label2id": {n: i for i, n in enumerate(about.labels)}}
+    if task.problem is not None:
+        named["problem_type"] = task.problem
+    return named
 
 
 def adapter_of(run: Record | str | Path) -> Path:
@@ -285,7 +317,7 @@ def load_adapter(run: Record | str | Path, *, own_code: bool = False) -> tuple[A
 
     Args:
         run: that has ended, its folder, or the folder of an exported adapter.
-        own_code: import a task of somebody's own where the run was of one; a folder may name any module.
+        own_code: import a custom task where the run had one; a folder may name any module.
 
     Returns:
         A `peft.PeftModel`, and the tokenizer or image processor.
@@ -298,12 +330,9 @@ def load_adapter(run: Record | str | Path, *, own_code: bool = False) -> tuple[A
 
     about = About.read(folder := adapter_of(run))
     task, revision = task_of(about, folder, own_code), about.revision
-    named: dict[str, Any] = {}
+    named = _names(about, task)
     if about.labels:
-        named = {"id2label": dict(enumerate(about.labels)), "label2id": {n: i for i, n in enumerate(about.labels)}}
         named["ignore_mismatched_sizes"] = True  # of a head for other labels; the adapter brings its own
-    if task.problem is not None:
-        named["problem_type"] = task.problem
     try:
         reader = task.reader(about.base, revision)
         with base_model.quietly():
@@ -322,14 +351,14 @@ def load_adapter(run: Record | str | Path, *, own_code: bool = False) -> tuple[A
 
 
 def task_of(about: About, folder: Path, own_code: bool) -> type[Task]:
-    """The task of an adapter; one of somebody's own only where that is asked for: it is a program.
+    """The task of an adapter; a custom one only where that is asked for: it is a program.
 
     Raises:
         UserError: it is not there, or not asked for.
     """
     if ":" in about.task and not own_code:
         raise UserError(
-            f"{folder}: its task {about.task!r} is code of somebody's own: where you trust it, say own_code=True "
+            f"{folder}: its task {about.task!r} is custom code: where you trust it, write own_code=True "
             "(--own-code)"
         )
     try:

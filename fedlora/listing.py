@@ -1,4 +1,4 @@
-"""What `fedlora list` tells: each thing that a scenario can name, in a line."""
+"""What `fedlora list` prints: each thing that a scenario can name, in a line."""
 
 from collections.abc import Callable, Iterator, Mapping
 

@@ -204,7 +204,7 @@ def _can_train(scenario: Scenario) -> bool:
 
 
 def _expected_metrics(scenario: Scenario) -> Mapping[str, float]:
-    """What a built-in client's update tells beside its tensors."""
+    """What a built-in client's update reports beside its tensors."""
     return {"train_loss": 0.0} if scenario.privacy is None or scenario.privacy.share_metrics else {}
 
 
@@ -308,7 +308,7 @@ class _Cost:
         client_seconds: of a client in a round.
         evaluation_seconds: of the test set.
         memory_bytes: the most that this process held.
-        metrics: what its update told.
+        metrics: what its update reported.
         frozen_bytes: on disk, of what the frozen layers make of the examples; None where that is not kept.
     """
 

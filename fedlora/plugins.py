@@ -92,7 +92,7 @@ def find(shelf: Shelf, use: str) -> type[Any]:
 
 
 def module(key: str, path: str) -> Any:
-    """A module of somebody's own, which the setting `key` names.
+    """A custom module, which the setting `key` names.
 
     Raises:
         SettingError: it cannot be imported.

@@ -167,7 +167,7 @@ def _prepared(
 
 
 def encoding(use: str, task: type[tasks.Task], reader: Any) -> str:
-    """Differs where rows would be encoded in another way: by another tokenizer, or by a task of one's own.
+    """Differs where rows would be encoded in another way: by another tokenizer, or by a custom task.
 
     Args:
         use: the task's name.
@@ -179,7 +179,7 @@ def encoding(use: str, task: type[tasks.Task], reader: Any) -> str:
 
 
 def _tell_heads(scenario: Scenario, task: type[tasks.Task], labels: Sequence[str]) -> None:
-    """Say where a head is drawn anew, though the start or the base has one.
+    """Say where a head is drawn again, though the start or the base has one.
 
     Raises:
         SettingError: the start cannot be had, or is of another base.
@@ -190,7 +190,7 @@ def _tell_heads(scenario: Scenario, task: type[tasks.Task], labels: Sequence[str
     if start is None and model.head != "kept" and task.labelled:
         if other := base_model.other_labels(model.base, model.revision, labels):
             logger.warning(
-                "model.base: the head is drawn anew: %s is for the labels %s and not for %s in this order "
+                "model.base: the head is drawn again: %s is for the labels %s and not for %s in this order "
                 "(model.head: kept takes it all the same)",
                 *(model.base, starting.few(other), starting.few(labels)),
             )
@@ -288,7 +288,7 @@ def banded(
 
 
 def _rounded_up(rate: float) -> float:
-    """To one of eight rates in a decade, so that many clients need few searches."""
+    """To one of eight sampling rates in a decade, so that many clients need few searches."""
     return float(min(10 ** (np.ceil(np.log10(rate) * 8) / 8), 1.0))
 
 

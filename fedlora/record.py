@@ -14,7 +14,7 @@ from fedlora import plugins
 from fedlora.errors import UserError, suggestion
 from fedlora.metrics.contract import known
 from fedlora.privacy import ledger
-from fedlora.reports.verdicts import GUESSED, UNLEARNT, Verdict, verdicts
+from fedlora.reports.verdicts import AGAIN, GUESSED, UNLEARNT, Verdict, verdicts
 from fedlora.tasks.contract import find
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Record:
 
     @property
     def majority(self) -> float | None:
-        """What always saying the commonest label comes to in the metric; None where that is not told."""
+        """What always saying the commonest label comes to in the metric; None where that is not known."""
         told = self.summary.get("majority")
         return float(told) if isinstance(told, int | float) and self.metric in GUESSED else None
 
@@ -205,7 +205,9 @@ class Record:
                 f"It began from {start['folder']}, {cost}: for rows that are in both, that adds to this run's."
             )
             start = start.get("start")  # which began from another
-        return said + [f"{text[0].upper()}{text[1:]}." for text in map(str, self.verdicts())]
+        found = self.verdicts()
+        again = [f"{AGAIN}."] if found and self.scenario.get("privacy") else []
+        return said + [f"{text[0].upper()}{text[1:]}." for text in map(str, found)] + again
 
     def frame(self, what: Literal["rounds", "clients"] = "rounds") -> "pandas.DataFrame":
         """The lines of `rounds` or `clients` as a table."""

@@ -1,4 +1,4 @@
-"""What somebody's own code gave back, checked where it comes back and told by name; and plain data for JSON."""
+"""What custom code gave back, checked where it comes back, with errors by its name; and plain data for JSON."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -94,7 +94,7 @@ def figures(name: str, value: object) -> Mapping[str, float | None]:
 
 
 def finite(value: Any) -> Any:
-    """Plain data for JSON, which has no infinity: null in the place of what is no finite number."""
+    """Plain data for JSON, which has no infinity: null instead of what is no finite number."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):

@@ -41,11 +41,11 @@ class Run(Record):
 
         return load_file(self.adapter / "adapter_model.safetensors")
 
-    def report(self, out: str | Path | None = None, drawn: str | Path | None = None) -> Path:
+    def report(self, out: str | Path | None = None, drawn: str | Path | None = None, share: bool = False) -> Path:
         """Its page; as `fedlora.report`."""
         from fedlora.reports.single import report
 
-        return report(self, out, drawn)
+        return report(self, out, drawn, share)
 
     def predict(self, texts: "Sequence[Prompt]", max_new_tokens: int = 64, **told: Any) -> "list[Answer]":
         """What its model makes of texts; as `fedlora.predict`."""

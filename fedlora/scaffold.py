@@ -77,7 +77,7 @@ with fedlora: `fedlora simulate scenario.yaml --set strategy='{use: ffa_lora}' -
 
 
 _OF_DATA = """# yaml-language-server: $schema=scenario.schema.json
-# Five simulated clients fine-tune MiniLM privately, to tell {label} from {text}. Some minutes on two cores.
+# Five simulated clients fine-tune MiniLM privately, to predict {label} from {text}. Some minutes on two cores.
 name: {name}
 seed: 7
 model:

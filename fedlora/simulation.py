@@ -17,7 +17,7 @@ from fedlora.baselines import derive
 from fedlora.client import Setter
 from fedlora.engine.setup import Description
 from fedlora.errors import SettingError, UserError
-from fedlora.exporting import ABOUT, About
+from fedlora.exporting import About, describe
 from fedlora.optimizers import steps
 from fedlora.prepare import Prepared, central, check, known, noised, prepare
 from fedlora.privacy.budget import Budget
@@ -59,7 +59,7 @@ def simulate(
         resume: go on from the folder's checkpoint.
         ray_address: of a running Ray cluster to join.
         display: shown how the run goes; by default a progress bar in a notebook, and nothing elsewhere.
-        watch: puts an engine of one's own around the one that runs the clients, to see what passes.
+        watch: puts a custom engine around the one that runs the clients, to see what passes.
 
     Returns:
         The run. After Ctrl-C its summary says `stopped`, and holds what was finished.
@@ -231,6 +231,6 @@ def _export(engine: engines.Engine, adapter: Adapter, folder: Path, merged: Chan
     new = folder / ".adapter"
     shutil.rmtree(new, ignore_errors=True)
     engine.export(adapter, new, merged or None)
-    folders.write_json(new / ABOUT, asdict(about))
+    describe(new, about)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     new.rename(folder / "adapter")

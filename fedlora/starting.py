@@ -19,7 +19,7 @@ from fedlora.exporting import ABOUT, About, adapter_of
 from fedlora.kinds.contract import Saved
 from fedlora.record import Record
 from fedlora.scenario import Scenario
-from fedlora.tasks.located import find_base
+from fedlora.tasks.located import find_base, named_elsewhere
 
 KEY = "model.start"
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -159,7 +159,7 @@ def _about(folder: Path) -> About | None:
 def _check_base(scenario: Scenario, start: str, told: dict[str, Any], about: About | None) -> None:
     model, named = scenario.model, told.get("base_model_name_or_path")
     base, revision = (named, told.get("revision")) if about is None else (about.base, about.revision)
-    here = {model.base, find_base(model.base)}
+    here = {model.base, find_base(model.base), named_elsewhere(model.base)}
     if base and base not in here:
         raise SettingError(KEY, f"{start} is of the base {base}, and model.base is {model.base}")
     if about is not None and revision != model.revision:

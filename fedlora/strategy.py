@@ -108,7 +108,7 @@ class Strategy(FlowerStrategy):
     _sent: Adapter = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def bind(self, layout: Layout, kind: Kind, initial: Adapter, private: bool) -> None:
-        """Tell the strategy what it works on, before the first round; on the server and on clients.
+        """Give the strategy what it works on, before the first round; on the server and on clients.
 
         Args:
             layout: every tensor that could federate, by name.
@@ -216,7 +216,7 @@ class Strategy(FlowerStrategy):
         """Take back what `state` gave."""
 
     def instruct(self, round: int, adapter: Adapter, ranks: Collection[int] = ()) -> Instruction:
-        """What a round's clients are told.
+        """What a round's clients receive.
 
         Args:
             round: from 1.
@@ -381,7 +381,7 @@ class _Nodes:
 
 
 def load(use: str, options: Mapping[str, Any]) -> Strategy:
-    """The strategy that a scenario names: a built-in, one's own, or one of Flower's.
+    """The strategy that a scenario names: a built-in, a custom one, or one of Flower's.
 
     Raises:
         SettingError: the name or an option is wrong.

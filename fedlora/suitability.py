@@ -113,7 +113,7 @@ def has_mean(strategy: Strategy | type[Strategy]) -> bool:
 
 
 def _takes(strategy: Strategy, kind: str) -> bool:
-    """Whether it works on a kind of one's own: it is about no kind in particular, or about one that this is."""
+    """Whether it works on a custom kind: it is about no kind in particular, or about one that this is."""
     cls = plugins.find("kinds", kind)
     known = (plugins.find("kinds", name) for name in strategy.kinds)
     return strategy.kinds == Strategy.kinds or issubclass(cls, tuple(known))

@@ -43,7 +43,7 @@ Settings = Mapping[str, Any]  # of one run, by dotted key
 
 
 class Draw(Section):
-    """Values drawn anew for each sample."""
+    """Values drawn for each sample."""
 
     draw: Literal["uniform", "loguniform", "randint"]  # randint: low is in, high is out
     low: Float
@@ -267,7 +267,7 @@ def sweep(
     costs = total_epsilon(every := [file.parent for file in (folder / "runs").glob("*/scenario.yaml")])
     cost = [words for _, words in costs.values()]
     if free := sum(not Run.open(place).scenario.get("privacy") for place in every):
-        cost.append(f"{free} runs had no privacy at all, and nothing bounds what they tell")
+        cost.append(f"{free} runs had no privacy at all, and nothing bounds what they reveal")
     comparison.notes[:0] = [f"Tuning on private data is not free: {words}." for words in cost]
     comparison.notes += dict.fromkeys(failed)
     best = max(

@@ -1,6 +1,6 @@
 """`fedlora tune`: a short search of the learning rate, on public rows at no epsilon, or on private ones at theirs.
 
-The rate that moves things is scaled by powers of three: `strategy.server.lr` where the server has an optimiser,
+The learning rate is scaled by powers of three: `strategy.server.lr` where the server has an optimiser,
 else `clients.lr`; rates by role together. Each run of the search has a quarter of the rounds and is of the real
 run's kind: its batch, its clipping bound and its noise multiplier, that of the client with the median number of
 examples. So the rate that is found fits the private run, though no public row needs the noise.
@@ -49,8 +49,8 @@ class Trial:
     """A run of the search.
 
     Attributes:
-        factor: that the scenario's rate was multiplied by.
-        rate: that it had.
+        factor: that the scenario's learning rate was multiplied by.
+        rate: its learning rate.
         value: its metric on the rows that choose; None where it failed or was not measured.
         loss: likewise.
         verdicts: what is wrong with how it learnt.
@@ -77,9 +77,9 @@ class Tuned:
     Attributes:
         key: the setting that was searched.
         metric: that chose.
-        trials: in the order of their rates.
+        trials: in the order of their learning rates.
         best: the one that was chosen; None where none has learnt.
-        file: the scenario with that rate; None likewise.
+        file: the scenario with that learning rate; None likewise.
         folder: of the runs.
         costs: what the search cost, a sentence for each unit that is protected.
         epsilon_total: the same in numbers; empty on public rows.
@@ -330,11 +330,11 @@ class _Search:
                 clip_norm=short.client_privacy.clip_norm,
             )
             lines.append(_cost([[event]], short.client_privacy.delta, "client"))
-        return lines or ["on the clients' own rows, without privacy: nothing bounds what the runs tell"]
+        return lines or ["on the clients' own rows, without privacy: nothing bounds what the runs reveal"]
 
     def _free(self) -> str:
         if self.private:
-            return "there is no privacy section: nothing bounds what the runs tell"
+            return "there is no privacy section: nothing bounds what the runs reveal"
         return "on public rows: no epsilon is spent"
 
     def _total(self) -> dict[str, tuple[float, str]]:
@@ -393,7 +393,7 @@ def _cost(events: Sequence[Sequence[Event]], delta: float, unit: str) -> str:
 
 
 def _times(rate: Rate, factor: float) -> Rate:
-    """A rate, or those of all roles, to three digits."""
+    """A learning rate, or those of all roles, to three digits."""
     if isinstance(rate, Mapping):
         return {role: float(f"{one * factor:.3g}") for role, one in rate.items()}
     return float(f"{rate * factor:.3g}")

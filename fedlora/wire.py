@@ -1,9 +1,9 @@
 """Flower messages <-> plain data. The only place that names record keys; `fedlora.traffic` knows their sizes.
 
 A reply has the shape that Flower's own strategies expect: one ArrayRecord, and one MetricRecord whose
-`num-examples` is the weight. What else a reply tells stands in a ConfigRecord beside them.
+`num-examples` is the weight. What else a reply reports stands in a ConfigRecord beside them.
 
-Whoever wrote a message is not trusted: every number has a type and a range, and is held to both where it is read.
+The sender of a message is not trusted: every number has a type and a range, and is held to both where it is read.
 """
 
 import io
@@ -61,7 +61,7 @@ def to_arrays(adapter: Mapping[str, Tensor], packing: Packing | None = None) -> 
 def from_arrays(arrays: ArrayRecord) -> Adapter:
     """The tensors of an ArrayRecord, float32, packed or not.
 
-    Whoever sent them says how large they are: nothing is allocated that is not there.
+    The sender says how large they are: nothing is allocated that is not there.
 
     Raises:
         ContractError: an array is not what `numpy.save` makes of real numbers, or not of the size it names.
@@ -205,7 +205,7 @@ def pack_update(update: Update, event: Event | None = None, packing: Packing | N
 
 
 def unpack_update(content: RecordDict, client: int) -> Update:
-    """The update in a reply, whoever wrote it; what it claims is for `fedlora.engine.intake` to judge.
+    """The update in a reply, from any sender; what it claims is for `fedlora.engine.intake` to judge.
 
     Raises:
         ContractError: the reply lacks tensors, or its weight is no positive number.

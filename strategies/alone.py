@@ -44,7 +44,7 @@ class Alone(Strategy):
             raise ValueError(f"like names a strategy that averages what trains, and {use} keeps some of it")
 
     def bind(self, layout: Layout, kind: Kind, initial: Adapter, private: bool) -> None:
-        """Tell the other strategy too."""
+        """Give it to the other strategy too."""
         super().bind(layout, kind, initial, private)
         self._like.bind(layout, kind, initial, private)
 

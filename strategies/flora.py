@@ -20,7 +20,7 @@ from fedlora.strategy import Facts, Merged, Strategy
 
 @dataclass(kw_only=True)
 class FLoRA(Strategy):
-    """Clients send A and B of their own ranks; the server merges the stack into the base, and A is drawn anew."""
+    """Clients send A and B of their own ranks; the server merges the stack into the base, and A is drawn again."""
 
     facts: ClassVar[Facts] = Facts(sends="A, B", exact=True)
     unequal_ranks: ClassVar[bool] = True

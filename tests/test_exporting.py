@@ -6,13 +6,15 @@ import shutil
 import numpy as np
 import pytest
 
-from fedlora import simulate
+from fedlora import plugins, simulate
 from fedlora.cli import main
 from fedlora.errors import UserError
-from fedlora.exporting import export, predict, push
+from fedlora.exporting import export, load_adapter, predict, push
 from fedlora.prepare import prepare
 from fedlora.run import Run
-from fedlora.tasks import base_model
+from fedlora.scenario import parse
+from fedlora.tasks import base_model, located
+from tests.contracts import samples
 
 LEARN = ("rounds=3", "clients.local_steps=60", "clients.lr=0.3", "clients.batch_size=32")
 TEXTS = [
@@ -64,18 +66,69 @@ def test_a_merged_model_answers_as_the_adapter_does(made, tiny_base, tmp_path):
 
 def test_an_exported_adapter_is_the_runs(made, tmp_path):
     folder = export(made, tmp_path / "adapter")
-    names = {"adapter_config.json", "adapter_model.safetensors", "README.md", "fedlora.json"}
+    names = {"adapter_config.json", "adapter_model.safetensors", "README.md", "fedlora.json", "config.json"}
     assert {f.name for f in folder.iterdir()} == names
     assert all((folder / n).read_bytes() == (made.folder / "adapter" / n).read_bytes() for n in names)
     with pytest.raises(UserError, match="is there already"):
         export(made, tmp_path / "adapter", merge=True)
 
 
-def test_the_card_s_code_loads_the_folder_that_it_is_in_and_names_the_labels(made, tmp_path, monkeypatch):
+def code_of(card):
+    return card.partition("```python\n")[2].partition("```")[0]
+
+
+@pytest.mark.parametrize("labels", [2, 3, 7])
+def test_the_card_s_code_loads_the_folder_that_it_is_in_and_names_the_labels(
+    labels, tiny, tiny_base, reviews, tmp_path, monkeypatch
+):
+    """As printed, for any number of labels; the model then answers as `fedlora.load_adapter`'s does."""
+    rows = [f"{text},kind {i % labels}" for i, text in enumerate(reviews.read_text().splitlines()[1:])]
+    (tmp_path / "rows.csv").write_text("text,label,site,kind\n" + "\n".join(rows) + "\n")
+    data = f"data.files={{train: {tmp_path / 'rows.csv'}, text: text, label: kind}}"
+    made = simulate(tiny(data, "rounds=1", private=False), out=tmp_path / "run")
     card = (export(made, tmp_path / "elsewhere") / "README.md").read_text()
+    assert "# a folder where it was trained" in card
     monkeypatch.chdir(tmp_path)
-    exec(card.partition("```python\n")[2].partition("```")[0], names := {})
-    assert names["model"].config.id2label == {0: "bad", 1: "good"}
+    exec(code_of(card), names := {})
+    assert names["model"].config.id2label == {i: f"kind {i}" for i in range(labels)}
+    model, tokenizer = load_adapter("elsewhere")
+    np.testing.assert_array_equal(logits(names["model"], tokenizer), logits(model, tokenizer))
+
+
+@pytest.mark.parametrize("task", [t for t in plugins.names("tasks") if t != "classification"])
+def test_the_card_s_code_loads_an_adapter_of_each_task(task, tmp_path, request, monkeypatch):
+    sample = getattr(samples, task)(tmp_path, request.getfixturevalue)
+    run = simulate(parse(samples.run_of(task, sample, tmp_path), "every.yaml"), out=tmp_path / "run")
+    monkeypatch.chdir(run.folder)
+    exec(code_of((run.adapter / "README.md").read_text()), names := {})
+    model, _ = load_adapter(run)
+    loaded, ours = names["model"].state_dict(), model.state_dict()
+    assert loaded.keys() == ours.keys()
+    assert all((loaded[n].float() == ours[n]).all() for n in ours if "lora_" in n or "modules_to_save" in n)
+    assert names["model"].config.id2label == model.config.id2label
+    assert names["model"].config.problem_type == model.config.problem_type
+
+
+def test_an_adapter_names_its_base_as_others_know_it(tiny, tmp_path, monkeypatch):
+    """No path of this machine; the card's code loads that name."""
+    import transformers
+
+    made = simulate(tiny("model.base=minilm", "rounds=1", private=False), out=tmp_path / "run")
+    folder, hub = export(made, tmp_path / "out"), "sentence-transformers/all-MiniLM-L6-v2"
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == hub
+    for file in ("adapter_config.json", "fedlora.json", "config.json", "README.md"):
+        assert "site-packages" not in (folder / file).read_text()
+    auto, asked = transformers.AutoModelForSequenceClassification, []
+    real = auto.from_pretrained
+
+    def here(name, **told):
+        asked.append(name)
+        return real(located.find_base("minilm"), **told)
+
+    monkeypatch.setattr(auto, "from_pretrained", here)
+    monkeypatch.chdir(tmp_path)
+    exec(code_of((folder / "README.md").read_text()), names := {})
+    assert asked == [hub] and names["model"].config.id2label == {0: "bad", 1: "good"}
 
 
 def test_a_causal_model_completes(tiny, tiny_lm, tmp_path):

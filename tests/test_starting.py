@@ -179,7 +179,7 @@ def test_a_base_that_is_a_classifier_keeps_its_head_for_the_same_labels(
     weight = model.classifier.weight.detach().numpy()
     made = worker(tiny(f"model.base={base}", f"model.head={head}", private=False)).task
     assert np.array_equal(made.initial[HEAD[1]], weight) == kept
-    assert ("the head is drawn anew" in caplog.text) != kept
+    assert ("the head is drawn again" in caplog.text) != kept
     if kept and head == "trained":
         three = loading.load(
             "classification", str(base), Lora(4, 8, ("query",)), labels=("a", "b", "c"), seed=3, max_length=32

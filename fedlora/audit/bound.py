@@ -120,7 +120,7 @@ class Curve:
 
         Args:
             histories: of each client what it spent.
-            delta: at which epsilon is told.
+            delta: at which epsilon is stated.
             accountant: by which.
         """
         spent = ([e for e in events if e.steps] for events in histories)

@@ -2,7 +2,7 @@
 
 A canary stands for the worst example that the mechanism allows: one whose gradient lies in a direction that
 no other example uses, and is ten times as long as the clipping bound. Three in four lie over all trained tensors
-together, one in four in a single tensor, dealt over the tensors in turn: noise that one tensor lacks shows there.
+together, one in four in a single tensor, spread over the tensors in turn: noise that one tensor lacks shows there.
 The directions are columns of orthonormal matrices, cosine transforms with random signs, so that the gradients of
 text look like little noise along each of them. Canaries pass through the client's own sampling rate, clipping,
 noise and scaling: they are added to the per-example gradients that Opacus's optimizer is about to clip.
@@ -36,7 +36,7 @@ ALONE = 1 / 4  # of the canaries lie in one tensor each
 
 @dataclass(frozen=True)
 class Canaries:
-    """`count` canaries, dealt to the clients in turn.
+    """`count` canaries, given to the clients in turn.
 
     Attributes:
         seed: what their coins and directions are drawn from.
@@ -74,7 +74,7 @@ class Canaries:
 class Directions:
     """Of each canary a unit vector, orthogonal to those of all others, over tensors laid end to end.
 
-    The numbers are dealt into groups: the first lies over all tensors, each other in one. Within a group the
+    The numbers are split into groups: the first lies over all tensors, each other in one. Within a group the
     directions are columns of a cosine transform with random signs.
 
     Attributes:

@@ -36,7 +36,7 @@ class Seen:
         client: whose.
         round: from 1.
         steps: that the client took.
-        rate: with which a step takes an example.
+        rate: the sampling rate of a step.
         noise: the stated noise multiplier.
         examples: that the client holds, canaries among them where they all went in.
         names: of the tensors.
@@ -122,7 +122,7 @@ def worth(config: Mapping[str, Any], role: str, steps: int, lr: float) -> float:
     """How many steps' noise, as variance, a tensor of that role holds after a round; nan where nobody can say.
 
     Args:
-        config: of the strategy: `turns` lets a tensor rest in some steps, `proximal-mu` shrinks what earlier
+        config: of the strategy: `turns` skips a tensor in some steps, `proximal-mu` shrinks what earlier
             steps moved, `low-pass` filters.
         role: of the tensor.
         steps: that the client took.

@@ -1,4 +1,4 @@
-"""Cells of label columns: the labels of a row, or its scores; what is wrong is told by row, and never by text."""
+"""Cells of label columns: the labels of a row, or its scores; errors name the row, and never the text."""
 
 import logging
 import math
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Column:
-    """A column of labels, as it is told of.
+    """A column of labels, and how messages name it.
 
     Attributes:
         setting: the key that names it.

@@ -87,7 +87,7 @@ def draw(how: settings.Sampled, total: int, held_share: float | None, num_client
 
 
 def classes(targets: NDArray[Any]) -> NDArray[np.int64]:
-    """By what partitions of labels tell rows apart, (rows,).
+    """The classes of rows, for partitions by label, (rows,).
 
     Args:
         targets: the number of each row's label, (rows,); or 0 and 1 for its labels, (rows, labels), uint8: of a

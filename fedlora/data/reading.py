@@ -158,7 +158,7 @@ def left_out(held: Sequence[Label], labels: Sequence[str]) -> list[int]:
 
 
 def public(data: settings.Data) -> settings.Data:
-    """The settings with the public rows in the place of the clients'."""
+    """The settings with the public rows instead of the clients'."""
     assert data.public is not None
     held = {key: getattr(data.public, key) for key in ("dataset", "hub", "files")}
     for key in ("hub", "files"):

@@ -28,7 +28,7 @@ def read_table(key: str, path: Path, columns: Sequence[str] | None, encoding: st
         encoding: of its text, as Python calls it; None: UTF-8, or what its mark says.
 
     Raises:
-        SettingError: it cannot be read; a line that is torn is told by its number.
+        SettingError: it cannot be read; a line that is torn is named by its number.
     """
     import pandas as pd
 

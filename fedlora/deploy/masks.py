@@ -57,18 +57,18 @@ class Masks:
             self._masked[run.key, round] += member.masked - before
 
     def _fresh(self, run: Serving, round: object, parts: secure.Parts) -> Member:
-        """Secrets for a round, under the pseudonym that the server deals.
+        """Secrets for a round, under the pseudonym that the server assigns.
 
         Raises:
             Refusal: an update of that round was masked already, as often as the scenario tries one; or there is
-                no such round, or the server deals no pseudonym.
+                no such round, or the server assigns no pseudonym.
         """
         scenario, names = run.worker.scenario, list(parts["you"])
         if type(round) is not int or not 1 <= round <= scenario.rounds or len(names) != 1 or names[0] >= 2**63:
             raise Refusal("the server asks for keys for no round of this run, or for nobody")
         if self._masked[run.key, round] > scenario.clients.retries:
             raise Refusal(
-                f"it has masked its update of round {round}: start its worker anew if the server was resumed"
+                f"it has masked its update of round {round}: restart its worker if the server was resumed"
             )
         return Member(names[0])
 
@@ -80,5 +80,5 @@ def member_of(run: Serving, round: object) -> Member:
         Refusal: it has none.
     """
     if run.member is None or run.member[0] != round:
-        raise Refusal("it has no masks for this round: its worker was started anew, or it was not asked for keys")
+        raise Refusal("it has no masks for this round: its worker was restarted, or it was not asked for keys")
     return run.member[1]

@@ -23,7 +23,7 @@ class Exported:
         """Around a display.
 
         Args:
-            inner: that is told all the same.
+            inner: that is shown the same.
             port: of the endpoint.
             address: that it listens on.
         """

@@ -382,14 +382,14 @@ class Node:
         adapter it is asked about.
 
         Raises:
-            Refusal: the scenario holds none out, or the site does not tell.
+            Refusal: the scenario holds none out, or the site does not report figures.
         """
         if run.worker.scenario.data.client_test_share is None:
             raise Refusal("the scenario holds no rows out to judge by")
         if self.site is None:
             return wire.pack_words(run.worker.judge(instruction, [client])[client])
         if not self.site.accept.metrics:
-            raise Refusal("it tells no figures of its own rows")
+            raise Refusal("it reports no figures of its own rows")
         worker = run.worker
         figures = self.state.judged(
             run.key, instruction.round, lambda: worker.judge(instruction, [client])[client]
@@ -411,7 +411,7 @@ class Node:
 
 @contextlib.contextmanager
 def _understood() -> Iterator[None]:
-    """What a message holds is read here; what is wrong with it is for whoever wrote it."""
+    """What a message holds is read here; what is wrong with it is for its sender."""
     try:
         yield
     except ContractError as error:

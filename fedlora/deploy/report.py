@@ -1,10 +1,10 @@
-"""What a ServerApp tells whoever submitted it: lines in its log, which Flower carries to `fedlora submit`.
+"""What a ServerApp reports to the submitter: lines in its log, which Flower carries to `fedlora submit`.
 
 A SuperLink gives its users the run's log and nothing else. So the display of a run, and at its end the run folder,
 travel as lines of the log that begin with `MARK`.
 
 Where clients are protected whole (`privacy.unit: client`), whether one was drawn stays with the server: neither
-who took part in a round nor how many travels, nor a sum that tells it.
+who took part in a round nor how many travels, nor a sum that shows it.
 """
 
 import base64
@@ -170,7 +170,7 @@ def _protects_clients(folder: Path) -> bool:
 
 
 def _without_counts(folder: Path) -> dict[str, bytes | None]:
-    """The files of a run folder that tell who was drawn, or how many, as they may travel; None: not at all."""
+    """The files of a run folder that show who was drawn, or how many, as they may travel; None: not at all."""
     run = Run.open(folder)
     made: dict[str, bytes | None] = {"clients.jsonl": None}
     made["metrics.jsonl"] = "".join(json.dumps(finite(_uncounted(line))) + "\n" for line in run.rounds).encode()

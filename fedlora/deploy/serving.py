@@ -42,7 +42,7 @@ class Serving:
         return self.ledger.events.get(client, ())
 
     def line(self, report: Report, round: int, client: int) -> dict[str, Any]:
-        """A round as a site saw it, which `fedlora watch` shows; what was learnt only the server can tell."""
+        """A round as a site saw it, which `fedlora watch` shows; only the server knows the metric."""
         asked, events = self.worker.scenario.example_privacy, self.spent(client)
         spent = None if asked is None else epsilon(events, asked.delta, asked.accountant)
         return {

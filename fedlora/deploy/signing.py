@@ -1,6 +1,6 @@
 """Who submitted a run: an ssh key signs the scenario, the run's name, and every file that travels with it.
 
-Flower's SuperLink takes a run from whoever reaches it. A site that names `accept.submitters` trains only for a
+Flower's SuperLink takes a run from anyone who reaches it. A site that names `accept.submitters` trains only for a
 run that one of those keys signed, whatever the server says. The labels are part of the scenario (`data.labels`),
 and the name holds a signature to one run: under another name it is worth nothing.
 """
@@ -89,7 +89,7 @@ def _message(scenario: Mapping[str, Any], name: str, app: Path) -> bytes:
 def _contents(app: Path) -> Iterator[tuple[str, str]]:
     """What each file and folder of an app is, by its path in it, so that none can be added.
 
-    Of `pyproject.toml` it is what is in it that counts, without the signature: Flower writes the file anew.
+    Of `pyproject.toml` it is what is in it that counts, without the signature: Flower rewrites the file.
 
     Raises:
         UserError: there is something else, whose contents are nobody's to sign.

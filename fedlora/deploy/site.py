@@ -186,7 +186,7 @@ class Site(Section):
             ("data.client_test_share", scenario.data.client_test_share is not None),
         ):
             if asked and not rules.metrics:
-                return f"it tells no figures of its own rows, and the scenario asks for some by {key}"
+                return f"it reports no figures of its own rows, and the scenario asks for some by {key}"
         return None
 
     def refuses_labels(self, scenario: Scenario, labels: Sequence[str]) -> str | None:

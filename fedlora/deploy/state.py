@@ -1,4 +1,4 @@
-"""A site's state folder, beside its account: its own key, and of each run what it was told and said."""
+"""A site's state folder, beside its account: its own key, and of each run what it received and sent."""
 
 import json
 import os

@@ -112,7 +112,7 @@ def submit(
 
 
 def _make(app: Path, scenario: Scenario, name: str, resume: bool, key: Path | None) -> None:
-    """Write the Flower app of a run: its configuration, and the code of one's own that it names.
+    """Write the Flower app of a run: its configuration, and the custom code that it names.
 
     Raises:
         UserError: it is to be signed, and lacks what sites ask a signed run for; or the key cannot be used.
@@ -222,7 +222,7 @@ def _reason(told: dict[str, Any], done: "subprocess.CompletedProcess[str]") -> s
 
 
 def _certificate(superlink: str) -> str:
-    """What is wrong with the certificate that a SuperLink shows, as Flower does not tell; empty if nothing is."""
+    """What is wrong with the certificate that a SuperLink shows, as Flower does not say; empty if nothing is."""
     home = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")
     try:
         told = tomllib.loads((home / "config.toml").read_text())["superlink"][superlink]

@@ -18,7 +18,7 @@ class Resident:
     """The actor.
 
     It imports while the run is still being prepared. Its worker is built by a call, so that what goes
-    wrong then is told as it was raised.
+    wrong then is reported as it was raised.
     """
 
     def __init__(self) -> None:

@@ -161,7 +161,7 @@ def on_gpu(what: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """What is told of a client that failed."""
+    """What is reported of a client that failed."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):
@@ -182,7 +182,7 @@ def settle() -> None:
 
 
 def keep_memory() -> None:
-    """Keep what a step frees for the next one: else glibc gives it back, and each step pays for its pages anew."""
+    """Keep what a step frees for the next one: else glibc gives it back, and each step pays for pages again."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         adjust = ctypes.CDLL(None).mallopt
         adjust(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, the most it takes

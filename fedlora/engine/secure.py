@@ -117,7 +117,7 @@ def replies(
         exchange: with clients, which keeps their reports.
         reports: of each client of the cohort.
         asked: the scenario's.
-        rng: deals pseudonyms out.
+        rng: draws pseudonyms.
     """
     try:
         made = collect(exchange, sorted(reports), rng, asked.survivors)

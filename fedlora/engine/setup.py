@@ -1,4 +1,4 @@
-"""What a worker is told before it starts, and what it tells once it has built its model."""
+"""What a worker gets before it starts, and what it reports once it has built its model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -60,7 +60,7 @@ class Transport:
         return replace(instruction, adapter=wire.from_arrays(wire.to_arrays(instruction.adapter, packing)))
 
     def outgoing(self, update: Update, received: Instruction) -> Update:
-        """A client's update with what it writes in the place of its tensors.
+        """A client's update with what it writes instead of its tensors.
 
         What top_k left out before is added, and what it leaves out now is kept.
         """

@@ -347,7 +347,7 @@ class Worker:
             deed: is told what the training costs, and which draw of its noise it takes.
 
         Raises:
-            Refusal: whoever pays does not allow it.
+            Refusal: the one who pays does not allow it.
             RoundError: it would need another draw, and no epsilon is left for that.
         """
         client, received = partition.client, self._received(instruction, partition.client, instruction.round)

@@ -1,6 +1,6 @@
 """Metrics of rows that have one label each, from the probability of every label.
 
-scikit-learn's where it has them. A label that no row has, or that all have, tells nothing of ranks: `auroc` and
+scikit-learn's where it has them. A label that no row has, or that all have, says nothing about ranks: `auroc` and
 `auprc` are means over the others.
 """
 

@@ -89,9 +89,9 @@ class Metric:
     """A figure by its name.
 
     Attributes:
-        name: under which it is told.
+        name: under which it is reported.
         function: that computes it; it may raise `Undefined`.
-        takes: the target of the tasks that can have it; None: any, as one's own functions say themselves.
+        takes: the target of the tasks that can have it; None: any, as custom functions say themselves.
         higher_is_better: whether more of it is better.
         bounds: the least and the most that it can be.
     """
@@ -173,7 +173,7 @@ def find_all(uses: Sequence[str], target: str) -> list[Metric]:
 
 
 def problem(use: str, target: str) -> str | None:
-    """What is wrong with a name, and what to write instead; None if nothing is. Imports no one's own module."""
+    """What is wrong with a name, and what to write instead; None if nothing is. Imports no custom module."""
     held = known(target)
     if ":" in use:
         path, _, name = use.partition(":")
@@ -193,7 +193,7 @@ def problem(use: str, target: str) -> str | None:
 
 
 def try_out(metric: Metric, target: str, labels: Sequence[str]) -> None:
-    """Compute somebody's own metric of made-up rows, so that what is wrong with it shows before a run.
+    """Compute a custom metric of made-up rows, so that what is wrong with it shows before a run.
 
     Raises:
         SettingError: it fails, or gives no finite number.

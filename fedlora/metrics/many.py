@@ -1,7 +1,7 @@
 """Metrics of rows that have any number of labels, from the probability of each label by itself.
 
-scikit-learn's where it has them. A label that no row has, or that all have, tells nothing of ranks: `auroc` and
-`auprc` are means over the others. What needs a threshold takes 0.5, where the task does not tell its own.
+scikit-learn's where it has them. A label that no row has, or that all have, says nothing about ranks: `auroc` and
+`auprc` are means over the others. What needs a threshold takes 0.5, where the task does not set its own.
 """
 
 from collections.abc import Callable, Sequence

@@ -23,7 +23,7 @@ def rmse(outputs: Outputs, targets: Targets, labels: Sequence[str]) -> float:
 
 
 def r2(outputs: Outputs, targets: Targets, labels: Sequence[str]) -> float:
-    """The share of the scores' variance that is told."""
+    """The share of the scores' variance that is explained."""
     from sklearn.metrics import r2_score
 
     _varies(targets)

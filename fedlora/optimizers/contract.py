@@ -1,4 +1,4 @@
-"""The optimiser of a client: made anew each round by `Client.optimizer`, at the rates of the scenario's schedule.
+"""The optimiser of a client: made in each round, with the scenario's learning rates and schedule.
 
 Whatever it is, it sees gradients after clipping and noise: a function of what was paid for, it costs no epsilon.
 Its state is a function of those too. With `state: kept` it stays where the client's personal tensors stay; with
@@ -32,7 +32,7 @@ class Told(Protocol):
 
     @property
     def pace(self) -> tuple[float, ...]:
-        """What the rate of each local step is over that of the first; empty: it is constant."""
+        """Learning rate of each local step, divided by that of the first; empty: constant."""
 
     @property
     def optimizer(self) -> Mapping[str, Any]:
@@ -78,7 +78,7 @@ def find(kind: str) -> Any:
 
 
 def grouped(layout: Layout, names: Sequence[str], parameters: "Sequence[torch.Tensor]", settings: Told) -> Any:
-    """Parameters as an optimiser of torch takes them: in a list, or in groups with the rate of each role."""
+    """Parameters as an optimiser of torch takes them: in a list, or in groups, one for each role."""
     if not settings.lrs:
         return list(parameters)
     roles: dict[str, list[torch.Tensor]] = {}

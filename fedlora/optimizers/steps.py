@@ -14,7 +14,7 @@ from fedlora.strategy import Strategy
 
 
 def check(client: Client, scenario: Scenario) -> None:
-    """Make sure that a client can step as a scenario asks, as far as its class and options tell.
+    """Make sure that a client can step as a scenario asks, as far as its class and options show.
 
     Raises:
         SettingError: it cannot.
@@ -35,7 +35,7 @@ def check(client: Client, scenario: Scenario) -> None:
             "clients.optimizer", f"{type(client).__name__} makes an optimiser of its own: leave it out"
         )
     if "lr" in (told.optimizer.model_extra or {}):
-        raise SettingError("clients.optimizer.lr", "the rate is clients.lr")
+        raise SettingError("clients.optimizer.lr", "the learning rate is clients.lr")
     cls = find(told.optimizer.kind)
     known = [name for name in inspect.signature(cls).parameters if name not in ("params", "lr")]
     for name in told.optimizer.model_extra or {}:
@@ -70,7 +70,7 @@ def check_bound(client: Client, strategy: Strategy, scenario: Scenario) -> None:
     """Make sure that clients can step as asked on the tensors of a bound strategy.
 
     Raises:
-        SettingError: they cannot, or a role has no rate.
+        SettingError: they cannot, or a role has no learning rate.
     """
     told, layout = scenario.clients, strategy.layout
     if told.optimizer is None and not told.rates:

@@ -262,7 +262,7 @@ def _complain(task: "Task", what: str) -> None:
 
 
 def _shared(alone: Alone) -> str:
-    """Find layers that are given what all examples share; why layers with factors cannot tell examples apart."""
+    """Find layers that are given what all examples share; why layers with factors mix examples."""
     layers = alone.task.low_rank
     layers.singly = True
     try:
@@ -277,7 +277,7 @@ def _shared(alone: Alone) -> str:
 
 
 def _unfit(task: "Task", max_length: int) -> str:
-    """Why examples cannot lie in one row, as far as the model's configuration and layers tell."""
+    """Why examples cannot lie in one row, as far as the model's configuration and layers show."""
     body = _body(task)
     config = body.config.get_text_config() if hasattr(body, "config") else None
     if getattr(config, "is_encoder_decoder", False):

@@ -151,7 +151,7 @@ def backward(task: "Task", batch: Any) -> "torch.Tensor":
 
 
 def fill(parameters: "list[torch.Tensor]", examples: int, all: bool = False) -> None:
-    """Per-example gradients of zero for what rests, or for all in an empty batch."""
+    """Per-example gradients of zero for what does not train, or for all in an empty batch."""
     for parameter in parameters:
         if all or not parameter.requires_grad:
             parameter.grad_sample = parameter.new_zeros((examples, *parameter.shape))  # type: ignore[attr-defined]

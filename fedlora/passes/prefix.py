@@ -72,7 +72,7 @@ class _Enough(Exception):
 
 
 def below(body: Any, prefix: str, modules: Sequence[str]) -> list[Any]:
-    """The blocks of a body that lie below the lowest layer with factors; none where that cannot be told.
+    """The blocks of a body that lie below the lowest layer with factors; none where that is not known.
 
     Args:
         body: a transformers model without its head.

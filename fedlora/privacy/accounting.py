@@ -11,7 +11,7 @@ counts for nothing: in no sum of gradients, and where a bound adapts in no count
 holds is public: it sets the sample rate. Taking the example out would change the sum of a step alike. So the
 accountants of adding or removing one give the same epsilon.
 
-Each accountant gives an upper bound that holds, so the least of them may be told: `pld`, privacy loss
+Each accountant gives an upper bound that holds, so the least of them may be stated: `pld`, privacy loss
 distributions of Google's dp-accounting, is never looser than the others by more than its grid; `prv`, the
 privacy random variables of Opacus (Gopi et al., 2021, https://arxiv.org/abs/2106.02848), adds an error that
 it states; `rdp`, the Renyi DP of dp-accounting, is what most papers print.
@@ -258,10 +258,10 @@ def _one_step(noise_multiplier: float, sample_rate: float, interval: float) -> A
 
 
 def unresolved(target: float, delta: float, accountant: Accountant) -> SettingError:
-    """That an accountant tells no epsilon finely enough, and which one does."""
+    """That an accountant gives no epsilon finely enough, and which one does."""
     other = "name a larger delta or epsilon" if accountant == "rdp" else "write accountant: rdp, which does"
     return SettingError(
-        "privacy.accountant", f"{accountant} tells no epsilon {target:g} at delta {delta:g} finely enough: {other}"
+        "privacy.accountant", f"{accountant} gives no epsilon {target:g} at delta {delta:g} finely enough: {other}"
     )
 
 
@@ -317,7 +317,7 @@ def calibrations(
 ) -> list[float]:
     """`calibrate` for each of many sample rates, all of the same number of steps.
 
-    A search takes about a second. Where there are many rates, a smooth curve through a few of them gives the
+    A search takes about a second. With many sampling rates, a smooth curve through a few of them gives the
     others, each with a thousandth on top, and each checked to keep to the target.
 
     Raises:
@@ -378,7 +378,7 @@ _NEIGHBOURS = {
     "(zero-out: how many clients there are is public)",
     FROM_SERVER: "from the server, which follows the protocol and sees each round's sum and who is in it; "
     "neighbouring runs differ in that one client sends nothing",
-    FROM_CLIENTS: "from another client that is in the same rounds, which is told how many are and not who; "
+    FROM_CLIENTS: "from another client that is in the same rounds, which knows how many are and not who; "
     "neighbouring runs differ in that one client sends nothing",
 }
 

@@ -61,7 +61,9 @@ class Budget:
         allowed = [client for client in cohort if may(client)]
         if resting := sorted(set(cohort) - set(allowed)):
             names = ", ".join(map(str, resting))
-            logger.warning("round %d: another round would pass the epsilon of clients %s; they rest", round, names)
+            logger.warning(
+                "round %d: another round would pass the epsilon of clients %s; they sit out", round, names
+            )
         return allowed, len(cohort) - len(allowed)
 
     def allows(self, instruction: Instruction, client: int) -> bool:

@@ -1,4 +1,4 @@
-"""Calibrations on disk, so that a run which goes on, is tried again or belongs to a sweep need not search anew.
+"""Calibrations on disk, so that a run which goes on, is tried again or belongs to a sweep need not search again.
 
 A file is named by all that a search depends on, and holds what it found, exactly. It is trusted no further than
 that: what a run spends is counted from the noise that it adds, and held to the budget, whoever found that noise.

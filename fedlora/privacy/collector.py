@@ -15,7 +15,7 @@ from fedlora.privacy.secure import KEYS, MASKED, REVEAL, SHARES, Exchange, Keys,
 
 @dataclass
 class Collector:
-    """The server's side of one round: it is told public keys, ciphertext, masked vectors and shares."""
+    """The server's side of one round: it gets public keys, ciphertext, masked vectors and shares."""
 
     around: Mapping[int, Sequence[int]]
     keys: Mapping[int, Keys]
@@ -110,8 +110,8 @@ def collect(exchange: Exchange, cohort: Sequence[int], rng: Stream, share: float
 
     Args:
         exchange: with clients, wherever they are; it gives whole answers alone.
-        cohort: their ids, which no client is told.
-        rng: deals pseudonyms out, and with them the neighbours.
+        cohort: their ids, which no client learns.
+        rng: draws pseudonyms, and with them the neighbours.
         share: of the clients that must stay from the first exchange to the last.
 
     Raises:
@@ -160,7 +160,7 @@ def collect(exchange: Exchange, cohort: Sequence[int], rng: Stream, share: float
 
 
 def pseudonyms(count: int, rng: Stream) -> list[int]:
-    """Names for one round, of 63 bits, that tell nothing of who bears them."""
+    """Names for one round, of 63 bits, that say nothing about who has them."""
     names: dict[int, None] = {}
     while len(names) < count:
         names |= {int(word) >> 1: None for word in rng.words(count - len(names))}

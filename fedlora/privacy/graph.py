@@ -12,7 +12,7 @@ View = Mapping[int, bytes]  # whom a client takes for its neighbours, itself inc
 
 MOST_NEIGHBOURS = 32  # beyond so many clients each one has only these, as SecAgg+ has it
 
-NO_GRAPH = "the server dealt clients neighbours that do not go together"
+NO_GRAPH = "the server gave clients neighbours that do not go together"
 
 _CIRCLE = 2**64  # pseudonyms are on a ring of so many places
 _DIGEST = 16  # bytes of a digest in a view

@@ -180,7 +180,7 @@ class Ledger:
         if not self._lock.mine:
             raise UserError(f"{file}: in use by the process that this one was forked from")
         if _read_head(file) != self._head or file.stat().st_size < self._size:
-            raise UserError(f"{file}: the ledger moved underfoot: somebody else wrote to it; start anew to go on")
+            raise UserError(f"{file}: the ledger moved underfoot: somebody else wrote to it; start again to go on")
 
     def _put_head(self, file: Path, lines: int, chain: str) -> None:
         _write_head(file, lines, chain)

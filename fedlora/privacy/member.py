@@ -56,7 +56,7 @@ class Member:
         if self._around:
             raise ContractError("the server asks for shares of the same keys a second time")
         if not threshold(len(around), 0) <= needed <= len(around) or around.get(self.name) != self.keys:
-            raise ContractError("too few neighbours, or the keys told for this client are not its own")
+            raise ContractError("too few neighbours, or the keys sent for this client are not its own")
         self._around, self._threshold = dict(around), needed
         parts = [create_shares(secret, needed, len(around)) for secret in (self._seed, self._mask_secret)]
         sealed, view = {}, pack_view(view_of(self._around))
@@ -128,13 +128,13 @@ class Member:
             most: clients that the round may have.
 
         Raises:
-            ContractError: the server asks for what a client does not tell.
+            ContractError: the server asks for what a client does not reveal.
         """
         if what == KEYS:
             return {"mask": {self.name: self.keys[0]}, "share": {self.name: self.keys[1]}}
         if what == SHARES:
             if set(told["mask"]) != set(told["share"]):
-                raise ContractError("the server tells one of the two keys of a client")
+                raise ContractError("the server sends one of the two keys of a client")
             around = {o: (key, told["share"][o]) for o, key in told["mask"].items()}
             return {"sealed": self.share(around, threshold(len(around), share))}
         if what == MASKED:
@@ -172,4 +172,4 @@ class Member:
         try:
             return agree((self._mask_key, self._share_key)[which], self._around[other][which])
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-            raise ContractError("what the server tells for a client's key is none") from error
+            raise ContractError("what the server sends for a client's key is none") from error

@@ -76,7 +76,9 @@ class Drawn:
             ContractError: nobody says: noise that was drawn before might be drawn for other inputs.
         """
         if draw >= len(self.firsts):
-            raise ContractError("banded noise is drawn by how many steps a client has paid for, which nobody told")
+            raise ContractError(
+                "banded noise is drawn by how many steps a client has paid for, which is not known here"
+            )
         return self.firsts[draw]
 
 
@@ -117,7 +119,7 @@ def versions() -> dict[str, str]:
 
 
 def code(of: object) -> str:
-    """A hash of the files that a class, or the class of an object, comes from, if somebody's own; else its name.
+    """A hash of the files that a class, or the class of an object, comes from, if it is custom; else its name.
 
     Its module's, and those of all modules of its owner's that it imports, however many between.
     """

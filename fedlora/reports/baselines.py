@@ -77,7 +77,7 @@ def sentences(measured: Sequence[Measured], metric: str, higher_is_better: bool)
 def _of(whole: Measured, best: Mapping[str, Measured], metric: str, higher: bool) -> Iterator[str]:
     for one in best.values():
         if not set(one.by_seed) & set(whole.by_seed):
-            yield f"{one.label} and {whole.label} share no seed, so what lies between them is not told."
+            yield f"{one.label} and {whole.label} share no seed, so they are not compared."
     known = {kind: one for kind, one in best.items() if set(one.by_seed) & set(whole.by_seed)}
     pooled, private, alone = (known.get(kind) for kind in ("pooled", "pooled_private", "alone"))
 

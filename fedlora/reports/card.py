@@ -8,16 +8,13 @@ from typing import Any
 from fedlora.prepare import Prepared
 from fedlora.scenario import Scenario
 from fedlora.tasks.contract import Task, find
-
-_WITH_FEDLORA = """import fedlora
-
-model, tokenizer = fedlora.load_adapter("adapter")"""
+from fedlora.tasks.located import named_elsewhere
 
 
 def write(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:
     """The README beside the adapter: what it is and how to load it."""
     scenario, labels = ready.scenario, ready.data.labels
-    task, base, metric = find(scenario.task), scenario.model.base, summary["metric"]
+    task, base, metric = find(scenario.task), named_elsewhere(scenario.model.base), summary["metric"]
     value = summary[metric]
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     who = "sites" if ready.setup.secret else "simulated clients"
@@ -48,8 +45,10 @@ by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["
 - scenario hash {summary["hash"]}, seed {summary["seed"]}
 
 ```python
-{_WITH_FEDLORA if base == "minilm" else _in_peft(task, base, labels)}
+{_in_peft(task, base, labels)}
 ```
+
+With fedlora, the tokenizer too: `model, tokenizer = fedlora.load_adapter("adapter")`.
 """,
         encoding="utf-8",
     )
@@ -65,14 +64,19 @@ def _read_as(scenario: Scenario, summary: Mapping[str, Any]) -> str:
 
 def _in_peft(task: type[Task], base: str, labels: Sequence[str]) -> str:
     """How to load it without fedlora; the model gives labels by their names."""
-    names = ", ".join(f"{i}: {json.dumps(name, ensure_ascii=False)}" for i, name in enumerate(labels))
-    more = f", num_labels={len(labels)}, id2label=labels" if labels else ""
-    if task.problem is not None:
-        more += f', problem_type="{task.problem}"'
-    if not task.tokens:
-        more += ", ignore_mismatched_sizes=True"
+    told = task.auto
+    more, config = "", ""
+    if labels or task.problem is not None:
+        told, config = (
+            f"AutoConfig, {task.auto}",
+            'config = AutoConfig.from_pretrained("adapter")  # with the labels\n',
+        )
+        more = ", config=config, ignore_mismatched_sizes=True"
+    where = ""
+    if Path(base).is_dir():
+        where = "# a folder where it was trained: name your copy of this base, or its Hub id\n"
     return f"""from peft import PeftModel
-from transformers import {task.auto}
-{f"{chr(10)}labels = {{{names}}}" if labels else ""}
-base = {task.auto}.from_pretrained("{base}"{more})
+from transformers import {told}
+
+{config}{where}base = {task.auto}.from_pretrained("{base}"{more})
 model = PeftModel.from_pretrained(base, "adapter")"""

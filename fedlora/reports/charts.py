@@ -106,7 +106,7 @@ def data(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _hover(rows: Sequence[Row]) -> list[alt.Tooltip]:
-    """Every column of a row, as what is shown where a pointer rests on it."""
+    """Every column of a row, shown where a pointer is on it."""
     return [
         alt.Tooltip(f"{name}:Q", format=".4~g") if isinstance(value, float) else alt.Tooltip(f"{name}:N")
         for name, value in rows[0].items()
@@ -167,14 +167,14 @@ def stacks(
 def points(
     rows: Sequence[Row], x: tuple[str, str], y: tuple[str, str], series: str, *, front: str
 ) -> alt.LayerChart:
-    """Points told apart by shape and colour, each on a bar from `low` to `high`, a line where `front` is true."""
+    """Points that differ by shape and colour, each on a bar from `low` to `high`, a line where `front` is true."""
     base = alt.Chart(data(rows)).encode(
         x=alt.X(f"{x[0]}:Q", title=x[1], scale=alt.Scale(zero=False, padding=24), axis=alt.Axis(grid=False)),
         y=alt.Y(f"{y[0]}:Q", title=y[1], scale=alt.Scale(zero=False, padding=16)),
         tooltip=_hover(rows),
     )
     best = (
-        base.transform_filter(f"datum.{front}")
+        base.transform_filter(f"datum['{front}']")
         .mark_line(strokeDash=[4, 4], opacity=0.7)
         .encode(tooltip=alt.value(None))
     )
@@ -223,7 +223,7 @@ def measured(recorded: Sequence[Row], metric: str, majority: float | None = None
     return [
         {
             "round": line["round"],
-            "megabytes": total / 1e6,
+            **({"megabytes": total / 1e6} if "bytes_up" in line else {}),
             metric: line[metric],
             "loss": line.get("loss"),
             **({"hours": line["virtual_seconds"] / 3600} if "virtual_seconds" in line else {}),

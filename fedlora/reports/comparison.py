@@ -11,16 +11,18 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from fedlora.errors import UserError
+from fedlora.errors import UserError, counted
 from fedlora.record import Record
 from fedlora.reports import charts, paper
 from fedlora.reports.baselines import Measured, ends, kind_of, of, sentences
 from fedlora.reports.charts import Figure, Row
 from fedlora.reports.labels import labels_of
 from fedlora.reports.page import Page, save
+from fedlora.reports.significance import FEW, Test, front, p_value
 from fedlora.reports.tables import Table, spread
 
-FEW = 3  # seeds from which a difference is tested
+ALIKE = 0.01  # share by which epsilons may differ and count as equal
+PARETO = "Pareto front"  # a column
 _NONE = "-"
 
 
@@ -78,29 +80,18 @@ class Group:
         return max(spent, default=None)
 
 
-@dataclass(frozen=True)
-class Test:
-    """Whether two groups differ in the metric.
-
-    Attributes:
-        difference: of the means, group less baseline.
-        p: two-sided, Holm's correction included; None where there are too few seeds.
-        paired: whether seeds were matched.
-    """
-
-    difference: float
-    p: float | None
-    paired: bool
-
-
 class Comparison:
     """Runs, grouped, judged and laid out."""
 
-    def __init__(self, runs: Sequence[Record]) -> None:
+    def __init__(self, runs: Sequence[Record], names: Sequence[str] | None = None) -> None:
         """Group runs; the first named says what the others are compared with.
 
+        Args:
+            runs: of the same task and data.
+            names: of the configurations, in the order of the rows; None: the settings in which they differ.
+
         Raises:
-            UserError: there are none.
+            UserError: there are no runs, or not as many names as configurations.
         """
         unique = list({run.folder.resolve(): run for run in runs}.values())
         if not unique:
@@ -122,7 +113,34 @@ class Comparison:
                 "epsilon is for each client in some runs and for each example in others: do not compare the two."
             )
         labels = labels_of(unique)
-        self.groups, self.apart = _grouped(kept, labels), _grouped(others, labels)
+        self.groups, self.apart = self._grouped(kept, labels), self._grouped(others, labels)
+        if names is not None:
+            self._call(names)
+
+    def _grouped(self, runs: Sequence[Record], labels: Mapping[Path, str]) -> list[Group]:
+        """Groups in the order in which they are first named; of runs of one seed the first."""
+        groups: dict[str, Group] = {}
+        for run in runs:
+            group = groups.setdefault(labels[run.folder], Group(labels[run.folder]))
+            seed = run.scenario.get("seed")
+            if same := next((one for one in group.runs if one.scenario.get("seed") == seed), None):
+                names = run.folder.name, same.folder.name
+                self.notes.append("{}: its seed and settings are those of {}; not counted again.".format(*names))
+            else:
+                group.runs.append(run)
+        return list(groups.values())
+
+    def _call(self, names: Sequence[str]) -> None:
+        """Give the groups names."""
+        every = [*self.groups, *self.apart]
+        if len(names) != len(every):
+            found = "; ".join(group.label for group in every)
+            what = f"{counted(len(names), 'name')} for {counted(len(every), 'configuration')}"
+            raise UserError(f"--names: {what}; name these in this order: {found}")
+        if len(set(names)) < len(names) or not all(names):
+            raise UserError("--names: each configuration needs a name of its own")
+        for group, name in zip(every, names, strict=True):
+            group.label = name
 
     @cached_property
     def tests(self) -> Mapping[str, Test]:
@@ -131,7 +149,7 @@ class Comparison:
         for group in self.groups[1:]:
             base = self.groups[0]
             if base.mean is not None and group.mean is not None:
-                p, paired = _p_value(base, group)
+                p, paired = p_value(base.by_seed, group.by_seed)
                 found[group.label] = Test(group.mean - base.mean, p, paired)
         ranked = sorted([(t.p, label) for label, t in found.items() if t.p is not None])
         least = 0.0
@@ -144,7 +162,7 @@ class Comparison:
     def front(self) -> set[str]:
         """Labels of the groups but baselines that no other beats in metric, bytes and epsilon at once."""
         racing = [g for g in self.groups if g.mean is not None and g.baseline is None]
-        return _front({g.label: self._costs(g, "bytes", "epsilon") for g in racing})
+        return front({g.label: self._costs(g, "epsilon", "bytes") for g in racing})
 
     @cached_property
     def sentences(self) -> list[str]:
@@ -156,20 +174,28 @@ class Comparison:
         return sentences(measured, self.metric, self.higher_is_better)
 
     def _costs(self, group: Group, *what: str) -> tuple[float, ...]:
-        """What is to be low: the metric, turned over where more of it is better, and what is asked for."""
+        """What is to be low: the metric, turned over where more of it is better, and what is asked for.
+
+        Epsilons of a calibration differ by its rounding: those within a per cent of each other are taken as equal.
+        """
         assert group.mean is not None
         spent = {
             "bytes": group.total("bytes_up") + group.total("bytes_down"),
-            "epsilon": float("inf") if group.epsilon is None else group.epsilon,
+            "epsilon": self._rounded(group.epsilon),
         }
         return (-group.mean if self.higher_is_better else group.mean, *(spent[key] for key in what))
+
+    def _rounded(self, epsilon: float | None) -> float:
+        """The least epsilon of the groups that it is within a per cent of; infinite without one."""
+        known = sorted(g.epsilon for g in (*self.groups, *self.apart) if g.epsilon is not None)
+        return float("inf") if epsilon is None else next(e for e in known if epsilon <= e * (1 + ALIKE))
 
     def table(self) -> Table:
         """A row for each group."""
         head = ("configuration", "seeds", self.metric, "difference", "p", "MB up", "MB down", "epsilon", "minutes")
         rows = [self._row(group) for group in self.groups]
         rows += [[f"({row[0]})", *row[1:]] for row in map(self._row, self.apart)]
-        made = Table((*head, "front", *self.others), rows, frozenset({0}))
+        made = Table((*head, PARETO, *self.others), rows, frozenset({0}))
         hours = [group.hours for group in (*self.groups, *self.apart)]
         if any(hours):
             cells = [_NONE if h is None else f"{h:.2f}" for h in hours]
@@ -210,10 +236,11 @@ class Comparison:
             f"{self.metric}: mean over seeds and sample standard deviation; {better} is better.",
             f"difference and p: against the first; a paired t-test where {FEW} seeds or more are shared, else "
             "Welch's, with Holm's correction.",
-            f"front: no other is as good in {self.metric}, megabytes and epsilon at once.",
+            f"{PARETO}: no other is as good in {self.metric}, megabytes and epsilon at once; epsilons within "
+            "1 % count as equal.",
         ]
         if any(g.baseline for g in self.groups):
-            said.append("pooled, pooled_private and alone are baselines, and stay out of the front.")
+            said.append("pooled, pooled_private and alone are baselines, and stay out of the Pareto front.")
         if few and len(self.groups) > 1:
             said.append(f"Fewer than {FEW} seeds, so not tested: {', '.join(few)}.")
         return said
@@ -224,7 +251,8 @@ class Comparison:
         metric = self.metric
         if rows := [row for g in self.groups for row in _curve(g, metric)]:
             many = any(len(g.runs) > 1 for g in self.groups)
-            note = "Mean over seeds; the band is one standard deviation." if many else "One seed each."
+            note = "Mean over n seeds; the band is one standard deviation." if many else "One seed each."
+            rows = [{**row, "run": self._seeds(str(row["run"]))} for row in rows]
             if any(charts.MAJORITY in row for row in rows):
                 note += " Dashed: the commonest label."
             band = ("low", "high") if many else None
@@ -246,26 +274,32 @@ class Comparison:
             if len(known) < 2:
                 continue
             costs = {g.label: self._costs(g, cost) for g in known}
-            best = _front(costs)
+            best = front(costs)
             x = "megabytes" if cost == "bytes" else cost
             points = [
                 {
-                    "run": g.label,
-                    x: costs[g.label][1] / (1e6 if cost == "bytes" else 1),
+                    "run": self._seeds(g.label),
+                    x: costs[g.label][1] / 1e6 if cost == "bytes" else g.epsilon,
                     metric: g.mean,
                     "low": g.edge(-1),
                     "high": g.edge(+1),
-                    "front": g.label in best,
+                    PARETO: g.label in best,
                 }
                 for g in known
             ]
             note = (
-                "One point for each configuration, its bar a standard deviation over seeds each way; the dashed "
-                "line joins those that none beats in both."
+                "One point for each configuration, its bar a standard deviation over n seeds each way; the dashed "
+                "line joins those that none beats in both, the Pareto front."
             )
-            chart = charts.points(points, (x, title), (metric, metric), "run", front="front")
+            chart = charts.points(points, (x, title), (metric, metric), "run", front=PARETO)
             found.append(Figure(f"{metric.capitalize()} against {x}", note, chart))
         return found
+
+    def _seeds(self, label: str) -> str:
+        """A group's label in a chart, with its number of seeds where any group has several."""
+        if not any(len(g.runs) > 1 for g in self.groups):
+            return label
+        return f"{label}, n = {next(len(g.final()) for g in self.groups if g.label == label)}"
 
     def html(self) -> str:
         """The page."""
@@ -304,45 +338,6 @@ def _judged_by(run: Record) -> tuple[Any, ...]:
     return run.scenario.get("task"), json.dumps(source, sort_keys=True, default=str)
 
 
-def _grouped(runs: Sequence[Record], labels: Mapping[Path, str]) -> list[Group]:
-    """Groups in the order in which they are first named."""
-    groups: dict[str, Group] = {}
-    for run in runs:
-        label = labels[run.folder]
-        groups.setdefault(label, Group(label)).runs.append(run)
-    return list(groups.values())
-
-
-def _p_value(base: Group, group: Group) -> tuple[float | None, bool]:
-    """Two-sided p of equal means, and whether seeds were matched."""
-    from scipy.stats import ttest_ind, ttest_rel
-
-    by_seed = [base.by_seed, group.by_seed]
-    shared = [seed for seed in by_seed[0] if seed in by_seed[1]]
-    paired = len(shared) >= FEW
-    if paired:
-        one, other = ([values[seed] for seed in shared] for values in by_seed)
-        spread_of = [statistics.pstdev(b - a for a, b in zip(one, other, strict=True))]
-    else:
-        one, other = base.final(), group.final()
-        if min(len(one), len(other)) < FEW:
-            return None, False
-        spread_of = [statistics.pstdev(one), statistics.pstdev(other)]
-    if not any(spread_of):  # no noise to measure a difference against
-        return None, paired
-    result = ttest_rel(one, other) if paired else ttest_ind(one, other, equal_var=False)
-    return float(result.pvalue), paired
-
-
-def _front(costs: Mapping[str, tuple[float, ...]]) -> set[str]:
-    """Those that no other is at least as low as in every cost, and lower in one."""
-
-    def beaten(by: tuple[float, ...], one: tuple[float, ...]) -> bool:
-        return all(a <= b for a, b in zip(by, one, strict=True)) and by != one
-
-    return {name for name, cost in costs.items() if not any(beaten(other, cost) for other in costs.values())}
-
-
 def _curve(group: Group, metric: str) -> Iterator[Row]:
     """Mean and spread of the metric over runs, in the rounds that all of them measured."""
     measured: dict[int, list[tuple[float, float, float | None]]] = {}
@@ -376,6 +371,7 @@ def compare(
     out: str | Path | None = None,
     metric: str | None = None,
     drawn: str | Path | None = None,
+    names: Sequence[str] | None = None,
 ) -> Comparison:
     """Runs side by side; those that differ by their seed alone are one row, with its spread.
 
@@ -384,16 +380,18 @@ def compare(
         out: a file to write the page to, one HTML file that opens offline; None: none is written.
         metric: the figure to compare them by, such as `macro_f1`; by default the task's own.
         drawn: a folder for the charts as SVG, PDF and PNG, as wide as a column of a paper; None: none are drawn.
+        names: of the configurations, in the order of the table's rows; by default the settings that differ.
 
     Returns:
         The comparison: `table()`, `legend()`, `notes`, `html()`.
 
     Raises:
-        UserError: a folder holds no run, a run has no such figure, or the file cannot be written.
+        UserError: a folder holds no run, a run has no such figure, there are more or fewer names than rows, or the
+            file cannot be written.
     """
     runs = [runs] if isinstance(runs, str | Path) else runs
     opened = [run if isinstance(run, Record) else Record.open(run) for run in runs]
-    made = Comparison(opened if metric is None else [run.by(metric) for run in opened])
+    made = Comparison(opened if metric is None else [run.by(metric) for run in opened], names)
     if out is not None:
         save(made.html(), Path(out))
     if drawn is not None:

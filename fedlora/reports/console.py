@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from fedlora.errors import counted
-from fedlora.privacy.accounting import named, neighbours, terms
+from fedlora.privacy.accounting import named, neighbours
 from fedlora.record import Record
+from fedlora.reports.meaning import promise_of
 from fedlora.reports.tables import Table
+from fedlora.reports.verdicts import AGAIN
 from fedlora.scenario import Scenario, written
 
 
@@ -136,8 +138,8 @@ class Live:
             f"[bold]{scenario.name}[/]  {scenario.strategy.use}, {private}, {cohort}, seed {scenario.seed}"
         )
         if asked := scenario.privacy:
-            said = terms(asked.unit, asked.accountant, bands=() if asked.bands is None else (asked.bands,))
-            self._print(f"[dim]epsilon: for each {asked.unit} at delta {asked.delta:g}, {said}[/]")
+            most = "" if asked.unit == "client" else ", of the client that spent most"
+            self._print(f"[dim]epsilon: spent so far at delta {asked.delta:g} for each {asked.unit}{most}[/]")
         names = ("round", "clients", metric, "loss", "up", "down", "epsilon", "seconds", "left")
         self._print(f"[dim]{self._row(names)}[/]")
         if self._bar is not None:
@@ -347,7 +349,7 @@ def summary_lines(run: Record) -> list[str]:
     lines = [
         f"{summary['scenario']}: {metric} {value} on {summary['test_examples']:,} test examples "
         f"after {summary['rounds']} rounds{kept} of {summary['strategy']} in {span(summary['seconds'])}",
-        *_privacy_lines(str(summary["privacy"])),
+        *_privacy_lines(run),
         f"  folder   {folder}",
         f"  adapter  {folder}/adapter",
     ]
@@ -361,16 +363,18 @@ def summary_lines(run: Record) -> list[str]:
         lines.insert(1, f"  stopped  {summary['stopped']}{more}")
     if "ended" in summary:
         lines.insert(1, f"  ended    {summary['ended']}")
-    return lines + [f"  verdict  {verdict}" for verdict in run.verdicts()]
+    found = run.verdicts()
+    lines += [f"  verdict  {verdict}" for verdict in found]
+    if found and run.scenario.get("privacy"):
+        lines.append(f"           {AGAIN}")
+    return lines
 
 
-def _privacy_lines(words: str) -> list[str]:
-    """A run's promise in two lines: its number and unit, and how it was found; summary.json says it whole."""
-    first, _, rest = words.partition("; ")
-    promise, *meant = first.split(", neighbouring datasets ", 1)
-    if not meant:
-        return [f"  privacy  {words}"]
-    how = rest.partition("; ")[0]
-    largest = "the largest over clients, "
-    whose = f", {largest.removesuffix(', ')}" if how.startswith(largest) else ""
-    return [f"  privacy  {promise}{whose}", f"           {how.removeprefix(largest)}"]
+def _privacy_lines(run: Record) -> list[str]:
+    """A run's promise in two lines: the number and its unit, and what that means; summary.json has its terms."""
+    told = promise_of(run)
+    if told is None or told.epsilon is None:
+        return [f"  privacy  {str(run.summary['privacy']).partition('; ')[0].partition(', neighbouring')[0]}"]
+    whose = "" if told.unit == "client" else ", by the client that spent most"
+    said = f"  privacy  epsilon {told.epsilon:.3g} at delta {told.delta:g} for each {told.unit}{whose}"
+    return [said, f"           {told.sentence}"]

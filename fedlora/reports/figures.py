@@ -43,11 +43,11 @@ def _learning(run: Record) -> Sequence[Figure]:
             note += f" Round {run.best_round}, ringed, is the one that was kept."
         by_round = metric_by_round(run.rounds, metric, run.majority, run.best_round)
         found.append(Figure(f"{metric.capitalize()} by round", note, by_round))
-        x = ("megabytes", "megabytes, up and down, all clients")
-        chart = lines(rows, x, (metric, metric), rule=MAJORITY)
-        found.append(
-            Figure(f"{metric.capitalize()} by megabyte", "The same against all that was sent so far.", chart)
-        )
+        if all("megabytes" in row for row in rows):
+            x = ("megabytes", "megabytes, up and down, all clients")
+            chart = lines(rows, x, (metric, metric), rule=MAJORITY)
+            note = "The same against all that was sent so far."
+            found.append(Figure(f"{metric.capitalize()} by megabyte", note, chart))
         if "hours" in rows[-1]:
             chart = lines(rows, ("hours", "virtual hours"), (metric, metric), rule=MAJORITY)
             note = "The same by the clock of the simulated devices."
@@ -116,9 +116,9 @@ def spoken(name: str) -> str:
 def _privacy(run: Record) -> Sequence[Figure]:
     whole = (run.scenario.get("privacy") or {}).get("unit") == "client"
     stated: list[Row] = []
-    if whole:
+    if whole or not run.clients:
         stated = [
-            {"round": line["round"], "of": "each client", "epsilon": line["epsilon"]}
+            {"round": line["round"], "of": "each client" if whole else "largest", "epsilon": line["epsilon"]}
             for line in run.rounds
             if line.get("epsilon") is not None
         ]
@@ -136,11 +136,10 @@ def _privacy(run: Record) -> Sequence[Figure]:
             stated.append({"round": round, "of": f"each example, {name}" if whole else name, "epsilon": value})
     if len({row["round"] for row in stated}) < 2:
         return []
-    note = (
-        "Spent so far to protect each client, by the server's noise."
-        if whole
-        else "Spent so far: the largest over clients, which is what the run states, and the median."
-    )
+    note = "Spent so far to protect each client, by the server's noise."
+    if not whole:
+        note = "Spent so far: the largest over clients, which is what the run states"
+        note += ", and the median." if run.clients else "."
     chart = lines(stated, ("round", "round"), ("epsilon", "epsilon"), series="of", whole=True, zero=True)
     found = [Figure("Epsilon by round", note, chart)]
     if each:
@@ -163,6 +162,11 @@ def _clients(run: Record) -> Sequence[Figure]:
             for label, n in zip(labels, h["labels"], strict=True)
         ]
         note = f"The share of each label among a client's examples.{_thinning(len(some), total)}"
+        if run.scenario.get("privacy"):
+            note += (
+                " Exact counts: only the simulator knows them, and epsilon does not cover them. Do not share this "
+                "chart where rows are real people's; fedlora report --share leaves it out."
+            )
         chart = heat(
             rows,
             ("label", "label"),

@@ -10,6 +10,7 @@ from fedlora.reports.baselines import kind_of, of
 from fedlora.scenario.baseline import ASIDE, configuration
 
 _FIRST = "strategy.use"  # in a label
+_WHEN = "eval_every"  # cannot change a result where no evaluation chooses or ends
 _NONE = "-"
 _OFF, _ON = object(), object()
 
@@ -39,18 +40,30 @@ def _use(runs: Sequence[Record], folder: Path) -> str:
 
 
 def _differences(runs: Sequence[Record]) -> dict[Path, str]:
-    """The settings that differ between runs, in words; nothing where none do."""
-    flat = {run.folder: dict(_leaves({k: v for k, v in run.scenario.items() if k not in ASIDE})) for run in runs}
+    """The settings that differ between runs and can change a result, in words; nothing where none do.
+
+    A strategy's own settings set apart runs of that strategy alone: others do not have them.
+    """
+    flat = {run.folder: dict(_leaves(_results(run.scenario))) for run in runs}
     keys = sorted({key for leaves in flat.values() for key in leaves}, key=lambda key: (key != _FIRST, key))
     values = {key: {folder: _told(leaves, key) for folder, leaves in flat.items()} for key in keys}
-    varied = [
-        key for key in keys if len({json.dumps(v, default=str) for v in values[key].values() if v is not _OFF}) > 1
-    ]
-    found = {}
-    for folder in flat:
-        words = [_word(key, v) for key in varied if (v := values[key][folder]) is not _OFF and v is not _ON]
-        found[folder] = ", ".join(words)
-    return found
+    found: dict[Path, list[str]] = {folder: [] for folder in flat}
+    for key in keys:
+        own = key.startswith("strategy.") and key != _FIRST
+        for use in {str(leaves.get(_FIRST)) if own else "" for leaves in flat.values()}:
+            those = {f: v for f, v in values[key].items() if not own or str(flat[f].get(_FIRST)) == use}
+            if len({json.dumps(v, default=str) for v in those.values() if v is not _OFF}) > 1:
+                section = any(v is _ON for v in those.values())
+                for folder, v in those.items():
+                    if v is not _OFF and v is not _ON:
+                        found[folder].append(f"no {_last(key)}" if section and v is None else _word(key, v))
+    return {folder: ", ".join(words) for folder, words in found.items()}
+
+
+def _results(scenario: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that can change a result."""
+    chooses = scenario.get("keep") not in (None, "last") or scenario.get("stop") is not None
+    return {k: v for k, v in scenario.items() if k not in ASIDE and (k != _WHEN or chooses)}
 
 
 def _told(leaves: Mapping[str, Any], key: str) -> Any:
@@ -76,4 +89,8 @@ def _word(key: str, value: object) -> str:
     if key.endswith(".use"):
         return str(value).rpartition(":")[2]
     shown = f"{value:g}" if isinstance(value, float) else _NONE if value is None else str(value)
-    return f"{key.rpartition('.')[2].replace('_', ' ')} {shown}"
+    return f"{_last(key)} {shown.lower() if isinstance(value, bool) else shown}"
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2].replace("_", " ")

@@ -6,33 +6,40 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
+import yaml
+
 from fedlora.record import Record
-from fedlora.reports import baselines, page, paper
+from fedlora.reports import baselines, meaning, page, paper
 from fedlora.reports.comparison import Comparison
 from fedlora.reports.console import size, span
+from fedlora.reports.covered import Covered
 from fedlora.reports.figures import figures
 from fedlora.reports.spread import among_clients, by_label, named_clients
 from fedlora.reports.tables import Table
 
-NAME = "report.html"
+NAME, SHARED = "report.html", "share.html"
 
 
-def report(run: Record | str | Path, out: str | Path | None = None, drawn: str | Path | None = None) -> Path:
+def report(
+    run: Record | str | Path, out: str | Path | None = None, drawn: str | Path | None = None, share: bool = False
+) -> Path:
     """Write the page of a run, one HTML file that opens offline.
 
     Args:
         run: in whatever state it is, or its folder; what it lacks is said.
-        out: the file, by default `report.html` in the run folder.
+        out: the file, by default `report.html` in the run folder, or `share.html`.
         drawn: a folder for its charts as SVG, PDF and PNG, as wide as a column of a paper; None: none are drawn.
+        share: leave out what epsilon does not cover, all but the figures of the test rows.
 
     Returns:
         The page.
 
     Raises:
-        UserError: there is no run, or the file cannot be written.
+        UserError: there is no run, it has no privacy and is to be shared, or the file cannot be written.
     """
     run = run if isinstance(run, Record) else Record.open(run)
-    page.save(html(run), file := Path(out) if out else run.folder / NAME)
+    run = Covered.of(run) if share else run
+    page.save(html(run), file := Path(out) if out else run.folder / (SHARED if share else NAME))
     if drawn is not None:
         paper.draw((figure for part in figures(run).values() for figure in part), drawn)
     return file
@@ -42,29 +49,33 @@ def html(run: Record) -> str:
     """The page of a run."""
     summary, scenario = run.summary, run.scenario
     strategy = str(scenario.get("strategy", {}).get("use", "unknown strategy"))
-    clients = scenario.get("clients", {})
+    clients, seed, shared = scenario.get("clients", {}), scenario.get("seed", "?"), isinstance(run, Covered)
     made = page.Page(
         str(scenario.get("name", run.folder.name)),
         f"fedlora · run report · {strategy}",
         f"{scenario.get('model', {}).get('base', 'A model')} fine-tuned by {clients.get('total', '?')} clients "
-        f"with {strategy}, seed {scenario.get('seed', '?')}.",
+        f"with {strategy}{'' if shared else f', seed {seed}'}.",
     )
     made.notices(run.remarks())
     made.key_figures(_key_figures(run))
+    if scenario.get("privacy"):
+        made.section("What epsilon means here", *_meaning(run, shared))
     found = figures(run)
-    told = [f"<p>{escape(said)}</p>" for said in Comparison([run, *baselines.beside(run)]).sentences]
+    beside = [] if shared else baselines.beside(run)  # those that are pooled are not private
+    told = [f"<p>{escape(said)}</p>" for said in Comparison([run, *beside]).sentences]
     learnt = made.figures(found["learning"]) or "<p>No round was measured yet.</p>"
     made.section("What was learnt", *told, learnt, *by_label(run))
     made.section("What privacy it keeps", *_privacy(run), made.figures(found["privacy"]))
-    made.section(
-        "Who took part",
-        *_clients(run),
-        *named_clients(run),
-        *among_clients(run),
-        made.figures(found["clients"]),
-        *_failures(run),
-    )
-    made.section("What it cost", made.figures(found["cost"]) or "<p>No round is recorded yet.</p>")
+    if not shared:
+        made.section(
+            "Who took part",
+            *_clients(run),
+            *named_clients(run),
+            *among_clients(run),
+            made.figures(found["clients"]),
+            *_failures(run),
+        )
+        made.section("What it cost", made.figures(found["cost"]) or "<p>No round is recorded yet.</p>")
     made.section("What was run", *_settings(run))
     wrote = summary.get("versions", {}).get("fedlora", "an unknown version")
     ended = summary.get("finished", "not yet")
@@ -105,6 +116,9 @@ def _key_figures(run: Record) -> Iterator[tuple[str, str, str]]:
         yield "Epsilon", "unbounded", "the noise is too little for any, or nobody trained"
     else:
         yield "Epsilon", "none", "nothing was clipped or noised"
+    if isinstance(run, Covered):
+        yield "Rounds", f"{len(rounds)}", f"of {run.scenario.get('rounds', '?')}"
+        return
     for way in ("up", "down"):
         total = sum(line.get(f"bytes_{way}", 0) for line in rounds)
         yield f"Sent {way}", size(total), "by clients" if way == "up" else "to clients"
@@ -115,6 +129,16 @@ def _key_figures(run: Record) -> Iterator[tuple[str, str, str]]:
         late = sum(line.get("late", 0) for line in rounds)
         yield "Virtual time", f"{clock / 3600:.2f} h", f"by the clock of the devices; {late} were late or vanished"
     yield "Time", span(sum(line.get("seconds", 0.0) for line in rounds)), "of rounds, as minutes:seconds"
+
+
+def _meaning(run: Record, shared: bool) -> Iterator[str]:
+    yield from (f"<p>{escape(said)}</p>" for said in meaning.explained(run))
+    items = "".join(f"<li>{escape(said)}</li>" for said in meaning.not_covered(run, shared))
+    yield f"<h3>What it does not cover</h3><ul>{items}</ul>"
+    yield (
+        '<p class="note">Who is promised what, against whom, and how it is checked: <code>docs/privacy.md</code> '
+        "in fedlora's sources, which is the page “Privacy” of its documentation.</p>"
+    )
 
 
 def _privacy(run: Record) -> Iterator[str]:
@@ -157,8 +181,14 @@ def _failures(run: Record) -> Iterator[str]:
 
 
 def _settings(run: Record) -> Iterator[str]:
-    text = (run.folder / "scenario.yaml").read_text(encoding="utf-8")
-    yield "<p>The scenario with every default written out; <code>fedlora simulate</code> takes it as it is.</p>"
+    if isinstance(run, Covered):
+        text = yaml.safe_dump(dict(run.scenario), sort_keys=False, allow_unicode=True)
+        yield "<p>What was trained and promised, with every default; not which files, and not the seed.</p>"
+    else:
+        text = (run.folder / "scenario.yaml").read_text(encoding="utf-8")
+        yield (
+            "<p>The scenario with every default written out; <code>fedlora simulate</code> takes it as it is.</p>"
+        )
     yield f'<pre tabindex="0" role="region" aria-label="Scenario"><code>{escape(text)}</code></pre>'
     if versions := run.summary.get("versions"):
         yield Table(("package", "version"), [[k, str(v)] for k, v in versions.items()], frozenset({0, 1})).html(

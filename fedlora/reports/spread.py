@@ -56,7 +56,7 @@ def named_clients(run: Record) -> Iterator[str]:
 
 
 def among_clients(run: Record) -> Iterator[str]:
-    """Of each figure that clients told of themselves the worst, the median, the best and the spread."""
+    """Of each figure that clients reported of themselves the worst, the median, the best and the spread."""
     told: dict[str, dict[int, float]] = {}
     last = max((line["round"] for line in run.clients if any(k.startswith("local_") for k in line)), default=None)
     for line in run.clients:

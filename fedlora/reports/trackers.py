@@ -105,13 +105,13 @@ def check(names: Sequence[str]) -> None:
 
 
 class Tracked:
-    """A display that also tells the trackers that a scenario names."""
+    """A display that also logs to the trackers that a scenario names."""
 
     def __init__(self, shown: Display, folder: Path) -> None:
         """Wrap a display.
 
         Args:
-            shown: is told everything as before.
+            shown: gets everything as well.
             folder: of the run.
         """
         self.shown, self.folder = shown, folder

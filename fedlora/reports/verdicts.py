@@ -13,7 +13,7 @@ With n test rows, m the share of their commonest label, the standard error of an
 - `collapsed`: the best less the last is above three standard errors of their difference, and the loss grew too.
 - `client`: by Grubbs' test (1950, https://doi.org/10.1214/aoms/1177729885) at 1 %, one client's training loss is
   off from the others' over the last third of the rounds, three at least, and a quarter above theirs. Only of
-  losses that clients share, and never where clients are protected whole: a name would tell who took part.
+  losses that clients share, and never where clients are protected whole: a name would show who took part.
 
 Of a metric that is no accuracy the standard error is not known: then a hundredth of it counts for two of them, and
 a tenth for three.
@@ -33,8 +33,11 @@ Lines = Sequence[Mapping[str, Any]]
 UNLEARNT: tuple[Code, ...] = ("majority", "guessing", "collapsed")
 """Verdicts on a run that is not to be chosen, whatever its metric is beside others'."""
 
+AGAIN = "Another run on the same private rows spends its epsilon too, and the two add up"
+"""Said beside the verdicts on a private run: each names a setting to try."""
+
 GUESSED = ("accuracy", "micro_f1")
-"""Metrics in which a summary's `majority` is told."""
+"""Metrics in which a summary's `majority` is given."""
 
 _ALONE = 4  # clients from which one can be told from the others
 _CHANCE = 0.01  # of naming a client where all are alike
@@ -120,7 +123,7 @@ def _no_better(last: _Point, majority: float, rows: int | None, setting: str) ->
     if last.value <= majority:
         says = f"no better than {always}"
     else:
-        says = f"its accuracy of {last.value:.3f} is not distinct from {always}: that takes more than {least:.3f}"
+        says = f"its accuracy of {last.value:.3f} may be no better than {always}: above {least:.3f} it would be"
     yield Verdict("majority", says, setting if least < 1 else "more test rows, of more labels")
 
 
@@ -268,7 +271,7 @@ class _Settings:
 
 
 def _takes_server(use: str) -> bool:
-    """Whether a built-in strategy takes `strategy.server`; one's own are not imported to be asked."""
+    """Whether a built-in strategy takes `strategy.server`; custom ones are not imported to be asked."""
     if use not in plugins.names("strategies"):
         return False
     from fedlora.suitability import has_mean

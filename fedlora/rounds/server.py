@@ -39,7 +39,7 @@ class ServerOptimizer(ABC):
         lr: of all tensors, or by role.
         layout: of the adapter.
         rounds: of the run, which a schedule spans.
-        schedule: of the rate; None: it is constant.
+        schedule: of the learning rate; None: it is constant.
     """
 
     lr: Rates
@@ -68,7 +68,7 @@ class ServerOptimizer(ABC):
 
     @abstractmethod
     def move(self, name: str, change: _Wide, taken: int) -> _Wide:
-        """How far a tensor goes, without the rate.
+        """How far a tensor goes, without the learning rate.
 
         Args:
             name: of the tensor.
@@ -145,7 +145,7 @@ def make(
         rounds: of the run.
 
     Raises:
-        SettingError: a rate is for a role that no tensor has, or a role has none.
+        SettingError: a learning rate is for a role that no tensor has, or a role has none.
     """
     if told is None:
         return None
@@ -172,13 +172,13 @@ def rate(rates: Rates, role: str) -> float:
 
 
 def check_rates(key: str, rates: Rates, layout: Layout, moving: Collection[str]) -> None:
-    """Make sure that rates by role are for the roles that there are.
+    """Make sure that learning rates by role are for the roles that there are.
 
     Args:
-        key: of the rates in the scenario.
-        rates: one for all, or by role.
+        key: of the learning rates in the scenario.
+        rates: learning rates, one for all, or by role.
         layout: of the adapter.
-        moving: the tensors that need a rate.
+        moving: the tensors that need a learning rate.
 
     Raises:
         SettingError: one is for another role, or one of these has none.
@@ -191,4 +191,6 @@ def check_rates(key: str, rates: Rates, layout: Layout, moving: Collection[str])
             f"{key}.{strange[0]}", f"no tensor of this adapter is {strange[0]!r}: {', '.join(known)}"
         )
     if missing := sorted({layout[name].role for name in moving} - set(rates)):
-        raise SettingError(key, f"has no rate for {missing[0]!r}, and tensors of that role train: add one")
+        raise SettingError(
+            key, f"has no learning rate for {missing[0]!r}, and tensors of that role train: add one"
+        )

@@ -163,7 +163,7 @@ def _diurnal(told: Diurnal, seed: int) -> Until:
 
 
 def _markov(told: Markov, seed: int) -> Until:
-    """On and off for times that are exponential; each day begins anew, with the share of time that is on."""
+    """On and off for times that are exponential; each day begins again, with the share of time that is on."""
 
     def until(client: int, time: float) -> float:
         day = int(time // DAY)

@@ -67,16 +67,16 @@ class Privacy(Section):
             `noise_multiplier` sets the noise. Lower it for more privacy. Example: `6`.
         noise_multiplier: Standard deviation of the noise divided by `clip_norm`. null: calibrated to `epsilon`.
             Set it to fix the noise itself. Example: `1.0`.
-        delta: Probability with which epsilon may not hold. Keep it below 1 / examples of a client, or with `unit:
-            client` 1 / clients.
+        delta: Small probability that is allowed on top of epsilon. Keep it below 1 / examples of a client, or with
+            `unit: client` 1 / clients.
         clip_norm: Largest L2 norm of one example's gradient, or with `unit: client` of one client's change. The
             noise grows with it.
         unit: What is protected: each example, or all that a client holds.
         clip: How gradients are clipped: a word, or a mapping with options. With `unit: client` flat or quantile.
             Example: `{kind: quantile, quantile: 0.7}`.
-        bands: Steps over which the noise of `unit: example` partly cancels: each takes back some of the noise
-            before. auto: as many as pay. null: 1, which cancels none. Set it where a client passes over its rows
-            few times. Example: `auto`.
+        bands: Number of steps over which noise is correlated, for `unit: example`. Later noise then cancels a part
+            of earlier noise. auto: the number with the least noise, for each client. null: 1, independent noise.
+            It helps where a client passes over its rows few times. Example: `auto`.
         example: With `unit: client`: a guarantee for each example as well, by the client's own noise. null: none.
             Example: `{epsilon: 8, delta: 1.0e-5}`.
         accountant: How events become epsilon. All three are upper bounds; pld is the tightest.

@@ -129,7 +129,7 @@ def _is_of_positions(name: str) -> bool:
 def check_room(model: Any, tokenizer: Any, max_length: int, private: bool) -> None:
     """Make sure that a model has a place for every token that examples may hold; they are not looked at.
 
-    Under privacy for each of the tokenizer's: a pass that fails tells of a word. Without it `check_tokens` looks.
+    Under privacy for each of the tokenizer's: a pass that fails reveals a word. Without it `check_tokens` looks.
 
     Raises:
         SettingError: it has fewer positions, or fewer tokens than its tokenizer.

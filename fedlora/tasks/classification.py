@@ -43,7 +43,7 @@ class Classification(Task):
     def cut(
         cls, reader: Any, rows: Rows, max_length: int
     ) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[int]] | None]:
-        """The tokens of each row, and of pairs which text each is of, where the tokenizer tells."""
+        """The tokens of each row, and of pairs which text each is of, where the tokenizer says."""
         cut = reader(rows.texts, truncation=True, max_length=max_length)
         types = cut.get("token_type_ids") or []
         return cut["input_ids"], types if any(map(any, types)) else None

@@ -56,7 +56,7 @@ class Task(Adapted, ABC):
         pad: the id of the padding token.
         kinds: of texts that the model tells apart by `token_type_ids`; 0 where it knows none.
         trial: the examples of the check at load (`fedlora.passes.alone`).
-        mixed: why a layer cannot tell the examples of a pass apart; empty where all can.
+        mixed: why a layer mixes the examples of a pass; empty where none does.
         prefix: the layers below the lowest factors; None where there are none.
     """
 
@@ -203,7 +203,7 @@ class Task(Adapted, ABC):
 
     @abstractmethod
     def figures(self, sums: Sums) -> dict[str, float]:
-        """`loss` and the metric, and whatever else is to be told, from sums over all batches."""
+        """`loss` and the metric, and whatever else is to be reported, from sums over all batches."""
 
     def by_half(self, sums: Mapping[Any, Sums]) -> dict[str, dict[str, float]]:
         """The figures of the rows that report, `test`, and of those that choose, `validation`, if there are any.

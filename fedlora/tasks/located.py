@@ -25,6 +25,14 @@ _BY_TABLE = (  # models that look a position up in a table, so that no token can
 _BEFORE = "camembert data2vec-text longformer roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod".split()
 
 
+HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}  # what names of our own stand for on the Hub
+
+
+def named_elsewhere(base: str) -> str:
+    """`model.base` as other machines and libraries know it: a Hub id; a folder stays what it is."""
+    return HUB.get(base, base)
+
+
 def find_base(base: str) -> str:
     """The path or Hub id that `model.base` stands for."""
     if base != "minilm":

@@ -63,7 +63,7 @@ class TokenClassification(Task):
         label go by.
 
         Raises:
-            SettingError: the tokenizer does not tell where its pieces lie.
+            SettingError: the tokenizer does not say where its pieces lie.
         """
         texts = [row if isinstance(row, str) else [str(word) for word in row] for row in rows.texts]
         laid = [tagged.places(row) for row in texts]
@@ -216,12 +216,12 @@ def _cut(reader: Any, texts: list[str], max_length: int) -> tuple[list[list[int]
     """The tokens of texts, and where each lies in its text.
 
     Raises:
-        SettingError: the tokenizer does not tell.
+        SettingError: the tokenizer does not say.
     """
     if not getattr(reader, "is_fast", False):
         raise SettingError(
             "model.base",
-            "its tokenizer does not tell where its pieces lie in a text: take a model with a tokenizer.json",
+            "its tokenizer does not say where its pieces lie in a text: take a model with a tokenizer.json",
         )
     cut = reader(texts, truncation=True, max_length=max_length, return_offsets_mapping=True)
     return cut["input_ids"], cut["offset_mapping"]

@@ -40,7 +40,7 @@ def resolved(scenario: Scenario, data: Dataset) -> Scenario:
 
 
 def weigh(task: Any, scenario: Scenario, labels: Sequence[str]) -> None:
-    """Tell a task that classifies how its examples teach."""
+    """Give a task that classifies the weights of its examples."""
     if (asked := scenario.loss) is None:
         return
     told = asked.class_weights if isinstance(asked.class_weights, dict) else None

@@ -272,7 +272,7 @@ def test_a_folder_of_somebody_elses_names_no_code_that_runs(tiny, tmp_path, monk
         file.write_text(text.replace("task: classification", "task: theirs.evil:X"))
     monkeypatch.syspath_prepend(str(tmp_path))
     for use in (lambda: predict(run.folder, ["x"]), lambda: export(run.folder, tmp_path / "whole", merge=True)):
-        with pytest.raises(UserError, match="code of somebody's own"):
+        with pytest.raises(UserError, match="is custom code"):
             use()
     assert written(run.folder).task == "theirs.evil:X" and report(run.folder).exists()
     with pytest.raises(SystemExit, match="their code ran"):

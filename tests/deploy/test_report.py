@@ -98,7 +98,8 @@ def test_whom_coins_drew_and_how_many_stays_with_the_server_where_clients_are_pr
         assert {"bytes_up", "clients", "failures"} <= set(run.rounds[0])  # the server has them
         assert (came.folder / "privacy.jsonl").exists() == (name == "plain")  # the other names clients
         assert "bytes" not in (came.folder / "adapter" / "README.md").read_text()
-        assert came.summary["privacy"].partition(", neighbouring")[0] in "".join(summary_lines(came))
+        promise = f"epsilon {came.summary['epsilon']:.3g} at delta {came.summary['delta']:g} for each "
+        assert promise + came.summary["privacy_unit"] in "".join(summary_lines(came))
         with Live(Console(file=io.StringIO(), width=200), shown=True) as page:
             page.begin(scenario, "accuracy", 0)
             page.round(shown)

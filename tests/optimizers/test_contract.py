@@ -151,11 +151,11 @@ def test_a_kept_state_goes_on_and_stays_with_its_client(runs):
     [
         ("clients.optimizer=adan", "clients.optimizer", "torch.optim has no 'adan': did you mean"),
         ("clients.optimizer={kind: RMSprop, beta: 1}", "clients.optimizer.beta", "RMSprop has no option 'beta'"),
-        ("clients.optimizer={kind: RMSprop, lr: 1}", "clients.optimizer.lr", "the rate is clients.lr"),
+        ("clients.optimizer={kind: RMSprop, lr: 1}", "clients.optimizer.lr", "the learning rate is clients.lr"),
         ("clients.optimizer={kind: RMSprop, alpha: -1}", "clients.optimizer", "RMSprop cannot step here: Invalid"),
         ("clients.optimizer={kind: sgd, nesterov: true}", "clients.optimizer", "sgd cannot step here: Nesterov"),
         ("clients.optimizer=LBFGS", "clients.optimizer", "LBFGS cannot step here"),
-        ("clients.lr={B: 1}", "clients.lr", "has no rate for 'head'"),
+        ("clients.lr={B: 1}", "clients.lr", "has no learning rate for 'head'"),
         ("clients.lr={B: 1, head: 1, C: 1}", "clients.lr.C", "no tensor of this adapter is 'C'"),
     ],
 )

@@ -68,7 +68,7 @@ def test_one_seed_of_each(write):
         "average, from 0.3100 to 0.5500 by client.",
     ]
     assert [row[0] for row in made.table().rows] == ["ffa_lora", "pooled", "pooled_private", "alone"]
-    assert made.front == {"ffa_lora"} and any("stay out of the front" in said for said in made.legend())
+    assert made.front == {"ffa_lora"} and any("stay out of the Pareto front" in said for said in made.legend())
     page = made.html()
     assert all(f"<p>{said}</p>" in page for said in made.sentences)
 
@@ -79,7 +79,7 @@ def test_over_seeds_differences_are_taken_by_seed(write):
     runs += [write(f"pooled{seed}", value, kind="pooled", seed=seed) for seed, value in ((2, 0.80), (1, 0.78))]
     runs += [write("alone9", 0.4, kind="alone", seed=9)]
     assert Comparison(runs).sentences == [
-        "alone and ffa_lora share no seed, so what lies between them is not told.",
+        "alone and ffa_lora share no seed, so they are not compared.",
         "Privacy at epsilon 5.98 costs 0.0900 ± 0.0141 in accuracy over 2 seeds: pooled has 0.7900, and ffa_lora "
         "0.7000.",
     ]

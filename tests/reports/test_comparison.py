@@ -81,9 +81,9 @@ def test_runs_without_privacy_are_named_so_and_the_others_by_their_epsilon(folde
         for e in (3.0, 6.0)
     ]
     labels = [g.label for g in Comparison([folder("none", 0.7, privacy=None), *private]).groups]
-    assert labels == ["privacy -", "epsilon 3", "epsilon 6"]
+    assert labels == ["no privacy", "epsilon 3", "epsilon 6"]
     (none, one) = Comparison([folder("free", 0.7, privacy=None), private[0]]).groups
-    assert (none.label, one.label) == ("privacy -", "ffa_lora")
+    assert (none.label, one.label) == ("no privacy", "ffa_lora")
 
 
 def test_epsilons_of_examples_and_of_clients_are_said_to_be_of_two_kinds(folder):
@@ -150,7 +150,67 @@ def test_the_front_holds_what_nobody_beats(folder):
         ]
     )
     assert made.front == {"ffa_lora", "rolora", "fedsvd"}
-    assert [cells(made, g.label)["front"] for g in made.groups] == ["yes", "yes", "", "yes"]
+    assert [cells(made, g.label)["Pareto front"] for g in made.groups] == ["yes", "yes", "", "yes"]
+
+
+def test_epsilons_that_differ_by_rounding_are_equal_on_the_front(folder):
+    """0.6 at 6.00 is no trade for 0.7 at 6.02; at 6.10 it is. The chart has each epsilon as it is."""
+    for better, front in ((6.02, {"rolora"}), (6.10, {"rolora", "ffa_lora"})):
+        runs = [folder(f"a{better}", 0.6, epsilon=6.0), folder(f"b{better}", 0.7, use="rolora", epsilon=better)]
+        made = Comparison(runs)
+        assert made.front == front
+        spec = made.figures()[-1].chart.to_dict()
+        rows = spec["datasets"][spec["data"]["name"]]
+        assert [row["epsilon"] for row in rows] == [6.0, better]
+        assert {row["run"] for row in rows if row["Pareto front"]} == front
+
+
+def test_what_cannot_change_a_result_is_in_no_name(folder):
+    often = folder("often", 0.6, eval_every=1, seed=1)
+    made = Comparison([folder("a", 0.6, eval_every=5), often, folder("b", 0.5, use="rolora", eval_every=2)])
+    assert [(g.label, len(g.runs)) for g in made.groups] == [("ffa_lora", 2), ("rolora", 1)]
+    chosen = [folder(f"k{n}", 0.6, eval_every=n, keep="best") for n in (1, 5)]
+    assert [g.label for g in Comparison(chosen).groups] == ["eval every 1", "eval every 5"]
+
+
+def test_settings_of_one_strategy_name_no_run_of_another(folder):
+    runs = [folder("a", 0.6, strategy={"use": "ffa_lora"})]
+    runs += [
+        folder(f"b{error}", 0.5, strategy={"use": "fedavg_lora", "measure_error": error})
+        for error in (True, False)
+    ]
+    assert [g.label for g in Comparison(runs[:2]).groups] == ["ffa_lora", "fedavg_lora"]
+    labels = [g.label for g in Comparison(runs).groups]
+    assert labels == ["ffa_lora", "fedavg_lora, measure error true", "fedavg_lora, measure error false"]
+
+
+def test_one_seed_of_the_same_settings_counts_once(folder):
+    made = Comparison([folder("a", 0.60), folder("again", 0.60, eval_every=9), folder("b", 0.64, seed=1)])
+    assert cells(made, "ffa_lora")["seeds"] == "2" and cells(made, "ffa_lora")["accuracy"] == "0.6200 ± 0.0283"
+    assert made.notes == ["again: its seed and settings are those of a; not counted again."]
+
+
+def test_rows_have_the_names_that_are_given(folder, tmp_path, capsys):
+    runs = [str(folder("a", 0.6).folder), str(folder("a1", 0.7, seed=1).folder)]
+    runs += [str(folder("b", 0.5, use="rolora").folder)]
+    page = str(tmp_path / "c.html")
+    assert main(["compare", *runs, "--names", "B only, A or B", "--out", page]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("B only ") and lines[2].startswith("A or B ")
+    for names, said in (("one", "1 name for 2 configurations; name these in this order: ffa_lora; rolora"),):
+        assert main(["compare", *runs, "--names", names, "--out", page]) == 2
+        assert capsys.readouterr().err == f"--names: {said}\n"
+    for names in ("one,one", "one,"):
+        assert main(["compare", *runs, "--names", names, "--out", page]) == 2
+        assert "each configuration needs a name of its own" in capsys.readouterr().err
+
+
+def test_a_band_says_of_how_many_seeds_it_is(folder):
+    made = Comparison([folder("a0", 0.60), folder("a1", 0.64, seed=1), folder("b", 0.5, use="rolora")])
+    for figure in made.figures():
+        spec = figure.chart.to_dict()
+        rows = spec["datasets"][spec["data"]["name"]]
+        assert {row["run"] for row in rows} == {"ffa_lora, n = 2", "rolora, n = 1"}
 
 
 def test_of_perplexity_less_is_better(folder):

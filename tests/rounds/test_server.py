@@ -156,7 +156,7 @@ def test_what_is_no_mean_is_refused(use, tiny):
 @pytest.mark.parametrize(
     ("told", "where", "why"),
     [
-        ("{kind: adam, lr: {B: 0.1}}", "strategy.server.lr", "has no rate for 'head'"),
+        ("{kind: adam, lr: {B: 0.1}}", "strategy.server.lr", "has no learning rate for 'head'"),
         (
             "{kind: adam, lr: {B: 0.1, head: 0.1, R: 1}}",
             "strategy.server.lr.R",

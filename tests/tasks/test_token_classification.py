@@ -91,7 +91,7 @@ def test_a_text_that_is_cut_is_counted(tiny_base):
 def test_a_tokenizer_that_does_not_say_where_its_pieces_lie_is_refused(tiny_base, monkeypatch):
     tokenizer = base_model.load_tokenizer(tiny_base)
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
-    with pytest.raises(SettingError, match=r"model\.base: its tokenizer does not tell where its pieces lie"):
+    with pytest.raises(SettingError, match=r"model\.base: its tokenizer does not say where its pieces lie"):
         TokenClassification.encode(tokenizer, ROWS, LABELS, 16)
 
 

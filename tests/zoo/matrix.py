@@ -20,14 +20,14 @@ from tests.zoo import homes, images, models
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 LENGTHS = (31, 5, 17, 2, 8)
-HEAD = ("architecture", "factors in", "packed", "prefix", "private", "checkpoints", "remarks")
+HEAD = ("architecture, task", "factors in", "packed", "prefix", "private", "checkpoints", "remarks")
 NAMES = (*models.MODELS, *images.MODELS)
 
 REMARKS = {
     "deberta-v1": "a table of positions that all examples share",
     "deberta-v2": "a table of positions that all examples share",
     "deberta-v3": "a table of positions that all examples share, projected by the layers of the tokens",
-    "albert": "one layer, run again and again",
+    "albert": "one layer, applied several times",
     "modernbert": "a norm in its head",
     "gpt-neo": "attends in windows",
     "mistral": "attends in windows shorter than the texts",
@@ -39,20 +39,20 @@ REMARKS = {
     "falcon-alibi": "positions by ALiBi",
     "mixtral": "experts",
     "qwen-moe": "experts, one of them for all tokens",
-    "gpt-oss": "experts, and attention that may go nowhere",
+    "gpt-oss": "experts, and attention with sinks",
     "lfm2": "convolutions between layers of attention",
     "mamba": "no attention",
     "t5": "encoder-decoder; its tokenizer ends each text",
     "bart": "encoder-decoder; its tokenizer ends each text",
-    "clip": "its tower of images",
-    "siglip": "its tower of images",
+    "clip": "its image tower",
+    "siglip": "its image tower",
     "flattened": "layers that run on all tokens at once",
     "expert": "layers that run on all tokens at once",
     "sideways": "attends in windows, which it takes for examples",
-    "left": "wants its padding on the left",
+    "left": "needs padding on the left",
     "convolves": "convolves over padding",
     "unmasked": "mixes tokens with padding",
-    "switches": "attends in another way from a length on",
+    "switches": "attends in another way beyond a length",
 }
 
 # What is said of an architecture, in words without numbers.
@@ -115,7 +115,7 @@ def look(name, folder):
         logger.removeHandler(heard)
     _run(name, kind, targets, folder, private == "yes", right)
     called = re.sub(r"For(Sequence|Causal|Image)\w+|LMHead\w+", "", kind)
-    what = "images" if name in images.MODELS else "text written" if models.decodes(name) else "text"
+    what = "images" if name in images.MODELS else "generation" if models.decodes(name) else "classification"
     cells = (f"{called}, {what}", ", ".join(f"`{t}`" for t in targets), packed, prefix, private, checkpoints)
     return [*cells, REMARKS.get(name, "")]
 

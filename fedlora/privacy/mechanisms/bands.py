@@ -1,7 +1,7 @@
 """Banded matrix factorisation: noise of which each step takes back a part of the steps before.
 
 With `Z_t` independent normal vectors and C a lower triangular Toeplitz matrix of b bands c_0 .. c_{b-1}, step t
-of a client, counted over its whole run from 0, has in the place of DP-SGD's noise, `sigma` times the clipping
+of a client, counted over its whole run from 0, has instead of DP-SGD's noise, `sigma` times the clipping
 bound times `Z_t`, as much of
 
     x = C^-1 Z,   x_t = (Z_t - sum_{1 <= j < b} c_j x_{t-j}) / c_0
@@ -22,7 +22,7 @@ jax_privacy is the same event). Why, and what else that takes:
 - T steps in a row are at most ceil(T / b) turns of each group. A step's number is how many steps the client *paid*
   for before on equal terms. So it never goes back, whatever was lost or is repeated, and the steps that were taken
   are among the first T that were paid for. One that was skipped is a release that nobody got.
-- A block that begins anew under another key leaves C banded (block diagonal), and the groups take turns as before:
+- A new block under another key leaves C banded (block diagonal), and the groups take turns as before:
   it costs nothing.
 - Steps on other terms, or of another count of numbers, have a Z of their own, with a past that never was: what is
   released is a part of what that mechanism would release.
@@ -90,7 +90,7 @@ def error(bands: int, steps: int) -> float:
 def choose(target: float, delta: float, rate: float, steps: int, noise: Callable[[float, int], float]) -> int:
     """The bands with the least noise in the weights at an epsilon, of `CHOICES`; the fewest of equals.
 
-    Renyi DP is quick, and tells about where they are. One band is always among those that are compared.
+    Renyi DP is quick, and shows about where they are. One band is always among those that are compared.
 
     Args:
         target: epsilon.

@@ -108,7 +108,7 @@ class Central(Mechanism):
         return self.sample_rate * self.total
 
     def words(self, clip_norm: float) -> dict[str, float]:
-        """What the clients of a round are told."""
+        """What the clients of a round receive."""
         told = {CLIP_NORM: clip_norm}
         if self.shared:
             told[SUM_NOISE] = self.sum_noise
@@ -117,7 +117,7 @@ class Central(Mechanism):
         return told
 
     def check_words(self, told: Mapping[str, Any], clip_norm: float) -> None:
-        """Make sure that a client is told no worse than the scenario promises it.
+        """Make sure that a client gets nothing worse than the scenario promises it.
 
         Args:
             told: to the client.

@@ -232,7 +232,7 @@ def test_a_block_that_begins_late_begins_with_the_whole_noise_of_a_first_step():
 
 def test_a_draw_that_nobody_counts_is_refused():
     assert [Drawn(("a",), firsts=(3, 5)).first(draw) for draw in range(2)] == [3, 5]
-    with pytest.raises(ContractError, match="which nobody told"):
+    with pytest.raises(ContractError, match="which is not known here"):
         Drawn(("a",)).first(1)
 
 
