@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ state: {state}
 accept: {{bases: [{base}], own_code: false}}
 """
 _BUDGET = (
-    "privacy: {{max_epsilon: {most:g}, delta: {delta:g}}}  # what its examples may lose in all runs together\n"
+    "privacy: {{max_epsilon: {most:g}, delta: {delta:g}{more}}}  # what its {whom} may lose in all runs together\n"
 )
 _RUNS = 10  # rehearsals that a budget is for
 
@@ -45,7 +46,7 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
     """
     try:
         held = prepare.prepare(scenario).data
-        train, test = read(scenario.data, scenario.task)
+        train, test = read(scenario.data, scenario.task, scenario.person)
         target = find(scenario.task).target
         several = target == "many"
         separator = _separator(scenario.data, held.labels) if several else ""
@@ -55,7 +56,9 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
         raise scenario.located(error) from error
     made = []
     with whole_folder(folder) as new:
-        _write(new / "test.csv", test, np.arange(len(test.texts)), scenario.data, separator)
+        _write(new / "test.csv", replace(test, persons=None), np.arange(len(test.texts)), scenario.data, separator)
+        if held.persons is not None:  # by number: no name leaves
+            train = replace(train, persons=[str(n) for n in held.persons.of_rows])
         for client in range(scenario.clients.total):
             rows = np.sort(np.concatenate([held.partition(client).rows, held.held_out(client).rows]))
             (new / f"site-{client}").mkdir()
@@ -73,7 +76,9 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
             told["base"] = json.dumps(scenario.model.base)
             text = _SITE.format(client=client, **told)
             if (asked := scenario.example_privacy) is not None:
-                text += _BUDGET.format(most=_RUNS * (asked.epsilon or 10), delta=asked.delta)
+                more = "" if asked.person is None else ", person: person"
+                whom, most = f"{asked.protects}s", _RUNS * (asked.epsilon or 10)
+                text += _BUDGET.format(most=most, delta=asked.delta, whom=whom, more=more)
             (new / f"site-{client}" / "site.yaml").write_text(text)
             made.append(folder / f"site-{client}" / "site.yaml")
     return made
@@ -83,9 +88,11 @@ def _write(file: Path, rows: Rows, chosen: "np.typing.NDArray[np.int64]", data: 
     labels = rows.labels
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["text", *_columns(rows, data)])
+        people = rows.persons
+        writer.writerow(["text", *_columns(rows, data), *(() if people is None else ("person",))])
         for row in chosen:
-            writer.writerow([rows.texts[row], *(() if labels is None else _cells(labels[row], data, separator))])
+            cells = [] if labels is None else _cells(labels[row], data, separator)
+            writer.writerow([rows.texts[row], *cells, *(() if people is None else (people[row],))])
 
 
 def _columns(rows: Rows, data: Data) -> list[str]:

@@ -29,10 +29,12 @@ from fedlora.returned import finite
 MECHANISM = "poisson_subsampled_gaussian"
 BANDED = "cyclic_poisson_banded_gaussian"  # another word: who knows no bands refuses the line
 MAX_DRAWS = 10_000  # of a round: more is no interruption
-NEIGHBOURS = "zero_out"  # how the datasets of the units example and client differ: `privacy.neighbours` says it
+NEIGHBOURS = (
+    "zero_out"  # how datasets of the units example, person and client differ: `privacy.neighbours` says it
+)
 EARLIER = "add_or_remove_one"  # what 0.1.0 called it; the events and their epsilon are the same
 SILENT = "one_sends_nothing"  # how the runs of unit client_from_server differ
-UNITS = ("example", "client", FROM_SERVER)
+UNITS = ("example", "person", "client", FROM_SERVER)
 
 
 class Whole(NamedTuple):
@@ -51,13 +53,14 @@ Events = tuple[Event, ...]  # of one holder, as `privacy.added` puts them togeth
 
 
 def unit(holder: Holder) -> str:
-    """What the budget of a holder protects."""
+    """What the budget of a holder protects; `example` also where these are persons."""
     return FROM_SERVER if isinstance(holder, Whole) else "client" if holder is None else "example"
 
 
 def bands_of(events: Mapping[Holder, Iterable[Event]], protected: str) -> set[int]:
     """The bands of the noise that hides those of a unit."""
-    return {event.bands for holder, spent in events.items() if unit(holder) == protected for event in spent}
+    own = "example" if protected == "person" else protected
+    return {event.bands for holder, spent in events.items() if unit(holder) == own for event in spent}
 
 
 def neighbours(unit: str) -> str:
@@ -398,7 +401,7 @@ def epsilon_of(file: Path, unit: str = "example", accountant: Accountant | None 
 
     Args:
         file: the ledger.
-        unit: what is protected, `example` or `client`.
+        unit: what is protected, `example`, `person` or `client`.
         accountant: by default the one that the ledger names.
 
     Raises:
@@ -432,7 +435,8 @@ def statements(run: Path) -> list[str]:
         for accountant in get_args(Accountant):
             spent = epsilon_of(file, unit, accountant)
             bands = bands_of(replay(file), unit)
-            said = statement(spent, line["delta"], unit, accountant, line.get("honest", 1.0), bands)
+            told = (line.get("honest", 1.0), bands, line.get("person"))
+            said = statement(spent, line["delta"], unit, accountant, *told)
             lines.append(f"  {accountant}  {said}")
     return lines
 

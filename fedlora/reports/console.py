@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from fedlora.errors import counted
-from fedlora.privacy.accounting import named, neighbours, terms
+from fedlora.privacy.accounting import named, neighbours, protected, terms
 from fedlora.record import Record
 from fedlora.reports.tables import Table
 from fedlora.scenario import Scenario, written
@@ -136,8 +136,9 @@ class Live:
             f"[bold]{scenario.name}[/]  {scenario.strategy.use}, {private}, {cohort}, seed {scenario.seed}"
         )
         if asked := scenario.privacy:
-            said = terms(asked.unit, asked.accountant, bands=() if asked.bands is None else (asked.bands,))
-            self._print(f"[dim]epsilon: for each {asked.unit} at delta {asked.delta:g}, {said}[/]")
+            said = terms(asked.protects, asked.accountant, bands=() if asked.bands is None else (asked.bands,))
+            whom = protected(asked.protects, asked.person)
+            self._print(f"[dim]epsilon: for each {whom} at delta {asked.delta:g}, {said}[/]")
         names = ("round", "clients", metric, "loss", "up", "down", "epsilon", "seconds", "left")
         self._print(f"[dim]{self._row(names)}[/]")
         if self._bar is not None:
@@ -223,13 +224,14 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     if plan["virtual_seconds"] is not None:
         late = counted(sum(line["late"] for line in rounds), "client")
         lines.append(f"  devices   {plan['virtual_seconds'] / 3600:.2f} virtual hours; {late} late or gone")
+    what = "person" if "num_persons" in plan["groups"][0] else "example"
     if private:
         lines.append(
-            f"  privacy   epsilon {plan['epsilon']:.3f} at delta {plan['delta']:g} for each {plan['unit']}; "
-            f"noise multiplier up to {plan['noise_multiplier']:g};"
+            f"  privacy   epsilon {plan['epsilon']:.3f} at delta {plan['delta']:g} for each "
+            f"{protected(plan['unit'], plan['person'])}; noise multiplier up to {plan['noise_multiplier']:g};"
         )
         if turns := named(g.get("bands", 1) for g in plan["groups"]):
-            lines.append(f"            {turns}, by the examples that a client holds")
+            lines.append(f"            {turns}, by the {what}s that a client holds")
         lines.append(f"            {neighbours(plan['unit'])}")
     if (told := plan["signal"]) is not None:
         step = "round" if told["batch_size"] is None else "step"
@@ -271,7 +273,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         groups = [plan["groups"][i] for i in _spread(len(plan["groups"]), 12)]
         rows = [
             [
-                f"{g['num_examples']:,}",
+                f"{g[f'num_{what}s']:,}",
                 str(g["clients"]),
                 f"{g['sample_rate']:.3%}",
                 f"{g['noise_multiplier']:g}",
@@ -281,8 +283,8 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
             for g in groups
         ]
         left_out = len(plan["groups"]) - len(groups)
-        lines += ["", f"clients by their examples{f' ({left_out} sizes left out)' if left_out else ''}"]
-        head = ("examples", "clients", "sample rate", "noise", "epsilon")
+        lines += ["", f"clients by their {what}s{f' ({left_out} sizes left out)' if left_out else ''}"]
+        head = (f"{what}s", "clients", "sample rate", "noise", "epsilon")
         more = ("bands", "in the weights, over DP-SGD's") if banded else ()
         lines += Table((*head, *more), rows, frozenset()).text()
     about = any(not a.get("exact", True) for a in plan["alternatives"])
