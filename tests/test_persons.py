@@ -6,11 +6,24 @@ import numpy as np
 import pytest
 
 from fedlora import prepare
+from fedlora.audit import audit
+from fedlora.baselines import derive
 from fedlora.client import Rng
+from fedlora.clients.dp_sgd import DPSGD
+from fedlora.errors import SettingError, UserError
+from fedlora.planning import plan
 from fedlora.privacy import ledger
 from fedlora.privacy.accounting import epsilon
+from fedlora.reports.console import plan_lines
 from fedlora.scenario import parse
 from fedlora.simulation import simulate
+
+
+class ByRow(DPSGD):
+    """A client that knows no persons."""
+
+    persons = False
+
 
 NAMES = [f"Mrs. Smith-{i}" for i in range(50)]
 
@@ -100,3 +113,82 @@ def test_micro_batches_tear_nobody(asked):
     for other in made[1:]:
         for name, tensor in made[0].items():
             np.testing.assert_allclose(other[name], tensor, atol=2e-6)
+
+
+def test_clients_that_share_passes_train_as_they_do_alone(asked, tmp_path):
+    told = ("privacy.person=patient", "clients.batch_size=6", "clients.micro_batch_size=5", "rounds=1")
+    made = [simulate(asked(*told, f"engine.fused={n}"), out=tmp_path / str(n)).state_dict() for n in (1, 4)]
+    assert all(np.allclose(tensor, made[1][name], atol=2e-6) for name, tensor in made[0].items())
+
+
+def test_a_plan_counts_persons(asked):
+    told = asked("privacy.person=patient", "clients.batch_size=4", "privacy.bands=2", "privacy.delta=0.2")
+    made = plan(told).to_json()
+    assert (made["unit"], made["person"]) == ("person", "patient")
+    assert [(g["num_persons"], g["clients"], g["sample_rate"]) for g in made["groups"]] == [
+        (12, 2, 4 / 12),
+        (13, 2, 4 / 13),
+    ]
+    said = "\n".join(plan_lines(made))
+    for words in (
+        "for each person (all rows with the same patient); noise multiplier",
+        "banded noise, b = 2, by the persons that a client holds",
+        "differ in all rows of one person",
+        "clients by their persons",
+        "fewer than 100 persons, the smallest 12",
+        "such a delta lets a whole person leak",
+        "more than 10% of the persons of 4 clients",
+    ):
+        assert words in said
+    assert "examples of" not in said.partition("warning")[2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "says"),
+    [
+        (
+            ("clients.batch_size=20",),
+            "clients.batch_size",
+            "a client has 12 persons, and a private batch",
+        ),
+        (("clients.total=60",), "clients.total", "60 clients, and only 50 persons"),
+        (
+            ("privacy.bands=4", "clients.batch_size=6"),
+            "privacy.bands",
+            "a client has 12 persons, and a step",
+        ),
+        (("clients.use=tests.test_persons:ByRow",), "privacy.person", "protects examples one by one"),
+    ],
+)
+def test_what_persons_do_not_fit_is_a_line(asked, overrides, key, says):
+    with pytest.raises(SettingError) as caught:
+        prepare.noised(prepare.prepare(asked("privacy.person=patient", *overrides)), prepare.known)
+    assert caught.value.key == key and says in caught.value.message
+
+
+def test_clients_that_draw_their_examples_protect_no_persons(tiny):
+    with pytest.raises(UserError, match="clients that draw examples share persons: take another"):
+        tiny("privacy.person=site", "data.partition={kind: sampled, examples: 20}")
+
+
+def test_a_canary_is_a_person(asked, tmp_path):
+    told = (
+        "privacy.person=patient",
+        "clients.batch_size=4",
+        "rounds=4",
+        "clients.local_steps=1",
+        "clients.lr=0.05",
+    )
+    made = audit(asked(*told, "privacy.epsilon=2"), out=tmp_path / "audit", canaries=60)
+    assert not made.refuted and made.noise.lines()[0].startswith("as stated"), made.lines()
+    assert "for each person (all rows with the same patient)" in made.lines()[1]
+    twice = ("clients.use=tests.audit.faulty:TenthOfTheNoise", "privacy.epsilon=2")
+    assert audit(asked(*told, *twice), out=tmp_path / "faulty", canaries=60).refuted
+
+
+def test_a_baseline_without_privacy_holds_out_the_same_rows(asked, notes):
+    given = asked("privacy.person=patient", "clients.batch_size=4")
+    assert derive(given, "pooled").privacy is None
+    assert derive(given, "pooled_private").privacy.person == "patient"
+    with pytest.raises(UserError, match="pooled would hold out others: name test rows"):
+        derive(asked("privacy.person=patient", "data.files.test=null"), "pooled")
