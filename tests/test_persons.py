@@ -172,18 +172,10 @@ def test_clients_that_draw_their_examples_protect_no_persons(tiny):
 
 
 def test_a_canary_is_a_person(asked, tmp_path):
-    told = (
-        "privacy.person=patient",
-        "clients.batch_size=4",
-        "rounds=4",
-        "clients.local_steps=1",
-        "clients.lr=0.05",
-    )
-    made = audit(asked(*told, "privacy.epsilon=2"), out=tmp_path / "audit", canaries=60)
+    told = ("privacy.person=patient", "privacy.epsilon=2", "clients.batch_size=4", "clients.local_steps=1")
+    made = audit(asked(*told), out=tmp_path / "audit", canaries=60)
     assert not made.refuted and made.noise.lines()[0].startswith("as stated"), made.lines()
     assert "for each person (all rows with the same patient)" in made.lines()[1]
-    twice = ("clients.use=tests.audit.faulty:TenthOfTheNoise", "privacy.epsilon=2")
-    assert audit(asked(*told, *twice), out=tmp_path / "faulty", canaries=60).refuted
 
 
 def test_a_baseline_without_privacy_holds_out_the_same_rows(asked, notes):

@@ -67,8 +67,8 @@ class Privacy(Section):
         bands: Steps over which the noise of `unit: example` partly cancels: each takes back some of the noise
             before. auto: as many as pay. null: 1, which cancels none. Set it where a client passes over its rows
             few times. Example: `auto`.
-        person: Column that says which person a row is of. All rows of a person are then protected together, in the
-            place of each example. null: each row stands for itself. Set it where a person may have several rows.
+        person: Column that says which person a row is of. All rows of a person are then protected together, and
+            not each by itself. null: each row stands for itself. Set it where a person may have several rows.
             Example: `patient_id`.
         rows_per_person: Most rows of a person that a step takes, with `person`. null: all of them. Set it where
             some have very many. Example: `4`.
