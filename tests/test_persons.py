@@ -184,3 +184,18 @@ def test_a_baseline_without_privacy_holds_out_the_same_rows(asked, notes):
     assert derive(given, "pooled_private").privacy.person == "patient"
     with pytest.raises(UserError, match="pooled would hold out others: name test rows"):
         derive(asked("privacy.person=patient", "data.files.test=null"), "pooled")
+
+
+def test_a_round_over_other_persons_draws_other_noise(asked):
+    """The same rows, of other persons, are another sum: the digest says so, and that of data too."""
+    from fedlora.engine import Worker
+
+    made = {}
+    for column in ("patient", "one"):
+        scenario = asked(f"privacy.person={column}", "clients.batch_size=4", "clients.total=1", "rounds=1")
+        ready = prepare.noised(prepare.prepare(scenario), prepare.known)
+        worker = Worker(replace(ready.setup, kept=None))
+        part = worker.dataset.partition(0)
+        made[column] = worker.digests._examples(part), worker.dataset.fingerprint, len(part)
+    assert made["patient"][2] == made["one"][2] == 200
+    assert made["patient"][0] != made["one"][0] and made["patient"][1] != made["one"][1]
