@@ -10,7 +10,8 @@ micro-batches, which changes nothing in the sum.
 
 How an example is held to C is `privacy.clip`; the equation is that of `flat`, and the others are in
 `fedlora.privacy.mechanisms.dp_sgd`. Where `privacy.bands` is set, examples take turns and the noise of a step
-takes back a part of the steps before (`fedlora.privacy.mechanisms.bands`).
+takes back a part of the steps before (`fedlora.privacy.mechanisms.bands`). Where `privacy.person` is set, persons
+have the place of examples, and g_i is the mean over a person's rows (`fedlora.privacy.mechanisms.persons`).
 """
 
 import logging
@@ -25,11 +26,12 @@ from fedlora.passes import gradients
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms.bands import banded
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
+from fedlora.privacy.mechanisms.persons import Part, Persons, cut
 
 if TYPE_CHECKING:
     import torch
 
-    from fedlora.tasks.contract import Task
+    from fedlora.tasks.contract import Batch, Task
 
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class DPSGD(Stepwise):
     hooked = True
     clips = ("flat", "per_layer", "quantile", "automatic")
     banded = True
+    persons = True
 
     def spends(self, num_examples: int, settings: Settings) -> Event:
         """`local_steps` steps at `batch_size / n`; where the bound adapts, sum and count together."""
@@ -70,8 +73,8 @@ class DPSGD(Stepwise):
         """Train; the training loss stays here unless `share_metrics` lets it out."""
         import torch
 
-        mechanism = self.mechanism(len(partition), settings)
-        if self.spends(len(partition), settings) != mechanism.event():
+        mechanism = self.mechanism(partition.units, settings)
+        if self.spends(partition.units, settings) != mechanism.event():
             raise ContractError(
                 f"{type(self).__name__} pays for something else than it does: override `mechanism`"
             )
@@ -83,23 +86,36 @@ class DPSGD(Stepwise):
         noise = mechanism.noise(rng)
         optimizer = mechanism.optimizer(inner, noise)
         batches = rng("batches")
+        people = None if partition.persons is None else Persons(partition.rows, partition.persons)
         loss_sum, taken, dropped = torch.zeros((), device=task.device), 0, 0
         for step in range(mechanism.steps):
             still = resting(task, settings, step)
             for name, parameter in zip(settings.train, parameters, strict=True):
                 parameter.requires_grad_(name not in still)
             moving = [p for p in parameters if p.requires_grad]
-            rows = partition.rows[mechanism.taken(batches, rng.first + step)]
-            parts = list(task.micro_batches(partition.examples, rows, settings.micro_batch_size))
-            for i, (batch, _) in enumerate(parts):
+            chosen = mechanism.taken(batches, rng.first + step)
+            parts: list[tuple[Batch, Part | None]]
+            if people is None:
+                alone = task.micro_batches(partition.examples, partition.rows[chosen], settings.micro_batch_size)
+                parts = [(batch, None) for batch, _ in alone]
+            else:
+                drawn = people.drawn(chosen, settings.rows_per_person, rng, step)
+                told = cut(drawn, partition.examples.lengths, settings.micro_batch_size)
+                parts = [(task.batch(partition.examples, part.rows), part) for part in told]
+            begun: list[torch.Tensor] = []
+            for i, (batch, part) in enumerate(parts):
+                count = len(batch["targets"])
                 optimizer.zero_grad(set_to_none=True)
                 loss_sum += yield Pass(batch, singly=True)
-                dropped += gradients.make_safe(moving, len(batch["targets"]))
-                gradients.fill(parameters, len(batch["targets"]))
+                dropped += gradients.make_safe(moving, count)
+                taken += count
+                if part is not None:
+                    begun, count = part.join(moving, begun), part.whole
+                gradients.fill(parameters, count)
                 if i < len(parts) - 1:
                     optimizer.signal_skip_step()
                     optimizer.step()
-            if not len(rows):
+            if not parts:
                 optimizer.zero_grad(set_to_none=True)
                 gradients.fill(parameters, 0, all=True)
             variance = (optimizer.noise_multiplier * optimizer.max_grad_norm / mechanism.batch_size) ** 2
@@ -111,7 +127,6 @@ class DPSGD(Stepwise):
                 smooth(task, dict(zip(settings.train, parameters, strict=True)), settings.config)
                 pull_towards(parameters, received, settings.config)  # looks at no example: costs no privacy
                 steps.take(step, _variances(task, settings, variance))
-            taken += len(rows)
             if step == 0:
                 first = [r for p, r in zip(parameters, received, strict=True) if p.requires_grad]
                 moved(moving, first, each=True)
@@ -121,7 +136,7 @@ class DPSGD(Stepwise):
         shared, odd = settings.share_metrics, {"not_finite": float(dropped)} if dropped else {}
         return Update(
             adapter=task.read(settings.send),
-            weight=float(len(partition)) if shared else settings.weight,
+            weight=float(mechanism.total) if shared else settings.weight,
             clients=(partition.client,),
             metrics={"train_loss": float(loss_sum) / max(taken, 1)} | odd if shared else {},
             state=steps.kept(),

@@ -89,6 +89,12 @@ def _pooled(scenario: Scenario, told: dict[str, Any], private: bool) -> None:
     told["privacy"] = None
     if example is None:
         return
+    data = scenario.data
+    if example.person is not None and (data.files.test if data.files else data.hub and data.hub.test) is None:
+        raise SettingError(
+            "privacy.person",
+            "decides which rows are held out, and pooled would hold out others: name test rows",
+        )
     if given.use != "dp_sgd":
         raise SettingError(
             "clients.use", f"how {given.use} would train without privacy is its own to say: take pooled_private"

@@ -117,6 +117,8 @@ def _clients(told: data.Overview) -> str:
         return "sizes are known once rows are tokenised"
     ordered = sorted(told.sizes)
     line = f"{len(ordered)}, of {ordered[0]:,} to {ordered[-1]:,} rows, {ordered[len(ordered) // 2]:,} the median"
+    if told.persons is not None:
+        line += f", of {min(told.persons):,} to {max(told.persons):,} persons"
     if told.names:
         each = [f"{cut(name)} {size:,}" for name, size in zip(told.names, told.sizes, strict=True)]
         line += f": {', '.join(each[:_CLIENTS])}{' ...' if len(each) > _CLIENTS else ''}"
@@ -145,7 +147,7 @@ def check(scenario: Scenario, called: str = "") -> Checked:
 
     def of_data() -> None:
         if data.at_hand(scenario.data):
-            told = scenario.data, scenario.task, scenario.clients.total, scenario.seed
+            told = scenario.data, scenario.task, scenario.clients.total, scenario.seed, scenario.person
             seen.append(data.overview(*told))
 
     def of_model() -> None:
@@ -161,7 +163,7 @@ def check(scenario: Scenario, called: str = "") -> Checked:
             raise SettingError("model.adapter.layers", what)
 
     def of_budget() -> None:
-        sizes = seen[0].sizes if seen else None
+        sizes = seen[0].persons or seen[0].sizes if seen else None
         affordable.check(scenario, sizes or ())
 
     checks: tuple[Callable[[], object], ...] = (

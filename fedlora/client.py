@@ -33,8 +33,10 @@ class Settings:
         train: names of the tensors to train.
         send: names of the tensors to send back.
         local_steps: optimiser steps.
-        batch_size: examples in a step; under Poisson sampling the expected number.
-        sample_rate: where it is given, the probability that takes an example into a step of a private client.
+        batch_size: examples in a step, or persons where they are protected; under Poisson sampling the expected
+            number.
+        sample_rate: where it is given, the probability that takes each into a step of a private client.
+        rows_per_person: most rows of a person that a step takes; None: all.
         lr: learning rate in the first local step; where roles have their own, the largest of these.
         lrs: learning rates by role, in the first local step; empty where all have `lr`.
         pace: learning rate of each local step, divided by that of the first; empty: constant.
@@ -42,7 +44,7 @@ class Settings:
         state: of the optimiser, as the client kept it or the server averaged it; empty where it has none.
         micro_batch_size: about how many examples are in memory at once: at most half as many again.
         noise_multiplier: standard deviation of the noise over `clip_norm`; None without privacy.
-        clip_norm: L2 bound on one example's gradient; None without privacy.
+        clip_norm: L2 bound on the gradient of one example, or person; None without privacy.
         clip: how examples are held to it, in the words of `privacy.clip`.
         quantile: of the examples' norms, where the bound moves.
         bands: of the noise; 1: each step's is independent.
@@ -64,6 +66,7 @@ class Settings:
     quantile: float | None = None
     bands: int = 1
     sample_rate: float | None = None
+    rows_per_person: int | None = None
     weight: float = 1.0
     share_metrics: bool = False
     lrs: Mapping[str, float] = field(default_factory=dict)
@@ -85,7 +88,10 @@ class Setter:
         self.scenario, self.noise, self.bands = scenario, noise, bands
 
     def __call__(self, instruction: Instruction, num_examples: int, client: int | None = None) -> Settings:
-        """The settings of a client that holds `num_examples`; which one matters where some take fewer steps."""
+        """The settings of a client that holds `num_examples`, or as many persons where they are protected.
+
+        Which client it is matters where some take fewer steps.
+        """
         told, privacy = self.scenario.clients, self.scenario.example_privacy
         first, pace = told.pace(instruction.round, self.scenario.rounds)
         lrs = {role: first * lr for role, lr in told.rates.items()}
@@ -96,6 +102,7 @@ class Setter:
             local_steps=told.local_steps if client is None else instruction.steps.get(client, told.local_steps),
             batch_size=told.batch(num_examples),
             sample_rate=told.sample_rate,
+            rows_per_person=privacy.rows_per_person if privacy else None,
             weight=1.0 if told.sample_rate is None else told.sample_rate * num_examples,
             lr=max(lrs.values()) if isinstance(told.lr, dict) else first * told.lr,
             micro_batch_size=told.micro_batch_size,
@@ -149,15 +156,22 @@ class Client(ABC):
             `clients.optimizer`, `clients.schedule` and learning rates by role work.
         clips: the ways of `privacy.clip` that a private one knows.
         banded: whether a private one draws by turns and noises by `Rng.past`, as `privacy.bands` asks for.
+        persons: whether a private one draws and clips persons, as `privacy.person` asks for.
     """
 
     private: bool = False
     hooked: bool = False
     clips: tuple[str, ...] = ("flat",)
     banded: bool = False
+    persons: bool = False
 
     def spends(self, num_examples: int, settings: Settings) -> Event | None:
-        """The privacy event that `fit` amounts to, known before it starts; None if it is not private."""
+        """The privacy event that `fit` amounts to, known before it starts; None if it is not private.
+
+        Args:
+            num_examples: that the client holds, or persons where they are protected.
+            settings: of the round.
+        """
         return None
 
     def optimizer(self, parameters: Any, settings: Settings) -> "torch.optim.Optimizer":
@@ -267,6 +281,9 @@ def check_private(client: Client, scenario: Scenario) -> None:
     if asked is not None and asked.bands is not None and not client.banded:
         key = "privacy.bands" if asked is scenario.privacy else "privacy.example.bands"
         raise SettingError(key, f"{use} knows no banded noise: leave it out, or take dp_sgd")
+    if asked is not None and asked.person is not None and not client.persons:
+        key = "privacy.person" if asked is scenario.privacy else "privacy.example.person"
+        raise SettingError(key, f"{use} protects examples one by one: leave it out, or take dp_sgd")
 
 
 def load(use: str, options: Mapping[str, Any]) -> Client:

@@ -53,13 +53,15 @@ class Plan:
             largest over clients, and `epsilon_median`; None in rounds for which it was not worked out.
         bytes_up_total, bytes_down_total: as the run will count them, if no client fails.
         parameters: numbers in the base model, and those that clients train, in the adapter and in the head.
-        epsilon, delta, unit: at the end, for each example (the largest over clients) or for each client;
+        epsilon, delta, unit: at the end, for each example or person (the largest over clients) or for each client;
             None without privacy.
+        person: the column that tells persons; None where these are not protected.
         neighbours: how datasets differ that it does not tell apart, in the ledger's word; None likewise.
         server_epsilon: for each client from the server that sees sums; None where clients share no noise out.
         peer_epsilon: for each client from another that is in all of its rounds under masks; None elsewhere.
         noise_multiplier: the largest over clients, or the server's; None without privacy.
-        groups: clients by the number of examples that they hold, with what that means for the privacy of examples.
+        groups: clients by the number of examples that they hold (`num_examples`), or of persons where these are
+            protected (`num_persons`), with what that means for their privacy.
         alternatives: bytes and parameters under each built-in strategy, or the `problem` that it has;
             `exact` is false where only the first of many rounds were rehearsed.
         virtual_seconds: that the rounds take in the simulated world; None without one.
@@ -86,6 +88,7 @@ class Plan:
     peer_epsilon: float | None
     delta: float | None
     unit: str | None
+    person: str | None
     neighbours: str | None
     noise_multiplier: float | None
     groups: Sequence[Line]
@@ -176,8 +179,9 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
         server_epsilon=server_epsilon(scenario, real.ledger.events),
         peer_epsilon=peer_epsilon(scenario, real.ledger.events.get(None, ())),
         delta=asked.delta if asked else None,
-        unit=asked.unit if asked else None,
-        neighbours=neighbours(asked.unit) if asked else None,
+        unit=asked.protects if asked else None,
+        person=asked.person if asked else None,
+        neighbours=neighbours(asked.protects) if asked else None,
         noise_multiplier=real.central.noise_multiplier if real.central else max(noise.values()) if noise else None,
         groups=groups,
         alternatives=[_alternative(name, stage) for name in plugins.names("strategies")],
@@ -187,7 +191,7 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
         workers=workers,
         stopped=real.stopped,
         signal=signal.to_json() if signal else None,
-        advice=advice.advise(scenario, signal, real, ready.data.sizes(), typical, rehearse, seconds)
+        advice=advice.advise(scenario, signal, real, ready.data.unit_sizes(), typical, rehearse, seconds)
         if signal and advise
         else [],
         frozen_bytes=cost.frozen_bytes if cost else None,
@@ -254,19 +258,22 @@ def _epsilons(
 
 
 def _groups(scenario: Scenario, data: Dataset, setup: Setup, loop: Rehearsal) -> list[Line]:
-    """Clients that hold equally many examples, from the fewest; without privacy only how many they are.
+    """Clients that hold equally many examples, or persons where they are protected, from the fewest.
+
+    Without privacy only how many they are.
 
     Where noise is banded also its `bands`, and `in_weights`: the noise in the weights, as the root mean square
     over the steps, over that of DP-SGD at the same epsilon.
     """
     asked, noise, groups = scenario.example_privacy, setup.noise, []
-    most: dict[int, float] = {}  # epsilon, by the number of examples
+    most: dict[int, float] = {}  # epsilon, by the number of examples or persons
     for client, events in loop.ledger.events.items():
         if asked is not None and isinstance(client, int):
-            size, spent = data.num_examples(client), accounting.epsilon(events, asked.delta, asked.accountant)
+            size, spent = data.units(client), accounting.epsilon(events, asked.delta, asked.accountant)
             most[size] = max(most.get(size, 0.0), spent)
-    for size, clients in data.sizes().items():
-        line: Line = {"num_examples": size, "clients": clients}
+    counted_by = "num_examples" if data.persons is None else "num_persons"
+    for size, clients in data.unit_sizes().items():
+        line: Line = {counted_by: size, "clients": clients}
         if asked is not None and noise is not None:
             line |= {
                 "sample_rate": min(scenario.clients.rate(size), 1.0),
@@ -330,7 +337,7 @@ def _try(setup: Setup, ready: prepare.Prepared) -> _Cost:
     worker, data = Worker(setup), ready.data
     told = worker.scenario.clients
     typical = _typical(data)
-    median = next(c for c in range(data.num_clients) if data.num_examples(c) == typical)
+    median = next(c for c in range(data.num_clients) if data.units(c) == typical)
     whole = told.batch(typical)
     batch = min(whole, 2 * told.micro_batch_size)
     ranks = told.possible_ranks(worker.scenario.model.adapter.r)
@@ -356,13 +363,14 @@ def _try(setup: Setup, ready: prepare.Prepared) -> _Cost:
 
 
 def _typical(data: Dataset) -> int:
-    """Examples of the median client."""
-    return statistics.median_high([data.num_examples(c) for c in range(min(data.num_clients, _LOOKED_AT))])
+    """Examples of the median client, or persons where they are protected."""
+    return statistics.median_high([data.units(c) for c in range(min(data.num_clients, _LOOKED_AT))])
 
 
 def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[str, int]) -> Iterable[str]:
     """What a privacy reviewer would ask, a sentence each."""
-    asked, smallest = scenario.example_privacy, groups[0]["num_examples"]
+    asked = scenario.example_privacy
+    sizes = [next(g[key] for key in ("num_examples", "num_persons") if key in g) for g in groups]
     if parameters["head"] > parameters["adapter"]:
         yield (
             f"The head trains {parameters['head']:,} numbers, more than the adapter's {parameters['adapter']:,}: "
@@ -385,23 +393,24 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
         else:
             yield "The server sees each client's update without noise: the guarantee is from all others."
         return
-    loose = sum(g["clients"] for g in groups if asked.delta * g["num_examples"] >= 1)
+    what = asked.protects
+    loose = sum(g["clients"] for g, size in zip(groups, sizes, strict=True) if asked.delta * size >= 1)
     if loose:
-        largest = max(g["num_examples"] for g in groups)
+        largest = max(sizes)
         yield (
             f"delta {asked.delta:g} is not below 1/n for {counted(loose, 'client')}: such a delta lets a whole "
-            f"example leak. Set privacy.delta below {1 / largest:.1g}."
+            f"{what} leak. Set privacy.delta below {1 / largest:.1g}."
         )
-    few = sum(g["clients"] for g in groups if g["num_examples"] < FEW_EXAMPLES)
+    few = sum(g["clients"] for g, size in zip(groups, sizes, strict=True) if size < FEW_EXAMPLES)
     if few:
         yield (
-            f"{counted(few, 'client')} {'holds' if few == 1 else 'hold'} fewer than {FEW_EXAMPLES} examples, "
-            f"the smallest {smallest}: they add more noise than signal, and sampling them often costs epsilon."
+            f"{counted(few, 'client')} {'holds' if few == 1 else 'hold'} fewer than {FEW_EXAMPLES} {what}s, "
+            f"the smallest {sizes[0]}: they add more noise than signal, and sampling them often costs epsilon."
         )
     often = sum(g["clients"] for g in groups if g["sample_rate"] > LARGE_RATE)
     if often:
         yield (
-            f"A step takes more than {LARGE_RATE:.0%} of the examples of {counted(often, 'client')} "
+            f"A step takes more than {LARGE_RATE:.0%} of the {what}s of {counted(often, 'client')} "
             f"({groups[0]['sample_rate']:.0%} of the smallest's): sampling hides little. "
             "Lower clients.batch_size or clients.sample_rate."
         )

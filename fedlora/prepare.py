@@ -13,8 +13,9 @@ from fedlora import starting, suitability
 from fedlora import strategy as strategies
 from fedlora.data import reading
 from fedlora.data import store as datasets
+from fedlora.data.cache import cache_folder
 from fedlora.engine.setup import Setup
-from fedlora.errors import SettingError, UserError
+from fedlora.errors import SettingError, UserError, counted
 from fedlora.metrics import contract as metrics
 from fedlora.optimizers import steps
 from fedlora.privacy import accounting, affordable, calibrated, replay
@@ -54,9 +55,12 @@ def prepare(scenario: Scenario) -> Prepared:
     for line in scenario.unused:
         logger.warning("%s", line)
     ready = _prepared(
-        scenario, lambda encode, key: datasets.prepare(data, scenario.task, total, scenario.seed, encode, key)
+        scenario,
+        lambda encode, key: datasets.prepare(
+            data, scenario.task, total, scenario.seed, encode, key, scenario.person
+        ),
     )
-    return replace(ready, setup=replace(ready.setup, kept=(datasets.cache_folder() / "frozen").absolute()))
+    return replace(ready, setup=replace(ready.setup, kept=(cache_folder() / "frozen").absolute()))
 
 
 def prepare_server(scenario: Scenario) -> Prepared:
@@ -93,7 +97,7 @@ def prepare_site(
     Args:
         scenario: that the server sent.
         labels: that the server sent, in order.
-        rows: of the site's own file.
+        rows: of the site's own file, with their persons where the scenario protects these.
         client: which client the site is.
         own: a key of the site's own, which it draws the rows from that it holds out.
         placed: fields of `Setup` that are the site's own choice, such as `threads`.
@@ -251,7 +255,7 @@ def noised(ready: Prepared, search: calibrated.Search) -> Prepared:
 def banded(
     scenario: Scenario, data: datasets.Dataset, search: calibrated.Search = accounting.calibrations
 ) -> dict[int, int] | None:
-    """The bands of the noise for each number of examples that a client holds; None where it is independent.
+    """The bands of the noise for each number of examples, or persons, that a client holds; None: independent.
 
     The arguments are those of `calibrate`.
 
@@ -262,7 +266,7 @@ def banded(
     if asked is None or asked.bands is None:
         return None
     where = "privacy.bands" if asked is scenario.privacy else "privacy.example.bands"
-    sizes, steps = sorted(data.sizes().keys() - {0}), scenario.rounds * told.local_steps
+    sizes, steps = sorted(data.unit_sizes().keys() - {0}), scenario.rounds * told.local_steps
     if asked.bands == "auto":
         target, delta, accountant = asked.epsilon, asked.delta, asked.accountant
         assert target is not None
@@ -281,8 +285,8 @@ def banded(
     if sizes and (rate := told.rate(sizes[0])) * asked.bands > 1 + 1e-9:
         raise SettingError(
             where,
-            f"a client has {sizes[0]} rows, and a step would take {told.batch(sizes[0])} on average from one in "
-            f"{asked.bands} of them: name {max(int(1 / rate), 1)} at most, or auto",
+            f"a client has {counted(sizes[0], asked.protects)}, and a step would take {told.batch(sizes[0])} on "
+            f"average from one in {asked.bands} of them: name {max(int(1 / rate), 1)} at most, or auto",
         )
     return dict.fromkeys(sizes, asked.bands)
 
@@ -295,7 +299,7 @@ def _rounded_up(rate: float) -> float:
 def calibrate(
     scenario: Scenario, data: datasets.Dataset, search: calibrated.Search = accounting.calibrations
 ) -> dict[int, float] | None:
-    """The noise multiplier for each number of examples that a client holds; None without privacy.
+    """The noise multiplier for each number of examples, or persons, that a client holds; None without privacy.
 
     Calibrated over all the steps that a client can be asked for: every round of the scenario.
 
@@ -307,18 +311,18 @@ def calibrate(
     told, asked = scenario.clients, scenario.example_privacy
     if asked is None:
         return None
-    sizes = sorted(data.sizes().keys() - {0})  # 0: held elsewhere
+    sizes = sorted(data.unit_sizes().keys() - {0})  # 0: held elsewhere
     if asked.delta >= 1 / sizes[-1]:
         logger.warning(
-            "privacy.delta: %g is not below 1/%d, one over the examples of the largest client: at such a delta a "
-            "mechanism that gives a whole example away now and then counts as private; write %.0e or less",
-            *(asked.delta, sizes[-1], 0.1 / sizes[-1]),
+            "privacy.delta: %g is not below 1/%d, one over the %ss of the largest client: at such a delta a "
+            "mechanism that gives a whole %s away now and then counts as private; write %.0e or less",
+            *(asked.delta, sizes[-1], asked.protects, asked.protects, 0.1 / sizes[-1]),
         )
     if told.batch(sizes[0]) > sizes[0]:
         raise SettingError(
             "clients.batch_size",
-            f"a client has {sizes[0]} examples, and a private batch takes {told.batch_size} of them on "
-            "average; lower it, use fewer clients, or raise data.partition.min_examples",
+            f"a client has {counted(sizes[0], asked.protects)}, and a private batch takes {told.batch_size} of "
+            "them on average; lower it, use fewer clients, or raise data.partition.min_examples",
         )
     affordable.check(scenario, sizes)
     rates, steps = [told.rate(size) for size in sizes], scenario.rounds * told.local_steps
@@ -353,7 +357,7 @@ def known(
     target: float, delta: float, rates: Sequence[float], steps: int, accountant: accounting.Accountant
 ) -> list[float]:
     """As `accounting.calibrations`, searched for once by a user: for simulations and plans."""
-    folder = datasets.cache_folder() / "noise"
+    folder = cache_folder() / "noise"
     return calibrated.calibrations(folder, target, delta, rates, steps, accountant)
 
 

@@ -83,6 +83,12 @@ class Record:
         return read
 
     @property
+    def protects(self) -> str | None:
+        """Whom its epsilon is for: `example`, `person` or `client`; None without privacy."""
+        asked = self.scenario.get("privacy") or {}
+        return ("person" if asked.get("person") else asked.get("unit", "example")) if asked else None
+
+    @property
     def rounds(self) -> list[Line]:
         """The lines of `metrics.jsonl`, one for each round."""
         return self._lines("metrics.jsonl")

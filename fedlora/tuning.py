@@ -176,7 +176,7 @@ class _Search:
         noise, self.bands = prepare.calibrate(scenario, self.ready.data), prepare.banded(scenario, self.ready.data)
         if private:
             self._check_validation()
-        sizes = [size for size, count in self.ready.data.sizes().items() for _ in range(count) if size]
+        sizes = [size for size, count in self.ready.data.unit_sizes().items() for _ in range(count) if size]
         self.typical = statistics.median_high(sizes)
         self.rows: list[str] = []
         self.short = self._short(noise)

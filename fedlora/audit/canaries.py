@@ -5,7 +5,9 @@ no other example uses, and is ten times as long as the clipping bound. Three in 
 together, one in four in a single tensor, spread over the tensors in turn: noise that one tensor lacks shows there.
 The directions are columns of orthonormal matrices, cosine transforms with random signs, so that the gradients of
 text look like little noise along each of them. Canaries pass through the client's own sampling rate, clipping,
-noise and scaling: they are added to the per-example gradients that Opacus's optimizer is about to clip.
+noise and scaling: they are added to the per-example gradients that Opacus's optimizer is about to clip. Where
+persons are protected a canary is a person, whose rows, however many, all have its gradient: it is added to the
+means of persons.
 """
 
 import contextlib
@@ -156,6 +158,7 @@ class Canaried(Client):
     def __init__(self, inner: str, options: Mapping[str, Any], seed: int, canaries: int, among: int) -> None:
         self.inner = clients.load(inner, options)
         self.private, self.clips, self.banded = self.inner.private, self.inner.clips, self.inner.banded
+        self.persons = self.inner.persons
         self.canaries = Canaries(seed, canaries, among)
 
     def spends(self, num_examples: int, settings: Settings) -> Event | None:
@@ -171,7 +174,7 @@ class Canaried(Client):
         mine = self.canaries.of(partition.client)
         mine = mine[self.canaries.included[mine]]
         names = dict(zip(map(id, task.begin(adapter, settings.train)), settings.train, strict=True))
-        share = settings.batch_size / len(partition) if settings.sample_rate is None else settings.sample_rate
+        share = settings.batch_size / partition.units if settings.sample_rate is None else settings.sample_rate
         coins, rate = rng("canaries"), min(settings.bands * share, 1.0)
         bound = settings.clip_norm or 1.0
         if settings.clip == "automatic":  # long beside its constant too

@@ -17,6 +17,7 @@ from fedlora.audit.bound import Curve, lower_bound
 from fedlora.audit.canaries import Canaried, Canaries
 from fedlora.audit.noise import LEVEL, Noise, Seen, measure, places, worth
 from fedlora.audit.scores import covariance, scores
+from fedlora.data.store import Dataset
 from fedlora.engine import Description, Engine, Replies, Report, Setup
 from fedlora.errors import ContractError, ScenarioError, SettingError, UserError
 from fedlora.privacy import ledger
@@ -216,7 +217,7 @@ class Server(Engine):
 
     def start(self, setup: Setup) -> Description:
         """The inner engine's."""
-        self.description = self.inner.start(setup)
+        self.description, self._data = self.inner.start(setup), Dataset.open(setup.dataset, setup.partitions)
         return self.description
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
@@ -262,14 +263,14 @@ class Server(Engine):
             squares = np.array([float(np.square(t, dtype=np.float64).sum()) for t in tensors])
             return {"squares": squares, "kept": tuple(t[at] for t, at in zip(tensors, chosen, strict=True))}
 
-        drawn = instruction.drawn.get(report.client)
+        drawn, held = instruction.drawn.get(report.client), self._data.units(report.client)
         made = Seen(
             client=report.client,
             round=instruction.round,
             steps=report.steps,
-            rate=min(event.bands * told.rate(report.num_examples), 1.0),
+            rate=min(event.bands * told.rate(held), 1.0),
             noise=event.noise_multiplier,
-            examples=report.num_examples,
+            examples=held,
             names=names,
             sizes=sizes,
             worth=np.array([worth(instruction.config, layout[n].role, report.steps, lr) for n in names]),

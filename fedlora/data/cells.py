@@ -18,6 +18,9 @@ Label = str | tuple[str, ...] | tuple[float, ...]
 
 NO_SCALE = "say from where to where scores go, as {low: 0, high: 5}: clients' rows are not looked at for it"
 
+OWNED = ("data.partition.column", "privacy.person")
+"""Keys of columns of names: whose a row is, and which person it is of."""
+
 SEPARATORS = ("|", ";", ",")
 """What may stand between labels where nobody says: the first of them that occurs."""
 
@@ -56,6 +59,7 @@ class Taught:
         scored: which turns of the assistant are judged.
         prompt: the template of prompts; None where a column has them.
         encoding: of files; None: UTF-8, or what their marks say.
+        person: the column that says which person a row is of; None where nobody asks.
     """
 
     target: str
@@ -66,12 +70,13 @@ class Taught:
     scored: Literal["all", "last"] = "all"
     prompt: str | None = None
     encoding: str | None = None
+    person: str | None = None
 
     @classmethod
-    def of(cls, data: settings.Data, task: str) -> Self:
-        """By a scenario."""
+    def of(cls, data: settings.Data, task: str, person: str | None = None) -> Self:
+        """By a scenario, and the column of the persons whom it protects."""
         told = (plugins.find("tasks", task).target, data.score, data.labels, settings.COLUMNS_OF.get(task, {}))
-        return cls(*told, data.messages, data.scored, data.prompt, data.encoding)
+        return cls(*told, data.messages, data.scored, data.prompt, data.encoding, person)
 
     def read(
         self,

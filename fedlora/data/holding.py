@@ -1,5 +1,7 @@
 """Which rows are held out: by a hash of each text, so that equal texts stay together, whatever the seed.
 
+Where persons are protected their names take the place of texts: no person is in both parts.
+
 A text is held out by its own hash alone, and stays so as rows come and the share grows. Two things go before that:
 no label and no owner is held out whole, and where few texts stand many times the share is met by those that fit.
 """
@@ -17,7 +19,12 @@ _BY_CHANCE = 4.0  # standard deviations of a draw of different texts: further of
 
 
 def hold_out(
-    texts: Sequence[bytes], share: float, kinds: Sequence[Collection[Hashable]], again: bool, what: str
+    texts: Sequence[bytes],
+    share: float,
+    kinds: Sequence[Collection[Hashable]],
+    again: bool,
+    what: str,
+    of: str = "texts",
 ) -> list[bool]:
     """Of each row whether it is held out.
 
@@ -27,6 +34,7 @@ def hold_out(
         kinds: of each row what should not be held out whole: its labels, and whose it is.
         again: what is split was split off itself: by other bytes of the hash.
         what: the key that says the share, for what is logged.
+        of: what `texts` are, for the same.
     """
     at = slice(4, 8) if again else slice(4)
     number = {text: int.from_bytes(hashlib.sha1(text).digest()[at], "big") for text in dict.fromkeys(texts)}
@@ -46,9 +54,9 @@ def hold_out(
         held = sum(count[text] for text in chosen)
         if held and abs(held - asked) >= 1 and len(number) < len(texts):
             logger.warning(
-                "%s asks for %.0f of %d rows, and %d are held out: the rows have %d different texts, equal ones "
+                "%s asks for %.0f of %d rows, and %d are held out: the rows have %d different %s, equal ones "
                 "stay together, and no label is held out whole",
-                *(what, asked, len(texts), held, len(number)),
+                *(what, asked, len(texts), held, len(number), of),
             )
     return [text in chosen for text in texts]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import scenario as settings
+from fedlora.data.cells import OWNED, Taught, missing, words
 from fedlora.data.cells import Column as Named
-from fedlora.data.cells import Taught, missing, words
 from fedlora.errors import SettingError, suggestion
 
 Column = Callable[[str, str], list[str]]
@@ -63,7 +63,7 @@ def load(hub: settings.Hub, key: str, split: str, taught: Taught) -> tuple[Colum
                 raise SettingError(setting, f"{where} has no {name!r}: name a split that has it")
         if classed:
             return [kind.int2str(cell) for cell in told]
-        names = setting == "data.partition.column" or (taught.target == "class" and not of_text)
+        names = setting in OWNED or (taught.target == "class" and not of_text)
         return words(told, Named(setting, hub.path, name), names)
 
     def cells(setting: str, name: str) -> list[Any]:

@@ -7,8 +7,8 @@ import numpy as np
 
 from fedlora import plugins
 from fedlora import scenario as settings
-from fedlora.data import notes
-from fedlora.data.partitions import classes, draw, split
+from fedlora.data import notes, persons
+from fedlora.data.partitions import classes, draw
 from fedlora.data.reading import Rows, check_labels, label_names, read, read_public, set_aside
 from fedlora.data.targets import BY_TARGET
 from fedlora.errors import SettingError, counted
@@ -41,6 +41,7 @@ class Overview:
         labels: of each label, how many rows of each part have it; empty where there are none.
         lengths: of the inputs; None of images.
         sizes: rows of each client, in order, before it holds any out; None where a tokenizer is needed to say.
+        persons: of each client, where these are protected; None elsewhere.
         names: of clients, by a natural column.
         repeated: training rows whose text stood before.
         leaks: test rows whose text is in the training set too.
@@ -51,6 +52,7 @@ class Overview:
     labels: Mapping[str, Mapping[str, int]]
     lengths: Lengths | None
     sizes: Sequence[int] | None
+    persons: Sequence[int] | None
     names: Sequence[str]
     repeated: int
     leaks: int
@@ -62,7 +64,7 @@ def at_hand(data: settings.Data) -> bool:
     return data.files is not None or data.dataset == "tweets"
 
 
-def overview(data: settings.Data, task: str, num_clients: int, seed: int) -> Overview:
+def overview(data: settings.Data, task: str, num_clients: int, seed: int, person: str | None = None) -> Overview:
     """Read and count rows that are at hand.
 
     Args:
@@ -70,11 +72,12 @@ def overview(data: settings.Data, task: str, num_clients: int, seed: int) -> Ove
         task: of the scenario.
         num_clients: that hold the training rows.
         seed: of the scenario.
+        person: the column of the persons who are protected.
 
     Raises:
         SettingError: as a run would.
     """
-    train, test = read(data, task)
+    train, test = read(data, task, person)
     names, target = label_names(data, train, task), plugins.find("tasks", task).target
     check_labels("data", test, names, "the test set has labels that the training set has not")
     test, validation = set_aside(data, task, test)
@@ -85,12 +88,13 @@ def overview(data: settings.Data, task: str, num_clients: int, seed: int) -> Ove
     counts = {part: notes.label_counts(rows, names) for part, rows in parts.items()}
     labelled = names if target != "score" else ()
     seed = seed if data.partition.seed is None else data.partition.seed
-    sizes, called = _sizes(data, train, names, target, num_clients, seed)
+    sizes, people, called = _sizes(data, train, names, target, num_clients, seed)
     return Overview(
         rows={part: len(rows.texts) for part, rows in parts.items()},
         labels={name: {part: counts[part][i] for part in parts} for i, name in enumerate(labelled)},
         lengths=lengths_of(data.max_length, train, test),
         sizes=sizes,
+        persons=people,
         names=called,
         repeated=notes.repeated(train),
         leaks=notes.common(test, train),
@@ -121,19 +125,22 @@ def lengths_of(most: int | None, *parts: Rows) -> Lengths | None:
 
 def _sizes(
     data: settings.Data, train: Rows, names: Sequence[str], target: str, num_clients: int, seed: int
-) -> tuple[list[int] | None, list[str]]:
-    """Rows of each client, and what clients are called; as `store.prepare` splits them."""
+) -> tuple[list[int] | None, list[int] | None, list[str]]:
+    """Rows and persons of each client, and what clients are called; as `store.prepare` splits them."""
     how, total = data.partition, len(train.texts)
     if isinstance(how, settings.Sampled):
         draw(how, total, data.client_test_share, num_clients, seed)
-        return [how.examples] * num_clients, []
+        return [how.examples] * num_clients, None, []
     if num_clients > total:
         raise SettingError(
             "clients.total", f"{counted(num_clients, 'client')}, and only {counted(total, 'example')}"
         )
     by_label = not isinstance(how, settings.Iid | settings.Size | settings.Natural)
     if by_label and target not in BY_TARGET:
-        return None, []
+        return None, None, []
     targets = classes(BY_TARGET[target](train, names)) if by_label else np.zeros(total, np.int64)
-    parts = split(how, targets, train.owners, num_clients, seed)
-    return [len(part) for part in parts], [train.owners[part[0]] for part in parts] if train.owners else []
+    of_rows = None if train.persons is None else persons.numbered(train.persons)
+    parts = persons.split(how, targets, train.owners, of_rows, num_clients, seed)
+    people = None if of_rows is None else [len(np.unique(of_rows[part])) for part in parts]
+    called = [train.owners[part[0]] for part in parts] if train.owners else []
+    return [len(part) for part in parts], people, called

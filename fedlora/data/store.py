@@ -7,9 +7,6 @@ array of row numbers and one of offsets; or nothing but the seed, where clients 
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,13 +17,13 @@ from numpy.typing import NDArray
 
 from fedlora import plugins
 from fedlora import scenario as settings
+from fedlora.data import persons as people
+from fedlora.data.cache import cache_folder, cached
 from fedlora.data.notes import slips
-from fedlora.data.partitions import Drawn, Stored, classes, draw, keep_back, split
+from fedlora.data.partitions import Drawn, Stored, classes, draw
 from fedlora.data.reading import NOTHING, Input, Rows, as_bytes, check_labels, label_names, read, set_aside
-from fedlora.errors import UserError
 from fedlora.seeding import Root
 
-_ELSEWHERE = "name a folder that can be written, FEDLORA_CACHE=/some/folder"
 _DRAWN = "drawn.json"  # in the place of a partition's arrays
 _NAMES = "names.json"  # what clients are called, by a natural column
 Targets = NDArray[np.int64] | NDArray[np.uint8] | NDArray[np.float32]
@@ -120,14 +117,21 @@ class Partition:
         client: its id.
         examples: of all clients.
         rows: the numbers of its own, (num_examples,).
+        persons: of each of them the number of its person; None where each stands for itself.
     """
 
     client: int
     examples: Examples
     rows: NDArray[np.int64]  # (num_examples,)
+    persons: NDArray[np.int64] | None = None  # (num_examples,)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def units(self) -> int:
+        """How many are protected here, which is public: persons, or examples."""
+        return len(self.rows) if self.persons is None else len(np.unique(self.persons))
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,7 @@ class Dataset:
     holdings: Stored | Drawn
     cut: int = 0  # test rows that lost something that is judged to `data.max_length`
     names: tuple[str, ...] = ()  # of clients, by their natural column; none elsewhere
+    persons: people.Persons | None = None  # of the training rows, where they are protected
 
     @classmethod
     def open(cls, folder: Path, partition_folder: Path) -> Self:
@@ -163,6 +168,7 @@ class Dataset:
             names=tuple(json.loads((partition_folder / _NAMES).read_text(encoding="utf-8")))
             if (partition_folder / _NAMES).exists()
             else (),
+            persons=people.Persons.open(partition_folder),
         )
 
     @property
@@ -188,13 +194,24 @@ class Dataset:
         """How many clients train on each number of examples, from the fewest."""
         return self.holdings.sizes()
 
+    def units(self, client: int) -> int:
+        """Of how many a client samples, each of which epsilon is for: its persons, or else its examples."""
+        return self.num_examples(client) if self.persons is None else int(self.persons.counts[client])
+
+    def unit_sizes(self) -> dict[int, int]:
+        """How many clients train on each number of persons, or else of examples, from the fewest."""
+        return self.sizes() if self.persons is None else self.persons.sizes()
+
     def partition(self, client: int) -> Partition:
         """One client's examples to train on."""
-        return Partition(client, self.train, self.holdings.of(client)[0])
+        return self._partition(client, self.holdings.of(client)[0])
 
     def held_out(self, client: int) -> Partition:
         """The examples that a client keeps to judge its own model by; none without `data.client_test_share`."""
-        return Partition(client, self.train, self.holdings.of(client)[1])
+        return self._partition(client, self.holdings.of(client)[1])
+
+    def _partition(self, client: int, rows: NDArray[np.int64]) -> Partition:
+        return Partition(client, self.train, rows, None if self.persons is None else self.persons.of_rows[rows])
 
     def histogram(self, client: int) -> NDArray[np.int64]:
         """How many examples of each label a client trains on, (labels,); of scores how many there are."""
@@ -231,19 +248,15 @@ def majority(targets: Targets | NDArray[np.int32]) -> float | None:
     return float(2 * counts.max() / (len(targets) + counts.sum()))
 
 
-def cache_folder() -> Path:
-    """Where tokenised data is kept: `$FEDLORA_CACHE`, else `$XDG_CACHE_HOME/fedlora`, else `~/.cache/fedlora`."""
-    if given := os.environ.get("FEDLORA_CACHE"):
-        return Path(given)
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given) / "fedlora"
-    try:
-        return Path.home() / ".cache" / "fedlora"
-    except RuntimeError as error:
-        raise UserError(f"there is no home folder to keep tokenised data in: {_ELSEWHERE}") from error
-
-
-def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode: Encode, encoding: str) -> Dataset:
+def prepare(
+    data: settings.Data,
+    task: str,
+    num_clients: int,
+    seed: int,
+    encode: Encode,
+    encoding: str,
+    person: str | None = None,
+) -> Dataset:
     """Read, tokenise and partition, or find it all done by an earlier run.
 
     Args:
@@ -253,11 +266,12 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
         seed: of the partition, where `data.partition` has none. The test set does not depend on it.
         encode: turns rows of text into tokens.
         encoding: a fingerprint of `encode`; another tokenizer gives another cache entry.
+        person: the column of the persons who are protected; of names only who is who is kept, as numbers.
 
     Raises:
         SettingError: a source, column, label or partition is not as the settings say.
     """
-    train, test = read(data, task)
+    train, test = read(data, task, person)
     names = label_names(data, train, task)
     check_labels("data", test, names, "the test set has labels that the training set has not")
     test, validation = set_aside(data, task, test)
@@ -268,6 +282,7 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
     folder = _tokenised(data, task, train, test, validation, names, encode, encoding)
     how = f"{data.partition.model_dump_json(exclude={'seed'})} {data.client_test_share}"
     owners = _fingerprint(*train.owners) if train.owners else ""
+    of_rows = None if train.persons is None else people.numbered(train.persons)
 
     def write(to: Path) -> None:
         targets = _examples(folder, "train").targets
@@ -275,12 +290,12 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
             drawn = draw(data.partition, len(targets), data.client_test_share, num_clients, seed)
             (to / _DRAWN).write_text(json.dumps(asdict(drawn)))
             return
-        parts = split(data.partition, classes(targets), train.owners, num_clients, seed)
-        _write_partitions(to, data.client_test_share, parts, seed)
+        parts = people.split(data.partition, classes(targets), train.owners, of_rows, num_clients, seed)
+        _write_partitions(to, data.client_test_share, parts, seed, of_rows)
         if train.owners is not None:
             (to / _NAMES).write_text(json.dumps([train.owners[part[0]] for part in parts]), encoding="utf-8")
 
-    key = _fingerprint(_FORMAT, _NAMES if owners else "", how, owners, str(num_clients), str(seed))
+    key = _fingerprint(_FORMAT, _NAMES if owners else "", how, owners, str(num_clients), str(seed), *_who(of_rows))
     return Dataset.open(folder, cached(folder.with_name(f"{folder.name}-{key}"), write))
 
 
@@ -320,12 +335,14 @@ def hold(
         check_labels("data", rows, labels, f"there are labels beside the run's own {list(labels)}")
     folder = _tokenised(data, task, train, test, validation, labels, encode, encoding)
     parts = [np.arange(len(train.texts) if c == client else 0) for c in range(num_clients)]
+    of_rows = None if train.persons is None else people.numbered(train.persons)
 
     def write(to: Path) -> None:
-        _write_partitions(to, data.client_test_share, parts, seed)
+        _write_partitions(to, data.client_test_share, parts, seed, of_rows)
 
     told = seed.hex() if isinstance(seed, bytes) else str(seed)
-    key = _fingerprint(_FORMAT, "held", str(data.client_test_share), str(client), str(num_clients), told)
+    more = _who(of_rows)
+    key = _fingerprint(_FORMAT, "held", str(data.client_test_share), str(client), str(num_clients), told, *more)
     return Dataset.open(folder, cached(folder.with_name(f"{folder.name}-{key}"), write))
 
 
@@ -368,9 +385,22 @@ def _write(folder: Path, parts: Mapping[str, Rows], names: Sequence[str], encode
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _write_partitions(folder: Path, held_share: float | None, parts: list[NDArray[np.int64]], seed: Root) -> None:
-    """The rows of each client to train on, and those that it holds out."""
-    trained, held = keep_back(held_share, parts, seed)
+def _who(persons: NDArray[np.int64] | None) -> list[bytes]:
+    """What of persons a fingerprint is made of: which rows are of one."""
+    return [] if persons is None else [persons.tobytes()]
+
+
+def _write_partitions(
+    folder: Path,
+    held_share: float | None,
+    parts: list[NDArray[np.int64]],
+    seed: Root,
+    persons: NDArray[np.int64] | None,
+) -> None:
+    """The rows of each client to train on, and those that it holds out; and which person each row is of."""
+    trained, held = people.keep_back(held_share, parts, persons, seed)
+    if persons is not None:
+        people.write(folder, persons, trained)
     for name, pieces in (("", trained), ("held_", held)):
         ends = np.cumsum([len(piece) for piece in pieces])
         np.save(folder / f"{name}rows.npy", np.concatenate(pieces).astype(np.int64))
@@ -403,30 +433,3 @@ def _fingerprint(*parts: Input) -> str:
         encoded = as_bytes(part)
         digest.update(len(encoded).to_bytes(8, "big") + encoded)
     return digest.hexdigest()[:16]
-
-
-def cached(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, made once: it appears whole or not at all, also when two runs make it at once.
-
-    Args:
-        folder: to make.
-        make: writes into a folder that takes its place.
-    """
-    if folder.exists():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
-    except OSError as error:
-        what = f"{folder.parent}: tokenised data cannot be kept there: {error.strerror or error}"
-        raise UserError(f"{what}: {_ELSEWHERE}") from error
-    try:
-        make(temporary)
-        temporary.chmod(0o700)
-        temporary.replace(folder)
-    except OSError:
-        if not folder.exists():  # else another run was first, with the same content
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder

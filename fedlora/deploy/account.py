@@ -1,4 +1,4 @@
-"""A site's own account: what its examples have lost in all runs together, and the most that they may lose."""
+"""A site's own account: what its examples, or persons, have lost in all runs together, and the most they may."""
 
 import logging
 from pathlib import Path
@@ -8,7 +8,7 @@ from fedlora.deploy.serving import Serving
 from fedlora.deploy.site import Budget
 from fedlora.errors import Refusal, UserError
 from fedlora.privacy.accounting import Event, adds, alike, epsilon
-from fedlora.privacy.ledger import Ledger, Own
+from fedlora.privacy.ledger import Ledger, Own, read
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,13 @@ class Account:
             UserError: the ledger is damaged.
         """
         folder.mkdir(exist_ok=True)
-        self.terms, self.ledger = terms, Ledger(folder)
+        self.terms, self.ledger, file = terms, Ledger(folder), folder / "privacy.jsonl"
+        unit = "example" if terms.person is None else "person"
+        if file.exists() and any(line["unit"] != unit for line in read(file, torn=True)):
+            raise UserError(
+                f"{file}: is not the account of each {unit}: what one says of the other is no bound; leave "
+                "privacy.person as it was, or name another state folder for rows that no run has seen"
+            )
 
     @property
     def epsilon(self) -> float:
@@ -49,7 +55,7 @@ class Account:
             raise Refusal("another round would pass the epsilon that the site allows over all runs")
         mine: dict[str, Any] = {
             "delta": cap.delta,
-            "unit": "example",
+            "unit": "example" if cap.person is None else "person",
             "accountant": cap.accountant,
             "run": run,
         }
@@ -74,11 +80,10 @@ def pay(run: Serving, account: Account | None, round: int, client: int, event: E
     paid = epsilon([*before, event], asked.delta, asked.accountant)
     if asked.epsilon is not None and paid > asked.epsilon * (1 + 1e-9):
         raise Refusal(f"another round would make epsilon {paid:.3f}, and {asked.epsilon:g} was promised")
-    terms: dict[str, Any] = {"delta": asked.delta, "unit": "example", "accountant": asked.accountant}
     try:
         if account is not None:
             account.spend(run.key, round, client, event if event.bands == 1 else adds(before, event))
-        run.ledger.spend(round, {client: event}, **terms)
+        run.ledger.spend(round, {client: event}, **asked.terms)
     except (OSError, UserError) as error:
         logger.error("%s", error, extra={"client": client, "round": round, "run": run.key})
         raise Refusal("its ledger cannot be written: its log says why") from error

@@ -18,7 +18,7 @@ from fedlora import plugins
 from fedlora.data import names, notes, overview, reading
 from fedlora.data.cells import Taught
 from fedlora.deploy import site as sites
-from fedlora.deploy.site import FLOOR, Held, Site
+from fedlora.deploy.site import FLOOR, Site
 from fedlora.errors import SettingError, UserError, counted, cut
 from fedlora.privacy import accounting, ledger
 from fedlora.privacy.ledger import Own
@@ -64,6 +64,7 @@ class Understood:
         empty: numbers of rows without a word, from 1.
         lengths: of the rows, in words; None of images.
         repeated: rows whose text stood before.
+        persons: whom the rows are of; None where each row stands for itself.
     """
 
     task: str
@@ -74,6 +75,7 @@ class Understood:
     empty: Sequence[int]
     lengths: overview.Lengths | None
     repeated: int
+    persons: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,8 @@ class SiteChecked:
 
     def _rows(self, told: Understood) -> Iterator[list[str]]:
         yield ["rows", f"{told.rows:,} to train on, read for task: {told.task}"]
+        if told.persons is not None:
+            yield ["persons", f"{told.persons:,}, each protected with all rows (privacy.person)"]
         if told.left_out:
             out = f"{counted(len(told.left_out), 'row')} with a label that is not in data.labels"
             yield ["left out", f"{out}: {_numbered(told.left_out)}"]
@@ -259,7 +263,8 @@ def _asked(site: Site) -> Iterator[str]:
     if site.privacy is None:
         yield "may train without privacy: there is no budget (privacy)"
     else:
-        yield "must protect examples by differential privacy, within the budget (privacy)"
+        whom = "examples" if site.privacy.person is None else "persons"
+        yield f"must protect {whom} by differential privacy, within the budget (privacy)"
     if site.data.score is not None:
         yield f"may learn scores of the scale {site.data.score.low:g} to {site.data.score.high:g}"
     elif task.labelled and site.data.labels:
@@ -289,7 +294,7 @@ def _understood(site: Site) -> Understood:
     """
     name, held = task_of(site), site.data
     task = plugins.find("tasks", name)
-    rows = reading.read_whole_site(held, _taught(name, task.target, held))
+    rows = reading.read_whole_site(held, _taught(name, task.target, site))
     if not rows.texts:
         raise SettingError("data.files.train", f"{held.train}: holds no rows")
     labels = held.labels if held.labels and task.labelled and task.target != "score" else None
@@ -303,6 +308,7 @@ def _understood(site: Site) -> Understood:
     gone = set(out)
     kept = [i for i in range(len(rows.texts)) if i not in gone]
     mine = reading.Rows([rows.texts[i] for i in kept], rows.labels and [rows.labels[i] for i in kept])
+    persons = None if rows.persons is None else len({rows.persons[i] for i in kept})
     near = {names.bare(label) for label in labels or ()}
     strange = [rows.labels[i] for i in out] if rows.labels is not None else []
     nearly = sum(all(names.bare(str(part)) in near for part in _parts(one)) for one in strange)
@@ -315,6 +321,7 @@ def _understood(site: Site) -> Understood:
         empty=[i + 1 for i in kept if not notes.length(rows.texts[i])],
         lengths=overview.lengths_of(None, mine),
         repeated=notes.repeated(mine),
+        persons=persons,
     )
 
 
@@ -322,9 +329,10 @@ def _parts(label: Any) -> Sequence[Any]:
     return (label,) if isinstance(label, str) else label
 
 
-def _taught(name: str, target: str, held: Held) -> Taught:
+def _taught(name: str, target: str, site: Site) -> Taught:
+    held, person = site.data, None if site.privacy is None else site.privacy.person
     told = (target, held.score, None, COLUMNS_OF.get(name, {}))
-    return Taught(*told, held.messages, "all", held.prompt, held.encoding)
+    return Taught(*told, held.messages, "all", held.prompt, held.encoding, person)
 
 
 def _spent(site: Site) -> Spent | None:

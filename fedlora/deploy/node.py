@@ -177,7 +177,7 @@ class Node:
                     f"the same weights of {scenario.model.base} and the same torch on both sides"
                 )
         self.state.keep(words)
-        held = run.worker.dataset.num_examples(client)  # its event tells it too: q = batch_size / n
+        held = run.worker.dataset.units(client)  # its event tells it too: q = batch_size / n
         event = run.event(Instruction(round=1, adapter={}, train=(), send=()), client)
         return wire.pack_words(
             {
@@ -250,7 +250,9 @@ class Node:
                 setup = replace(setup, secret=ready.client.private, kept=None)
             else:
                 told = self.site.data.labels
-                taught, held = Taught.of(scenario.data, scenario.task), self.site.data
+                if self.site.privacy is not None:
+                    scenario = self.site.privacy.held_to(scenario)
+                taught, held = Taught.of(scenario.data, scenario.task, scenario.person), self.site.data
                 taught = replace(taught, messages=held.messages, prompt=held.prompt, encoding=held.encoding)
                 rows, left_out = reading.read_site(held, told, taught)
                 if left_out:
@@ -261,16 +263,17 @@ class Node:
             worker = Worker(replace(setup, personal=folder / "personal"))
         except SettingError as error:
             where = scenario.located(error)
-            if self.site is not None and error.key.partition(".")[0] == "data":
+            if self.site is not None and error.key.startswith(("data", "privacy.person")):
                 where = sites.located(self.file, error)
             logger.error("%s", where, extra={"client": client, "run": key})
             raise Refusal(
                 f"its data or machine do not fit the scenario ({error.key}): its log says why"
             ) from error
         judges = self.site is not None and scenario.data.client_test_share is not None
-        if judges and len(worker.dataset.held_out(client)) < FLOOR:
+        if judges and worker.dataset.held_out(client).units < FLOOR:
+            what = "rows" if scenario.person is None else "persons"
             raise Refusal(
-                f"it judges by {FLOOR} rows of its own at least, and data.client_test_share leaves fewer"
+                f"it judges by {FLOOR} {what} of its own at least, and data.client_test_share leaves fewer"
             )
         worker.pay = lambda round, client, event: self._pay(key, round, client, event)
         merges = Merges(folder / "merges", worker.task.weights)

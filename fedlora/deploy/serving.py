@@ -34,7 +34,7 @@ class Serving:
 
     def event(self, instruction: Instruction, client: int) -> Event | None:
         """What an instruction costs the client's examples; None without privacy."""
-        held = self.worker.dataset.num_examples(client)
+        held = self.worker.dataset.units(client)
         return self.worker.client.spends(held, self.worker.settings(instruction, held))
 
     def spent(self, client: int) -> tuple[Event, ...]:

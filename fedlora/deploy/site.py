@@ -56,17 +56,36 @@ class Held(Files):
 
 
 class Budget(Section):
-    """The privacy budget of the site's examples, over all runs together.
+    """The privacy budget of the site's examples, or of its persons, over all runs together.
 
     Attributes:
-        max_epsilon: Most epsilon that the site's examples may spend in all runs together. Example: `8`.
+        max_epsilon: Most epsilon that the site's examples may spend in all runs together, or with `person` its
+            persons. Example: `8`.
         delta: Probability with which epsilon may not hold. Keep it below 1 / examples. Example: `1.0e-5`.
         accountant: How events become epsilon. All three are upper bounds; pld is the tightest.
+        person: Column of the site's own file that says which person a row is of; the site then answers only runs
+            that protect persons. null: each row stands for itself, and it answers none of these. Example:
+            `patient_id`.
+        rows_per_person: Most rows of a person that a step takes, whatever a run asks, with `person`. null: as the
+            run says. Example: `4`.
     """
 
     max_epsilon: PositiveFloat
     delta: Annotated[Float, Field(gt=0, lt=1)]
     accountant: Accountant = "pld"
+    person: Annotated[str, Field(min_length=1)] | None = None
+    rows_per_person: PositiveInt | None = None
+
+    def held_to(self, scenario: Scenario) -> Scenario:
+        """A scenario that protects persons, by the column that the site names, and by no more rows of each."""
+        asked = scenario.example_privacy
+        if asked is None or asked.person is None:
+            return scenario
+        most = [k for k in (asked.rows_per_person, self.rows_per_person) if k is not None]
+        told = {"person": self.person, "rows_per_person": min(most, default=None)}
+        made: dict[str, Any] = scenario.model_dump()
+        (made["privacy"] if asked is scenario.privacy else made["privacy"]["example"]).update(told)
+        return Scenario.model_validate(made)
 
     @model_validator(mode="after")
     def _resolved(self) -> Self:
@@ -181,6 +200,11 @@ class Site(Section):
             return f"it is client {self.client}, and the scenario has clients 0 to {scenario.clients.total - 1}"
         if self.privacy is not None and scenario.example_privacy is None:
             return "it trains under differential privacy for its examples only, and the scenario asks for none"
+        named = self.privacy is not None and self.privacy.person is not None
+        if named and scenario.person is None:
+            return "it protects persons, and the scenario asks for less: set privacy.person in it"
+        if scenario.person is not None and not named:
+            return "its site file names no column of persons (privacy.person), and the scenario protects persons"
         for key, asked in (
             ("privacy.share_metrics", scenario.privacy is not None and scenario.privacy.share_metrics),
             ("data.client_test_share", scenario.data.client_test_share is not None),

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,9 @@ state: {state}
 accept: {{bases: [{base}], own_code: false}}
 """
 _BUDGET = """\
-# The most that its examples may lose in all runs together: {runs} rehearsals of epsilon {one:g}, counted whole.
+# The most that its {whom} may lose in all runs together: {runs} rehearsals of epsilon {one:g}, counted whole.
 # For real rows write what they may lose, such as {one:g} for one run.
-privacy: {{max_epsilon: {most:g}, delta: {delta:g}}}
+privacy: {{max_epsilon: {most:g}, delta: {delta:g}{more}}}
 """
 _RUNS = 10  # rehearsals that a budget is for
 _ANY = 10.0  # epsilon of a rehearsal where the scenario names none, but its noise
@@ -48,7 +49,7 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
     """
     try:
         held = prepare.prepare(scenario).data
-        train, test = read(scenario.data, scenario.task)
+        train, test = read(scenario.data, scenario.task, scenario.person)
         target = find(scenario.task).target
         several = target == "many"
         separator = _separator(scenario.data, held.labels) if several else ""
@@ -58,7 +59,9 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
         raise scenario.located(error) from error
     made = []
     with whole_folder(folder) as new:
-        _write(new / "test.csv", test, np.arange(len(test.texts)), scenario.data, separator)
+        _write(new / "test.csv", replace(test, persons=None), np.arange(len(test.texts)), scenario.data, separator)
+        if held.persons is not None:  # by number: no name leaves
+            train = replace(train, persons=[str(n) for n in held.persons.of_rows])
         for client in range(scenario.clients.total):
             rows = np.sort(np.concatenate([held.partition(client).rows, held.held_out(client).rows]))
             (new / f"site-{client}").mkdir()
@@ -76,8 +79,11 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
             told["base"] = json.dumps(scenario.model.base)
             text = _SITE.format(client=client, **told)
             if (asked := scenario.example_privacy) is not None:
-                one = asked.epsilon or _ANY
-                text += _BUDGET.format(runs=_RUNS, one=one, most=_RUNS * one, delta=asked.delta)
+                one, more = asked.epsilon or _ANY, "" if asked.person is None else ", person: person"
+                whom = f"{asked.protects}s"
+                text += _BUDGET.format(
+                    runs=_RUNS, one=one, most=_RUNS * one, delta=asked.delta, whom=whom, more=more
+                )
             (new / f"site-{client}" / "site.yaml").write_text(text)
             made.append(folder / f"site-{client}" / "site.yaml")
     return made
@@ -98,9 +104,11 @@ def _write(file: Path, rows: Rows, chosen: "np.typing.NDArray[np.int64]", data: 
     labels = rows.labels
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["text", *_columns(rows, data)])
+        people = rows.persons
+        writer.writerow(["text", *_columns(rows, data), *(() if people is None else ("person",))])
         for row in chosen:
-            writer.writerow([rows.texts[row], *(() if labels is None else _cells(labels[row], data, separator))])
+            cells = [] if labels is None else _cells(labels[row], data, separator)
+            writer.writerow([rows.texts[row], *cells, *(() if people is None else (people[row],))])
 
 
 def _columns(rows: Rows, data: Data) -> list[str]:

@@ -69,5 +69,7 @@ class Digests:
             parts: list[Any] = [tokens, types, examples.lengths(rows), examples.targets[rows], rows, kept]
             if examples.marks is not None:
                 parts.append(np.concatenate([examples.marks_of(int(row)) for row in rows]))
+            if partition.persons is not None:
+                parts.append(partition.persons)
             self._seen[partition.client] = replay.digest(self.scenario.seed, *parts)
         return self._seen[partition.client]

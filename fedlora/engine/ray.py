@@ -200,7 +200,7 @@ class RayEngine(Engine):
                     bytes_up=0,
                     bytes_down=0,
                     seconds=0.0,
-                    event=client.spends(n := data.num_examples(c), settings(instruction, n, c)),
+                    event=client.spends(n := data.units(c), settings(instruction, n, c)),
                     error=why,
                 )
                 for c in cohort

@@ -24,7 +24,7 @@ def measure(worker: "Worker") -> hardware.Measured:
 def rehearse(worker: "Worker") -> None:
     """A step on the longest examples, as many at once as there may be, and an evaluation of such."""
     told, ranks = worker.scenario.clients, worker.scenario.clients.possible_ranks(worker.scenario.model.adapter.r)
-    most = told.batch(max(worker.dataset.sizes()))
+    most = told.batch(max(worker.dataset.unit_sizes()))
     at_once = (3 * told.micro_batch_size - 1) // 2  # `Task.micro_batches` gives less than half as many again
     if not worker.client.private:
         at_once = min(at_once, most)

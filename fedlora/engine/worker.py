@@ -299,7 +299,7 @@ class Worker:
                 scaling=kind.scaling(rank),
             )
         plain = type(strategy).reply is strategies.Strategy.reply
-        settings = self.settings(instruction, len(partition), client)
+        settings = self.settings(instruction, partition.units, client)
         averages = self.scenario.clients.averages_state and len(instruction.moments) > 0
         if self.optimizers is not None:
             settings = replace(settings, state=self.optimizers.load(client, before=round))
@@ -353,7 +353,7 @@ class Worker:
         client, received = partition.client, self._received(instruction, partition.client, instruction.round)
         self.task.become(rank, instruction.draw)
         self._agree(instruction)
-        event = clients.spends(self.client, len(partition), settings)
+        event = clients.spends(self.client, partition.units, settings)
         if event is not None and self.setup.secret:  # the tensors are somebody else's
             if unfit := alone.mingle(self.task, received):
                 raise Refusal(f"with the tensors that came, examples would not be bounded one by one: {unfit}")

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.data.store import Dataset, Examples, cached
+from fedlora.data.cache import cached
+from fedlora.data.store import Dataset, Examples
 from fedlora.privacy import replay
 
 if TYPE_CHECKING:
@@ -200,7 +201,8 @@ class Kept:
 def pays(scenario: "Scenario", dataset: Dataset) -> bool:
     """Whether a run passes over its examples often enough: half of them at least, in the mean."""
     told = scenario.clients
-    step = sum(count * told.batch(size) for size, count in dataset.sizes().items() if size)  # of all who are here
+    sizes = dataset.unit_sizes()  # of all who are here
+    step = sum(count * told.batch(size) for size, count in sizes.items() if size)
     passes = scenario.rounds * told.local_steps * told.cohort_size / told.total * step
     return 2 * passes >= len(dataset.train)
 

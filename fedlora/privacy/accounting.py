@@ -9,7 +9,8 @@ Neighbouring datasets are those of zero-out (Kairouz et al., 2021, https://arxiv
 Definition 1.1): they have equally many examples, and in one of them one example is replaced by a blank that
 counts for nothing: in no sum of gradients, and where a bound adapts in no count. So how many examples a client
 holds is public: it sets the sample rate. Taking the example out would change the sum of a step alike. So the
-accountants of adding or removing one give the same epsilon.
+accountants of adding or removing one give the same epsilon. Where persons are protected
+(`fedlora.privacy.mechanisms.persons`) they have the place of examples in all of this.
 
 Each accountant gives an upper bound that holds, so the least of them may be stated: `pld`, privacy loss
 distributions of Google's dp-accounting, is never looser than the others by more than its grid; `prv`, the
@@ -374,6 +375,8 @@ def beside(events: Iterable[Event], delta: float, accountant: Accountant, known:
 _NEIGHBOURS = {
     "example": "neighbouring datasets differ in one example, which counts for nothing in one of them (zero-out: "
     "how many examples a client holds is public)",
+    "person": "neighbouring datasets differ in all rows of one person, who counts for nothing in one of them "
+    "(zero-out: how many persons a client holds is public)",
     "client": "neighbouring datasets differ in one client, whose change counts for nothing in one of them "
     "(zero-out: how many clients there are is public)",
     FROM_SERVER: "from the server, which follows the protocol and sees each round's sum and who is in it; "
@@ -383,8 +386,10 @@ _NEIGHBOURS = {
 }
 
 
-def protected(unit: str) -> str:
-    """What it is that a unit protects: an `example` or a `client`."""
+def protected(unit: str, person: str | None = None) -> str:
+    """What it is that a unit protects: an example, a person, by the column that tells them, or a client."""
+    if unit == "person" and person:
+        return f"person (all rows with the same {person})"
     return "client" if unit in (FROM_SERVER, FROM_CLIENTS) else unit
 
 
@@ -418,12 +423,12 @@ def terms(unit: str, accountant: Accountant, honest: float = 1.0, bands: Iterabl
     """Under which neighbouring relation, by which accountant and sampling an epsilon holds.
 
     Args:
-        unit: `example`, `client`, `FROM_SERVER` or `FROM_CLIENTS`.
+        unit: `example`, `person`, `client`, `FROM_SERVER` or `FROM_CLIENTS`.
         accountant: that gave it.
         honest: share of the clients in a sum whose noise the server does not learn; for `FROM_SERVER`.
         bands: of the noise of all clients.
     """
-    largest = "the largest over clients, " if unit in ("example", FROM_SERVER) else ""
+    largest = "the largest over clients, " if unit in ("example", "person", FROM_SERVER) else ""
     return f"{neighbours(unit)}; {largest}by {_WORDS[accountant]}, assuming {assumed(unit, honest, bands)}"
 
 
@@ -434,9 +439,10 @@ def statement(
     accountant: Accountant,
     honest: float = 1.0,
     bands: Iterable[int | str] = (),
+    person: str | None = None,
 ) -> str:
-    """What an epsilon means, in one sentence; the arguments as in `terms`."""
+    """What an epsilon means, in one sentence; the arguments as in `terms` and `protected`."""
     said = terms(unit, accountant, honest, bands)
     if not math.isfinite(epsilon):
-        return f"no epsilon bounds what is lost at delta {delta:g}, for each {protected(unit)}, {said}"
-    return f"({epsilon:.3g}, {delta:g})-differential privacy for each {protected(unit)}, {said}"
+        return f"no epsilon bounds what is lost at delta {delta:g}, for each {protected(unit, person)}, {said}"
+    return f"({epsilon:.3g}, {delta:g})-differential privacy for each {protected(unit, person)}, {said}"

@@ -50,7 +50,7 @@ class Budget:
         fits: dict[Any, bool] = {}  # clients that hold equally much and spent the same fare alike
 
         def may(client: int) -> bool:
-            if not (held := self.data.num_examples(client)):  # a site, which counts for itself
+            if not (held := self.data.units(client)):  # a site, which counts for itself
                 return True
             key = (held, self.ledger.events.get(client), frozenset(paid.get(client, ())))
             if key not in fits:
@@ -72,7 +72,7 @@ class Budget:
 
     def event(self, instruction: Instruction, client: int) -> Event | None:
         """What a client spends in a round; None where it protects nothing by itself."""
-        held = self.data.num_examples(client)
+        held = self.data.units(client)
         return spent_by(self.client, held, self.settings(instruction, held, client))
 
     def again(self, instruction: Instruction, cohort: Iterable[int]) -> Instruction:
@@ -175,22 +175,18 @@ class Budget:
         self, instruction: Instruction, replies: Replies, draw: int
     ) -> Iterator[tuple[Line, Mapping[Holder, Event]]]:
         """What a round costs whom, and on which terms, for each guarantee."""
-
-        def terms(privacy: Privacy) -> Line:
-            return {"delta": privacy.delta, "unit": privacy.unit, "accountant": privacy.accountant}
-
         if (example := self.scenario.example_privacy) is not None:
             owed = {report.client: self._owed(report) for report in replies.reports}
             for turn in range(max(map(len, owed.values()), default=0)):
-                yield terms(example), {c: events[turn] for c, events in owed.items() if len(events) > turn}
+                yield example.terms, {c: events[turn] for c, events in owed.items() if len(events) > turn}
         if self.central is None or (whole := self.scenario.client_privacy) is None:
             return
         bound = instruction.config[CLIP_NORM]
-        yield terms(whole), {None: self.central.event(bound, draw)}
+        yield whole.terms, {None: self.central.event(bound, draw)}
         asked = self.scenario.secure_aggregation
         if asked is not None and asked.noise == "shared":
             longer = grid.rounding(sum(instruction.adapter[n].size for n in instruction.send), asked.range)
             for update in replies.updates:
                 seen = self.central.seen(bound, asked.honest * replies.carried, longer)
                 shared = {"unit": FROM_SERVER, "honest": asked.honest}
-                yield terms(whole) | shared, {Whole(client): seen for client in update.clients}
+                yield whole.terms | shared, {Whole(client): seen for client in update.clients}

@@ -29,11 +29,11 @@ from fedlora.returned import finite
 MECHANISM = "poisson_subsampled_gaussian"
 BANDED = "cyclic_poisson_banded_gaussian"  # another word: who knows no bands refuses the line
 MAX_DRAWS = 10_000  # of a round: more is no interruption
-NEIGHBOURS = "zero_out"  # how the datasets of the units example and client differ: `privacy.neighbours` says it
+NEIGHBOURS = "zero_out"  # how the datasets of all units but the next differ: `privacy.neighbours` says it
 EARLIER = "add_or_remove_one"  # what 0.1.0 called it; the events and their epsilon are the same
 SILENT = "one_sends_nothing"  # how the runs of unit client_from_server differ
 _TWICE = "one draw of the noise would hide two sums, and no epsilon covers that: start again in another folder"
-UNITS = ("example", "client", FROM_SERVER)
+UNITS = ("example", "person", "client", FROM_SERVER)
 
 
 class Whole(NamedTuple):
@@ -53,13 +53,14 @@ Events = tuple[Event, ...]  # of one holder, as `privacy.added` puts them togeth
 
 
 def unit(holder: Holder) -> str:
-    """What the budget of a holder protects."""
+    """What the budget of a holder protects; `example` also where these are persons."""
     return FROM_SERVER if isinstance(holder, Whole) else "client" if holder is None else "example"
 
 
 def bands_of(events: Mapping[Holder, Iterable[Event]], protected: str) -> set[int]:
     """The bands of the noise that hides those of a unit."""
-    return {event.bands for holder, spent in events.items() if unit(holder) == protected for event in spent}
+    own = "example" if protected == "person" else protected
+    return {event.bands for holder, spent in events.items() if unit(holder) == own for event in spent}
 
 
 def neighbours(unit: str) -> str:
@@ -92,9 +93,8 @@ class Ledger:
         self.folder = folder
         self.events: dict[Holder, Events] = {}
         self._unseen: dict[tuple[int, int], dict[Holder, set[Paid]]] = {}
-        self._drawn: dict[int, dict[Holder, dict[int, tuple[str, int]]]] = {}  # by round: of each draw the digest,
-        # and the steps on its terms that were paid for before
-        self._lines, self._chain, self._size = 0, "", 0
+        # By round, of each draw its digest, and the steps on its terms that were paid before.
+        self._drawn: dict[int, dict[Holder, dict[int, tuple[str, int]]]] = {}
         file = folder / "privacy.jsonl"
         self._lock = lock.hold(file) if file.exists() else None
         self._head = _read_head(file)  # as this ledger left it
@@ -113,8 +113,7 @@ class Ledger:
                 self._note_draw(line["round"], holder, event, digest, draw)
             self._note(holder, event)
         self._lines, self._chain = len(lines), lines[-1]["chain"] if lines else ""
-        if file.exists():
-            self._size = file.read_bytes().rfind(b"\n") + 1
+        self._size = file.read_bytes().rfind(b"\n") + 1 if file.exists() else 0
 
     def spend(
         self,
@@ -215,7 +214,7 @@ class Ledger:
 
     @property
     def position(self) -> tuple[int, str]:
-        """How many lines there are, and the chain of the last; what a checkpoint remembers."""
+        """How many lines there are, and the chain of the last."""
         return self._lines, self._chain
 
     def forget_after(self, round: int, judged: int | None = None) -> None:
@@ -405,7 +404,7 @@ def epsilon_of(file: Path, unit: str = "example", accountant: Accountant | None 
 
     Args:
         file: the ledger.
-        unit: what is protected, `example` or `client`.
+        unit: what is protected, `example`, `person` or `client`.
         accountant: by default the one that the ledger names.
 
     Raises:
@@ -439,7 +438,8 @@ def statements(run: Path) -> list[str]:
         for accountant in get_args(Accountant):
             spent = epsilon_of(file, unit, accountant)
             bands = bands_of(replay(file), unit)
-            said = statement(spent, line["delta"], unit, accountant, line.get("honest", 1.0), bands)
+            told = (line.get("honest", 1.0), bands, line.get("person"))
+            said = statement(spent, line["delta"], unit, accountant, *told)
             lines.append(f"  {accountant}  {said}")
     return lines
 

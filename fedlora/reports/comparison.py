@@ -108,10 +108,12 @@ class Comparison:
             if other:
                 self.notes.append(f"{run.folder.name}: measured on other data or by another metric; not compared.")
             (others if other or not run.ended else kept).append(run)
-        if len({(run.scenario.get("privacy") or {}).get("unit") for run in unique} - {None}) > 1:
-            self.notes.append(
-                "epsilon is for each client in some runs and for each example in others: do not compare the two."
+        if len(units := sorted({run.protects for run in unique if run.protects is not None})) > 1:
+            said = " and ".join(
+                f"for each {one} in {'others' if i else 'some runs'}" for i, one in enumerate(units)
             )
+            these = "the two" if len(units) == 2 else "them"
+            self.notes.append(f"epsilon is {said}: do not compare {these}.")
         labels = labels_of(unique)
         self.groups, self.apart = self._grouped(kept, labels), self._grouped(others, labels)
         if names is not None:

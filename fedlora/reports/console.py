@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from fedlora.errors import counted
-from fedlora.privacy.accounting import named, neighbours
+from fedlora.privacy.accounting import named, neighbours, protected
 from fedlora.record import Record
 from fedlora.reports.meaning import promise_of
 from fedlora.reports.tables import Table
@@ -139,7 +139,8 @@ class Live:
         )
         if asked := scenario.privacy:
             most = "" if asked.unit == "client" else ", of the client that spent most"
-            self._print(f"[dim]epsilon: spent so far at delta {asked.delta:g} for each {asked.unit}{most}[/]")
+            whom = protected(asked.protects, asked.person)
+            self._print(f"[dim]epsilon: spent so far at delta {asked.delta:g} for each {whom}{most}[/]")
         names = ("round", "clients", metric, "loss", "up", "down", "epsilon", "seconds", "left")
         self._print(f"[dim]{self._row(names)}[/]")
         if self._bar is not None:
@@ -225,13 +226,14 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     if plan["virtual_seconds"] is not None:
         late = counted(sum(line["late"] for line in rounds), "client")
         lines.append(f"  devices   {plan['virtual_seconds'] / 3600:.2f} virtual hours; {late} late or gone")
+    what = "person" if "num_persons" in plan["groups"][0] else "example"
     if private:
         lines.append(
-            f"  privacy   epsilon {plan['epsilon']:.3f} at delta {plan['delta']:g} for each {plan['unit']}; "
-            f"noise multiplier up to {plan['noise_multiplier']:g};"
+            f"  privacy   epsilon {plan['epsilon']:.3f} at delta {plan['delta']:g} for each "
+            f"{protected(plan['unit'], plan['person'])}; noise multiplier up to {plan['noise_multiplier']:g};"
         )
         if turns := named(g.get("bands", 1) for g in plan["groups"]):
-            lines.append(f"            {turns}, by the examples that a client holds")
+            lines.append(f"            {turns}, by the {what}s that a client holds")
         lines.append(f"            {neighbours(plan['unit'])}")
     if (told := plan["signal"]) is not None:
         step = "round" if told["batch_size"] is None else "step"
@@ -278,7 +280,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         groups = [plan["groups"][i] for i in _spread(len(plan["groups"]), 12)]
         rows = [
             [
-                f"{g['num_examples']:,}",
+                f"{g[f'num_{what}s']:,}",
                 str(g["clients"]),
                 f"{g['sample_rate']:.3%}",
                 f"{g['noise_multiplier']:g}",
@@ -288,8 +290,8 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
             for g in groups
         ]
         left_out = len(plan["groups"]) - len(groups)
-        lines += ["", f"clients by their examples{f' ({left_out} sizes left out)' if left_out else ''}"]
-        head = ("examples", "clients", "sample rate", "noise", "epsilon")
+        lines += ["", f"clients by their {what}s{f' ({left_out} sizes left out)' if left_out else ''}"]
+        head = (f"{what}s", "clients", "sample rate", "noise", "epsilon")
         more = ("bands", "in the weights, over DP-SGD's") if banded else ()
         lines += Table((*head, *more), rows, frozenset()).text()
     about = any(not a.get("exact", True) for a in plan["alternatives"])

@@ -114,7 +114,8 @@ def spoken(name: str) -> str:
 
 
 def _privacy(run: Record) -> Sequence[Figure]:
-    whole = (run.scenario.get("privacy") or {}).get("unit") == "client"
+    whole = run.protects == "client"
+    own = "person" if ((run.scenario.get("privacy") or {}).get("example") or {}).get("person") else "example"
     stated: list[Row] = []
     if whole or not run.clients:
         stated = [
@@ -133,7 +134,7 @@ def _privacy(run: Record) -> Sequence[Figure]:
         so_far |= now
         each += [{"client": c, "round": round, "epsilon": so_far[c]} for c in drawn if c in so_far]
         for name, value in (("largest", max(so_far.values())), ("median", statistics.median(so_far.values()))):
-            stated.append({"round": round, "of": f"each example, {name}" if whole else name, "epsilon": value})
+            stated.append({"round": round, "of": f"each {own}, {name}" if whole else name, "epsilon": value})
     if len({row["round"] for row in stated}) < 2:
         return []
     note = "Spent so far to protect each client, by the server's noise."

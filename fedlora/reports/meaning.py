@@ -15,17 +15,20 @@ class Promise(NamedTuple):
     Attributes:
         epsilon: the largest; None where nothing bounds it.
         delta: beside it.
-        unit: `example` or `client`.
+        unit: `example`, `person` or `client`.
+        person: the column that says who is who; None where no unit is a person.
     """
 
     epsilon: float | None
     delta: float
     unit: str
+    person: str | None = None
 
     @property
     def sentence(self) -> str:
         """What it bounds, in one sentence without its full stop."""
-        seen, what = ("what was sent", "row") if self.unit == "example" else ("the models", "client")
+        what = {"example": "row"}.get(self.unit, self.unit)
+        seen = "the models" if self.unit == "client" else "what was sent"
         if self.epsilon is None:
             return f"nothing bounds how surely {seen} can tell whether a given {what} was used"
         return f"{seen} can raise the odds that a {what} was used at most {factor(self.epsilon)}-fold, delta aside"
@@ -44,8 +47,10 @@ def promise_of(run: Record) -> Promise | None:
     asked = run.scenario.get("privacy")
     if not asked:
         return None
+    person = asked.get("person")
+    unit = "person" if person else str(asked.get("unit", "example"))
     spent = [line["epsilon"] for line in (run.summary, *run.rounds) if line.get("epsilon") is not None]
-    return Promise(max(spent, default=None), float(asked.get("delta") or 0), str(asked.get("unit", "example")))
+    return Promise(max(spent, default=None), float(asked.get("delta") or 0), unit, person)
 
 
 def explained(run: Record) -> Iterator[str]:
@@ -53,8 +58,14 @@ def explained(run: Record) -> Iterator[str]:
     told = promise_of(run)
     if told is None:
         return
-    epsilon, delta, unit = told
-    if unit == "example":
+    epsilon, delta, unit, person = told
+    if unit == "person":
+        yield (
+            f"The unit is one person: all rows of one client's training data with the same {person}. Rows of that "
+            "person at another client are not among them."
+        )
+        one, seen = "person", "everything that the clients sent, every model among it, and knows all other rows"
+    elif unit == "example":
         yield (
             "The unit is one example: one row of one client's training data. k rows of one person are covered "
             "together at k times epsilon, and at a delta that grows faster than k."
@@ -98,7 +109,8 @@ def not_covered(run: Record, shared: bool) -> Iterator[str]:
             "they are. Where rows are real people's, share the page that fedlora report --share writes."
         )
     if asked.get("unit") != "client":
-        yield "How many rows each client holds: by this definition that number is public."
+        whom = "persons" if asked.get("person") else "rows"
+        yield f"How many {whom} each client holds: by this definition that number is public."
     if "scenario's seed" in str(run.summary.get("privacy")):
         yield (
             "A reader who has the seed. This run was a simulation: its noise follows from the seed, and can be "

@@ -107,8 +107,7 @@ def _key_figures(run: Record) -> Iterator[tuple[str, str, str]]:
     spent = [line["epsilon"] for line in rounds if line.get("epsilon") is not None]
     asked = run.scenario.get("privacy") or {}
     if spent:
-        whole = asked.get("unit") == "client"
-        whose = "for each client" if whole else "for each example, the largest over clients"
+        whose = f"for each {run.protects}{', the largest over clients' * (run.protects != 'client')}"
         yield "Epsilon", f"{max(spent):.2f}", f"at delta {asked.get('delta', '?')}, {whose}"
         if (seen := summary.get("server_epsilon")) is not None:
             yield "Epsilon from the server", f"{seen:.2f}", "which sees each round's sum; the largest over clients"

@@ -48,9 +48,9 @@ def summary_of(
         "bytes_down_total": now.bytes_down,
         "epsilon": spent,
         "delta": asked.delta if asked else None,
-        "privacy_unit": asked.unit if asked else None,
+        "privacy_unit": asked.protects if asked else None,
         "accountant": asked.accountant if asked else None,
-        "neighbours": ledger.neighbours(asked.unit) if asked else None,
+        "neighbours": ledger.neighbours(asked.protects) if asked else None,
         "sampling": None if asked is None else "cyclic_poisson" if _bands(record, asked) else "poisson",
         "example_epsilon": spent_of(record, scenario.example_privacy),
         "server_epsilon": server_epsilon(scenario, record.events),
@@ -72,6 +72,8 @@ def summary_of(
     if ready.strategy.tested:  # each client's own model; the metric is their mean
         ends = (f"{found.metric}_least", f"{found.metric}_most")
         summary |= {key: now.last.get(key) for key in ends}
+    if scenario.person is not None:
+        summary["person"] = scenario.person
     if (start := starting.said(scenario)) is not None:
         summary["start"] = start
     if scenario.world is not None:
@@ -134,8 +136,8 @@ def privacy_in_words(ready: Prepared, record: Ledger) -> str:
     scenario, asked = ready.scenario, ready.scenario.privacy
     if asked is None:
         return "none: no gradient was clipped or noised"
-    told = (spent_of(record, asked) or 0.0, asked.delta, asked.unit, asked.accountant)
-    words = accounting.statement(*told, bands=_bands(record, asked))
+    told = (spent_of(record, asked) or 0.0, asked.delta, asked.protects, asked.accountant)
+    words = accounting.statement(*told, bands=_bands(record, asked), person=asked.person)
     if asked.unit == "client":
         seen = "the sum of the clipped updates" if scenario.secure_aggregation else "each clipped update"
         words += f", from anyone who sees the models but not from the server, which sees {seen}"
@@ -146,10 +148,10 @@ def privacy_in_words(ready: Prepared, record: Ledger) -> str:
     if asked.unit == "client" and scenario.secure_aggregation is not None:
         words += _among_clients(scenario, asked, record.events.get(None, ()))
     if asked.example is not None:
-        example = spent_of(record, asked.example) or 0.0
+        own = asked.example
         words += "; at the same time, from the server too, "
-        told = (example, asked.example.delta, "example", asked.example.accountant)
-        words += accounting.statement(*told, bands=_bands(record, asked.example))
+        told = (spent_of(record, own) or 0.0, own.delta, own.protects, own.accountant)
+        words += accounting.statement(*told, bands=_bands(record, own), person=own.person)
     if asked.share_metrics:
         words += "; the training losses and example counts that clients shared are not covered by it"
     if scenario.model.start is not None:

@@ -242,7 +242,13 @@ class Pace:
         down, up = self._bytes(instruction, rank)
         held = self.data.num_examples(client)
         return self.world.journey(
-            client, instruction.round, start, num_examples=held, bytes_down=down + missed, bytes_up=up
+            client,
+            instruction.round,
+            start,
+            num_examples=held,
+            num_units=self.data.units(client),
+            bytes_down=down + missed,
+            bytes_up=up,
         )
 
     def _bytes(self, instruction: Instruction, rank: int) -> tuple[int, int]:

@@ -99,17 +99,28 @@ class World:
         return found
 
     def journey(
-        self, client: int, round: int, start: float, *, num_examples: int, bytes_down: int, bytes_up: int
+        self,
+        client: int,
+        round: int,
+        start: float,
+        *,
+        num_examples: int,
+        bytes_down: int,
+        bytes_up: int,
+        num_units: int | None = None,
     ) -> Journey:
         """How a client fares that is asked at a time.
 
         Its speed in a round is its tier's times `exp(spread * N(0, 1))`. With `partial_work` it takes as many
-        steps as leave time to send them before the deadline, and at least one.
+        steps as leave time to send them before the deadline, and at least one. Of `num_units` persons a step takes
+        as many as `batch_size`, with as many rows as a person has in the mean.
         """
         told, tier = self.told, self.clients.tier(client, self.seed) or Tier(share=1)
         rng = generator(self.seed, round, client, "device")
         slow, chance, when = math.exp(told.spread * rng.standard_normal()), rng.random(), rng.random()
-        step = min(self.clients.batch(num_examples), num_examples) * tier.seconds_per_example * slow
+        units = num_units or num_examples
+        batch = self.clients.batch(units) * num_examples / units
+        step = min(batch, num_examples) * tier.seconds_per_example * slow
         down = bytes_down / (tier.megabits_down * MEGABIT)
         up = bytes_up / (tier.megabits_up * MEGABIT)
         deadline = math.inf if told.deadline is None else told.deadline

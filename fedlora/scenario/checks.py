@@ -12,7 +12,7 @@ from fedlora.errors import SettingError, suggestion
 from fedlora.metrics import contract as metrics
 from fedlora.privacy import cohorts
 from fedlora.scenario.clients import Clients
-from fedlora.scenario.data import TASK_OF, Data, LabelShares, Public
+from fedlora.scenario.data import TASK_OF, Data, LabelShares, Public, Sampled
 from fedlora.scenario.defaults import completed
 from fedlora.scenario.explain import explain
 from fedlora.scenario.keys import Problem
@@ -102,6 +102,10 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
                 ("clients", "use"),
                 "sgd adds no noise, and a privacy section is given for each example: use dp_sgd, or drop it",
             )
+    if data and (privacy := sections.get("privacy")) and isinstance(data.partition, Sampled):
+        for path, asked in ((("privacy", "person"), privacy), (("privacy", "example", "person"), privacy.example)):
+            if asked is not None and asked.person is not None:
+                yield Problem(path, "clients that draw examples share persons: take another data.partition.kind")
     if clients and (privacy := sections.get("privacy")) and privacy.unit == "client":
         if clients.min_replies > 1 or clients.retries:
             yield Problem(

@@ -77,8 +77,8 @@ class Clients(PlugIn):
             spends less epsilon. Example: `5`.
         local_steps: Optimiser steps of a client in a round. Unset: 1 where `strategy` is unset too, else 10. More
             steps need fewer rounds and bytes.
-        batch_size: Examples in a step. Under privacy it is the expected size of a Poisson batch: larger batches
-            have less noise beside the signal.
+        batch_size: Examples in a step, or persons with `privacy.person`. Under privacy it is the expected size of
+            a Poisson batch: larger batches have less noise beside the signal.
         sample_rate: Share of a client's examples in a step; it replaces `batch_size`. null: `batch_size` counts.
             Set it where clients differ in size: each example then weighs alike. Example: `0.02`.
         lr: Learning rate, or one by role. Unset: 0.5, or 2 / `clip_norm` for private examples; with Adam 0.002, or

@@ -77,6 +77,11 @@ class Privacy(Section):
         bands: Number of steps over which noise is correlated, for `unit: example`. Later noise then cancels a part
             of earlier noise. auto: the number with the least noise, for each client. null: 1, independent noise.
             It helps where a client passes over its rows few times. Example: `auto`.
+        person: Column that says which person a row is of. All rows of a person are then protected together, and
+            not each by itself. null: each row stands for itself. Set it where a person may have several rows.
+            Example: `patient_id`.
+        rows_per_person: Most rows of a person that a step takes, with `person`. null: all of them. Set it where
+            some have very many. Example: `4`.
         example: With `unit: client`: a guarantee for each example as well, by the client's own noise. null: none.
             Example: `{epsilon: 8, delta: 1.0e-5}`.
         accountant: How events become epsilon. All three are upper bounds; pld is the tightest.
@@ -92,6 +97,8 @@ class Privacy(Section):
     bands: Annotated[
         PositiveInt | Literal["auto"] | None, BeforeValidator(_bands, json_schema_input_type=Bands)
     ] = None
+    person: Annotated[str, Field(min_length=1)] | None = None
+    rows_per_person: PositiveInt | None = None
     example: "Privacy | None" = None
     accountant: Literal["pld", "prv", "rdp"] = "pld"
     share_metrics: bool = False
@@ -112,6 +119,12 @@ class Privacy(Section):
             raise PydanticCustomError("target", "{wrong}", {"wrong": wrong})
         if self.unit == "example" and self.example is not None:
             raise PydanticCustomError("target", "example goes with unit: client")
+        if self.unit == "client" and self.person is not None:
+            raise PydanticCustomError("target", "person goes with unit: example, or into privacy.example")
+        if self.person is None and self.rows_per_person is not None:
+            raise PydanticCustomError(
+                "target", "rows_per_person goes with person: name the column that tells them"
+            )
         if self.unit == "client" and self.bands is not None:
             raise PydanticCustomError("target", "bands are for unit: example, or go into privacy.example")
         if self.bands is not None and self.clip.kind == "quantile":
@@ -130,6 +143,17 @@ class Privacy(Section):
         if self.example is not None and self.example.unit != "example":
             raise PydanticCustomError("target", "example holds a guarantee of unit: example")
         return self
+
+    @property
+    def protects(self) -> Literal["example", "person", "client"]:
+        """Whom epsilon is for: with a column of persons, each person."""
+        return self.unit if self.person is None else "person"
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """What each line of a ledger repeats of it."""
+        told: dict[str, Any] = {"delta": self.delta, "unit": self.protects, "accountant": self.accountant}
+        return told if self.person is None else {**told, "person": self.person}
 
 
 class SecureAggregation(Section):

@@ -295,6 +295,11 @@ class Scenario(Section):
         return self.privacy.example
 
     @property
+    def person(self) -> str | None:
+        """The column of the persons who are protected; None where each example is."""
+        return asked.person if (asked := self.example_privacy) is not None else None
+
+    @property
     def client_privacy(self) -> Privacy | None:
         """The guarantee for each client, which the server gives; None where there is none."""
         return self.privacy if self.privacy is not None and self.privacy.unit == "client" else None

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedlora.data.cache import cache_folder
 from fedlora.data.reading import Rows, read
-from fedlora.data.store import Dataset, Encoded, cache_folder, prepare
+from fedlora.data.store import Dataset, Encoded, prepare
 from fedlora.errors import SettingError, UserError
 from fedlora.rounds.folder import partitions
 from fedlora.scenario import Data, Files, LabelShares, Natural, Sampled

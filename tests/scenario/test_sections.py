@@ -104,6 +104,13 @@ def test_defaults_are_filled_in():
             PRIVACY % "bands: 2, clip: quantile",
             "privacy: bands take a bound that is fixed, and clip: quantile moves it",
         ),
+        (PRIVACY % "unit: client, person: p", "privacy: person goes with unit: example, or into privacy.example"),
+        (PRIVACY % "person: ''", "f.yaml:6: privacy.person: String should have at least 1 character"),
+        (PRIVACY % "rows_per_person: 2", "privacy: rows_per_person goes with person: name the column"),
+        (
+            PRIVACY % "person: p, rows_per_person: 0",
+            "privacy.rows_per_person: should be greater than or equal to 1",
+        ),
         (PRIVACY % "unit: client, bands: 2", "privacy: bands are for unit: example, or go into privacy.example"),
         (
             PRIVACY % "noise_multiplier: 1.0, bands: auto",

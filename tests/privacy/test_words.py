@@ -1,0 +1,105 @@
+"""Every word about an epsilon names the unit that it is for, in every combination."""
+
+import io
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from rich.console import Console
+
+from fedlora import scenario as scenarios
+from fedlora.errors import UserError
+from fedlora.privacy import accounting, ledger, together
+from fedlora.privacy.accounting import Event
+from fedlora.privacy.ledger import Ledger, statements
+from fedlora.record import Record
+from fedlora.reports import console, single, summary
+
+WHOM = {
+    "example": "for each example",
+    "person": "for each person (all rows with the same patient_id)",
+    "client": "for each client",
+}
+DIFFER = {
+    "example": "differ in one example, which counts for nothing in one of them",
+    "person": "differ in all rows of one person, who counts for nothing in one of them",
+    "client": "differ in one client, whose change counts for nothing in one of them",
+}
+PUBLIC = {
+    "example": "how many examples a client holds is public",
+    "person": "how many persons a client holds is public",
+    "client": "how many clients there are is public",
+}
+WAYS = [
+    (unit, accountant, bands, rate)
+    for unit, accountant, bands, rate in itertools.product(WHOM, ("pld", "prv", "rdp"), (1, 4), (0.1, 1.0))
+    if (unit, bands) != ("client", 4)  # refused
+]
+
+
+def scenario_of(unit, accountant, bands):
+    privacy = {"epsilon": 6, "accountant": accountant, "unit": "client" if unit == "client" else "example"}
+    privacy |= {"person": "patient_id"} if unit == "person" else {}
+    privacy |= {"bands": bands} if bands > 1 else {}
+    told = {"name": "words", "data": {"files": {"train": "a.csv"}}, "privacy": privacy}
+    return scenarios.parse(yaml.safe_dump({**told, "clients": {"total": 40, "per_round": 4}}), "words.yaml", [])
+
+
+def right(said, unit, bands):
+    """Whether words are about a unit, and about no other."""
+    found = [other for other in WHOM if WHOM[other] in said]
+    assert found == [unit], said
+    assert DIFFER[unit] in said and PUBLIC[unit] in said
+    assert f"{'cyclic ' * (bands > 1)}Poisson sampling of {unit}s" in said
+    assert ("banded noise, b = 4" in said) is (bands > 1)
+    assert ("the largest over clients" in said) is (unit != "client")
+    return True
+
+
+@pytest.mark.parametrize(("unit", "accountant", "bands", "rate"), WAYS)
+def test_every_word_names_the_unit(tmp_path, unit, accountant, bands, rate):
+    scenario = scenario_of(unit, accountant, bands)
+    asked = scenario.privacy
+    assert asked.protects == unit
+    record = Ledger(tmp_path)
+    event = Event(noise_multiplier=2.0, sample_rate=rate, steps=4, clip_norm=1.0, bands=bands)
+    record.spend(1, {None if unit == "client" else 0: event}, **asked.terms)
+    spent = accounting.epsilon([event], asked.delta, accountant)
+
+    ready = SimpleNamespace(scenario=scenario, setup=SimpleNamespace(secret=True))
+    words = summary.privacy_in_words(ready, record)  # also of the card, the report and the audit
+    assert right(words, unit, bands) and words.startswith(f"({spent:.3g}, 1e-05)-differential privacy for each")
+    first, *others = statements(tmp_path)
+    assert len(others) == 3 and all(right(line, unit, bands) for line in others), first
+    (found, said) = together.total_epsilon([tmp_path])[unit]
+    assert WHOM[unit] in said and PUBLIC[unit] in said and found > 0
+    assert f"Poisson sampling of {unit}s" in said
+
+    out = io.StringIO()
+    console.Live(Console(file=out, width=1000)).begin(scenario, "accuracy", 0)
+    assert right(" ".join(out.getvalue().split()), unit, bands)
+    (tmp_path / "scenario.yaml").write_text(scenario.to_yaml())
+    line = {
+        "round": 1,
+        "clients": 4,
+        "loss": None,
+        "accuracy": None,
+        "epsilon": spent,
+        "seconds": 1.0,
+        "failures": 0,
+    }
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    tiles = {name: note for name, _, note in single._key_figures(Record(tmp_path, {"metric": "accuracy"}))}
+    assert f"for each {unit}" in tiles["Epsilon"] and ("over clients" in tiles["Epsilon"]) is (unit != "client")
+
+
+def test_an_earlier_reader_refuses_a_line_of_persons(tmp_path, monkeypatch):
+    told = scenario_of("person", "pld", 1).privacy.terms
+    event = Event(noise_multiplier=2.0, sample_rate=0.1, steps=4, clip_norm=1.0)
+    Ledger(tmp_path).spend(1, {0: event}, **told)
+    assert ledger.replay(tmp_path / "privacy.jsonl") == {0: [event]}
+    monkeypatch.setattr(ledger, "UNITS", ("example", "client", accounting.FROM_SERVER))
+    with pytest.raises(UserError, match="lacks or garbles unit"):
+        ledger.replay(tmp_path / "privacy.jsonl")
