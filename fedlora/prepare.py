@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -50,11 +50,28 @@ def prepare(scenario: Scenario) -> Prepared:
     Raises:
         SettingError: a setting does not fit the data.
     """
+    scenario = separated(scenario)
     data, total = scenario.data, scenario.clients.total
     ready = _prepared(
         scenario, lambda encode, key: datasets.prepare(data, scenario.task, total, scenario.seed, encode, key)
     )
     return replace(ready, setup=replace(ready.setup, kept=(datasets.cache_folder() / "frozen").absolute()))
+
+
+def separated(scenario: Scenario, at_sites: bool = False) -> Scenario:
+    """The scenario with what stands between labels, as `fedlora.data.reading.separated` finds it.
+
+    Args:
+        scenario: as it was given.
+        at_sites: whether the training rows are there, and only the test rows here.
+
+    Raises:
+        SettingError: the rows cannot be read.
+    """
+    part: Literal["train", "test"] = "test" if at_sites and scenario.data.files else "train"
+    if (data := reading.separated(scenario.data, scenario.task, part)) is scenario.data:
+        return scenario
+    return scenario.model_copy(update={"data": data})
 
 
 def prepare_server(scenario: Scenario) -> Prepared:
@@ -71,6 +88,7 @@ def prepare_server(scenario: Scenario) -> Prepared:
         )
     if scenario.loss is not None and scenario.loss.class_weights == "balanced":
         raise SettingError("loss.class_weights", "counts test rows, which sites do not see: write weights")
+    given, scenario = scenario, separated(scenario, at_sites=True)
     data, total = scenario.data, scenario.clients.total
     every, labels = reading.read_test(data, scenario.task)
     test, validation = reading.set_aside(data, scenario.task, every)
@@ -80,7 +98,8 @@ def prepare_server(scenario: Scenario) -> Prepared:
         return datasets.hold(*told, test=test, validation=validation)
 
     ready = _prepared(scenario, hold, labels)
-    return replace(ready, setup=replace(ready.setup, secret=True))
+    sent = given.model_dump()  # as it was signed; sites name what stands between labels of their own rows
+    return replace(ready, setup=replace(ready.setup, scenario=sent, secret=True))
 
 
 def prepare_site(

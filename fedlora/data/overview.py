@@ -11,7 +11,7 @@ from fedlora import plugins
 from fedlora import scenario as settings
 from fedlora.data import notes
 from fedlora.data.partitions import classes, draw, split
-from fedlora.data.reading import Rows, check_labels, label_names, read, read_public, set_aside
+from fedlora.data.reading import Rows, check_labels, label_names, read, read_public, separated, set_aside
 from fedlora.errors import SettingError, counted
 
 
@@ -75,6 +75,7 @@ def overview(data: settings.Data, task: str, num_clients: int, seed: int) -> Ove
     Raises:
         SettingError: as a run would.
     """
+    data = separated(data, task)
     train, test = read(data, task)
     names, target = label_names(data, train, task), plugins.find("tasks", task).target
     check_labels("data", test, names, "the test set has labels that the training set has not")

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedlora import plugins
 from fedlora import scenario as settings
 from fedlora.data import chats, tagged
-from fedlora.data.cells import Column, Label, Taught, missing, words
+from fedlora.data.cells import Column, Label, Taught, missing, separator, words
 from fedlora.data.holding import hold_out
 from fedlora.data.hub import load
 from fedlora.data.hub import quiet_hub as quiet_hub
@@ -59,6 +59,7 @@ NOTHING = Rows([], [])
 
 def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
     """The training and test rows of a source, before tokenisation."""
+    data = separated(data, task)
     owner = data.partition.column if isinstance(data.partition, settings.Natural) else None
     taught = Taught.of(data, task)
     if data.files is not None:
@@ -84,6 +85,28 @@ def read(data: settings.Data, task: str) -> tuple[Rows, Rows]:
                 "equal ones stay together, each label and client keeps one to train on; give more, or test rows",
             )
     return train, test
+
+
+def separated(data: settings.Data, task: str, part: Literal["train", "test"] = "train") -> settings.Data:
+    """The settings with what stands between labels, found in one part of the rows where nobody says.
+
+    Other parts are then read by the same, and whatever else their labels have is a part of these.
+
+    Raises:
+        SettingError: the rows cannot be read.
+    """
+    source, taught = data.files or data.hub, Taught.of(data, task)
+    named = getattr(source, part, None)
+    if taught.target != "many" or source is None or source.separator or named is None:
+        return data
+    assert isinstance(source.label, str)
+    if data.files is not None:
+        table = read_table(f"data.files.{part}", Path(named), data.files.columns, taught.encoding)
+        held = table[source.label].tolist() if source.label in table.columns else []
+    else:
+        assert data.hub is not None
+        held = load(data.hub, part, named, taught)[1]("data.hub.label", source.label)
+    return data.separated(separator(held, data.labels or ()))
 
 
 def set_aside(data: settings.Data, task: str, test: Rows) -> tuple[Rows, Rows]:
