@@ -23,7 +23,7 @@ from fedlora import scenario as settings
 from fedlora.data.notes import notes
 from fedlora.data.partitions import Drawn, Stored, classes, draw, keep_back, split
 from fedlora.data.reading import NOTHING, Input, Rows, as_bytes, check_labels, label_names, read, set_aside
-from fedlora.errors import UserError
+from fedlora.errors import UserError, counted
 from fedlora.seeding import Root
 
 _ELSEWHERE = "name a folder that can be written, FEDLORA_CACHE=/some/folder"
@@ -33,7 +33,7 @@ Targets = NDArray[np.int64] | NDArray[np.uint8] | NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "2"  # raise it when what is cached changes its meaning
+_FORMAT = "3"  # raise it when what is cached changes its meaning
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Encoded:
         marks: of each token the number of what it is judged by, 0 in a task without labels, -100 where it is not
             scored; None: a row is judged as a whole, or from its target on.
         cut: how many rows lost something that is judged, or what goes before it, to `max_length`.
+        empty: of how many the tokenizer made nothing, so that they are a token that stands for no text.
     """
 
     tokens: Sequence[Sequence[int] | NDArray[np.uint8]]
@@ -56,6 +57,7 @@ class Encoded:
     types: Sequence[Sequence[int]] | None = None
     marks: Sequence[Sequence[int]] | None = None
     cut: int = 0
+    empty: int = 0
 
     @property
     def held(self) -> Targets:
@@ -142,6 +144,7 @@ class Dataset:
     labels: tuple[str, ...]  # names of classes, or of scores, in order; empty for causal_lm
     holdings: Stored | Drawn
     cut: int = 0  # test rows that lost something that is judged to `data.max_length`
+    empty: int = 0  # rows of any part that the tokenizer made nothing of
     names: tuple[str, ...] = ()  # of clients, by their natural column; none elsewhere
 
     @classmethod
@@ -160,6 +163,7 @@ class Dataset:
             if drawn.exists()
             else Stored(*(_map(partition_folder / f"{name}.npy") for name in names)),
             cut=meta.get("cut", 0),
+            empty=meta.get("empty", 0),
             names=tuple(json.loads((partition_folder / _NAMES).read_text(encoding="utf-8")))
             if (partition_folder / _NAMES).exists()
             else (),
@@ -281,7 +285,7 @@ def prepare(data: settings.Data, task: str, num_clients: int, seed: int, encode:
             (to / _NAMES).write_text(json.dumps([train.owners[part[0]] for part in parts]), encoding="utf-8")
 
     key = _fingerprint(_FORMAT, _NAMES if owners else "", how, owners, str(num_clients), str(seed))
-    return Dataset.open(folder, cached(folder.with_name(f"{folder.name}-{key}"), write))
+    return _opened(folder, cached(folder.with_name(f"{folder.name}-{key}"), write))
 
 
 def hold(
@@ -326,7 +330,18 @@ def hold(
 
     told = seed.hex() if isinstance(seed, bytes) else str(seed)
     key = _fingerprint(_FORMAT, "held", str(data.client_test_share), str(client), str(num_clients), told)
-    return Dataset.open(folder, cached(folder.with_name(f"{folder.name}-{key}"), write))
+    return _opened(folder, cached(folder.with_name(f"{folder.name}-{key}"), write))
+
+
+def _opened(folder: Path, partition_folder: Path) -> Dataset:
+    """As `Dataset.open`; says how many rows hold nothing that a model could read."""
+    found = Dataset.open(folder, partition_folder)
+    if found.empty:
+        logger.warning(
+            "the tokenizer makes nothing of %s: read as the token that stands for an empty text",
+            counted(found.empty, "row"),
+        )
+    return found
 
 
 def _tokenised(
@@ -363,6 +378,8 @@ def _write(folder: Path, parts: Mapping[str, Rows], names: Sequence[str], encode
         if encoded.marks is not None:
             marks = np.fromiter((m for row in encoded.marks for m in row), np.int32, int(lengths.sum()))
             np.save(folder / f"{half}.marks.npy", marks)
+        if encoded.empty:
+            meta["empty"] = meta.get("empty", 0) + encoded.empty
         if half == "test" and encoded.cut:  # of others nobody is told
             meta["cut"] = encoded.cut
     (folder / "meta.json").write_text(json.dumps(meta))

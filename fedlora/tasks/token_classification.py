@@ -100,6 +100,8 @@ class TokenClassification(Task):
 
         (ids,), (pieces,) = _cut(reader, [text], max_length)
         _, words = tagged.places(text)
+        if not ids:
+            return []
         begun = zip(words, tagged.first_pieces(text, words, pieces), strict=True)
         first = [(word, at) for word, at in begun if at is not None]
         whole = torch.tensor([ids])
