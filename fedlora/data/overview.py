@@ -23,7 +23,8 @@ class Lengths:
         rows: training and test rows together.
         empty: rows without any word.
         median, most: words of a row.
-        over: rows of more words than `data.max_length`; these and more are cut.
+        over: rows of more words than `data.max_length`; these and more are cut, or have several windows.
+        windows: whether longer rows have windows.
     """
 
     rows: int
@@ -31,6 +32,7 @@ class Lengths:
     median: int
     most: int
     over: int
+    windows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ def overview(data: settings.Data, task: str, num_clients: int, seed: int) -> Ove
     return Overview(
         rows={part: len(rows.texts) for part, rows in parts.items()},
         labels={name: {part: counts[part][i] for part in parts} for i, name in enumerate(labelled)},
-        lengths=_lengths(data.max_length, train, test),
+        lengths=_lengths(data.max_length, target == "marks", train, test),
         sizes=sizes,
         names=called,
         repeated=notes.repeated(train),
@@ -100,7 +102,7 @@ def overview(data: settings.Data, task: str, num_clients: int, seed: int) -> Ove
     )
 
 
-def _lengths(most: int, *parts: Rows) -> Lengths | None:
+def _lengths(most: int, windows: bool, *parts: Rows) -> Lengths | None:
     if any(isinstance(text, bytes) for rows in parts for text in rows.texts[:1]):
         return None
     words = np.array([notes.length(text) for rows in parts for text in rows.texts], np.int64)
@@ -110,6 +112,7 @@ def _lengths(most: int, *parts: Rows) -> Lengths | None:
         median=int(np.median(words)),
         most=int(words.max()),
         over=int((words > most).sum()),
+        windows=windows,
     )
 
 

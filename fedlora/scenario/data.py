@@ -310,7 +310,8 @@ class Data(Source):
         encoding: Encoding of `files`. null: UTF-8, or as the mark at the beginning of a file says. Example:
             `cp1252`.
         partition: Which client holds which examples. Change it to study clients that differ.
-        max_length: Tokens to which an example is cut. Lower it for speed and memory where texts are short.
+        max_length: Tokens to which an example is cut; token_classification reads longer ones in windows of as
+            many. Lower it for speed and memory where texts are short.
         test_share: Share of the training rows that is held out as the test set, where the source has none.
         validation_share: Share of the test rows that chooses the best round; the others report. null: no such
             rows. Set it for `keep` and `stop`. Example: `0.3`.

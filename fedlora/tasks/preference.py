@@ -42,7 +42,6 @@ class Preference(CausalLM):
     metric = "accuracy"
     higher_is_better = True
     target = "pair"
-    sequences = 2
     against_base = True
 
     @classmethod

@@ -106,7 +106,8 @@ def test_a_row_is_an_example(tried):
     if tried.cls.target in ("many", "score"):
         assert tried.encoded.held.shape == (len(tried.sample.rows.texts), len(tried.sample.labels))
     if tried.cls.tokens:
-        assert all(0 < len(row) <= LENGTH * tried.cls.sequences for row in tried.encoded.tokens)
+        most = LENGTH * (2 if tried.cls.target == "pair" else 1)
+        assert all(0 < len(row) <= most for row in tried.encoded.tokens)
     if tried.cls.labelled and tried.cls.target == "class":
         names = [tried.sample.labels[target] for target in tried.encoded.targets]
         assert names == tried.sample.rows.labels
