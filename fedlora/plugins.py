@@ -24,7 +24,17 @@ class _About(NamedTuple):
     beside: tuple[str, ...] = ()  # modules of the folder that are no plug-ins
 
 
-_OF_TASKS = ("adapted", "base_model", "contract", "dialogues", "encoding", "loading", "weights", "windows")
+_OF_TASKS = (
+    "adapted",
+    "base_model",
+    "contract",
+    "dialogues",
+    "encoding",
+    "heads",
+    "loading",
+    "weights",
+    "windows",
+)
 _SHELVES: Mapping[Shelf, _About] = {
     "strategies": _About("strategy.use", "strategy"),
     "clients": _About("clients.use", "client"),

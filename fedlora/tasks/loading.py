@@ -12,9 +12,11 @@ from fedlora.kinds.contract import Kind, Saved, under
 from fedlora.metrics.written import WRITTEN
 from fedlora.passes import alone, pooled
 from fedlora.scenario import Scenario
+from fedlora.scenario.head import NarrowHead
 from fedlora.tasks import base_model
 from fedlora.tasks.adapted import Precision
 from fedlora.tasks.contract import Task, find
+from fedlora.tasks.heads import narrow
 
 
 def build(
@@ -58,7 +60,7 @@ def load(
     *,
     labels: Sequence[str],
     seed: int,
-    head: str = "trained",
+    head: str | NarrowHead = "trained",
     pooler: str = "frozen",
     revision: str | None = None,
     quantize: Literal["8bit", "4bit"] | None = None,
@@ -91,6 +93,8 @@ def load(
     heads: dict[str, bool] = {}
     if cls.headed:
         heads = {name: head != "frozen" for name in base_model.heads_of(model)}
+        if isinstance(head, NarrowHead):
+            missing = narrow(model, heads, len(labels), head.rank, seed, missing)
         bound = [n for n, p in model.named_parameters() if p.shape[:1] == (len(labels),) and _within(n, heads)]
         if head == "kept" and start is None and device != "meta" and set(bound) & set(missing):
             raise SettingError("model.head", f"{base} has no head for {len(labels)} labels to keep: take trained")
