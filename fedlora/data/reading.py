@@ -276,15 +276,15 @@ def _read_tweets(owner: str | None) -> Rows:
     return Rows(table["text"].tolist(), table["sentiment"].tolist())
 
 
-def columns_of(path: Path) -> dict[str, list[str]]:
-    """The columns of a table by name, as text.
+def columns_of(path: Path) -> dict[str, list[Any]]:
+    """The columns of a table by name, with cells as they are.
 
     Raises:
         SettingError: it cannot be read.
     """
     table = read_table("data.files.train", path, None)
-    columns = {str(name): [str(value) for value in table[name].tolist()] for name in table.columns}
-    if table.attrs.get("private") and any(name in values for name, values in columns.items()):
+    columns = {str(name): list(table[name].tolist()) for name in table.columns}
+    if table.attrs.get("private") and any(name in map(str, values) for name, values in columns.items()):
         raise SettingError("data.files.train", f"{path}: its first line is a row: write names of columns above it")
     return columns
 
