@@ -76,7 +76,8 @@ class Checked:
         if (held := told.lengths) is not None:
             over = f"{held.over:,} of {held.rows:,} rows have more" if held.over else "no row has more"
             said.append(["words", f"{held.median} in the median row, {held.most} at most; {over} than max_length"])
-            said.append(["tokens", f"{self.max_length} kept of a row (data.max_length); more than its words"])
+            kept = "in each window of a row" if held.windows else "kept of a row"
+            said.append(["tokens", f"{self.max_length} {kept} (data.max_length); more than its words"])
             said.append(["empty", f"{held.empty:,} rows without a word"])
         places = "as many as the base has places for is not known" if self.positions is None else None
         said.append(["base", self.base])

@@ -141,10 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     init = commands.add_parser("init", help="make a small project: a scenario, your own strategy, its test")
     init.add_argument("folder", metavar="DIR", help="a folder to make")
     init.add_argument(
-        "--data", metavar="FILE", help="learn a label from a text of this csv, tsv, json, jsonl or parquet file"
+        "--data", metavar="FILE", help="learn from this csv, tsv, json, jsonl, parquet or conll file"
     )
     init.add_argument("--text", metavar="COLUMN", help="its texts; by default the column of the longest values")
     init.add_argument("--label", metavar="COLUMN", help="its labels; by default the column of the fewest values")
+    init.add_argument("--task", metavar="TASK", help="what is learnt; by default what the columns look like")
     init.set_defaults(command=_init)
 
     schema = commands.add_parser("schema", help="print the JSON Schema of scenarios, for editors")
@@ -327,12 +328,12 @@ def _init(arguments: argparse.Namespace) -> int:
     from fedlora.errors import UserError
 
     folder, data = Path(arguments.folder), arguments.data
-    if data is None and (arguments.text or arguments.label):
-        raise UserError("--text and --label are columns of --data FILE: name it")
+    if data is None and (arguments.text or arguments.label or arguments.task):
+        raise UserError("--text, --label and --task are of --data FILE: name it")
     lines = (
         scaffold.init(folder)
         if data is None
-        else scaffold.of_data(folder, Path(data), arguments.text, arguments.label)
+        else scaffold.of_data(folder, Path(data), arguments.text, arguments.label, arguments.task)
     )
     print("\n".join(lines))
     return 0

@@ -23,6 +23,7 @@ from fedlora.record import Record
 from fedlora.reports.tables import Table
 from fedlora.tasks import loading
 from fedlora.tasks.contract import Task
+from fedlora.tasks.encoding import encoded
 
 _SHOWN = 5  # rows in a line
 
@@ -199,7 +200,7 @@ def _evaluated(
         about.task,
         1,
         0,
-        lambda these: task.encode(reader, these, about.labels, about.max_length),
+        lambda these: encoded(task, about.task, reader, these, about.labels, about.max_length),
         encoding(about.task, task, reader),
         about.labels,
         test=rows,

@@ -374,7 +374,7 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
     if parameters["head"] > parameters["adapter"]:
         yield (
             f"The head trains {parameters['head']:,} numbers, more than the adapter's {parameters['adapter']:,}: "
-            "most of the bytes and of the noise are the head's. See model.head."
+            "most of the bytes and of the noise are the head's. See model.head, as {rank: 16}."
         )
     if (whole := scenario.client_privacy) is not None and whole.delta * scenario.clients.total >= 1:
         yield (

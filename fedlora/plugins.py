@@ -24,12 +24,22 @@ class _About(NamedTuple):
     beside: tuple[str, ...] = ()  # modules of the folder that are no plug-ins
 
 
+_OF_TASKS = (
+    "adapted",
+    "base_model",
+    "contract",
+    "dialogues",
+    "encoding",
+    "heads",
+    "loading",
+    "located",
+    "weights",
+    "windows",
+)
 _SHELVES: Mapping[Shelf, _About] = {
     "strategies": _About("strategy.use", "strategy"),
     "clients": _About("clients.use", "client"),
-    "tasks": _About(
-        "task", "task", ("adapted", "base_model", "contract", "dialogues", "loading", "located", "weights")
-    ),
+    "tasks": _About("task", "task", _OF_TASKS),
     "kinds": _About("model.adapter.kind", "kind of adapter", ("averages", "contract", "targets")),
 }
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from fedlora.data import reading
 from fedlora.data import store as datasets
 from fedlora.data.cache import cache_folder
 from fedlora.engine.setup import Setup
-from fedlora.errors import SettingError, UserError, counted
+from fedlora.errors import SettingError, counted
 from fedlora.metrics import contract as metrics
 from fedlora.optimizers import steps
 from fedlora.privacy import accounting, affordable, calibrated, replay
@@ -28,6 +28,7 @@ from fedlora.scenario import Scenario
 from fedlora.seeding import Root
 from fedlora.tasks import base_model, weights
 from fedlora.tasks import contract as tasks
+from fedlora.tasks.encoding import encoded
 
 _FEW = 16  # numbers of examples for each of which bands are chosen
 
@@ -51,6 +52,7 @@ def prepare(scenario: Scenario) -> Prepared:
     Raises:
         SettingError: a setting does not fit the data.
     """
+    scenario = separated(scenario)
     data, total = scenario.data, scenario.clients.total
     for line in scenario.unused:
         logger.warning("%s", line)
@@ -61,6 +63,22 @@ def prepare(scenario: Scenario) -> Prepared:
         ),
     )
     return replace(ready, setup=replace(ready.setup, kept=(cache_folder() / "frozen").absolute()))
+
+
+def separated(scenario: Scenario, at_sites: bool = False) -> Scenario:
+    """The scenario with what stands between labels, as `fedlora.data.reading.separated` finds it.
+
+    Args:
+        scenario: as it was given.
+        at_sites: whether the training rows are there, and only the test rows here.
+
+    Raises:
+        SettingError: the rows cannot be read.
+    """
+    part: Literal["train", "test"] = "test" if at_sites and scenario.data.files else "train"
+    if (data := reading.separated(scenario.data, scenario.task, part)) is scenario.data:
+        return scenario
+    return scenario.model_copy(update={"data": data})
 
 
 def prepare_server(scenario: Scenario) -> Prepared:
@@ -77,6 +95,7 @@ def prepare_server(scenario: Scenario) -> Prepared:
         )
     if scenario.loss is not None and scenario.loss.class_weights == "balanced":
         raise SettingError("loss.class_weights", "counts test rows, which sites do not see: write weights")
+    given, scenario = scenario, separated(scenario, at_sites=True)
     data, total = scenario.data, scenario.clients.total
     every, labels = reading.read_test(data, scenario.task)
     test, validation = reading.set_aside(data, scenario.task, every)
@@ -86,7 +105,8 @@ def prepare_server(scenario: Scenario) -> Prepared:
         return datasets.hold(*told, test=test, validation=validation)
 
     ready = _prepared(scenario, hold, labels)
-    return replace(ready, setup=replace(ready.setup, secret=True))
+    sent = given.model_dump()  # as it was signed; sites name what stands between labels of their own rows
+    return replace(ready, setup=replace(ready.setup, scenario=sent, secret=True))
 
 
 def prepare_site(
@@ -147,7 +167,7 @@ def _prepared(
     def encode(rows: reading.Rows) -> datasets.Encoded:
         if task.labelled and not names:  # the training rows come first, and hold every label
             names.extend(reading.label_names(data, rows, scenario.task))
-        return _encoded(task, scenario.task, reader, rows, names, data.max_length)
+        return encoded(task, scenario.task, reader, rows, names, data.max_length)
 
     dataset = hold(encode, encoding(scenario.task, task, reader))
     _tell_heads(scenario, task, dataset.labels)
@@ -198,51 +218,6 @@ def _tell_heads(scenario: Scenario, task: type[tasks.Task], labels: Sequence[str
                 "(model.head: kept takes it all the same)",
                 *(model.base, starting.few(other), starting.few(labels)),
             )
-
-
-def _encoded(
-    task: type[tasks.Task], use: str, reader: Any, rows: reading.Rows, names: Sequence[str], max_length: int
-) -> datasets.Encoded:
-    """Rows as the task encodes them, held to what it promises; of its errors the kind alone: they may hold text.
-
-    Raises:
-        SettingError: it breaks its promise.
-    """
-    try:
-        made = task.encode(reader, rows, names, max_length)
-    except UserError:
-        raise
-    except Exception as error:
-        if ":" not in use:
-            raise
-        raise SettingError("task", f"{use}.encode fails: {type(error).__name__}") from error
-    if not isinstance(made, datasets.Encoded):
-        raise SettingError("task", f"{use}.encode returns {type(made).__name__}, and should a fedlora.Encoded")
-    count = len(rows.texts)
-    parts = {"tokens": made.tokens, "targets": made.targets, "types": made.types, "marks": made.marks}
-    for what, found in parts.items():
-        if found is not None and len(found) != count:
-            raise SettingError("task", f"{use}.encode makes {len(found)} {what} of {count} rows: one for each")
-    try:
-        targets = made.held
-        whole = all(np.asarray(row).dtype.kind in "iu" for row in made.tokens if len(row))
-    except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole:
-        raise SettingError("task", f"{use}.encode makes tokens or targets that are no whole numbers")
-    if task.target == "class":
-        if task.labelled and names and count and not 0 <= targets.min() <= targets.max() < len(names):
-            raise SettingError("task", f"{use}.encode makes targets beyond the {len(names)} labels")
-    elif task.target in ("many", "score") and not (
-        targets.shape == (count, len(names)) and np.all((targets >= 0) & (targets <= 1))
-    ):
-        raise SettingError("task", f"{use}.encode makes targets that are not from 0 to 1, one for each of {names}")
-    if made.marks is not None:
-        each = zip(made.tokens, made.marks, strict=True)
-        most = len(names) if task.labelled else 1
-        if any(len(tokens) != len(marks) or max(marks, default=0) >= most for tokens, marks in each):
-            raise SettingError("task", f"{use}.encode makes marks that are not one of a label for each token")
-    return made
 
 
 def noised(ready: Prepared, search: calibrated.Search) -> Prepared:

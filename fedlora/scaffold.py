@@ -3,9 +3,11 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fedlora.data import reading
-from fedlora.errors import SettingError, UserError, suggestion
+from fedlora.errors import SettingError, UserError
+from fedlora.guessing import Guess, guess
 from fedlora.scenario.schema import schema
 
 _SCENARIO = """# yaml-language-server: $schema=scenario.schema.json
@@ -77,18 +79,18 @@ with fedlora: `fedlora simulate scenario.yaml --set strategy='{use: ffa_lora}' -
 
 
 _OF_DATA = """# yaml-language-server: $schema=scenario.schema.json
-# Five simulated clients fine-tune MiniLM privately, to predict {label} from {text}. Some minutes on two cores.
+# Five simulated clients fine-tune a model privately, to learn {aim}. Some minutes on two cores with MiniLM.
 name: {name}
 seed: 7
+task: {task}
 model:
-  base: minilm # any Hub id or local path of an encoder works too, with the names of its layers as targets
-  adapter: {{r: 8, alpha: 64, targets: [query, key, value, dense], layers: [4, 5]}} # the upper two of six layers
+{model}
 data:
-  files: {{train: {train}, text: {text}, label: {label}}}
-  partition: {{kind: iid}} # or {{kind: dirichlet, alpha: 0.5}}, or {{kind: natural, column: site}}
+  files: {files}
+{more}  partition: {{kind: iid}} # or {{kind: dirichlet, alpha: 0.5}}, or {{kind: natural, column: site}}
   max_length: {length} # tokens; longer texts are cut
   test_share: 0.2 # held out to judge the model
-clients: {{total: 5, use: dp_sgd, local_steps: 1, sample_rate: {rate}, micro_batch_size: 64}} # the rate of a step
+clients: {{total: 5, use: dp_sgd, local_steps: 1, sample_rate: {rate}, micro_batch_size: {micro}}}
 privacy: {{epsilon: 8, delta: {delta}, clip_norm: 4.0}} # for each row; a smaller epsilon is more private
 strategy: {{use: ffa_lora, server: {{kind: adam, lr: 0.01, schedule: {{kind: linear}}}}}}
 rounds: {rounds}
@@ -118,65 +120,88 @@ python -m pytest
 """
 
 _OWN = {"trimmed_mean.py": _STRATEGY, "test_trimmed_mean.py": _TEST}  # the project's own strategy
+_ENCODER = """\
+  base: minilm # any Hub id or path of an encoder works too, with the names of its layers as targets
+  adapter: {r: 8, alpha: 64, targets: [query, key, value, dense], layers: [4, 5]} # upper two of six"""
+_WRITER = """\
+  base: HuggingFaceTB/SmolLM2-135M-Instruct # any Hub id or path of a language model works too
+  adapter: {r: 8, alpha: 16, targets: [q_proj, k_proj, v_proj, o_proj]}"""
 _MOST_LABELS = 200
 _PER_TOKEN = 4.0  # characters of English; of other scripts fewer
 _STEPS = {"rounds": 60, "rate": 0.06, "every": 10}
 
 
-def of_data(folder: Path, data: Path, text: str | None, label: str | None) -> list[str]:
-    """Make a project that learns a label from a text of a table; gives lines that say what to do with it.
+def of_data(folder: Path, data: Path, text: str | None, label: str | None, task: str | None = None) -> list[str]:
+    """Make a project of a table of one's own; gives lines that say what to do with it.
 
     Args:
         folder: to make.
-        data: a csv, tsv, json, jsonl or parquet file with a header.
+        data: a csv, tsv, json, jsonl or parquet file with a header, or a conll file.
         text: the column of texts; None: that of the longest values.
-        label: the column of labels; None: that of the fewest values, two at least.
+        label: the column of labels; None: by the task, of classification that of the fewest values, two at least.
+        task: to learn; None: by what the columns hold.
 
     Raises:
-        UserError: the folder holds something, or the table has no such columns.
+        UserError: the folder holds something, the table has no such columns, or they may be for two tasks.
     """
     try:
         columns = reading.columns_of(data)
     except SettingError as error:
         raise UserError(error.message) from error
-    text, label = _chosen(data, columns, text, label)
-    lengths = sorted(len(value) for value in columns[text])
+    if not columns or not next(iter(columns.values())):
+        raise UserError(f"{data}: holds no rows")
+    found = guess(data, columns, task, text, label) or _classes(data, columns, text, label)
+    lengths = sorted(map(len, found.texts))
     typical = lengths[int(0.95 * (len(lengths) - 1))] / _PER_TOKEN
-    rows, own = len(lengths), _word(data.stem)
+    rows, writes = len(lengths), found.task in ("causal_lm", "preference")
+    files = {"train": str(data.absolute())} | found.files
     told = {
-        "name": json.dumps(own),
-        "train": json.dumps(str(data.absolute())),
-        "text": json.dumps(text),
-        "label": json.dumps(label),
+        "name": json.dumps(_word(data.stem)),
+        "task": found.task,
+        "aim": found.aim,
+        "model": _WRITER if writes else _ENCODER,
+        "files": f"{{{', '.join(f'{key}: {json.dumps(value)}' for key, value in files.items())}}}",
+        "more": "".join(f"  {line}\n" for line in found.more),
+        "micro": 8 if writes else 64,
         "length": next((n for n in (32, 64, 128) if typical <= n), 256),
         "delta": f"{min(1e-5, 0.1 / max(rows, 1)):.0e}".replace("e", ".0e"),
     }
-    files = {
+    made = {
         "scenario.yaml": _OF_DATA.format(**told, **_STEPS),
         "scenario.schema.json": json.dumps(schema(), indent=2) + "\n",
         **_OWN,
         "README.md": _README_OF_DATA,
     }
-    _write(folder, files)
-    counts = len(set(columns[label]))
+    _write(folder, made)
     return [
-        f"{folder}: {', '.join(files)}",
-        f"{rows} rows, {counts} values of {label!r} to be learnt from {text!r}",
+        f"{folder}: {', '.join(made)}",
+        f"{rows} rows, {_learnt(found, columns)}",
         f"next: cd {folder} && fedlora simulate scenario.yaml --out runs/first",
     ]
+
+
+def _learnt(found: Guess, columns: Mapping[str, list[Any]]) -> str:
+    """What is learnt from what, in words."""
+    if found.task != "classification":
+        return f"task: {found.task}"
+    text, label = found.files["text"], found.files["label"]
+    return f"{len(set(map(str, columns[label])))} values of {label!r} to be learnt from {text!r}"
+
+
+def _classes(data: Path, columns: Mapping[str, list[Any]], text: str | None, label: str | None) -> Guess:
+    """Classification, by a column of texts and one of labels."""
+    written = {name: [str(cell) for cell in cells] for name, cells in columns.items()}
+    text, label = _chosen(data, written, text, label)
+    aim = f"{json.dumps(label)} of {json.dumps(text)}"
+    return Guess("classification", {"text": text, "label": label}, (), written[text], aim)
 
 
 def _chosen(data: Path, columns: Mapping[str, list[str]], text: str | None, label: str | None) -> tuple[str, str]:
     """The columns of texts and labels, as named or by what they hold.
 
     Raises:
-        UserError: one is not there, or none looks like it.
+        UserError: none looks like it.
     """
-    for name in (text, label):
-        if name is not None and name not in columns:
-            raise UserError(f"{data}: has no column {name!r}: {suggestion(name, columns)}")
-    if not columns or not next(iter(columns.values())):
-        raise UserError(f"{data}: holds no rows")
     mean = {name: sum(map(len, values)) / len(values) for name, values in columns.items() if name != label}
     text = text or max(mean, key=lambda name: mean[name], default=None)
     counts = {name: len(set(values)) for name, values in columns.items() if name != text}

@@ -19,7 +19,7 @@ from fedlora.engine.setup import Description
 from fedlora.errors import SettingError, UserError
 from fedlora.exporting import About, describe
 from fedlora.optimizers import steps
-from fedlora.prepare import Prepared, central, check, known, noised, prepare
+from fedlora.prepare import Prepared, central, check, known, noised, prepare, separated
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.noise import fresh_key
@@ -69,6 +69,10 @@ def simulate(
         RoundError: too few clients of a round replied, in every attempt at it.
     """
     scenario = scenarios.given(scenario, overrides)
+    try:
+        scenario = separated(scenario)
+    except SettingError as error:
+        raise scenario.located(error) from error
     if baseline is not None:
         scenario = derive(scenario, baseline)
     folder = Path(out) if out else Path("runs") / f"{scenario.name}-{scenario.hash}"

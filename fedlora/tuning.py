@@ -169,10 +169,11 @@ class _Search:
     """The runs of a search, and what becomes of them."""
 
     def __init__(self, scenario: Scenario, private: bool, told: Callable[[str], None]) -> None:
-        self.scenario, self.private, self.told = scenario, private, told
+        self.ready = prepare.prepare(scenario)
+        self.scenario = scenario = self.ready.scenario
+        self.private, self.told = private, told
         self.key, self.base = rate_key(scenario)
         self.task = find(scenario.task)
-        self.ready = prepare.prepare(scenario)
         noise, self.bands = prepare.calibrate(scenario, self.ready.data), prepare.banded(scenario, self.ready.data)
         if private:
             self._check_validation()

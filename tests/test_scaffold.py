@@ -1,5 +1,6 @@
 """A new project runs at once."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,6 @@ def python(project, *arguments):
 
 
 def test_its_scenario_runs_with_its_strategy_and_is_what_its_schema_says(project, tiny_base, reviews):
-    import json
-
     import jsonschema
     import yaml
 
@@ -160,3 +159,81 @@ def test_labels_that_cannot_be_learnt_are_told(tmp_path, capsys, rows, told, sai
     (file := tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
     assert main(["init", str(tmp_path / "study"), "--data", str(file), *told]) == 2
     assert said in capsys.readouterr().err
+
+
+TALK = [{"role": "user", "content": "how is it"}, {"role": "assistant", "content": "fine"}]
+SPAN = {"start": 0, "end": 4, "label": "Name"}
+
+
+@pytest.mark.parametrize(
+    ("row", "told", "task", "keys"),
+    [
+        (
+            lambda i: {"tokens": ["Ann", f"t{i}"], "tags": ["B-Name", "O"]},
+            [],
+            "token_classification",
+            ("tokens", "tags"),
+        ),
+        (lambda i: {"note": f"Anna is {i}", "spans": [SPAN]}, [], "token_classification", ("note", "spans")),
+        (lambda i: {"id": i, "messages": [{**TALK[0], "content": f"how is {i}"}, TALK[1]]}, [], "causal_lm", ()),
+        (
+            lambda i: {"prompt": f"say {i}", "chosen": "yes please", "rejected": "no"},
+            [],
+            "preference",
+            ("prompt", ("chosen", "rejected")),
+        ),
+        (lambda i: {"text": f"a note {i}", "labels": ["x", "yz"[i % 2]]}, [], "multi_label", ("text", "labels")),
+        (lambda i: {"text": f"a note {i}", "labels": f"x;{'yz'[i % 2]}"}, [], "multi_label", ("text", "labels")),
+        (lambda i: {"text": f"a note {i}", "score": i / 7}, [], "regression", ("text", "score")),
+        (
+            lambda i: {"text": f"a note {i}", "stars": i % 5},
+            ["--task", "regression"],
+            "regression",
+            ("text", "stars"),
+        ),
+        (lambda i: {"text": f"a note {i}", "stars": i % 5}, [], "classification", ("text", "stars")),
+        (
+            lambda i: {"ask": f"what is {i}", "say": f"it is {i}"},
+            ["--task", "causal_lm", "--text", "ask", "--label", "say"],
+            "causal_lm",
+            ("ask", "say"),
+        ),
+    ],
+)
+def test_the_task_is_told_by_the_columns_and_the_scenario_is_fine(row, told, task, keys, tmp_path, capsys):
+    (file := tmp_path / "mine.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(60)))
+    assert main(["init", str(tmp_path / "study"), "--data", str(file), *told]) == 0
+    made = load(tmp_path / "study" / "scenario.yaml")
+    assert made.task == task and (not keys or (made.data.files.text, made.data.files.label) == keys)
+    capsys.readouterr()
+    assert main(["check", str(tmp_path / "study" / "scenario.yaml")]) == 0
+    assert "fine" in capsys.readouterr().out
+    if task == "regression":
+        assert (made.data.score.low, made.data.score.high) == (0, 9 if keys[1] == "score" else 4)
+
+
+@pytest.mark.parametrize(
+    ("row", "told", "said"),
+    [
+        (
+            lambda i: {"text": f"note {i}", "labels": f"x,{'yz'[i % 2]}"},
+            [],
+            "say --task multi_label or --task class",
+        ),
+        (lambda i: {"text": f"note {i}", "score": i}, [], "say --task classification or --task regression"),
+        (
+            lambda i: {"text": f"note {i}", "kind": "xy"[i % 2]},
+            ["--task", "regression"],
+            "no column looks like what task",
+        ),
+        (
+            lambda i: {"text": f"note {i}", "kind": "xy"[i % 2]},
+            ["--task", "regresion"],
+            "did you mean 'regression'?",
+        ),
+    ],
+)
+def test_what_may_be_two_tasks_is_asked(row, told, said, tmp_path, capsys):
+    (file := tmp_path / "mine.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(60)))
+    assert main(["init", str(tmp_path / "study"), "--data", str(file), *told]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "study").exists()

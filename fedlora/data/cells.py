@@ -22,7 +22,7 @@ OWNED = ("data.partition.column", "privacy.person")
 """Keys of columns of names: whose a row is, and which person it is of."""
 
 SEPARATORS = ("|", ";", ",")
-"""What may stand between labels where nobody says: the first of them that occurs."""
+"""What may stand between labels where nobody says."""
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,8 @@ class Taught:
         names = (named.label,) if isinstance(named.label, str) else named.label
         key = f"data.{'files' if isinstance(named, settings.Files) else 'hub'}.label"
         if self.target == "many":
-            return label_sets(cells(names[0]), named.separator, Column(key, source, names[0]))
+            held, told_of = cells(names[0]), Column(key, source, names[0])
+            return label_sets(held, named.separator or separator(held, self.labels or ()), told_of)
         if self.target == "score":
             if self.score is None:
                 raise SettingError("data.score", NO_SCALE)
@@ -116,20 +117,33 @@ class Taught:
         return plain(names[0])
 
 
+def separator(cells: Sequence[Any], labels: Sequence[str]) -> str | None:
+    """What stands between the labels of cells, where nobody says; None where no cell is text.
+
+    The first of `SEPARATORS` that occurs and that no label has; where none does the first of all, so that other
+    marks in other files are taken for parts of labels.
+
+    Args:
+        cells: lists of labels, or labels as text.
+        labels: that are known.
+    """
+    texts = [cell for cell in cells if isinstance(cell, str)]
+    free = [mark for mark in SEPARATORS if not any(mark in label for label in labels)]
+    found = next((mark for mark in free if any(mark in text for text in texts)), None)
+    return found or (SEPARATORS[0] if texts and SEPARATORS[0] in free else None)
+
+
 def label_sets(cells: Sequence[Any], separator: str | None, column: Column) -> list[tuple[str, ...]]:
     """The labels of each row, each once, in their order; of an empty cell or list none.
 
     Args:
         cells: lists of labels, or labels as text with a separator between them.
-        separator: None: the first of `|`, `;` and `,` that occurs in any cell.
+        separator: None: texts are one label each.
         column: that they are of.
 
     Raises:
         SettingError: a cell is no list of labels, has an empty label, or no cell has any.
     """
-    if separator is None:
-        texts = [cell for cell in cells if isinstance(cell, str)]
-        separator = next((mark for mark in SEPARATORS if any(mark in text for text in texts)), None)
     made: list[tuple[str, ...]] = []
     for row, cell in enumerate(cells, 1):
         if missing(cell):

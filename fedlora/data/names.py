@@ -1,11 +1,12 @@
-"""Names of labels that a reader takes for one, and a computer for several."""
+"""Names of labels: which are labels, and which a reader takes for one and a computer for several."""
 
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from fedlora.errors import cut
+from fedlora.data.rows import Rows
+from fedlora.errors import SettingError, cut
 
 _SHOWN = 5  # groups of labels
 _NUMBER = re.compile(r"[-+]?\d{1,300}(\.\d*)?", re.ASCII)
@@ -44,3 +45,48 @@ def _value(name: str) -> str:
 
 def _apart(names: Sequence[str]) -> bool:
     return len({*map(bare, names)}) > 1
+
+
+def check_names(key: str, names: Sequence[str], count: int) -> None:
+    """Make sure that names are of classes, and neither scores nor texts; none of them is shown.
+
+    Args:
+        key: of the column.
+        names: of the labels.
+        count: of rows.
+
+    Raises:
+        SettingError: they are numbers with fractions, or nearly as many as rows.
+    """
+    if len(names) > 1 and all(map(_SCORE.fullmatch, names)) and any("." in name for name in names):
+        raise SettingError(
+            key,
+            f"holds {len(names)} different numbers with fractions, as scores are: write task: regression with "
+            "data.score, or name them in data.labels if they are names",
+        )
+    if len(names) > max(_FEW, count / 2):
+        raise SettingError(
+            key,
+            f"has {len(names)} different values in {count} rows, as no column of labels has: name another, or "
+            "write task: causal_lm to learn texts",
+        )
+
+
+_FEW = 20  # labels, of which no number of rows is too few
+_SCORE = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
+
+
+def check_labels(key: str, rows: Rows, names: Sequence[str], what: str) -> None:
+    """Make sure that rows have no other labels than those named.
+
+    Raises:
+        SettingError: of `key`, with `what` is wrong; they have.
+    """
+    if names and (strange := sorted(rows.classes - set(names))):
+        alike = {*map(bare, names)}
+        hint = (
+            "; some differ from them by blanks, case or hidden signs alone"
+            if alike & {*map(bare, strange)}
+            else ""
+        )
+        raise SettingError(key, f"{what}: {[cut(name) for name in strange[:5]]}{hint}")

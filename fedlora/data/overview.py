@@ -9,7 +9,7 @@ from fedlora import plugins
 from fedlora import scenario as settings
 from fedlora.data import notes, persons
 from fedlora.data.partitions import classes, draw
-from fedlora.data.reading import Rows, check_labels, label_names, read, read_public, set_aside
+from fedlora.data.reading import Rows, check_labels, label_names, read, read_public, separated, set_aside
 from fedlora.data.targets import BY_TARGET
 from fedlora.errors import SettingError, counted
 
@@ -22,7 +22,9 @@ class Lengths:
         rows: training and test rows together.
         empty: rows without any word.
         median, most: words of a row.
-        over: rows of more words than `data.max_length`; these and more are cut. None where nobody says it.
+        over: rows of more words than `data.max_length`; these and more are cut, or have several windows. None
+            where nobody says it.
+        windows: whether longer rows have windows.
     """
 
     rows: int
@@ -30,6 +32,7 @@ class Lengths:
     median: int
     most: int
     over: int | None
+    windows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,7 @@ def overview(data: settings.Data, task: str, num_clients: int, seed: int, person
     Raises:
         SettingError: as a run would.
     """
+    data = separated(data, task)
     train, test = read(data, task, person)
     names, target = label_names(data, train, task), plugins.find("tasks", task).target
     check_labels("data", test, names, "the test set has labels that the training set has not")
@@ -92,7 +96,7 @@ def overview(data: settings.Data, task: str, num_clients: int, seed: int, person
     return Overview(
         rows={part: len(rows.texts) for part, rows in parts.items()},
         labels={name: {part: counts[part][i] for part in parts} for i, name in enumerate(labelled)},
-        lengths=lengths_of(data.max_length, train, test),
+        lengths=lengths_of(data.max_length, train, test, windows=target == "marks"),
         sizes=sizes,
         persons=people,
         names=called,
@@ -102,12 +106,13 @@ def overview(data: settings.Data, task: str, num_clients: int, seed: int, person
     )
 
 
-def lengths_of(most: int | None, *parts: Rows) -> Lengths | None:
+def lengths_of(most: int | None, *parts: Rows, windows: bool = False) -> Lengths | None:
     """How long rows are; None of images, and where there are none.
 
     Args:
         most: words beyond which a row counts as over; None: nobody says.
         parts: rows.
+        windows: whether longer rows have windows.
     """
     if any(isinstance(text, bytes) for rows in parts for text in rows.texts[:1]):
         return None
@@ -120,6 +125,7 @@ def lengths_of(most: int | None, *parts: Rows) -> Lengths | None:
         median=int(np.median(words)),
         most=int(words.max()),
         over=None if most is None else int((words > most).sum()),
+        windows=windows,
     )
 
 

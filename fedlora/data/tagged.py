@@ -153,7 +153,7 @@ def _check(tags: Sequence[Any]) -> None:
         if tag.startswith("I-") and before[2:] != tag[2:]:
             raise _Wrong(
                 "label",
-                f"tag {at} is {tag!r} without {tag[2:]!r} before it: in IOB2 an entity begins with 'B-{tag[2:]}'",
+                f"tag {at} begins with I- and follows none of its type: in IOB2 an entity begins with B-",
             )
         before = tag
 

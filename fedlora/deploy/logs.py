@@ -3,13 +3,17 @@
 import json
 import logging
 import time
+import traceback
 from collections.abc import Sequence
 
 KEYS = ("run", "round", "client", "kind", "seconds", "trained", "epsilon")
 
 
 class Lines(logging.Formatter):
-    """A record as a line: `time, level, part, message`, and of `KEYS` those that the record has."""
+    """A record as a line: `time, level, part, message`, and of `KEYS` those that the record has.
+
+    Of an error it says where it came from and of which kind it is: its words may hold what a row holds.
+    """
 
     def __init__(self, part: str) -> None:
         """Lines of a part, such as `server` or a site's name."""
@@ -25,8 +29,9 @@ class Lines(logging.Formatter):
             "message": record.getMessage(),
             **{key: getattr(record, key) for key in KEYS if getattr(record, key, None) is not None},
         }
-        if record.exc_info:
-            told["traceback"] = self.formatException(record.exc_info)
+        if record.exc_info and record.exc_info[0] is not None:
+            kind, _, frames = record.exc_info
+            told["traceback"] = "".join(traceback.format_tb(frames)) + kind.__name__
         return json.dumps(told)
 
 

@@ -72,7 +72,10 @@ def serve(grid: Grid, asked: dict[str, str], shown: Display, number: int) -> Pat
     runs = Path(os.environ.get("FEDLORA_RUNS", "runs"))
     if resumed := asked.get("resume"):
         folder = runs / Path(resumed).name
-        folders.check(folder, scenario, resume=True)
+        try:
+            folders.check(folder, prepare.separated(scenario, at_sites=True), resume=True)
+        except SettingError as error:
+            raise scenario.located(error) from error
     else:
         name = asked.get("name") or f"{scenario.name}-{scenario.hash}-{number}"
         folder = runs / Path(name).name

@@ -48,7 +48,8 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
         UserError: the data cannot be read or split, or the folder is there.
     """
     try:
-        held = prepare.prepare(scenario).data
+        ready = prepare.prepare(scenario)
+        held, scenario = ready.data, ready.scenario
         train, test = read(scenario.data, scenario.task, scenario.person)
         target = find(scenario.task).target
         several = target == "many"

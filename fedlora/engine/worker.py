@@ -26,6 +26,7 @@ from fedlora.errors import ContractError, Refusal
 from fedlora.metrics import confusion
 from fedlora.metrics import contract as metrics
 from fedlora.metrics.contract import Evaluation
+from fedlora.metrics.written import WRITTEN
 from fedlora.optimizers import averaged
 from fedlora.passes import alone
 from fedlora.passes.fused import Fused
@@ -37,7 +38,6 @@ from fedlora.privacy.mechanisms.bands import Past
 from fedlora.privacy.noise import fresh_key
 from fedlora.rounds.checkpoint import Personal
 from fedlora.scenario import Scenario
-from fedlora.tasks.base_model import check_tokens
 
 
 class Worker:
@@ -86,8 +86,7 @@ class Worker:
                 beta=asked.beta if (asked := self.scenario.preference) is not None else None,
                 checkpointing=model.checkpointing,
             )
-        if self.task.tokens and self.scenario.privacy is None:
-            check_tokens(self.task.model, self.dataset.largest_token)
+        loading.check(self.task, self.scenario, self.dataset)
         weights.weigh(self.task, self.scenario, self.dataset.labels)
         self.kept: Kept | None = None
         if self.task.prefix is not None and pays(self.scenario, self.dataset):
@@ -401,7 +400,7 @@ class Worker:
         rows, examples, asked = np.arange(start, stop), getattr(self.dataset, half), self.scenario.exact_match
         rowwise = bool(self.metrics) or (half == "test" and confusion.tells(self.task.target, self.dataset.labels))
         found = self.task.evaluation(adapter, examples, rows, rowwise)
-        writes = half == "test" or self.scenario.chosen_by(self.task.metric) in ("exact_match", "rouge_l")
+        writes = half == "test" or self.scenario.chosen_by(self.task.metric) in WRITTEN
         if asked and writes and start < asked.examples:
             model = self.scenario.model
             more = self.task.written(lambda: self.task.reader(model.base, model.revision), examples, rows, asked)

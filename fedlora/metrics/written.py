@@ -3,6 +3,9 @@
 import re
 from itertools import pairwise
 
+WRITTEN = ("exact_match", "rouge_l")
+"""Their names where a scenario asks for answers; more is better."""
+
 _WORD = re.compile(r"\w+")
 
 

@@ -312,9 +312,7 @@ def _pack(alone: Alone) -> str:
     reasons = {}
     for cut, first in product((True, False) if task.pools and asks_first(body) else (False,), (0, after)):
         try:
-            task.packing = Packing(
-                body, unpack=task.pools, first_position=first, cut=cut, sequences=task.sequences
-            )
+            task.packing = Packing(body, unpack=task.pools, first_position=first, cut=cut)
             unfit = alone.differs(few) or alone.differs(many)
             if not task.packing.attends:
                 unfit = "this model attends in a way of its own, to all of a row at once"

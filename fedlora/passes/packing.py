@@ -244,14 +244,13 @@ class Packing:
             one where a row was cut to some of its tokens; rows of one length hold the same tokens.
         cut: the same of what the next pass will cut its row to behind the body.
         whole: the sequences of the last pass.
+        sequences: of an example: as many rows of the next batch are its own, one after another.
         attends: whether the layers of the body attend by `attention`.
     """
 
     whole: Segments
 
-    def __init__(
-        self, body: Any, *, unpack: bool, first_position: int = 0, cut: bool = False, sequences: int = 1
-    ) -> None:
+    def __init__(self, body: Any, *, unpack: bool, first_position: int = 0, cut: bool = False) -> None:
         """Hook into a body.
 
         Args:
@@ -260,13 +259,12 @@ class Packing:
             first_position: the position id of an example's first token.
             cut: whether the last layer asks for the first token of each example alone, and goes on with it:
                 a classifier that pools there reads no other. For a body of which `asks_first` is true.
-            sequences: of an example, rows of the batch one after another that do not see each other.
         """
         import torch
 
         self.rows: Mapping[int, Segments] = {}
         self.cut: Mapping[int, Segments] = {}
-        self.sequences, self.attends = sequences, False
+        self.sequences, self.attends = 1, False
         self._body, self._before, self._first = body, body.config._attn_implementation, first_position
         self._hooks: list[Callable[[], Any]] = [
             lambda: body.register_forward_pre_hook(self._enter, with_kwargs=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fedlora.errors import SettingError, suggestion
 from fedlora.metrics import contract as metrics
+from fedlora.metrics.written import WRITTEN
 from fedlora.rounds.progress import Best, Line, Progress
 from fedlora.scenario import Scenario
 from fedlora.tasks.contract import find
@@ -87,5 +88,5 @@ def directions(scenario: Scenario, metric: str, higher_is_better: bool) -> dict[
         SettingError: it names a metric that is not there.
     """
     asked = metrics.find_all(scenario.metrics, find(scenario.task).target)
-    known = {"loss": False, **({"exact_match": True, "rouge_l": True} if scenario.exact_match else {})}
+    known = {"loss": False, **(dict.fromkeys(WRITTEN, True) if scenario.exact_match else {})}
     return {**known, **{one.name: one.higher_is_better for one in asked}, metric: higher_is_better}

@@ -15,6 +15,7 @@ from fedlora.scenario.clients import Clients
 from fedlora.scenario.data import TASK_OF, Data, LabelShares, Public, Sampled
 from fedlora.scenario.defaults import completed
 from fedlora.scenario.explain import explain
+from fedlora.scenario.head import NarrowHead
 from fedlora.scenario.keys import Problem
 from fedlora.scenario.privacy import Privacy
 from fedlora.scenario.section import PlugIn
@@ -223,6 +224,11 @@ def _of_task(task: str, sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("preference",), f"preference is for task: preference, and the task is {task}: leave it out")
     if sections.get("loss") and not (found.target == "class" and getattr(found, "labelled", True)):
         yield Problem(("loss",), f"loss is for classification, and the task is {task}: leave it out")
+    if (model := sections.get("model")) and isinstance(model.head, NarrowHead):
+        if not getattr(found, "headed", True) or not getattr(found, "labelled", True):
+            yield Problem(
+                ("model", "head"), f"a rank is for a head of labels, and task: {task} has none: leave it out"
+            )
     if data:
         yield from _taught(task, found.target, data)
 

@@ -75,7 +75,7 @@ class Hub(Section):
         label: Column of labels. Regression takes one column of scores or several, and preference the two columns
             [chosen, rejected].
         separator: For multi_label: what stands between the labels of a text. null: the first of bar, semicolon
-            and comma that occurs. Example: `';'`.
+            and comma that occurs in the training rows. Example: `';'`.
     """
 
     path: str
@@ -103,7 +103,7 @@ class Files(Section):
         label: Column of labels, completions, tags or spans. Regression takes several columns too, and preference
             the two columns [chosen, rejected].
         separator: For multi_label: what stands between the labels of a text. null: the first of bar, semicolon
-            and comma that occurs. Example: `';'`.
+            and comma that occurs in the training rows. Example: `';'`.
         columns: Names of the columns of a csv or tsv without a header, or of a conll file. null: the header names
             them. Example: `[text, label]`.
     """
@@ -293,6 +293,12 @@ class Source(Section):
 _NAMES = ("text", "label", "separator")
 
 
+def _separated(source: Hub | Files | None, separator: str | None) -> Hub | Files | None:
+    if source is None or source.separator is not None:
+        return source
+    return source.model_copy(update={"separator": separator})
+
+
 class Public(Source):
     """Rows that anyone may see, for `fedlora tune`; columns that are not named are as in the clients' source."""
 
@@ -304,7 +310,8 @@ class Data(Source):
         encoding: Encoding of `files`. null: UTF-8, or as the mark at the beginning of a file says. Example:
             `cp1252`.
         partition: Which client holds which examples. Change it to study clients that differ.
-        max_length: Tokens to which an example is cut. Lower it for speed and memory where texts are short.
+        max_length: Tokens to which an example is cut; token_classification reads longer ones in windows of as
+            many. Lower it for speed and memory where texts are short.
         test_share: Share of the training rows that is held out as the test set, where the source has none.
         validation_share: Share of the test rows that chooses the best round; the others report. null: no such
             rows. Set it for `keep` and `stop`. Example: `0.3`.
@@ -353,6 +360,15 @@ class Data(Source):
         if self.messages is not None and self.prompt is not None:
             raise PydanticCustomError("source", "messages are whole chats: leave prompt out, or messages")
         return self
+
+    def separated(self, separator: str | None) -> Self:
+        """The same with what stands between labels, also in public rows of the same kind of source."""
+        key = "hub" if self.files is None else "files"
+        found: dict[str, object] = {key: _separated(getattr(self, key), separator)}
+        if self.public is not None:
+            public = {key: _separated(getattr(self.public, key), separator)}
+            found["public"] = self.public.model_copy(update=public)
+        return self.model_copy(update=found)
 
     @property
     def label_columns(self) -> tuple[str, ...]:

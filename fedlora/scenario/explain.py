@@ -10,6 +10,7 @@ from fedlora.errors import suggestion
 from fedlora.scenario.clients import Ranks
 from fedlora.scenario.compression import Packed
 from fedlora.scenario.data import Partition
+from fedlora.scenario.head import HEADS
 from fedlora.scenario.keeping import KEPT
 from fedlora.scenario.keys import Problem, dotted
 from fedlora.scenario.learning import TAGS
@@ -25,7 +26,7 @@ def explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
     for part in detail["loc"]:
         if isinstance(here, dict) and part not in here and part == here.get("kind"):
             continue  # pydantic's name for a branch of a union, not a key
-        if part in (*TAGS, *KEPT):
+        if part in (*TAGS, *KEPT, *HEADS):
             continue
         inside = isinstance(here, dict) and part in here
         inside = inside or (isinstance(here, list) and isinstance(part, int) and part < len(here))

@@ -17,6 +17,7 @@ from fedlora.scenario.baseline import Baseline
 from fedlora.scenario.clients import Clients
 from fedlora.scenario.compression import Compression, TopK
 from fedlora.scenario.data import Data
+from fedlora.scenario.head import Head
 from fedlora.scenario.keeping import Best, Keep, Stop
 from fedlora.scenario.keys import Source
 from fedlora.scenario.learning import TAGS, Schedule, ServerAdam, ServerOptimizer
@@ -91,7 +92,8 @@ class Model(Section):
         start: Begin from this adapter: the folder of a run, a folder that peft saved, or a Hub id. null: the
             adapter is drawn from the seed. Example: `runs/public`.
         head: The last layer. trained: it is trained and sent. frozen: it stays as it begins. kept: it is trained,
-            and begins as in the base or in `model.start`, whatever its labels are called.
+            and begins as in the base or in `model.start`, whatever its labels are called. With a rank only as many
+            numbers for each label are trained and sent.
         pooler: The encoder's pooler, where it has one. Under privacy leave it frozen: it has many more numbers
             than the adapter.
     """
@@ -102,7 +104,7 @@ class Model(Section):
     checkpointing: bool = False
     adapter: Adapter = Adapter()
     start: Annotated[str, Field(min_length=1)] | None = None
-    head: Literal["trained", "frozen", "kept"] = "trained"
+    head: Head = "trained"
     pooler: Literal["trained", "frozen"] = "frozen"
 
     @field_validator("start")

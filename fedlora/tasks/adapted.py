@@ -23,6 +23,7 @@ from fedlora.passes.again import Again
 from fedlora.passes.lowrank import LowRank
 from fedlora.passes.packing import Packing
 from fedlora.tasks.base_model import untie
+from fedlora.tasks.heads import is_frozen, whole
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +114,8 @@ class Adapted:
                 kind.role(name),
                 layer_of(name),
                 kind.trains(kind.role(name))
-                and (kind.role(name) != "head" or any(t and under(name, head) for head, t in heads.items())),
+                and (kind.role(name) != "head" or any(t and under(name, head) for head, t in heads.items()))
+                and not is_frozen(name),
             )
             for name, p in sorted(self._parameters.items())
         }
@@ -352,8 +354,8 @@ class Adapted:
             config = dataclasses.replace(config, r=rank, lora_alpha=rank, use_rslora=False)
         folder.mkdir(parents=True)
         config.save_pretrained(str(folder))
-        whole = {n: np.ascontiguousarray(t) for n, t in tensors.items()}
-        save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        made = {n: np.ascontiguousarray(t) for n, t in whole(tensors).items()}
+        save_file(made, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _kept(model: Any, heads: Sequence[str], fresh: Collection[str] | None) -> Adapter:

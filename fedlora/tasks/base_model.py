@@ -151,6 +151,24 @@ def check_tokens(model: Any, used: int) -> None:
         raise SettingError("model.base", f"the data hold token number {used}, {_without(known)}")
 
 
+def check_writing(model: Any, longest: int, new: int) -> None:
+    """Make sure that a model has positions for prompts and what it is to write after them.
+
+    Args:
+        model: of transformers or peft.
+        longest: tokens of the longest prompt.
+        new: the most tokens that are written.
+
+    Raises:
+        SettingError: it has not.
+    """
+    if (room := positions(model)) is not None and longest + new > room:
+        raise SettingError(
+            "exact_match.max_new_tokens",
+            f"{new} tokens after a prompt of {longest}, and the model has {room} positions: lower it",
+        )
+
+
 def _without(known: int) -> str:
     return (
         f"and it has embeddings of {known}: the tokenizer was given more, such as one to pad with; take the one "
@@ -214,6 +232,12 @@ def pads_as(model: Any, tokenizer: Any) -> int:
     for told in (model.config, model.config.get_text_config()):
         told.pad_token_id = pad
     return pad
+
+
+def filler(tokenizer: Any) -> int:
+    """The id of the token that stands for a text of which a tokenizer makes none: of the end, else of any sign."""
+    told = (getattr(tokenizer, f"{what}_token_id", None) for what in ("eos", "bos", "unk", "pad"))
+    return next((i for i in told if i is not None), 0)
 
 
 def pad_of(tokenizer: Any, tokens: int) -> int:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from fedlora import seeding
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded, Examples
-from fedlora.errors import SettingError
 from fedlora.metrics.written import rouge_l
 from fedlora.passes.packing import Segments
 from fedlora.tasks import base_model, dialogues
@@ -74,7 +73,7 @@ class CausalLM(Task):
         for prompt, answer in zip(prompts(reader, [str(t) for t in rows.texts]), answers, strict=True):
             cut += len(prompt) + len(answer) + len(end) > max_length
             answer = (answer + end)[: max_length - 1]
-            prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
+            prompt = (prompt or [base_model.filler(reader)])[max(0, len(prompt) + len(answer) - max_length) :]
             tokens.append(prompt + answer)
             starts.append(len(prompt))
         return Encoded(tokens, starts, cut=cut)
@@ -210,12 +209,7 @@ def completions(
     """
     import torch
 
-    longest, room = max(map(len, asked), default=0), base_model.positions(model)
-    if room is not None and longest + max_new_tokens > room:
-        raise SettingError(
-            "exact_match.max_new_tokens",
-            f"{max_new_tokens} tokens after a prompt of {longest}, and the model has {room} positions: lower it",
-        )
+    base_model.check_writing(model, max(map(len, asked), default=0), max_new_tokens)
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     for start in range(0, len(asked), _ANSWERS):
         chunk = asked[start : start + _ANSWERS]
@@ -244,7 +238,7 @@ def question(reader: Any, prompt: Prompt, max_length: int) -> list[int]:
         SettingError: the chat template refuses it.
     """
     if isinstance(prompt, str):
-        return prompts(reader, [prompt])[0][-max_length:]
+        return (prompts(reader, [prompt])[0] or [base_model.filler(reader)])[-max_length:]
     return dialogues.question(reader, prompt, max_length)
 
 

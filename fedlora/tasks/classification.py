@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded
 from fedlora.data.targets import one_each
-from fedlora.tasks.base_model import text_kinds
+from fedlora.tasks.base_model import filler, text_kinds
 from fedlora.tasks.contract import Batch, Problem, Sums, Task
 
 if TYPE_CHECKING:
@@ -97,9 +97,13 @@ class Classification(Task):
 
 def inputs(model: Any, reader: Any, text: str, max_length: int) -> dict[str, Any]:
     """What a finished model takes of one text."""
-    cut = reader(text, return_tensors="pt", truncation=True, max_length=max_length)
+    import torch
+
+    cut = reader(text, truncation=True, max_length=max_length)
+    if not len(cut["input_ids"]):
+        cut = {"input_ids": [filler(reader)], "attention_mask": [1], "token_type_ids": [0]}
     known = ("input_ids", "attention_mask", *(["token_type_ids"] if text_kinds(model) > 1 else []))
-    return {key: cut[key] for key in known if key in cut}
+    return {key: torch.tensor([cut[key]]) for key in known if key in cut}
 
 
 def likeliest(model: Any, batch: Mapping[str, Any], labels: Sequence[str]) -> tuple[str, float]:

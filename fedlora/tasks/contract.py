@@ -92,9 +92,6 @@ class Task(Adapted, ABC):
     completes: ClassVar[bool] = False
     """Whether a model goes on with what it is given (`complete`)."""
 
-    sequences: ClassVar[int] = 1
-    """Of how many sequences an example is: as many rows of a batch are its own, and do not see each other."""
-
     against_base: ClassVar[bool] = False
     """Whether a loss depends on what the base makes of the same rows without its adapter."""
 
@@ -113,7 +110,6 @@ class Task(Adapted, ABC):
         self.prefix: Prefix | None = None
         self._passed: tuple[Batch, Any] | None = None  # a batch, and what the model made of it
         super().__init__(model, kind, **told)
-        self.low_rank.sequences = self.sequences
 
     # What is asked before there is a model.
 
@@ -191,7 +187,11 @@ class Task(Adapted, ABC):
 
     @abstractmethod
     def logits(self, batch: Batch) -> "torch.Tensor":
-        """What losses are made of, float32: (examples, labels), or (scored tokens, vocabulary)."""
+        """What losses are made of, float32: (examples, labels), or (scored tokens, vocabulary).
+
+        A batch may have several sequences for each example, as many for all and one after another: they do not see
+        each other, and their gradient is one.
+        """
 
     @abstractmethod
     def losses(self, batch: Batch) -> "torch.Tensor":
@@ -247,8 +247,11 @@ class Task(Adapted, ABC):
         return self._passed[1]
 
     def _pass(self, batch: Batch, **told: Any) -> Any:
-        self.low_rank.examples = len(batch["targets"])
         inputs = {key: batch[key] for key in _INPUTS if key in batch}
+        self.low_rank.examples = count = len(batch["targets"])
+        self.low_rank.sequences = sequences = len(next(iter(inputs.values()))) // count if inputs else 1
+        if self.packing is not None:
+            self.packing.sequences = sequences
         if self.prefix is None:
             return self.model(**inputs, **told)
         self.prefix.row = batch.get("prefix")

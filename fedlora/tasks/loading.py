@@ -6,12 +6,17 @@ from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from fedlora import plugins, seeding
+from fedlora.data.store import Dataset
 from fedlora.errors import SettingError
 from fedlora.kinds.contract import Kind, Saved, under
+from fedlora.metrics.written import WRITTEN
 from fedlora.passes import alone, pooled
+from fedlora.scenario import Scenario
+from fedlora.scenario.head import NarrowHead
 from fedlora.tasks import base_model, located
 from fedlora.tasks.adapted import Precision
 from fedlora.tasks.contract import Task, find
+from fedlora.tasks.heads import narrow
 
 
 def build(
@@ -55,7 +60,7 @@ def load(
     *,
     labels: Sequence[str],
     seed: int,
-    head: str = "trained",
+    head: str | NarrowHead = "trained",
     pooler: str = "frozen",
     revision: str | None = None,
     quantize: Literal["8bit", "4bit"] | None = None,
@@ -88,6 +93,8 @@ def load(
     heads: dict[str, bool] = {}
     if cls.headed:
         heads = {name: head != "frozen" for name in base_model.heads_of(model)}
+        if isinstance(head, NarrowHead):
+            missing = narrow(model, heads, len(labels), head.rank, seed, missing)
         bound = [n for n, p in model.named_parameters() if p.shape[:1] == (len(labels),) and _within(n, heads)]
         if head == "kept" and start is None and device != "meta" and set(bound) & set(missing):
             raise SettingError("model.head", f"{base} has no head for {len(labels)} labels to keep: take trained")
@@ -129,6 +136,22 @@ def load(
         start=start,
         checkpointing=checkpointing,
     )
+
+
+def check(task: Task, scenario: Scenario, data: Dataset) -> None:
+    """Make sure that a loaded model has a place for what a run's rows hold, and for the answers that it writes.
+
+    Under privacy no private row is looked at.
+
+    Raises:
+        SettingError: it has not.
+    """
+    if task.tokens and scenario.privacy is None:
+        base_model.check_tokens(task.model, data.largest_token)
+    if (asked := scenario.exact_match) is not None and task.target == "start":
+        halves = (data.test, data.validation) if scenario.chosen_by(task.metric) in WRITTEN else (data.test,)
+        longest = max(int(half.targets[: asked.examples].max(initial=0)) for half in halves)
+        base_model.check_writing(task.model, longest, asked.max_new_tokens)
 
 
 def _within(name: str, heads: Collection[str]) -> bool:

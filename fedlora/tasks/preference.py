@@ -25,6 +25,7 @@ from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded, Examples
 from fedlora.passes.packing import Segments
 from fedlora.scenario.sections import Preference as Settings
+from fedlora.tasks.base_model import filler
 from fedlora.tasks.causal_lm import CausalLM, no_pairs, prompts
 from fedlora.tasks.contract import Batch, Problem, Sums
 
@@ -41,7 +42,6 @@ class Preference(CausalLM):
     metric = "accuracy"
     higher_is_better = True
     target = "pair"
-    sequences = 2
     against_base = True
 
     @classmethod
@@ -88,7 +88,7 @@ class Preference(CausalLM):
         for prompt, chosen, rejected in zip(prompts(reader, [str(t) for t in rows.texts]), *sides, strict=True):
             whole = (chosen + end, rejected + end)
             one, other = (answer[: max_length - 1] for answer in whole)
-            prompt = prompt[-(max_length - max(len(one), len(other))) :]
+            prompt = (prompt or [filler(reader)])[-(max_length - max(len(one), len(other))) :]
             tokens.append(prompt + one + prompt + other)
             targets.append((len(prompt), len(prompt + one), len(prompt)))
             cut += (one, other) != whole

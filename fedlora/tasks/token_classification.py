@@ -5,12 +5,13 @@ the loss of an example is
 
     L = 1/n sum_i -log p_i(tag_i)
 
-and 0 where nothing is scored: what clipping bounds is the part of a text. Figures are of entities: one is found
+and 0 where nothing is scored, over all windows of a longer text (`fedlora.tasks.windows`): what clipping bounds is
+the part of a text. Figures are of entities: one is found
 where its type, its first and its last word are right (`fedlora.data.tagged`).
 """
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from numpy.typing import NDArray
 from fedlora.data import tagged
 from fedlora.data.reading import Rows
 from fedlora.data.store import Encoded, Examples
-from fedlora.errors import SettingError
 from fedlora.passes.packing import Segments
+from fedlora.tasks import windows
 from fedlora.tasks.base_model import text_kinds
 from fedlora.tasks.causal_lm import no_pairs
 from fedlora.tasks.classification import no_answers
@@ -57,30 +58,31 @@ class TokenClassification(Task):
 
     @classmethod
     def encode(cls, reader: Any, rows: Rows, labels: Sequence[str], max_length: int) -> Encoded:
-        """Each text, or its words joined by spaces, cut to `max_length` tokens, with a mark for each word's first.
+        """Each text, or its words joined by spaces, in windows of at most `max_length` tokens (`windows`).
 
-        The target is the number of the tag that a text's first entity begins with, or of `O`: what partitions by
-        label go by.
+        Each word's first token has a mark. The target is the number of the tag that a text's first entity begins
+        with, or of `O`: what partitions by label go by.
 
         Raises:
             SettingError: the tokenizer does not say where its pieces lie.
         """
         texts = [row if isinstance(row, str) else [str(word) for word in row] for row in rows.texts]
         laid = [tagged.places(row) for row in texts]
-        ids, pieces = _cut(reader, [text for text, _ in laid], max_length)
         number = {label: i for i, label in enumerate(labels)}
-        marks, targets, short = [], [], 0
+        tokens, marks, types, targets = [], [], [], []
         every = [[str(tag) for tag in label] for label in rows.labels or ()]
-        for tokens, lie, (text, words), tags in zip(ids, pieces, laid, every, strict=True):
-            first = list(tagged.first_pieces(text, words, lie))
-            mine = [UNSCORED] * len(tokens)
-            for at, tag in zip(first, tags, strict=True):
-                if at is not None:
-                    mine[at] = number[tag]
-            marks.append(mine)
+        cut = windows.cut(reader, [text for text, _ in laid], max_length)
+        for sequences, (text, words), tags in zip(cut, laid, every, strict=True):
+            mine = [[UNSCORED] * len(one.ids) for one in sequences]
+            for place, tag in zip(windows.first_pieces(text, words, sequences), tags, strict=True):
+                if place is not None:
+                    mine[place[0]][place[1]] = number[tag]
+            tokens.append([token for one in sequences for token in one.ids])
+            marks.append([mark for one in mine for mark in one])
+            types.append([at % 2 for at, one in enumerate(sequences) for _ in one.ids])
             targets.append(number[next((tag for tag in tags if tag != tagged.OUTSIDE), tagged.OUTSIDE)])
-            short += len(tokens) == max_length and first[-1:] == [None]
-        return Encoded(ids, targets, marks=marks, cut=short)
+        several = any(len(sequences) > 1 for sequences in cut)
+        return Encoded(tokens, targets, types=types if several else None, marks=marks)
 
     @classmethod
     def answer(
@@ -96,19 +98,61 @@ class TokenClassification(Task):
         cls, model: Any, reader: Any, text: str, labels: Sequence[str], max_length: int
     ) -> list[tagged.Entity]:
         """The entities that a finished model finds in a text, in characters of it; arguments as of `answer`."""
+        (sequences,) = windows.cut(reader, [text], max_length)
+        _, words = tagged.places(text)
+        begun = zip(words, windows.first_pieces(text, words, sequences), strict=True)
+        first = [(word, at) for word, at in begun if at is not None]
+        best = [_best(model, one.ids) for one in sequences]
+        found = tagged.entities([labels[best[number][at]] for _, (number, at) in first])
+        return [tagged.Entity(first[a][0][0], first[b - 1][0][1], kind) for a, b, kind in found]
+
+    def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
+        """As of every task, with as many sequences for each example as the longest text has windows.
+
+        `prefix` only where all texts have as many.
+        """
+        if examples.types is None:
+            return super().batch(examples, rows)
+        each = [
+            [*zip(*(windows.parted(part, examples.types_of(row)) for part in parts), strict=True)]
+            for row in map(int, rows)
+            for parts in [(examples.row(row), examples.marks_of(row))]
+        ]
+        most = max(map(len, each))
+        none = (np.array([self.pad]), np.array([UNSCORED]))
+        whole = [one for held in each for one in (*held, *[none] * (most - len(held)))]
+        ids = np.full((len(whole), max(len(tokens) for tokens, _ in whole)), self.pad, np.int64)
+        mask, marks = np.zeros_like(ids), np.full_like(ids, UNSCORED)
+        for i, (tokens, mine) in enumerate(whole):
+            ids[i, : len(tokens)], mask[i, : len(tokens)], marks[i, : len(tokens)] = tokens, 1, mine
+        arrays = {"input_ids": ids, "attention_mask": mask, "targets": examples.targets[rows], "marks": marks}
+        if any(len(held) < most for held in each):
+            return {key: self.place(array) for key, array in arrays.items()}
+        return self._placed(examples, rows, arrays)
+
+    def join(self, batches: Sequence[Batch]) -> Batch:
+        """As of every task; examples of other batches may have more windows."""
+        counts = [len(batch["input_ids"]) // len(batch["targets"]) for batch in batches]
+        most, joined = max(counts), []
+        for batch, count in zip(batches, counts, strict=True):
+            if count < most:
+                fillers = {"input_ids": (self.pad,) * 2, "attention_mask": (0, 1), "marks": (UNSCORED,) * 2}
+                batch = {"targets": batch["targets"]} | {
+                    key: windows.grown(batch[key], len(batch["targets"]), most, *told)
+                    for key, told in fillers.items()
+                }
+            joined.append(batch)
+        return super().join(joined)
+
+    def below(self, examples: Examples, rows: NDArray[np.int64], half: bool) -> "torch.Tensor":
+        """As of every task, of texts with as many windows together: what fills others up is no example's."""
         import torch
 
-        (ids,), (pieces,) = _cut(reader, [text], max_length)
-        _, words = tagged.places(text)
-        begun = zip(words, tagged.first_pieces(text, words, pieces), strict=True)
-        first = [(word, at) for word, at in begun if at is not None]
-        whole = torch.tensor([ids])
-        inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
-        if text_kinds(model) > 1:
-            inputs["token_type_ids"] = torch.zeros_like(whole)
-        best = model(**inputs).logits[0].argmax(-1).tolist()
-        found = tagged.entities([labels[best[at]] for _, at in first])
-        return [tagged.Entity(first[a][0][0], first[b - 1][0][1], kind) for a, b, kind in found]
+        def count(row: np.int64) -> int:
+            return int(np.count_nonzero(np.diff(examples.types_of(int(row)))))
+
+        groups = [np.array([*group]) for _, group in itertools.groupby(rows, count)]
+        return torch.cat([super(TokenClassification, self).below(examples, group, half) for group in groups], 1)
 
     def logits(self, batch: Batch) -> "torch.Tensor":
         """Of the scored tokens, (scored tokens, labels), one example after another."""
@@ -120,14 +164,15 @@ class TokenClassification(Task):
 
     def losses(self, batch: Batch) -> "torch.Tensor":
         """Mean cross-entropy over the scored tokens of each example, (examples,)."""
-        return self._losses(self.logits(batch), batch["marks"])
+        return self._losses(self.logits(batch), batch["marks"], len(batch["targets"]))
 
-    def _losses(self, logits: "torch.Tensor", marks: "torch.Tensor") -> "torch.Tensor":
+    def _losses(self, logits: "torch.Tensor", marks: "torch.Tensor", examples: int) -> "torch.Tensor":
         from torch.nn.functional import cross_entropy
 
-        scored = marks >= 0
+        scored = marks >= 0  # (sequences of all, longest)
         each = Segments(scored).batch(cross_entropy(logits, marks[scored], reduction="none")[None])
-        return each.sum(-1) / scored.sum(-1).clamp(min=1)
+        whole, count = (part.sum(-1).view(examples, -1).sum(-1) for part in (each, scored))
+        return whole / count.clamp(min=1)
 
     def judged_by(self, batch: Batch) -> NDArray[Any]:
         """The number of the tag of each scored token, in the order of `logits`."""
@@ -144,14 +189,14 @@ class TokenClassification(Task):
     def score(self, batch: Batch) -> dict[str, float]:
         """Sums of the loss, of examples, tokens and tokens that are right, and of entities by type and rule."""
         logits, right, tags = self.logits(batch), self.judged_by(batch), self.tags
-        said = logits.argmax(-1).cpu().numpy()
+        said, examples = logits.argmax(-1).cpu().numpy(), len(batch["targets"])
         sums = {
-            "loss": float(self._losses(logits, batch["marks"]).sum()),
-            "examples": float(len(batch["marks"])),
+            "loss": float(self._losses(logits, batch["marks"], examples).sum()),
+            "examples": float(examples),
             "tokens": float(len(right)),
             "right": float((said == right).sum()),
         }
-        ends = np.cumsum((batch["marks"] >= 0).sum(-1).cpu().numpy())[:-1]
+        ends = np.cumsum((batch["marks"] >= 0).view(examples, -1).sum(-1).cpu().numpy())[:-1]
         sequences = [([tags[i] for i in one] for one in np.split(numbers, ends)) for numbers in (right, said)]
         return sums | count(tags, zip(*sequences, strict=True))
 
@@ -175,10 +220,19 @@ class TokenClassification(Task):
         }
 
     def samples(self, max_length: int, special: Collection[int]) -> Examples:
-        """As of every task; of three tokens two are scored, by all tags in turn."""
+        """As of every task; of three tokens two are scored, by all tags in turn.
+
+        Of every two texts one has two windows, its own tokens and those of the text before backwards.
+        """
         made = super().samples(max_length, special)
-        at = np.arange(len(made.tokens), dtype=np.int32)
-        return replace(made, marks=np.where(at % 3 == 2, UNSCORED, at % len(self.tags)).astype(np.int32))
+        each = [made.row(i) for i in range(len(made))]
+        parts = [[one, each[i - 1][::-1]] if i % 2 else [one] for i, one in enumerate(each)]
+        tokens = np.concatenate([one for held in parts for one in held])
+        types = np.concatenate([np.full(len(one), at, np.uint8) for held in parts for at, one in enumerate(held)])
+        at = np.arange(len(tokens), dtype=np.int32)
+        marks = np.where(at % 3 == 2, UNSCORED, at % len(self.tags)).astype(np.int32)
+        ends = np.cumsum([0, *(sum(map(len, held)) for held in parts)])
+        return Examples(tokens, ends, made.targets, types, marks)
 
 
 def count(tags: Collection[str], sequences: Iterable[tuple[Sequence[str], Sequence[str]]]) -> dict[str, float]:
@@ -212,16 +266,15 @@ def _f1(held: float, said: float, found: float) -> float:
     return _share(2 * found, held + said)
 
 
-def _cut(reader: Any, texts: list[str], max_length: int) -> tuple[list[list[int]], list[list[tagged.Place]]]:
-    """The tokens of texts, and where each lies in its text.
+def _best(model: Any, ids: list[int]) -> list[int]:
+    """The number of the likeliest tag of each token of a sequence."""
+    import torch
 
-    Raises:
-        SettingError: the tokenizer does not say.
-    """
-    if not getattr(reader, "is_fast", False):
-        raise SettingError(
-            "model.base",
-            "its tokenizer does not say where its pieces lie in a text: take a model with a tokenizer.json",
-        )
-    cut = reader(texts, truncation=True, max_length=max_length, return_offsets_mapping=True)
-    return cut["input_ids"], cut["offset_mapping"]
+    if not ids:
+        return []
+    whole = torch.tensor([ids])
+    inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
+    if text_kinds(model) > 1:
+        inputs["token_type_ids"] = torch.zeros_like(whole)
+    found: list[int] = model(**inputs).logits[0].argmax(-1).tolist()
+    return found

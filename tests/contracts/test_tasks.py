@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedlora import export, plugins, predict, report, simulate
+from fedlora.data.reading import Rows
 from fedlora.data.store import Examples
 from fedlora.errors import SettingError, UserError
 from fedlora.kinds.lora import Lora
@@ -16,7 +17,7 @@ from fedlora.metrics import contract as metrics
 from fedlora.passes import gradients
 from fedlora.reports.console import Silent
 from fedlora.scenario import parse, written
-from fedlora.tasks import contract, loading
+from fedlora.tasks import contract, encoding, loading
 from tests.contracts import samples
 
 NAMES = plugins.names("tasks")
@@ -54,12 +55,59 @@ def tried(request, tmp_path_factory):
     return Tried(request.param, tmp_path_factory.mktemp(request.param), request.getfixturevalue)
 
 
+NOTHING = "\u200b"  # a character that the tokenizer leaves out
+EMPTY = {"start": NOTHING, "pair": (NOTHING, "fine"), "marks": ("O",)}  # labels, by what examples are judged by
+
+
+def test_a_text_that_makes_no_token_is_one_and_harms_no_other(tried, request):
+    """Tokenizers that add nothing make a sequence of no tokens of it, by which a model has nothing to compute."""
+    if not tried.cls.tokens or tried.name == "causal_lm_of_chats":
+        pytest.skip("its inputs have tokens always")
+    sample, reader = tried.sample, tried.cls.reader(tried.sample.base, None)
+    reader._tokenizer.post_processor = None  # adds none
+    pair = isinstance(sample.rows.texts[0], tuple) and tried.cls.target != "marks"
+    text = (NOTHING,) if tried.cls.target == "marks" else (NOTHING, NOTHING) if pair else NOTHING
+    label = EMPTY.get(tried.cls.target, sample.rows.labels[0])
+    rows = Rows([*sample.rows.texts[:2], text], [*sample.rows.labels[:2], label])
+    made = encoding.encoded(tried.cls, tried.name, reader, rows, sample.labels, LENGTH)
+    assert made.tokens[2] and made.empty == (0 if tried.cls.completes else 1)  # what completes asks with a token
+    flat = np.array([token for row in made.tokens for token in row], np.int32)
+    marks = made.marks and np.array([mark for row in made.marks for mark in row], np.int32)
+    some = Examples(flat, np.cumsum([0, *map(len, made.tokens)]), made.held, None, marks)
+    task = tried.task
+    task.begin({}, ())
+    with torch.no_grad():
+        alone, others, whole = (
+            task.losses(task.batch(some, np.array(these))) for these in ([2], [0, 1], [0, 1, 2])
+        )
+    assert torch.isfinite(alone).all()
+    torch.testing.assert_close(whole, torch.cat([others, alone]), rtol=1e-4, atol=1e-5)
+    with torch.inference_mode(), task.packing.away():
+        said, share = tried.cls.answer(task.model, reader, NOTHING, sample.labels, LENGTH, 2)
+    assert isinstance(said, str) and "nan" not in said and (share is None or 0 <= share <= 1)
+
+
+def test_a_row_that_cannot_be_encoded_is_told_by_its_number_alone(tried):
+    """Not with its label either: at a site all of it is private."""
+    texts, labels = ([*part, part[0]] for part in (tried.sample.rows.texts, tried.sample.rows.labels))
+
+    class Broken(tried.cls):
+        @classmethod
+        def encode(cls, reader, rows, labels, max_length):
+            if len(rows.texts) != 2:
+                raise KeyError("secret")
+
+    with pytest.raises(SettingError, match=r"mine.encode fails at row 1 of \d+: KeyError$"):
+        encoding.encoded(Broken, "mine", tried.reader, Rows(texts, labels), tried.sample.labels, LENGTH)
+
+
 def test_a_row_is_an_example(tried):
     assert len(tried.encoded.tokens) == len(tried.encoded.targets) == len(tried.sample.rows.texts)
     if tried.cls.target in ("many", "score"):
         assert tried.encoded.held.shape == (len(tried.sample.rows.texts), len(tried.sample.labels))
     if tried.cls.tokens:
-        assert all(0 < len(row) <= LENGTH * tried.cls.sequences for row in tried.encoded.tokens)
+        most = LENGTH * (2 if tried.cls.target == "pair" else 1)
+        assert all(0 < len(row) <= most for row in tried.encoded.tokens)
     if tried.cls.labelled and tried.cls.target == "class":
         names = [tried.sample.labels[target] for target in tried.encoded.targets]
         assert names == tried.sample.rows.labels

@@ -1,6 +1,7 @@
 """The cache and what is in it; sources are in test_reading.py, partitions in test_partitions.py."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,17 @@ def test_the_cache_folder_follows_the_environment(monkeypatch):
     assert str(cache_folder()) == "/b/fedlora"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert str(cache_folder()) == "/c/.cache/fedlora"
+
+
+def test_rows_that_make_no_token_are_counted_each_time(table, cache, caplog):
+    class Some(Encoder):
+        def __call__(self, rows):
+            return replace(super().__call__(rows), empty=1)
+
+    for _ in range(2):
+        caplog.clear()
+        assert prepare(source(table), "classification", 4, 0, Some(), "e").empty == 2  # of each part one
+        assert "the tokenizer makes nothing of 2 rows" in caplog.text
 
 
 def test_the_cache_says_nothing_that_is_not_text_or_numbers(table, cache):

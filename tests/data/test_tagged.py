@@ -182,10 +182,10 @@ LISTS, SPANS = ("tokens", "tags"), ("text", "spans")
         (
             {"tokens": ["secret"], "tags": ["I-x"]},
             "label",
-            "tag 1 is 'I-x' without 'x' before it: in IOB2",
+            "tag 1 begins with I- and follows none of its type: in IOB2",
         ),
-        ({"tokens": ["secret"] * 2, "tags": ["B-x", "I-y"]}, "label", "tag 2 is 'I-y' without 'y' before it"),
-        ({"tokens": ["a"] * 3, "tags": ["B-x", "O", "I-x"]}, "label", "tag 3 is 'I-x' without 'x' before it"),
+        ({"tokens": ["secret"] * 2, "tags": ["B-x", "I-y"]}, "label", "tag 2 begins with I- and follows none"),
+        ({"tokens": ["a"] * 3, "tags": ["B-x", "O", "I-x"]}, "label", "tag 3 begins with I- and follows none"),
         ({"tokens": ["a"], "tags": ["secret"]}, "label", "column 'tags': tag 1 is none of O, B-TYPE and I-TYPE"),
         ({"tokens": ["a"], "tags": ["B-"]}, "label", "tag 1 is none of O, B-TYPE and I-TYPE"),
         ({"tokens": ["a"], "tags": [3]}, "label", "tag 1 is none of O, B-TYPE and I-TYPE"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -240,6 +241,37 @@ def test_a_base_without_a_template_is_told_by_the_scenarios_line(tiny, tiny_lm, 
     with pytest.raises(UserError, match=r"data\.messages: the base model's tokenizer has no chat template"):
         simulate(tiny(*told(tiny_lm, talks)), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_text_of_one_token_alone_teaches_nothing(tiny_lm):
+    task = loading.load("causal_lm", tiny_lm, Lora(4, 8, ("q_proj",)), labels=(), seed=3, max_length=24)
+    task.begin({}, ())
+    one = Examples(np.array([7, 8], np.int32), np.array([0, 1, 2]), np.zeros(2, np.int64))
+    assert task.losses(task.batch(one, np.arange(2))).tolist() == [0.0, 0.0]
+    assert task.figures(task.evaluate({}, one, np.arange(2))) == {"loss": 0.0, "perplexity": 1.0}
+
+
+def test_answers_beyond_the_models_positions_are_told_at_load(tiny, tiny_lm, talks):
+    """By the longest of the prompts that are asked, the second; the third is not."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small = {"vocab_size": 30522, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    task = SimpleNamespace(
+        model=GPT2LMHeadModel(GPT2Config(**small)), tokens=True, target="start", metric="perplexity"
+    )
+    some = Examples(np.full(60, 7, np.int32), np.array([0, 12, 30, 60]), np.array([4, 9, 25]))
+    none = Examples(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64))
+    data = SimpleNamespace(test=some, validation=none, largest_token=7)
+
+    def check(new):
+        asked = f"exact_match={{examples: 2, max_new_tokens: {new}}}"
+        loading.check(task, tiny(*told(tiny_lm, talks, asked)), data)
+
+    check(23)
+    with pytest.raises(
+        SettingError, match="24 tokens after a prompt of 9, and the model has 32 positions: lower it"
+    ):
+        check(24)
 
 
 def test_more_tokens_than_a_model_has_positions_for_are_one_line(reader):

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import evaluate, export, load_adapter, predict, simulate
+from fedlora import evaluate, export, load_adapter, predict, prepare, simulate
+from fedlora.baselines import derive
 from fedlora.data import reading
+from fedlora.data.cells import separator
 from fedlora.data.partitions import classes
 from fedlora.data.store import majority
 from fedlora.errors import SettingError, UserError
 from fedlora.kinds.lora import Lora
+from fedlora.scenario.baseline import configuration
 from fedlora.tasks import loading
 from fedlora.tasks.multi_label import HALF, THRESHOLDS, MultiLabel, best_threshold, figures
 
@@ -204,6 +207,54 @@ def test_a_separator_that_is_named_is_the_one(tmp_path, caplog):
     (file := tmp_path / "x.csv").write_text("text,labels\none,a|b;c\ntwo,\n")
     assert list(rows(file, separator=";").labels) == [("a|b", "c"), ()]
     assert "1 of 2 rows have no label" in caplog.text
+
+
+def test_what_stands_between_labels_is_found_in_the_training_rows_and_holds_for_all(tiny, tmp_path):
+    """Of `c;d` in a file without a bar nobody makes two labels."""
+    for name, held in (
+        ("train", ("a|b", "c;d", "e")),
+        ("test", ("c;d", "e")),
+        ("chosen", ("c;d",)),
+        ("known", ("e",)),
+    ):
+        lines = [f"{name} {i},{labels}" for i, labels in enumerate(held)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,labels", *lines]) + "\n")
+    place = {key: str(tmp_path / f"{key}.csv") for key in ("train", "test")} | {"label": "labels"}
+    place["validation"] = str(tmp_path / "chosen.csv")
+    public = {"files": {"train": str(tmp_path / "known.csv")}}
+    scenario = tiny("task=multi_label", f"data.files={json.dumps(place)}", f"data.public={json.dumps(public)}")
+    found = prepare.separated(scenario)
+    assert scenario.data.files.separator is None
+    assert found.data.files.separator == found.data.public.files.separator == "|"
+    assert prepare.separated(found) is found  # what was found is named
+    assert prepare.separated(scenario, at_sites=True).data.files.separator == ";"  # by the server's own rows
+    train, test = reading.read(scenario.data, "multi_label")
+    assert (train.labels, test.labels) == ([("a", "b"), ("c;d",), ("e",)], [("c;d",), ("e",)])
+    assert reading.set_aside(found.data, "multi_label", test)[1].labels == [("c;d",)]
+
+
+@pytest.mark.parametrize(
+    ("cells", "labels", "mark"),
+    [
+        (["a;b,c", "d"], (), ";"),
+        (["a;b,c", "d"], ("a;b", "c", "d"), ","),  # labels that are named have the other mark
+        (["a", "b"], (), "|"),  # nothing to find: other files are read by none
+        (["a", "b"], ("a|b",), None),
+        ([["a", "b"], None], (), None),
+    ],
+)
+def test_a_mark_that_labels_have_does_not_separate_them(cells, labels, mark):
+    assert separator(cells, labels) == mark
+
+
+def test_a_run_tells_what_stood_between_labels_and_evaluates_by_it(tiny, films, tmp_path):
+    run = simulate(tiny(*told(films, "rounds=1")), out=tmp_path / "run")
+    assert run.scenario["data"]["files"]["separator"] == "|"
+    (file := tmp_path / "more.csv").write_text("text,labels\na film,good;sad\n")
+    with pytest.raises(UserError, match="row 1: labels that the run does not know, good;sad;"):
+        evaluate(run, file)
+    pooled = derive(prepare.separated(tiny(*told(films, "rounds=1"))), "pooled")
+    assert pooled.baseline.of == configuration(run.scenario)
 
 
 @pytest.mark.parametrize(

@@ -73,19 +73,14 @@ def test_the_first_piece_of_a_word_has_its_tag_and_no_other_has_one(tiny_base):
 
 def test_words_are_aligned_as_transformers_aligns_them(tiny_base, sentences):
     rows = [json.loads(line) for line in sentences.read_text().splitlines()]
-    made = encode(tiny_base, Rows([tuple(r["tokens"]) for r in rows], [tuple(r["tags"]) for r in rows]), 10)
+    made = encode(tiny_base, Rows([tuple(r["tokens"]) for r in rows], [tuple(r["tags"]) for r in rows]))
     tokenizer = base_model.load_tokenizer(tiny_base)
     for row, tokens, marks in zip(rows, made.tokens, made.marks, strict=True):
-        cut = tokenizer(row["tokens"], is_split_into_words=True, truncation=True, max_length=10)
+        cut = tokenizer(row["tokens"], is_split_into_words=True)
         expected = []
         for before, word in pairwise([None, *cut.word_ids()]):
             expected.append(NONE if word in (None, before) else LABELS.index(row["tags"][word]))
         assert (tokens, marks) == (cut["input_ids"], expected)
-
-
-def test_a_text_that_is_cut_is_counted(tiny_base):
-    assert [encode(tiny_base, ROWS, n).cut for n in (9, 8, 7, 6, 4)] == [0, 1, 1, 2, 2]
-    assert encode(tiny_base, ROWS, 4).marks[0] == [NONE, 1, NONE, NONE]
 
 
 def test_a_tokenizer_that_does_not_say_where_its_pieces_lie_is_refused(tiny_base, monkeypatch):
@@ -368,10 +363,14 @@ def test_a_site_and_its_server_hold_the_same_marks_as_a_simulation(told, sentenc
     assert losses.shape == (2,) and bool((losses > 0).all())
 
 
-def test_test_rows_that_are_cut_are_told(told, tmp_path, caplog):
-    prepare(told("data.max_length=8"))
-    (line,) = [record.getMessage() for record in caplog.records if "max_length" in record.getMessage()]
-    assert "test rows are longer than data.max_length (8 tokens) and are judged by what it leaves" in line
+def test_no_row_is_cut(told, sentences, caplog):
+    """However few tokens a sequence may have: each word of the file is judged."""
+    data = prepare(told("data.max_length=8")).data
+    words = sum(len(json.loads(line)["tokens"]) for line in sentences.read_text().splitlines())
+    assert (
+        sum(int((part.marks >= 0).sum()) for part in (data.train, data.test)) == words - 48
+    )  # `more[:0]` has none
+    assert data.cut == 0 and "max_length" not in caplog.text
 
 
 def test_words_of_a_text_and_its_spans_are_one(tiny_base):
