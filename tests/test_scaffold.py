@@ -200,7 +200,10 @@ SPAN = {"start": 0, "end": 4, "label": "Name"}
         ),
     ],
 )
-def test_the_task_is_told_by_the_columns_and_the_scenario_is_fine(row, told, task, keys, tmp_path, capsys):
+def test_the_task_is_told_by_the_columns_and_the_scenario_is_fine(
+    row, told, task, keys, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # check looks, and fetches nothing
     (file := tmp_path / "mine.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in range(60)))
     assert main(["init", str(tmp_path / "study"), "--data", str(file), *told]) == 0
     made = load(tmp_path / "study" / "scenario.yaml")

@@ -27,7 +27,7 @@ def told(reviews, tmp_path):
 def test_a_site_counts_and_pays_by_person(told, server, node):  # noqa: F811
     words, files, train = server(*told)
     text = files[0].read_text()
-    assert "person: person" in text and "what its persons may lose" in text
+    assert "person: person" in text and "that its persons may lose" in text
     rows = (files[0].parent / "train.csv").read_text()
     assert "Smith" not in rows and rows.splitlines()[0] == "text,label,person"
     held = {line.rpartition(",")[2] for line in rows.splitlines()[1:]}
@@ -57,7 +57,7 @@ def test_a_site_that_cannot_tell_persons_refuses(told, server, node, caplog, cha
         assert why in meet(node(files[0]), words)["refused"]
     assert "Smith" not in caplog.text
     if "patient" in change[1]:
-        assert f"{files[0]}:7: privacy.person: " in caplog.text and "no column 'patient'" in caplog.text
+        assert f"{files[0]}:9: privacy.person: " in caplog.text and "no column 'patient'" in caplog.text
 
 
 def test_a_site_that_protects_persons_answers_no_run_by_row(told, server, node):  # noqa: F811

@@ -15,7 +15,7 @@ from fedlora.privacy import accounting, ledger, together
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.ledger import Ledger, statements
 from fedlora.record import Record
-from fedlora.reports import console, single, summary
+from fedlora.reports import console, meaning, single, summary
 
 WHOM = {
     "example": "for each example",
@@ -79,7 +79,9 @@ def test_every_word_names_the_unit(tmp_path, unit, accountant, bands, rate):
 
     out = io.StringIO()
     console.Live(Console(file=out, width=1000)).begin(scenario, "accuracy", 0)
-    assert right(" ".join(out.getvalue().split()), unit, bands)
+    said = " ".join(out.getvalue().split())
+    assert [other for other in WHOM if WHOM[other] in said] == [unit]
+    assert ("of the client that spent most" in said) is (unit != "client")
     (tmp_path / "scenario.yaml").write_text(scenario.to_yaml())
     line = {
         "round": 1,
@@ -92,6 +94,8 @@ def test_every_word_names_the_unit(tmp_path, unit, accountant, bands, rate):
     }
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     tiles = {name: note for name, _, note in single._key_figures(Record(tmp_path, {"metric": "accuracy"}))}
+    explained = " ".join(meaning.explained(Record(tmp_path, {"metric": "accuracy"})))
+    assert f"The unit is one {unit}: " in explained and ("patient_id" in explained) is (unit == "person")
     assert f"for each {unit}" in tiles["Epsilon"] and ("over clients" in tiles["Epsilon"]) is (unit != "client")
 
 
