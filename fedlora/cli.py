@@ -74,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--share", action="store_true", help="leave out what epsilon does not cover")
     report.set_defaults(command=_report)
 
+    page = commands.add_parser("dossier", help="what happens with the data, for whoever has to agree: a page")
+    page.add_argument("what", metavar="SCENARIO|RUN", help="a scenario's file or name, or a run folder")
+    page.add_argument("--out", metavar="FILE", help="the page (default: dossier.html, in a run's folder)")
+    page.set_defaults(command=_dossier)
+
     compare = commands.add_parser("compare", help="runs side by side: a table, and a page that opens offline")
     compare.add_argument("runs", metavar="RUN", nargs="+", help="run folders; those of other seeds are averaged")
     compare.add_argument("--form", choices=["text", "markdown", "latex"], default="text", help="of the table")
@@ -231,6 +236,13 @@ def _report(arguments: argparse.Namespace) -> int:
     from fedlora.reports.single import report
 
     print(report(arguments.run, arguments.out, arguments.drawn, arguments.share))
+    return 0
+
+
+def _dossier(arguments: argparse.Namespace) -> int:
+    from fedlora.reports.dossier import dossier
+
+    print(dossier(arguments.what, arguments.out))
     return 0
 
 

@@ -55,9 +55,17 @@ def promise_of(run: Record) -> Promise | None:
 
 def explained(run: Record) -> Iterator[str]:
     """The promise of a private run in plain sentences, a paragraph each: the unit, the number, the exact form."""
-    told = promise_of(run)
-    if told is None:
-        return
+    if (told := promise_of(run)) is not None:
+        yield from in_words(told, run.scenario.get("secure_aggregation") is not None)
+
+
+def in_words(told: Promise, masked: bool) -> Iterator[str]:
+    """A promise in plain sentences, a paragraph each.
+
+    Args:
+        told: the promise.
+        masked: whether clients mask what they send.
+    """
     epsilon, delta, unit, person = told
     if unit == "person":
         yield (
@@ -72,7 +80,6 @@ def explained(run: Record) -> Iterator[str]:
         )
         one, seen = "row", "everything that the clients sent, every model among it, and knows all other rows"
     else:
-        masked = run.scenario.get("secure_aggregation") is not None
         but = " and the clients of the same rounds" if masked else ""
         yield (
             "The unit is one client: all rows that it holds. The promise is against everyone but the server"

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from fedlora import plugins
-from fedlora.reports import page, single
+from fedlora.reports import dossier, page, single
 from fedlora.reports.comparison import Comparison
 from fedlora.run import Run
 from fedlora.scenario import parse
@@ -97,6 +97,17 @@ def test_a_comparison_is_drawn_and_has_no_barrier(visit, ten, copy, tmp_path):
         shown = visit(width, file=tmp_path / "comparison.html", count=4)
         assert shown.evaluate("document.documentElement.scrollWidth") <= width
     assert [v["id"] for v in Axe().run(shown).response["violations"]] == []
+
+
+@pytest.mark.parametrize("name", ["sites", "iid"])
+def test_a_dossier_fits_and_has_no_barrier(visit, name, tmp_path):
+    from axe_playwright_python.sync_playwright import Axe
+
+    file = dossier.dossier(name, tmp_path / "dossier.html")
+    for width, scheme in LOOKS:
+        shown = visit(width, scheme, file, count=None)
+        assert shown.evaluate("document.documentElement.scrollWidth") <= width
+        assert [v["id"] for v in Axe().run(shown).response["violations"]] == []
 
 
 @pytest.mark.parametrize("task", TASKS)
