@@ -241,7 +241,7 @@ def banded(
     if asked is None or asked.bands is None:
         return None
     where = "privacy.bands" if asked is scenario.privacy else "privacy.example.bands"
-    sizes, steps = sorted(data.unit_sizes().keys() - {0}), scenario.rounds * told.local_steps
+    sizes, steps = sorted(data.unit_sizes().keys() - {0}), (scenario.rounds + asked.reserve) * told.local_steps
     if asked.bands == "auto":
         target, delta, accountant = asked.epsilon, asked.delta, asked.accountant
         assert target is not None
@@ -300,7 +300,7 @@ def calibrate(
             "them on average; lower it, use fewer clients, or raise data.partition.min_examples",
         )
     affordable.check(scenario, sizes)
-    rates, steps = [told.rate(size) for size in sizes], scenario.rounds * told.local_steps
+    rates, steps = [told.rate(size) for size in sizes], (scenario.rounds + asked.reserve) * told.local_steps
     groups = banded(scenario, data, search) or dict.fromkeys(sizes, 1)
     if asked.noise_multiplier is not None:
         noise = dict.fromkeys(sizes, asked.noise_multiplier)
@@ -357,7 +357,7 @@ def central(scenario: Scenario, root: Root, search: calibrated.Search = accounti
     rate, noise = told.cohort_size / told.total, asked.noise_multiplier
     if noise is None:
         assert asked.epsilon is not None
-        (noise,) = search(asked.epsilon, asked.delta, [rate], scenario.rounds, asked.accountant)
+        (noise,) = search(asked.epsilon, asked.delta, [rate], scenario.rounds + asked.reserve, asked.accountant)
     return Central(
         noise_multiplier=noise,
         sample_rate=rate,

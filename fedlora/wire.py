@@ -37,7 +37,7 @@ SECURE, MOMENTS = "secure", "moments"
 PARTS = ("you", "mask", "share", "sealed", "members", "masked", "sent", "dropped", "shares")  # of the exchanges
 WEIGHT, ROUND = "num-examples", "server-round"
 CLIENT_FAILED = 0  # flwr.app.ErrorCode.UNKNOWN
-MOST_TERMS = 1000  # on which a site may have paid in one run
+MOST_TERMS = 8  # on which a site may have paid in one run
 MOST = 2**63 - 1  # that a whole number of a message may be, where nothing narrower is known
 ABOVE_ZERO, FROM_ZERO = (
     ("clip-norm", "sum-noise"),
@@ -243,19 +243,23 @@ def unpack_event(content: RecordDict) -> Event | None:
     return None if told is None else read_event(_json(told))
 
 
-def unpack_spent(content: RecordDict) -> tuple[Event, ...] | None:
-    """All that a site has paid in a run, as its own ledger has it; None where a reply does not say.
+def unpack_spent(content: RecordDict) -> tuple[tuple[Event, ...] | None, bool]:
+    """All that a site has paid in a run, as its own ledger has it, and whether its answer is an earlier one.
+
+    Returns:
+        Events, None where a reply does not say.
 
     Raises:
         ContractError: it is garbled.
     """
-    told = unpack_words(content).get("spent")
+    words = unpack_words(content)
+    told, again = words.get("spent"), words.get("again") is True
     if told is None:
-        return None
+        return None, again
     events = [read_event(one) for one in told] if isinstance(told, list) and len(told) <= MOST_TERMS else [None]
     if not all(events):
         raise ContractError("a message garbles what its site has paid in the run")
-    return tuple(event for event in events if event)
+    return tuple(event for event in events if event), again
 
 
 def read_event(told: Any) -> Event | None:

@@ -4,7 +4,9 @@ A reply can be lost: the SuperLink goes away, the server dies, the run is resume
 same round again, with the same tensors and words. The site gives the same update again, with the same noise,
 which tells nobody more. To another question it trains anew, and pays.
 
-The last round's answers are kept, one for each trip, encrypted under the site's own key.
+The last round's answers are kept, one for each trip, encrypted under the site's own key. Under masks they are
+forgotten before a sum of them may be opened: a second sum over other sites, in which all updates but one are the
+same, would show that one.
 """
 
 import os
@@ -59,10 +61,14 @@ class Answers:
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(file)
-        if trip == 1:
-            for old in self.folder.glob("answer-*"):
-                if old != file:
-                    old.unlink()
+        for old in self.folder.glob("answer-*") if trip == 1 else ():
+            if old != file:
+                old.unlink()
+
+    def forget(self) -> None:
+        """Give none of these again."""
+        for file in self.folder.glob("answer-*"):
+            file.unlink()
 
     def _file(self, trip: int) -> Path:
         return self.folder / f"answer-{trip}"

@@ -39,6 +39,8 @@ class Masks:
         if asked is None or what not in (secure.KEYS, secure.SHARES, secure.MASKED, secure.REVEAL):
             raise Refusal(f"this run has no exchange of {what}")
         round = trained[0].round if trained else wire.unpack_words(content).get("round")
+        if what == secure.REVEAL:
+            run.answers.forget()
         if what == secure.KEYS:
             run.member = (round, self._fresh(run, round, parts))
         member = member_of(run, round)

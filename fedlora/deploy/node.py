@@ -348,7 +348,9 @@ class Node:
         question = run.answers.question(instruction, client, len(run.merges), expected)
         if (before := run.answers.find(instruction.trip, question)) is not None:
             logger.info("asked again: answered as before", extra={"client": client, "round": instruction.round})
-            return self._masked(run, instruction, content, client, before) if masked else wire.from_bytes(before)
+            made = self._masked(run, instruction, content, client, before) if masked else wire.from_bytes(before)
+            wire.add_words(made, {"again": True})
+            return made
         update, report = run.worker.fit(instruction, client)
         event, self.trained = report.event, report.seconds
         if self.site is not None and instruction.trip == 1:

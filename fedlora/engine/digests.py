@@ -2,7 +2,8 @@
 
 import dataclasses
 import platform
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -10,13 +11,33 @@ from fedlora.adapter import Adapter, Change, Instruction, fingerprint
 from fedlora.client import Client, Settings
 from fedlora.data.store import Partition
 from fedlora.engine.setup import Setup
+from fedlora.errors import FedloraError
 from fedlora.privacy import replay
 from fedlora.scenario import Scenario
 from fedlora.scenario.keys import lasting
 from fedlora.strategy import Strategy
 from fedlora.tasks.contract import Task
 
+if TYPE_CHECKING:
+    from fedlora.engine.worker import Worker
+
+UNREAD = "unread"  # in the place of what cannot be read; whose it is fails by itself
 KNOWN = 10_000  # clients whose examples' digests are kept
+
+
+class Sharing(NamedTuple):
+    """Those with whom a client shares its passes, itself among them.
+
+    Attributes:
+        clients: how many; 0: it makes its own.
+        made_of: a digest of what decides their batches, and so the last bits of each other's gradients.
+    """
+
+    clients: int = 0
+    made_of: str = ""
+
+
+ALONE = Sharing()
 
 
 class Digests:
@@ -33,7 +54,7 @@ class Digests:
     ) -> str:
         """Of a client's training in a round."""
         told = dataclasses.asdict(settings)
-        parts = (self._base(), self._merges, received, instruction.draw, told, self._examples(partition), more)
+        parts = (self._base(), self._merges, received, instruction.draw, told, self.examples(partition), more)
         return replay.digest(self.scenario.seed, *parts)
 
     def merged(self, change: Change) -> None:
@@ -56,7 +77,7 @@ class Digests:
             self._based = replay.digest(self.scenario.seed, *parts)
         return self._based
 
-    def _examples(self, partition: Partition) -> str:
+    def examples(self, partition: Partition) -> str:
         """Of a client's tokens and of what they are judged by."""
         if partition.client not in self._seen:
             if len(self._seen) >= KNOWN:
@@ -73,3 +94,24 @@ class Digests:
                 parts.append(partition.persons)
             self._seen[partition.client] = replay.digest(self.scenario.seed, *parts)
         return self._seen[partition.client]
+
+
+def together(worker: "Worker", instruction: Instruction, who: Sequence[int]) -> Sharing:
+    """Of clients that share passes in a round: their examples, and what they kept from the rounds before.
+
+    Args:
+        worker: that trains them.
+        instruction: as they received it.
+        who: their ids, in order.
+    """
+    if worker.digests is None or not worker.client.private:
+        return Sharing(len(who))
+    parts: list[Any] = [instruction.steps]
+    for client in who:
+        parts += [client, worker.digests.examples(worker.dataset.partition(client))]
+        try:
+            parts.append(worker.received(instruction, client, instruction.round) if instruction.keep else {})
+            parts.append(worker.optimizers.load(client, instruction.round) if worker.optimizers else {})
+        except (OSError, ValueError, FedloraError):
+            parts.append(UNREAD)
+    return Sharing(len(who), replay.digest(worker.scenario.seed, *parts))

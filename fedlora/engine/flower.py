@@ -26,7 +26,7 @@ from fedlora.engine.replies import Replies, Report
 from fedlora.engine.roster import Roster, Site
 from fedlora.engine.setup import Description, Setup
 from fedlora.errors import ContractError, FedloraError, RoundError
-from fedlora.privacy import collector, secure
+from fedlora.privacy import affordable, collector, secure
 from fedlora.privacy.mechanisms import central
 from fedlora.privacy.noise import Stream
 
@@ -248,7 +248,7 @@ class FlowerEngine(Engine):
                         raise ContractError(reply.error.reason)
                     report = replace(report, bytes_up=report.bytes_up + traffic.content_bytes(reply.content))
                     if what == secure.MASKED:
-                        report = replace(report, spent=wire.unpack_spent(reply.content))
+                        report = self._spent(report, reply)
                     if refused := wire.unpack_words(reply.content).get("refused"):
                         spends = wire.unpack_event(reply.content) or report.event
                         self.roster.forget(site, str(refused))
@@ -272,6 +272,17 @@ class FlowerEngine(Engine):
         held = site.num_examples if site else 0
         return Report(client=client, num_examples=held, steps=0, bytes_up=0, bytes_down=0, seconds=0.0)
 
+    def _spent(self, report: Report, reply: Message) -> Report:
+        """The report with what a site says that it paid in the run.
+
+        Raises:
+            ContractError: no honest site of this run could have paid that.
+        """
+        spent, again = wire.unpack_spent(reply.content)
+        if not affordable.could_be(spent or (), self.worker.scenario):
+            raise ContractError("a message says that its site has paid what this run cannot cost")
+        return replace(report, spent=spent, again=again)
+
     def _read(
         self, instruction: Instruction, client: int, reply: Message | None, down: int, seconds: float
     ) -> tuple[Update | None, Report]:
@@ -287,14 +298,13 @@ class FlowerEngine(Engine):
             return None, replace(report, event=spends, error=reply.error.reason)
         report = replace(report, bytes_up=traffic.content_bytes(reply.content))
         try:
-            event, spent = wire.unpack_event(reply.content), wire.unpack_spent(reply.content)
-            report = replace(report, spent=spent)
+            event, report = wire.unpack_event(reply.content), self._spent(report, reply)
             if refused := wire.unpack_words(reply.content).get("refused"):
                 self.roster.forget(site, str(refused))
                 return None, replace(report, event=event, error=str(refused))
             update = self._checked(instruction, client, reply)
         except FedloraError as error:
-            return None, replace(report, event=spends, spent=None, error=f"{type(error).__name__}: {error}")
+            return None, replace(report, event=spends, error=f"{type(error).__name__}: {error}")
         site.merged = len(self.merges)
         shown = {k: v for k, v in update.metrics.items() if k != central.WITHIN}
         steps = self.worker.scenario.clients.local_steps if instruction.trip == 1 else 0

@@ -19,6 +19,7 @@ class Report:
         seconds: that it took.
         event: the privacy event that it cost, also where it failed after it may have trained.
         spent: all that it paid in the run, as its own ledger has it; None where it keeps none.
+        again: whether it gave an answer that it had given, and paid for, before.
         digest: of all that made its update (`fedlora.privacy.replay`); empty where its noise is never drawn again.
         draw: which draw of its noise that update carries.
         error: why it failed; None if it did not.
@@ -35,6 +36,7 @@ class Report:
     seconds: float
     event: Event | None = None
     spent: tuple[Event, ...] | None = None
+    again: bool = False
     digest: str = ""
     draw: int = 0
     error: str | None = None

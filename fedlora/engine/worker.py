@@ -17,7 +17,7 @@ from fedlora.client import Setter
 from fedlora.data.store import Dataset, Partition
 from fedlora.engine import hardware
 from fedlora.engine.base import Figures
-from fedlora.engine.digests import Digests
+from fedlora.engine.digests import ALONE, Digests, Sharing, together
 from fedlora.engine.intake import Intake, check_tensors
 from fedlora.engine.replies import Deed, Replies, Report
 from fedlora.engine.setup import Description, Half, Setup
@@ -194,7 +194,8 @@ class Worker:
             made: dict[int, tuple[Update | None, Report]] = {}
             for rank in {ranks[i] for i in group}:
                 mine = [i for i in group if ranks[i] == rank]
-                fits = [self._fit(received[rank], cohort[i], rank, down[rank], len(mine)) for i in mine]
+                sharing = together(self, received[rank], [cohort[i] for i in mine])
+                fits = [self._fit(received[rank], cohort[i], rank, down[rank], sharing) for i in mine]
                 made |= zip(mine, self.fused.run(rank, fits), strict=True)
             yield from (made[i] for i in group)
 
@@ -222,7 +223,7 @@ class Worker:
         raise AssertionError("a client alone asks for no passes")
 
     def _fit(
-        self, instruction: Instruction, client: int, rank: int, down: int, sharing: int = 0
+        self, instruction: Instruction, client: int, rank: int, down: int, sharing: Sharing = ALONE
     ) -> clients.Passes[tuple[Update | None, Report]]:
         """Run one client.
 
@@ -231,7 +232,7 @@ class Worker:
             client: its id.
             rank: its rank.
             down: bytes of the instruction.
-            sharing: clients that share passes, which then are asked for; 0: it makes its own.
+            sharing: those that share passes, which then are asked for.
 
         Raises:
             Refusal: it may not train.
@@ -245,7 +246,7 @@ class Worker:
                 client=client,
                 num_examples=len(partition),
                 bytes_down=down,
-                seconds=(time.perf_counter() - began) / max(sharing, 1),
+                seconds=(time.perf_counter() - began) / max(sharing.clients, 1),
                 event=deed.event,
                 digest=deed.digest,
                 draw=deed.draw,
@@ -280,7 +281,7 @@ class Worker:
         instruction: Instruction,
         partition: Partition,
         rank: int,
-        sharing: int,
+        sharing: Sharing,
         deed: Deed,
     ) -> clients.Passes[Update]:
         """What a client sends in a trip: it trains in the first, and answers from what it kept in the others."""
@@ -331,7 +332,7 @@ class Worker:
         settings: clients.Settings,
         wanted: tuple[str, ...],
         rank: int,
-        sharing: int,
+        sharing: Sharing,
         deed: Deed,
     ) -> clients.Passes[Update]:
         """Pay, and train: the one place where a client's training begins, whatever asked for it.
@@ -342,14 +343,14 @@ class Worker:
             settings: of this round, whose event is paid for.
             wanted: the tensors that its update is to have.
             rank: its rank.
-            sharing: clients that share its passes; 0: it makes its own.
+            sharing: those that share its passes.
             deed: is told what the training costs, and which draw of its noise it takes.
 
         Raises:
             Refusal: the one who pays does not allow it.
             RoundError: it would need another draw, and no epsilon is left for that.
         """
-        client, received = partition.client, self._received(instruction, partition.client, instruction.round)
+        client, received = partition.client, self.received(instruction, partition.client, instruction.round)
         self.task.become(rank, instruction.draw)
         self._agree(instruction)
         event = clients.spends(self.client, partition.units, settings)
@@ -370,11 +371,11 @@ class Worker:
         root = fresh_key() if self.setup.secret else self.scenario.seed
         rng = clients.Rng(root, settings.round, client, deed.draw, first, self.past)
         told = (self.task, received, partition, replace(settings, send=wanted), rng)
-        if sharing and isinstance(self.client, clients.Stepwise):
+        if sharing.clients and isinstance(self.client, clients.Stepwise):
             return (yield from self.client.passes(*told))
         return self.client.fit(*told)
 
-    def _received(self, instruction: Instruction, client: int, before: int) -> Adapter:
+    def received(self, instruction: Instruction, client: int, before: int) -> Adapter:
         """The tensors that a client has before a round: those sent, and those that it kept."""
         if instruction.keep and self.personal is not None:
             return {**instruction.adapter, **self.personal.load(client, before)}
@@ -418,7 +419,7 @@ class Worker:
         found, rows = {}, Partition(-1, self.dataset.test, np.arange(len(self.dataset.test)))
         for client in cohort:
             rank = self._rank(client)
-            adapter = self._received(instruction.at(rank), client, instruction.round + 1)
+            adapter = self.received(instruction.at(rank), client, instruction.round + 1)
             self.task.become(rank, instruction.draw)
             held = rows if test else self.dataset.held_out(client)
             made = self.task.evaluation(adapter, held.examples, held.rows, bool(self.metrics))

@@ -1,10 +1,14 @@
 """Whether a budget beside noise of its own pays for one round: `privacy.epsilon` and `noise_multiplier`."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 from fedlora.errors import SettingError
 from fedlora.privacy.accounting import Event, epsilon
 from fedlora.scenario import Privacy, Scenario
+
+_LIVES = 100  # how often an honest site may have run each round
+_NOISE, _RATE = (0.01, 1e5), 1e-6  # beyond which an accountant takes long, and no run is
 
 
 def check(scenario: Scenario, sizes: Sequence[int]) -> None:
@@ -37,3 +41,18 @@ def _refuse(key: str, asked: Privacy, rate: float, steps: int) -> None:
             f"one round under noise_multiplier {asked.noise_multiplier:g} costs {cost}, and the budget is "
             f"{asked.epsilon:g}: nobody could train; leave noise_multiplier out, which is then found, or raise it",
         )
+
+
+def could_be(events: Iterable[Event], scenario: Scenario) -> bool:
+    """Whether an honest site may have paid that in a run; it takes little time to say, whatever the events are."""
+    asked, told, events = scenario.example_privacy, scenario.clients, tuple(events)
+    if asked is None:
+        return not events
+    most = scenario.rounds * told.local_steps * _LIVES
+    for event in events:
+        fits = 0 < event.steps <= most and _NOISE[0] <= event.noise_multiplier <= _NOISE[1]
+        fits = fits and event.sample_rate >= _RATE and (event.bands == 1 or asked.bands is not None)
+        if not fits or asked.noise_multiplier not in (None, event.noise_multiplier):
+            return False
+    limit = math.inf if asked.epsilon is None else asked.epsilon * (1 + 1e-6)
+    return not events or epsilon(events, asked.delta, asked.accountant) <= limit

@@ -12,7 +12,7 @@ from fedlora.data.store import Dataset
 from fedlora.engine import Replies
 from fedlora.engine.replies import Report
 from fedlora.privacy import grid
-from fedlora.privacy.accounting import FROM_SERVER, Event, epsilon
+from fedlora.privacy.accounting import FROM_SERVER, Event, alike, epsilon
 from fedlora.privacy.ledger import Holder, Ledger, Own, Paid, Whole
 from fedlora.privacy.mechanisms.central import CLIP_NORM, Central
 from fedlora.privacy.replay import Drawn, digest, versions
@@ -147,13 +147,18 @@ class Budget:
     def _owed(self, report: Report) -> list[Event]:
         """What a client cost that is not in the ledger yet.
 
-        A site keeps a ledger of its own, and says all that it has. So a reply that was lost is made up for, and
-        an answer that it gives a second time costs nothing.
+        A site keeps a ledger of its own, and says all that it has. So a reply that was lost is made up for. An
+        answer that it gives a second time costs nothing more; any other costs its event at least, also where a
+        site that lost its ledger says less than it said before.
         """
-        if report.spent is None:
-            return [] if report.event is None else [report.event]
-        before = [(event, event.steps - self.ledger.paid(report.client, event)) for event in report.spent]
-        return [replace(event, steps=more) for event, more in before if more > 0]
+        now = None if report.again else report.event
+        owed: dict[Event, int] = {}  # steps by terms, which are an event without any
+        for event in (*(report.spent or ()), *([now] if now else ())):
+            terms = replace(event, steps=0)
+            told = alike(report.spent or (), terms) - self.ledger.paid(report.client, terms)
+            least = now.steps if now is not None and terms == replace(now, steps=0) else 0
+            owed[terms] = max(told, least)
+        return [replace(terms, steps=steps) for terms, steps in owed.items() if steps > 0]
 
     def _next(self, instruction: Instruction, holder: int | None) -> Event | None:
         """What another draw in this round would cost."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from fedlora.scenario.section import Float, PositiveFloat, PositiveInt, Scale, Section
+from fedlora.scenario.section import Float, Int, PositiveFloat, PositiveInt, Scale, Section
 
 LEAST_DELTA = 1e-13  # that losses on a grid of floats resolve
 MOST_BANDS = 1024  # beyond, groups are small and the past is long
@@ -82,6 +82,8 @@ class Privacy(Section):
             Example: `patient_id`.
         rows_per_person: Most rows of a person that a step takes, with `person`. null: all of them. Set it where
             some have very many. Example: `4`.
+        reserve: Rounds beyond `rounds` for which `epsilon` leaves room. A round that is paid for and lost can then
+            run again. 0: only as it was. Set it for long runs at sites. Example: `2`.
         example: With `unit: client`: a guarantee for each example as well, by the client's own noise. null: none.
             Example: `{epsilon: 8, delta: 1.0e-5}`.
         accountant: How events become epsilon. All three are upper bounds; pld is the tightest.
@@ -99,6 +101,7 @@ class Privacy(Section):
     ] = None
     person: Annotated[str, Field(min_length=1)] | None = None
     rows_per_person: PositiveInt | None = None
+    reserve: Annotated[Int, Field(ge=0)] = 0
     example: "Privacy | None" = None
     accountant: Literal["pld", "prv", "rdp"] = "pld"
     share_metrics: bool = False
@@ -125,6 +128,8 @@ class Privacy(Section):
             raise PydanticCustomError(
                 "target", "rows_per_person goes with person: name the column that tells them"
             )
+        if self.reserve and (self.epsilon is None or self.noise_multiplier is not None):
+            raise PydanticCustomError("target", "reserve is for noise that is calibrated: name epsilon alone")
         if self.unit == "client" and self.bands is not None:
             raise PydanticCustomError("target", "bands are for unit: example, or go into privacy.example")
         if self.bands is not None and self.clip.kind == "quantile":

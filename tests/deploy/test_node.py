@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import version
 
 import pytest
+from flwr.app import RecordDict
 
 from fedlora import prepare, wire
 from fedlora.adapter import Instruction
@@ -157,24 +158,28 @@ def test_asked_again_what_it_has_answered_it_answers_the_same_and_pays_nothing(s
     first = made.answer("train", train(1), 0)
     fit = made.run.worker.client.passes
     monkeypatch.setattr(made.run.worker.client, "passes", lambda *_: pytest.fail("it trains again"))
+    assert wire.unpack_spent(first) == ((wire.unpack_event(first),), False)
     for _ in range(2):
         again = made.answer("train", train(1), 0)
-        assert wire.to_bytes(again) == wire.to_bytes(first)
+        assert wire.unpack_spent(again) == (wire.unpack_spent(first)[0], True)
+        assert wire.to_bytes(RecordDict({"arrays": again["arrays"]})) == wire.to_bytes(
+            RecordDict({"arrays": first["arrays"]})
+        )
         made = node(files[0])  # from its disk, after a restart
     assert lines_paid(made) == [1, 1]
-    (told,) = wire.unpack_spent(first)
-    assert told == wire.unpack_event(first)
+    told = wire.unpack_event(first)
     monkeypatch.undo()
     assert refusal(made, train(1, {"proximal-mu": 0.5})) is None
     assert lines_paid(made) == [2, 2] and fit is not None
     assert "and 8 was promised" in refusal(made, train(2))
-    assert wire.unpack_spent(made.answer("train", train(2), 0))[0].steps == 2 * told.steps  # a refusal says it too
+    (spent,), _ = wire.unpack_spent(made.answer("train", train(2), 0))  # a refusal says it too
+    assert spent.steps == 2 * told.steps
 
 
 def test_a_plain_run_keeps_no_answers(server, node):
     words, files, train = server(private=False)
     meet(made := node(files[0]), words)
-    assert wire.unpack_spent(made.answer("train", train(1), 0)) is None
+    assert wire.unpack_spent(made.answer("train", train(1), 0)) == (None, False)
     assert not list(made.state.folder.rglob("answer-*"))
 
 
