@@ -43,6 +43,10 @@ def add(commands: Any) -> None:
     log.add_argument("site", metavar="SITE", help="the site's YAML file")
     log.add_argument("--json", action="store_true", help="print the record's lines as JSON")
     log.set_defaults(command=_log)
+    page = asked.add_parser("report", help="write a page of what was spent, by which runs, and what was refused")
+    page.add_argument("site", metavar="SITE", help="the site's YAML file")
+    page.add_argument("--out", metavar="FILE", help="the page (default: report.html in the site's state folder)")
+    page.set_defaults(command=_page)
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -82,6 +86,13 @@ def _check(arguments: argparse.Namespace) -> int:
     from fedlora.deploy.checking import check
 
     return check(Path(arguments.site)).told(arguments.json)
+
+
+def _page(arguments: argparse.Namespace) -> int:
+    from fedlora.deploy.statement import report
+
+    print(report(Path(arguments.site), Path(arguments.out) if arguments.out else None))
+    return 0
 
 
 def _log(arguments: argparse.Namespace) -> int:
