@@ -47,6 +47,10 @@ def add(commands: Any) -> None:
     page.add_argument("site", metavar="SITE", help="the site's YAML file")
     page.add_argument("--out", metavar="FILE", help="the page (default: report.html in the site's state folder)")
     page.set_defaults(command=_page)
+    forget = asked.add_parser("forget", help="remove what a site keeps of a run, but never what the run spent")
+    forget.add_argument("site", metavar="SITE", help="the site's YAML file")
+    forget.add_argument("run", metavar="RUN", help="name of the run, as fedlora site log prints it")
+    forget.set_defaults(command=_forget)
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -86,6 +90,15 @@ def _check(arguments: argparse.Namespace) -> int:
     from fedlora.deploy.checking import check
 
     return check(Path(arguments.site)).told(arguments.json)
+
+
+def _forget(arguments: argparse.Namespace) -> int:
+    from fedlora.deploy.forgetting import forget
+    from fedlora.errors import counted
+
+    removed = forget(Path(arguments.site), arguments.run)
+    print(f"{arguments.run}: {counted(removed, 'file')} removed; what it spent stays, and the name is refused")
+    return 0
 
 
 def _page(arguments: argparse.Namespace) -> int:

@@ -222,6 +222,8 @@ class Node:
         key = words.get("run")
         if not isinstance(key, str) or not RUN.fullmatch(key):
             raise Refusal("the run has no name that could be a folder's")
+        if self.state.forgotten(key):
+            raise Refusal("its owner had it forget the run of this name: submit it under another")
         try:
             scenario = Scenario.model_validate(words["scenario"])
         except (KeyError, ValueError) as error:

@@ -29,6 +29,8 @@ NAME = "report.html"
 _DAY = 86400  # seconds
 _MOST = 200  # refusals on a page
 _NOBODY = "not signed"
+_SERVED = (history.ANSWERED, history.AGAIN)
+_ASKED = (history.INTRODUCTION, history.ROUND, history.FIGURES)
 
 Line = Mapping[str, Any]
 
@@ -111,17 +113,19 @@ def runs(site: Site, told: Sequence[Line]) -> Iterator[Ran]:
     file = site.folder / "ledger" / "privacy.jsonl"
     for line in ledger.read(file, torn=True) if file.exists() else ():
         events.setdefault(str(line.get("run")), []).append(Event.from_json(line))
-    answered = [line for line in told if line["outcome"] in (history.ANSWERED, history.AGAIN)]
-    known = {line["run"]: line for line in answered}  # the last of each
+    answered = [line for line in told if line["outcome"] in _SERVED and line["what"] in _ASKED]
+    known: dict[str, Line] = {line["run"]: line for line in answered}  # the last of each
     for key in dict.fromkeys([*events, *known]):
-        line: Line = known.get(key, {})
+        last = known.get(key, {})
         said = _ended(State(site.folder), key)
-        whose = line.get("submitter") or _NOBODY
-        yield Ran(key, line.get("scenario") or "unknown", whose, events.get(key, ()), said)
+        whose = last.get("submitter") or _NOBODY
+        yield Ran(key, last.get("scenario") or "unknown", whose, events.get(key, ()), said)
 
 
 def _ended(state: State, key: str) -> str:
     """What a site knows of a run's end."""
+    if state.forgotten(key):
+        return "forgotten: its files were removed"
     if state.introduction(key) is None:
         return "its files are no longer kept here"
     return Record.open(state.of_run(key)).site_said
