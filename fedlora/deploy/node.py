@@ -145,7 +145,8 @@ class Node:
             logger.warning("refused: %s", error, extra=seen)
             self._record(kind, words, seen, history.REFUSED, error.own)
             spent = {} if error.event is None else {"privacy": error.event.to_json()}
-            made = wire.pack_words({"refused": str(error), **spent})
+            who = {"client": client, "name": self.site.name} if kind == "query" and self.site else {}
+            made = wire.pack_words({"refused": str(error), **spent, **who})
             self._tell_spent(made, kind, client)
             return made
         except Exception as error:
@@ -205,6 +206,7 @@ class Node:
             {
                 "client": client,
                 "name": self.site.name if self.site else f"partition-{client}",
+                "time": time.time(),
                 "num_examples": held,
                 "event": None if event is None else event.to_json(),
             }
@@ -236,7 +238,7 @@ class Node:
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
             raise Refusal("the server names no labels")
         if why := self.site.refuses(scenario) or self.site.refuses_labels(scenario, labels):
-            raise Refusal(why)
+            raise Refusal(f"its rules refuse the run: {why}")
         if (keys := self.site.accept.submitters) is not None:
             signature = str(words.get("signature"))
             if (signer := signing.signer(signature, keys, words["scenario"], key, self.app)) is None:
