@@ -64,12 +64,12 @@ class ContractError(FedloraError):
 class Refusal(FedloraError):
     """What a site will not do, in words that the server may read: nothing in them comes from its examples.
 
-    `event`, of `fedlora.privacy.accounting`, is what was spent all the same.
+    `event`, of `fedlora.privacy.accounting`, is what was spent all the same. `own` says more to the site's owner.
     """
 
-    def __init__(self, why: str, event: Any = None) -> None:
+    def __init__(self, why: str, event: Any = None, own: str | None = None) -> None:
         super().__init__(why)
-        self.event = event
+        self.event, self.own = event, own or why
 
 
 def cut(word: object, most: int = 40) -> str:

@@ -164,6 +164,25 @@ class Record:
         return (self.folder / INTRODUCTION).exists()
 
     @property
+    def site_said(self) -> str:
+        """What a site knows of how far a run has come: it trains when it is asked, and is told of no end."""
+        trained = [line["round"] for line in self.rounds if line.get("clients")]
+        asked = self.scenario.get("rounds")
+        if not trained:
+            return f"no round of {asked} was trained here yet"
+        last = max(trained)
+        said = f"{len(set(trained))} of {asked} rounds were trained here"
+        if last == asked:
+            return f"{said}, its last among them: finished as far as a site knows"
+        return f"{said}, round {last} the last; whether the run goes on its server knows"
+
+    @property
+    def introduced_by(self) -> str | None:
+        """The version of the server that told a site of the run; None where that is not known."""
+        told = self._json(INTRODUCTION).get("version")
+        return None if told is None else str(told)
+
+    @property
     def ended(self) -> bool:
         """Whether its figures are those of its scenario: it neither goes on, nor was killed or interrupted."""
         return self.state != "unfinished" and not str(self.summary.get("stopped", "")).startswith("interrupted")
@@ -185,7 +204,9 @@ class Record:
         """What a reader has to know before trusting the figures, a sentence for each."""
         said = []
         done, asked = len(self.rounds), self.scenario.get("rounds")
-        if self.state == "unfinished":
+        if self.at_site:
+            said.append(f"This is a site's part of a run: {self.site_said}.")
+        elif self.state == "unfinished":
             said.append(
                 f"This run has not ended, {done} of {asked} rounds are recorded. It still runs, or was killed."
             )

@@ -52,7 +52,10 @@ class Account:
         spent = epsilon([*self.ledger.events.get(Own(), ()), event], cap.delta, cap.accountant)
         if spent > cap.max_epsilon * (1 + 1e-9):
             logger.warning("it would come to epsilon %.3f; privacy.max_epsilon: %g", spent, cap.max_epsilon)
-            raise Refusal("another round would pass the epsilon that the site allows over all runs")
+            raise Refusal(
+                "another round would pass the epsilon that the site allows over all runs",
+                own=f"it would come to epsilon {spent:.3f}, and privacy.max_epsilon is {cap.max_epsilon:g}",
+            )
         mine: dict[str, Any] = {
             "delta": cap.delta,
             "unit": "example" if cap.person is None else "person",
@@ -86,5 +89,5 @@ def pay(run: Serving, account: Account | None, round: int, client: int, event: E
         run.ledger.spend(round, {client: event}, **asked.terms)
     except (OSError, UserError) as error:
         logger.error("%s", error, extra={"client": client, "round": round, "run": run.key})
-        raise Refusal("its ledger cannot be written: its log says why") from error
+        raise Refusal("its ledger cannot be written: its log says why", own=str(error)) from error
     return alike(before, event)

@@ -41,6 +41,10 @@ class Exported:
         """Nothing to count."""
         self.inner.stage(what)
 
+    def note(self, what: str) -> None:
+        """Nothing to count."""
+        self.inner.note(what)
+
     def begin(self, scenario: Scenario, metric: str, done: int) -> None:
         """Nothing to count yet."""
         self._metric = metric

@@ -20,10 +20,11 @@ from fedlora import prepare, seeding, wire
 from fedlora.adapter import Instruction
 from fedlora.data import reading
 from fedlora.data.cells import Taught
-from fedlora.deploy import signing, sources
+from fedlora.deploy import history, signing, sources
 from fedlora.deploy import site as sites
 from fedlora.deploy.account import Account, pay
 from fedlora.deploy.answers import Answers
+from fedlora.deploy.history import History
 from fedlora.deploy.masks import Masks, member_of
 from fedlora.deploy.serving import Serving, Words
 from fedlora.deploy.site import FLOOR, Site
@@ -51,6 +52,8 @@ class Node:
         served: rounds that were trained and sent.
         failed: rounds that were not.
         trained: seconds that the last of them trained.
+        repeated: answers that were given again.
+        history: of what was asked; None where no site file says where.
     """
 
     def __init__(self, where: Path, app: Path) -> None:
@@ -66,12 +69,14 @@ class Node:
         """
         self.file, self.app = where, app
         self.site: Site | None = None
+        self.history: History | None = None
+        self._signers: dict[str, str] = {}  # by run
         self.account: Account | None = None
         self._lock: lock.Lock | None = None
         self.run: Serving | None = None
         self.state, self.masks = State(where), Masks()
         self._read_site()
-        self.served, self.failed, self.trained = 0, 0, 0.0
+        self.served, self.failed, self.trained, self.repeated = 0, 0, 0.0, 0
 
     def _read_site(self) -> None:
         """Read the site file, which may have changed since the last run."""
@@ -83,12 +88,13 @@ class Node:
         if self.site != before:
             self.run = self.account = None
             self._lock = lock.hold(self.state.folder / "lock", _WAIT)
+            self.history = History(self.state.folder)
         if self.site.privacy is not None and self.account is None:
             self.account = Account(self.state.folder / "ledger", self.site.privacy)
 
     def close(self) -> None:
         """Let the model, the ledgers and the state folder go."""
-        self.run = self.account = self._lock = None
+        self.run = self.account = self._lock = self.history = None
 
     @property
     def epsilon(self) -> float | None:
@@ -108,6 +114,8 @@ class Node:
         client = partition if self.site is None else self.site.client
         began = time.perf_counter()
         seen: dict[str, Any] = {"client": client, "kind": kind}
+        words: Words = {}
+        repeated = self.repeated
         try:
             with _understood():
                 words = wire.unpack_words(content)
@@ -135,10 +143,16 @@ class Node:
         except Refusal as error:
             self.failed += kind == "train"
             logger.warning("refused: %s", error, extra=seen)
+            self._record(kind, words, seen, history.REFUSED, error.own)
             spent = {} if error.event is None else {"privacy": error.event.to_json()}
-            made = wire.pack_words({"refused": str(error), **spent})
+            who = {"client": client, "name": self.site.name} if kind == "query" and self.site else {}
+            made = wire.pack_words({"refused": str(error), **spent, **who})
             self._tell_spent(made, kind, client)
             return made
+        except Exception as error:
+            self._record(kind, words, seen, history.FAILED, type(error).__name__)  # its words may be of a row
+            raise
+        self._record(kind, words, seen, history.AGAIN if self.repeated > repeated else history.ANSWERED)
         self._tell_spent(made, kind, client)
         self.served += kind == "train"
         if kind == "train":
@@ -152,6 +166,15 @@ class Node:
         run = self.run
         if kind == "train" and run is not None and run.worker.scenario.example_privacy is not None:
             wire.add_words(made, {"spent": [event.to_json() for event in run.spent(client)]})
+
+    def _record(self, kind: str, words: Words, seen: dict[str, Any], outcome: str, why: str | None = None) -> None:
+        """A line for the owner of what was asked."""
+        if self.history is None:
+            return
+        known = history.known(kind, words, self.run, self.state, seen["client"])
+        signer = self._signers.get(str(known["run"]))
+        more = {"round": seen.get("round"), "submitter": signer, "epsilon_site": self.epsilon, "why": why}
+        self.history.write(history.WHAT.get(kind, kind), outcome, **known, **more)
 
     # Introductions.
 
@@ -183,6 +206,7 @@ class Node:
             {
                 "client": client,
                 "name": self.site.name if self.site else f"partition-{client}",
+                "time": time.time(),
                 "num_examples": held,
                 "event": None if event is None else event.to_json(),
             }
@@ -200,6 +224,8 @@ class Node:
         key = words.get("run")
         if not isinstance(key, str) or not RUN.fullmatch(key):
             raise Refusal("the run has no name that could be a folder's")
+        if self.state.forgotten(key):
+            raise Refusal("its owner had it forget the run of this name: submit it under another")
         try:
             scenario = Scenario.model_validate(words["scenario"])
         except (KeyError, ValueError) as error:
@@ -212,11 +238,12 @@ class Node:
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
             raise Refusal("the server names no labels")
         if why := self.site.refuses(scenario) or self.site.refuses_labels(scenario, labels):
-            raise Refusal(why)
-        if (keys := self.site.accept.submitters) is not None and not signing.signed(
-            str(words.get("signature")), keys, words["scenario"], key, self.app
-        ):
-            raise Refusal("nobody whom it knows has signed this run: submit it by fedlora submit --key FILE")
+            raise Refusal(f"its rules refuse the run: {why}")
+        if (keys := self.site.accept.submitters) is not None:
+            signature = str(words.get("signature"))
+            if (signer := signing.signer(signature, keys, words["scenario"], key, self.app)) is None:
+                raise Refusal("nobody whom it knows has signed this run: submit it by fedlora submit --key FILE")
+            self._signers[key] = signing.fingerprint(signer)
         if (before := self.state.introduction(key)) is not None:
             try:  # what it keeps under a name is of one run: residuals of a plain one would spoil a private one
                 same_run(self.state.folder, before["scenario"], words["scenario"])
@@ -267,7 +294,7 @@ class Node:
                 where = sites.located(self.file, error)
             logger.error("%s", where, extra={"client": client, "run": key})
             raise Refusal(
-                f"its data or machine do not fit the scenario ({error.key}): its log says why"
+                f"its data or machine do not fit the scenario ({error.key}): its log says why", own=str(where)
             ) from error
         judges = self.site is not None and scenario.data.client_test_share is not None
         if judges and worker.dataset.held_out(client).units < FLOOR:
@@ -347,6 +374,7 @@ class Node:
         expected = run.event(instruction, client) if instruction.trip == 1 else None
         question = run.answers.question(instruction, client, len(run.merges), expected)
         if (before := run.answers.find(instruction.trip, question)) is not None:
+            self.repeated += 1
             logger.info("asked again: answered as before", extra={"client": client, "round": instruction.round})
             made = self._masked(run, instruction, content, client, before) if masked else wire.from_bytes(before)
             wire.add_words(made, {"again": True})
@@ -357,7 +385,10 @@ class Node:
             run.ledger.metrics(run.line(report, instruction.round, client))
         if update is None:
             logger.error("%s", report.error, extra={"client": client, "round": instruction.round})
-            raise Refusal("training failed: its log says why", event)
+            sort = str(report.error).partition(":")[0]  # the rest may be words of a row
+            raise Refusal(
+                "training failed: its log says why", event, f"training failed ({sort}): site.log says more"
+            )
         if self.site is not None and not self.site.accept.metrics:
             update = replace(update, metrics={k: v for k, v in update.metrics.items() if k == WITHIN})
         packing = None if masked else run.worker.transport.packing_up(instruction, client)

@@ -56,10 +56,17 @@ class Reported:
     """A display that prints what happens as lines of the log."""
 
     _whole = False  # whether clients are protected whole
+    _notes = 0
 
     def stage(self, what: str) -> None:
         """Something that takes a while has begun."""
         self._say("stage", what=what)
+
+    def note(self, what: str) -> None:
+        """Something that happened; not where it may tell who was drawn."""
+        if not self._whole:
+            self._notes += 1
+            self._say("note", number=self._notes, what=what)
 
     def begin(self, scenario: Scenario, metric: str, done: int) -> None:
         """Rounds begin."""
@@ -103,7 +110,7 @@ class Follower:
         self.name: str | None = None
         self._pieces: dict[int, str] = {}
         self._data = b""
-        self._shown = 0
+        self._shown = self._noted = 0
 
     @property
     def ended(self) -> bool:
@@ -125,6 +132,9 @@ class Follower:
         match told["event"]:
             case "stage":
                 self.display.stage(str(told["what"]))
+            case "note" if told["number"] > self._noted:
+                self._noted = int(told["number"])
+                self.display.note(str(told["what"]))
             case "begin" if not self._shown:
                 self.display.begin(self.scenario, str(told["metric"]), int(told["done"]))
             case "round" if told["line"]["round"] > self._shown:

@@ -93,6 +93,7 @@ def serve(grid: Grid, asked: dict[str, str], shown: Display, number: int) -> Pat
             run=folder.name,
             deadline=scenario.engine.deadline,
             signature=asked.get("signature") or None,
+            note=shown.note,
         )
         with contextlib.closing(engine):
             carry_out(ready, engine, folder, bool(resumed), shown)

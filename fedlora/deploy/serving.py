@@ -41,10 +41,13 @@ class Serving:
         """What the client's examples have lost in this run, those on equal terms together."""
         return self.ledger.events.get(client, ())
 
+    def epsilon(self, client: int) -> float | None:
+        """The same as epsilon, as the scenario counts it; None without privacy."""
+        asked = self.worker.scenario.example_privacy
+        return None if asked is None else epsilon(self.spent(client), asked.delta, asked.accountant)
+
     def line(self, report: Report, round: int, client: int) -> dict[str, Any]:
         """A round as a site saw it, which `fedlora watch` shows; only the server knows the metric."""
-        asked, events = self.worker.scenario.example_privacy, self.spent(client)
-        spent = None if asked is None else epsilon(events, asked.delta, asked.accountant)
         return {
             "round": round,
             "clients": int(report.error is None),
@@ -54,6 +57,6 @@ class Serving:
             self.worker.task.metric: None,
             "bytes_up": report.bytes_up,
             "bytes_down": report.bytes_down,
-            "epsilon": spent,
+            "epsilon": self.epsilon(client),
             "seconds": report.seconds,
         }

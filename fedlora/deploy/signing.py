@@ -16,7 +16,12 @@ from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_ssh_private_key,
+    load_ssh_public_key,
+)
 
 from fedlora.errors import UserError
 
@@ -46,8 +51,8 @@ def sign(key_file: Path, scenario: Mapping[str, Any], name: str, app: Path) -> s
     return base64.b64encode(key.sign(_message(scenario, name, app))).decode()
 
 
-def signed(signature: str, keys: Iterable[str], scenario: Mapping[str, Any], name: str, app: Path) -> bool:
-    """Whether one of some public keys, as in an `.pub` file, made a signature of a run.
+def signer(signature: str, keys: Iterable[str], scenario: Mapping[str, Any], name: str, app: Path) -> str | None:
+    """Which of some public keys, as in an `.pub` file, made a signature of a run; None where none did.
 
     Raises:
         UserError: a key is none.
@@ -55,15 +60,26 @@ def signed(signature: str, keys: Iterable[str], scenario: Mapping[str, Any], nam
     try:
         message = _message(scenario, name, app)
     except UserError:
-        return False
+        return None
     for text in keys:
         key = public_key(text)
         try:
             key.verify(base64.b64decode(signature), message)
         except (InvalidSignature, ValueError):
             continue
-        return True
-    return False
+        return text
+    return None
+
+
+def fingerprint(text: str) -> str:
+    """A public key as `ssh-keygen -l` prints it, with its comment.
+
+    Raises:
+        UserError: it is none.
+    """
+    raw = public_key(text).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).split()[1]
+    digest = base64.b64encode(hashlib.sha256(base64.b64decode(raw)).digest()).decode().rstrip("=")
+    return " ".join([f"SHA256:{digest}", *text.split()[2:]])
 
 
 def public_key(text: str) -> Ed25519PublicKey:

@@ -16,6 +16,8 @@ from fedlora.scenario import Scenario
 
 RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a run's name, which is a folder's
 _ROWS = "rows"  # which rows a site began a run with, by a digest under its own key
+_FORGOTTEN = "forgotten"  # that the owner had it removed
+_STAYS = (_FORGOTTEN, "privacy.jsonl", "privacy.head")  # what it spent
 _JUDGED = "judged.json"  # what a site has said of its own rows in a run, by round
 
 
@@ -46,6 +48,32 @@ class State:
         except (OSError, ValueError):
             return None
         return words if isinstance(words, dict) else None
+
+    def runs(self) -> list[str]:
+        """The runs that something is kept of, and that are not forgotten."""
+        kept = sorted(folder.name for folder in (self.folder / "runs").glob("*") if folder.is_dir())
+        return [name for name in kept if not self.forgotten(name)]
+
+    def forgotten(self, key: str) -> bool:
+        """Whether the owner had a run forgotten: nothing is answered under its name any more."""
+        return (self.of_run(key) / _FORGOTTEN).exists()
+
+    def forget(self, key: str) -> int:
+        """Remove what is kept of a run but its ledger; gives how many files went.
+
+        Raises:
+            OSError: one cannot be removed; the run is forgotten all the same.
+        """
+        folder, removed = self.of_run(key), 0
+        with (folder / _FORGOTTEN).open("w") as mark:  # first: an interruption must not leave a run half known
+            os.fsync(mark.fileno())
+        for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            elif path.relative_to(folder).as_posix() not in _STAYS:
+                path.unlink()
+                removed += 1
+        return removed
 
     def key(self) -> bytes:
         """The site's own key, from which it draws the rows that it holds out: nobody else can tell which they are.

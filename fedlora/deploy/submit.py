@@ -205,6 +205,9 @@ def _follow(number: str, superlink: str, scenario: Scenario, display: Display) -
             break
         if status is not None:
             display.stage("the log broke off; asking for it again")
+        else:
+            left = _PATIENCE - attempt - 1
+            display.note(f"the SuperLink does not answer: asked again every {_PAUSE:g} s, {left} times more")
     return follower
 
 

@@ -23,7 +23,7 @@ from fedlora.engine import secure as masking
 from fedlora.engine.base import Engine, Figures
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.replies import Replies, Report
-from fedlora.engine.roster import Roster, Site
+from fedlora.engine.roster import Roster, Site, shown
 from fedlora.engine.setup import Description, Setup
 from fedlora.errors import ContractError, FedloraError, RoundError
 from fedlora.privacy import affordable, collector, secure
@@ -48,6 +48,7 @@ class FlowerEngine(Engine):
         deadline: float | None = None,
         join: float = JOIN,
         signature: str | None = None,
+        note: Callable[[str], object] = lambda _: None,
     ) -> None:
         """Around the grid that Flower gives a ServerApp.
 
@@ -58,11 +59,12 @@ class FlowerEngine(Engine):
             deadline: seconds that a round waits.
             join: seconds that the start waits.
             signature: of who submitted the run, for sites that ask for one.
+            note: is told what happens, in a sentence that the submitter may read.
         """
         super().__init__(num_clients)
         self.grid, self.key, self.signature = grid, run, signature
         self.deadline, self.join = deadline or DEADLINE, join
-        self.roster = Roster(grid, num_clients, self.deadline, join)
+        self.roster = Roster(grid, num_clients, self.deadline, join, note)
         self.merges: list[Change] = []
         self._evaluations = ThreadPoolExecutor(1)
 
@@ -87,12 +89,16 @@ class FlowerEngine(Engine):
             }
         )
         sites, away = self.roster.sites, self.roster.turned_away
+        self.roster.note(f"waiting for {self.num_clients} sites to join: {self.join:g} s at most")
         self.roster.gather(self._hello, self.join, lambda: len(sites) + len(away) >= self.num_clients)
         if not sites:
-            why = "; ".join(f"node {node}: {why}" for node, (_, why) in away.items())
+            why = "; ".join(why for _, why in away.values())
             raise RoundError(f"no site joined: {why or f'none came within {self.join:g} s'}")
         if missing := sorted(set(range(self.num_clients)) - set(sites)):
             logger.warning("the run begins without clients %s: they did not join", ", ".join(map(str, missing)))
+            for client in missing:
+                said = self.roster.absent.get(client, f"no site came as this client within {self.join:g} s")
+                self.roster.note(f"the run begins without client {client}: {said}")
         return self.description
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
@@ -115,6 +121,7 @@ class FlowerEngine(Engine):
             down = traffic.content_bytes(contents[client]) if client in contents else 0
             update, report = self._read(asked[client], client, reply, down, seconds)
             reports.append(report)
+            self._tell(instruction.round, report)
             if update is not None:
                 updates.append(update)
         return Replies(updates, reports)
@@ -219,7 +226,7 @@ class FlowerEngine(Engine):
         assert scenario.secure_aggregation is not None
         reports = {client: self._report(client) for client in cohort}
         for client in set(cohort) - set(self.roster.sites):
-            reports[client] = replace(reports[client], error="its site is not connected")
+            reports[client] = replace(reports[client], error=self._absent(client))
 
         def exchange(what: str, told: Mapping[int, secure.Parts]) -> dict[int, secure.Parts]:
             contents: dict[int, RecordDict] = {}
@@ -264,7 +271,20 @@ class FlowerEngine(Engine):
                 reports[client] = replace(report, event=spends)
             return made
 
-        return masking.replies(instruction, exchange, reports, scenario.secure_aggregation, Stream.fresh())
+        made = masking.replies(instruction, exchange, reports, scenario.secure_aggregation, Stream.fresh())
+        for report in made.reports:
+            self._tell(instruction.round, report)
+        return made
+
+    def _absent(self, client: int) -> str:
+        """Why there is no site of a client, as far as is known."""
+        return self.roster.absent.get(client, "its site is not connected")
+
+    def _tell(self, round: int, report: Report) -> None:
+        """Tell the submitter at once that a site failed."""
+        if report.error is not None:
+            site = self.roster.sites.get(report.client) or f"client {report.client}"
+            self.roster.note(shown(f"round {round}: {site}: {report.error}"))
 
     def _report(self, client: int) -> Report:
         """Of a client that nothing is known of as yet."""
@@ -291,7 +311,7 @@ class FlowerEngine(Engine):
         report = replace(self._report(client), bytes_down=down, seconds=seconds)
         spends = site.event if site and instruction.trip == 1 else None  # where it may have trained all the same
         if site is None:
-            return None, replace(report, error="its site is not connected")
+            return None, replace(report, error=self._absent(client))
         if reply is None:
             return None, replace(report, event=spends, error=f"no reply within {self.deadline:g} s")
         if reply.has_error():

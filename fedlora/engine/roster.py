@@ -18,6 +18,10 @@ from fedlora.errors import ContractError
 from fedlora.privacy.accounting import Event
 
 AGAIN = 60.0  # seconds after which a node that would not serve is asked again: it may have been mended
+_PATIENCE = 15.0  # seconds after which it is told whom a round waits for
+_LATEST = 1e11  # seconds since 1970
+_CLOCK = 60.0  # seconds that clocks may differ without a word
+_WORDS, _NAME = 300, 64  # characters of what a site said, and of its name
 _PAUSE = 0.25  # seconds between two looks for replies
 
 STRANGER = "not introduced"  # what a site says that has lost, or never had, the run of a message
@@ -38,6 +42,7 @@ class Site:
         event: what a round costs its examples; None without privacy.
         merged: how many merges it has.
         silent: whether it missed the last deadline.
+        clock: seconds by which its clock is before the server's.
     """
 
     node: int
@@ -47,9 +52,19 @@ class Site:
     event: Event | None
     merged: int = 0
     silent: bool = False
+    clock: float = 0.0
 
     def __str__(self) -> str:
         return f"client {self.client} ({self.name})"
+
+
+def shown(said: object, most: int = _WORDS) -> str:
+    """What a site said, as a terminal may show it."""
+    return "".join(c if c.isprintable() else "?" for c in str(said)[:most])
+
+
+def _ahead(told: object) -> float:
+    return told - time.time() if isinstance(told, float) and 0 < told < _LATEST else 0.0
 
 
 class Roster:
@@ -57,11 +72,19 @@ class Roster:
 
     Attributes:
         sites: that joined, by client.
-        turned_away: nodes that would not serve: since when, and why.
+        turned_away: nodes that would not serve: since when, and who and why in a sentence.
+        absent: of clients without a site that joined, what is known of it.
         late: replies that came after nobody waited for them any more.
     """
 
-    def __init__(self, grid: Grid, num_clients: int, deadline: float, join: float) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        num_clients: int,
+        deadline: float,
+        join: float,
+        note: Callable[[str], object] = lambda _: None,
+    ) -> None:
         """Of nobody yet.
 
         Args:
@@ -69,7 +92,10 @@ class Roster:
             num_clients: sites that the scenario has.
             deadline: seconds for which replies are waited for.
             join: seconds more that a node has to answer its introduction.
+            note: is told what happens, in a sentence that the submitter may read.
         """
+        self.note = note
+        self.absent: dict[int, str] = {}
         self.grid, self.num_clients = grid, num_clients
         self.deadline, self.join = deadline, join
         self.sites: dict[int, Site] = {}
@@ -92,6 +118,8 @@ class Roster:
             for client, site in list(self.sites.items()):
                 if site.node not in here:
                     logger.warning("%s is no longer connected", site)
+                    self.note(f"{site} is no longer connected")
+                    self.absent[client] = f"its site ({site.name}) is no longer connected"
                     del self.sites[client]
             now = time.monotonic()
             away = {node for node, (since, _) in self.turned_away.items() if now - since < AGAIN}
@@ -108,9 +136,12 @@ class Roster:
     def _meet(self, node: int, reply: Message) -> None:
         """Take a site in, or note why not."""
         why = reply.error.reason if reply.has_error() else None
+        who = f"node {node}"
         if why is None:
             try:
-                site = self._introduced(node, wire.unpack_words(reply.content))
+                words = wire.unpack_words(reply.content)
+                who = self._who(node, words)
+                site = self._introduced(node, words)
             except ContractError as error:
                 why = str(error)
         other = None if why is not None else self.sites.get(site.client)
@@ -118,10 +149,28 @@ class Roster:
             why = f"{other} is served by node {other.node} already"
         if why is not None:
             logger.warning("node %d does not serve this run: %s", node, why)
-            self.turned_away[node] = (time.monotonic(), why)
+            said = shown(f"{who} does not take part: {why}")
+            if self.turned_away.get(node, (0.0, ""))[1] != said:
+                self.note(said)
+            self.turned_away[node] = (time.monotonic(), said)
             return
         self.sites[site.client] = site
+        self.absent.pop(site.client, None)
         logger.info("%s joined", site)
+        self.note(f"{site} joined")
+        if abs(site.clock) > _CLOCK:
+            self.note(
+                f"{site}: its clock is {site.clock:+.0f} s from the server's, by which certificates are valid"
+            )
+
+    def _who(self, node: int, words: Mapping[str, Any]) -> str:
+        """What a node that refuses calls itself; what it says of a client is kept where none has joined."""
+        name, client, why = words.get("name"), words.get("client"), words.get("refused")
+        if why is None or name is None or type(client) is not int or not 0 <= client < self.num_clients:
+            return f"node {node}"
+        if client not in self.sites:
+            self.absent[client] = shown(f"its site ({shown(name, _NAME)}) does not take part: {why}")
+        return f"client {client} ({shown(name, _NAME)})"
 
     def _introduced(self, node: int, words: Mapping[str, Any]) -> Site:
         """What a site said of itself.
@@ -135,7 +184,8 @@ class Roster:
         return Site(
             node=node,
             client=wire.whole(client, "client", 0, self.num_clients - 1),
-            name=str(words.get("name"))[:64],
+            name=shown(words.get("name"), _NAME),
+            clock=_ahead(words.get("time")),
             num_examples=wire.whole(held, "num_examples", 1, wire.MOST),
             event=wire.read_event(event),
         )
@@ -155,10 +205,14 @@ class Roster:
         ids = self._send({self.sites[c].node: (kind, content) for c, content in contents.items()})
         waiting = {i: nodes[node] for i, node in ids.items()}
         answers: dict[int, tuple[Message, float]] = {}
+        noted = False
         while waiting and time.monotonic() - began < self.deadline:
             for reply in self._pull(waiting):
                 client = waiting.pop(reply.metadata.reply_to_message_id)
                 answers[client] = (reply, time.monotonic() - began)
+            if waiting and not noted and (passed := time.monotonic() - began) >= _PATIENCE:
+                who, noted = ", ".join(str(self.sites[c]) for c in sorted(waiting.values())), True
+                self.note(f"waiting for {who}: {self.deadline - passed:.0f} s more at most")
             if waiting:
                 time.sleep(_PAUSE)
         for client in contents:

@@ -3,18 +3,13 @@
 Privacy events are flushed to disk before what they bought is used. Epsilon follows from
 `privacy.jsonl` alone: `replay` reads it back.
 
-Each line of `privacy.jsonl` ends in `chain`, a hash over the line and the chain of the line before it, and
-`privacy.head` holds how many lines there are and the chain of the last. So a line that was edited, moved, taken
-out or cut off shows. Two things that an interruption leaves are no damage: a last line that is cut short
-behind those that the head counts, and whole lines that the head does not count yet. What it paid for was not
-used, or is paid again. Whoever can write to the disk can rebuild both files: this finds accidents and
-careless edits, not a forger.
+The lines of `privacy.jsonl` are chained (`fedlora.privacy.chain`). What a line paid for that an interruption cut
+short, or that the head does not count yet, was not used, or is paid again.
 
 One process at a time writes: the first line locks `privacy.jsonl` (`fedlora.privacy.lock`), and each further one
 first makes sure that the head is still the one that this ledger wrote.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
@@ -22,8 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from fedlora.errors import UserError
-from fedlora.privacy import lock
+from fedlora.privacy import chain, lock
 from fedlora.privacy.accounting import FROM_SERVER, Accountant, Event, added, alike, epsilon, statement
+from fedlora.privacy.chain import read as read
 from fedlora.returned import finite
 
 MECHANISM = "poisson_subsampled_gaussian"
@@ -97,7 +93,7 @@ class Ledger:
         self._drawn: dict[int, dict[Holder, dict[int, tuple[str, int]]]] = {}
         file = folder / "privacy.jsonl"
         self._lock = lock.hold(file) if file.exists() else None
-        self._head = _read_head(file)  # as this ledger left it
+        self._head = chain.read_head(file)  # as this ledger left it
         lines = _verified(file) if file.exists() or self._head is not None else []
         if len(lines) < known[0] or (known[0] and lines[known[0] - 1]["chain"] != known[1]):
             raise UserError(
@@ -140,7 +136,7 @@ class Ledger:
         if not events:
             return
         terms = {**guarantee, "neighbours": neighbours(guarantee["unit"])}
-        file, text, chain = self.folder / "privacy.jsonl", "", self._chain
+        file, text, last = self.folder / "privacy.jsonl", "", self._chain
         spent: list[tuple[Holder, Event]] = []
         for holder, event in events.items():
             client = holder.client if isinstance(holder, Whole) else holder
@@ -152,8 +148,8 @@ class Ledger:
                 raise UserError(f"{file}: {_TWICE}; it was not written")
             line |= {"digest": digest, "draw": draw} if digest else {}
             spent.append((_checked(line, f"{file}:{self._lines + len(spent) + 1}", "it was not written"), event))
-            chain = _link(chain, line)
-            text += json.dumps({**line, "chain": chain}) + "\n"
+            last = chain.link(last, line)
+            text += json.dumps({**line, "chain": last}) + "\n"
         self._own(file)
         if not self._lines:
             self._put_head(file, 0, "")  # so that a ledger without a head is one that lost it
@@ -166,7 +162,7 @@ class Ledger:
         for holder, event in spent:  # on disk, and not before: a full disk may have room again
             self._note_draw(round, holder, event, *(drawn or {}).get(holder, ("", 0)))
             self._note(holder, event)
-        self._size, self._lines, self._chain = self._size + len(text.encode()), self._lines + len(events), chain
+        self._size, self._lines, self._chain = self._size + len(text.encode()), self._lines + len(events), last
         self._put_head(file, self._lines, self._chain)
 
     def _own(self, file: Path) -> None:
@@ -178,12 +174,12 @@ class Ledger:
         self._lock = self._lock or lock.hold(file)
         if not self._lock.mine:
             raise UserError(f"{file}: in use by the process that this one was forked from")
-        if _read_head(file) != self._head or file.stat().st_size < self._size:
+        if chain.read_head(file) != self._head or file.stat().st_size < self._size:
             raise UserError(f"{file}: the ledger moved underfoot: somebody else wrote to it; start again to go on")
 
-    def _put_head(self, file: Path, lines: int, chain: str) -> None:
-        _write_head(file, lines, chain)
-        self._head = lines, chain
+    def _put_head(self, file: Path, lines: int, last: str) -> None:
+        chain.write_head(file, lines, last)
+        self._head = lines, last
 
     def _note(self, client: Holder, event: Event) -> None:
         self.events[client] = added(self.events.get(client, ()), event)
@@ -245,34 +241,6 @@ class Ledger:
         }
 
 
-def read(file: Path, torn: bool = False) -> list[dict[str, Any]]:
-    """The lines of a record.
-
-    Args:
-        file: the record.
-        torn: whether a last line that was cut short is passed over.
-
-    Raises:
-        UserError: a line is not whole, or the file cannot be read.
-    """
-    try:
-        texts = file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-    lines = []
-    if texts[-1] and not torn:
-        raise UserError(f"{file}:{len(texts)}: the last line is cut short; the record is damaged")
-    for number, text in enumerate(texts[:-1], 1):
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}:{number}: not a line of JSON; the record is damaged") from error
-        if not isinstance(line, dict):
-            raise UserError(f"{file}:{number}: not a JSON object; the record is damaged")
-        lines.append(line)
-    return lines
-
-
 def replay(file: Path) -> dict[Holder, list[Event]]:
     """The privacy events of every holder of a budget, from `privacy.jsonl` alone.
 
@@ -295,36 +263,16 @@ def _verified(file: Path, headless: bool = False) -> list[dict[str, Any]]:
     Raises:
         UserError: it is not as it was written.
     """
-    head = _read_head(file)
-    lines = [] if head is not None and not file.exists() else read(file, torn=True)
-    chain, number = "", 0
     hidden: dict[tuple[Any, ...], str] = {}  # what each draw of the noise hides
-    for number, line in enumerate(lines, 1):
-        _checked(line, f"{file}:{number}")
-        if "chain" not in line:
-            raise UserError(f"{file}:{number}: lacks or garbles 'chain'; the record is damaged")
-        chain = _link(chain, {k: v for k, v in line.items() if k != "chain"})
-        if line["chain"] != chain:
-            raise UserError(
-                f"{file}:{number}: does not follow from the lines before it: it was edited, or a line was moved "
-                "or taken out; restore the file, or start again in another folder"
-            )
+
+    def checked(where: str, line: Mapping[str, Any]) -> None:
+        _checked(line, where)
         if digest := line.get("digest"):
             draw = (line["round"], line["unit"], line["client"], line.get("draw", 0))
             if hidden.setdefault(draw, digest) != digest:
-                raise UserError(f"{file}:{number}: {_TWICE}")
-        if head is not None and number == head[0] and chain != head[1]:
-            raise UserError(
-                f"{file}:{number}: is not the line that {_head(file).name} counts: another run's ledger"
-            )
-    if head is None and lines and not headless:
-        raise UserError(f"{_head(file)}: is missing; without it nobody can say whether {file.name} was cut")
-    if head is not None and number < head[0]:
-        raise UserError(
-            f"{file}:{number + 1}: was cut: {number} lines are left of {head[0]}; restore the file, or start "
-            "again in another folder"
-        )
-    return lines
+                raise UserError(f"{where}: {_TWICE}")
+
+    return chain.verified(file, checked, headless)
 
 
 def _checked(line: Mapping[str, Any], where: str, so: str = "the record is damaged") -> Holder:
@@ -365,38 +313,6 @@ def _holder(line: Mapping[str, Any]) -> Holder:
         return Own()
     client: int | None = line["client"]
     return Whole(client) if line["unit"] == FROM_SERVER and client is not None else client
-
-
-def _link(chain: str, line: Mapping[str, Any]) -> str:
-    return hashlib.sha256((chain + json.dumps(line, sort_keys=True)).encode()).hexdigest()[:32]
-
-
-def _head(file: Path) -> Path:
-    return file.with_suffix(".head")
-
-
-def _read_head(file: Path) -> tuple[int, str] | None:
-    try:
-        lines, chain = _head(file).read_text(encoding="ascii").split(" ")
-        return int(lines), chain.strip()
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{_head(file)}: cannot be read: {error}") from error
-
-
-def _write_head(file: Path, lines: int, chain: str) -> None:
-    part = file.with_suffix(".head.part")
-    with part.open("w", encoding="ascii") as stream:
-        stream.write(f"{lines} {chain}\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(_head(file))
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # a new file's name is on disk only then
-    finally:
-        os.close(folder)
 
 
 def epsilon_of(file: Path, unit: str = "example", accountant: Accountant | None = None) -> float:

@@ -38,6 +38,9 @@ class Display(Protocol):
     def stage(self, what: str) -> None:
         """Something that takes a while has begun."""
 
+    def note(self, what: str) -> None:
+        """Something that happened, in a sentence."""
+
     def begin(self, scenario: Scenario, metric: str, done: int) -> None:
         """Rounds begin, or go on after `done` of them."""
 
@@ -49,6 +52,9 @@ class Silent:
     """Shows nothing."""
 
     def stage(self, what: str) -> None:
+        """Nothing."""
+
+    def note(self, what: str) -> None:
         """Nothing."""
 
     def begin(self, scenario: Scenario, metric: str, done: int) -> None:
@@ -63,6 +69,9 @@ class Bar:
 
     def stage(self, what: str) -> None:
         """Nothing: the bar begins with the rounds."""
+
+    def note(self, what: str) -> None:
+        """Nothing: a notebook shows the bar alone."""
 
     def begin(self, scenario: Scenario, metric: str, done: int) -> None:
         """Draw the bar."""
@@ -127,6 +136,10 @@ class Live:
         """Something that takes a while has begun."""
         if self._bar is not None:
             self._bar.update(self._task, description=what)
+
+    def note(self, what: str) -> None:
+        """Print it."""
+        self.console.print(f"  {what}", highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, scenario: Scenario, metric: str, done: int) -> None:
         """Print the head of the table."""

@@ -77,10 +77,10 @@ def html(run: Record) -> str:
         )
         made.section("What it cost", made.figures(found["cost"]) or "<p>No round is recorded yet.</p>")
     made.section("What was run", *_settings(run))
-    wrote = summary.get("versions", {}).get("fedlora", "an unknown version")
-    ended = summary.get("finished", "not yet")
+    wrote = summary.get("versions", {}).get("fedlora", run.introduced_by or "an unknown version")
+    ended = "a site's part" if run.at_site else f"ended {summary.get('finished', 'not yet')}"
     return made.render(
-        f"Run by fedlora {wrote}, ended {ended}; page by fedlora {version('fedlora')}, "
+        f"Run by fedlora {wrote}, {ended}; page by fedlora {version('fedlora')}, "
         f"{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC."
     )
 
@@ -143,7 +143,10 @@ def _meaning(run: Record, shared: bool) -> Iterator[str]:
 def _privacy(run: Record) -> Iterator[str]:
     words = run.summary.get("privacy")
     if words is None and run.scenario.get("privacy"):
-        words = "the run has not ended; what it spent so far is below"
+        known = (
+            "what the site's examples lost in it" if run.at_site else "the run has not ended; what it spent so far"
+        )
+        words = f"{known} is below"
     words = str(words or "none: no gradient was clipped or noised")
     first, _, rest = words.partition("; ")
     yield f'<p class="promise">{escape(first[0].upper() + first[1:])}.</p>'

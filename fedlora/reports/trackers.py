@@ -121,6 +121,10 @@ class Tracked:
         """Something that takes a while has begun."""
         self.shown.stage(what)
 
+    def note(self, what: str) -> None:
+        """Shown, and not tracked."""
+        self.shown.note(what)
+
     def begin(self, scenario: Scenario, metric: str, done: int) -> None:
         """Start the trackers.
 

@@ -470,6 +470,59 @@ def test_nobody_is_an_error_that_says_why(sites, nodes, deployed, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_submitter_is_told_of_each_site_by_name_as_it_happens(sites, nodes, deployed):
+    scenario, files = sites("rounds=2")
+    files[1].write_text(files[1].read_text().replace("own_code: false", "strategies: [fedavg_lora]"))
+    rows = files[2].parent / "train.csv"
+    rows.write_text(rows.read_text().replace("text,label", "text,very_private"))
+    files[3].write_text(files[3].read_text().replace("max_epsilon: 80", "max_epsilon: 7"))
+    told: list = []
+    run, _ = deployed(scenario, LocalGrid(nodes(files)), note=told.append)
+    rules = "its rules refuse the run: it does not accept the strategy 'ffa_lora'"
+    data = "its data or machine do not fit the scenario (data.files.label): its log says why"
+    assert told[:7] == [
+        "waiting for 4 sites to join: 0 s at most",
+        "client 0 (site-0) joined",
+        f"client 1 (site-1) does not take part: {rules}",
+        f"client 2 (site-2) does not take part: {data}",
+        "client 3 (site-3) joined",
+        f"the run begins without client 1: its site (site-1) does not take part: {rules}",
+        f"the run begins without client 2: its site (site-2) does not take part: {data}",
+    ]
+    cap = "another round would pass the epsilon that the site allows over all runs"
+    assert told[-3:] == [
+        f"round 2: client 1: its site (site-1) does not take part: {rules}",
+        f"round 2: client 2: its site (site-2) does not take part: {data}",
+        f"round 2: client 3 (site-3): {cap}",
+    ]
+    errors = [line["error"] for line in run.clients if line["round"] == 2]
+    assert errors[0] is None and errors[1] == f"its site (site-1) does not take part: {rules}"
+    assert "very_private" not in "".join(told)
+
+
+def test_a_round_says_whom_it_waits_for_and_how_long(sites, nodes, deployed, monkeypatch):
+    scenario, files = sites("rounds=1")
+    told: list = []
+    monkeypatch.setattr("fedlora.engine.roster._PATIENCE", 0.5)
+    deployed(scenario, LocalGrid(nodes(files), late={2}), deadline=2.0, note=told.append)
+    waits = [said for said in told if said.startswith("waiting for client")]
+    assert waits == ["waiting for client 1 (site-1): 1 s more at most"]
+    assert told[-1] == "round 1: client 1 (site-1): no reply within 2 s"
+
+
+def test_what_a_node_says_of_itself_is_bounded_and_takes_no_other_s_place():
+    told: list = []
+    roster = Roster(LocalGrid({}), 4, deadline=60.0, join=0.0, note=told.append)
+    good = {"client": 1, "name": "site-1", "num_examples": 45, "event": None}
+    roster.sites[1] = roster._introduced(7, {**good, "time": 1000.0})
+    assert roster.sites[1].clock < -1e9 and roster._introduced(7, {**good, "time": "?"}).clock == 0
+    wrong = {"refused": "x" * 999, "name": "\x1b[2J" + "y" * 99}
+    assert roster._who(8, {**wrong, "client": 1}) == "client 1 (?[2J" + "y" * 60 + ")" and not roster.absent
+    assert roster._who(8, {**wrong, "client": 4}) == roster._who(8, {**wrong, "client": None}) == "node 8"
+    roster._who(8, {**wrong, "client": 2})
+    assert list(roster.absent) == [2] and len(roster.absent[2]) == 300
+
+
 def test_two_nodes_for_one_client_are_one_too_many(sites, nodes, deployed):
     scenario, files = sites("rounds=1")
     grid = LocalGrid({**nodes(files), 9: nodes(files[:1])[1]})

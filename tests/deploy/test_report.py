@@ -25,6 +25,9 @@ class Seen:
     def stage(self, what):
         self.told.append(what)
 
+    def note(self, what):
+        self.told.append(what)
+
     def begin(self, scenario, metric, done):
         self.told.append((scenario.name, metric, done))
 
@@ -46,16 +49,18 @@ def folder(tmp_path):
 def test_a_run_is_followed_and_its_folder_comes_back_whole(tiny, folder, tmp_path, capsys):
     told = Reported()
     told.stage("loading")
+    told.note("site-1 joined")
     told.begin(tiny(), "accuracy", 0)
     told.round(ROUND)
     told.finished(folder)
     log = capsys.readouterr().out.splitlines()
     follower, seen = Follower(tiny(), display := Seen()), []
-    for line in ["INFO: of Flower", *log[:3], *log]:  # a log that broke off is read again
+    for line in ["INFO: of Flower", *log[:4], *log]:  # a log that broke off is read again
         seen.append(follower.line(line))
     assert seen[0] is False and all(seen[1:]) and follower.ended and follower.name == "run-1"
     assert display.told == [
         "loading",
+        "site-1 joined",
         ("tiny", "accuracy", 0),
         1,
         "loading",
@@ -141,3 +146,14 @@ def test_pieces_are_what_was_packed(folder, capsys):
     told = [json.loads(line.removeprefix(MARK)) for line in capsys.readouterr().out.splitlines()]
     data = base64.b85decode("".join(t["data"] for t in told if t["event"] == "folder"))
     assert told[-1]["digest"] == hashlib.sha256(data).hexdigest() == hashlib.sha256(_pack(folder)).hexdigest()
+
+
+def test_where_clients_are_protected_whole_nothing_is_noted_once_they_are_drawn(tiny, capsys):
+    told = Reported()
+    told.note("site-1 joined")
+    told.begin(tiny("privacy.unit=client", "clients.use=sgd"), "accuracy", 0)
+    told.note("round 1: client 1 (site-1): no reply within 2 s")
+    assert [json.loads(line.removeprefix(MARK))["event"] for line in capsys.readouterr().out.splitlines()] == [
+        "note",
+        "begin",
+    ]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fedlora.deploy.signing import sign, signed
+from fedlora.deploy.signing import sign, signer
 from fedlora.errors import UserError
 
 SCENARIO = {"name": "a", "seed": 1}
@@ -34,16 +34,16 @@ def app(tmp_path):
 def test_a_signature_is_of_a_key_a_scenario_and_the_code(keys, app):
     one, two = ((keys / f"{name}.pub").read_text() for name in ("one", "two"))
     made = sign(keys / "one", SCENARIO, RUN, app)
-    assert signed(made, [two, one], SCENARIO, RUN, app)
-    assert not signed(made, [two], SCENARIO, RUN, app)
-    assert not signed(made, [one], {**SCENARIO, "seed": 2}, RUN, app)
-    assert not signed("None", [one], SCENARIO, RUN, app) and not signed("", [one], SCENARIO, RUN, app)
+    assert signer(made, [two, one], SCENARIO, RUN, app)
+    assert not signer(made, [two], SCENARIO, RUN, app)
+    assert not signer(made, [one], {**SCENARIO, "seed": 2}, RUN, app)
+    assert not signer("None", [one], SCENARIO, RUN, app) and not signer("", [one], SCENARIO, RUN, app)
     (app / "mine.py").write_text("x = 2\n")
-    assert not signed(made, [one], SCENARIO, RUN, app)
+    assert not signer(made, [one], SCENARIO, RUN, app)
     (app / "mine.py").write_text("x = 1\n")
     (app / "more").mkdir()
     (app / "more" / "there.py").write_text("")
-    assert not signed(made, [one], SCENARIO, RUN, app)
+    assert not signer(made, [one], SCENARIO, RUN, app)
 
 
 def test_a_key_that_is_none_is_a_line(keys, app, tmp_path):
@@ -55,9 +55,9 @@ def test_a_key_that_is_none_is_a_line(keys, app, tmp_path):
     with pytest.raises(UserError, match="no usable key"):
         sign(tmp_path / "text", SCENARIO, RUN, app)
     with pytest.raises(UserError, match="is no ssh public key"):
-        signed("", ["hello"], SCENARIO, RUN, app)
+        signer("", ["hello"], SCENARIO, RUN, app)
     with pytest.raises(UserError, match="is not an Ed25519 key"):
-        signed("", [(keys / "curve.pub").read_text()], SCENARIO, RUN, app)
+        signer("", [(keys / "curve.pub").read_text()], SCENARIO, RUN, app)
 
 
 def public(keys):
@@ -66,8 +66,8 @@ def public(keys):
 
 def test_a_signature_is_of_one_run(keys, app):
     made = sign(keys / "one", SCENARIO, RUN, app)
-    assert signed(made, public(keys), SCENARIO, RUN, app)
-    assert not signed(made, public(keys), SCENARIO, "a-2", app)
+    assert signer(made, public(keys), SCENARIO, RUN, app)
+    assert not signer(made, public(keys), SCENARIO, "a-2", app)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_signature_is_of_one_run(keys, app):
 def test_every_entry_of_an_app_is_signed(keys, app, add):
     made = sign(keys / "one", SCENARIO, RUN, app)
     add(app)
-    assert not signed(made, public(keys), SCENARIO, RUN, app)
+    assert not signer(made, public(keys), SCENARIO, RUN, app)
 
 
 def test_nothing_with_links_is_signed(keys, app):
@@ -100,9 +100,9 @@ def test_the_signature_is_not_of_itself_and_outlasts_flower_s_packing(keys, app)
     made = sign(keys / "one", SCENARIO, RUN, app)
     text = f'# written anew\n[tool.flwr.app.config]\nsignature = "{made}"\nscenario = "a"\n'
     (app / "pyproject.toml").write_text(text)
-    assert signed(made, public(keys), SCENARIO, RUN, app)
+    assert signer(made, public(keys), SCENARIO, RUN, app)
     (app / "pyproject.toml").write_text(text.replace('"a"', '"b"'))
-    assert not signed(made, public(keys), SCENARIO, RUN, app)
+    assert not signer(made, public(keys), SCENARIO, RUN, app)
 
 
 IMPORT = """

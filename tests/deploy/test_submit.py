@@ -59,11 +59,11 @@ def test_the_app_holds_the_scenario_the_code_and_the_signature(tiny, tmp_path, m
     ]
     sent = json.loads(json.dumps(scenario.model_dump()))
     public = (tmp_path / "key.pub").read_text()
-    assert signing.signed(told["config"]["signature"], [public], sent, "tiny-1", tmp_path / "app")
+    assert signing.signer(told["config"]["signature"], [public], sent, "tiny-1", tmp_path / "app")
     with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tmp_path / "app"))) as fab:  # as a node gets it
         fab.extractall(tmp_path / "there")
     shutil.rmtree(tmp_path / "there" / ".info")
-    assert signing.signed(told["config"]["signature"], [public], sent, "tiny-1", tmp_path / "there")
+    assert signing.signer(told["config"]["signature"], [public], sent, "tiny-1", tmp_path / "there")
     assert sorted(p.name for p in (tmp_path / "there" / "lab_of_mine").iterdir()) == ["__init__.py", "mine.py"]
     sys.modules.pop("lab_of_mine.mine", None)
 

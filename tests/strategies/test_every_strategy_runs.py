@@ -131,6 +131,9 @@ class Stopper:
     def stage(self, what):
         pass
 
+    def note(self, what):
+        pass
+
     def begin(self, scenario, metric, done):
         pass
 
