@@ -309,14 +309,7 @@ class Node:
         for change in merges.changes:
             worker.merge(change)
         run = Serving(words, worker, Ledger(folder), merges, Answers(folder, self.state.key()))
-        banded = any(event.bands > 1 for spent in run.ledger.events.values() for event in spent)
-        if not self.state.same_rows(key, worker.dataset.fingerprint, banded) and banded:
-            logger.error(
-                "the rows are not those that this run began with, or stand in another order: under privacy.bands "
-                "each row has its turn by its place; put them back, or let another run begin",
-                extra={"client": client, "run": key},
-            )
-            raise Refusal("its data are not as they were when the run began: its log says why")
+        self.state.check_rows(run, client)
         self.run = run
         return run
 

@@ -1,6 +1,7 @@
 """A site's state folder, beside its account: its own key, and of each run what it received and sent."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -8,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import seeding
-from fedlora.deploy.serving import Words
-from fedlora.errors import UserError
+from fedlora.deploy.serving import Serving, Words
+from fedlora.errors import Refusal, UserError
 from fedlora.privacy.noise import fresh_key
 from fedlora.record import INTRODUCTION
 from fedlora.scenario import Scenario
@@ -19,6 +20,8 @@ _ROWS = "rows"  # which rows a site began a run with, by a digest under its own 
 _FORGOTTEN = "forgotten"  # that the owner had it removed
 _STAYS = (_FORGOTTEN, "privacy.jsonl", "privacy.head")  # what it spent
 _JUDGED = "judged.json"  # what a site has said of its own rows in a run, by round
+
+logger = logging.getLogger(__name__)
 
 
 class State:
@@ -94,21 +97,27 @@ class State:
             raise UserError(f"{file}: is damaged; restore it, or remove it to hold other rows out")
         return key
 
-    def same_rows(self, key: str, rows: str, begun: bool) -> bool:
-        """Whether a run goes on over the rows, in their order, that it began with.
+    def check_rows(self, run: Serving, client: int) -> None:
+        """Make sure that a run under banded noise goes on over the rows that it began with, in their order.
 
-        Args:
-            key: of the run.
-            rows: a fingerprint of them, which is kept as a digest under the site's own key.
-            begun: whether the run has trained on rows before; else these are the first.
+        A digest of them is kept under the site's own key.
+
+        Raises:
+            Refusal: they are others, or nobody knows; the log says so.
         """
-        file, mine = self.of_run(key) / _ROWS, seeding.key(self.key(), "rows", rows).hex()
-        if begun:
-            return file.exists() and file.read_text() == mine
-        part = file.with_suffix(".part")
-        part.write_text(mine)
-        part.replace(file)
-        return True
+        rows = run.worker.dataset.fingerprint
+        file, mine = self.of_run(run.key) / _ROWS, seeding.key(self.key(), "rows", rows).hex()
+        if not any(event.bands > 1 for spent in run.ledger.events.values() for event in spent):
+            part = file.with_suffix(".part")
+            part.write_text(mine)
+            part.replace(file)
+        elif not file.exists() or file.read_text() != mine:
+            logger.error(
+                "the rows are not those that this run began with, or stand in another order: under privacy.bands "
+                "each row has its turn by its place; put them back, or let another run begin",
+                extra={"client": client, "run": run.key},
+            )
+            raise Refusal("its data are not as they were when the run began: its log says why")
 
     def judged(self, key: str, round: int, judge: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the site says of its own rows in a round of a run: as it said before, or what `judge` finds."""

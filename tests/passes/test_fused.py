@@ -11,6 +11,7 @@ import torch
 from fedlora.client import Pass, Rng, Settings
 from fedlora.clients.dp_sgd import DPSGD
 from fedlora.clients.sgd import SGD
+from fedlora.engine.worker import Worker
 from fedlora.errors import SettingError
 from fedlora.passes.fused import Fused
 from fedlora.prepare import calibrate, prepare
@@ -263,6 +264,20 @@ def test_a_whole_run_is_the_same(overrides, private, tiny, tmp_path):
     assert clients[0] == clients[1] and len(clients[0]) == 8
     totals = [{k: run.summary[k] for k in ("bytes_up_total", "bytes_down_total", "epsilon")} for run in runs]
     assert totals[0] == totals[1]
+
+
+def test_with_other_companions_a_client_has_another_digest(tiny):
+    """Their examples decide how far its own are padded, and so its last bits: one digest is one update."""
+    ready = prepare(tiny("engine.fused=2", "clients.total=5", "clients.batch_size=4"))
+    worker = Worker(dataclasses.replace(ready.setup, noise=calibrate(ready.scenario, ready.data), kept=None))
+    asked, seen = worker.strategy.instruct(1, worker.task.initial, [4]), {}
+    for cohort in ([0, 1], [0, 2], [0, 1], [1, 0], [3, 4]):
+        replies = worker.train(asked, cohort, False)
+        for update, report in zip(replies.updates, replies.reports, strict=True):
+            made = b"".join(update.adapter[name].tobytes() for name in sorted(update.adapter))
+            seen.setdefault((report.client, report.digest), set()).add(made)
+    assert all(len(made) == 1 for made in seen.values())
+    assert [len([key for key in seen if key[0] == client]) for client in range(5)] == [3, 2, 1, 1, 1]
 
 
 def test_a_client_with_a_fit_of_its_own_is_refused(tiny):
