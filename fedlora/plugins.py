@@ -30,7 +30,9 @@ _SHELVES: Mapping[Shelf, _About] = {
     "tasks": _About(
         "task", "task", ("adapted", "base_model", "contract", "dialogues", "loading", "located", "weights")
     ),
-    "kinds": _About("model.adapter.kind", "kind of adapter", ("averages", "contract", "targets")),
+    "kinds": _About(
+        "model.adapter.kind", "kind of adapter", ("averages", "contract", "frames", "modules", "targets")
+    ),
 }
 
 
