@@ -48,7 +48,7 @@ def test_singular_vectors_are_the_same_whatever_basis_an_svd_finds(monkeypatch, 
     np.testing.assert_allclose(v1 @ v1.T, np.eye(4), atol=1e-9)
 
 
-@pytest.mark.parametrize("kind, most", [("core", 32)])
+@pytest.mark.parametrize("kind, most", [("core", 32), ("singular", 32), ("channel", 31)])
 def test_a_rank_above_is_a_line_before_the_run(tiny, tmp_path, kind, most):
     with pytest.raises(UserError, match=rf"model\.adapter\.r: .* 32 x 32, and \w+ has r of at most {most} there"):
         simulate(tiny(f"model.adapter.kind={kind}", "model.adapter.r=33"), out=tmp_path / "run")
