@@ -48,6 +48,13 @@ def test_singular_vectors_are_the_same_whatever_basis_an_svd_finds(monkeypatch, 
     np.testing.assert_allclose(v1 @ v1.T, np.eye(4), atol=1e-9)
 
 
+def test_clients_with_numbers_of_their_own_between_frames_share_no_pass(tiny, tmp_path):
+    told = ("model.adapter.kind=singular", "engine.fused=2")
+    with pytest.raises(UserError, match=r"engine\.fused: clients cannot share .*, a Scales: leave this out"):
+        simulate(tiny(*told), out=tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 @pytest.mark.parametrize("kind, most", [("core", 32), ("singular", 32), ("channel", 31)])
 def test_a_rank_above_is_a_line_before_the_run(tiny, tmp_path, kind, most):
     with pytest.raises(UserError, match=rf"model\.adapter\.r: .* 32 x 32, and \w+ has r of at most {most} there"):
