@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from fedlora import plugins, scenario
 from fedlora.metrics import contract as metrics
 
+MINILM = 12
+"""Layers of 384 x 384 that `minilm` has under `targets: [query, value]`."""
+
 
 def _shelf(shelf: plugins.Shelf) -> dict[str, str]:
     return {name: plugins.summary(shelf, name) for name in plugins.names(shelf)}
@@ -24,6 +27,17 @@ def _strategies() -> dict[str, str]:
     return lines
 
 
+def _kinds() -> dict[str, str]:
+    """What each sends, how many numbers that is at rank 8 on MiniLM's queries and values, and its paper."""
+    lines = {"": f"{'clients send':<28} {'numbers':<8} {'exact':<6} {'noise gain':<20} paper"}
+    for name in plugins.names("kinds"):
+        kind = plugins.find("kinds", name)(8, 8.0, ())
+        exact = "yes" if kind.exact([role for role in kind.parts if kind.trains(role)]) else "no"
+        numbers, paper = f"{MINILM * kind.numbers(384, 384):,}", plugins.source("kinds", name)
+        lines[name] = f"{kind.facts.sends:<28} {numbers:<8} {exact:<6} {kind.facts.noise:<20} {paper}"
+    return lines
+
+
 def _metrics() -> dict[str, str]:
     """What each is of, and the range that it is in."""
     lines: dict[str, str] = {}
@@ -39,7 +53,7 @@ TABLES: Mapping[str, Callable[[], dict[str, str]]] = {
     "strategies": _strategies,
     "clients": lambda: _shelf("clients"),
     "tasks": lambda: _shelf("tasks"),
-    "kinds": lambda: _shelf("kinds"),
+    "kinds": _kinds,
     "metrics": _metrics,
     "datasets": lambda: scenario.DATASETS,
     "scenarios": scenario.shipped,

@@ -19,6 +19,7 @@ from fedlora import advice, checking, plugins, prepare
 from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora.client import Setter
+from fedlora.compared import compare
 from fedlora.data.store import Dataset
 from fedlora.engine import Setup
 from fedlora.engine.worker import Worker
@@ -64,6 +65,7 @@ class Plan:
             protected (`num_persons`), with what that means for their privacy.
         alternatives: bytes and parameters under each built-in strategy, or the `problem` that it has;
             `exact` is false where only the first of many rounds were rehearsed.
+        kinds: a line for each built-in kind of adapter under this strategy (`fedlora.compared.compare`).
         virtual_seconds: that the rounds take in the simulated world; None without one.
         seconds: of the rounds, estimated; None where the model could not be tried here.
         memory_bytes: of a process that trains, estimated; None likewise.
@@ -93,6 +95,7 @@ class Plan:
     noise_multiplier: float | None
     groups: Sequence[Line]
     alternatives: Sequence[Line]
+    kinds: Sequence[Line]
     virtual_seconds: float | None
     seconds: float | None
     memory_bytes: int | None
@@ -185,6 +188,7 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
         noise_multiplier=real.central.noise_multiplier if real.central else max(noise.values()) if noise else None,
         groups=groups,
         alternatives=[_alternative(name, stage) for name in plugins.names("strategies")],
+        kinds=compare(scenario, real.strategy, real.engine.description.weights, signal.noise if signal else None),
         virtual_seconds=lines[-1].get("virtual_seconds") if lines else None,
         seconds=cost.run(scenario, lines, workers) + each * len(lines) if cost else None,
         memory_bytes=cost.memory_bytes if cost else None,

@@ -40,7 +40,9 @@ _SHELVES: Mapping[Shelf, _About] = {
     "strategies": _About("strategy.use", "strategy"),
     "clients": _About("clients.use", "client"),
     "tasks": _About("task", "task", _OF_TASKS),
-    "kinds": _About("model.adapter.kind", "kind of adapter", ("averages", "contract", "targets")),
+    "kinds": _About(
+        "model.adapter.kind", "kind of adapter", ("averages", "contract", "frames", "modules", "targets")
+    ),
 }
 
 

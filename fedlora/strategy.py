@@ -91,8 +91,11 @@ class Strategy(FlowerStrategy):
     tested: ClassVar[bool] = False
     """Whether clients' own models are judged by the test set all the same, as their mean; not on sites."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("lora", "lora_xs")
-    """The kinds of adapter that it works on; the first is built where the scenario does not say."""
+    builds: ClassVar[str] = "lora"
+    """The kind of adapter that is built where the scenario does not say."""
+
+    moves: ClassVar[tuple[str, ...]] = ()
+    """Roles of tensors that it is about: it takes the kinds of adapter in which all of them can train."""
 
     trips: ClassVar[int] = 1
     """How often the server asks and clients answer in a round; see `reply` and `relay`."""
@@ -156,8 +159,9 @@ class Strategy(FlowerStrategy):
     def receives(self, adapter: Adapter, rank: int) -> Adapter:
         """What a client of a rank is sent: the first rows of A and columns of B that its rank holds.
 
-        B is scaled, so that each direction counts at the client for what it counts at the server. A tensor
-        may also come with a lower rank than the client's; the rest of it is as the seed made it.
+        What the change is linear in, such as B, is scaled, so that each direction counts at the client for what it
+        counts at the server. A tensor may also come with a lower rank than the client's; the rest of it is as the
+        seed made it.
         """
         if rank == self.kind.r:
             return dict(adapter)
@@ -166,7 +170,7 @@ class Strategy(FlowerStrategy):
         for name, tensor in adapter.items():
             slot = self.layout[name]
             part = tensor[tuple(slice(size) for size in self.kind.shape(slot, rank))]
-            cut[name] = part * ratio if slot.role in ("B", "core") else part
+            cut[name] = part * ratio if self.kind.counts(slot.role) else part
         return cut
 
     @abstractmethod

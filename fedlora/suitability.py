@@ -1,11 +1,12 @@
 """Whether a strategy can do what a scenario asks for, and which ones can."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fedlora import plugins, returned
 from fedlora.adapter import Slot
 from fedlora.errors import SettingError
-from fedlora.kinds.contract import Kind
+from fedlora.kinds.contract import Kind, Part
 from fedlora.kinds.contract import load as load_kind
 from fedlora.scenario import Scenario
 from fedlora.strategy import Stock, Strategy
@@ -88,23 +89,22 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             f"updates to older adapters go into a mean of changes, which {use} does not take; take one of {can}",
         )
     kind = scenario.model.adapter.kind
-    if kind not in ("auto", *strategy.kinds) and not (":" in kind and _takes(strategy, kind)):
-        can = _those(lambda cls: kind in cls.kinds)
-        raise SettingError(
-            "model.adapter.kind",
-            f"{use} is for adapters of kind {' or '.join(strategy.kinds)}: leave kind out; with {kind} go {can}",
-        )
+    if kind != "auto" and (wrong := refuses(strategy, kind)):
+        can = _those(lambda cls: not refuses(cls, kind))
+        raise SettingError("model.adapter.kind", f"{use} {wrong}: leave kind out; with {kind} go {can}")
+    made, width = kind_of(strategy, scenario), located.width(scenario.model.base)
+    if isinstance(strategy, Stock):
+        own = [role for role, part in made.parts.items() if part.trains]
+        if {*strategy.parts} - {"head"} and not {*strategy.parts} & {*own}:
+            raise SettingError(
+                "strategy.parts",
+                f"names nothing that trains of {type(made).__name__}: write [{', '.join(own)}, head]",
+            )
     if scenario.model.start is not None and strategy.draw(2) != strategy.draw(1):
         can = _those(lambda cls: cls().draw(2) == cls().draw(1))
         raise SettingError("model.start", f"{use} begins each round from new factors; take one of {can}")
-    xs = (strategy.kinds[0] if kind == "auto" else kind) == "lora_xs"
-    if xs and (width := located.width(scenario.model.base)) and scenario.model.adapter.r > width:
-        can = _those(lambda cls: cls.kinds[0] == "lora")
-        raise SettingError(
-            "model.adapter.r",
-            f"{use} takes r singular vectors of a weight, and those of {scenario.model.base} are {width} wide: "
-            f"take at most {width}; any r go {can}",
-        )
+    if width is not None:
+        made.check_rank(f"a weight of {scenario.model.base}", width, width)
 
 
 def has_mean(strategy: Strategy | type[Strategy]) -> bool:
@@ -112,11 +112,12 @@ def has_mean(strategy: Strategy | type[Strategy]) -> bool:
     return strategy.linear and strategy.trips == 1 and not strategy.merges
 
 
-def _takes(strategy: Strategy, kind: str) -> bool:
-    """Whether it works on a custom kind: it is about no kind in particular, or about one that this is."""
-    cls = plugins.find("kinds", kind)
-    known = (plugins.find("kinds", name) for name in strategy.kinds)
-    return strategy.kinds == Strategy.kinds or issubclass(cls, tuple(known))
+def refuses(strategy: Strategy | type[Strategy], kind: str) -> str | None:
+    """Why a strategy does not work on a kind of adapter; None where it does."""
+    parts: Mapping[str, Part] = plugins.find_of("kinds", kind, Kind).parts  # type: ignore[type-abstract]
+    if missing := [role for role in strategy.moves if role not in parts or not parts[role].trains]:
+        return f"moves {' and '.join(strategy.moves)}, and {kind} has no {' or '.join(missing)} that can train"
+    return None
 
 
 def _at_any_time(strategy: Strategy) -> bool:
@@ -148,5 +149,5 @@ def check_bound(strategy: Strategy) -> None:
 def kind_of(strategy: Strategy, scenario: Scenario) -> Kind:
     """The kind of adapter that a scenario and its strategy ask for."""
     told = scenario.model.adapter
-    name = strategy.kinds[0] if told.kind == "auto" else told.kind
+    name = strategy.builds if told.kind == "auto" else told.kind
     return load_kind(name, told.r, told.alpha, told.targets, told.layers, told.exclude, told.rslora)

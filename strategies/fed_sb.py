@@ -24,7 +24,8 @@ class FedSB(Strategy):
 
     linear: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(sends="R", exact=True)
-    kinds: ClassVar[tuple[str, ...]] = ("lora_xs",)
+    builds: ClassVar[str] = "lora_xs"
+    moves: ClassVar[tuple[str, ...]] = ("core",)
 
     def federates(self, layout: Layout) -> Collection[str]:
         """The cores and the head."""

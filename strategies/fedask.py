@@ -28,7 +28,7 @@ class FedASK(Strategy):
     """Clients send two sketches of their change; from their sums the server takes an SVD."""
 
     facts: ClassVar[Facts] = Facts(sends="sketches Y, P", exact=False)
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    moves: ClassVar[tuple[str, ...]] = ("A", "B")
     trips: ClassVar[int] = 2
 
     oversampling: int = 4  # columns of a sketch beyond the rank

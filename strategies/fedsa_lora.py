@@ -23,7 +23,7 @@ class FedSALoRA(Strategy):
     linear: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(sends="A", exact=False)
     personal: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    moves: ClassVar[tuple[str, ...]] = ("A", "B")
 
     def federates(self, layout: Layout) -> Collection[str]:
         """A."""

@@ -25,7 +25,7 @@ class FedSVD(Strategy):
     """B and the head train and are sent; the server re-factors, and A travels down."""
 
     facts: ClassVar[Facts] = Facts(sends="B", exact=True)
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    moves: ClassVar[tuple[str, ...]] = ("A", "B")
 
     @property
     def partial_sums(self) -> bool:

@@ -25,6 +25,7 @@ class FLoRA(Strategy):
     facts: ClassVar[Facts] = Facts(sends="A, B", exact=True)
     unequal_ranks: ClassVar[bool] = True
     merges: ClassVar[bool] = True
+    moves: ClassVar[tuple[str, ...]] = ("A", "B")
 
     def federates(self, layout: Layout) -> Collection[str]:
         """The head; the factors begin from the seed in each round."""

@@ -25,7 +25,7 @@ class FLoRIST(Strategy):
 
     facts: ClassVar[Facts] = Facts(sends="A, B", exact=False)
     unequal_ranks: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    moves: ClassVar[tuple[str, ...]] = ("A", "B")
 
     tau: float = 0.99  # share of the energy to keep, in (0, 1]
     ranks: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # kept of each layer

@@ -27,7 +27,7 @@ class HetLoRA(Strategy):
 
     facts: ClassVar[Facts] = Facts(sends="A, B", exact=False)
     unequal_ranks: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    moves: ClassVar[tuple[str, ...]] = ("A", "B")
 
     def aggregate(self, adapter: Adapter, updates: Sequence[Update]) -> Adapter:
         """The mean of the padded factors."""

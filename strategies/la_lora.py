@@ -24,7 +24,7 @@ class LALoRA(Strategy):
 
     linear: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(sends="A, B", exact=False)
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    moves: ClassVar[tuple[str, ...]] = ("A", "B")
 
     measure_error: bool = True  # needs each client's factors; false lets workers sum them on the way
     low_pass: bool = True  # smooth gradients that were noised

@@ -27,7 +27,7 @@ class LoRAFair(Strategy):
     """A, B and the head federate; the server corrects the mean B towards the average change."""
 
     facts: ClassVar[Facts] = Facts(sends="A, B", exact=False)
-    kinds: ClassVar[tuple[str, ...]] = ("lora",)
+    moves: ClassVar[tuple[str, ...]] = ("A", "B")
 
     penalty: float = 0.01  # lambda, against large corrections; above 0
 

@@ -22,6 +22,7 @@ class RoLoRA(Strategy):
     """A, B and the head federate; clients train and send B in odd rounds, A in even ones."""
 
     linear: ClassVar[bool] = True
+    moves: ClassVar[tuple[str, ...]] = ("A", "B")
     facts: ClassVar[Facts] = Facts(sends="B, then A", exact=True)
 
     def trains(self, round: int, layout: Layout) -> Collection[str]:

@@ -116,7 +116,7 @@ def test_nothing_is_trained_or_written(tiny, tmp_path, monkeypatch):
 
 def test_what_does_not_fit_the_scenario_is_listed_with_its_reason(tiny):
     problems = {a["strategy"]: a.get("problem", "") for a in plan(tiny("model.adapter.kind=lora")).alternatives}
-    assert "client_test_share" in problems["fedsa_lora"] and "lora_xs" in problems["fed_sb"]
+    assert "client_test_share" in problems["fedsa_lora"] and "no core" in problems["fed_sb"]
     assert [name for name, why in problems.items() if why] == ["fed_sb", "fedsa_lora"]
 
 
@@ -291,3 +291,20 @@ def test_bands_that_do_not_pay_are_not_taken(tiny):
 def test_bands_that_a_client_cannot_have_are_refused(tiny, bands, why):
     with pytest.raises(UserError, match=why):
         plan(tiny(f"privacy.bands={bands}", *(["rounds=9"] if bands == "7" else [])))
+
+
+def test_each_kind_of_adapter_has_its_bytes_and_its_noise(tiny):
+    """Four layers of 32 x 32 at r = 4 and s = 2, and a head of 66: by hand."""
+    planned = plan(tiny())
+    told = {k["kind"]: k for k in planned.kinds}
+    numbers = {"lora": 512, "very_sparse": 512, "block": 512, "channel": 1024, "core": 64, "lora_xs": 64}
+    assert {name: k["adapter"] for name, k in told.items()} == numbers | {"singular": 16, "ldu": 16}
+    assert all(k["head"] == 66 and k["bytes_up"] == 4 * (k["adapter"] + 66) for k in told.values())
+    assert told["core"]["gain"] == told["lora_xs"]["gain"] == 16.0  # s r sqrt(4 layers)
+    assert told["ldu"]["gain"] == told["singular"]["gain"] == 8.0
+    assert told["lora"]["gain"] == pytest.approx(4 * math.sqrt(32 * 4 / 3))
+    assert told["core"]["noise"] == pytest.approx(16 * planned.signal["noise"])
+    lines = plan_lines(planned.to_json())
+    assert next(line for line in lines if line.split()[:1] == ["core"]).endswith(f"{told['core']['noise']:.3g}")
+    refused = {k["kind"]: k.get("problem", "") for k in plan(tiny("strategy.use=flexlora", private=False)).kinds}
+    assert "no A or B that can train" in refused["core"] and not refused["lora"]

@@ -6,6 +6,7 @@ else assumes how its tensors are called: strategies read the `role` of a slot.
 """
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,19 @@ class Saved:
         return b, a
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a kind is like, for lists and tables.
+
+    Attributes:
+        sends: what travels of a layer, in a few words.
+        noise: `Kind.gain` as a formula of s, r, out and in.
+    """
+
+    sends: str = "what trains"
+    noise: str = ""
+
+
 HEAD = Part("seeded", True)
 Gradients = Literal["product", "hooks"]
 
@@ -94,6 +108,9 @@ class Kind(ABC):
 
     gradients: ClassVar[Gradients] = "hooks"
     """How gradients of single examples are had: by the layers' own low-rank product, or by Opacus's hooks."""
+
+    facts: ClassVar[Facts] = Facts()
+    """For lists and tables."""
 
     r: int
     alpha: float
@@ -148,6 +165,37 @@ class Kind(ABC):
             `sqrt(E || change(adapter + noise) - change(adapter) ||_F^2)`, scaling included, to first order.
         """
 
+    def gain(self, out: int, into: int) -> float | None:
+        """`noise_gain` of a layer (out x in) at the first values, where all trains that can.
+
+        Returns:
+            None where the shape does not say.
+        """
+        return None
+
+    def most(self, out: int, into: int) -> int | None:
+        """The highest rank beside a layer (out x in); None: any."""
+        return None
+
+    def numbers(self, out: int, into: int) -> int:
+        """How many numbers of a layer (out x in) train."""
+        shapes = (
+            self.shape(Slot(role, (out, into), role, ""), self.r) for role in self.parts if self.trains(role)
+        )
+        return sum(math.prod(shape) for shape in shapes)
+
+    def check_rank(self, name: str, out: int, into: int) -> None:
+        """Refuse a rank that a layer (out x in) does not have.
+
+        Raises:
+            SettingError: with the highest that it has.
+        """
+        if (most := self.most(out, into)) is not None and self.r > most:
+            raise SettingError(
+                "model.adapter.r",
+                f"{name} is {out} x {into}, and {type(self).__name__} has r of at most {most} there: lower it",
+            )
+
     def adopt(self, layout: Layout, drawn: Mapping[str, Tensor], saved: Saved) -> Adapter:
         """The tensors of its `parts` that make the change of an ordinary LoRA of the same base.
 
@@ -172,6 +220,10 @@ class Kind(ABC):
     def trains(self, role: str) -> bool:
         """Whether tensors of a role can train; the others stay as they were first made."""
         return self.parts.get(role, HEAD).trains
+
+    def counts(self, role: str) -> bool:
+        """Whether the change grows in proportion to tensors of a role, all else being as it was first made."""
+        return role in self.parts and self.parts[role].origin == "zero"
 
     def federates(self, parameter: str) -> bool:
         """Whether a parameter of a wrapped model is one of the adapter's, or of a head's."""

@@ -8,6 +8,7 @@ The change is linear in B where A is frozen (FFA-LoRA), and in A where B is; in 
 averaging them apart is not averaging the changes.
 """
 
+import math
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 
 from fedlora.adapter import Adapter, Change, Layout, Slot, Tensor, pairs
 from fedlora.errors import SettingError
-from fedlora.kinds.contract import Gradients, Kind, Part, Saved, Weights, first_of_head, under
+from fedlora.kinds.contract import Facts, Gradients, Kind, Part, Saved, Weights, first_of_head, under
 from fedlora.kinds.targets import ALL, choose, fits, is_pattern
 
 
@@ -46,6 +47,12 @@ class Lora(Kind):
     parts: ClassVar[Mapping[str, Part]] = {"A": Part("seeded", True), "B": Part("zero", True)}
     ordinary: ClassVar[bool] = True
     gradients: ClassVar[Gradients] = "product"
+    facts: ClassVar[Facts] = Facts("A, B; B alone under ffa_lora", "s sqrt(out r / 3)")
+
+    @property
+    def width(self) -> int:
+        """Rows of A as peft builds it."""
+        return self.r
 
     def shape(self, slot: Slot, rank: int) -> tuple[int, ...]:
         """A loses rows and B columns."""
@@ -82,6 +89,10 @@ class Lora(Kind):
             gain[name] = self.scaling() * (of_a + of_b) ** 0.5
         return gain
 
+    def gain(self, out: int, into: int) -> float | None:
+        """`s sqrt(out r / 3)`: A's numbers have a variance of `1 / (3 in)`, and B is zero."""
+        return self.scaling() * math.sqrt(out * self.r / 3)
+
     def wrap(self, model: Any, heads: Sequence[str], task_type: str | None) -> Any:
         """Put factors beside the layers that are meant.
 
@@ -95,7 +106,7 @@ class Lora(Kind):
         names, others = (list(self.targets) if plain else chosen), [n for n, _ in model.named_modules()]
         more = [n for n in others if n not in chosen and any(fits(n, name) for name in names)]
         config = LoraConfig(
-            r=self.r,
+            r=self.width,
             lora_alpha=self.alpha,  # peft multiplies by it, so a float is right
             lora_dropout=0.0,
             # Ends of names where these mean the same to peft.

@@ -81,6 +81,8 @@ def _hooks(task: "Task") -> None:
     import torch
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
 
+    from fedlora.kinds.modules import Scales
+
     def linear(
         layer: torch.nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor
     ) -> dict[torch.Tensor, torch.Tensor]:
@@ -106,11 +108,19 @@ def _hooks(task: "Task") -> None:
         x = torch.nn.functional.layer_norm(activations[0], layer.normalized_shape, eps=layer.eps)
         return {layer.weight: (x * backprops).float().view(len(x), -1, *layer.weight.shape).sum(1)}
 
+    def scales(
+        layer: Scales, activations: list[torch.Tensor], backprops: torch.Tensor
+    ) -> dict[torch.Tensor, torch.Tensor]:
+        """For each example `sum_t g_t * x_t`."""
+        x = activations[0]
+        return {layer.weight: (x.float() * backprops.float()).reshape(len(x), -1, x.shape[-1]).sum(1)}
+
     class Hooks(GradSampleHooks):  # type: ignore[misc]
         GRAD_SAMPLERS: ClassVar = {
             **GradSampleHooks.GRAD_SAMPLERS,
             torch.nn.Linear: linear,
             torch.nn.LayerNorm: norm,
+            Scales: scales,
         }
 
         def capture_activations_hook(self, *arguments: Any) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 from rich.console import Console
@@ -316,8 +316,26 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     ]
     lines += Table(("strategy", "up", "down", "trained"), rows).text()
     lines += [f"  {a['strategy']}: {a['problem']}" for a in plan["alternatives"] if "problem" in a]
+    lines += ["", f"{plan['strategy']} with each kind of adapter; up is of a client and round, in float32"]
+    reached = "noise in the weights" if private else "noise gain"
+    rows = [
+        [
+            k["kind"],
+            _or_dash(k["bytes_up"], size),
+            f"{k['adapter'] + k['head']:,}",
+            _or_dash(k.get("noise", k["gain"]), "{:.3g}".format),
+        ]
+        for k in plan["kinds"]
+        if "problem" not in k
+    ]
+    lines += Table(("kind", "up", "trained", reached), rows).text()
+    lines += [f"  {k['kind']}: {k['problem']}" for k in plan["kinds"] if "problem" in k]
     lines += advice_lines(plan["advice"]) if plan["advice"] else []
     return lines + [line for text in plan["warnings"] for line in ("", f"warning: {text}")]
+
+
+def _or_dash(value: Any, write: Callable[[Any], str]) -> str:
+    return "-" if value is None else write(value)
 
 
 def advice_lines(advice: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -31,7 +31,7 @@ class Adapter(Section):
 
     Attributes:
         kind: How the change of a weight is parametrised: a name of `fedlora list kinds`, or `module:Class` of your
-            own. auto takes what the strategy is made for: `lora` for most.
+            own. auto takes what the strategy is made for: `lora` for most. docs/kinds.md says when to take which.
         r: Rank: the inner dimension of the factors. More learns more, sends more and gets more noise under
             privacy. With `clients.ranks` it is the server's rank and the highest.
         alpha: Numerator of the scaling: a weight changes by `alpha / r * B A`. Under plain steps of SGD keep it at

@@ -122,6 +122,8 @@ class Adapted:
         self._layers = kind.held(self.model)
         for layer in self._layers.values():
             kind.rescale(layer, kind.r)
+        for module, shape in self.weights.items():
+            kind.check_rank(module, *shape)
         self.rank = kind.r
         self.weighs = self.device.type != "meta"  # has weights, and not only shapes
         weights = self.weight if self.weighs else None

@@ -71,7 +71,20 @@ def test_repeats_bit_for_bit_and_leaves_nothing_behind(fit):
     assert same(first, fit(client=0))
 
 
-@pytest.fixture(params=["encoder", "pooler", "decoder", "core", "tagger", "pairs", "core of pairs"])
+@pytest.fixture(
+    params=[
+        "encoder",
+        "pooler",
+        "decoder",
+        "core",
+        "tagger",
+        "pairs",
+        "core of pairs",
+        "values",
+        "values of pairs",
+        "blocks",
+    ]
+)
 def model(request, build, tiny_lm, sentences, choices):
     """Overrides that build another model: with another task, other targets, or a trained head with biases."""
     lm = ("task=causal_lm", f"model.base={tiny_lm}", "model.adapter.targets=[q_proj,up_proj,lm_head]")
@@ -84,6 +97,9 @@ def model(request, build, tiny_lm, sentences, choices):
         "tagger": ("task=token_classification", f"data.files={{train: {sentences}}}"),
         "pairs": pairs,
         "core of pairs": (*pairs, "model.adapter.kind=lora_xs"),
+        "values": ("model.adapter.kind=singular",),
+        "values of pairs": (*pairs, "model.adapter.kind=ldu", "preference.beta=2.0"),
+        "blocks": ("model.adapter.kind=block",),
     }[request.param]
 
 

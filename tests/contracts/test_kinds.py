@@ -1,5 +1,6 @@
 """What every kind of adapter promises; the package is listed, so a new file is tested automatically."""
 
+from dataclasses import replace
 from itertools import chain, combinations
 
 import numpy as np
@@ -124,6 +125,53 @@ def test_noise_grows_as_it_says(tried):
                 squares[name] += float(np.square(tried.kind.scaling() * moved / small).sum()) / 200
         for name, gain in told.items():
             assert gain == pytest.approx(squares[name] ** 0.5, rel=0.1)
+
+
+def test_the_noise_at_first_is_told_by_the_shape(tried):
+    """To what drawn numbers differ from their variance."""
+    told = tried.kind.noise_gain(tried.layout, tried.task.initial, tried.moving)
+    for name, (out, into) in tried.task.weights.items():
+        assert told[name] == pytest.approx(tried.kind.gain(out, into), rel=0.15)
+        trained = [s for s in tried.layout.values() if s.module == name and s.trainable]
+        assert tried.kind.numbers(out, into) == sum(np.prod(s.shape) for s in trained)
+
+
+def test_a_client_of_a_lower_rank_holds_the_first_of_what_there_is(tried):
+    """Whatever is cut from the adapter, the model adds the change that the kind says."""
+    task, kind, rank = tried.task, tried.kind, R // 2
+    cut = {
+        name: tensor[tuple(slice(size) for size in kind.shape(tried.layout[name], rank))]
+        for name, tensor in tried.adapter.items()
+    }
+    try:
+        task.become(rank)
+        task.begin(cut, ())
+        for name, (left, right) in kind.change(tried.layout, cut).items():
+            layer, rows = kind.held(task.model)[name], torch.eye(right.shape[1])
+            with torch.no_grad():
+                added = (layer(rows) - layer.get_base_layer()(rows)).T.numpy()
+            np.testing.assert_allclose(added, kind.scaling(rank) * left @ right, atol=1e-5)
+    finally:
+        task.become()
+
+
+def test_a_rank_that_no_layer_has_is_refused_by_its_shape(tried):
+    out, into = next(iter(tried.task.weights.values()))
+    most = tried.kind.most(out, into)
+    replace(tried.kind, r=most or 999).check_rank("query", out, into)
+    if most is not None:
+        with pytest.raises(SettingError, match=rf"query is {out} x {into}, and \w+ has r of at most {most} there"):
+            replace(tried.kind, r=most + 1).check_rank("query", out, into)
+
+
+def test_it_begins_from_what_it_exported(tried):
+    """Whatever its tensors are, the change is that of before."""
+    tensors, rank = tried.kind.export(tried.layout, tried.adapter)
+    saved = contract.Saved(tensors, tried.kind.scaling() if rank is None else 1.0)
+    taken = tried.kind.adopt(tried.layout, tried.task.initial, saved)
+    again = tried.kind.change(tried.layout, {**tried.adapter, **taken})
+    for name, (left, right) in tried.kind.change(tried.layout, tried.adapter).items():
+        np.testing.assert_allclose(again[name][0] @ again[name][1], left @ right, atol=1e-5)
 
 
 def test_gradients_of_single_examples_are_had_as_it_says(tried):

@@ -81,6 +81,7 @@ def test_the_python_of_the_concepts_runs(small):
 def test_the_python_of_the_interface_runs(small, monkeypatch):
     """The first block as it is; the others as `mine.py`, by the settings that the page names them with."""
     first, *own = blocks("api", "python")
+    own += blocks("kinds", "python")
     exec(first, names := {})
     assert (names["folder"] / "adapter_config.json").exists() and names["answers"][0].text == "what a lovely day"
     monkeypatch.syspath_prepend(str(small))

@@ -31,6 +31,8 @@ MODELS = {
     "pooler": ("model.pooler=trained", "model.adapter.targets=[query,dense]"),
     "prefix": ("model.adapter.layers=[1]", "rounds=8"),
     "core": ("model.adapter.kind=lora_xs",),
+    "block": ("model.adapter.kind=block",),
+    "channel": ("model.adapter.kind=channel",),
     "decoder": LM,
     "tagger": ("task=token_classification",),
     "pairs": PAIRS,

@@ -1,0 +1,56 @@
+"""LoLDU (Shi et al., 2024, https://arxiv.org/abs/2410.13618): only r diagonal numbers of an LDU train.
+
+    W = P L D U                             with P a permutation, L and U triangles with a diagonal of ones
+    W' = W + alpha / r * sum_i d_i l_i u_i  over the first r columns of P L and rows of U; d zero at first
+
+Each l_i and u_i is divided by its length: the changes that can be written are the same, and noise on a d_i is as
+loud whatever the pivot was. The paper has no such lengths, and trains a scale as well; here the scale is
+`alpha / r` and frozen, because with it the change is linear in d:
+
+    sum_k p_k P L diag(d_k) U = P L diag(sum_k p_k d_k) U
+
+r numbers a layer train and travel, as with `singular`; noise on d reaches the weight as `s sqrt(r)`. The factors
+come from the base by a rule with one result, but for pivots of one size; a site whose own differ refuses.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from fedlora.adapter import Slot, Tensor
+from fedlora.kinds import frames
+from fedlora.kinds.contract import Facts, Part, Weights
+
+
+@dataclass(frozen=True)
+class LDU(frames.Diagonal):
+    """A weight's change is `alpha / r * L @ diag(d) @ U`, with frozen triangular factors of the weight itself."""
+
+    parts: ClassVar[Mapping[str, Part]] = {
+        "A": Part("derived", False),
+        "B": Part("derived", False),
+        "values": Part("zero", True),
+    }
+    facts: ClassVar[Facts] = Facts("d (r)", "s sqrt(r)")
+
+    def where(self) -> str:
+        """A diagonal between triangles."""
+        return f"a diagonal between the first {self.r} triangular factors of this base's weight"
+
+    def frame(self, slot: Slot, rng: np.random.Generator, weights: Weights) -> Tensor:
+        """Columns of P L, or rows of U, of length 1."""
+        from scipy.linalg import lu
+
+        lower, upper = lu(frames.dense(slot, weights), permute_l=True)  # (out, k), (k, in)
+        if slot.role == "B":
+            left = lower[:, : self.r]
+            return np.ascontiguousarray(left / np.linalg.norm(left, axis=0), np.float32)
+        right = upper[: self.r]
+        for i in np.flatnonzero(
+            np.diag(right) == 0.0
+        ):  # a pivot of zero: the row is zero, and stands for its place
+            right[i, i] = 1.0
+        right *= np.where(np.diag(right) < 0, -1.0, 1.0)[:, None]  # as over a diagonal of ones
+        return np.ascontiguousarray(right / np.linalg.norm(right, axis=1, keepdims=True), np.float32)
