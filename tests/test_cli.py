@@ -59,7 +59,9 @@ def test_a_run_from_the_shell(scenario, tmp_path):
     done = fedlora("simulate", str(scenario), "--out", str(tmp_path / "run"), "--set", "rounds=1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("tiny: accuracy 0.") and str(tmp_path / "run" / "adapter") in done.stdout
-    assert "differential privacy for each example" in done.stdout
+    assert (
+        "  privacy  epsilon " in done.stdout and " for each example, by the client that spent most" in done.stdout
+    )
     assert [line.split()[0] for line in done.stderr.splitlines()] == ["tiny", "epsilon:", "round", "1/1"]
     again = fedlora("simulate", str(scenario), "--out", str(tmp_path / "run"), "--set", "rounds=1")
     assert (again.returncode, again.stdout) == (2, "") and again.stderr.count("\n") == 1

@@ -284,7 +284,7 @@ def test_bands_that_do_not_pay_are_not_taken(tiny):
 @pytest.mark.parametrize(
     "bands, why",
     [
-        ("7", r"a client has 45 rows, and a step would take 8 on average from one in 7 of them: name 5 at most"),
+        ("7", r"has 45 examples, and a step would take 8 on average from one in 7 of them: name 5 at most"),
         ("5", r"5 bands are more than the run's 4 steps: name fewer, or auto"),
     ],
 )

@@ -224,7 +224,7 @@ def least_of(file):
         ("seed: [0, 1]", "seed: [0, -1]", 7, "seed: should be greater than or equal to 0, not -1"),
         ("seed: [0, 1]", "sed: [0]", 7, "did you mean 'seed'?"),
         ("fedavg_lora", "fedavg_lra", 5, "did you mean 'fedavg_lora'?"),
-        ("clients.lr: 0.25", "clients.lr: -1", 3, "clients.lr: should be greater than 0"),
+        ("clients.lr: 0.25", "clients.lr: -1", 3, "clients.lr: should be at least 1e-12"),
         ("name: small", "name: small\nsamples: 2", 1, "no key draws: leave it out"),
         ("name: small", "name: [", 3, "not YAML"),
         ("seed: [0, 1]", "seed: [0, 1]\n  seed: [2]", 8, "is written twice, first on line 7"),
@@ -272,7 +272,7 @@ def test_what_is_set_from_the_command_line_is_the_same_in_every_run(file, tmp_pa
     command = ["sweep", str(file), "--out", str(tmp_path / "out")]
     assert main([*command, "--set", "clients.lr=-1"]) == 2 and main([*command, "--set", "clients.lr"]) == 2
     told = capsys.readouterr().err.splitlines()
-    assert told[0].startswith("--set clients.lr=-1: clients.lr: should be greater than 0")
+    assert told[0].startswith("--set clients.lr=-1: clients.lr: should be at least 1e-12")
     assert told[1].startswith("--set clients.lr: overrides read 'key.subkey=value'")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from fedlora import seeding
 from fedlora.adapter import Instruction
 from fedlora.privacy import replay
+from fedlora.privacy.noise import fresh_key
 
 _NONCE = 12  # bytes
 
@@ -54,7 +55,7 @@ class Answers:
         Raises:
             OSError: it cannot be written.
         """
-        nonce, file = os.urandom(_NONCE), self._file(trip)
+        nonce, file = fresh_key()[:_NONCE], self._file(trip)
         part = file.with_suffix(".part")
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
             stream.write(nonce + self._cipher().encrypt(nonce, answer, question.encode()))

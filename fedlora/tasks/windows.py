@@ -39,12 +39,12 @@ def cut(reader: Any, texts: list[str], max_length: int) -> list[list[Window]]:
     """The windows of each text, in order; at least one.
 
     Raises:
-        SettingError: the tokenizer does not tell where its pieces lie.
+        SettingError: the tokenizer does not say where its pieces lie.
     """
     if not getattr(reader, "is_fast", False):
         raise SettingError(
             "model.base",
-            "its tokenizer does not tell where its pieces lie in a text: take a model with a tokenizer.json",
+            "its tokenizer does not say where its pieces lie in a text: take a model with a tokenizer.json",
         )
     room = max_length - reader.num_special_tokens_to_add()
     told = {"stride": room // _OVERLAP, "return_overflowing_tokens": True} if room > 0 else {}

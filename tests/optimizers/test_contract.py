@@ -198,5 +198,5 @@ def test_slips_are_told_by_line(told, why, tiny):
 def test_an_audit_reads_plain_steps(tiny):
     from fedlora.audit import audit
 
-    with pytest.raises((SettingError, Exception), match=r"clients\.optimizer: an audit reads steps of plain SGD"):
+    with pytest.raises((SettingError, Exception), match=r"clients\.optimizer: an audit reads plain steps of SGD"):
         audit(tiny(ADAMW))

@@ -130,7 +130,8 @@ def test_a_run_tells_its_threshold_where_predict_and_plain_peft_read_it(tiny, fi
     assert about["threshold"] == threshold and about["labels"] == ["good", "long", "sad"]
     card = (run.folder / "adapter" / "README.md").read_text()
     assert f"each given from a probability of {threshold:g} on" in card
-    assert 'problem_type="multi_label_classification"' in card
+    config = json.loads((run.folder / "adapter" / "config.json").read_text())
+    assert config["problem_type"] == "multi_label_classification"
     again = evaluate(run, films, metrics=["auroc", "micro_f1"])
     assert again.metrics["threshold"] == threshold and 0 <= again.metrics["auroc"] <= 1
     text = "a lovely endless film"

@@ -297,7 +297,7 @@ def test_a_bad_row_is_told_by_file_row_and_column(change, what, choices, told, t
         ("data.partition={kind: dirichlet, alpha: 1.0}", "dirichlet splits by label, and preference has none"),
         ("model.start=somewhere", "preference measures beside the base without an adapter"),
         ("exact_match={}", "preference is judged by pairs"),
-        ("preference.beta=0", "greater than 0"),
+        ("preference.beta=0", "should be at least 1e-09"),
         ("strategy.use=fedex_lora", "beside which task: preference measures: take one of"),
         ("metrics=[macro_f1]", "this task has none"),
     ],

@@ -200,7 +200,7 @@ def test_causal_encoding_keeps_the_end_of_a_long_prompt_and_one_scored_token(tin
 def test_classification_encoding(tiny_base):
     tokenizer = base_model.load_tokenizer(tiny_base)
     encoded = Classification.encode(tokenizer, Rows(["a b c d e f", "g"], ["good", "bad"]), LABELS, 5)
-    assert [len(t) for t in encoded.tokens] == [5, 3] and encoded.targets == [1, 0]
+    assert [len(t) for t in encoded.tokens] == [5, 3] and encoded.held.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
