@@ -16,7 +16,7 @@ _UNSEEN = ("Cf", "Cc")  # among them zero-width ones and a byte order mark
 
 def alike(names: Sequence[str]) -> Iterator[str]:
     """Labels that are likely meant as one, a line for each group of them."""
-    for same, what in ((bare, "blanks, case or hidden signs"), (_value, "how a number is written")):
+    for same, what in ((bare, "blanks, case or hidden signs"), (folded, "how a number is written")):
         groups: dict[str, list[str]] = defaultdict(list)
         for name in names:
             groups[same(name)].append(name)
@@ -37,8 +37,8 @@ def _seen(name: str) -> bool:
     return name.isprintable() and not _HIDDEN.search(name) and unicodedata.is_normalized("NFC", name)
 
 
-def _value(name: str) -> str:
-    """A number as it is read, any other name as it is."""
+def folded(name: str) -> str:
+    """One spelling of all that a reader takes for one name: `bare`, and a number as it is read."""
     plain = bare(name)
     return repr(float(plain)) if _NUMBER.fullmatch(plain) else plain
 

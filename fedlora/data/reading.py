@@ -16,6 +16,7 @@ from fedlora.data.hub import load
 from fedlora.data.hub import quiet_hub as quiet_hub
 from fedlora.data.names import check_labels as check_labels
 from fedlora.data.names import check_names as check_names
+from fedlora.data.names import folded
 from fedlora.data.rows import NOTHING as NOTHING
 from fedlora.data.rows import Input as Input
 from fedlora.data.rows import Rows as Rows
@@ -330,7 +331,10 @@ def _persons(
     cells: Callable[[str, str], list[Any]],
     needed: bool,
 ) -> list[str] | None:
-    """Which person each row is of; None where nobody asks, or rows that are not trained on do not tell."""
+    """Which person each row is of; None where nobody asks, or rows that are not trained on do not tell.
+
+    Spellings that a reader takes for one name are one person: of two each would be clipped by itself.
+    """
     if name is None:
         return None
     if not needed:
@@ -338,7 +342,7 @@ def _persons(
             cells("privacy.person", name)
         except SettingError:
             return None
-    return column("privacy.person", name)
+    return [folded(person) for person in column("privacy.person", name)]
 
 
 def _inputs(names: str | tuple[str, ...], column: Callable[[str], list[str]]) -> list[Input]:

@@ -7,7 +7,7 @@ from typing import Any
 from fedlora.deploy.serving import Serving
 from fedlora.deploy.site import Budget
 from fedlora.errors import Refusal, UserError
-from fedlora.privacy.accounting import Event, adds, alike, epsilon
+from fedlora.privacy.accounting import Event, adds, alike, epsilon, protected
 from fedlora.privacy.ledger import Ledger, Own, read
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,12 @@ class Account:
         folder.mkdir(exist_ok=True)
         self.terms, self.ledger, file = terms, Ledger(folder), folder / "privacy.jsonl"
         unit = "example" if terms.person is None else "person"
-        if file.exists() and any(line["unit"] != unit for line in read(file, torn=True)):
+        kept = read(file, torn=True) if file.exists() else []
+        if any(line["unit"] != unit or line.get("person") != terms.person for line in kept):
             raise UserError(
-                f"{file}: is not the account of each {unit}: what one says of the other is no bound; leave "
-                "privacy.person as it was, or name another state folder for rows that no run has seen"
+                f"{file}: is the account of others than each {protected(unit, terms.person)}: what one says of "
+                "the other is no bound; leave privacy.person as it was, and a renamed column too, or name another "
+                "state folder for rows that no run has seen"
             )
 
     @property
@@ -61,6 +63,7 @@ class Account:
             "unit": "example" if cap.person is None else "person",
             "accountant": cap.accountant,
             "run": run,
+            **({} if cap.person is None else {"person": cap.person}),
         }
         self.ledger.spend(round, {client: event}, **mine)
 

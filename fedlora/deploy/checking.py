@@ -42,6 +42,7 @@ class Spent:
         accountant: that counts.
         epsilon: what they have lost, by the ledger in `state`.
         runs: names of the runs that it went to, with the rounds of each.
+        person: the column that says who is who; None where each row stands for itself.
     """
 
     max_epsilon: float
@@ -49,6 +50,7 @@ class Spent:
     accountant: str
     epsilon: float
     runs: dict[str, int]
+    person: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,7 +350,7 @@ def _spent(site: Site) -> Spent | None:
         events = ledger.replay(file).get(Own(), [])
         runs.update(cut(line.get("run", ""), 100) for line in ledger.read(file, torn=True))
     spent = accounting.epsilon(events, cap.delta, cap.accountant)
-    told = {"max_epsilon": cap.max_epsilon, "delta": cap.delta, "accountant": cap.accountant}
+    told = {"max_epsilon": cap.max_epsilon, "delta": cap.delta, "accountant": cap.accountant, "person": cap.person}
     return Spent(epsilon=spent, runs=dict(runs), **told)  # type: ignore[arg-type]
 
 

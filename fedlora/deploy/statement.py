@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.deploy import history
-from fedlora.deploy.checking import SiteChecked, check
+from fedlora.deploy.checking import SiteChecked, Spent, check
 from fedlora.deploy.site import Budget, Site, load
 from fedlora.deploy.state import State
 from fedlora.errors import UserError, counted
@@ -135,13 +135,24 @@ def _key_figures(found: SiteChecked, ran: Sequence[Ran], told: Sequence[Line]) -
     if (cap := found.privacy) is None:
         yield "Epsilon", "no cap", "the site file has no privacy section: nothing bounds what runs may learn"
     else:
-        yield "Epsilon", f"{cap.epsilon:.2f}", f"of {cap.max_epsilon:g} at delta {cap.delta:g}, for each example"
+        yield (
+            "Epsilon",
+            f"{cap.epsilon:.2f}",
+            f"of {cap.max_epsilon:g} at delta {cap.delta:g}, for each {_whom(cap)}",
+        )
     yield "Runs", str(len(ran)), "took part in"
     rounds = [line for line in told if (line["what"], line["outcome"]) == (history.ROUND, history.ANSWERED)]
     yield "Rounds", str(len(rounds)), "trained and answered"
     yield "Refused", str(sum(line["outcome"] == history.REFUSED for line in told)), "messages, all in all"
     if (rows := found.understood) is not None:
-        yield "Rows", f"{rows.rows:,}", "to train on; a count that runs learn, beside epsilon"
+        learnt = "a count that runs learn, beside epsilon"
+        yield "Rows", f"{rows.rows:,}", f"to train on{f'; {learnt}' if rows.persons is None else ''}"
+        if rows.persons is not None:
+            yield "Persons", f"{rows.persons:,}", f"whose rows these are; {learnt}"
+
+
+def _whom(cap: Spent) -> str:
+    return accounting.protected("example" if cap.person is None else "person", cap.person)
 
 
 def _spent(cap: Budget | None, ran: Sequence[Ran]) -> Iterator[str]:

@@ -61,6 +61,8 @@ class Channel(frames.Still):
         """The r inputs where a weight (out x in) has the most energy beyond rank r, ascending."""
         u, _ = frames.singular(weight, self.r)
         tail = weight - u @ (u.T @ weight)
-        order = np.argsort(-np.square(tail).sum(0), kind="stable")
+        energy = np.square(tail).sum(0)
+        grid = frames.ALIKE * float(np.square(weight).sum()) or 1.0  # finer, rounding would choose
+        order = np.argsort(-np.round(energy / grid), kind="stable")
         found: np.ndarray[tuple[int], np.dtype[np.int64]] = np.sort(order[: self.r])
         return found

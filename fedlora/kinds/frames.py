@@ -5,9 +5,10 @@ singular values of zero are open on both sides apart. `singular` settles all of 
 machines, by rounding, the fingerprint of an instruction tells, and a worker with other frames refuses.
 """
 
+import contextlib
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,8 +35,28 @@ def drawn(rows: int, columns: int, rng: np.random.Generator) -> Tensor:
 
 
 def dense(slot: Slot, weights: Weights) -> Matrix:
-    """The weight of a tensor's layer, (out x in)."""
-    return np.ascontiguousarray(weights(slot.module).detach().double().cpu().numpy())
+    """The weight of a tensor's layer, (out x in).
+
+    Raises:
+        SettingError: it holds values that are not finite.
+    """
+    weight = np.ascontiguousarray(weights(slot.module).detach().double().cpu().numpy())
+    if not np.isfinite(weight).all():
+        raise SettingError("model.base", f"the weight of {slot.module} holds values that are not finite")
+    return weight
+
+
+@contextlib.contextmanager
+def on_one_thread() -> Iterator[None]:
+    """A decomposition on several threads has other last bits, and vectors that are nearly open turn by them."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def of_weight(slot: Slot, weights: Weights, r: int) -> Tensor:
@@ -59,7 +80,8 @@ def singular(weight: Matrix, r: int) -> tuple[Matrix, Matrix]:
     """
     import torch
 
-    found = torch.linalg.svd(torch.from_numpy(weight), full_matrices=False)
+    with on_one_thread():
+        found = torch.linalg.svd(torch.from_numpy(weight), full_matrices=False)
     u, s, vt = (part.numpy() for part in found)
     sign = np.sign(np.take_along_axis(vt, np.abs(vt).argmax(1, keepdims=True), 1))  # (k, 1)
     u, vt = u * sign.T, vt * sign

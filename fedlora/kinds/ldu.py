@@ -41,16 +41,19 @@ class LDU(frames.Diagonal):
 
     def frame(self, slot: Slot, rng: np.random.Generator, weights: Weights) -> Tensor:
         """Columns of P L, or rows of U, of length 1."""
-        from scipy.linalg import lu
+        import torch
 
-        lower, upper = lu(frames.dense(slot, weights), permute_l=True)  # (out, k), (k, in)
+        with frames.on_one_thread():
+            found = torch.linalg.lu(torch.from_numpy(frames.dense(slot, weights)))
+        p, lower, upper = (part.numpy() for part in found)
+        lower, sizes = p @ lower, np.abs(np.diag(upper))[: self.r]  # (out, k), (r,)
+        none = np.flatnonzero(sizes <= frames.ALIKE * np.abs(upper).max())  # pivots by rounding
         if slot.role == "B":
             left = lower[:, : self.r]
+            free = np.setdiff1d(np.arange(len(p)), p.argmax(0)[np.setdiff1d(np.arange(self.r), none)])
+            left[:, none] = np.eye(len(p))[:, free[: len(none)]]
             return np.ascontiguousarray(left / np.linalg.norm(left, axis=0), np.float32)
         right = upper[: self.r]
-        for i in np.flatnonzero(
-            np.diag(right) == 0.0
-        ):  # a pivot of zero: the row is zero, and stands for its place
-            right[i, i] = 1.0
+        right[none] = np.eye(right.shape[1])[none]
         right *= np.where(np.diag(right) < 0, -1.0, 1.0)[:, None]  # as over a diagonal of ones
         return np.ascontiguousarray(right / np.linalg.norm(right, axis=1, keepdims=True), np.float32)

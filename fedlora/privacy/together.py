@@ -5,6 +5,8 @@ from pathlib import Path
 
 from fedlora.privacy import accounting, ledger
 
+_PERSON = "person "  # before the column that tells them
+
 
 def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
     """What the runs in some folders spent together, by the unit that is protected, and what it means in words.
@@ -14,30 +16,40 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
     spent: dict[str, list[list[list[accounting.Event]]]] = {}
     deltas: dict[str, list[float]] = {}
     bands: dict[str, set[int]] = {}
-    persons: dict[str, None] = {}  # the columns that tell them
     honest = 1.0  # the least that any of them takes for granted
     for file in (folder / "privacy.jsonl" for folder in folders):
         if not file.exists():
             continue
-        events, people = ledger.replay(file), False
-        for line in ledger.read(file, torn=True):
-            deltas.setdefault(line["unit"], []).append(line["delta"])
-            honest, people = min(honest, line.get("honest", 1.0)), people or line["unit"] == "person"
-            persons |= {line["person"]: None} if "person" in line else {}
+        events, person = ledger.replay(file), ""
+        lines = ledger.read(file, torn=True)
+        for line in lines:
+            honest, person = min(honest, line.get("honest", 1.0)), person or line.get("person", "")
         for own in sorted({*map(ledger.unit, events)}):
-            unit = "person" if people and own == "example" else own
-            bands.setdefault(unit, set()).update(ledger.bands_of(events, unit))
+            unit = _PERSON + person if person and own == "example" else own
+            told = "person" if unit.startswith(_PERSON) else own
+            deltas.setdefault(unit, []).extend(line["delta"] for line in lines if line["unit"] == told)
+            bands.setdefault(unit, set()).update(ledger.bands_of(events, told))
             spent.setdefault(unit, []).append([e for holder, e in events.items() if ledger.unit(holder) == own])
     found = {}
-    for unit, runs in spent.items():
-        delta = min(deltas[unit])
+    several = len({*map(_protected, spent)}) > 1
+    for key, runs in spent.items():
+        unit, _, person = key.partition(" ")
+        others = " of these" if several else ""
+        delta = min(deltas[key])
         value = accounting.epsilon_of_runs(runs, delta)
         many = "one run gives" if len(runs) == 1 else f"{len(runs)} runs together give"
-        found[unit] = (
+        found[key if several else unit] = (
             value,
             f"{many} ({value:.3g}, {delta:g})-differential privacy for each "
-            f"{accounting.protected(unit, ' or '.join(persons))}, as if "
-            f"it had been in every run with whoever spent most there; {accounting.neighbours(unit)}; by Renyi DP, "
-            f"assuming {accounting.assumed(unit, honest, bands.get(unit, ()))}",
+            f"{accounting.protected(unit, person)}, as if "
+            f"it had been in every run{others} with whoever spent most there; {accounting.neighbours(unit)}; by "
+            f"Renyi DP, assuming {accounting.assumed(unit, honest, bands.get(key, ()))}"
+            + ("; what the other runs add, which protect another unit, is not in it" if several else ""),
         )
     return found
+
+
+def _protected(key: str) -> str:
+    """What a key of `total_epsilon` is about: the server's own view of clients is about clients, too."""
+    unit, _, person = key.partition(" ")
+    return accounting.protected(unit, person)

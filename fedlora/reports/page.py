@@ -95,7 +95,7 @@ class Page:
 
         here = files("fedlora.reports")
         library = vl_convert.javascript_bundle() if self._charts else ""  # type: ignore[call-arg]
-        data = json.dumps(self._charts, separators=(",", ":")).replace("</", "<\\/")
+        data = json.dumps(self._charts, separators=(",", ":")).replace("<", "\\u003c")
         script = here.joinpath("page.js").read_text() if self._charts else ""
         return (
             '<!doctype html><html lang="en"><head><meta charset="utf-8">'

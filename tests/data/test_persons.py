@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from fedlora.data import persons, reading
+from fedlora.data.cells import Taught
 from fedlora.data.partitions import split as by_row
 from fedlora.errors import SettingError
-from fedlora.scenario import Data, Partition
+from fedlora.scenario import Data, Files, Partition
 from tests.data.test_partitions import KINDS, OWNERS, TARGETS
 
 APART = [how for how in KINDS if how["kind"] != "natural"]
@@ -90,7 +91,7 @@ LABELS = ["no" if i % 2 else "yes" for i in range(60)]
 def test_no_person_is_in_training_and_in_test_rows(tmp_path):
     who = [f"Ms {i % 20}" for i in range(60)]
     train, test = reading.read(rows_of(tmp_path, text=TEXTS, label=LABELS, p=who), "classification", "p")
-    assert {*train.persons} | {*test.persons} == {*who} and not {*train.persons} & {*test.persons}
+    assert {*train.persons} | {*test.persons} == {*map(str.lower, who)} and not {*train.persons} & {*test.persons}
     assert all(len(half.persons) == 3 * len(set(half.persons)) for half in (train, test))
 
 
@@ -129,3 +130,13 @@ def test_a_person_that_is_missing_is_told_by_row(tmp_path, cells, says):
 def test_tweets_have_no_persons():
     with pytest.raises(SettingError, match="tweets have no column of persons"):
         reading.read(Data(dataset="tweets"), "classification", "user")
+
+
+@pytest.mark.parametrize("other", [" P7", "p7", "P7\u200b", "P7 "])
+def test_spellings_of_one_name_are_one_person(tmp_path, other):
+    cells = ["P7", other, "P8", "007", "7", "7.0", "caf\u00e9", "cafe\u0301"]
+    (file := tmp_path / "rows.csv").write_text("text,label,who\n" + "".join(f"t,a,{cell}\n" for cell in cells))
+    files = Files(train=str(file), text="text", label="label")
+    found = reading.read_file(files, "train", Taught("class", None, None, {}, person="who")).persons
+    assert found[0] == found[1] != found[2]
+    assert len({*found[3:6]}) == len({*found[6:]}) == 1 and len({*found}) == 4

@@ -35,7 +35,7 @@ def test_a_site_counts_and_pays_by_person(told, server, node):  # noqa: F811
     assert answer["num_examples"] == len(held) == (len(rows.splitlines()) - 1) / 4  # persons: rows are not told
     assert answer["event"]["sample_rate"] == 4 / len(held)
     assert refusal(made, train()) is None
-    for folder, person in (("runs/tiny-1", "person"), ("ledger", None)):
+    for folder, person in (("runs/tiny-1", "person"), ("ledger", "person")):
         (line,) = ledger.read(files[0].parent / "state" / folder / "privacy.jsonl")
         assert (line["unit"], line.get("person"), line["steps"]) == ("person", person, 2)
 
@@ -84,7 +84,7 @@ def test_an_account_of_rows_is_none_of_persons(tmp_path):
     terms = {"max_epsilon": 8, "delta": 1e-5}
     Account(tmp_path / "ledger", Budget(**terms)).spend("run-1", 1, 0, EVENT)
     assert Account(tmp_path / "ledger", Budget(**terms)).epsilon > 0
-    with pytest.raises(UserError, match="is not the account of each person"):
+    with pytest.raises(UserError, match="is the account of others than each person"):
         Account(tmp_path / "ledger", Budget(**terms, person="patient"))
 
 

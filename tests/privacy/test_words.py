@@ -107,3 +107,23 @@ def test_an_earlier_reader_refuses_a_line_of_persons(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "UNITS", ("example", "client", accounting.FROM_SERVER))
     with pytest.raises(UserError, match="lacks or garbles unit"):
         ledger.replay(tmp_path / "privacy.jsonl")
+
+
+def test_runs_of_several_units_are_summed_apart_and_say_so(tmp_path):
+    """Two columns of persons are two units, and what one says of the other is no bound."""
+    event = Event(noise_multiplier=2.0, sample_rate=0.1, steps=4, clip_norm=1.0)
+    told = [("example", {}), ("example", {}), ("person", {"person": "visit"}), ("person", {"person": "patient"})]
+    for i, (unit, more) in enumerate(told):
+        (folder := tmp_path / str(i)).mkdir()
+        Ledger(folder).spend(1, {0: event}, delta=1e-5, unit=unit, accountant="pld", **more)
+    every = [tmp_path / str(i) for i in range(4)]
+    found = together.total_epsilon(every)
+    assert sorted(found) == ["example", "person patient", "person visit"]
+    assert all(
+        "the other runs add, which protect another unit, is not in it" in said for _, said in found.values()
+    )
+    assert "2 runs together give" in found["example"][1]
+    assert "(all rows with the same visit)" in found["person visit"][1]
+    alone = together.total_epsilon(every[2:3])
+    assert [*alone] == ["person"] and "other runs" not in alone["person"][1]
+    assert alone["person"][0] == found["person visit"][0] < found["example"][0]
