@@ -403,7 +403,7 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
         largest = max(sizes)
         yield (
             f"delta {asked.delta:g} is not below 1/n for {counted(loose, 'client')}: such a delta lets a whole "
-            f"{what} leak. Set privacy.delta below {1 / largest:.1g}."
+            f"{what} leak. Set privacy.delta below {0.9 / largest:.0e}."
         )
     few = sum(g["clients"] for g, size in zip(groups, sizes, strict=True) if size < FEW_EXAMPLES)
     if few:

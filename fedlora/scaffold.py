@@ -88,7 +88,7 @@ model:
 data:
   files: {files}
 {more}  partition: {{kind: iid}} # or {{kind: dirichlet, alpha: 0.5}}, or {{kind: natural, column: site}}
-  max_length: {length} # tokens; longer texts are cut
+  max_length: {length} # tokens; {longer}
   test_share: 0.2 # held out to judge the model
 clients: {{total: 5, use: dp_sgd, local_steps: 1, sample_rate: {rate}, micro_batch_size: {micro}}}
 privacy: {{epsilon: 8, delta: {delta}, clip_norm: 4.0}} # for each row; a smaller epsilon is more private
@@ -163,6 +163,7 @@ def of_data(folder: Path, data: Path, text: str | None, label: str | None, task:
         "files": f"{{{', '.join(f'{key}: {json.dumps(value)}' for key, value in files.items())}}}",
         "more": "".join(f"  {line}\n" for line in found.more),
         "micro": 8 if writes else 64,
+        "longer": f"longer texts {'have windows' if found.task == 'token_classification' else 'are cut'}",
         "length": next((n for n in (32, 64, 128) if typical <= n), 256),
         "delta": f"{min(1e-5, 0.1 / max(rows, 1)):.0e}".replace("e", ".0e"),
     }

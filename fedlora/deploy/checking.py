@@ -29,6 +29,8 @@ from fedlora.tasks import located
 
 _LABELS = 12  # in a table for people
 _ROWS = 8  # numbers of rows, likewise
+_MUCH = 100.0  # epsilon
+_MANY = 100  # rows of a person
 _LITTLE = 2**30  # bytes of disk below which a ledger or a cache may soon not be written
 
 
@@ -367,6 +369,17 @@ def _budget(told: Spent | None) -> Iterator[str]:
 def _notes(site: Site, told: Understood | None, free: int, folder: str) -> Iterator[str]:
     """What is likely a slip."""
     held = site.data
+    if site.privacy is None:
+        yield "there is no privacy section: runs without differential privacy are answered, and nothing bounds it"
+    elif site.privacy.max_epsilon > _MUCH:
+        yield f"privacy.max_epsilon is {site.privacy.max_epsilon:g}: beyond {_MUCH:g} it promises next to nothing"
+    if site.accept.own_code and site.accept.submitters is None:
+        yield "accept.own_code without accept.submitters: whoever reaches the SuperLink may run programs here"
+    if told is not None and told.persons is not None and not 2 * told.persons <= told.rows <= _MANY * told.persons:
+        yield (
+            f"privacy.person: {counted(told.rows, 'row')} are of {counted(told.persons, 'person')}: does the "
+            "column say which person a row is of?"
+        )
     if told is not None:
         yield from names.alike(held.labels or ())
         if told.nearly:
@@ -379,10 +392,11 @@ def _notes(site: Site, told: Understood | None, free: int, folder: str) -> Itera
             yield f"{len(lacking)} of {len(told.labels)} labels of data.labels have no row here: {shown}"
         if site.accept.metrics and told.rows < 2 * FLOOR:
             yield f"accept.metrics: at least {FLOOR} rows judge, and there are {told.rows}: such runs are refused"
-        if site.privacy is not None and site.privacy.delta * told.rows >= 1:
+        units, whom = (told.rows, "rows") if told.persons is None else (told.persons, "persons")
+        if site.privacy is not None and site.privacy.delta * units >= 1:
             yield (
-                f"privacy.delta is {site.privacy.delta:g}, which allows that one of {told.rows:,} rows is told "
-                f"whole: keep it below {1 / told.rows:.0e}"
+                f"privacy.delta is {site.privacy.delta:g}, which allows that one of {units:,} {whom} is told "
+                f"whole: keep it below {0.9 / units:.0e}"
             )
     for what, path in (("data.train", held.train), ("state", site.state)):
         if not os.path.isabs(path):

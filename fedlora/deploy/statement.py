@@ -236,8 +236,8 @@ def _rows(found: SiteChecked) -> Iterator[str]:
         yield "<p>They cannot be read: the notices above say why.</p>"
         return
     yield (
-        "<p><strong>These counts are exact, and never leave the site</strong>, except the number of rows to train "
-        "on. No epsilon covers them.</p>"
+        "<p><strong>These counts are exact, and never leave the site</strong>, except the number of "
+        f"{'rows to train on' if told.persons is None else 'persons'}. No epsilon covers them.</p>"
     )
     out = f"{counted(len(told.left_out), 'row')} left out, {len(told.empty):,} without a word"
     yield f"<p>{told.rows:,} rows to train on, read for task: {told.task}; {out}; {told.repeated:,} repeated.</p>"

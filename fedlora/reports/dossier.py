@@ -109,6 +109,8 @@ def _leaves(told: Told) -> Table:
     if _unit(told) == "client" and _example(told):
         noise = f"each row's part is clipped and noised before it leaves; {noise}"
     masked = told.get("secure_aggregation")
+    if _unit(told) == "person" and (most := told["privacy"].get("rows_per_person")):
+        noise += f"; a step takes {most} rows of a person at most"
     if masked:
         noise += "; masks: the server learns the sum of at least three clients and no single update"
     heads = "" if told["model"].get("head") == "frozen" else " and its output layer"
@@ -192,9 +194,18 @@ def _uncovered(told: Told) -> Iterator[str]:
     if unit in ("row", "person"):
         yield f"The number of {unit}s that a client holds, and in which rounds it took part."
     if unit == "person":
+        yield "A single row at that epsilon: taking one out can change a person's part by twice as much."
         yield "Rows of the same person at another client. Each client's promise is about its own rows."
     yield "What is true of everyone: a model can learn that a word goes with an illness, whoever takes part."
-    yield "Test rows of the server. They are not trained on, and count as public."
+    files = told["data"].get("files") or {}
+    if files and not files.get("test"):
+        share, held = told["data"].get("test_share"), "persons" if unit == "person" else "rows"
+        yield (
+            f"Rows that judge the model: about {share:.0%} of the {held} of the same file. They are held out, and "
+            "no promise covers them. With data.files.test the server has test rows of its own."
+        )
+    else:
+        yield "Test rows of the server. They are not trained on, and count as public."
     yield "What people do with the model's answers."
     yield "How long a computation takes."
 
@@ -252,6 +263,9 @@ def _checks(told: Told) -> Iterator[str]:
         )
     else:
         yield "privacy in the site file: with it the site takes no run without differential privacy for its rows."
+    if _unit(told) == "person":
+        yield "privacy.person in the site file names the column of persons; a site without it answers no such run."
+    yield "accept.metrics is false: no loss and no figure of the site's rows leaves it."
     yield "accept.submitters lists who may start runs, by key; without it everyone who reaches the server may."
     yield f"accept.bases names the model ({told['model']['base']}); its files are on the site before the run."
     yield "accept.own_code is false: a run then brings no program of its own."

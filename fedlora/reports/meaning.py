@@ -90,7 +90,7 @@ def in_words(told: Promise, masked: bool) -> Iterator[str]:
         yield f"No epsilon holds: {told.sentence}."
         return
     yield (
-        f"Take one {one}, and a person who sees {seen}. That person can tell whether the {one} was used, or "
+        f"Take one {one}, and an onlooker who sees {seen}. The onlooker can tell whether the {one} was used, or "
         f"counted for nothing, at odds at most exp({epsilon:.2f}) = {factor(epsilon)} times those before. "
         f"Exactly: they say “used” where it was used at most {factor(epsilon)} times as often as where it was "
         f"not, plus delta = {delta:g}."

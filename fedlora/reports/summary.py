@@ -52,7 +52,7 @@ def summary_of(
         "accountant": asked.accountant if asked else None,
         "neighbours": ledger.neighbours(asked.protects) if asked else None,
         "sampling": None if asked is None else "cyclic_poisson" if _bands(record, asked) else "poisson",
-        "example_epsilon": spent_of(record, scenario.example_privacy),
+        "example_epsilon": None if scenario.person else spent_of(record, scenario.example_privacy),
         "server_epsilon": server_epsilon(scenario, record.events),
         "peer_epsilon": peer_epsilon(scenario, record.events.get(None, ())),
         "privacy": privacy_in_words(ready, record),
