@@ -196,6 +196,6 @@ def test_a_round_over_other_persons_draws_other_noise(asked):
         ready = prepare.noised(prepare.prepare(scenario), prepare.known)
         worker = Worker(replace(ready.setup, kept=None))
         part = worker.dataset.partition(0)
-        made[column] = worker.digests._examples(part), worker.dataset.fingerprint, len(part)
+        made[column] = worker.digests.examples(part), worker.dataset.fingerprint, len(part)
     assert made["patient"][2] == made["one"][2] == 200
     assert made["patient"][0] != made["one"][0] and made["patient"][1] != made["one"][1]

@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,15 +11,11 @@ from fedlora.adapter import Adapter, Change, Instruction, fingerprint
 from fedlora.client import Client, Settings
 from fedlora.data.store import Partition
 from fedlora.engine.setup import Setup
-from fedlora.errors import FedloraError
 from fedlora.privacy import replay
 from fedlora.scenario import Scenario
 from fedlora.scenario.keys import lasting
 from fedlora.strategy import Strategy
 from fedlora.tasks.contract import Task
-
-if TYPE_CHECKING:
-    from fedlora.engine.worker import Worker
 
 UNREAD = "unread"  # in the place of what cannot be read; whose it is fails by itself
 KNOWN = 10_000  # clients whose examples' digests are kept
@@ -96,11 +92,11 @@ class Digests:
         return self._seen[partition.client]
 
 
-def together(worker: "Worker", instruction: Instruction, who: Sequence[int]) -> Sharing:
+def together(worker: Any, instruction: Instruction, who: Sequence[int]) -> Sharing:
     """Of clients that share passes in a round: their examples, and what they kept from the rounds before.
 
     Args:
-        worker: that trains them.
+        worker: that trains them, a `fedlora.engine.worker.Worker`.
         instruction: as they received it.
         who: their ids, in order.
     """
@@ -108,10 +104,11 @@ def together(worker: "Worker", instruction: Instruction, who: Sequence[int]) -> 
         return Sharing(len(who))
     parts: list[Any] = [instruction.steps]
     for client in who:
-        parts += [client, worker.digests.examples(worker.dataset.partition(client))]
+        parts.append(client)
         try:
+            parts.append(worker.digests.examples(worker.dataset.partition(client)))
             parts.append(worker.received(instruction, client, instruction.round) if instruction.keep else {})
             parts.append(worker.optimizers.load(client, instruction.round) if worker.optimizers else {})
-        except (OSError, ValueError, FedloraError):
+        except Exception:
             parts.append(UNREAD)
     return Sharing(len(who), replay.digest(worker.scenario.seed, *parts))

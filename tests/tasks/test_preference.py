@@ -260,7 +260,7 @@ def test_another_beta_or_another_choice_is_other_noise(told, choices, tmp_path):
     for more in ((), ("preference.beta=0.2",), (f"data.files={{train: {other}}}",)):
         ready = prepare(told(*more))
         worker = Worker(dataclasses.replace(ready.setup, noise=calibrate(ready.scenario, ready.data), kept=None))
-        found.add(worker.digests._base() + worker.digests._examples(worker.dataset.partition(0)))
+        found.add(worker.digests._base() + worker.digests.examples(worker.dataset.partition(0)))
     assert len(found) == 3
 
 

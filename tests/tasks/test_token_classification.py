@@ -323,7 +323,7 @@ def test_other_tags_are_other_noise(told, sentences, tmp_path):
     for file in (sentences, other):
         ready = prepare(told(f"data.files={{train: {file}}}"))
         worker = Worker(dataclasses.replace(ready.setup, noise=calibrate(ready.scenario, ready.data), kept=None))
-        found.append([worker.digests._examples(worker.dataset.partition(c)) for c in range(4)])
+        found.append([worker.digests.examples(worker.dataset.partition(c)) for c in range(4)])
     assert not set(found[0]) & set(found[1])
 
 
