@@ -352,8 +352,14 @@ def _spent(site: Site) -> Spent | None:
         events = ledger.replay(file).get(Own(), [])
         runs.update(cut(line.get("run", ""), 100) for line in ledger.read(file, torn=True))
     spent = accounting.epsilon(events, cap.delta, cap.accountant)
-    told = {"max_epsilon": cap.max_epsilon, "delta": cap.delta, "accountant": cap.accountant, "person": cap.person}
-    return Spent(epsilon=spent, runs=dict(runs), **told)  # type: ignore[arg-type]
+    return Spent(
+        max_epsilon=cap.max_epsilon,
+        delta=cap.delta,
+        accountant=cap.accountant,
+        epsilon=spent,
+        runs=dict(runs),
+        person=cap.person,
+    )
 
 
 def _budget(told: Spent | None) -> Iterator[str]:

@@ -109,6 +109,6 @@ def together(worker: Any, instruction: Instruction, who: Sequence[int]) -> Shari
             parts.append(worker.digests.examples(worker.dataset.partition(client)))
             parts.append(worker.received(instruction, client, instruction.round) if instruction.keep else {})
             parts.append(worker.optimizers.load(client, instruction.round) if worker.optimizers else {})
-        except Exception:
+        except Exception:  # whatever is wrong with what it holds
             parts.append(UNREAD)
     return Sharing(len(who), replay.digest(worker.scenario.seed, *parts))

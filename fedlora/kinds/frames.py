@@ -17,7 +17,7 @@ import numpy as np
 from fedlora.adapter import Adapter, Change, Layout, Slot, Tensor
 from fedlora.errors import SettingError
 from fedlora.factors import Matrix
-from fedlora.kinds.contract import Gradients, Part, Saved, Weights, modules_of
+from fedlora.kinds.contract import Facts, Gradients, Part, Saved, Weights, modules_of
 from fedlora.kinds.lora import Lora
 from fedlora.seeding import generator
 
@@ -243,6 +243,12 @@ class Framed(Lora):
 class Diagonal(Framed):
     """r numbers train between frozen B and A: the change is `s B diag(d) A`."""
 
+    parts: ClassVar[Mapping[str, Part]] = {
+        "A": Part("derived", False),
+        "B": Part("derived", False),
+        "values": Part("zero", True),
+    }
+    facts: ClassVar[Facts] = Facts("d (r)", "s sqrt(r)")
     role_between: ClassVar[str] = "values"
 
     def between(self) -> Any:

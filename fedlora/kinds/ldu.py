@@ -13,27 +13,18 @@ r numbers a layer train and travel, as with `singular`; noise on d reaches the w
 come from the base by a rule with one result, but for pivots of one size; a site whose own differ refuses.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from fedlora.adapter import Slot, Tensor
 from fedlora.kinds import frames
-from fedlora.kinds.contract import Facts, Part, Weights
+from fedlora.kinds.contract import Weights
 
 
 @dataclass(frozen=True)
 class LDU(frames.Diagonal):
     """A weight's change is `alpha / r * L @ diag(d) @ U`, with frozen triangular factors of the weight itself."""
-
-    parts: ClassVar[Mapping[str, Part]] = {
-        "A": Part("derived", False),
-        "B": Part("derived", False),
-        "values": Part("zero", True),
-    }
-    facts: ClassVar[Facts] = Facts("d (r)", "s sqrt(r)")
 
     def where(self) -> str:
         """A diagonal between triangles."""

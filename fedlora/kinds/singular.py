@@ -11,27 +11,18 @@ Noise on d reaches the weight as `s sqrt(r)`, the least of all kinds: take a lar
 an SVD leaves them open (`fedlora.kinds.frames.singular`), and a site whose own differ refuses.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from fedlora.adapter import Slot, Tensor
 from fedlora.kinds import frames
-from fedlora.kinds.contract import Facts, Part, Weights
+from fedlora.kinds.contract import Weights
 
 
 @dataclass(frozen=True)
 class Singular(frames.Diagonal):
     """A weight's change is `alpha / r * U @ diag(d) @ V^T`, with frozen singular vectors of the weight itself."""
-
-    parts: ClassVar[Mapping[str, Part]] = {
-        "A": Part("derived", False),
-        "B": Part("derived", False),
-        "values": Part("zero", True),
-    }
-    facts: ClassVar[Facts] = Facts("d (r)", "s sqrt(r)")
 
     def where(self) -> str:
         """A diagonal between singular vectors."""
