@@ -15,6 +15,7 @@ have the place of examples, and g_i is the mean over a person's rows (`fedlora.p
 """
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fedlora.adapter import Adapter, Update
@@ -100,8 +101,10 @@ class DPSGD(Stepwise):
                 parts = [(batch, None) for batch, _ in alone]
             else:
                 drawn = people.drawn(chosen, settings.rows_per_person, rng, step)
-                told = cut(drawn, partition.examples.lengths, settings.micro_batch_size)
-                parts = [(task.batch(partition.examples, part.rows), part) for part in told]
+                held = partition.examples
+                sequences = partial(task.sequences, held)
+                told = cut(drawn, held.lengths, sequences, settings.micro_batch_size)
+                parts = [(task.batch(held, part.rows), part) for part in told]
             begun: list[torch.Tensor] = []
             for i, (batch, part) in enumerate(parts):
                 count = len(batch["targets"])

@@ -82,7 +82,7 @@ class Fused:
                             asked[k] = (work[k].throw if failed else work[k].send)(answer)  # type: ignore[arg-type]
                         except StopIteration as end:
                             made[k] = end.value
-                answers = self._passed(asked) if asked else {}
+                answers = {k: told for group in _alike(asked) for k, told in self._passed(group).items()}
         return [made[k] for k in range(len(work))]
 
     @contextlib.contextmanager
@@ -191,6 +191,15 @@ class Fused:
         change = self._linear(layer.lora_B["default"], self._linear(layer.lora_A["default"], x))
         y: torch.Tensor = base(x).add(change, alpha=layer.scaling["default"])
         return y
+
+
+def _alike(asked: Mapping[int, Pass]) -> Iterator[dict[int, Pass]]:
+    """Clients who pass together: one long text would give all others' examples as many sequences as it has."""
+    groups: dict[int, dict[int, Pass]] = {}
+    for k, one in asked.items():
+        sequences = max((len(rows) for rows in one.batch.values()), default=1) // len(one.batch["targets"])
+        groups.setdefault(sequences.bit_length(), {})[k] = one
+    yield from groups.values()
 
 
 @cache

@@ -20,7 +20,7 @@ from fedlora.kinds.contract import Kind
 from fedlora.metrics.contract import Evaluation, Target
 from fedlora.passes.prefix import Prefix, below
 from fedlora.seeding import generator
-from fedlora.tasks import base_model
+from fedlora.tasks import base_model, windows
 from fedlora.tasks.adapted import Adapted
 
 if TYPE_CHECKING:
@@ -268,9 +268,12 @@ class Task(Adapted, ABC):
         A Poisson batch is often a few more than expected: that is one pass and not two.
         """
         order = rows[np.argsort(examples.lengths(rows), kind="stable")]
-        for chunk in np.array_split(order, max(1, round(len(order) / size))):
-            if len(chunk):
-                yield self.batch(examples, chunk), chunk
+        for part in windows.pieces(self.sequences(examples, order), size):
+            yield self.batch(examples, order[part]), order[part]
+
+    def sequences(self, examples: Examples, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many sequences the model sees of each example, (examples,)."""
+        return np.ones(len(rows), np.int64)
 
     def batch(self, examples: Examples, rows: NDArray[np.int64]) -> Batch:
         """`input_ids` and `attention_mask` (examples, longest), `targets` (examples, ...), on the device.

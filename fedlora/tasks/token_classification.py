@@ -10,7 +10,6 @@ the part of a text. Figures are of entities: one is found
 where its type, its first and its last word are right (`fedlora.data.tagged`).
 """
 
-import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -144,14 +143,18 @@ class TokenClassification(Task):
             joined.append(batch)
         return super().join(joined)
 
+    def sequences(self, examples: Examples, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The windows of each text."""
+        if examples.types is None:
+            return super().sequences(examples, rows)
+        return np.array([1 + np.count_nonzero(np.diff(examples.types_of(int(row)))) for row in rows], np.int64)
+
     def below(self, examples: Examples, rows: NDArray[np.int64], half: bool) -> "torch.Tensor":
         """As of every task, of texts with as many windows together: what fills others up is no example's."""
         import torch
 
-        def count(row: np.int64) -> int:
-            return int(np.count_nonzero(np.diff(examples.types_of(int(row)))))
-
-        groups = [np.array([*group]) for _, group in itertools.groupby(rows, count)]
+        counts = self.sequences(examples, rows)
+        groups = np.split(rows, np.flatnonzero(np.diff(counts)) + 1)
         return torch.cat([super(TokenClassification, self).below(examples, group, half) for group in groups], 1)
 
     def logits(self, batch: Batch) -> "torch.Tensor":

@@ -85,6 +85,27 @@ def parted(tokens: NDArray[Any], types: NDArray[Any]) -> list[NDArray[Any]]:
     return np.split(tokens, np.flatnonzero(np.diff(types)) + 1)
 
 
+def pieces(sequences: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    """The numbers of examples in order, in equal parts of about `size`, or less where sequences are many.
+
+    All examples of a batch have as many sequences as the one with the most. So a long text is passed with few
+    others, or alone: a part has at most `1.5 size` sequences, or one example.
+
+    Args:
+        sequences: of each example, (examples,).
+        size: examples in memory at once.
+    """
+    parts = np.array_split(np.arange(len(sequences)), max(1, round(len(sequences) / size)))
+    fitting = []
+    while parts:
+        part = parts.pop(0)
+        if len(part) < 2 or 2 * len(part) * sequences[part].max() <= 3 * size:
+            fitting.append(part)
+        else:
+            parts[:0] = np.array_split(part, 2)
+    return [part for part in fitting if len(part)]
+
+
 def grown(rows: Any, examples: int, most: int, filler: int, first: int) -> Any:
     """Rows of a batch with more sequences for each example: (examples x fewer, longest) to (examples x most, ...).
 

@@ -50,6 +50,16 @@ def test_ldu_s_directions_make_up_the_weight(shape):
     assert not np.tril(right[:, :least], -1).any() and (np.diag(right) > 0).all()
 
 
+@pytest.mark.parametrize("kind", [Singular(5, 5.0, ()), LDU(5, 5.0, ())])
+def test_last_bits_of_another_processor_make_no_other_frame(kind):
+    """Vectors of a weight that is off by 1e-13, as those of one weight are between processors."""
+    rng = np.random.default_rng(4)
+    weight = rng.normal(size=(9, 7))
+    here, there = made(kind, weight), made(kind, weight * (1 + 1e-13 * rng.normal(size=weight.shape)))
+    for mine, theirs in zip(here, there, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
 def test_ldu_by_hand_with_a_pivot_of_zero():
     """The second row is moved up, as its first number is larger; the last pivot is zero."""
     left, right = made(LDU(2, 2.0, ()), [[1.0, 2.0], [2.0, 4.0]])

@@ -13,7 +13,7 @@ from fedlora.clients.dp_sgd import DPSGD
 from fedlora.clients.sgd import SGD
 from fedlora.engine.worker import Worker
 from fedlora.errors import SettingError
-from fedlora.passes.fused import Fused
+from fedlora.passes.fused import Fused, _alike
 from fedlora.prepare import calibrate, prepare
 from fedlora.privacy import ledger
 from fedlora.simulation import simulate
@@ -141,6 +141,13 @@ def test_what_rests_stays(client, task_of):
     assert_equal(adapters, alone, together)
     rest = set(worker.task.layout) - set(train)
     assert rest and all(np.array_equal(u.adapter[n], adapters[c][n]) for c, u in enumerate(together) for n in rest)
+
+
+def test_a_long_text_does_not_fill_up_the_examples_of_others():
+    """Ten texts of one window, one of 300, two of 2 windows, two of 3: by the power of two that they reach."""
+    batches = {0: (10, 10), 1: (1, 300), 2: (2, 4), 3: (2, 6)}
+    asked = {k: Pass({"targets": torch.zeros(n), "input_ids": torch.zeros(m, 8)}) for k, (n, m) in batches.items()}
+    assert [[*group] for group in _alike(asked)] == [[0], [1], [2, 3]]
 
 
 def test_empty_batches_of_some(task_of):

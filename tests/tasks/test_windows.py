@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedlora import evaluate, predict, simulate
 from fedlora.data import tagged
@@ -135,6 +137,23 @@ def test_the_gradient_of_a_text_is_one_whoever_is_beside_it(task, some, packs):
         if not packs:
             task.packing = held
             held._set()
+
+
+@given(st.lists(st.sampled_from([1, 1, 1, 2, 3, 50]), max_size=60), st.integers(1, 9))
+def test_a_long_text_is_passed_with_few_others(counts, size):
+    counts = np.sort(np.array(counts, np.int64))
+    parts = windows.pieces(counts, size)
+    assert [i for part in parts for i in part] == [*range(len(counts))] and all(map(len, parts))
+    assert all(len(part) == 1 or len(part) * counts[part].max() <= 1.5 * size for part in parts)
+    if counts.max(initial=1) == 1:
+        assert len(parts) == (max(1, round(len(counts) / size)) if len(counts) else 0)
+
+
+def test_micro_batches_hold_about_as_many_sequences_as_asked_for(task, some):
+    rows = np.array([0, 3, 0, 3, 0, 3, 0, 2, 1])  # of 1, 1, ..., 2 and 3 windows
+    assert task.sequences(some, np.arange(4)).tolist() == [1, 3, 2, 1]
+    made = [(len(batch["input_ids"]), [*part]) for batch, part in task.micro_batches(some, rows, 3)]
+    assert made == [(3, [0, 0, 0]), (3, [0, 3, 3]), (4, [3, 2]), (3, [1])]
 
 
 def test_joined_batches_of_fused_clients_have_as_many_windows(task, some):

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.privacy.noise import Stream
+from fedlora.tasks.windows import pieces
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,9 @@ class Persons:
         return found
 
 
-def cut(drawn: Sequence[Rows], lengths: Callable[[Rows], Rows], size: int) -> list[Part]:
+def cut(
+    drawn: Sequence[Rows], lengths: Callable[[Rows], Rows], sequences: Callable[[Rows], Rows], size: int
+) -> list[Part]:
     """Micro-batches of about `size` rows, persons whose longest rows are alike together.
 
     Where each person has one row they are those of `Task.micro_batches`.
@@ -129,6 +132,7 @@ def cut(drawn: Sequence[Rows], lengths: Callable[[Rows], Rows], size: int) -> li
     Args:
         drawn: the rows of each person.
         lengths: gives the tokens of rows.
+        sequences: gives how many sequences the model sees of each.
         size: rows of each part.
     """
     if not drawn:
@@ -138,9 +142,7 @@ def cut(drawn: Sequence[Rows], lengths: Callable[[Rows], Rows], size: int) -> li
     rows = np.concatenate([drawn[p] for p in order])
     whose, shares = np.repeat(np.arange(len(order)), counts), np.repeat(1 / counts, counts)
     parts = []
-    for here in np.array_split(np.arange(len(rows)), max(1, round(len(rows) / size))):
-        if not len(here):
-            continue
+    for here in pieces(sequences(rows), size):
         first, last = here[0], here[-1]
         parts.append(
             Part(

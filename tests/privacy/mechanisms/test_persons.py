@@ -56,7 +56,7 @@ def clipped_sum(drawn, gradients, size, clip="flat"):
     )
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
     optimizer = mechanism.optimizer(torch.optim.SGD(parameters, lr=1.0), Silent())
-    begun, parts = [], cut(drawn, lengths, size)
+    begun, parts = [], cut(drawn, lengths, np.ones_like, size)
     for i, part in enumerate(parts):
         optimizer.zero_grad(set_to_none=True)
         given = torch.stack([gradients[int(row)] for row in part.rows])
@@ -116,7 +116,7 @@ def test_what_is_clipped_is_the_mean_of_a_persons_rows(size):
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.integers(1, 4), st.integers(1, 9))
 def test_micro_batches_hold_each_row_once_and_persons_in_a_row(owners, most, size):
     drawn = people(owners).drawn(np.ones(len(set(owners)), bool), most, lambda p: stream(1, p), 0)
-    parts = cut(drawn, lengths, size)
+    parts = cut(drawn, lengths, np.ones_like, size)
     rows = np.concatenate([part.rows for part in parts])
     assert sorted(rows) == sorted(np.concatenate(drawn)) and all(len(part.rows) < 1.5 * size + 1 for part in parts)
     assert sum(part.whole for part in parts) == len(drawn)
