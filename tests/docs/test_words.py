@@ -4,11 +4,16 @@ Each page is read without its code, tables and headings. A paragraph or a list i
 split into sentences; a link counts as its text, and a piece of code as one word.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from proselint.checks import __register__
+from proselint.config import DEFAULT, Config
+from proselint.registry import CheckRegistry
+from proselint.tools import LintFile
 
 ROOT = Path(__file__).parents[2]
 LONGEST = 35  # words
@@ -16,6 +21,12 @@ EXCEPTIONS: set[str] = set()  # ten at most
 PAGES = {
     str(file.relative_to(ROOT)): file.read_text()
     for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+
+# Of proselint's checks: signs of typography are the site's, and figures of p and ranges of dates are no prose.
+LINT: Config = {
+    **DEFAULT,
+    "checks": {**DEFAULT["checks"], "typography": False, "psychology": False, "dates_times": False},
 }
 
 # What was written in words of our own, and what the field says. Patterns are of lower-case text without code.
@@ -87,6 +98,21 @@ def test_no_sentence_is_longer_than_a_reader_keeps_in_mind(page):
 def test_the_words_are_the_field_s(page):
     found = [slip for sentence in sentences(PAGES[page]) for slip in slips(sentence)]
     assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - EXCEPTIONS))
+def test_proselint_finds_nothing(page):
+    """No clichés, archaisms, doubled words, hedges, needless variants and so on; each piece of code is another word."""
+    CheckRegistry().register_many(__register__)
+    number = itertools.count()
+    text = re.sub("`code`", lambda _: f"code{next(number)}", "\n".join(sentences(PAGES[page])))
+    found = [f"{r.check_result.check_path}: {r.check_result.message}" for r in LintFile(page, text).lint(LINT)]
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_proselint_would_find_something():
+    CheckRegistry().register_many(__register__)
+    assert LintFile("x", "It is is a very unique idea, and back to the drawing board.").lint(LINT)
 
 
 def test_the_exceptions_are_few_and_are_there():
