@@ -1,7 +1,7 @@
 """Gradient checkpointing: time and peak memory of a private step with `model.checkpointing` and without.
 
-Each length and way runs in a process of its own, one step in turn on the same examples. Memory is what steps take on
-top of the loaded model, time is that of the CPU.
+Each length and way runs in a process of its own, one step in turn on the same examples. Memory is what steps take
+on top of the loaded model, time is that of the CPU.
 
     python benchmarks/checkpointing.py [--steps 8] [--batch-size 32] [--lengths 64,256]
 """
