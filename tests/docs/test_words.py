@@ -102,7 +102,7 @@ def test_the_words_are_the_field_s(page):
 
 @pytest.mark.parametrize("page", sorted(PAGES.keys() - EXCEPTIONS))
 def test_proselint_finds_nothing(page):
-    """No clichés, archaisms, doubled words, hedges, needless variants and so on; no piece of code is like another."""
+    """No clichés, archaisms, doubled words, hedges, needless variants and so on; pieces of code differ."""
     CheckRegistry().register_many(__register__)
     number = itertools.count()
     text = re.sub("`code`", lambda _: f"code{next(number)}", "\n".join(sentences(PAGES[page])))
