@@ -423,9 +423,8 @@ def test_a_run_that_has_ended_is_not_started_again(run, tiny, tmp_path):
         (folder / gone).unlink()
         simulate(tiny(), out=folder, resume=True, display=(told := Told()))
         assert "loading the model" in told.stages and (folder / gone).exists() and told.notes == []
-    assert simulate(tiny("rounds=3"), out=folder, resume=True).summary["rounds"] == 3
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (folder / "adapter" / name).exists()
+    simulate(tiny("rounds=3"), out=folder, resume=True, display=(told := Told()))
+    assert "loading the model" in told.stages and told.notes == []
 
 
 def test_resuming_with_another_base_or_start_is_refused_before_a_model_is_loaded(
