@@ -24,8 +24,7 @@ import altair as alt
 import vl_convert
 
 from fedlora import sweep as sweeps
-from fedlora.reports.comparison import spread
-from fedlora.reports.tables import Table
+from fedlora.reports.tables import Table, spread
 from fedlora.run import Run
 
 DOCS = Path(__file__).parents[1] / "docs"

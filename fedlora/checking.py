@@ -8,6 +8,7 @@ from typing import Any
 
 from fedlora import client, strategy, suitability
 from fedlora.data import overview as data
+from fedlora.data import suggested
 from fedlora.errors import SettingError, UserError, cut
 from fedlora.privacy import affordable
 from fedlora.reports.tables import Table
@@ -75,9 +76,9 @@ class Checked:
         said += [["labels", line] for line in self._labels(told)]
         if (held := told.lengths) is not None:
             over = f"{held.over:,} of {held.rows:,} rows have more" if held.over else "no row has more"
-            said.append(["words", f"{held.median} in the median row, {held.most} at most; {over} than max_length"])
+            said.append(["words", f"{held.median} in the median row, {held.most} at most (about 1.3 tokens each)"])
             kept = "in each window of a row" if held.windows else "kept of a row"
-            said.append(["tokens", f"{self.max_length} {kept} (data.max_length); more than its words"])
+            said.append(["tokens", f"{self.max_length} {kept} (data.max_length); {over} words than that"])
             said.append(["empty", f"{held.empty:,} rows without a word"])
         places = "as many as the base has places for is not known" if self.positions is None else None
         said.append(["base", self.base])
@@ -191,7 +192,7 @@ def check(scenario: Scenario, called: str = "") -> Checked:
         base=base,
         positions=located.places(scenario.model.base, revision=scenario.model.revision),
         max_length=scenario.data.max_length,
-        notes=remarks(scenario),
+        notes=[*remarks(scenario), *suggested.of_scenario(scenario)],
         folder=os.getcwd(),
     )
 

@@ -86,7 +86,11 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", default="comparison.html", help="the page (default: comparison.html)"
     )
     compare.add_argument("--metric", metavar="NAME", help="compare by it (default: the task's own)")
-    compare.add_argument("--names", metavar="A,B", help="what rows are called (default: by what differs)")
+    compare.add_argument(
+        "--names",
+        metavar="A,B",
+        help="what rows are called, in order, with commas between (default: by what differs)",
+    )
     options.drawn(compare)
     compare.set_defaults(command=_compare)
 
@@ -132,7 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="judge a run's model by the rows of a file")
     evaluate.add_argument("run", metavar="RUN", help="a run folder")
     evaluate.add_argument("--data", metavar="FILE", required=True, help="csv, tsv, json, jsonl or parquet")
-    evaluate.add_argument("--metrics", metavar="A,B", help="figures by name (default: the run's own)")
+    evaluate.add_argument(
+        "--metrics", metavar="A,B", help="figures by name, with commas between (default: the run's own)"
+    )
     evaluate.add_argument("--text", metavar="COLUMN", nargs="+", help="its texts, two columns for pairs")
     evaluate.add_argument("--label", metavar="COLUMN", help="its labels (default: columns as the run's own)")
     evaluate.add_argument("--json", action="store_true", help="print all of it as JSON")

@@ -1,7 +1,8 @@
 """`fedlora evaluate`: a finished run's adapter on any rows."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from fedlora import scenario as scenarios
 from fedlora import starting
-from fedlora.data import reading, store
+from fedlora.data import notes, overview, reading, store
 from fedlora.data.cells import Taught
 from fedlora.engine import EVALUATION_CHUNK, hardware
 from fedlora.errors import SettingError, UserError
@@ -21,6 +22,7 @@ from fedlora.metrics.contract import Evaluation, Metric
 from fedlora.prepare import encoding
 from fedlora.record import Record
 from fedlora.reports.tables import Table
+from fedlora.rounds.folder import ORIGIN
 from fedlora.tasks import loading
 from fedlora.tasks.contract import Task
 from fedlora.tasks.encoding import encoded
@@ -40,6 +42,7 @@ class Evaluated:
         metrics: every figure by name; None where it says nothing of these rows.
         labels: in order.
         confusion: of each label, how many of its rows were taken for each; None where that is not known.
+        trained: how many rows have a text that the run was trained on; None where its folder does not let know.
     """
 
     run: str
@@ -49,6 +52,7 @@ class Evaluated:
     metrics: dict[str, float | None]
     labels: tuple[str, ...]
     confusion: list[list[int]] | None
+    trained: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it, and `classes`: of each label its precision, recall, F1 and rows."""
@@ -62,7 +66,13 @@ class Evaluated:
         rows = [[name, "undefined" if v is None else f"{v:.4f}"] for name, v in self.metrics.items()]
         if self.majority is not None:
             rows.append(["commonest label", f"{self.majority:.4f}"])
-        return [f"{self.run} on {self.rows:,} rows of {self.data}", *Table(("figure", "value"), rows).text()]
+        made = [f"{self.run} on {self.rows:,} rows of {self.data}", *Table(("figure", "value"), rows).text()]
+        if self.trained:
+            made.append(
+                f"{self.trained:,} of {self.rows:,} rows have a text that the run was trained on: figures of them "
+                "say little of new texts"
+            )
+        return made
 
 
 def evaluate(
@@ -93,12 +103,37 @@ def evaluate(
         named = _metrics(folder, metrics, task, own_code)
         files = columns(folder, str(data), text, label)
         rows = _rows(files, task, about)
-        return _evaluated(
+        found = _evaluated(
             folder, about, task, rows, named, str(run.folder if isinstance(run, Record) else run), files
         )
+        return replace(found, trained=_trained(folder.parent, rows))
     except SettingError as error:
         option = {"data.files.text": " (--text)", "data.files.label": " (--label)"}.get(error.key, "")
         raise UserError(f"{error.message}{option}") from error
+
+
+def _trained(folder: Path, rows: reading.Rows) -> int | None:
+    """How many rows have a text that a simulated run was trained on.
+
+    Args:
+        folder: of the run.
+        rows: that are judged.
+
+    Returns:
+        None where the rows of clients are not at hand, are others by now, or were at sites: nobody tells of those.
+    """
+    try:
+        run = Record.open(folder)
+        if run.at_site or not run.partitions.get("clients"):
+            return None
+        asked, began = scenarios.written(folder), json.loads((folder / ORIGIN).read_bytes())
+        if not overview.at_hand(asked.data):
+            return None
+        train, _ = reading.read(asked.data, asked.task, asked.person)
+        known = (began.get("inputs") or {}).get("train")
+        return notes.common(rows, train) if known == store.content(train) else None
+    except (OSError, ValueError, AttributeError, UserError):
+        return None
 
 
 def _metrics(folder: Path, given: Sequence[str] | None, task: type[Task], own_code: bool) -> list[Metric]:
@@ -178,7 +213,9 @@ def _evaluated(
     config, saved = starting.plain(folder, str(folder))
     layers = config.get("layers_to_transform")
     layers = None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
-    kind = kinds.load("lora", config["r"], config["lora_alpha"], tuple(config["target_modules"]), layers)
+    targets = config["target_modules"]  # a string is one pattern
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    kind = kinds.load("lora", config["r"], config["lora_alpha"], targets, layers)
     made = loading.load(
         about.task,
         about.base,

@@ -131,10 +131,20 @@ def describe(folder: Path, about: About) -> None:
     write_json(folder / ABOUT, asdict(about))
     file = folder / "adapter_config.json"
     base = {"base_model_name_or_path": located.named_elsewhere(about.base), "revision": about.revision}
-    write_json(file, json.loads(file.read_bytes()) | base)
+    write_json(file, _in_order(json.loads(file.read_bytes())) | base)
     if told := _names(about, find(about.task)):
         path, revision = located.find_base(about.base), about.revision or "main"
         AutoConfig.from_pretrained(path, revision=revision, **told).save_pretrained(str(folder))
+
+
+def _in_order(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of peft with its names in one order, each once: it has targets in a set, and heads twice."""
+    found = dict(config)
+    if isinstance(targets := found.get("target_modules"), list):
+        found["target_modules"] = sorted(targets)
+    if isinstance(heads := found.get("modules_to_save"), list):
+        found["modules_to_save"] = list(dict.fromkeys(heads))
+    return found
 
 
 def _names(about: About, task: type[Task]) -> dict[str, Any]:

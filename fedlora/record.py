@@ -200,8 +200,12 @@ class Record:
         """Whether no verdict forbids to choose it for its metric."""
         return not any(verdict.code in UNLEARNT for verdict in self.verdicts())
 
-    def remarks(self) -> list[str]:
-        """What a reader has to know before trusting the figures, a sentence for each."""
+    def remarks(self, again: bool = True) -> list[str]:
+        """What a reader has to know before trusting the figures, a sentence for each.
+
+        Args:
+            again: whether to say that following a verdict on a private run costs epsilon again.
+        """
         said = []
         done, asked = len(self.rounds), self.scenario.get("rounds")
         if self.at_site:
@@ -233,8 +237,8 @@ class Record:
             )
             start = start.get("start")  # which began from another
         found = self.verdicts()
-        again = [f"{AGAIN}."] if found and self.scenario.get("privacy") else []
-        return said + [f"{text[0].upper()}{text[1:]}." for text in map(str, found)] + again
+        costs = [f"{AGAIN}."] if again and found and self.scenario.get("privacy") else []
+        return said + [f"{text[0].upper()}{text[1:]}." for text in map(str, found)] + costs
 
     def frame(self, what: Literal["rounds", "clients"] = "rounds") -> "pandas.DataFrame":
         """The lines of `rounds` or `clients` as a table."""

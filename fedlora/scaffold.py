@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora.data import reading
+from fedlora.data import reading, suggested
 from fedlora.errors import SettingError, UserError
 from fedlora.guessing import Guess, guess
 from fedlora.scenario.schema import schema
@@ -92,7 +92,7 @@ data:
   test_share: 0.2 # held out to judge the model
 clients: {{total: 5, use: dp_sgd, local_steps: 1, sample_rate: {rate}, micro_batch_size: {micro}}}
 privacy: {{epsilon: 8, delta: {delta}, clip_norm: 4.0}} # for each row; a smaller epsilon is more private
-strategy: {{use: ffa_lora, server: {{kind: adam, lr: 0.01, schedule: {{kind: linear}}}}}}
+{persons}strategy: {{use: ffa_lora, server: {{kind: adam, lr: 0.01, schedule: {{kind: linear}}}}}}
 rounds: {rounds}
 eval_every: {every}
 """
@@ -119,6 +119,8 @@ python -m pytest
 ```
 """
 
+_PERSON = """# Rows of one {0} may be of one person. To protect persons and not rows, add to privacy:  person: {0}
+"""
 _OWN = {"trimmed_mean.py": _STRATEGY, "test_trimmed_mean.py": _TEST}  # the project's own strategy
 _ENCODER = """\
   base: minilm # any Hub id or path of an encoder works too, with the names of its layers as targets
@@ -155,6 +157,7 @@ def of_data(folder: Path, data: Path, text: str | None, label: str | None, task:
     typical = lengths[int(0.95 * (len(lengths) - 1))] / _PER_TOKEN
     rows, writes = len(lengths), found.task in ("causal_lm", "preference")
     files = {"train": str(data.absolute())} | found.files
+    persons = suggested.persons(columns, _named(found))[:1]
     told = {
         "name": json.dumps(_word(data.stem)),
         "task": found.task,
@@ -162,6 +165,7 @@ def of_data(folder: Path, data: Path, text: str | None, label: str | None, task:
         "model": _WRITER if writes else _ENCODER,
         "files": f"{{{', '.join(f'{key}: {json.dumps(value)}' for key, value in files.items())}}}",
         "more": "".join(f"  {line}\n" for line in found.more),
+        "persons": "".join(_PERSON.format(json.dumps(name)) for name in persons),
         "micro": 8 if writes else 64,
         "longer": f"longer texts {'have windows' if found.task == 'token_classification' else 'are cut'}",
         "length": next((n for n in (32, 64, 128) if typical <= n), 256),
@@ -177,8 +181,14 @@ def of_data(folder: Path, data: Path, text: str | None, label: str | None, task:
     return [
         f"{folder}: {', '.join(made)}",
         f"{rows} rows, {_learnt(found, columns)}",
+        *(suggested.said(name, columns[name]) for name in persons),
         f"next: cd {folder} && fedlora simulate scenario.yaml --out runs/first",
     ]
+
+
+def _named(found: Guess) -> list[str]:
+    """The columns that are learnt."""
+    return [n for told in found.files.values() for n in ([told] if isinstance(told, str) else told)]
 
 
 def _learnt(found: Guess, columns: Mapping[str, list[Any]]) -> str:

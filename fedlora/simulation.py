@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedlora import engine as engines
 from fedlora import scenario as scenarios
-from fedlora import suitability
+from fedlora import starting, suitability
 from fedlora.adapter import Adapter, Change, fingerprint
 from fedlora.baselines import derive
 from fedlora.client import Setter
@@ -36,6 +36,7 @@ from fedlora.rounds.progress import Progress
 from fedlora.rounds.stopping import signals, stopping, undisturbed
 from fedlora.run import Run
 from fedlora.scenario import Scenario
+from fedlora.tasks import located
 
 
 def simulate(
@@ -77,6 +78,9 @@ def simulate(
         scenario = derive(scenario, baseline)
     folder = Path(out) if out else Path("runs") / f"{scenario.name}-{scenario.hash}"
     folders.check(folder, scenario, resume)
+    if resume and (ended := folders.ended(folder, scenario)) is not None:
+        (display or default_display()).note(f"{folder} has ended after round {ended}; nothing to do")
+        return Run.open(folder)
     shown = Tracked(display or default_display(), folder)
     try:
         trackers.check(scenario.trackers)
@@ -145,6 +149,15 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
     whole = central(scenario, fresh_key() if setup.secret else scenario.seed, known)
     if strategy.personal or strategy.trips > 1 or scenario.feeds_back or scenario.clients.keeps_state:
         setup = replace(setup, personal=folder.absolute() / "personal")
+    begun = {
+        "data": ready.data.fingerprint,
+        "inputs": dict(ready.data.inputs),
+        "base": located.fingerprint(scenario.model.base, scenario.model.revision),
+    }
+    if (saved := starting.read(scenario, ready.data.labels)) is not None:
+        begun["saved"] = fingerprint(saved.saved.tensors)
+    if resume:
+        folders.check_beginning(folder, begun)
     shown.stage("loading the model")
     found = engine.start(setup)
     strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
@@ -156,7 +169,7 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
         "scenario": scenario.model_dump(mode="json"),
         # What decides the last bits of a result beside the scenario.
         "versions": {**versions(), "precision": found.precision, "device": found.device},
-        "data": ready.data.fingerprint,
+        **begun,
         **({"start": fingerprint(found.initial)} if scenario.model.start is not None else {}),
     }
     if resume:

@@ -146,8 +146,12 @@ def check_bound(strategy: Strategy) -> None:
         raise SettingError("strategy.use", "trains no tensor of this adapter")
 
 
+def name_of_kind(strategy: Strategy, kind: str) -> str:
+    """The kind that `model.adapter.kind` comes to under a strategy."""
+    return strategy.builds if kind == "auto" else kind
+
+
 def kind_of(strategy: Strategy, scenario: Scenario) -> Kind:
     """The kind of adapter that a scenario and its strategy ask for."""
-    told = scenario.model.adapter
-    name = strategy.builds if told.kind == "auto" else told.kind
+    told, name = scenario.model.adapter, name_of_kind(strategy, scenario.model.adapter.kind)
     return load_kind(name, told.r, told.alpha, told.targets, told.layers, told.exclude, told.rslora)

@@ -26,8 +26,9 @@ from fedlora import scenario
 from fedlora.engine.cluster import place
 from fedlora.errors import ScenarioError, SettingError, UserError, suggestion
 from fedlora.privacy.together import total_epsilon
-from fedlora.reports.comparison import Comparison, final
+from fedlora.reports.comparison import Comparison
 from fedlora.reports.console import Silent
+from fedlora.reports.groups import final
 from fedlora.reports.page import save
 from fedlora.returned import finite
 from fedlora.rounds.choice import directions

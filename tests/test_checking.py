@@ -46,7 +46,7 @@ def test_rows_labels_lengths_clients_and_positions_are_counted(made):
     assert sum(told.sizes) == told.rows["train"] and (told.repeated, told.leaks) == (0, 0)
     assert (told.lengths.rows, told.lengths.most, told.lengths.over, told.lengths.empty) == (60, 21, 15, 0)
     lines = "\n".join(found.lines())
-    assert "15 of 60 rows have more than max_length" in lines and "64 of the base model" in lines
+    assert "15 of 60 rows have more words than that" in lines and "64 of the base model" in lines
     assert "word more" not in lines
 
 

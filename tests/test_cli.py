@@ -235,5 +235,7 @@ def test_without_a_terminal_too_and_rows_fit_80_columns(tiny, tmp_path):
     rows = lines[head:]
     assert [row.split()[0] for row in rows] == ["round", "1/2", "2/2"] and max(map(len, rows)) <= 80
     assert re.fullmatch(
-        r"  time     \d+:\d\d in all: start \d+:\d\d, rounds \d+:\d\d, end \d+:\d\d", display.time_line()
+        r"  time     \d+:\d\d in all: start \d+:\d\d \(rows, noise, model\), rounds \d+:\d\d, "
+        r"end \d+:\d\d \(adapter, card\)",
+        display.time_line(),
     )

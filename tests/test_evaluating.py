@@ -170,3 +170,24 @@ def test_an_exported_adapter_of_several_columns_is_judged_by_all_of_them(
         assert main(["evaluate", str(of), "--data", str(file), "--label", label]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert ("2 columns of scores" in line) if task == "regression" else ("two columns, of completions" in line)
+
+
+def test_rows_that_the_run_was_trained_on_are_counted_in_a_simulation_alone(tiny, reviews, tmp_path):
+    """Of 240 rows a fifth is held out; of the file that is judged ten rows more are new."""
+    made = simulate(
+        tiny(f"data.files={{train: {reviews}, text: text, label: label}}", private=False), out=tmp_path / "run"
+    )
+    table = pd.read_csv(reviews)
+    new = pd.DataFrame({"text": [f"new {i}" for i in range(10)], "label": "good"})
+    pd.concat([table[["text", "label"]], new]).to_csv(file := tmp_path / "judged.csv", index=False)
+    held = sum(c["num_examples"] for c in made.partitions["clients"])
+    found = evaluate(made, file)
+    assert found.trained == held == 240 - made.summary["test_examples"] and found.rows == 250
+    assert f"{held} of 250 rows have a text that the run was trained on" in found.lines()[-1]
+    folder = made.folder
+    told = json.loads((folder / "partitions.json").read_text())
+    (folder / "partitions.json").write_text(json.dumps(told | {"clients": []}))  # as at sites
+    assert evaluate(folder, file).trained is None
+    (folder / "partitions.json").write_text(json.dumps(told))
+    (folder / "origin.json").write_text(json.dumps({"inputs": {"train": "others"}}))
+    assert evaluate(folder, file).trained is None

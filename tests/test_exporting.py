@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import pytest
 from fedlora import plugins, simulate
 from fedlora.cli import main
 from fedlora.errors import UserError
-from fedlora.exporting import export, load_adapter, predict, push
+from fedlora.exporting import About, describe, export, load_adapter, predict, push
 from fedlora.prepare import prepare
+from fedlora.reports import card as card_module
 from fedlora.run import Run
 from fedlora.scenario import parse
 from fedlora.tasks import base_model, located
@@ -71,6 +73,33 @@ def test_an_exported_adapter_is_the_runs(made, tmp_path):
     assert all((folder / n).read_bytes() == (made.folder / "adapter" / n).read_bytes() for n in names)
     with pytest.raises(UserError, match="is there already"):
         export(made, tmp_path / "adapter", merge=True)
+
+
+def test_the_card_says_what_it_is_for_and_how_to_load_it_offline(made, tiny_base):
+    card = (made.folder / "adapter" / "README.md").read_text()
+    assert "- for: task `classification`, the label of a text, or of a pair of texts\n" in card
+    assert "- kind of adapter: `lora`\n- reads: texts, by the base's own tokenizer, of " in card
+    assert "base_model:" not in card  # a folder of this machine is no name on the Hub
+    assert "Without a network: copy the folder of the base beside it" in card
+    hub = card_module._offline("minilm", "sentence-transformers/all-MiniLM-L6-v2")
+    assert "`hf download sentence-transformers/all-MiniLM-L6-v2 --local-dir base`" in hub and "(`minilm`)" in hub
+    assert card_module._offline("a/b", "a/b").startswith("`hf download a/b --local-dir base` fetches the base")
+
+
+def test_names_of_layers_are_in_one_order_and_each_once(made, tiny_base, tmp_path):
+    config = json.loads((made.folder / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["query", "value"] and config["modules_to_save"] == ["classifier", "score"]
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(
+            {"target_modules": ["value", "query"], "modules_to_save": ["classifier", "classifier", "score"]}
+        )
+    )
+    describe(tmp_path, replace(About.read(made.folder / "adapter"), labels=()))
+    told = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert [told[key] for key in ("target_modules", "modules_to_save")] == [
+        ["query", "value"],
+        ["classifier", "score"],
+    ]
 
 
 def code_of(card):

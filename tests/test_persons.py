@@ -14,6 +14,7 @@ from fedlora.errors import SettingError, UserError
 from fedlora.planning import plan
 from fedlora.privacy import ledger
 from fedlora.privacy.accounting import epsilon
+from fedlora.reports import single
 from fedlora.reports.console import plan_lines
 from fedlora.scenario import parse
 from fedlora.simulation import simulate
@@ -74,6 +75,9 @@ def test_a_run_by_person_says_whom_it_protects_and_names_nobody(asked, tmp_path,
     assert whom in run.summary["privacy"] and "Poisson sampling of persons" in run.summary["privacy"]
     assert whom in (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert whom in "\n".join(ledger.statements(tmp_path / "run"))
+    assert [c["num_persons"] for c in run.partitions["clients"]] == [data.units(c) for c in range(4)]
+    page = single.html(run)
+    assert "each of 12 to 13 persons; 4 take part" in page and "on the examples of each client" not in page
     for line in ledger.read(tmp_path / "run" / "privacy.jsonl"):
         assert (line["unit"], line["person"]) == ("person", "patient")
     for file in (*files_of(tmp_path / "run"), *files_of(cache / "tokens")):

@@ -19,6 +19,7 @@ from fedlora.privacy import accounting, ledger
 from fedlora.privacy.replay import VERSIONS
 from fedlora.reports.console import Silent, summary_lines
 from fedlora.rounds import folder
+from fedlora.rounds.loop import Loop
 from fedlora.scenario import written
 from fedlora.simulation import simulate
 
@@ -395,6 +396,63 @@ def test_a_signal_that_python_drops_still_ends_the_run(tiny, tmp_path, number):
     made = simulate(tiny("rounds=5"), out=tmp_path / "run", display=Drop())
     assert made.summary["stopped"] == "interrupted after round 2"
     assert signal.getsignal(number) == before
+
+
+class Told(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.notes, self.stages = [], []
+
+    def note(self, what):
+        self.notes.append(what)
+
+    def stage(self, what):
+        self.stages.append(what)
+
+
+def test_a_run_that_has_ended_is_not_started_again(run, tiny, tmp_path):
+    """Unless it has rounds left, or lacks what is written at the end."""
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    again = simulate(tiny(), out=folder, resume=True, display=(told := Told()))
+    assert told.notes == [f"{folder} has ended after round 2; nothing to do"] and told.stages == []
+    assert again.summary == run.summary and before == {f: f.stat().st_mtime_ns for f in folder.rglob("*")}
+    for gone in ("summary.json", "adapter/README.md"):
+        (folder / gone).unlink()
+        simulate(tiny(), out=folder, resume=True, display=(told := Told()))
+        assert "loading the model" in told.stages and (folder / gone).exists() and told.notes == []
+    simulate(tiny("rounds=3"), out=folder, resume=True, display=(told := Told()))
+    assert "loading the model" in told.stages and told.notes == []
+
+
+def test_resuming_with_another_base_or_start_is_refused_before_a_model_is_loaded(
+    tiny, tiny_base, tmp_path, monkeypatch
+):
+    base, first = tmp_path / "base", tmp_path / "first"
+    shutil.copytree(tiny_base, base)
+    told = (f"model.base={base}", "rounds=1")
+    simulate(tiny(*told), out=first)
+    told = (*told, f"model.start={first}", "rounds=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_record", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            simulate(tiny(*told), out=tmp_path / "run")
+
+    def refused():
+        with pytest.raises(UserError) as caught:
+            simulate(tiny(*told), out=tmp_path / "run", resume=True, display=(shown := Told()))
+        assert "loading the model" not in shown.stages
+        return str(caught.value)
+
+    weights = first / "adapter" / "adapter_model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    assert "it began with another adapter (model.start): put those back" in refused()
+    weights.write_bytes(kept)
+    (base / "config.json").write_text((base / "config.json").read_text() + " ")
+    assert "it began with another base model (the files of model.base): put those back" in refused()
 
 
 def test_resuming_refuses_another_scenario_and_says_which_key(run, tiny, tmp_path):

@@ -12,9 +12,12 @@ import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
 
+from fedlora.errors import SettingError, counted, cut
+
 logger = logging.getLogger(__name__)
 
 _LEAST = 0.1  # of a row that is asked for: below it none is held out
+_SHORT = 0.1  # share of the rows that are asked for, from which it is told that fewer are held out
 _BY_CHANCE = 4.0  # standard deviations of a draw of different texts: further off, texts are chosen to fit
 
 
@@ -51,14 +54,43 @@ def hold_out(
             if count[text] <= left and _free(text, bound, chosen) and len(chosen) < len(number) - 1:
                 chosen.add(text)
                 left -= count[text]
-        held = sum(count[text] for text in chosen)
-        if held and abs(held - asked) >= 1 and len(number) < len(texts):
-            logger.warning(
-                "%s asks for %.0f of %d rows, and %d are held out: the rows have %d different %s, equal ones "
-                "stay together, and no label is held out whole",
-                *(what, asked, len(texts), held, len(number), of),
-            )
+        chance = 1.0
+    held = sum(count[text] for text in chosen)
+    off = abs(held - asked) >= chance or asked - held >= max(1.0, _SHORT * asked)
+    if held and off and len(number) < len(texts):
+        logger.warning(
+            "%s asks for %.0f of %d rows, and %d are held out: the rows have %d different %s, equal ones "
+            "stay together, and no label is held out whole",
+            *(what, asked, len(texts), held, len(number), of),
+        )
+    elif held and off:
+        logger.warning(
+            "%s asks for %.0f of %d rows, and %d are held out: a hash of each decides, and each label and client "
+            "keeps one to train on",
+            *(what, asked, len(texts), held),
+        )
     return [text in chosen for text in texts]
+
+
+def no_person_fits(persons: Sequence[str], share: float, column: str) -> SettingError:
+    """That none of the persons can be held out with all of their rows, and why.
+
+    Args:
+        persons: of each row.
+        share: of the rows to hold out.
+        column: that says who is who.
+    """
+    count, asked = Counter(persons), max(round(share * len(persons)), 1)
+    if (least := min(count.values())) > asked:
+        why = f"data.test_share asks for {counted(asked, 'row')}, and none of them has fewer than {least}"
+    else:
+        why = "each label and client keeps one of them to train on"
+    return SettingError(
+        "privacy.person",
+        f"the test set is empty: {counted(len(persons), 'row')} are of {counted(len(count), 'person')} by "
+        f"{cut(column)!r}, each stays whole, and {why}: name test "
+        "rows (data.files.test), or a column of more persons",
+    )
 
 
 Bound = tuple[dict[bytes, set[Hashable]], dict[Hashable, set[bytes]]]

@@ -11,7 +11,7 @@ from fedlora import plugins
 from fedlora import scenario as settings
 from fedlora.data import chats, tagged
 from fedlora.data.cells import OWNED, Column, Label, Taught, check_whole, missing, separator, words
-from fedlora.data.holding import hold_out
+from fedlora.data.holding import hold_out, no_person_fits
 from fedlora.data.hub import load
 from fedlora.data.hub import quiet_hub as quiet_hub
 from fedlora.data.names import check_labels as check_labels
@@ -61,11 +61,13 @@ def read(data: settings.Data, task: str, person: str | None = None) -> tuple[Row
     if test is None:
         whole, (train, test) = train, _hold_out(train, data.test_share, taught.target)
         if not test.texts:
-            different = f"{len(set(whole.persons or whole.texts))} different {'persons' if person else 'texts'}"
+            if whole.persons is not None:
+                raise no_person_fits(whole.persons, data.test_share, str(person))
             raise SettingError(
                 "data.test_share",
-                f"the test set is empty: of {len(whole.texts)} rows with {different}, of which "
-                "equal ones stay together, each label and client keeps one to train on; give more, or test rows",
+                f"the test set is empty: of {len(whole.texts)} rows with {len(set(whole.texts))} different texts, "
+                "of which equal ones stay together, each label and client keeps one to train on; give more, or "
+                "test rows",
             )
     if not {*(train.persons or ())}.isdisjoint(test.persons or ()):
         raise SettingError(

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,6 +37,9 @@ _NAMES = "names.json"  # what clients are called, by a natural column
 
 logger = logging.getLogger(__name__)
 
+INPUTS = ("train", "test", "validation", "labels", "tokenizer", "clients")
+"""What a dataset is made of: rows of each part, names of labels, how rows are encoded, and who holds which."""
+
 _FORMAT = "3"  # raise it when what is cached changes its meaning
 
 
@@ -55,6 +58,7 @@ class Dataset:
     empty: int = 0  # rows of any part that the tokenizer made nothing of
     names: tuple[str, ...] = ()  # of clients, by their natural column; none elsewhere
     persons: people.Persons | None = None  # of the training rows, where they are protected
+    inputs: Mapping[str, str] = field(default_factory=dict)  # fingerprints of what it was made of, by `INPUTS`
 
     @classmethod
     def open(cls, folder: Path, partition_folder: Path) -> Self:
@@ -170,7 +174,7 @@ def prepare(
     for note in slips(train, test, validation, names, plugins.find("tasks", task).target):
         logger.warning("%s", note)
     seed = seed if data.partition.seed is None else data.partition.seed
-    folder = _tokenised(data, task, train, test, validation, names, encode, encoding)
+    folder, inputs = _tokenised(data, task, train, test, validation, names, encode, encoding)
     how = f"{data.partition.model_dump_json(exclude={'seed'})} {data.client_test_share}"
     owners = _fingerprint(*train.owners) if train.owners else ""
     of_rows = None if train.persons is None else people.numbered(train.persons)
@@ -187,7 +191,7 @@ def prepare(
             (to / _NAMES).write_text(json.dumps([train.owners[part[0]] for part in parts]), encoding="utf-8")
 
     key = _fingerprint(_FORMAT, _NAMES if owners else "", how, owners, str(num_clients), str(seed), *_who(of_rows))
-    return _opened(folder, cached(folder.with_name(f"{folder.name}-{key}"), write))
+    return _opened(folder, cached(folder.with_name(f"{folder.name}-{key}"), write), {**inputs, "clients": key})
 
 
 def hold(
@@ -224,7 +228,7 @@ def hold(
     """
     for rows in (train, validation):
         check_labels("data", rows, labels, f"there are labels beside the run's own {list(labels)}")
-    folder = _tokenised(data, task, train, test, validation, labels, encode, encoding)
+    folder, inputs = _tokenised(data, task, train, test, validation, labels, encode, encoding)
     parts = [np.arange(len(train.texts) if c == client else 0) for c in range(num_clients)]
     of_rows = None if train.persons is None else people.numbered(train.persons)
 
@@ -234,12 +238,12 @@ def hold(
     told = seed.hex() if isinstance(seed, bytes) else str(seed)
     more = _who(of_rows)
     key = _fingerprint(_FORMAT, "held", str(data.client_test_share), str(client), str(num_clients), told, *more)
-    return _opened(folder, cached(folder.with_name(f"{folder.name}-{key}"), write))
+    return _opened(folder, cached(folder.with_name(f"{folder.name}-{key}"), write), {**inputs, "clients": key})
 
 
-def _opened(folder: Path, partition_folder: Path) -> Dataset:
+def _opened(folder: Path, partition_folder: Path, inputs: Mapping[str, str]) -> Dataset:
     """As `Dataset.open`; says how many rows hold nothing that a model could read."""
-    found = Dataset.open(folder, partition_folder)
+    found = replace(Dataset.open(folder, partition_folder), inputs=inputs)
     if found.empty:
         logger.warning(
             "the tokenizer makes nothing of %s: read as the token that stands for an empty text",
@@ -257,11 +261,13 @@ def _tokenised(
     names: Sequence[str],
     encode: Encode,
     encoding: str,
-) -> Path:
+) -> tuple[Path, dict[str, str]]:
+    """The folder of the encoded rows, and fingerprints of what they were made of."""
     parts = {"train": train, "test": test} | ({"validation": validation} if validation.texts else {})
-    contents = map(content, parts.values())
-    key = _fingerprint(_FORMAT, task, encoding, str(data.max_length), *contents, *names)
-    return cached(cache_folder() / "tokens" / key, lambda to: _write(to, parts, names, encode))
+    contents = {part: content(rows) for part, rows in parts.items()}
+    key = _fingerprint(_FORMAT, task, encoding, str(data.max_length), *contents.values(), *names)
+    made = cached(cache_folder() / "tokens" / key, lambda to: _write(to, parts, names, encode))
+    return made, {**contents, "labels": _fingerprint(*names), "tokenizer": encoding}
 
 
 def _write(folder: Path, parts: Mapping[str, Rows], names: Sequence[str], encode: Encode) -> None:

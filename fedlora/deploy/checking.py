@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import plugins
-from fedlora.data import names, notes, overview, reading
+from fedlora.data import names, notes, overview, reading, suggested
 from fedlora.data.cells import Taught
 from fedlora.deploy import site as sites
 from fedlora.deploy.site import FLOOR, Site
@@ -24,7 +24,7 @@ from fedlora.privacy import accounting, ledger
 from fedlora.privacy.ledger import Own
 from fedlora.reports.tables import Table
 from fedlora.returned import finite
-from fedlora.scenario import COLUMNS_OF
+from fedlora.scenario import COLUMNS_OF, templates
 from fedlora.tasks import located
 
 _LABELS = 12  # in a table for people
@@ -386,6 +386,8 @@ def _notes(site: Site, told: Understood | None, free: int, folder: str) -> Itera
             f"privacy.person: {counted(told.rows, 'row')} are of {counted(told.persons, 'person')}: does the "
             "column say which person a row is of?"
         )
+    if site.privacy is not None and site.privacy.person is None:
+        yield from suggested.of_file(held, held.encoding, (held.messages, *templates.columns(held.prompt or "")))
     if told is not None:
         yield from names.alike(held.labels or ())
         if told.nearly:

@@ -104,7 +104,8 @@ def _forget(arguments: argparse.Namespace) -> int:
 def _page(arguments: argparse.Namespace) -> int:
     from fedlora.deploy.statement import report
 
-    print(report(Path(arguments.site), Path(arguments.out) if arguments.out else None))
+    made = report(Path(arguments.site), Path(arguments.out) if arguments.out else None)
+    print(made or "nothing was asked of this site yet, and no page was written: name one by --out")
     return 0
 
 

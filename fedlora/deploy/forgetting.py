@@ -30,7 +30,9 @@ def forget(file: Path, key: str) -> int:
     site = load(file)
     state = State(site.folder)
     if not RUN.fullmatch(key) or not state.of_run(key).is_dir():
-        raise UserError(f"{site.folder / 'runs'}: holds no run {key!r}: {suggestion(key, state.runs())}")
+        held_here = state.runs()
+        what = suggestion(key, held_here) if held_here else "it holds none, and nothing is to be forgotten"
+        raise UserError(f"{site.folder / 'runs'}: holds no run {key!r}: {what}")
     held = lock.hold(site.folder / "lock")
     try:
         removed = state.forget(key)

@@ -54,8 +54,8 @@ class Ran:
     said: str
 
 
-def report(file: Path, out: Path | None = None) -> Path:
-    """Write the page of a site; gives its file.
+def report(file: Path, out: Path | None = None) -> Path | None:
+    """Write the page of a site; gives its file, or None where nothing was asked of it and no file is named.
 
     Args:
         file: the site's YAML file.
@@ -66,7 +66,7 @@ def report(file: Path, out: Path | None = None) -> Path:
     """
     made, site = html(file), load(file)
     if out is None and not site.folder.is_dir():
-        raise UserError(f"{site.folder}: no such folder: nothing was asked of this site yet; name a page by --out")
+        return None
     page.save(made, place := out or site.folder / NAME)
     return place
 

@@ -27,7 +27,7 @@ from fedlora import strategy as strategies
 from fedlora import suitability
 from fedlora.deploy import signing
 from fedlora.deploy.report import Follower
-from fedlora.errors import RoundError, SettingError, UserError
+from fedlora.errors import RoundError, SettingError, UserError, suggestion
 from fedlora.privacy.noise import fresh_key
 from fedlora.reports.console import Display
 from fedlora.rounds.checkpoint import whole_folder
@@ -181,7 +181,8 @@ def _start(app: Path, superlink: str) -> str:
     done = _flwr("run", str(app), superlink, "--format", "json")
     told = _json(done.stdout)
     if done.returncode or not told.get("run-id"):
-        raise UserError(f"--superlink {superlink}: {_reason(told, done)}{_certificate(superlink)}")
+        why = _unknown(superlink) or f"{_reason(told, done)}{_certificate(superlink)}"
+        raise UserError(f"--superlink {superlink}: {why}")
     return str(told["run-id"])
 
 
@@ -224,11 +225,32 @@ def _reason(told: dict[str, Any], done: "subprocess.CompletedProcess[str]") -> s
     return " ".join(line.strip() for line in text.splitlines() if line.strip())[:500]
 
 
+def _connections() -> Path:
+    """Flower's file of connections."""
+    return Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"
+
+
+def _unknown(superlink: str) -> str:
+    """What to write where Flower has no connection of that name; empty if it has one."""
+    file = _connections()
+    try:
+        held = tomllib.loads(file.read_text(encoding="utf-8")).get("superlink", {})
+    except (OSError, ValueError):
+        held = {}
+    if superlink in held:
+        return ""
+    named = [name for name, told in held.items() if isinstance(told, dict)]
+    more = f" ({suggestion(superlink, named)})" if named else ""
+    return (
+        f"{file} has no connection of that name{more}: write [superlink.{superlink}] there, and below it "
+        'address = "HOST:8000" and root-certificates = "/path/to/ca.crt", each on a line of its own'
+    )
+
+
 def _certificate(superlink: str) -> str:
     """What is wrong with the certificate that a SuperLink shows, as Flower does not say; empty if nothing is."""
-    home = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")
     try:
-        told = tomllib.loads((home / "config.toml").read_text())["superlink"][superlink]
+        told = tomllib.loads(_connections().read_text())["superlink"][superlink]
         host, _, port = str(told["address"]).rpartition(":")
         context = ssl.create_default_context(cafile=told["root-certificates"])
         with (

@@ -20,8 +20,8 @@ _SHORT = 30  # characters of a folder that has room for a session's sockets, of 
 SILENCE = 15.0  # seconds for which a cluster's head may not answer; Ray itself ends this process after 60
 
 LAST_WORDS = (
-    "fedlora: the run's process ended without a word, as it does where all of Ray dies on its machine; what was "
-    "finished is saved: go on with --resume"
+    "fedlora: the run's process was killed, by SIGKILL or for want of memory, or Ray died on its machine; its "
+    "workers end with it. What was finished is saved: go on with --resume"
 )
 
 

@@ -1,12 +1,15 @@
 """The card beside a run's adapter: what it is, what it was promised, how to load it."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlora import plugins
 from fedlora.prepare import Prepared
 from fedlora.scenario import Scenario
+from fedlora.suitability import name_of_kind
 from fedlora.tasks.contract import Task, find
 from fedlora.tasks.located import named_elsewhere
 
@@ -27,17 +30,22 @@ def write(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:
     elif ready.strategy.personal:
         judged = "the examples that clients hold out, by clients' own models; this adapter is what they share"
     kept = f"; it is of round {summary['best_round']}, the best" if "best_round" in summary else ""
+    local = Path(base).is_dir()
+    named = "" if local else f"base_model: {base}\n"  # on the Hub it links there, and a folder is of one machine
+    whose = "a model of a folder where it was trained" if local else f"`{base}`"
     (folder / "adapter" / "README.md").write_text(
         f"""---
-base_model: {base}
-library_name: peft
+{named}library_name: peft
 tags: [lora, federated-learning, differential-privacy, fedlora]
 ---
 # {scenario.name}
 
-A LoRA adapter (r = {config["r"]}, alpha = {config["lora_alpha"]:g}) for `{base}`, fine-tuned
+A LoRA adapter (r = {config["r"]}, alpha = {config["lora_alpha"]:g}) for {whose}, fine-tuned
 by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["rounds"]} rounds{kept}.
 
+- for: task `{scenario.task}`, {_aim(scenario)}
+- kind of adapter: {_kind(name_of_kind(ready.strategy, scenario.model.adapter.kind))}
+- reads: {_reads(task, scenario)}
 - {metric} on {judged}: {"not measured" if value is None else f"{value:.4f}"}
 - labels: {", ".join(labels) or "none"}{_read_as(scenario, summary)}
 - sent by clients: {sent}
@@ -48,9 +56,46 @@ by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["
 {_in_peft(task, base, labels)}
 ```
 
-With fedlora, the tokenizer too: `model, tokenizer = fedlora.load_adapter("adapter")`.
+With fedlora, the {_reader(task)} too: `model, reader = fedlora.load_adapter("adapter")`.
+
+Without a network: {_offline(scenario.model.base, base)}
 """,
         encoding="utf-8",
+    )
+
+
+def _aim(scenario: Scenario) -> str:
+    """What is learnt, in the words of its task."""
+    if ":" in scenario.task:
+        return "which is code of its own"
+    said = re.split("[:;]", plugins.summary("tasks", scenario.task))[0]
+    return f"{said[0].lower()}{said[1:]}"
+
+
+def _kind(kind: str) -> str:
+    """How the change of the weights was trained, and how it is written here."""
+    return "`lora`" if kind == "lora" else f"`{kind}`, written here as a LoRA that changes the weights alike"
+
+
+def _reads(task: type[Task], scenario: Scenario) -> str:
+    if not task.tokens:
+        return "images, by the base's own image processor"
+    return f"texts, by the base's own tokenizer, of {scenario.data.max_length} tokens at most"
+
+
+def _reader(task: type[Task]) -> str:
+    return "tokenizer" if task.tokens else "image processor"
+
+
+def _offline(base: str, elsewhere: str) -> str:
+    """How to load it where nothing can be fetched."""
+    if Path(base).is_dir():
+        return "copy the folder of the base beside it, and write its path above."
+    if base == elsewhere:
+        return f'`hf download {base} --local-dir base` fetches the base before; then write "base" above.'
+    return (
+        f"fedlora finds the base where `pip install 'fedlora[demo]'` has put it (`{base}`). In plain peft write "
+        f"the path of a copy above; `hf download {elsewhere} --local-dir base` fetches one before."
     )
 
 

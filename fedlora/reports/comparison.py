@@ -1,83 +1,28 @@
 """`fedlora compare`: runs side by side, those that differ by their seed alone taken together."""
 
 import json
-import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from importlib.metadata import version
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from fedlora.errors import UserError, counted
 from fedlora.record import Record
 from fedlora.reports import charts, paper
-from fedlora.reports.baselines import Measured, ends, kind_of, of, sentences
-from fedlora.reports.charts import Figure, Row
+from fedlora.reports.baselines import Measured, ends, of, sentences
+from fedlora.reports.charts import Figure
+from fedlora.reports.groups import Group, curve
 from fedlora.reports.labels import labels_of
 from fedlora.reports.page import Page, save
 from fedlora.reports.significance import FEW, Test, front, p_value
 from fedlora.reports.tables import Table, spread
+from fedlora.reports.verdicts import AGAIN
 
 ALIKE = 0.01  # share by which epsilons may differ and count as equal
 PARETO = "Pareto front"  # a column
 _NONE = "-"
-
-
-@dataclass
-class Group:
-    """Runs of one configuration, one for each seed.
-
-    Attributes:
-        label: what sets it apart from the other groups.
-        runs: in the order in which they were named.
-    """
-
-    label: str
-    runs: list[Record] = field(default_factory=list)
-
-    def final(self, name: str | None = None) -> list[float]:
-        """The last measured metric of each run that has one; by default the one that the run is judged by."""
-        return [v for run in self.runs if (v := run.measured(name or run.metric)) is not None]
-
-    @property
-    def by_seed(self) -> dict[Any, float]:
-        """The same by seed."""
-        return {run.scenario.get("seed"): v for run in self.runs if (v := final(run)) is not None}
-
-    @property
-    def baseline(self) -> str | None:
-        """The kind of baseline that it is; None if it is none."""
-        return kind_of(self.runs[0])
-
-    @property
-    def mean(self) -> float | None:
-        """The mean of `final`."""
-        return statistics.fmean(values) if (values := self.final()) else None
-
-    def edge(self, side: int) -> float:
-        """One end of the bar around the mean: a sample standard deviation over seeds below (-1) or above (+1)."""
-        values = self.final()
-        return statistics.fmean(values) + side * (statistics.stdev(values) if len(values) > 1 else 0.0)
-
-    def total(self, key: str) -> float:
-        """The mean over runs of a figure summed over rounds."""
-        return statistics.fmean(sum(line.get(key) or 0 for line in run.rounds) for run in self.runs)
-
-    @property
-    def hours(self) -> float | None:
-        """The mean over runs of the virtual hours that the simulated devices took; None without a world."""
-        ends = [run.rounds[-1].get("virtual_seconds") for run in self.runs if run.rounds]
-        known = [end / 3600 for end in ends if end is not None]
-        return statistics.fmean(known) if known else None
-
-    @property
-    def epsilon(self) -> float | None:
-        """The largest that any of its runs spent."""
-        spent = [line["epsilon"] for run in self.runs for line in run.rounds if line.get("epsilon") is not None]
-        return max(spent, default=None)
 
 
 class Comparison:
@@ -103,21 +48,44 @@ class Comparison:
         kept: list[Record] = []
         others: list[Record] = []
         for run in unique:
-            self.notes += [f"{run.folder.name}: {said}" for said in run.remarks()]
             other = run.metric != self.metric or _judged_by(run) != _judged_by(unique[0])
-            if other:
-                self.notes.append(f"{run.folder.name}: measured on other data or by another metric; not compared.")
             (others if other or not run.ended else kept).append(run)
-        if len(units := sorted({run.protects for run in unique if run.protects is not None})) > 1:
-            said = " and ".join(
-                f"for each {one} in {'others' if i else 'some runs'}" for i, one in enumerate(units)
-            )
-            these = "the two" if len(units) == 2 else "them"
-            self.notes.append(f"epsilon is {said}: do not compare {these}.")
         labels = labels_of(unique)
         self.groups, self.apart = self._grouped(kept, labels), self._grouped(others, labels)
         if names is not None:
             self._call(names)
+        self.notes = [*self._remarks(unique, named=names is not None), *self.notes]
+
+    def _remarks(self, runs: Sequence[Record], named: bool) -> Iterator[str]:
+        """What a reader has to know of the runs, a sentence each, and what holds for several of them once.
+
+        Args:
+            runs: each once.
+            named: whether the configurations were given names, which are said in the place of folders.
+        """
+        called = {run.folder: run.folder.name for run in runs}
+        for group in (*self.groups, *self.apart) if named else ():
+            for run in group.runs:
+                seed = f", seed {run.scenario.get('seed')}" if len(group.runs) > 1 else ""
+                called[run.folder] = f"{group.label}{seed}"
+        first = runs[0]
+        for run in runs:
+            yield from (f"{called[run.folder]}: {said}" for said in run.remarks(again=False))
+            if run.metric != self.metric or _judged_by(run) != _judged_by(first):
+                yield f"{called[run.folder]}: measured on other data or by another metric; not compared."
+        if any(run.protects is not None and run.verdicts() for run in runs):
+            yield f"{AGAIN}."
+        if len(self.units) > 1:
+            said = " and ".join(
+                f"for each {one} in {'others' if i else 'some runs'}" for i, one in enumerate(self.units)
+            )
+            these = "the two" if len(self.units) == 2 else "them"
+            yield f"epsilon is {said}: do not compare {these}."
+
+    @cached_property
+    def units(self) -> list[str]:
+        """Whom the epsilons are for, each once."""
+        return sorted({g.unit for g in (*self.groups, *self.apart) if g.unit is not None})
 
     def _grouped(self, runs: Sequence[Record], labels: Mapping[Path, str]) -> list[Group]:
         """Groups in the order in which they are first named; of runs of one seed the first."""
@@ -162,9 +130,17 @@ class Comparison:
 
     @cached_property
     def front(self) -> set[str]:
-        """Labels of the groups but baselines that no other beats in metric, bytes and epsilon at once."""
+        """Labels of the groups but baselines that no other beats in metric, bytes and epsilon at once.
+
+        Epsilons of two units are not compared: a group with privacy is beaten by its own unit alone.
+        """
         racing = [g for g in self.groups if g.mean is not None and g.baseline is None]
-        return front({g.label: self._costs(g, "epsilon", "bytes") for g in racing})
+        beaten: set[str] = set()
+        units: list[str | None] = [*self.units]
+        for unit in units or [None]:
+            costs = {g.label: self._costs(g, "epsilon", "bytes") for g in racing if g.unit in (unit, None)}
+            beaten |= costs.keys() - front(costs)
+        return {g.label for g in racing} - beaten
 
     @cached_property
     def sentences(self) -> list[str]:
@@ -183,14 +159,18 @@ class Comparison:
         assert group.mean is not None
         spent = {
             "bytes": group.total("bytes_up") + group.total("bytes_down"),
-            "epsilon": self._rounded(group.epsilon),
+            "epsilon": self._rounded(group),
         }
         return (-group.mean if self.higher_is_better else group.mean, *(spent[key] for key in what))
 
-    def _rounded(self, epsilon: float | None) -> float:
-        """The least epsilon of the groups that it is within a per cent of; infinite without one."""
-        known = sorted(g.epsilon for g in (*self.groups, *self.apart) if g.epsilon is not None)
-        return float("inf") if epsilon is None else next(e for e in known if epsilon <= e * (1 + ALIKE))
+    def _rounded(self, group: Group) -> float:
+        """The least epsilon of groups of one unit that it is within a per cent of; infinite without one."""
+        if (spent := group.epsilon) is None:
+            return float("inf")
+        same = (g for g in (*self.groups, *self.apart) if g.unit == group.unit)
+        return next(
+            e for e in sorted(g.epsilon for g in same if g.epsilon is not None) if spent <= e * (1 + ALIKE)
+        )
 
     def table(self) -> Table:
         """A row for each group."""
@@ -198,6 +178,11 @@ class Comparison:
         rows = [self._row(group) for group in self.groups]
         rows += [[f"({row[0]})", *row[1:]] for row in map(self._row, self.apart)]
         made = Table((*head, PARETO, *self.others), rows, frozenset({0}))
+        if len(self.units) > 1:
+            at = head.index("epsilon") + 1
+            words = [group.unit or _NONE for group in (*self.groups, *self.apart)]
+            rows = [[*row[:at], word, *row[at:]] for row, word in zip(rows, words, strict=True)]
+            made = Table((*made.head[:at], "unit", *made.head[at:]), rows, frozenset({0, at}))
         hours = [group.hours for group in (*self.groups, *self.apart)]
         if any(hours):
             cells = [_NONE if h is None else f"{h:.2f}" for h in hours]
@@ -241,6 +226,8 @@ class Comparison:
             f"{PARETO}: no other is as good in {self.metric}, megabytes and epsilon at once; epsilons within "
             "1 % count as equal.",
         ]
+        if len(self.units) > 1:
+            said.append("unit: whom epsilon is for; the Pareto front of each unit is of its own.")
         if any(g.baseline for g in self.groups):
             said.append("pooled, pooled_private and alone are baselines, and stay out of the Pareto front.")
         if few and len(self.groups) > 1:
@@ -251,7 +238,7 @@ class Comparison:
         """Curves over rounds and megabytes, and the metric against each cost."""
         found = []
         metric = self.metric
-        if rows := [row for g in self.groups for row in _curve(g, metric)]:
+        if rows := [row for g in self.groups for row in curve(g, metric)]:
             many = any(len(g.runs) > 1 for g in self.groups)
             note = "Mean over n seeds; the band is one standard deviation." if many else "One seed each."
             rows = [{**row, "run": self._seeds(str(row["run"]))} for row in rows]
@@ -271,10 +258,14 @@ class Comparison:
                 )
                 found.append(Figure(f"{metric.capitalize()} by {x.removesuffix('s')}", note, chart))
         measured = [g for g in self.groups if g.mean is not None and g.baseline is None]
-        for cost, title in (("bytes", "megabytes, up and down"), ("epsilon", "epsilon")):
-            known = [g for g in measured if cost == "bytes" or g.epsilon is not None]
+        spent: dict[str, list[Group]] = {}  # groups by what their axis is called: each unit has its own
+        for g in measured:
+            if g.epsilon is not None:
+                spent.setdefault("epsilon" + (f" for each {g.unit}" if g.unit else ""), []).append(g)
+        for title, known in (("megabytes, up and down", measured), *spent.items()):
             if len(known) < 2:
                 continue
+            cost = "epsilon" if title in spent else "bytes"
             costs = {g.label: self._costs(g, cost) for g in known}
             best = front(costs)
             x = "megabytes" if cost == "bytes" else cost
@@ -294,7 +285,8 @@ class Comparison:
                 "line joins those that none beats in both, the Pareto front."
             )
             chart = charts.points(points, (x, title), (metric, metric), "run", front=PARETO)
-            found.append(Figure(f"{metric.capitalize()} against {x}", note, chart))
+            against = title if cost == "epsilon" and len(self.units) > 1 else x
+            found.append(Figure(f"{metric.capitalize()} against {against}", note, chart))
         return found
 
     def _seeds(self, label: str) -> str:
@@ -328,44 +320,11 @@ class Comparison:
         return page.render(f"Page by fedlora {version('fedlora')}.")
 
 
-def final(run: Record) -> float | None:
-    """The last measured metric of a run, or that of the round that it kept."""
-    return run.measured(run.metric)
-
-
 def _judged_by(run: Record) -> tuple[Any, ...]:
     """What has to be the same for two metrics to be comparable."""
     data = run.scenario.get("data") or {}
     source = {key: data.get(key) for key in ("dataset", "hub", "files", "test_share", "validation_share")}
     return run.scenario.get("task"), json.dumps(source, sort_keys=True, default=str)
-
-
-def _curve(group: Group, metric: str) -> Iterator[Row]:
-    """Mean and spread of the metric over runs, in the rounds that all of them measured."""
-    measured: dict[int, list[tuple[float, float, float | None]]] = {}
-    for run in group.runs:
-        sent = accumulate(line.get("bytes_up", 0) + line.get("bytes_down", 0) for line in run.rounds)
-        for line, total in zip(run.rounds, sent, strict=True):
-            if line.get(metric) is not None:
-                measured.setdefault(line["round"], []).append(
-                    (total / 1e6, line[metric], line.get("virtual_seconds"))
-                )
-    for round, found in sorted(measured.items()):
-        if len(found) == len(group.runs):
-            mean = statistics.fmean(value for _, value, _ in found)
-            around = statistics.stdev(value for _, value, _ in found) if len(found) > 1 else 0.0
-            guesses = [run.majority for run in group.runs if run.majority is not None]
-            clocks = [clock / 3600 for _, _, clock in found if clock is not None]
-            yield {
-                "run": group.label,
-                "round": round,
-                "megabytes": statistics.fmean(total for total, _, _ in found),
-                **({"hours": statistics.fmean(clocks)} if len(clocks) == len(found) else {}),
-                metric: mean,
-                "low": mean - around,
-                "high": mean + around,
-                **({charts.MAJORITY: guesses[0]} if guesses else {}),
-            }
 
 
 def compare(

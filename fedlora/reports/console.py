@@ -183,11 +183,16 @@ class Live:
             self._bar.update(self._task, completed=finished)
 
     def time_line(self) -> str:
-        """Where the time went so far: before the rounds, in them, and after the last."""
+        """Where the time went so far: before the rounds, in them, and after the last.
+
+        `seconds` of `summary.json` is of the rounds, of those before a resume too, without what they write.
+        """
         now = time.monotonic()
         began, ended = self._began or now, self._ended or now
-        parts = {"start": began - self._started, "rounds": ended - began, "end": now - ended}
-        told = ", ".join(f"{name} {span(seconds)}" for name, seconds in parts.items())
+        told = (
+            f"start {span(began - self._started)} (rows, noise, model), rounds {span(ended - began)}, "
+            f"end {span(now - ended)} (adapter, card)"
+        )
         return f"  time     {span(now - self._started)} in all: {told}"
 
     def _row(self, cells: Sequence[str]) -> str:
@@ -271,6 +276,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
             f"  estimate  {span(plan['seconds'])} for the rounds on this machine, {plan['workers']} training at "
             f"once with {size(plan['memory_bytes'])} of memory each; from a few steps just taken"
         )
+        lines.append("            the start (rows, noise, model) and the end (adapter, card) come on top")
     if plan["frozen_bytes"] is not None:
         lines.append(
             f"  disk      {size(plan['frozen_bytes'])} of what the frozen layers make of the examples, once"
@@ -285,9 +291,10 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         lines += Table(("round", "largest", "median"), rows, frozenset()).text()
     banded = "bands" in plan["groups"][0]
     if private and banded and max(g["bands"] for g in plan["groups"]) > 1:
+        one = "row" if what == "example" else what
         lines.append(
-            "  under privacy.bands a row has a turn once in as many steps as there are bands, and a turn is paid "
-            "whole at its first step: epsilon rises by turns, not by rounds"
+            f"  under privacy.bands a {one} has a turn once in as many steps as there are bands, and a turn is "
+            "paid whole at its first step: epsilon rises by turns, not by rounds"
         )
     if private and "epsilon" in plan["groups"][0]:
         groups = [plan["groups"][i] for i in _spread(len(plan["groups"]), 12)]
@@ -330,7 +337,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     ]
     lines += Table(("kind", "up", "trained", reached), rows).text()
     lines += [f"  {k['kind']}: {k['problem']}" for k in plan["kinds"] if "problem" in k]
-    lines += advice_lines(plan["advice"]) if plan["advice"] else []
+    lines += advice_lines(plan["advice"], what) if plan["advice"] else []
     return lines + [line for text in plan["warnings"] for line in ("", f"warning: {text}")]
 
 
@@ -338,8 +345,8 @@ def _or_dash(value: Any, write: Callable[[Any], str]) -> str:
     return "-" if value is None else write(value)
 
 
-def advice_lines(advice: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What `fedlora plan --advise` prints."""
+def advice_lines(advice: Sequence[Mapping[str, Any]], what: str) -> list[str]:
+    """What `fedlora plan --advise` prints; `what` is sampled, such as `example`."""
     banded = any(line["bands"] > 1 for line in advice)
     rows = [
         [
@@ -361,7 +368,7 @@ def advice_lines(advice: Sequence[Mapping[str, Any]]) -> list[str]:
     noise = ("noise", "bands") if banded else ("noise",)
     head = ("ratio", "batch", "steps", "rounds", "layers", "r", "trained", *noise, "bytes", "time", "")
     best, now = advice[0], next(line for line in advice if not line["set"])
-    told = ["", "signal over noise of the whole run, at the same examples and epsilon, by arithmetic alone"]
+    told = ["", f"signal over noise of the whole run, at the same {what}s and epsilon, by arithmetic alone"]
     told += [*Table(head, rows, frozenset({4, len(head) - 1})).text(), ""]
     if not best["set"]:
         return [*told, "as it is, it has the best ratio of these"]

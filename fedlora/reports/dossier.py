@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fedlora import plugins
 from fedlora import scenario as scenarios
 from fedlora.errors import UserError
 from fedlora.record import Record
@@ -77,6 +78,11 @@ def _example(told: Told) -> Told | None:
     return (asked or None) if asked.get("unit", "example") == "example" else asked.get("example")
 
 
+def _own(told: Told) -> str:
+    """Whom that guarantee is for: row or person."""
+    return "person" if (_example(told) or {}).get("person") else "row"
+
+
 def _unit(told: Told) -> str:
     """Whom epsilon is for: row, person or client; empty where there is none."""
     asked = told.get("privacy")
@@ -107,7 +113,7 @@ def _leaves(told: Told) -> Table:
         "": "nothing",
     }[_unit(told)]
     if _unit(told) == "client" and _example(told):
-        noise = f"each row's part is clipped and noised before it leaves; {noise}"
+        noise = f"each {_own(told)}'s part is clipped and noised before it leaves; {noise}"
     masked = told.get("secure_aggregation")
     if _unit(told) == "person" and (most := told["privacy"].get("rows_per_person")):
         noise += f"; a step takes {most} rows of a person at most"
@@ -115,7 +121,7 @@ def _leaves(told: Told) -> Table:
         noise += "; masks: the server learns the sum of at least three clients and no single update"
     heads = "" if told["model"].get("head") == "frozen" else " and its output layer"
     rows = [[f"the change of a small adapter{heads}", "in each round that it takes part in", noise]]
-    held = "persons" if _unit(told) == "person" else "rows"
+    held = f"{_own(told)}s"
     rows.append([f"how many {held} it holds", "when it joins", "nothing: the number counts as public"])
     if (told.get("privacy") or {}).get("share_metrics"):
         rows.append(["its training loss and number of rows", "in each round", "nothing"])
@@ -132,7 +138,7 @@ def _seen(told: Told) -> Table:
     unit, masked = _unit(told), told.get("secure_aggregation") is not None
     single = f"bounded by epsilon, for each {unit}" if _example(told) and unit != "client" else ""
     if unit == "client":
-        single = "bounded by the example's own epsilon" if _example(told) else ""
+        single = f"bounded by an epsilon for each {_own(told)}" if _example(told) else ""
     update = "sums of several clients, masked" if masked else "every update by itself"
     open_ = "nothing bounds what it can learn"
     shared = masked and told["secure_aggregation"].get("noise") == "shared"
@@ -234,13 +240,21 @@ def _kept(told: Told) -> Table:
     return Table(("what", "where", "how long"), rows, left=frozenset({0, 1, 2}))
 
 
+def _kind(told: Told) -> str:
+    """The kind of adapter; what a strategy of one's own takes for auto is not asked: it is a program."""
+    kind, use = str(told["model"]["adapter"].get("kind", "lora")), str(told["strategy"]["use"])
+    return (
+        plugins.find("strategies", use).builds if kind == "auto" and use in plugins.names("strategies") else kind
+    )
+
+
 def _model(told: Told, run: Record | None) -> Iterator[str]:
     adapter = told["model"]["adapter"]
     where = "in all layers named below" if adapter.get("layers") is None else f"in layers {adapter['layers']}"
     targets = ", ".join(adapter["targets"]) if not isinstance(adapter["targets"], str) else adapter["targets"]
     yield (
         f"The base is {told['model']['base']}; it stays as it is. An adapter of kind "
-        f"{adapter.get('kind', 'lora')} and rank {adapter['r']} is trained {where} ({targets}). The task is "
+        f"{_kind(told)} and rank {adapter['r']} is trained {where} ({targets}). The task is "
         f"{told.get('task', 'classification')}, the method {told['strategy']['use']}, in {told['rounds']} rounds."
     )
     if run is None or not run.summary:

@@ -115,7 +115,8 @@ def spoken(name: str) -> str:
 
 def _privacy(run: Record) -> Sequence[Figure]:
     whole = run.protects == "client"
-    own = "person" if ((run.scenario.get("privacy") or {}).get("example") or {}).get("person") else "example"
+    asked = run.scenario.get("privacy") or {}
+    own = "person" if (asked.get("example") or asked).get("person") else "example"
     stated: list[Row] = []
     if whole or not run.clients:
         stated = [
@@ -147,7 +148,7 @@ def _privacy(run: Record) -> Sequence[Figure]:
         chart_each = heat(
             each, ("round", "round"), ("client", "client"), ("epsilon", "epsilon"), height=tall(len(drawn))
         )
-        note = f"Spent so far on the examples of each client.{_thinning(len(drawn), total)}"
+        note = f"Spent so far on the {own}s of each client.{_thinning(len(drawn), total)}"
         found.append(Figure("Epsilon of each client", note, chart_each))
     return found
 

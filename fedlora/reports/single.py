@@ -144,7 +144,9 @@ def _privacy(run: Record) -> Iterator[str]:
     words = run.summary.get("privacy")
     if words is None and run.scenario.get("privacy"):
         known = (
-            "what the site's examples lost in it" if run.at_site else "the run has not ended; what it spent so far"
+            f"what the site's {run.protects}s lost in it"
+            if run.at_site
+            else "the run has not ended; what it spent so far"
         )
         words = f"{known} is below"
     words = str(words or "none: no gradient was clipped or noised")
@@ -154,17 +156,19 @@ def _privacy(run: Record) -> Iterator[str]:
 
 
 def _clients(run: Record) -> Iterator[str]:
-    held = [c["num_examples"] for c in run.partitions.get("clients", [])]
+    holders = run.partitions.get("clients", [])
+    held, persons = ([c[f"num_{what}"] for c in holders if f"num_{what}" in c] for what in ("examples", "persons"))
     asked = run.scenario.get("clients", {})
     if held:
+        of = f" of {min(persons):,} to {max(persons):,} persons" if persons else ""
         yield (
-            f"<p>{len(held)} clients hold {sum(held):,} examples, from {min(held):,} to {max(held):,} each; "
+            f"<p>{len(held)} clients hold {sum(held):,} examples, from {min(held):,} to {max(held):,} each{of}; "
             f"{asked.get('per_round') or len(held)} take part in a round.</p>"
         )
     private = run.scenario.get("privacy") and not run.scenario["privacy"].get("share_metrics")
     if private:
         yield (
-            "<p>Losses and accuracies of single clients are not shown: they are computed from private examples "
+            "<p>Losses and accuracies of single clients are not shown: they are computed from private rows "
             "and stayed with the clients. <code>privacy.share_metrics</code> would let them out, and epsilon does "
             "not cover them.</p>"
         )

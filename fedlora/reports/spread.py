@@ -45,13 +45,16 @@ def names_of(run: Record) -> dict[int, str]:
 
 
 def named_clients(run: Record) -> Iterator[str]:
-    """Which client is which value of a natural column, and how many examples it holds."""
+    """Which client is which value of a natural column, and how many examples, and persons, it holds."""
     holders = run.partitions.get("clients") or []
     if called := names_of(run):
         held = [h for h in holders if h["client"] in called][:_NAMED]
-        rows = [[str(h["client"]), cut(called[h["client"]]), f"{h['num_examples']:,}"] for h in held]
+        whom = [word for word in ("examples", "persons") if all(f"num_{word}" in h for h in held)]
+        rows = [
+            [str(h["client"]), cut(called[h["client"]]), *(f"{h[f'num_{word}']:,}" for word in whom)] for h in held
+        ]
         more = f", the first {_NAMED} of {len(called)}" if len(called) > _NAMED else ""
-        table = Table(("client", "name", "examples"), rows, frozenset({1})).html(f"Clients by name{more}")
+        table = Table(("client", "name", *whom), rows, frozenset({1})).html(f"Clients by name{more}")
         yield f"<h3>Clients by name</h3>{scrolled(table, 'Clients by name')}"
 
 

@@ -23,7 +23,15 @@ from fedlora.strategy import Strategy
 
 ORIGIN = "origin.json"  # what it began with, of which only fingerprints are kept
 TEST = "test.json"  # which label the test rows of each were taken for (`fedlora.metrics.confusion`)
-_BEGUN = ("data", "start")
+_BEGUN = ("data", "inputs", "base", "saved", "start")
+_WORDS = {  # what a run may have begun with, by `fedlora.data.store.INPUTS`
+    "train": "other training rows",
+    "test": "other test rows",
+    "validation": "other validation rows",
+    "labels": "other labels",
+    "tokenizer": "another tokenizer",
+    "clients": "rows dealt to clients in another way",
+}
 SHOWN = 1000  # clients in `partitions.json`, at most
 
 logger = logging.getLogger(__name__)
@@ -46,6 +54,27 @@ def check(folder: Path, scenario: Scenario, resume: bool) -> None:
     if not file.exists():
         raise UserError(f"{folder}: holds no run to resume")
     same_run(folder, scenarios.written(folder).model_dump(mode="json"), scenario.model_dump(mode="json"))
+
+
+def ended(folder: Path, scenario: Scenario) -> int | None:
+    """The round after which a run has ended; None where a scenario has rounds left, or files are still to write.
+
+    Args:
+        folder: of a run that the scenario may go on with.
+        scenario: with the rounds and the patience that are asked for now.
+    """
+    summary = folder / "summary.json"
+    written = (folder / "adapter" / name for name in ("adapter_model.safetensors", "fedlora.json", "README.md"))
+    try:
+        told = json.loads(summary.read_bytes())
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        done, last = int(told["rounds"]), int(json.loads(lines[-1])["round"])
+        before = scenarios.written(folder)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+    early = "ended" in told and (before.stop, before.rounds) == (scenario.stop, scenario.rounds)
+    whole = "stopped" not in told and last == done and all(file.is_file() for file in written)
+    return done if whole and (early or done == scenario.rounds) else None
 
 
 def same_run(folder: Path, before: Any, after: Any) -> None:
@@ -100,6 +129,7 @@ def partitions(data: Dataset) -> dict[str, Any]:
                 "client": c,
                 **({"name": data.names[c]} if data.names else {}),
                 "num_examples": data.num_examples(c),
+                **({} if data.persons is None else {"num_persons": data.units(c)}),
                 "labels": data.histogram(c).tolist(),
             }
             for c in shown
@@ -150,8 +180,22 @@ def restore(
     return now, record
 
 
+def check_beginning(folder: Path, now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other inputs than a run began with, as far as that is known before a model is loaded.
+
+    Args:
+        folder: of the run.
+        now: what it would go on with: `data`, `inputs`, `base`, and `saved` of an adapter that it begins from.
+
+    Raises:
+        UserError: with which of them differ.
+    """
+    if (folder / ORIGIN).exists():
+        _same_origin(folder, now, None)
+
+
 def _same_origin(folder: Path, now: Mapping[str, Any], saved: Mapping[str, Any] | None) -> None:
-    """Refuse to go on with other rows, or from another adapter, than the run began with.
+    """Refuse to go on with other rows, another base, or from another adapter, than the run began with.
 
     Args:
         folder: of the run.
@@ -167,16 +211,27 @@ def _same_origin(folder: Path, now: Mapping[str, Any], saved: Mapping[str, Any] 
             known.append(dict(json.loads(file.read_text())))
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{file}: is missing or damaged: restore it, or start again in another folder") from error
-    if any(one.get("data") != now["data"] for one in known):
+    if found := list(dict.fromkeys(what for one in known for what in _others(one, now))):
         raise UserError(
-            f"{folder}: it began with other data, or with another tokenizer: put those back, or start again in "
-            "another folder with --out"
+            f"{folder}: it began with {' and '.join(found)}: put those back, or start again in another folder "
+            "with --out"
         )
-    if any(one.get("start") != now.get("start") for one in known):
-        raise UserError(
-            f"{folder}: what it began from (model.start) is another adapter now: put that back, or start again in "
-            "another folder with --out"
-        )
+
+
+def _others(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What a run began with that is another now, in words; what nobody wrote down is not known to be another."""
+    if before.get("data") != now["data"]:
+        had, has = before.get("inputs") or {}, now.get("inputs") or {}
+        apart = [what for what in _WORDS if had and had.get(what) != has.get(what)]
+        rows = [what for what in apart if what != "clients"]  # other rows are dealt in another way
+        yield from (_WORDS[what] for what in rows or apart)
+        if not apart:
+            yield "other data, or with another tokenizer"
+    if None not in (had_base := before.get("base"), now.get("base")) and had_base != now["base"]:
+        yield "another base model (the files of model.base)"
+    for key in ("saved", "start"):
+        if key in now and (key == "start" or key in before) and before.get(key) != now[key]:
+            yield "another adapter (model.start)"
 
 
 def write_json(file: Path, data: Any) -> None:

@@ -24,7 +24,7 @@ _IMAGES = 32  # of an evaluation batch
 
 
 class ImageClassification(Classification):
-    """The label of an image, as channels of bytes; all of one size, so that nothing is packed or padded."""
+    """The label of an image; images are channels of bytes of one size, so that nothing is packed or padded."""
 
     task_type = None
     auto = "AutoModelForImageClassification"

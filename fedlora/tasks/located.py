@@ -1,5 +1,6 @@
 """Where a base model is, and what its configuration says: by files on this machine, without torch or the Hub."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -24,6 +25,8 @@ _BY_TABLE = (  # models that look a position up in a table, so that no token can
 ).split()
 _BEFORE = "camembert data2vec-text longformer roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod".split()
 
+
+_BLOCKS_READ, _BLOCK = 16, 65536  # of each file of a base, and bytes of each
 
 HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}  # what names of our own stand for on the Hub
 
@@ -128,6 +131,29 @@ def blocks(base: str, revision: str | None = None) -> int | None:
     held = configuration(base, revision) or {}
     counts = [part[key] for part in _parts(held) for key in _BLOCKS if type(part.get(key)) is int]
     return max(counts, default=None)
+
+
+def fingerprint(base: str, revision: str | None = None) -> str | None:
+    """Differs where the files of a base do: their names, their sizes, and a sample of their bytes.
+
+    It finds a slip, such as a folder into which another model was copied, and not an attack.
+
+    Returns:
+        None where the base is not on this machine.
+    """
+    path = find_base(base)
+    config = Path(path, "config.json") if os.path.isdir(path) else cached(path, "config.json", revision)
+    if config is None or not config.is_file():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(p for kind in ("config.json", "*.safetensors", "*.bin") for p in config.parent.glob(kind)):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            for at in sorted({size * i // _BLOCKS_READ for i in range(_BLOCKS_READ)}):
+                stream.seek(at)
+                digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()[:16]
 
 
 def _parts(held: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

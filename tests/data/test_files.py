@@ -222,6 +222,17 @@ def test_equal_texts_stay_together_and_the_share_is_met_or_told(counts, share, m
         assert sum(chosen) == 3 and "asks for 9 of 43 rows, and 3 are held out" in caplog.text
 
 
+def test_fewer_rows_than_are_asked_for_are_told(caplog):
+    """Of rows that stand alone too; within a tenth nothing is said."""
+    for salt in range(30):
+        for texts in ([f"{salt} {i // 5}" for i in range(400)], [f"{salt} {i}" for i in range(100)]):
+            caplog.clear()
+            found = sum(held(texts, 0.2))
+            asked = len(texts) // 5
+            assert bool(caplog.messages) is (asked - found >= asked / 10), (found, caplog.messages)
+            assert not caplog.messages or f"of {len(texts)} rows, and {found} are held out" in caplog.text
+
+
 @pytest.mark.parametrize("rare", [1, 2, 3])
 def test_neither_a_label_nor_an_owner_is_held_out_whole(rare):
     for salt in range(60):

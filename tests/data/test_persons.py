@@ -95,6 +95,16 @@ def test_no_person_is_in_training_and_in_test_rows(tmp_path):
     assert all(len(half.persons) == 3 * len(set(half.persons)) for half in (train, test))
 
 
+@pytest.mark.parametrize(("wards", "counted"), [(1, "1 person"), (2, "2 persons")])
+def test_persons_of_too_many_rows_each_leave_no_test_row_and_it_is_said_why(tmp_path, wards, counted):
+    held = rows_of(tmp_path, text=TEXTS, label=LABELS, ward=[f"w{i // 2 % wards}" for i in range(60)])
+    with pytest.raises(SettingError) as caught:
+        reading.read(held.model_copy(update={"test_share": 0.2}), "classification", "ward")
+    why = f"60 rows are of {counted} by 'ward', each stays whole, and data.test_share asks for 12 rows, and none"
+    assert caught.value.key == "privacy.person" and why in caught.value.message
+    assert f"of them has fewer than {60 // wards}: " in caught.value.message
+
+
 def test_a_person_may_be_a_number(tmp_path):
     who = [i % 20 if i % 3 else float(i % 20) for i in range(60)]
     train, test = reading.read(rows_of(tmp_path, text=TEXTS, label=LABELS, p=who), "classification", "p")

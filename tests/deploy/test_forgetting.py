@@ -68,3 +68,8 @@ def test_it_is_refused_beside_a_worker_and_for_a_run_that_is_not_there(ended, ca
         assert main(["site", "forget", str(file), "tiny-1"]) == 2
         assert "lock: in use by another process" in capsys.readouterr().err
     assert (state / "runs" / "tiny-1" / "answer-1").exists()
+
+
+def test_a_site_without_runs_has_none_to_forget(server, capsys):  # noqa: F811
+    assert main(["site", "forget", str(server()[1][0]), "tiny-1"]) == 2
+    assert "holds no run 'tiny-1': it holds none, and nothing is to be forgotten" in capsys.readouterr().err

@@ -104,8 +104,10 @@ def test_a_scenario_that_does_not_fit_is_not_sent(tiny, monkeypatch):
 
 def test_an_unknown_superlink_is_a_line(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"--superlink nowhere: .*nowhere"):
+    with pytest.raises(UserError) as told:
         submit(tiny(), "nowhere", display=Silent())
+    start = f"--superlink nowhere: {tmp_path / 'config.toml'} has no connection of that name"
+    assert told.value.lines[0].startswith(start) and "write [superlink.nowhere] there" in told.value.lines[0]
 
 
 def certificates(folder, days):

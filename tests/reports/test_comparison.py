@@ -8,8 +8,10 @@ from scipy import stats
 
 from fedlora.cli import main
 from fedlora.errors import UserError
+from fedlora.record import Record
 from fedlora.reports import single
 from fedlora.reports.comparison import Comparison
+from fedlora.reports.verdicts import Verdict
 from fedlora.run import Run
 
 
@@ -95,6 +97,40 @@ def test_epsilons_of_examples_and_of_clients_are_said_to_be_of_two_kinds(folder)
     said = "epsilon is for each client in some runs and for each example in others: do not compare the two."
     assert said in Comparison(runs).notes
     assert said not in Comparison([runs[0], runs[2], folder("free", 0.7, privacy=None)]).notes
+
+
+def test_each_unit_has_a_pareto_front_of_its_own(folder):
+    def run(name, accuracy, epsilon, **asked):
+        return folder(name, accuracy, privacy={"epsilon": epsilon, "delta": 1e-5, **asked}, epsilon=epsilon)
+
+    rows, worse = run("rows", 0.7, 1.0, unit="example"), run("worse", 0.6, 2.0, unit="example")
+    person = run("person", 0.5, 4.0, unit="example", person="patient_id")
+    made = Comparison(
+        [rows, worse, person, folder("free", 0.7, privacy=None)], ["rows", "worse", "person", "free"]
+    )
+    assert made.front == {"rows", "person"}  # what has no privacy is beaten by what has as good a metric with it
+    assert [cells(made, name)["unit"] for name in ("rows", "person", "free")] == ["example", "person", "-"]
+    titles = [figure.title for figure in made.figures()]
+    assert titles[-1] == "Accuracy against epsilon for each example"  # one person's point is no chart
+    assert any("the Pareto front of each unit" in said for said in made.legend())
+    alike = Comparison([rows, worse])
+    assert "unit" not in alike.table().head and alike.front == {alike.groups[0].label}
+    assert alike.figures()[-1].title == "Accuracy against epsilon"
+
+
+def test_names_stand_before_remarks_too_and_the_cost_of_another_run_once(folder, monkeypatch):
+    verdict = Verdict("rising", "it rises", "rounds: 8")
+    monkeypatch.setattr(Record, "verdicts", lambda self: [verdict])
+    asked = {"epsilon": 3.0, "delta": 1e-5, "unit": "example"}
+    seeds = [folder(f"a{seed}", 0.6, seed=seed, privacy=asked) for seed in (0, 1)]
+    runs = [*seeds, folder("b", 0.6, use="rolora", privacy=asked)]
+    assert Comparison(runs, ["ours", "theirs"]).notes == [
+        "ours, seed 0: It rises; try rounds: 8.",
+        "ours, seed 1: It rises; try rounds: 8.",
+        "theirs: It rises; try rounds: 8.",
+        "Another run on the same private rows spends its epsilon too, and the two add up.",
+    ]
+    assert Comparison(runs).notes[0] == "a0: It rises; try rounds: 8."
 
 
 def test_seeds_are_averaged_and_configurations_named_by_what_differs(folder):

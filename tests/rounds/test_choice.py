@@ -12,8 +12,8 @@ from fedlora.engine.inline import InlineEngine
 from fedlora.errors import UserError
 from fedlora.prepare import prepare, prepare_server
 from fedlora.privacy import ledger
-from fedlora.reports.comparison import final
 from fedlora.reports.console import Silent, summary_lines
+from fedlora.reports.groups import final
 from fedlora.rounds.choice import Choice
 from fedlora.rounds.loop import Loop
 from fedlora.rounds.progress import Progress
