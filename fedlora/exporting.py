@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -135,6 +135,15 @@ def describe(folder: Path, about: About) -> None:
     if told := _names(about, find(about.task)):
         path, revision = located.find_base(about.base), about.revision or "main"
         AutoConfig.from_pretrained(path, revision=revision, **told).save_pretrained(str(folder))
+
+
+def replaced(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder, whole or not at all; one that is there goes when the new one is whole."""
+    new = folder.with_name(f".{folder.name}")
+    shutil.rmtree(new, ignore_errors=True)
+    write(new)
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
 
 
 def _names(about: About, task: type[Task]) -> dict[str, Any]:

@@ -51,6 +51,34 @@ def add(commands: Any) -> None:
     forget.add_argument("site", metavar="SITE", help="the site's YAML file")
     forget.add_argument("run", metavar="RUN", help="name of the run, as fedlora site log prints it")
     forget.set_defaults(command=_forget)
+    personal = asked.add_parser(
+        "personalise", help="train a run's adapter further on the site's own rows, privately"
+    )
+    personal.add_argument("site", metavar="SITE", help="the site's YAML file")
+    personal.add_argument("run", metavar="RUN", help="name of the run, as fedlora site log prints it")
+    personal.add_argument("--steps", metavar="N", type=int, default=50, help="steps of training (default: 50)")
+    personal.set_defaults(command=_personalise)
+    backup = asked.add_parser("backup", help="copy what a site must not lose into one file, also beside a worker")
+    backup.add_argument("site", metavar="SITE", help="the site's YAML file")
+    backup.add_argument(
+        "--out", metavar="FILE", required=True, help="the file to make, outside of the state folder"
+    )
+    backup.add_argument("--secret", metavar="FILE", help="encrypt it under the passphrase or key in this file")
+    backup.set_defaults(command=_backup)
+    restore = asked.add_parser("restore", help="put a backup back, so that nothing spent is counted too low")
+    restore.add_argument("site", metavar="SITE", help="the site's YAML file")
+    restore.add_argument("backup", metavar="FILE", help="what fedlora site backup wrote")
+    restore.add_argument("--secret", metavar="FILE", help="the file that it was encrypted under")
+    restore.add_argument("--merge", action="store_true", help="ledgers get the lines of both, the state's too")
+    restore.add_argument(
+        "--lost",
+        metavar="WHAT",
+        nargs="+",
+        default=[],
+        help="what may have been trained after the backup: none, all, RUN=ROUNDS, or RUN=FILE (the submitter's "
+        "privacy.jsonl)",
+    )
+    restore.set_defaults(command=_restore)
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -99,6 +127,45 @@ def _forget(arguments: argparse.Namespace) -> int:
     removed = forget(Path(arguments.site), arguments.run)
     print(f"{arguments.run}: {counted(removed, 'file')} removed; what it spent stays, and the name is refused")
     return 0
+
+
+def _personalise(arguments: argparse.Namespace) -> int:
+    from fedlora.deploy.personal import personalise
+
+    made = personalise(Path(arguments.site), arguments.run, arguments.steps)
+    print(made.folder)
+    print(
+        f"epsilon {made.before:.3f} before, {made.after:.3f} now; the site file allows {made.most:g}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _backup(arguments: argparse.Namespace) -> int:
+    from fedlora.deploy.backup import backup
+    from fedlora.errors import counted
+
+    made = backup(Path(arguments.site), Path(arguments.out), _path(arguments.secret))
+    paid = f"the account has {counted(made.rounds, 'paid round')}" if made.rounds else "there is no account yet"
+    print(f"{made.file}: {counted(made.files, 'file')}; {paid}")
+    if not made.sealed:
+        words = (
+            "it is not encrypted (--secret FILE does that); it is as secret as the data, and your account's alone"
+        )
+        print(f"{made.file}: {words}", file=sys.stderr)
+    return 0
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    from fedlora.deploy.restoring import restore
+
+    told = (Path(arguments.site), Path(arguments.backup), _path(arguments.secret))
+    print("\n".join(restore(*told, arguments.lost, arguments.merge).lines()))
+    return 0
+
+
+def _path(given: str | None) -> Path | None:
+    return Path(given) if given else None
 
 
 def _page(arguments: argparse.Namespace) -> int:
