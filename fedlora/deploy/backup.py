@@ -21,14 +21,14 @@ import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from fedlora.deploy import history, sealed
 from fedlora.deploy.answers import ANSWERS
-from fedlora.deploy.site import load
+from fedlora.deploy.site import Site, load
 from fedlora.deploy.state import RUN
 from fedlora.errors import UserError
 from fedlora.privacy import chain, ledger
@@ -45,24 +45,24 @@ class Backup:
     """A backup that was written.
 
     Attributes:
-        file: where it is.
+        file: where it is; None where it went elsewhere.
         files: in it.
         rounds: lines of the account in it.
         sealed: whether it is encrypted.
     """
 
-    file: Path
+    file: Path | None
     files: int
     rounds: int
     sealed: bool
 
 
-def backup(file: Path, out: Path, secret: Path | None = None) -> Backup:
+def backup(file: Path, out: Path | BinaryIO, secret: Path | None = None) -> Backup:
     """Copy a site's state into one file, which its owner alone can read.
 
     Args:
         file: the site's YAML file.
-        out: the file to make.
+        out: the file to make, or an open one, such as a pipe.
         secret: a file with a passphrase or key to encrypt it under; None: it is not encrypted.
 
     Raises:
@@ -72,31 +72,44 @@ def backup(file: Path, out: Path, secret: Path | None = None) -> Backup:
     state = site.folder
     if not state.is_dir():
         raise UserError(f"{state}: no such folder: there is nothing to keep yet")
-    if out.absolute().is_relative_to(state.absolute()):
+    try:
+        return _written(site, out, key) if isinstance(out, Path) else _copy(site, out, key)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or 'the backup'}: {error.strerror or error}; nothing was kept"
+        ) from error
+
+
+def _written(site: Site, out: Path, key: bytes | None) -> Backup:
+    """Copy into a file, which is there whole or not at all."""
+    if out.absolute().is_relative_to(site.folder.absolute()):
         raise UserError(f"{out}: lies in the state folder, and would be lost with it; name another place by --out")
     if out.exists():
         raise UserError(f"{out}: is there already; name another file by --out")
     part = out.with_name(f".{out.name}.part")
-    digests: dict[str, str] = {}
-    rounds = 0
     try:
         part.unlink(missing_ok=True)
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
-            with _writing(stream, key) as archive:
-                for name, data in _contents(state):
-                    digests[name] = hashlib.sha256(data).hexdigest()
-                    rounds = data.count(b"\n") if name == ACCOUNT else rounds
-                    _add(archive, name, data)
-                told = {"fedlora": version("fedlora"), "site": site.name, "made": time.time(), "files": digests}
-                _add(archive, MANIFEST, json.dumps(told).encode())
+            made = _copy(site, stream, key)
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
-    return Backup(out, len(digests), rounds, key is not None)
+    return replace(made, file=out)
+
+
+def _copy(site: Site, to: BinaryIO, key: bytes | None) -> Backup:
+    digests: dict[str, str] = {}
+    rounds = 0
+    with _writing(to, key) as archive:
+        for name, data in _contents(site.folder):
+            digests[name] = hashlib.sha256(data).hexdigest()
+            rounds = data.count(b"\n") if name == ACCOUNT else rounds
+            _add(archive, name, data)
+        told = {"fedlora": version("fedlora"), "site": site.name, "made": time.time(), "files": digests}
+        _add(archive, MANIFEST, json.dumps(told).encode())
+    return Backup(None, len(digests), rounds, key is not None)
 
 
 def unpack(file: Path, to: Path, secret: Path | None = None) -> dict[str, Any]:
@@ -114,13 +127,11 @@ def unpack(file: Path, to: Path, secret: Path | None = None) -> dict[str, Any]:
     told: dict[str, Any] = {}
     try:
         with file.open("rb") as stream:
-            if stream.read(len(sealed.MARK)) == sealed.MARK:
+            source: Any = stream
+            if stream.peek(len(sealed.MARK)).startswith(sealed.MARK):  # it may be a pipe, which goes back nowhere
                 if secret is None:
                     raise UserError(f"{file}: is encrypted: name the file of its passphrase or key by --secret")
-                source: Any = sealed.Opening(file, stream, sealed.read_secret(secret))
-            else:
-                stream.seek(0)
-                source = stream
+                source = sealed.Opening(file, stream, sealed.read_secret(secret))
             with tarfile.open(fileobj=source, mode="r|") as archive:
                 for member in archive:
                     data = _read(archive, member, file)

@@ -61,7 +61,7 @@ def add(commands: Any) -> None:
     backup = asked.add_parser("backup", help="copy what a site must not lose into one file, also beside a worker")
     backup.add_argument("site", metavar="SITE", help="the site's YAML file")
     backup.add_argument(
-        "--out", metavar="FILE", required=True, help="the file to make, outside of the state folder"
+        "--out", metavar="FILE", required=True, help="the file to make, outside of the state folder; - to print it"
     )
     backup.add_argument("--secret", metavar="FILE", help="encrypt it under the passphrase or key in this file")
     backup.set_defaults(command=_backup)
@@ -145,14 +145,13 @@ def _backup(arguments: argparse.Namespace) -> int:
     from fedlora.deploy.backup import backup
     from fedlora.errors import counted
 
-    made = backup(Path(arguments.site), Path(arguments.out), _path(arguments.secret))
+    to = sys.stdout.buffer if arguments.out == "-" else Path(arguments.out)
+    made = backup(Path(arguments.site), to, _path(arguments.secret))
     paid = f"the account has {counted(made.rounds, 'paid round')}" if made.rounds else "there is no account yet"
-    print(f"{made.file}: {counted(made.files, 'file')}; {paid}")
+    print(f"{arguments.out}: {counted(made.files, 'file')}; {paid}", file=sys.stderr)
     if not made.sealed:
-        words = (
-            "it is not encrypted (--secret FILE does that); it is as secret as the data, and your account's alone"
-        )
-        print(f"{made.file}: {words}", file=sys.stderr)
+        words = "it is not encrypted (--secret FILE does that): keep it as you keep the data"
+        print(f"{arguments.out}: {words}", file=sys.stderr)
     return 0
 
 

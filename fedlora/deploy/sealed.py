@@ -68,14 +68,15 @@ class Opening:
     """Gives what was encrypted, in order."""
 
     def __init__(self, file: Path, of: BinaryIO, secret: bytes) -> None:
-        """Begin to read behind `MARK`.
+        """Begin to read, at `MARK`.
 
         Args:
             file: its name, for messages.
             of: the file.
             secret: passphrase or key.
         """
-        self.file, self._made, self._left = file, self._pieces(of, _cipher(secret, of.read(_SALT))), b""
+        salt = of.read(len(MARK) + _SALT)[len(MARK) :]
+        self.file, self._made, self._left = file, self._pieces(of, _cipher(secret, salt)), b""
 
     def read(self, size: int) -> bytes:
         """So many bytes, or what is left.

@@ -2,7 +2,9 @@
 
 import fcntl
 import json
+import os
 import shutil
+import threading
 
 import pytest
 
@@ -231,6 +233,21 @@ def test_encrypted_it_is_for_its_owner_alone(site, tmp_path, size):
             restore(file, made, secret, ["none"])
     made.write_bytes(whole)
     restore(file, made, secret, ["none"])
+    assert spent(state) == 10
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_it_goes_through_a_pipe(site, tmp_path, capfdbinary, sealed):
+    file, state = site
+    (tmp_path / "secret").write_text("correct horse battery")
+    told = ["--secret", str(tmp_path / "secret")] if sealed else []
+    assert main(["site", "backup", str(file), "--out", "-", *told]) == 0
+    data, said = capfdbinary.readouterr()
+    assert b"the account has 2 paid rounds" in said and (b"it is not encrypted" in said) is not sealed
+    shutil.rmtree(state)
+    os.mkfifo(pipe := tmp_path / "pipe")
+    threading.Thread(target=pipe.write_bytes, args=(data,)).start()
+    assert main(["site", "restore", str(file), str(pipe), "--lost", "none", *told]) == 0
     assert spent(state) == 10
 
 
