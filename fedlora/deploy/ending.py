@@ -42,9 +42,9 @@ def end(run: Serving, site: Site | None, folder: Path, content: RecordDict, clie
     """
     words, rounds = wire.unpack_words(content), run.worker.scenario.rounds
     round = wire.whole(words.get("round"), "round", 1, rounds)
-    merges = wire.whole(words.get("merges", 0), "merges", 0, len(run.merges))
     threshold = wire.figure(words.get("threshold"), "threshold")
     came = site is not None and site.receive == "adapter" and wire.ARRAYS in content.array_records
+    merges = wire.whole(words.get("merges", 0), "merges", 0, len(run.merges) if came else rounds)
     if site is not None and came:
         adapter = _adapter(run, wire.from_arrays(content.array_records[wire.ARRAYS]), client, round)
         write_tensors(folder / FINAL, adapter)

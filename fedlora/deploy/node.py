@@ -276,6 +276,7 @@ class Node:
         """
         key = str(words["run"])
         self._runs.pop(key, None)
+        self._runs = {other: run for other, run in self._runs.items() if not run.ended}
         while len(self._runs) >= RUNS:
             self._runs.pop(next(iter(self._runs)))  # the one that was asked for longest ago
         told = (self.file, self.app, self.site, self.state, words, client)
@@ -324,7 +325,7 @@ class Node:
             Refusal: the site cannot afford it, holds no masks, would add less noise than was promised, or
                 training failed.
         """
-        scenario = run.worker.scenario
+        scenario, run.ended = run.worker.scenario, False
         masked = scenario.secure_aggregation is not None
         if masked:
             member_of(run, instruction.round)
@@ -385,10 +386,12 @@ class Node:
             run = self._caught_up(run, content, merged, client)
         try:
             with _understood():
-                return ending.end(run, self.site, self.state.of_run(run.key), content, client)
+                made = ending.end(run, self.site, self.state.of_run(run.key), content, client)
         except OSError as error:
             logger.error("%s", error, extra={"client": client, "run": run.key})
             raise Refusal("the adapter cannot be written: its log says why", own=str(error)) from error
+        run.ended = True
+        return made
 
     def _judge(self, run: Serving, instruction: Instruction, client: int) -> RecordDict:
         """Loss and metric of the client's own model on the examples that it holds out.

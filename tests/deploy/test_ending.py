@@ -65,6 +65,7 @@ def test_a_site_that_asks_gets_the_adapter_of_the_run(sites, nodes, deployed, to
     assert not [file for file in files if file != files[1] and (part(file) / "adapter").exists()]
     sizes = [traffic.content_bytes(content) for content in told]
     assert run.summary["bytes_down_total"] == sum(line["bytes_down"] for line in run.rounds) + sum(sizes)
+    assert all(Record.open(part(file)).site_end["round"] == run.summary["rounds"] for file in files)
     assert len(sizes) == 4 and sorted(sizes)[2] < 300 < max(sizes)
     own = files[1].parent / "train.csv"
     assert evaluate(part(files[1]), own) == evaluate(part(files[1]) / "adapter", own).__class__(
@@ -217,8 +218,12 @@ def test_runs_of_two_submitters_at_once_share_a_worker(server, node, monkeypatch
     meet(made, {**words, "run": "tiny-3"})
     assert refusal(made, train(1, run="tiny-2")) is None and loaded == ["tiny-1", "tiny-2", "tiny-3"]
     assert refusal(made, train(1, run="tiny-1")) is None and loaded[3:] == ["tiny-1"]
+    ended = wire.pack_words({"run": "tiny-1", "round": 2, "merges": 0, "threshold": None})
+    assert refusal(made, ended, "query.end") is None  # the first to go, though it was asked for last
+    meet(made, {**words, "run": "tiny-4"})
+    assert refusal(made, train(2, run="tiny-2")) is None and loaded[4:] == ["tiny-4"]
     lines = [json.loads(line) for line in (made.state.of_run("tiny-2") / "metrics.jsonl").read_text().splitlines()]
-    assert [line["round"] for line in lines] == [1, 2, 1] and made.run.key == "tiny-1"
+    assert [line["round"] for line in lines] == [1, 2, 1, 2] and made.run.key == "tiny-2"
 
 
 def test_private_runs_at_once_pay_from_one_account(server, node):  # noqa: F811
