@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -145,6 +145,15 @@ def _in_order(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(heads := found.get("modules_to_save"), list):
         found["modules_to_save"] = list(dict.fromkeys(heads))
     return found
+
+
+def replaced(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder, whole or not at all; one that is there goes when the new one is whole."""
+    new = folder.with_name(f".{folder.name}")
+    shutil.rmtree(new, ignore_errors=True)
+    write(new)
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
 
 
 def _names(about: About, task: type[Task]) -> dict[str, Any]:

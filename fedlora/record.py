@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Line = dict[str, Any]
 
 INTRODUCTION = "run.json"  # what a server told a site about a run
+ENDED = "ended.json"  # what it told the site of the run's end
 _BUILT_IN = {"accuracy": True} | {c.metric: c.higher_is_better for c in map(find, plugins.names("tasks"))}
 
 
@@ -165,16 +166,24 @@ class Record:
 
     @property
     def site_said(self) -> str:
-        """What a site knows of how far a run has come: it trains when it is asked, and is told of no end."""
+        """What a site knows of how far a run has come."""
         trained = [line["round"] for line in self.rounds if line.get("clients")]
         asked = self.scenario.get("rounds")
+        last = max(trained, default=0)
+        said = f"{len(set(trained))} of {asked} rounds were trained here"
+        if (ended := self.site_end.get("round", -1)) >= last:
+            here = "; its adapter is here" if (self.folder / "adapter").is_dir() else ""
+            return f"finished after round {ended}: {said}{here}"
         if not trained:
             return f"no round of {asked} was trained here yet"
-        last = max(trained)
-        said = f"{len(set(trained))} of {asked} rounds were trained here"
         if last == asked:
             return f"{said}, its last among them: finished as far as a site knows"
         return f"{said}, round {last} the last; whether the run goes on its server knows"
+
+    @property
+    def site_end(self) -> Mapping[str, Any]:
+        """What its server told a site of the run's end: `round`, the last, and more; empty before that."""
+        return self._json(ENDED)
 
     @property
     def introduced_by(self) -> str | None:

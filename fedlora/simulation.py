@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import shutil
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from fedlora.baselines import derive
 from fedlora.client import Setter
 from fedlora.engine.setup import Description
 from fedlora.errors import SettingError, UserError
-from fedlora.exporting import About, describe
+from fedlora.exporting import About, describe, replaced
 from fedlora.optimizers import steps
 from fedlora.prepare import Prepared, central, check, known, noised, prepare, separated
 from fedlora.privacy.budget import Budget
@@ -233,10 +232,10 @@ def finish(begun: Begun, now: Progress, stopped: str | None) -> Run:
         chosen, merges = begun.loop.choice, begun.loop.merges
         best = now.best if chosen is not None and chosen.keeps else None
         about = About.of(ready.scenario, ready.data.labels, best.figures if best else now.last)
-        if best is not None:
-            _export(begun.engine, best.adapter, folder, merges.total(best.merges), about)
-        else:
-            _export(begun.engine, now.adapter, folder, merges.total(), about)
+        final = best or now
+        _export(begun.engine, final.adapter, folder, merges.total(final.merges), about)
+        if now.round and not (stopped or "").startswith("interrupted"):
+            now.bytes_down += begun.engine.conclude(now.round, final.adapter, final.merges, about.threshold)
         summary = summary_of(ready, now, found, begun.loop.ledger, stopped, chosen)
         summary["verdicts"] = [asdict(verdict) for verdict in Run(folder, summary).verdicts()]
         folders.write_json(folder / "summary.json", summary)
@@ -245,9 +244,8 @@ def finish(begun: Begun, now: Progress, stopped: str | None) -> Run:
 
 
 def _export(engine: engines.Engine, adapter: Adapter, folder: Path, merged: Change, about: About) -> None:
-    new = folder / ".adapter"
-    shutil.rmtree(new, ignore_errors=True)
-    engine.export(adapter, new, merged or None)
-    describe(new, about)
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    new.rename(folder / "adapter")
+    def write(new: Path) -> None:
+        engine.export(adapter, new, merged or None)
+        describe(new, about)
+
+    replaced(folder / "adapter", write)

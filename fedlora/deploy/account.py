@@ -58,14 +58,18 @@ class Account:
                 "another round would pass the epsilon that the site allows over all runs",
                 own=f"it would come to epsilon {spent:.3f}, and privacy.max_epsilon is {cap.max_epsilon:g}",
             )
-        mine: dict[str, Any] = {
-            "delta": cap.delta,
-            "unit": "example" if cap.person is None else "person",
-            "accountant": cap.accountant,
-            "run": run,
-            **({} if cap.person is None else {"person": cap.person}),
-        }
-        self.ledger.spend(round, {client: event}, **mine)
+        self.ledger.spend(round, {client: event}, **terms_of(cap, run))
+
+
+def terms_of(cap: Budget, run: str) -> dict[str, Any]:
+    """What each line of an account repeats of it, for what a run cost."""
+    terms: dict[str, Any] = {
+        "delta": cap.delta,
+        "unit": "example" if cap.person is None else "person",
+        "accountant": cap.accountant,
+        "run": run,
+    }
+    return terms if cap.person is None else {**terms, "person": cap.person}
 
 
 def pay(run: Serving, account: Account | None, round: int, client: int, event: Event) -> int:

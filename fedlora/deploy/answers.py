@@ -18,6 +18,7 @@ from fedlora.adapter import Instruction
 from fedlora.privacy import replay
 from fedlora.privacy.noise import fresh_key
 
+ANSWERS = "answer-"  # what the names of answers begin with
 _NONCE = 12  # bytes
 
 
@@ -62,17 +63,17 @@ class Answers:
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(file)
-        for old in self.folder.glob("answer-*") if trip == 1 else ():
+        for old in self.folder.glob(f"{ANSWERS}*") if trip == 1 else ():
             if old != file:
                 old.unlink()
 
     def forget(self) -> None:
         """Give none of these again."""
-        for file in self.folder.glob("answer-*"):
+        for file in self.folder.glob(f"{ANSWERS}*"):
             file.unlink()
 
     def _file(self, trip: int) -> Path:
-        return self.folder / f"answer-{trip}"
+        return self.folder / f"{ANSWERS}{trip}"
 
     def _cipher(self) -> Any:
         from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305

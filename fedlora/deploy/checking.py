@@ -260,6 +260,8 @@ def rules(site: Site) -> Iterator[str]:
         yield "may come from anyone who reaches the SuperLink (accept.submitters)"
     else:
         yield f"must be signed: accept.submitters has {counted(len(told.submitters), 'key')}"
+    if site.receive is not None:
+        yield "leaves its adapter in this site's state when it ends (receive)"
 
 
 def _asked(site: Site) -> Iterator[str]:

@@ -1,8 +1,9 @@
-"""The commands of a deployment: `submit`, `split` and `site check`."""
+"""The commands of a deployment: `submit`, `split` and `site`."""
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +34,38 @@ def add(commands: Any) -> None:
         "site", help="what the owner of a site asks: what its file says, and what was asked of it"
     )
     asked = site.add_subparsers(metavar="WHAT", required=True)
-    check = asked.add_parser("check", help="say what is wrong with a site file, and what was understood of it")
-    check.add_argument("site", metavar="SITE", help="the site's YAML file")
+
+    def about(name: str, what: str, command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        """A command on a site file."""
+        made: argparse.ArgumentParser = asked.add_parser(name, help=what)
+        made.add_argument("site", metavar="SITE", help="the site's YAML file")
+        made.set_defaults(command=command)
+        return made
+
+    check = about("check", "say what is wrong with a site file, and what was understood of it", _check)
     check.add_argument("--json", action="store_true", help="print what was understood as JSON")
-    check.set_defaults(command=_check)
-    log = asked.add_parser(
-        "log", help="list what was asked of a site: who, when, what it cost, why it was refused"
-    )
-    log.add_argument("site", metavar="SITE", help="the site's YAML file")
+    log = about("log", "list what was asked of a site: who, when, what it cost, why it was refused", _log)
     log.add_argument("--json", action="store_true", help="print the record's lines as JSON")
-    log.set_defaults(command=_log)
-    page = asked.add_parser("report", help="write a page of what was spent, by which runs, and what was refused")
-    page.add_argument("site", metavar="SITE", help="the site's YAML file")
+    page = about("report", "write a page of what was spent, by which runs, and what was refused", _page)
     page.add_argument("--out", metavar="FILE", help="the page (default: report.html in the site's state folder)")
-    page.set_defaults(command=_page)
-    forget = asked.add_parser("forget", help="remove what a site keeps of a run, but never what the run spent")
-    forget.add_argument("site", metavar="SITE", help="the site's YAML file")
-    forget.add_argument("run", metavar="RUN", help="name of the run, as fedlora site log prints it")
-    forget.set_defaults(command=_forget)
+    named = "name of the run, as fedlora site log prints it"
+    forget = about("forget", "remove what a site keeps of a run, but never what the run spent", _forget)
+    forget.add_argument("run", metavar="RUN", help=named)
+    further = about("personalise", "train a run's adapter further on the site's own rows, privately", _personalise)
+    further.add_argument("run", metavar="RUN", help=named)
+    further.add_argument("--steps", metavar="N", type=int, default=50, help="steps of training (default: 50)")
+    backup = about("backup", "copy what a site must not lose into one file, also beside a worker", _backup)
+    to = "the file to make, outside of the state folder; - to print it"
+    backup.add_argument("--out", metavar="FILE", required=True, help=to)
+    backup.add_argument("--secret", metavar="FILE", help="encrypt it under the passphrase or key in this file")
+    restore = about("restore", "put a backup back, so that nothing spent is counted too low", _restore)
+    restore.add_argument("backup", metavar="FILE", help="what fedlora site backup wrote")
+    restore.add_argument("--secret", metavar="FILE", help="the file that it was encrypted under")
+    restore.add_argument("--merge", action="store_true", help="ledgers get the lines of both, the state's too")
+    what = (
+        "what may have been trained after the backup: none, all, RUN=ROUNDS, or RUN=FILE (the submitter's ledger)"
+    )
+    restore.add_argument("--lost", metavar="WHAT", nargs="+", default=[], help=what)
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -99,6 +114,44 @@ def _forget(arguments: argparse.Namespace) -> int:
     removed = forget(Path(arguments.site), arguments.run)
     print(f"{arguments.run}: {counted(removed, 'file')} removed; what it spent stays, and the name is refused")
     return 0
+
+
+def _personalise(arguments: argparse.Namespace) -> int:
+    from fedlora.deploy.personal import personalise
+
+    made = personalise(Path(arguments.site), arguments.run, arguments.steps)
+    print(made.folder)
+    print(
+        f"epsilon {made.before:.3f} before, {made.after:.3f} now; the site file allows {made.most:g}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _backup(arguments: argparse.Namespace) -> int:
+    from fedlora.deploy.backup import backup
+    from fedlora.errors import counted
+
+    to = sys.stdout.buffer if arguments.out == "-" else Path(arguments.out)
+    made = backup(Path(arguments.site), to, _path(arguments.secret))
+    paid = f"the account has {counted(made.rounds, 'paid round')}" if made.rounds else "there is no account yet"
+    print(f"{arguments.out}: {counted(made.files, 'file')}; {paid}", file=sys.stderr)
+    if not made.sealed:
+        words = "it is not encrypted (--secret FILE does that): keep it as you keep the data"
+        print(f"{arguments.out}: {words}", file=sys.stderr)
+    return 0
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    from fedlora.deploy.restoring import restore
+
+    told = (Path(arguments.site), Path(arguments.backup), _path(arguments.secret))
+    print("\n".join(restore(*told, arguments.lost, arguments.merge).lines()))
+    return 0
+
+
+def _path(given: str | None) -> Path | None:
+    return Path(given) if given else None
 
 
 def _page(arguments: argparse.Namespace) -> int:

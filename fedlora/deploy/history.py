@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedlora import wire
 from fedlora.deploy.serving import Serving, Words
 from fedlora.deploy.state import State
 from fedlora.errors import UserError
@@ -26,7 +27,8 @@ from fedlora.returned import finite
 
 NAME = "history.jsonl"
 INTRODUCTION, ROUND, FIGURES, FORGOTTEN = "introduction", "round", "figures", "forgotten"
-WHAT = {"query": INTRODUCTION, "train": ROUND, "evaluate": FIGURES}  # by kind of message
+RESTORED, FINISHED, PERSONAL = "restored", "finished", "trained further"
+WHAT = {"query": INTRODUCTION, "train": ROUND, "evaluate": FIGURES, f"query.{wire.END}": FINISHED}  # by kind
 ANSWERED, AGAIN, REFUSED, FAILED = "answered", "answered again", "refused", "failed"
 KEYS = (  # of a line, beside `time`, `what` and `outcome`
     "run",
@@ -110,18 +112,18 @@ def read(file: Path) -> list[dict[str, Any]]:
     return chain.verified(file, _checked)
 
 
-def known(kind: str, words: Words, run: Serving | None, state: State, client: int) -> dict[str, Any]:
+def known(kind: str, words: Words, loaded: Mapping[str, Serving], state: State, client: int) -> dict[str, Any]:
     """What a line says of the run that a message is about, and of its scenario, however wrong that is.
 
     Args:
         kind: of the message.
         words: of it.
-        run: that is loaded.
+        loaded: runs that a model is loaded for.
         state: of the site, where it keeps introductions.
         client: which one the site is.
     """
     key = str(words.get("run"))
-    here = run if run is not None and run.key == key else None
+    here = loaded.get(key)
     of = words if kind == "query" else (here.words if here else state.introduction(key) or {})
     told = of.get("scenario")
     spent = {"run": key, "epsilon_spent": here.epsilon(client) if here else None}

@@ -1,6 +1,8 @@
 """What Prometheus reads of a server and of a site."""
 
-from collections.abc import Mapping
+import logging
+import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
@@ -12,8 +14,11 @@ from fedlora.scenario import Scenario
 if TYPE_CHECKING:
     from fedlora.deploy.node import Node
 
+logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
+RUNS = 10  # ports that are tried for the runs of a server, one after another
+_PAUSE = 0.2  # seconds between two tries
 
 
 class Exported:
@@ -24,7 +29,7 @@ class Exported:
 
         Args:
             inner: that is shown the same.
-            port: of the endpoint.
+            port: of the endpoint, or the first of `RUNS` where other runs have theirs.
             address: that it listens on.
         """
         self.inner, self._metric = inner, "accuracy"
@@ -35,7 +40,18 @@ class Exported:
         self._seconds = Gauge("fedlora_round_seconds", "Seconds of the last round", registry=registry)
         self._epsilon = Gauge("fedlora_epsilon", "The largest epsilon over clients", registry=registry)
         self._quality = Gauge("fedlora_metric", "The last accuracy or perplexity", ["name"], registry=registry)
-        _listen(port, address, registry)
+        for number in range(port, port + (RUNS if port else 1)):
+            try:
+                _listen(number, address, registry)
+            except UserError as error:
+                logger.warning("%s", error)
+                continue
+            if number != port:
+                logger.info("the figures of this run are at port %d of %s", number, address)
+            return
+        raise UserError(
+            f"metrics: no port from {port} to {port + RUNS - 1} of {address} can be used; name another"
+        )
 
     def stage(self, what: str) -> None:
         """Nothing to count."""
@@ -64,8 +80,21 @@ class Exported:
         self.inner.round(line)
 
 
-def of_site(node: "Node", port: int, address: str = LOOPBACK) -> None:
-    """Export what a node served, what failed, and what its examples have lost in all runs together."""
+def of_site(node: "Node", port: int, address: str = LOOPBACK, wait: float = 0.0) -> Callable[[], None]:
+    """Export what a node served, what failed, and what its examples have lost in all runs together.
+
+    Args:
+        node: of the site.
+        port: of the endpoint.
+        address: that it listens on.
+        wait: seconds in which a worker before this one may let the port go.
+
+    Returns:
+        Lets the port go.
+
+    Raises:
+        UserError: the port cannot be used.
+    """
     registry = CollectorRegistry()
     for name, what, value in (
         ("fedlora_site_rounds", "Rounds trained", lambda: float(node.served)),
@@ -73,12 +102,25 @@ def of_site(node: "Node", port: int, address: str = LOOPBACK) -> None:
         ("fedlora_site_epsilon", "Epsilon of the site's examples over all runs", lambda: node.epsilon or 0.0),
     ):
         Gauge(name, what, registry=registry).set_function(value)
-    _listen(port, address, registry)
+    end = time.monotonic() + wait
+    while True:
+        try:
+            return _listen(port, address, registry)
+        except UserError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(_PAUSE)
 
 
-def _listen(port: int, address: str, registry: CollectorRegistry) -> None:
+def _listen(port: int, address: str, registry: CollectorRegistry) -> Callable[[], None]:
     try:
-        start_http_server(port, addr=address, registry=registry)
+        server, _ = start_http_server(port, addr=address, registry=registry)
     except OSError as error:
         why = error.strerror or str(error)
         raise UserError(f"metrics: port {port} of {address} cannot be used: {why}; name another") from error
+
+    def close() -> None:
+        server.shutdown()
+        server.server_close()
+
+    return close

@@ -16,32 +16,27 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from fedlora import prepare, seeding, wire
+from fedlora import prepare, wire
 from fedlora.adapter import Instruction
-from fedlora.data import reading
-from fedlora.data.cells import Taught
-from fedlora.deploy import history, signing, sources
+from fedlora.deploy import ending, history, loading, signing
 from fedlora.deploy import site as sites
 from fedlora.deploy.account import Account, pay
-from fedlora.deploy.answers import Answers
 from fedlora.deploy.history import History
 from fedlora.deploy.masks import Masks, member_of
 from fedlora.deploy.serving import Serving, Words
-from fedlora.deploy.site import FLOOR, Site
+from fedlora.deploy.site import Site
 from fedlora.deploy.state import RUN, State
 from fedlora.engine.roster import BEHIND, STRANGER
-from fedlora.engine.worker import Worker
-from fedlora.errors import ContractError, Refusal, SettingError, UserError
-from fedlora.privacy import accounting, lock, secure
+from fedlora.errors import ContractError, Refusal, UserError
+from fedlora.privacy import lock, secure
 from fedlora.privacy.accounting import Event
-from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanisms.central import WITHIN
-from fedlora.rounds.checkpoint import Merges
 from fedlora.rounds.folder import same_run
 from fedlora.scenario import Scenario
 
 logger = logging.getLogger(__name__)
 
+RUNS = 2  # that models are loaded for at once; a further one takes the place of the one asked for longest ago
 _WAIT = 10.0  # seconds that a worker before this one may take to end
 
 
@@ -73,7 +68,7 @@ class Node:
         self._signers: dict[str, str] = {}  # by run
         self.account: Account | None = None
         self._lock: lock.Lock | None = None
-        self.run: Serving | None = None
+        self._runs: dict[str, Serving] = {}  # that a model is loaded for, the last that was asked for last
         self.state, self.masks = State(where), Masks()
         self._read_site()
         self.served, self.failed, self.trained, self.repeated = 0, 0, 0.0, 0
@@ -86,7 +81,7 @@ class Node:
         self.state = State(self.site.folder)
         self.state.folder.mkdir(parents=True, exist_ok=True)
         if self.site != before:
-            self.run = self.account = None
+            self._runs, self.account = {}, None
             self._lock = lock.hold(self.state.folder / "lock", _WAIT)
             self.history = History(self.state.folder)
         if self.site.privacy is not None and self.account is None:
@@ -94,7 +89,18 @@ class Node:
 
     def close(self) -> None:
         """Let the model, the ledgers and the state folder go."""
-        self.run = self.account = self._lock = self.history = None
+        self._runs, self.account, self._lock, self.history = {}, None, None, None
+
+    @property
+    def run(self) -> Serving | None:
+        """The run that was asked for last, of those that a model is loaded for."""
+        return next(reversed(self._runs.values()), None)
+
+    def _serving(self, key: str) -> Serving | None:
+        """A run that a model is loaded for, which is then the one that was asked for last."""
+        if (run := self._runs.pop(key, None)) is not None:
+            self._runs[key] = run
+        return run
 
     @property
     def epsilon(self) -> float | None:
@@ -124,6 +130,10 @@ class Node:
             else:
                 run = self._resumed(words, client)
                 rounds = run.worker.scenario.rounds
+                if kind == f"query.{wire.END}":
+                    made = self._end(run, words, content, client)
+                    self._record(kind, words, seen, history.ANSWERED)
+                    return made
                 if kind.startswith("query."):
                     with _understood():
                         wire.unpack_parts(content)
@@ -147,13 +157,13 @@ class Node:
             spent = {} if error.event is None else {"privacy": error.event.to_json()}
             who = {"client": client, "name": self.site.name} if kind == "query" and self.site else {}
             made = wire.pack_words({"refused": str(error), **spent, **who})
-            self._tell_spent(made, kind, client)
+            self._tell_spent(made, kind, words, client)
             return made
         except Exception as error:
             self._record(kind, words, seen, history.FAILED, type(error).__name__)  # its words may be of a row
             raise
         self._record(kind, words, seen, history.AGAIN if self.repeated > repeated else history.ANSWERED)
-        self._tell_spent(made, kind, client)
+        self._tell_spent(made, kind, words, client)
         self.served += kind == "train"
         if kind == "train":
             seen["trained"] = round(self.trained, 3)
@@ -161,9 +171,9 @@ class Node:
         logger.info("answered", extra=seen)
         return made
 
-    def _tell_spent(self, made: RecordDict, kind: str, client: int) -> None:
+    def _tell_spent(self, made: RecordDict, kind: str, words: Words, client: int) -> None:
         """Say beside an answer what the examples lost in the run, so that the server's ledger says no less."""
-        run = self.run
+        run = self._serving(str(words.get("run")))
         if kind == "train" and run is not None and run.worker.scenario.example_privacy is not None:
             wire.add_words(made, {"spent": [event.to_json() for event in run.spent(client)]})
 
@@ -171,7 +181,7 @@ class Node:
         """A line for the owner of what was asked."""
         if self.history is None:
             return
-        known = history.known(kind, words, self.run, self.state, seen["client"])
+        known = history.known(kind, words, self._runs, self.state, seen["client"])
         signer = self._signers.get(str(known["run"]))
         more = {"round": seen.get("round"), "submitter": signer, "epsilon_site": self.epsilon, "why": why}
         self.history.write(history.WHAT.get(kind, kind), outcome, **known, **more)
@@ -185,16 +195,15 @@ class Node:
             Refusal: the run and the site do not go together.
         """
         scenario = self._acceptable(words, client)
-        if self.run is None or {**self.run.words, "signature": None} != {**words, "signature": None}:
-            self._load(words, client)
-        run = self.run
-        assert run is not None
+        run = self._serving(str(words["run"]))
+        if run is None or {**run.words, "signature": None} != {**words, "signature": None}:
+            run = self._load(words, client)
         for what, mine, theirs in (
             ("base model", run.worker.base_fingerprint(), words["base"]),
             ("first adapter", run.worker.describe().fingerprint, words["adapter"]),
         ):
             if mine != theirs and not len(run.merges):
-                self.run = None
+                del self._runs[run.key]
                 raise Refusal(
                     f"its {what} is another than the server's ({mine[:8]} here, {str(theirs)[:8]} there): install "
                     f"the same weights of {scenario.model.base} and the same torch on both sides"
@@ -209,6 +218,7 @@ class Node:
                 "time": time.time(),
                 "num_examples": held,
                 "event": None if event is None else event.to_json(),
+                "receive": self.site.receive if self.site else None,
             }
         )
 
@@ -264,53 +274,13 @@ class Node:
         Raises:
             Refusal: the data do not fit; the log says how.
         """
-        scenario, key = Scenario.model_validate(words["scenario"]), str(words["run"])
-        folder = self.state.of_run(key)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.run = None
-        if self.site is None or self.site.accept.own_code:
-            sources.only(self.app)
-        try:
-            if self.site is None:
-                ready = prepare.prepare(scenario)
-                setup = prepare.noised(ready, accounting.calibrations).setup
-                setup = replace(setup, secret=ready.client.private, kept=None)
-            else:
-                told = self.site.data.labels
-                if self.site.privacy is not None:
-                    scenario = self.site.privacy.held_to(scenario)
-                taught, held = Taught.of(scenario.data, scenario.task, scenario.person), self.site.data
-                taught = replace(taught, messages=held.messages, prompt=held.prompt, encoding=held.encoding)
-                rows, left_out = reading.read_site(held, told, taught)
-                if left_out:
-                    logger.warning("%d rows are left out: their label is not in data.labels", left_out)
-                placed = {"threads": self.site.threads, "device": self.site.device}
-                own = seeding.key(self.state.key(), "held-out", repr(scenario.data.client_test_share))
-                setup = prepare.prepare_site(scenario, words["labels"], rows, client, own, **placed)
-            worker = Worker(replace(setup, personal=folder / "personal"))
-        except SettingError as error:
-            where = scenario.located(error)
-            if self.site is not None and error.key.startswith(("data", "privacy.person")):
-                where = sites.located(self.file, error)
-            logger.error("%s", where, extra={"client": client, "run": key})
-            raise Refusal(
-                f"its data or machine do not fit the scenario ({error.key}): its log says why", own=str(where)
-            ) from error
-        judges = self.site is not None and scenario.data.client_test_share is not None
-        if judges and worker.dataset.held_out(client).units < FLOOR:
-            what = "rows" if scenario.person is None else "persons"
-            raise Refusal(
-                f"it judges by {FLOOR} {what} of its own at least, and data.client_test_share leaves fewer"
-            )
-        worker.pay = lambda round, client, event: self._pay(key, round, client, event)
-        merges = Merges(folder / "merges", worker.task.weights)
-        count = len(list((folder / "merges").glob("*.safetensors")))
-        merges.restore(count if merged is None else merged)
-        for change in merges.changes:
-            worker.merge(change)
-        run = Serving(words, worker, Ledger(folder), merges, Answers(folder, self.state.key()))
-        self.state.check_rows(run, client)
-        self.run = run
+        key = str(words["run"])
+        self._runs.pop(key, None)
+        self._runs = {other: run for other, run in self._runs.items() if not run.ended}
+        while len(self._runs) >= RUNS:
+            self._runs.pop(next(iter(self._runs)))  # the one that was asked for longest ago
+        told = (self.file, self.app, self.site, self.state, words, client)
+        self._runs[key] = run = loading.load(*told, lambda *spent: self._pay(key, *spent), merged)
         return run
 
     def _resumed(self, told: Words, client: int) -> Serving:
@@ -320,8 +290,8 @@ class Node:
             Refusal: no introduction of it is kept here.
         """
         key = str(told.get("run"))[:100]
-        if self.run is not None and self.run.key == key:
-            return self.run
+        if (run := self._serving(key)) is not None:
+            return run
         if (words := self.state.introduction(key)) is None:
             raise Refusal(f"{STRANGER}: it knows nothing of the run {key}")
         self._acceptable(words, client)  # the site file, or the app, may be another by now
@@ -355,7 +325,7 @@ class Node:
             Refusal: the site cannot afford it, holds no masks, would add less noise than was promised, or
                 training failed.
         """
-        scenario = run.worker.scenario
+        scenario, run.ended = run.worker.scenario, False
         masked = scenario.secure_aggregation is not None
         if masked:
             member_of(run, instruction.round)
@@ -404,6 +374,25 @@ class Node:
         wire.add_words(made, {} if event is None else {"privacy": event.to_json()})
         return made
 
+    def _end(self, run: Serving, words: Words, content: RecordDict, client: int) -> RecordDict:
+        """Take in that a run has ended, and its adapter where the site file asks for it.
+
+        Raises:
+            Refusal: the message is wrong, or the adapter cannot be written.
+        """
+        with _understood():
+            merged = wire.whole(words.get("merged", 0), "merged", 0, run.worker.scenario.rounds)
+        if self.site is not None and self.site.receive is not None:
+            run = self._caught_up(run, content, merged, client)
+        try:
+            with _understood():
+                made = ending.end(run, self.site, self.state.of_run(run.key), content, client)
+        except OSError as error:
+            logger.error("%s", error, extra={"client": client, "run": run.key})
+            raise Refusal("the adapter cannot be written: its log says why", own=str(error)) from error
+        run.ended = True
+        return made
+
     def _judge(self, run: Serving, instruction: Instruction, client: int) -> RecordDict:
         """Loss and metric of the client's own model on the examples that it holds out.
 
@@ -432,8 +421,7 @@ class Node:
         Raises:
             Refusal: it would, or cannot be written.
         """
-        run = self.run
-        if run is None or run.key != key:
+        if (run := self._runs.get(key)) is None:
             raise Refusal("it serves another run by now")
         return pay(run, self.account, round, client, event)
 

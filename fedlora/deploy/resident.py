@@ -25,9 +25,11 @@ from typing import Any
 _SIZES = struct.Struct(">IQ")  # bytes of the words, bytes of the content
 _MOST_WORDS, _MOST_CONTENT = 2**20, 2**34
 _START = 120.0  # seconds that a resident may take to listen
+_TURNS = 100  # workers of other apps that are waited for
 _PAUSE = 0.02  # seconds between two looks for one
 _HERE = b"!"  # its first byte to whoever it takes in
 _SHORT = 107 - len("/0123456789abcdef.sock")  # bytes of a folder: the path of a socket has 107 at most
+_PORT = 10.0  # seconds that the worker before this one may take to let its port go
 _IDLE = 300.0  # seconds without a request after which one ends where no site file says
 
 logger = logging.getLogger("fedlora.deploy.resident")
@@ -44,7 +46,7 @@ def ask(where: Path, app: Path, words: Words, content: bytes) -> tuple[Words, by
 
     Args:
         where: the site file; in Flower's simulation a folder.
-        app: of the Flower app; a resident that runs another's code gives way.
+        app: of the Flower app; a resident that may have imported another's code gives way.
         words: of the request, JSON.
         content: bytes of the message's content.
 
@@ -54,8 +56,8 @@ def ask(where: Path, app: Path, words: Words, content: bytes) -> tuple[Words, by
     Raises:
         Unreachable: it cannot be started, or died of the request twice.
     """
-    died, end = 0, time.monotonic() + _START
-    while time.monotonic() < end or died:
+    died, turns, end = 0, 0, time.monotonic() + _START
+    while (time.monotonic() < end or died or turns) and turns < _TURNS:
         try:
             with _connected(where, app) as there:
                 _send(there, {**words, "app": str(app)}, content)
@@ -67,7 +69,8 @@ def ask(where: Path, app: Path, words: Words, content: bytes) -> tuple[Words, by
             continue
         if not told.get("other_app"):
             return told, reply
-        time.sleep(_PAUSE)  # it ends now
+        turns += 1
+        time.sleep(_PAUSE)  # it ends now, or serves whoever was before
     raise Unreachable("its worker serves another app and does not end")
 
 
@@ -181,15 +184,21 @@ def main() -> int:
 def _serve(where: Path, app: Path, shown: logging.Handler) -> int:
     from fedlora.deploy import logs, metrics
     from fedlora.deploy.node import Node
+    from fedlora.errors import UserError
 
-    node, idle = Node(where, app), _IDLE
+    node, idle, ending = Node(where, app), _IDLE, contextlib.ExitStack()
+    ending.callback(node.close)
     logs.start(
         node.site.name if node.site else "sites", shown, logging.FileHandler(node.state.folder / "site.log")
     )
     if node.site is not None:
         idle = 60 * node.site.idle_minutes
         if node.site.metrics_port is not None:
-            metrics.of_site(node, node.site.metrics_port, node.site.metrics_address)
+            try:
+                told = (node, node.site.metrics_port, node.site.metrics_address, _PORT)
+                ending.callback(metrics.of_site(*told))
+            except UserError as error:  # no reason to take part in no run
+                logger.error("%s; nothing is exported meanwhile", error)
     address = place(where)
     address.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as here:
@@ -209,8 +218,19 @@ def _serve(where: Path, app: Path, shown: logging.Handler) -> int:
             logger.info("worker %d ends: nothing was asked for %g s", os.getpid(), idle)
             return 0
         finally:
-            node.close()  # before the next one can be started
+            ending.close()  # before the next one can be started
             address.unlink(missing_ok=True)
+
+
+def _may_serve(node: Any, app: Path) -> bool:
+    """Whether a process may serve a run of an app, which is then the node's; not after it ran another's code."""
+    from fedlora.deploy import signing
+
+    own_code = node.site is None or node.site.accept.own_code
+    if own_code and app != node.app and signing.code(app) != signing.code(node.app):
+        return False
+    node.app = app
+    return True
 
 
 def _answer(node: Any, there: socket.socket) -> bool:
@@ -220,7 +240,7 @@ def _answer(node: Any, there: socket.socket) -> bool:
     try:
         there.sendall(_HERE)
         words, content = _receive(there)
-        if words["app"] != str(node.app):
+        if not _may_serve(node, Path(words["app"])):
             _send(there, {"other_app": True}, b"")
             return False
     except (ConnectionError, EOFError):

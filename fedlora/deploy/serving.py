@@ -25,6 +25,7 @@ class Serving:
     ledger: Ledger
     merges: Merges
     answers: Answers
+    ended: bool = False  # whether its server says so: its model is the first to go
     member: tuple[object, Member] | None = None  # its part in secure aggregation, with the round
 
     @property

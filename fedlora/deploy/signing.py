@@ -97,6 +97,15 @@ def public_key(text: str) -> Ed25519PublicKey:
     return key
 
 
+def code(app: Path) -> str:
+    """A digest of the programs of an app: it is the same where two apps differ in their configuration alone."""
+    try:
+        told = {path: what for path, what in _contents(app) if path != "pyproject.toml"}
+    except UserError:
+        return str(app)  # nobody's but its own
+    return _digest(json.dumps(dict(sorted(told.items()))).encode())
+
+
 def _message(scenario: Mapping[str, Any], name: str, app: Path) -> bytes:
     told = {"scenario": scenario, "run": name, "app": dict(sorted(_contents(app)))}
     return _CONTEXT + json.dumps(told, sort_keys=True).encode()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -145,6 +145,8 @@ class Site(Section):
         privacy: Budget of the site's examples over all runs. null: the site trains without one, if the scenario
             asks for no privacy. Example: `{max_epsilon: 8, delta: 1.0e-5}`.
         accept: What a run must be like for the site to take part.
+        receive: What the site gets when a run ends. adapter: the run's adapter, written to `runs/NAME/adapter` in
+            `state`, to evaluate and use here. null: the site is only informed of the end.
         device: Torch device that trains, such as `cpu` or `cuda`.
         threads: Torch threads of the worker.
         idle_minutes: Minutes without work after which the worker unloads the model.
@@ -158,6 +160,7 @@ class Site(Section):
     state: Annotated[str, Field(min_length=1)]
     privacy: Budget | None = None
     accept: Accept = Accept()
+    receive: Literal["adapter"] | None = None
     device: str = "cpu"
     threads: PositiveInt = 1
     idle_minutes: PositiveFloat = 30.0

@@ -19,7 +19,7 @@ RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a run's name, which is a
 _ROWS = "rows"  # which rows a site began a run with, by a digest under its own key
 _FORGOTTEN = "forgotten"  # that the owner had it removed
 _STAYS = (_FORGOTTEN, "privacy.jsonl", "privacy.head")  # what it spent
-_JUDGED = "judged.json"  # what a site has said of its own rows in a run, by round
+JUDGED = "judged.json"  # what a site has said of its own rows in a run, by round
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class State:
 
     def judged(self, key: str, round: int, judge: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the site says of its own rows in a round of a run: as it said before, or what `judge` finds."""
-        file = self.of_run(key) / _JUDGED
+        file = self.of_run(key) / JUDGED
         said: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
         if str(round) not in said:
             said[str(round)] = judge()

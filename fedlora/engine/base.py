@@ -149,6 +149,20 @@ class Engine(Grid):
     def export(self, adapter: Adapter, folder: Path, merged: Change | None = None) -> None:
         """Write the adapter where `peft.PeftModel.from_pretrained` finds it, with all that was merged."""
 
+    def conclude(self, round: int, adapter: Adapter, merges: int, threshold: float | None) -> int:
+        """Say to clients that the run has ended, and send the adapter to those that want it; none in a simulation.
+
+        Args:
+            round: the last.
+            adapter: that the run ends with.
+            merges: how many of the run's merges are part of it.
+            threshold: from which probability on it gives a label, where a text may have several.
+
+        Returns:
+            Bytes that were sent.
+        """
+        return 0
+
     @abstractmethod
     def close(self) -> None:
         """Let the workers go."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -31,6 +32,7 @@ from fedlora.privacy.mechanisms import central
 from fedlora.privacy.noise import Stream
 
 DEADLINE = 600.0  # seconds that a round waits for its sites, unless the scenario says
+LAST = 60.0  # seconds that a run waits at its end for its sites to take the adapter
 JOIN = 300.0  # seconds that a run waits for all its sites at its start
 
 logger = logging.getLogger(__name__)
@@ -174,6 +176,31 @@ class FlowerEngine(Engine):
     def export(self, adapter: Adapter, folder: Path, merged: Change | None = None) -> None:
         """Write the adapter."""
         self.here.export(adapter, folder, merged)
+
+    def conclude(self, round: int, adapter: Adapter, merges: int, threshold: float | None) -> int:
+        """Say to sites that the run has ended, and send the adapter to those that asked for it.
+
+        What the seed gives them is not sent. Nothing of this makes a finished run fail.
+        """
+        try:
+            self.roster.gather(self._hello, 0.0, lambda: True)
+            first = self.worker.task.initial
+            changed = {n: t for n, t in adapter.items() if not np.array_equal(t, first[n])}
+            told = {"run": self.key, "merged": len(self.merges), "round": round, "merges": merges}
+            contents: dict[int, RecordDict] = {}
+            for client, site in self.roster.sites.items():
+                content = contents[client] = wire.pack_words({**told, "threshold": threshold})
+                if site.wants_adapter:
+                    content[wire.ARRAYS] = wire.to_arrays(changed)
+                    wire.pack_merges(content, site.merged, self.merges[site.merged :])
+            for client, (reply, _) in self.roster.ask(f"query.{wire.END}", contents, LAST).items():
+                refused = None if reply.has_error() else wire.unpack_words(reply.content).get("refused")
+                if why := reply.error.reason if reply.has_error() else refused:
+                    self.roster.note(shown(f"{self.roster.sites[client]} did not take the run's end: {why}"))
+            return sum(map(traffic.content_bytes, contents.values()))
+        except Exception as error:  # the SuperLink may be gone, or a site may answer anything
+            logger.warning("sites may not know that the run has ended: %s", type(error).__name__)
+            return 0
 
     def close(self) -> None:
         """Let an evaluation end; sites drop an idle run by themselves."""

@@ -42,6 +42,7 @@ class Site:
         event: what a round costs its examples; None without privacy.
         merged: how many merges it has.
         silent: whether it missed the last deadline.
+        wants_adapter: whether it is to have the adapter when the run ends.
         clock: seconds by which its clock is before the server's.
     """
 
@@ -53,6 +54,7 @@ class Site:
     merged: int = 0
     silent: bool = False
     clock: float = 0.0
+    wants_adapter: bool = False
 
     def __str__(self) -> str:
         return f"client {self.client} ({self.name})"
@@ -188,6 +190,7 @@ class Roster:
             clock=_ahead(words.get("time")),
             num_examples=wire.whole(held, "num_examples", 1, wire.MOST),
             event=wire.read_event(event),
+            wants_adapter=words.get("receive") == "adapter",
         )
 
     def forget(self, site: Site, refused: str) -> None:
@@ -197,8 +200,17 @@ class Roster:
         elif refused.startswith(BEHIND):
             site.merged = 0
 
-    def ask(self, kind: str, contents: Mapping[int, RecordDict]) -> dict[int, tuple[Message, float]]:
-        """Send each client a message; the replies that came in time, and after how many seconds each."""
+    def ask(
+        self, kind: str, contents: Mapping[int, RecordDict], most: float | None = None
+    ) -> dict[int, tuple[Message, float]]:
+        """Send each client a message; the replies that came in time, and after how many seconds each.
+
+        Args:
+            kind: of the messages.
+            contents: by client.
+            most: seconds to wait, where that is less than until the deadline.
+        """
+        patience = self.deadline if most is None else min(most, self.deadline)
         self._drop_late()
         began = time.monotonic()
         nodes = {self.sites[c].node: c for c in contents}
@@ -206,20 +218,20 @@ class Roster:
         waiting = {i: nodes[node] for i, node in ids.items()}
         answers: dict[int, tuple[Message, float]] = {}
         noted = False
-        while waiting and time.monotonic() - began < self.deadline:
+        while waiting and time.monotonic() - began < patience:
             for reply in self._pull(waiting):
                 client = waiting.pop(reply.metadata.reply_to_message_id)
                 answers[client] = (reply, time.monotonic() - began)
             if waiting and not noted and (passed := time.monotonic() - began) >= _PATIENCE:
                 who, noted = ", ".join(str(self.sites[c]) for c in sorted(waiting.values())), True
-                self.note(f"waiting for {who}: {self.deadline - passed:.0f} s more at most")
+                self.note(f"waiting for {who}: {patience - passed:.0f} s more at most")
             if waiting:
                 time.sleep(_PAUSE)
         for client in contents:
             self.sites[client].silent = client not in answers
         if waiting:
             who = ", ".join(str(self.sites[c]) for c in sorted(waiting.values()))
-            logger.warning("no reply within %g s from %s", self.deadline, who)
+            logger.warning("no reply within %g s from %s", patience, who)
         self._drop_late()
         self._overdue.update(waiting)
         return answers

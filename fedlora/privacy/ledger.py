@@ -94,7 +94,7 @@ class Ledger:
         file = folder / "privacy.jsonl"
         self._lock = lock.hold(file) if file.exists() else None
         self._head = chain.read_head(file)  # as this ledger left it
-        lines = _verified(file) if file.exists() or self._head is not None else []
+        lines = verified(file) if file.exists() or self._head is not None else []
         if len(lines) < known[0] or (known[0] and lines[known[0] - 1]["chain"] != known[1]):
             raise UserError(
                 f"{file}: is not the ledger that the checkpoint was saved with, whose {known[0]} lines it should "
@@ -248,12 +248,12 @@ def replay(file: Path) -> dict[Holder, list[Event]]:
         UserError: a line is damaged, edited, missing or of another mechanism.
     """
     events: dict[Holder, list[Event]] = {}
-    for line in _verified(file, headless=True):
+    for line in verified(file, headless=True):
         events.setdefault(_holder(line), []).append(Event.from_json(line))
     return events
 
 
-def _verified(file: Path, headless: bool = False) -> list[dict[str, Any]]:
+def verified(file: Path, headless: bool = False) -> list[dict[str, Any]]:
     """The whole lines of a privacy ledger, each checked by itself, against those before it and by the head.
 
     Args:
@@ -328,7 +328,7 @@ def epsilon_of(file: Path, unit: str = "example", accountant: Accountant | None 
     """
     events: dict[Holder, Events] = {}
     first: Mapping[str, Any] = {}
-    for number, line in enumerate(_verified(file, headless=True), 1):
+    for number, line in enumerate(verified(file, headless=True), 1):
         delta, named = line.get("delta"), line.get("accountant")
         first = first or (line if line["unit"] == unit else {})
         fine = isinstance(delta, float) and 0 < delta < 1 and named in get_args(Accountant)

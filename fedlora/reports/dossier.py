@@ -228,7 +228,9 @@ def _kept(told: Told) -> Table:
         ],
         ["its last answer, encrypted", "each site's state folder", "until the next round"],
         ["the scenario and what the run was", "each site's state folder", "until the site removes it"],
+        ["the final adapter, if its site file asks", "each site's state folder", "until the site removes it"],
         ["a log without any text of a row", "each site's state folder", "by the site's own rule"],
+        ["backups of that folder, without answers", "where the site puts them", "by the site's own rule"],
         [
             "rows as numbers (tokens)",
             "each site's cache folder",

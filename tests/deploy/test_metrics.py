@@ -1,6 +1,7 @@
 """What Prometheus reads, and where it can."""
 
 import socket
+import threading
 import urllib.request
 from types import SimpleNamespace
 
@@ -43,6 +44,28 @@ def test_a_server_s_figures_are_bound_to_loopback_unless_asked(listening):
     metrics.Exported(Silent(), 0)
     metrics.Exported(Silent(), 0, "127.0.0.2")
     assert [server.server_address[0] for server in listening] == ["127.0.0.1", "127.0.0.2"]
+
+
+def test_runs_of_a_server_at_once_have_a_port_each(listening, monkeypatch):
+    with socket.socket() as there:
+        there.bind(("127.0.0.1", 0))
+        there.listen()
+        port = there.getsockname()[1]
+        metrics.Exported(Silent(), port)
+        assert port < listening[0].server_address[1] < port + metrics.RUNS
+        monkeypatch.setattr(metrics, "RUNS", 1)
+        with pytest.raises(UserError, match=r"metrics: no port from \d+ to \d+ of 127.0.0.1 can be used"):
+            metrics.Exported(Silent(), port)
+
+
+def test_a_worker_lets_its_port_go_to_the_next_which_waits_for_it(listening):
+    close = metrics.of_site(NODE, 0)
+    port = listening[0].server_address[1]
+    timer = threading.Timer(0.3, close)
+    timer.start()
+    metrics.of_site(NODE, port, wait=30.0)
+    timer.join()
+    assert listening.pop(0).socket.fileno() == -1 and listening[0].server_address[1] == port
 
 
 def test_a_port_that_is_taken_is_a_line(listening):

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora import simulate
+from fedlora import evaluate, simulate
 from fedlora.deploy.split import split
 from fedlora.privacy import ledger
+from fedlora.record import Record
 from fedlora.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -122,6 +123,7 @@ def adapter(folder):
 
 def test_a_submitted_run_gives_the_adapter_of_its_simulation(environment, scenario, federation, tmp_path):
     made, file, sites = scenario(private=False)
+    sites[0].write_text(sites[0].read_text() + "receive: adapter\n")
     federation[0](sites)
     done = submit(environment, file, tmp_path / "came")
     out, error = done.communicate(timeout=600)
@@ -129,7 +131,40 @@ def test_a_submitted_run_gives_the_adapter_of_its_simulation(environment, scenar
     assert "accuracy" in out and str(tmp_path / "came") in out
     one, other = adapter(tmp_path / "came"), adapter(simulate(made, out=tmp_path / "plain").folder)
     assert all(np.array_equal(one[n], other[n]) for n in other)
-    assert Run.open(tmp_path / "came").summary["failures"] == 0
+    assert (summary := Run.open(tmp_path / "came").summary)["failures"] == 0
+    (kept,), (other_site,) = ([*(site.parent / "state" / "runs").iterdir()] for site in sites)
+    mine = adapter(kept)
+    assert all(np.array_equal(mine[n], one[n]) for n in one) and not (other_site / "adapter").exists()
+    assert Record.open(other_site).site_said.startswith("finished after round 2")
+    said = evaluate(kept, tmp_path / "sites" / "test.csv")
+    assert said.metrics["accuracy"] == pytest.approx(summary["accuracy"], abs=1e-6)
+
+
+def test_runs_at_once_and_one_after_another_share_a_worker_and_a_port(environment, scenario, federation, tmp_path):
+    """Neither the figures of a site nor those of the server keep a run from beginning."""
+    _, file, sites = scenario()
+    for site in sites:
+        site.write_text(site.read_text() + f"metrics_port: {free_port()}\n")
+    environment["FEDLORA_METRICS_PORT"] = str(free_port())
+    federation[0](sites)
+
+    def ended(*names):
+        asked = [submit(environment, file, tmp_path / name) for name in names]
+        for done in asked:
+            _, error = done.communicate(timeout=800)
+            assert done.returncode == 0, error
+        assert all(Run.open(tmp_path / name).summary["failures"] == 0 for name in names)
+        return {line["message"] for site in sites for line in log(site) if line["message"].endswith(" is up")}
+
+    first = ended("one", "two")
+    assert len(first) == 2 and ended("three") == first, "a worker for each site, and the same"
+    assert not [line for site in sites for line in log(site) if "cannot be used" in line["message"]]
+    for site in sites:
+        assert len([*(site.parent / "state" / "runs").iterdir()]) == 3
+
+
+def log(site):
+    return [json.loads(line) for line in (site.parent / "state" / "site.log").read_text().splitlines()]
 
 
 OWN = "from fedlora.strategies.ffa_lora import FFALoRA\n\n\nclass Mine(FFALoRA):\n    pass\n"

@@ -1,5 +1,6 @@
 """The process beside a SuperNode: started on demand, again when it dies, gone when idle; its owner's alone."""
 
+import logging
 import os
 import signal
 import socket
@@ -71,15 +72,38 @@ def test_only_its_owner_reaches_it(site, tmp_path):
         resident.place(site)
 
 
-def test_another_app_gets_another_process(site, tmp_path):
-    ask(site, tmp_path)
+def test_another_program_gets_another_process_and_another_run_does_not(site, tmp_path):
+    """Apps that differ in their configuration alone are runs of one program."""
+    site.write_text(site.read_text().replace("own_code: false", "own_code: true"))
+    for name, text in (("one", "a = 1"), ("same", "a = 1"), ("other", "a = 2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text(text)
+        (tmp_path / name / "pyproject.toml").write_text(f"name = '{name}'")
+    ask(site, tmp_path / "one")
     (first,) = pids(site)
-    (tmp_path / "other").mkdir()
+    assert ask(site, tmp_path / "same")[0] == {} and pids(site) == [first]
     assert ask(site, tmp_path / "other")[0] == {}
     end = time.monotonic() + 20
     while first in pids(site) and time.monotonic() < end:
         time.sleep(0.01)
     assert first not in pids(site) and len(pids(site)) == 1
+
+
+def test_a_port_that_is_taken_keeps_no_site_out_of_a_run(site, tmp_path, monkeypatch):
+    ours = logging.getLogger("fedlora")
+    for name in ("handlers", "propagate", "level"):
+        monkeypatch.setattr(ours, name, getattr(ours, name))
+    monkeypatch.setattr(resident, "_PORT", 0.1)
+    with socket.socket() as there:
+        there.bind(("127.0.0.1", 0))
+        there.listen()
+        told = f"metrics_port: {there.getsockname()[1]}\nidle_minutes: 0.001\n"
+        site.write_text(site.read_text() + told)
+        assert resident._serve(site, tmp_path, logging.NullHandler()) == 0
+    for handler in ours.handlers:
+        handler.close()
+    log = (site.parent / "state" / "site.log").read_text()
+    assert "cannot be used" in log and "is up" in log and "nothing was asked" in log
 
 
 def test_it_ends_when_nothing_is_asked(site, tmp_path):

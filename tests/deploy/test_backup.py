@@ -1,0 +1,286 @@
+"""`fedlora site backup` and `restore`: after them what was spent is counted right, or too high."""
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+
+import pytest
+
+from fedlora.cli import main
+from fedlora.deploy import history
+from fedlora.deploy.backup import backup
+from fedlora.deploy.history import History
+from fedlora.deploy.restoring import restore
+from fedlora.errors import UserError
+from fedlora.privacy import ledger
+from fedlora.privacy.accounting import Event, epsilon
+from fedlora.privacy.ledger import Ledger
+
+EVENT = Event(noise_multiplier=1.0, sample_rate=0.1, steps=5, clip_norm=1.0)
+TERMS = {"delta": 1e-5, "unit": "example", "accountant": "rdp"}
+
+
+def pay(state, run, *rounds, event=EVENT):
+    """A site that paid for rounds of a run, as its worker does."""
+    for folder, terms in ((state / "ledger", {**TERMS, "run": run}), (state / "runs" / run, TERMS)):
+        folder.mkdir(parents=True, exist_ok=True)
+        book = Ledger(folder)
+        for round in rounds:
+            book.spend(round, {0: event}, **terms)
+
+
+def introduce(state, run, scenario):
+    (state / "runs" / run / "run.json").write_text(json.dumps({"run": run, "scenario": scenario}))
+
+
+def spent(state, run=None):
+    """Steps by the account, or by a run's ledger."""
+    file = (state / "ledger" if run is None else state / "runs" / run) / "privacy.jsonl"
+    return sum(event.steps for events in ledger.replay(file).values() for event in events)
+
+
+@pytest.fixture
+def site(tmp_path):
+    """The file of a site that has paid for rounds 1 and 2 of run a, and its state."""
+    state, file = tmp_path / "state", tmp_path / "site.yaml"
+    file.write_text(
+        f"name: st-mary\nclient: 0\nstate: {state}\ndata: {{train: a.csv, labels: [x, y]}}\n"
+        "privacy: {max_epsilon: 8, delta: 1.0e-5, accountant: rdp}\n"
+    )
+    pay(state, "a", 1, 2)
+    (state / "held.key").write_bytes(b"k" * 32)
+    (state / "site.log").write_text('{"message": "up"}\n{"mess')
+    (state / "lock").touch()
+    run = state / "runs" / "a"
+    for name in ("answer-1", "rows", "rows.part", "personal/0.2.safetensors"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text(name)
+    (run / "judged.json").write_text('{"1": {"loss": 1.0}}')
+    History(state).write(history.ROUND, history.ANSWERED, run="a", round=2)
+    return file, state
+
+
+@pytest.fixture
+def kept(site, tmp_path):
+    """The same, with a backup."""
+    backup(site[0], tmp_path / "kept")
+    return *site, tmp_path / "kept"
+
+
+def test_a_state_that_is_gone_comes_back_but_for_answers_and_what_is_not_its_own(kept):
+    file, state, made = kept
+    assert made.stat().st_mode & 0o777 == 0o600
+    before = {p: p.read_bytes() for p in state.rglob("*") if p.is_file()}
+    shutil.rmtree(state)
+    done = restore(file, made, lost=["none"])
+    told = {p: p.read_bytes() for p in state.rglob("*") if p.is_file()}
+    lost = {p.relative_to(state).as_posix() for p in before.keys() - told.keys()}
+    assert lost == {"runs/a/answer-1", "runs/a/rows.part"} and told.keys() <= before.keys()
+    changed = {p.name for p in told if told[p] != before[p]}
+    assert changed == {"site.log", "history.jsonl", "history.head"}
+    assert (state / "site.log").read_text() == '{"message": "up"}\n'
+    assert [line["what"] for line in history.read(state / history.NAME)] == ["round", "restored"]
+    assert done.before == done.after == epsilon([EVENT, EVENT], 1e-5, "rdp") and not done.lost
+    assert (state / "held.key").stat().st_mode & 0o077 == 0
+
+
+def test_a_backup_beside_a_worker_has_whole_lines_that_are_paid_for(site, tmp_path):
+    """A worker holds its locks, and is cut off in a line of each ledger."""
+    file, state = site
+    with (state / "lock").open("r+") as other, (state / "ledger" / "privacy.jsonl").open("r+") as account:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        fcntl.flock(account, fcntl.LOCK_EX)
+        for path in (state / "ledger" / "privacy.jsonl", state / "runs" / "a" / "privacy.jsonl"):
+            with path.open("a") as stream:
+                stream.write('{"round": 3, ')
+        assert backup(file, tmp_path / "kept").rounds == 2
+    shutil.rmtree(state)
+    restore(file, tmp_path / "kept", lost=["none"])
+    assert (spent(state), spent(state, "a")) == (10, 10)
+
+
+def test_a_ledger_never_goes_back(kept, capsys):
+    file, state, made = kept
+    pay(state, "a", 3)
+    pay(state, "b", 1)
+    (state / "runs" / "a" / "judged.json").write_text('{"2": {"loss": 2.0}}')
+    before = {p: p.read_bytes() for p in state.rglob("*") if p.is_file()}
+    assert main(["site", "restore", str(file), str(made)]) == 2
+    said = capsys.readouterr().err
+    assert "a, round 3; b, round 1. A ledger that goes back would count less: write --merge" in said
+    assert {p: p.read_bytes() for p in state.rglob("*") if p.is_file()} == before
+    assert main(["site", "restore", str(file), str(made), "--merge"]) == 0
+    assert "4 lines of ledgers that the backup lacked are kept" in capsys.readouterr().out
+    assert (spent(state), spent(state, "a"), spent(state, "b")) == (20, 15, 5)
+    assert json.loads((state / "runs" / "a" / "judged.json").read_text()) == {
+        "1": {"loss": 1.0},
+        "2": {"loss": 2.0},
+    }
+    assert not list(state.rglob("answer-*"))
+    pay(state, "a", 4)  # and goes on
+    assert spent(state) == 25
+
+
+def test_a_state_that_was_begun_again_has_the_lines_of_both(kept):
+    file, state, made = kept
+    shutil.rmtree(state)
+    pay(state, "b", 1)
+    with pytest.raises(UserError, match="b, round 1"):
+        restore(file, made)
+    with pytest.raises(UserError, match="nobody here can say what was trained after"):
+        restore(file, made, merge=True)
+    restore(file, made, lost=["a=1"], merge=True)
+    assert (spent(state), spent(state, "a"), spent(state, "b")) == (20, 15, 5)
+
+
+def test_what_nobody_knows_of_is_for_the_owner_to_say(kept, capsys):
+    file, state, made = kept
+    shutil.rmtree(state)
+    assert main(["site", "restore", str(file), str(made)]) == 2
+    said = capsys.readouterr().err
+    assert "the backup knows of a (2 rounds paid)" in said and "--lost none" in said
+    assert not (state / "ledger").exists()
+    assert main(["site", "restore", str(file), str(made), "--lost", "a=3"]) == 0
+    told = capsys.readouterr().out
+    assert "a: 3 rounds charged as lost" in told and "trained again, with fresh noise" in told
+    assert (spent(state), spent(state, "a")) == (25, 25)
+    lines = ledger.read(state / "ledger" / "privacy.jsonl")
+    assert [(line["round"], line.get("lost")) for line in lines] == [
+        (1, None),
+        (2, None),
+        *((r, True) for r in (3, 4, 5)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "lost, why",
+    [
+        (["none", "a=1"], "name nothing beside it"),
+        (["some"], "write none, all, RUN=ROUNDS or RUN=FILE"),
+        (["b=1"], "the backup has no round of it"),
+        (["a=1", "a=2"], "names a a second time"),
+        (["a=nowhere"], "is neither a number of rounds nor a file"),
+        (["all"], "a promised no epsilon that bounds what it spent"),
+    ],
+)
+def test_what_does_not_say_it_changes_nothing(kept, lost, why):
+    file, state, made = kept
+    shutil.rmtree(state)
+    with pytest.raises(UserError, match=why):
+        restore(file, made, lost=lost)
+    assert sorted(path.name for path in state.iterdir()) == ["lock"]
+
+
+def test_the_submitter_s_ledger_says_what_a_site_lost(kept, tmp_path):
+    """Of other clients, and of rounds that the backup has, nothing is charged."""
+    file, state, made = kept
+    shutil.rmtree(state)
+    for run, rounds in (("a", 4), ("c", 2)):
+        (tmp_path / run).mkdir()
+        book = Ledger(tmp_path / run)
+        for round in range(1, rounds + 1):
+            book.spend(round, {0: EVENT, 1: EVENT}, **TERMS)
+        del book
+    done = restore(file, made, lost=[f"{run}={tmp_path / run / 'privacy.jsonl'}" for run in "ac"])
+    assert (spent(state), spent(state, "a"), spent(state, "c")) == (30, 20, 10) and done.lost == {"a": 2, "c": 2}
+    rounds = [line["round"] for line in ledger.read(state / "runs" / "a" / "privacy.jsonl")]
+    assert rounds == [1, 2, 3, 4]
+
+
+def test_all_that_runs_may_spend_is_what_they_promised(site, tmp_path, tiny):
+    """Five rounds would pass the promise, and four do not."""
+    file, state = site
+    most = epsilon([EVENT] * 4, 1e-5, "rdp")
+    asked = tiny(f"privacy={{epsilon: {most}, delta: 1.0e-5, clip_norm: 1.0, accountant: rdp}}")
+    introduce(state, "a", asked.model_dump(mode="json"))
+    backup(file, tmp_path / "kept")
+    shutil.rmtree(state)
+    done = restore(file, tmp_path / "kept", lost=["all"])
+    assert done.lost == {"a": 2} and spent(state) == 20 and done.after == pytest.approx(most)
+
+
+def test_a_run_that_was_forgotten_stays_so(kept):
+    file, state, made = kept
+    assert main(["site", "forget", str(file), "a"]) == 0
+    restore(file, made)
+    assert sorted(p.name for p in (state / "runs" / "a").iterdir()) == [
+        "forgotten",
+        "privacy.head",
+        "privacy.jsonl",
+    ]
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**16 - 1024, 2**18])
+def test_encrypted_it_is_for_its_owner_alone(site, tmp_path, size):
+    file, state = site
+    (state / "runs" / "a" / "rows").write_bytes(b"secret row" + bytes(size))
+    secret, other, made = (tmp_path / name for name in ("secret", "other", "kept"))
+    secret.write_text("correct horse battery\n")
+    other.write_text("correct horse batterx\n")
+    assert backup(file, made, secret).sealed
+    assert b"secret row" not in made.read_bytes() and b"noise_multiplier" not in made.read_bytes()
+    shutil.rmtree(state)
+    with pytest.raises(UserError, match="is encrypted: name the file of its passphrase"):
+        restore(file, made, lost=["none"])
+    with pytest.raises(UserError, match="the secret is another, or the file was changed or cut"):
+        restore(file, made, other, ["none"])
+    whole = made.read_bytes()
+    for spoilt in (whole[:-1], whole[:-17], whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]):
+        made.write_bytes(spoilt)
+        with pytest.raises(UserError, match="the secret is another, or the file was changed or cut"):
+            restore(file, made, secret, ["none"])
+    made.write_bytes(whole)
+    restore(file, made, secret, ["none"])
+    assert spent(state) == 10
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_it_goes_through_a_pipe(site, tmp_path, capfdbinary, sealed):
+    file, state = site
+    (tmp_path / "secret").write_text("correct horse battery")
+    told = ["--secret", str(tmp_path / "secret")] if sealed else []
+    assert main(["site", "backup", str(file), "--out", "-", *told]) == 0
+    data, said = capfdbinary.readouterr()
+    assert b"the account has 2 paid rounds" in said and (b"it is not encrypted" in said) is not sealed
+    shutil.rmtree(state)
+    os.mkfifo(pipe := tmp_path / "pipe")
+    threading.Thread(target=pipe.write_bytes, args=(data,)).start()
+    assert main(["site", "restore", str(file), str(pipe), "--lost", "none", *told]) == 0
+    assert spent(state) == 10
+
+
+def test_what_cannot_be_a_backup_is_refused(kept, tmp_path):
+    file, state, made = kept
+    text, short = file.read_text(), tmp_path / "short"
+    short.write_text("hunter2\n")
+    whole = made.read_bytes()
+    for data in (b"", b"nothing", whole[: len(whole) // 2], whole.replace(b'"steps": 5', b'"steps": 4', 1)):
+        (tmp_path / "spoilt").write_bytes(data)
+        with pytest.raises(UserError, match="is no whole backup of a site"):
+            restore(file, tmp_path / "spoilt")
+    for out, why in ((made, "is there already"), (state / "kept", "lies in the state folder")):
+        with pytest.raises(UserError, match=why):
+            backup(file, out)
+    with pytest.raises(UserError, match="holds 7 bytes; a passphrase or key has 16 at least"):
+        backup(file, tmp_path / "new", short)
+    file.write_text(text.replace("st-mary", "st-john"))
+    with pytest.raises(UserError, match="is a backup of the site 'st-mary', and this is 'st-john'"):
+        restore(file, made)
+    file.write_text(text)
+    with (state / "lock").open("r+") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="in use by another process"):
+            restore(file, made)
+
+
+def test_a_damaged_ledger_is_not_kept_and_not_written_over(kept, tmp_path):
+    file, state, made = kept
+    book = state / "ledger" / "privacy.jsonl"
+    book.write_text(book.read_text().replace('"steps": 5', '"steps": 4', 1))
+    with pytest.raises(UserError, match="it was edited"):
+        backup(file, tmp_path / "new")
+    with pytest.raises(UserError, match=r"move privacy\.jsonl and privacy\.head elsewhere"):
+        restore(file, made, lost=["none"], merge=True)
+    assert '"steps": 4' in book.read_text() and not (tmp_path / "new").exists()
