@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlora.privacy import accounting, ledger
+from fedlora.privacy import accounting, ledger, wording
 
 _PERSON = "person "  # before the column that tells them
 
@@ -41,9 +41,9 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
         found[key if several else unit] = (
             value,
             f"{many} ({value:.3g}, {delta:g})-differential privacy for each "
-            f"{accounting.protected(unit, person)}, as if "
-            f"it had been in every run{others} with whoever spent most there; {accounting.neighbours(unit)}; by "
-            f"Renyi DP, assuming {accounting.assumed(unit, honest, bands.get(key, ()))}"
+            f"{wording.protected(unit, person)}, as if "
+            f"it had been in every run{others} with whoever spent most there; {wording.neighbours(unit)}; by "
+            f"Renyi DP, assuming {wording.assumed(unit, honest, bands.get(key, ()))}"
             + ("; what the other runs add, which protect another unit, is not in it" if several else ""),
         )
     return found
@@ -52,4 +52,4 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
 def _protected(key: str) -> str:
     """What a key of `total_epsilon` is about: the server's own view of clients is about clients, too."""
     unit, _, person = key.partition(" ")
-    return accounting.protected(unit, person)
+    return wording.protected(unit, person)

@@ -14,6 +14,7 @@ from fedlora.errors import UserError
 from fedlora.privacy import accounting, ledger, together
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.ledger import Ledger, statements
+from fedlora.privacy.wording import FROM_SERVER
 from fedlora.record import Record
 from fedlora.reports import console, meaning, single, summary
 
@@ -104,7 +105,7 @@ def test_an_earlier_reader_refuses_a_line_of_persons(tmp_path, monkeypatch):
     event = Event(noise_multiplier=2.0, sample_rate=0.1, steps=4, clip_norm=1.0)
     Ledger(tmp_path).spend(1, {0: event}, **told)
     assert ledger.replay(tmp_path / "privacy.jsonl") == {0: [event]}
-    monkeypatch.setattr(ledger, "UNITS", ("example", "client", accounting.FROM_SERVER))
+    monkeypatch.setattr(ledger, "UNITS", ("example", "client", FROM_SERVER))
     with pytest.raises(UserError, match="lacks or garbles unit"):
         ledger.replay(tmp_path / "privacy.jsonl")
 
