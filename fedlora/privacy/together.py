@@ -5,8 +5,6 @@ from pathlib import Path
 
 from fedlora.privacy import accounting, ledger, wording
 
-_PERSON = "person "  # before the column that tells them
-
 
 def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
     """What the runs in some folders spent together, by the unit that is protected, and what it means in words.
@@ -25,11 +23,16 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
         for line in lines:
             honest, person = min(honest, line.get("honest", 1.0)), person or line.get("person", "")
         for own in sorted({*map(ledger.unit, events)}):
-            unit = _PERSON + person if person and own == "example" else own
-            told = "person" if unit.startswith(_PERSON) else own
-            deltas.setdefault(unit, []).extend(line["delta"] for line in lines if line["unit"] == told)
-            bands.setdefault(unit, set()).update(ledger.bands_of(events, told))
-            spent.setdefault(unit, []).append([e for holder, e in events.items() if ledger.unit(holder) == own])
+            told = "person" if person and own == "example" else own
+            mine = [e for holder, e in events.items() if ledger.unit(holder) == own]
+            ways = {told: mine}
+            if any(event.sharers > 1 for each in mine for event in each):
+                ways[wording.IN_SUMS[told]] = [[*accounting.in_sums(each)] for each in mine]
+            for way, by_holder in ways.items():
+                unit = f"{way} {person}" if told == "person" else way
+                deltas.setdefault(unit, []).extend(line["delta"] for line in lines if line["unit"] == told)
+                bands.setdefault(unit, set()).update(ledger.bands_of(events, told))
+                spent.setdefault(unit, []).append(by_holder)
     found = {}
     several = len({*map(_protected, spent)}) > 1
     for key, runs in spent.items():
@@ -44,6 +47,7 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
             f"{wording.protected(unit, person)}, as if "
             f"it had been in every run{others} with whoever spent most there; {wording.neighbours(unit)}; by "
             f"Renyi DP, assuming {wording.assumed(unit, honest, bands.get(key, ()))}"
+            + (wording.OWN_ALONE if wording.IN_SUMS.get(unit, "") in {k.partition(" ")[0] for k in spent} else "")
             + ("; what the other runs add, which protect another unit, is not in it" if several else ""),
         )
     return found
