@@ -24,10 +24,14 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from fedlora.errors import SettingError, UserError
 from fedlora.privacy.cohorts import MOST
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Accountant = Literal["pld", "prv", "rdp"]
 History = Sequence[tuple[float, float, int]]  # noise multiplier, sample rate, steps
@@ -160,23 +164,38 @@ def epsilon_of_runs(runs: Iterable[Iterable[Sequence[Event]]], delta: float) -> 
         runs: for each run the events of every holder of a budget.
         delta: of the whole.
     """
-    import numpy as np
-    from opacus.accountants import RDPAccountant
-    from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
+    return of_renyi(sum((renyi(run) for run in runs), 0.0 * renyi([])), delta)
 
-    orders = RDPAccountant.DEFAULT_ALPHAS
-    total = np.zeros(len(orders))
-    for run in runs:
-        most = np.zeros(len(orders))
-        for history in map(_history, run):
-            steps = (compute_rdp(q=q, noise_multiplier=z, steps=n, orders=orders) for z, q, n in history)
-            most = np.maximum(most, sum(steps, np.zeros(len(orders))))
-        total += most
-    if not total.any():
+
+def renyi(holders: Iterable[Iterable[Event]]) -> "NDArray[np.float64]":
+    """Renyi DP of a run at each of `orders`, by the holder with the largest cost at each, (orders,)."""
+    import numpy as np
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    most = np.zeros(len(orders()))
+    for history in map(_history, holders):
+        steps = (compute_rdp(q=q, noise_multiplier=z, steps=n, orders=orders()) for z, q, n in history)
+        most = np.maximum(most, sum(steps, np.zeros(len(orders()))))
+    return most
+
+
+def orders() -> Sequence[float]:
+    """Of Renyi DP, those at which runs are added up."""
+    from opacus.accountants import RDPAccountant
+
+    found: Sequence[float] = RDPAccountant.DEFAULT_ALPHAS
+    return found
+
+
+def of_renyi(rdp: "NDArray[np.float64]", delta: float) -> float:
+    """Epsilon of Renyi DP at `orders`, (orders,)."""
+    from opacus.accountants.analysis.rdp import get_privacy_spent
+
+    if not rdp.any():
         return 0.0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Optimal order is", UserWarning)  # a wider choice only lowers epsilon
-        return max(float(get_privacy_spent(orders=orders, rdp=total, delta=delta)[0]), 0.0)
+        return max(float(get_privacy_spent(orders=orders(), rdp=rdp, delta=delta)[0]), 0.0)
 
 
 def _spend(
