@@ -11,12 +11,14 @@ micro-batches, which changes nothing in the sum.
 How an example is held to C is `privacy.clip`; the equation is that of `flat`, and the others are in
 `fedlora.privacy.mechanisms.dp_sgd`. Where `privacy.bands` is set, examples take turns and the noise of a step
 takes back a part of the steps before (`fedlora.privacy.mechanisms.bands`). Where `privacy.person` is set, persons
-have the place of examples, and g_i is the mean over a person's rows (`fedlora.privacy.mechanisms.persons`).
+have the place of examples, and g_i is the mean over a person's rows (`fedlora.privacy.mechanisms.persons`). Where
+`secure_aggregation.noise` is shared, each client adds a part of the noise (`fedlora.privacy.mechanisms.shared`).
 """
 
 import logging
+import math
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedlora.adapter import Adapter, Update
 from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_towards, resting, smooth
@@ -28,6 +30,7 @@ from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms.bands import banded
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
 from fedlora.privacy.mechanisms.persons import Part, Persons, cut
+from fedlora.privacy.mechanisms.shared import Shared
 
 if TYPE_CHECKING:
     import torch
@@ -55,9 +58,9 @@ class DPSGD(Stepwise):
         """How a round's batches are drawn, examples clipped and sums noised; its event is what is paid for."""
         if settings.noise_multiplier is None or settings.clip_norm is None:
             raise ContractError("dp_sgd was given no noise multiplier or clip norm")
-        rate = settings.sample_rate
-        made = ExampleGaussian(
-            noise_multiplier=settings.noise_multiplier,
+        rate, sharers = settings.sample_rate, settings.sharers or 1.0
+        told: dict[str, Any] = dict(
+            noise_multiplier=settings.noise_multiplier / math.sqrt(sharers),
             sample_rate=settings.batch_size / num_examples if rate is None else rate,
             total=num_examples,
             quantile=settings.quantile,
@@ -66,6 +69,9 @@ class DPSGD(Stepwise):
             clip_norm=settings.clip_norm,
             clip=settings.clip,
         )
+        if settings.range is not None:
+            return Shared(**told, sharers=sharers, range=settings.range)
+        made = ExampleGaussian(**told)
         return made if settings.bands == 1 else banded(made, settings.bands)
 
     def passes(

@@ -58,6 +58,7 @@ class Signal:
         bound: C, in L2 norm.
         bands: of the noise; 1: each step's is independent.
         share: of the rounds that a client takes part in.
+        parts: that clients divide the noise's variance into, where they share it out.
     """
 
     numbers: int
@@ -68,11 +69,12 @@ class Signal:
     bound: float
     bands: int = 1
     share: float = 1.0
+    parts: float = 1.0
 
     @property
     def noise(self) -> float:
         """Standard deviation of the noise in a number."""
-        over = self.clients if self.batch_size is None else self.batch_size * math.sqrt(self.clients)
+        over = self.clients if self.batch_size is None else self.batch_size * math.sqrt(self.clients * self.parts)
         return self.noise_multiplier * self.bound / over
 
     @property
@@ -116,6 +118,7 @@ def signal(
         bound=asked.clip_norm,
         bands=bands,
         share=told.cohort_size / told.total,
+        parts=scenario.noise_parts(scenario.most_members),
     )
 
 

@@ -11,6 +11,7 @@ from fedlora.data.store import Partition
 from fedlora.errors import ContractError, SettingError
 from fedlora.optimizers import contract
 from fedlora.privacy.accounting import Event
+from fedlora.privacy.mechanisms import shared
 from fedlora.privacy.mechanisms.bands import Past
 from fedlora.privacy.noise import Stream
 from fedlora.scenario import Scenario
@@ -48,6 +49,8 @@ class Settings:
         clip: how examples are held to it, in the words of `privacy.clip`.
         quantile: of the examples' norms, where the bound moves.
         bands: of the noise; 1: each step's is independent.
+        sharers: by whose square root clients divide the noise, where they share it out; None: each adds all of it.
+        range: that a number of the change may have, where noise is shared out.
         weight: of an update in a mean, where a private client may not report how many examples it has.
         share_metrics: whether figures computed from private examples may leave a private client.
         config: words of the strategy to the client.
@@ -65,6 +68,8 @@ class Settings:
     clip: str = "flat"
     quantile: float | None = None
     bands: int = 1
+    sharers: float | None = None
+    range: float | None = None
     sample_rate: float | None = None
     rows_per_person: int | None = None
     weight: float = 1.0
@@ -95,6 +100,10 @@ class Setter:
         told, privacy = self.scenario.clients, self.scenario.example_privacy
         first, pace = told.pace(instruction.round, self.scenario.rounds)
         lrs = {role: first * lr for role, lr in told.rates.items()}
+        noise, sharers = None if self.noise is None else self.noise[num_examples], None
+        if (asked := self.scenario.shares_example_noise) is not None and noise is not None:
+            noise, members = shared.told(instruction.config, noise, self.scenario.most_members)
+            sharers = self.scenario.noise_parts(members)
         return Settings(
             round=instruction.round,
             train=instruction.train,
@@ -106,11 +115,13 @@ class Setter:
             weight=1.0 if told.sample_rate is None else told.sample_rate * num_examples,
             lr=max(lrs.values()) if isinstance(told.lr, dict) else first * told.lr,
             micro_batch_size=told.micro_batch_size,
-            noise_multiplier=None if self.noise is None else self.noise[num_examples],
+            noise_multiplier=noise,
             clip_norm=privacy.clip_norm if privacy else None,
             clip=privacy.clip.kind if privacy else "flat",
             quantile=privacy.clip.quantile if privacy else None,
             bands=1 if self.bands is None else self.bands[num_examples],
+            sharers=sharers,
+            range=None if asked is None else asked.range,
             share_metrics=privacy.share_metrics if privacy else True,
             lrs=lrs,
             pace=pace,

@@ -25,12 +25,12 @@ from fedlora.engine import Setup
 from fedlora.engine.worker import Worker
 from fedlora.errors import FedloraError, SettingError, counted
 from fedlora.privacy import accounting
-from fedlora.privacy.accounting import Event
+from fedlora.privacy.accounting import Event, in_sums
 from fedlora.privacy.ledger import Holder, neighbours
 from fedlora.privacy.ledger import unit as unit_of
 from fedlora.privacy.mechanisms.bands import error
 from fedlora.rehearsal import Rehearsal, Stage
-from fedlora.reports.summary import peer_epsilon, server_epsilon
+from fedlora.reports.summary import own_epsilon, peer_epsilon, server_epsilon
 from fedlora.rounds.progress import Line
 from fedlora.scenario import Scenario
 from fedlora.tasks.located import at_hand
@@ -58,7 +58,10 @@ class Plan:
             None without privacy.
         person: the column that tells persons; None where these are not protected.
         neighbours: how datasets differ that it does not tell apart, in the ledger's word; None likewise.
-        server_epsilon: for each client from the server that sees sums; None where clients share no noise out.
+        server_epsilon: for each client from the server that sees sums, or for each example or person; None where
+            clients share no noise out.
+        own_epsilon: for each example or person under its client's own part of the noise alone, where others' is
+            counted upon; None elsewhere.
         peer_epsilon: for each client from another that is in all of its rounds under masks; None elsewhere.
         noise_multiplier: the largest over clients, or the server's; None without privacy.
         groups: clients by the number of examples that they hold (`num_examples`), or of persons where these are
@@ -87,6 +90,7 @@ class Plan:
     parameters: Mapping[str, int]
     epsilon: float | None
     server_epsilon: float | None
+    own_epsilon: float | None
     peer_epsilon: float | None
     delta: float | None
     unit: str | None
@@ -180,6 +184,7 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
         parameters=parameters,
         epsilon=lines[-1]["epsilon"] if epsilons else None,
         server_epsilon=server_epsilon(scenario, real.ledger.events),
+        own_epsilon=own_epsilon(scenario, real.ledger.events),
         peer_epsilon=peer_epsilon(scenario, real.ledger.events.get(None, ())),
         delta=asked.delta if asked else None,
         unit=asked.protects if asked else None,
@@ -254,7 +259,7 @@ def _epsilons(
     table, began = {}, time.perf_counter()
     for round in sorted({1, rounds, *range(step, rounds, step)}):
         each = [
-            accounting.epsilon([e for r, e in events if r <= round], asked.delta, asked.accountant)
+            accounting.epsilon(in_sums(e for r, e in events if r <= round), asked.delta, asked.accountant)
             for events in spent.values()
         ]
         table[round] = {"epsilon": max(each), "epsilon_median": statistics.median(each)}
@@ -273,7 +278,7 @@ def _groups(scenario: Scenario, data: Dataset, setup: Setup, loop: Rehearsal) ->
     most: dict[int, float] = {}  # epsilon, by the number of examples or persons
     for client, events in loop.ledger.events.items():
         if asked is not None and isinstance(client, int):
-            size, spent = data.units(client), accounting.epsilon(events, asked.delta, asked.accountant)
+            size, spent = data.units(client), accounting.epsilon(in_sums(events), asked.delta, asked.accountant)
             most[size] = max(most.get(size, 0.0), spent)
     counted_by = "num_examples" if data.persons is None else "num_persons"
     for size, clients in data.unit_sizes().items():
@@ -346,9 +351,10 @@ def _try(setup: Setup, ready: prepare.Prepared) -> _Cost:
     batch = min(whole, 2 * told.micro_batch_size)
     ranks = told.possible_ranks(worker.scenario.model.adapter.r)
     instruction = worker.strategy.instruct(1, dict(worker.task.initial), ranks)
+    alone = {"secure_aggregation": None}  # a part of the noise is for one step
     for steps in (1, _STEPS):  # the first is slower: memory is got, kernels are chosen
         fewer = told.model_copy(update={"local_steps": steps, "batch_size": batch, "sample_rate": None})
-        worker.settings = Setter(worker.scenario.model_copy(update={"clients": fewer}), setup.noise)
+        worker.settings = Setter(worker.scenario.model_copy(update={"clients": fewer, **alone}), setup.noise)
         replies = worker.train(instruction, [median], False)
         if replies.reports[0].error is not None:
             raise SettingError("clients.use", f"a client that was tried failed: {replies.reports[0].error}")

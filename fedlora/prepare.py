@@ -1,7 +1,7 @@
 """From a scenario to all that a run needs but the model: data, plug-ins, calibrated noise."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,16 +15,16 @@ from fedlora.data import reading
 from fedlora.data import store as datasets
 from fedlora.data.cache import cache_folder
 from fedlora.engine.setup import Setup
-from fedlora.errors import SettingError, counted
+from fedlora.errors import ContractError, SettingError, counted
 from fedlora.metrics import contract as metrics
 from fedlora.optimizers import steps
 from fedlora.privacy import accounting, affordable, calibrated, replay
-from fedlora.privacy.mechanisms import bands
+from fedlora.privacy.mechanisms import bands, shared
 from fedlora.privacy.mechanisms.central import Central
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
 from fedlora.rounds import choice
 from fedlora.rounds.world import World
-from fedlora.scenario import Scenario
+from fedlora.scenario import Privacy, Scenario
 from fedlora.seeding import Root
 from fedlora.tasks import base_model, weights
 from fedlora.tasks import contract as tasks
@@ -325,7 +325,27 @@ def calibrate(
         clip_norm=asked.clip_norm,
         clip=asked.clip.kind,
     )
-    return noise
+    return noise if scenario.shares_example_noise is None else _shared(scenario, asked, noise)
+
+
+def _shared(scenario: Scenario, asked: Privacy, noise: Mapping[int, float]) -> dict[int, float]:
+    """The noise of a sum that clients share out: the most that any of them needs.
+
+    Raises:
+        SettingError: a part of it does not fit on the grid.
+    """
+    told, masks, most = scenario.clients, scenario.secure_aggregation, max(noise.values())
+    assert masks is not None
+    many = scenario.noise_parts(scenario.most_members)
+    paces = {told.pace(round, scenario.rounds)[0] for round in range(1, scenario.rounds + 1)}
+    rates = told.rates.values() if isinstance(told.lr, dict) else [told.lr]
+    try:
+        for lr in {pace * rate for pace in (max(paces), min(paces - {0.0}, default=0.0)) for rate in rates}:
+            if lr:
+                shared.check_grid(shared.deviation(most, asked.clip_norm, lr, told.batch_size, many), masks.range)
+    except ContractError as error:
+        raise SettingError("secure_aggregation.range", str(error)) from error
+    return dict.fromkeys(noise, most)
 
 
 def known(

@@ -60,6 +60,9 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             raise SettingError(
                 "strategy.use", f"secure aggregation gives sums, and {use} needs each update; take one of {can}"
             )
+    if scenario.shares_example_noise is not None and (why := _divides(strategy, scenario)):
+        can = _those(lambda cls: cls.linear and cls.trips == 1 and not _divides(cls(), scenario))
+        raise SettingError("secure_aggregation.noise", f"shared noise protects sums, and {why}; take one of {can}")
     if told.averages_state and (strategy.personal or strategy.trips > 1):
         why = "gives each client a model of its own" if strategy.personal else f"makes {strategy.trips} trips"
         can = _those(lambda cls: cls.trips == 1 and not cls.personal)
@@ -110,6 +113,18 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
 def has_mean(strategy: Strategy | type[Strategy]) -> bool:
     """Whether all that a round makes is a mean of changes, which `strategy.server` can step along."""
     return strategy.linear and strategy.trips == 1 and not strategy.merges
+
+
+def _divides(strategy: Strategy, scenario: Scenario) -> str | None:
+    """Why a sum of what clients send is not one step under the sum of their noise; None where it is."""
+    use, cls = scenario.strategy.use, type(strategy)
+    if cls.keeps is not Strategy.keeps:
+        return f"{use} keeps tensors with clients, which only their own part of the noise protects"
+    if cls.reply is not Strategy.reply or "turns" in strategy.config(1):
+        return f"{use} does more with a step than send it"
+    if scenario.clients.unequal_ranks(scenario.model.adapter.r):
+        return "clients of a lower rank (clients.ranks) add none to numbers that they have not"
+    return None
 
 
 def refuses(strategy: Strategy | type[Strategy], kind: str) -> str | None:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from fedlora import scenario
+from fedlora import scenario, selecting
 from fedlora.engine.cluster import place
 from fedlora.errors import ScenarioError, SettingError, UserError, suggestion
 from fedlora.privacy.together import total_epsilon
@@ -33,7 +33,8 @@ from fedlora.reports.page import save
 from fedlora.returned import finite
 from fedlora.rounds.choice import directions
 from fedlora.run import Run
-from fedlora.scenario import Float, Int, PositiveInt, Scenario, Section
+from fedlora.scenario import Int, PositiveInt, Scenario, Section
+from fedlora.searching import Draw, Select, StopEarly, Values
 from fedlora.simulation import simulate
 from fedlora.tasks.contract import find
 
@@ -41,34 +42,6 @@ _GRID = "grid"  # the points of the grid are one axis to Ray Tune, so that they 
 _CHECKED = 1000  # points of the grid that are checked before the first run starts
 
 Settings = Mapping[str, Any]  # of one run, by dotted key
-
-
-class Draw(Section):
-    """Values drawn for each sample."""
-
-    draw: Literal["uniform", "loguniform", "randint"]  # randint: low is in, high is out
-    low: Float
-    high: Float
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low >= self.high or (self.draw == "loguniform" and self.low <= 0):
-            least = "0 < low < high" if self.draw == "loguniform" else "low < high"
-            raise PydanticCustomError("draw", f"{self.draw} needs {least}, such as low: 0.1, high: 10")
-        return self
-
-
-class StopEarly(Section):
-    """End runs that fall behind (ASHA, Li et al., 2020, https://arxiv.org/abs/1810.05934)."""
-
-    grace: PositiveInt = 1  # rounds that each run gets
-    factor: Annotated[Int, Field(ge=2)] = 3  # one run in so many goes on at each rung
-
-
-Values = Annotated[
-    Annotated[list[Any], Tag("grid")] | Annotated[Draw, Tag("random")],
-    Discriminator(lambda given: "grid" if isinstance(given, list) else "random"),
-]
 
 
 class Sweep(Section):
@@ -83,6 +56,7 @@ class Sweep(Section):
     seed: Int = 0  # of the draws
     metric: str | None = None  # the figure to choose the best by, such as macro_f1; null: the task's own
     stop_early: StopEarly | None = None
+    select: Select | None = None  # the best run alone leaves, of a random number of runs
     parallel: PositiveInt | Literal["auto"] = "auto"  # runs at once, each in a process of its own; auto: the cores
 
     @field_validator("search", mode="before")
@@ -105,6 +79,8 @@ class Sweep(Section):
     def _drawn(self) -> Self:
         if self.samples > 1 and all(isinstance(given, list) for given in self.search.values()):
             raise PydanticCustomError("samples", "samples counts random draws, and no key draws: leave it out")
+        if self.select is not None and (why := selecting.refuses(self.search, self.stop_early)):
+            raise PydanticCustomError("select", "with select {why}", {"why": why})
         return self
 
     def points(self) -> Iterator[Settings]:
@@ -112,6 +88,18 @@ class Sweep(Section):
         values = [given if isinstance(given, list) else [given.low] for given in self.search.values()]
         for point in itertools.product(*values):
             yield dict(zip(self.search, point, strict=True))
+
+    def drawn(self, folder: Path) -> Self:
+        """The sweep as it is run: itself, or with `select` the runs that were drawn, over one partition."""
+        if self.select is None:
+            return self
+        points = [*map(spread_out, self.points())]
+        rows = selecting.drawn(points, self.select.mean, folder)
+        first = self.run(points[0])
+        held = {} if first.data.partition.seed is not None else {"data.partition.seed": first.seed}
+        search: dict[str, Any] = {", ".join(rows[0]): [[*row.values()] for row in rows]}
+        changed = {"search": search, "settings": self.settings | held, "select": None}
+        return self.model_copy(update=changed)
 
     def run(self, point: Settings) -> Scenario:
         """The scenario of a run, which stays in its own process.
@@ -206,8 +194,10 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         raise ScenarioError(*found)
     try:
         judged_by(made, made.run(next(made.points())))
+        if made.select is not None:
+            selecting.check([*map(made.run, made.points())])
     except SettingError as error:
-        raise ScenarioError(f"{source.where(('metric',))}: metric: {error.message}") from error
+        raise ScenarioError(f"{source.where((error.key,))}: {error.key}: {error.message}") from error
     return made
 
 
@@ -229,7 +219,7 @@ def _told(source: scenario.Source, path: tuple[str | int, ...], detail: Any) -> 
     path = tuple(part for part in path if part not in ("grid", "random"))
     what = detail["msg"].replace("Input should", "should")
     if detail["type"] == "extra_forbidden":
-        sections: dict[str, type[Section]] = {"stop_early": StopEarly, "search": Draw}
+        sections: dict[str, type[Section]] = {"stop_early": StopEarly, "search": Draw, "select": Select}
         owner = sections[str(path[0])] if len(path) > 1 else Sweep
         what = f"unknown key {path[-1]!r}: {suggestion(str(path[-1]), owner.model_fields)}"
     if detail["type"] == "missing":
@@ -257,7 +247,7 @@ def sweep(
     asked = load(file, overrides)
     folder = Path(out or Path("sweeps") / asked.name).absolute()
     claim(folder, asked)
-    found = explore(asked, folder, told)
+    found = explore(asked.drawn(folder), folder, told)
     places = dict.fromkeys(place for place, _ in found if (place / "scenario.yaml").exists())
     failed = [f"A run failed: {error}." for _, error in found if error]
     if not places:
@@ -269,6 +259,8 @@ def sweep(
     cost = [words for _, words in costs.values()]
     if free := sum(not Run.open(place).scenario.get("privacy") for place in every):
         cost.append(f"{free} runs had no privacy at all, and nothing bounds what they reveal")
+    best_alone = selecting.price([*map(asked.run, asked.points())], asked.select.mean) if asked.select else None
+    cost += [best_alone[1]] if best_alone else []
     comparison.notes[:0] = [f"Tuning on private data is not free: {words}." for words in cost]
     comparison.notes += dict.fromkeys(failed)
     best = max(
@@ -284,6 +276,7 @@ def sweep(
         "best": str(best.folder) if best else None,
         metric: final(best) if best else None,
         "epsilon_total": {unit: value for unit, (value, _) in costs.items()},
+        "epsilon_of_best": best_alone[0] if best_alone else None,
         "privacy": cost,
     }
     save(comparison.html(), folder / "comparison.html")

@@ -295,6 +295,7 @@ class _Search:
         if isinstance(asked.bands, int):
             asked = asked.model_copy(update={"bands": bands})
         if not self.private:
+            noise /= math.sqrt(self.scenario.noise_parts(self.scenario.most_members))
             return asked.model_copy(update={"epsilon": None, "noise_multiplier": noise, "bands": bands})
         if asked.noise_multiplier is not None:
             return asked

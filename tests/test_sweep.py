@@ -206,6 +206,46 @@ def test_the_best_is_that_of_the_figure_that_the_sweep_names(file, tiny, tmp_pat
     assert made.comparison.table().head[2] == "brier" and judged_by(load(file), least_of(file)) == ("brier", False)
 
 
+def select(file, mean=3):
+    file.write_text(file.read_text().replace("  seed: [0, 1]\n", f"select: {{mean: {mean}}}\n"))
+    return load(file)
+
+
+def test_where_the_best_alone_leaves_each_run_is_drawn_once(file, tmp_path, monkeypatch):
+    """Of four points; each run has a seed of its own, and all of them one partition, by the scenario's seed 3."""
+    monkeypatch.setattr("fedlora.selecting.number", lambda mean, coins: 12)
+    made = select(file)
+    asked = made.drawn(tmp_path)
+    assert asked == made.drawn(tmp_path) and asked.settings == {"clients.lr": 0.25, "data.partition.seed": 3}
+    points = [asked.run(point) for point in asked.points()]
+    assert len(points) == 12 == len({point.seed for point in points}) and asked.select is None
+    assert {(point.strategy.use, point.privacy.epsilon) for point in points} <= {
+        (use, epsilon) for use in ("ffa_lora", "fedavg_lora") for epsilon in (4, 8)
+    }
+    (tmp_path / "drawn.json").write_text('[{"seed": 3}]')
+    with pytest.raises(UserError, match="is damaged"):
+        made.drawn(tmp_path)
+
+
+def test_the_best_alone_is_priced_beside_the_sum(file, tiny, tmp_path, monkeypatch):
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+    from dp_accounting.dp_event import RepeatAndSelectDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
+    file.write_text(file.read_text().replace("[4, 8]", "[1, 2]"))
+    select(file)
+    run = simulate(tiny("rounds=3", "privacy.epsilon=2"), out=tmp_path / "run")
+    monkeypatch.setattr("fedlora.sweep.explore", lambda *_: [(run.folder, None)])
+    summary = sweep(file, tmp_path / "out").summary
+    (line, *_) = [json.loads(text) for text in (run.folder / "privacy.jsonl").read_text().splitlines()]
+    one = PoissonSampledDpEvent(line["sample_rate"], GaussianDpEvent(line["noise_multiplier"]))
+    counted = RdpAccountant()
+    counted.compose(RepeatAndSelectDpEvent(SelfComposedDpEvent(one, 6), 3.0, 1.0))
+    assert summary["epsilon_of_best"] == pytest.approx(counted.get_epsilon(1e-3), rel=0.03)
+    said = summary["privacy"][-1]
+    assert "does not hold against anyone who saw other runs" in said and "for each example" in said
+
+
 def least_of(file):
     """The first point of a sweep's grid."""
     return (made := load(file)).run(next(made.points()))
@@ -218,6 +258,17 @@ def least_of(file):
         ("name: small", "name: small\nstop_early: {grac: 1}", 2, "did you mean 'grace'?"),
         ("seed: [0, 1]", "seed: 3", 4, "seed should be a list of values"),
         ("seed: [0, 1]", "seed: []", 4, "seed should be a list of values"),
+        ("seed: [0, 1]", "seed: [0, 1]\nselect: {mean: 4}", 1, "each run has a seed of its own"),
+        (
+            "seed: [0, 1]",
+            "clients.lr: {draw: uniform, low: 1, high: 2}\nselect: {mean: 4}",
+            1,
+            "a point of a grid",
+        ),
+        ("seed: [0, 1]", "clients.batch_size: [8]\nstop_early: {}\nselect: {mean: 4}", 1, "tells of the others"),
+        ("seed: [0, 1]", "privacy.share_metrics: [true]\nselect: {mean: 4}", 8, "scores are of public rows"),
+        ("seed: [0, 1]", "clients.batch_size: [8]\nselect: {mean: 0.5}", 8, "select.mean"),
+        ("seed: [0, 1]", "clients.batch_size: [8]\nselect: {mean: 4, men: 4}", 8, "did you mean 'mean'?"),
         ("seed: [0, 1]", "clients.lr: {draw: normal, low: 0, high: 1}", 7, "'uniform', 'loguniform' or 'randint'"),
         ("seed: [0, 1]", "clients.lr: {draw: loguniform, low: 0, high: 1}", 7, "needs 0 < low < high"),
         ("seed: [0, 1]", "clients.lr: {draw: uniform, low: 1}", 7, "search.clients.lr.high: is missing"),

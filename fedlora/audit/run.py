@@ -143,6 +143,9 @@ def audit(
         if value is not None:
             what = f"an audit reads plain steps of SGD: {_INSTEAD[key]}"
             raise scenario.located(SettingError(f"clients.{key}", what))
+    if scenario.shares_example_noise is not None:
+        what = "an audit reads single updates, which carry a part of the noise: set secure_aggregation=null for it"
+        raise scenario.located(SettingError("secure_aggregation.noise", what))
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another with --out")
     hidden = Canaries(scenario.seed, canaries, scenario.clients.total)

@@ -7,8 +7,10 @@ from typing import Any
 from fedlora.deploy.serving import Serving
 from fedlora.deploy.site import Budget
 from fedlora.errors import Refusal, UserError
-from fedlora.privacy.accounting import Event, adds, alike, epsilon, protected
+from fedlora.privacy.accounting import Event, adds, alike, epsilon, in_sums
 from fedlora.privacy.ledger import Ledger, Own, read
+from fedlora.privacy.wording import protected
+from fedlora.scenario import Scenario
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,16 @@ class Account:
         """Of all runs together."""
         return epsilon(self.ledger.events.get(Own(), ()), self.terms.delta, self.terms.accountant)
 
+    def counts(self, scenario: Scenario, event: Event) -> Event:
+        """What an event of a run counts for: under the noise that the site's owner counts upon.
+
+        Where noise is shared out that is the site's own part, which holds whatever the server and all others do;
+        unless the site file names a share of honest senders. That of the scenario is the submitter's word.
+        """
+        shared = scenario.shares_example_noise
+        relied = 0.0 if shared is None else min((self.terms.honest or 0.0) / shared.honest, 1.0)
+        return in_sums([event], relied)[0]
+
     def spend(self, run: str, round: int, client: int, event: Event) -> None:
         """Write an event into the ledger.
 
@@ -69,7 +81,8 @@ def terms_of(cap: Budget, run: str) -> dict[str, Any]:
         "accountant": cap.accountant,
         "run": run,
     }
-    return terms if cap.person is None else {**terms, "person": cap.person}
+    more = {"person": cap.person, "honest": cap.honest}
+    return {**terms, **{name: term for name, term in more.items() if term is not None}}
 
 
 def pay(run: Serving, account: Account | None, round: int, client: int, event: Event) -> int:
@@ -87,13 +100,13 @@ def pay(run: Serving, account: Account | None, round: int, client: int, event: E
     asked = run.worker.scenario.example_privacy
     assert asked is not None
     before = run.spent(client)
-    paid = epsilon([*before, event], asked.delta, asked.accountant)
+    paid = epsilon(in_sums([*before, event]), asked.delta, asked.accountant)
     if asked.epsilon is not None and paid > asked.epsilon * (1 + 1e-9):
         raise Refusal(f"another round would make epsilon {paid:.3f}, and {asked.epsilon:g} was promised")
     try:
         if account is not None:
-            account.spend(run.key, round, client, event if event.bands == 1 else adds(before, event))
-        run.ledger.spend(round, {client: event}, **asked.terms)
+            account.spend(run.key, round, client, account.counts(run.worker.scenario, adds(before, event)))
+        run.ledger.spend(round, {client: event}, **run.worker.scenario.example_terms)
     except (OSError, UserError) as error:
         logger.error("%s", error, extra={"client": client, "round": round, "run": run.key})
         raise Refusal("its ledger cannot be written: its log says why", own=str(error)) from error

@@ -8,7 +8,7 @@ from fedlora.adapter import Instruction
 from fedlora.deploy.answers import Answers
 from fedlora.engine.replies import Report
 from fedlora.engine.worker import Worker
-from fedlora.privacy.accounting import Event, epsilon
+from fedlora.privacy.accounting import Event, epsilon, in_sums
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.member import Member
 from fedlora.rounds.checkpoint import Merges
@@ -45,7 +45,7 @@ class Serving:
     def epsilon(self, client: int) -> float | None:
         """The same as epsilon, as the scenario counts it; None without privacy."""
         asked = self.worker.scenario.example_privacy
-        return None if asked is None else epsilon(self.spent(client), asked.delta, asked.accountant)
+        return None if asked is None else epsilon(in_sums(self.spent(client)), asked.delta, asked.accountant)
 
     def line(self, report: Report, round: int, client: int) -> dict[str, Any]:
         """A round as a site saw it, which `fedlora watch` shows; only the server knows the metric."""

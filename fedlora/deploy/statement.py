@@ -18,7 +18,7 @@ from fedlora.deploy.checking import SiteChecked, Spent, check
 from fedlora.deploy.site import Budget, Site, load
 from fedlora.deploy.state import State
 from fedlora.errors import UserError, counted
-from fedlora.privacy import accounting, ledger
+from fedlora.privacy import accounting, ledger, wording
 from fedlora.privacy.accounting import Event
 from fedlora.record import Record
 from fedlora.reports import page
@@ -152,7 +152,7 @@ def _key_figures(found: SiteChecked, ran: Sequence[Ran], told: Sequence[Line]) -
 
 
 def _whom(cap: Spent) -> str:
-    return accounting.protected("example" if cap.person is None else "person", cap.person)
+    return wording.protected("example" if cap.person is None else "person", cap.person)
 
 
 def _spent(cap: Budget | None, ran: Sequence[Ran]) -> Iterator[str]:

@@ -27,8 +27,8 @@ from fedlora.engine.replies import Replies, Report
 from fedlora.engine.roster import Roster, Site, shown
 from fedlora.engine.setup import Description, Setup
 from fedlora.errors import ContractError, FedloraError, RoundError
-from fedlora.privacy import affordable, collector, secure
-from fedlora.privacy.mechanisms import central
+from fedlora.privacy import accounting, affordable, collector, secure
+from fedlora.privacy.mechanisms import central, shared
 from fedlora.privacy.noise import Stream
 
 DEADLINE = 600.0  # seconds that a round waits for its sites, unless the scenario says
@@ -265,7 +265,8 @@ class FlowerEngine(Engine):
                 content = wire.pack_words({"run": self.key, "round": instruction.round})
                 if what == secure.MASKED:
                     packing = self.worker.transport.packing_down(instruction, self._rank(client))
-                    content = self._content(instruction, self.roster.sites[client], packing)
+                    asked = replace(instruction, config={**instruction.config, **self._noise_words(told)})
+                    content = self._content(asked, self.roster.sites[client], packing)
                 contents[client] = RecordDict({**content, **wire.pack_parts(parts)})
             answers = self.roster.ask("train" if what == secure.MASKED else f"query.{what}", contents)
             for client, content in contents.items():
@@ -302,6 +303,15 @@ class FlowerEngine(Engine):
         for report in made.reports:
             self._tell(instruction.round, report)
         return made
+
+    def _noise_words(self, told: Mapping[int, secure.Parts]) -> dict[str, float]:
+        """Where sites share noise out, how many do, and the noise that the one takes that needs most; by site."""
+        if self.worker.scenario.shares_example_noise is None:
+            return {}
+        events = (self.roster.sites[client].event for client in told if client in self.roster.sites)
+        noise = max(e.noise_multiplier for e in accounting.in_sums(e for e in events if e is not None))
+        members = max(n for parts in told.values() for n in parts["members"])
+        return {shared.EXAMPLE_NOISE: noise, shared.MEMBERS: members}
 
     def _absent(self, client: int) -> str:
         """Why there is no site of a client, as far as is known."""

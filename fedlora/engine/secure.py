@@ -17,6 +17,7 @@ from fedlora.errors import ContractError, RoundError
 from fedlora.privacy import grid, secure
 from fedlora.privacy.collector import Sum, collect
 from fedlora.privacy.mechanisms.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE, WITHIN
+from fedlora.privacy.mechanisms.shared import MEMBERS
 from fedlora.privacy.member import Member
 from fedlora.privacy.noise import Stream
 from fedlora.privacy.replay import Drawn, digest, versions
@@ -54,6 +55,8 @@ def to_vector(
     parts = [(update.adapter[n] - instruction.adapter[n]).ravel().astype(np.float64) for n in instruction.send]
     change = np.concatenate(parts)
     stds = [np.full(change.size, float(told.get(SUM_NOISE, 0.0)) * bound)]
+    if told.get(MEMBERS, members) != members:
+        raise ContractError("the server said that another number of clients is in the round")
     if CLIP_NORM in told:
         change = _within(np.clip(change, -largest, largest), bound, largest)
     if COUNT_NOISE in told:
@@ -166,6 +169,8 @@ class SecureEngine(Engine):
         Raises:
             RoundError: shares of the noise were drawn for another sum, and no epsilon is left for another draw.
         """
+        if self.asked.noise == "shared" and SUM_NOISE not in instruction.config:
+            instruction = replace(instruction, config={**instruction.config, MEMBERS: len(cohort)})
         trained = self.inner.train(instruction, cohort, partial_sums=False)
         reports = {r.client: replace(r, metrics={}, bytes_up=0) for r in trained.reports}
         updates = {update.clients[0]: update for update in trained.updates}

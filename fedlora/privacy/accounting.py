@@ -24,9 +24,14 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from fedlora.errors import SettingError, UserError
+from fedlora.privacy.cohorts import MOST
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Accountant = Literal["pld", "prv", "rdp"]
 History = Sequence[tuple[float, float, int]]  # noise multiplier, sample rate, steps
@@ -56,6 +61,8 @@ class Event:
         steps: how many steps, at most `MAX_STEPS`.
         clip_norm: L2 bound on one example's gradient over all trained tensors together.
         bands: of the noise, and groups of examples that take turns; 1: noise is independent, all are one group.
+        sharers: how many others at the least, itself counted, add such noise to a sum that alone is seen; 1: the
+            noise is all there is (`in_sums`).
     """
 
     noise_multiplier: float
@@ -63,19 +70,20 @@ class Event:
     steps: int
     clip_norm: float
     bands: int = 1
+    sharers: float = 1.0
 
     def __post_init__(self) -> None:
         positive = all(0 < x < math.inf for x in (self.noise_multiplier, self.sample_rate, self.clip_norm))
         told = self.noise_multiplier <= MOST_NOISE and LEAST_RATE <= self.sample_rate <= 1
         told = told and self.clip_norm >= LEAST_BOUND  # below, float32 rounds norms away
-        told = told and type(self.bands) is int and 1 <= self.bands <= MAX_STEPS
+        told = told and type(self.bands) is int and 1 <= self.bands <= MAX_STEPS and 1 <= self.sharers <= MOST
         if not (positive and told and type(self.steps) is int and 0 <= self.steps <= MAX_STEPS):
             raise UserError(f"not an event of the Poisson-subsampled Gaussian mechanism: {self}")
 
     def to_json(self) -> dict[str, float | int]:
         """Plain data."""
-        told = asdict(self)
-        return told if self.bands > 1 else {key: value for key, value in told.items() if key != "bands"}
+        plain = {"bands": 1, "sharers": 1.0}
+        return {key: value for key, value in asdict(self).items() if plain.get(key) != value}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -86,6 +94,7 @@ class Event:
             steps=data["steps"],
             clip_norm=float(data["clip_norm"]),
             bands=data.get("bands", 1),
+            sharers=float(data.get("sharers", 1.0)),
         )
 
 
@@ -104,6 +113,19 @@ def added(events: tuple[Event, ...], event: Event) -> tuple[Event, ...]:
 def epsilon(events: Iterable[Event], delta: float, accountant: Accountant = "pld") -> float:
     """Epsilon at `delta` of all events together, on one client's examples."""
     return _epsilon(_history(events), delta, accountant)
+
+
+def in_sums(events: Iterable[Event], share: float = 1.0) -> tuple[Event, ...]:
+    """What events cost from those who see sums alone; those of noise that is not shared out stay as they are.
+
+    Args:
+        events: of one client's examples, under its own part of the noise.
+        share: of the noise of others that is counted upon, of what the events say.
+    """
+    return tuple(
+        replace(e, noise_multiplier=e.noise_multiplier * math.sqrt(max(e.sharers * share, 1.0)), sharers=1.0)
+        for e in events
+    )
 
 
 def alike(events: Iterable[Event], event: Event) -> int:
@@ -142,23 +164,38 @@ def epsilon_of_runs(runs: Iterable[Iterable[Sequence[Event]]], delta: float) -> 
         runs: for each run the events of every holder of a budget.
         delta: of the whole.
     """
-    import numpy as np
-    from opacus.accountants import RDPAccountant
-    from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
+    return of_renyi(sum((renyi(run) for run in runs), 0.0 * renyi([])), delta)
 
-    orders = RDPAccountant.DEFAULT_ALPHAS
-    total = np.zeros(len(orders))
-    for run in runs:
-        most = np.zeros(len(orders))
-        for history in map(_history, run):
-            steps = (compute_rdp(q=q, noise_multiplier=z, steps=n, orders=orders) for z, q, n in history)
-            most = np.maximum(most, sum(steps, np.zeros(len(orders))))
-        total += most
-    if not total.any():
+
+def renyi(holders: Iterable[Iterable[Event]]) -> "NDArray[np.float64]":
+    """Renyi DP of a run at each of `orders`, by the holder with the largest cost at each, (orders,)."""
+    import numpy as np
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    most = np.zeros(len(orders()))
+    for history in map(_history, holders):
+        steps = (compute_rdp(q=q, noise_multiplier=z, steps=n, orders=orders()) for z, q, n in history)
+        most = np.maximum(most, sum(steps, np.zeros(len(orders()))))
+    return most
+
+
+def orders() -> Sequence[float]:
+    """Of Renyi DP, those at which runs are added up."""
+    from opacus.accountants import RDPAccountant
+
+    found: Sequence[float] = RDPAccountant.DEFAULT_ALPHAS
+    return found
+
+
+def of_renyi(rdp: "NDArray[np.float64]", delta: float) -> float:
+    """Epsilon of Renyi DP at `orders`, (orders,)."""
+    from opacus.accountants.analysis.rdp import get_privacy_spent
+
+    if not rdp.any():
         return 0.0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Optimal order is", UserWarning)  # a wider choice only lowers epsilon
-        return max(float(get_privacy_spent(orders=orders, rdp=total, delta=delta)[0]), 0.0)
+        return max(float(get_privacy_spent(orders=orders(), rdp=rdp, delta=delta)[0]), 0.0)
 
 
 def _spend(
@@ -345,17 +382,6 @@ def calibrations(
     return noise
 
 
-_WORDS = {
-    "pld": "privacy loss distributions (dp-accounting)",
-    "prv": "privacy random variables (Opacus)",
-    "rdp": "Renyi DP (dp-accounting)",
-}
-
-
-FROM_SERVER = "client_from_server"  # the unit of what the noise that clients share out promises each of them
-FROM_CLIENTS = "client_from_clients"  # of what is promised from others of a round, who are told how many it has
-
-
 def beside(events: Iterable[Event], delta: float, accountant: Accountant, known: float) -> float:
     """Epsilon of a client from another one that was in the same rounds: no sampling hides who was drawn.
 
@@ -370,79 +396,3 @@ def beside(events: Iterable[Event], delta: float, accountant: Accountant, known:
         delta,
         accountant,
     )
-
-
-_NEIGHBOURS = {
-    "example": "neighbouring datasets differ in one example, which counts for nothing in one of them (zero-out: "
-    "how many examples a client holds is public)",
-    "person": "neighbouring datasets differ in all rows of one person, who counts for nothing in one of them "
-    "(zero-out: how many persons a client holds is public)",
-    "client": "neighbouring datasets differ in one client, whose change counts for nothing in one of them "
-    "(zero-out: how many clients there are is public)",
-    FROM_SERVER: "from the server, which follows the protocol and sees each round's sum and who is in it; "
-    "neighbouring runs differ in that one client sends nothing",
-    FROM_CLIENTS: "from another client that is in the same rounds, which knows how many are and not who; "
-    "neighbouring runs differ in that one client sends nothing",
-}
-
-
-def protected(unit: str, person: str | None = None) -> str:
-    """What it is that a unit protects: an example, a person, by the column that tells them, or a client."""
-    if unit == "person" and person:
-        return f"person (all rows with the same {person})"
-    return "client" if unit in (FROM_SERVER, FROM_CLIENTS) else unit
-
-
-def neighbours(unit: str) -> str:
-    """What cannot be told apart under an epsilon, and from whom where that is not from everybody."""
-    return _NEIGHBOURS[unit]
-
-
-def named(bands: Iterable[int | str]) -> str:
-    """The bands of noise in words; empty where noise is independent."""
-    told = sorted(set(bands), key=lambda b: (isinstance(b, str), b))
-    if not told or told == [1]:
-        return ""
-    return f"banded noise, b = {' or '.join(map(str, told))}"
-
-
-def assumed(unit: str, honest: float = 1.0, bands: Iterable[int | str] = ()) -> str:
-    """What an epsilon takes for granted; the arguments as in `terms`."""
-    if unit == FROM_SERVER:
-        return (
-            f"no sampling, that of those who sent {honest:.0%} keep their noise to themselves, and that rounded "
-            "noise adds up to a Gaussian"
-        )
-    if unit == FROM_CLIENTS:
-        return "no sampling"
-    turns = named(bands)
-    return f"{'cyclic ' * bool(turns)}Poisson sampling of {unit}s{' and ' * bool(turns)}{turns}"
-
-
-def terms(unit: str, accountant: Accountant, honest: float = 1.0, bands: Iterable[int | str] = ()) -> str:
-    """Under which neighbouring relation, by which accountant and sampling an epsilon holds.
-
-    Args:
-        unit: `example`, `person`, `client`, `FROM_SERVER` or `FROM_CLIENTS`.
-        accountant: that gave it.
-        honest: share of the clients in a sum whose noise the server does not learn; for `FROM_SERVER`.
-        bands: of the noise of all clients.
-    """
-    largest = "the largest over clients, " if unit in ("example", "person", FROM_SERVER) else ""
-    return f"{neighbours(unit)}; {largest}by {_WORDS[accountant]}, assuming {assumed(unit, honest, bands)}"
-
-
-def statement(
-    epsilon: float,
-    delta: float,
-    unit: str,
-    accountant: Accountant,
-    honest: float = 1.0,
-    bands: Iterable[int | str] = (),
-    person: str | None = None,
-) -> str:
-    """What an epsilon means, in one sentence; the arguments as in `terms` and `protected`."""
-    said = terms(unit, accountant, honest, bands)
-    if not math.isfinite(epsilon):
-        return f"no epsilon bounds what is lost at delta {delta:g}, for each {protected(unit, person)}, {said}"
-    return f"({epsilon:.3g}, {delta:g})-differential privacy for each {protected(unit, person)}, {said}"

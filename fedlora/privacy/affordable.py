@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from fedlora.errors import SettingError
-from fedlora.privacy.accounting import Event, epsilon
+from fedlora.privacy.accounting import Event, epsilon, in_sums
 from fedlora.scenario import Privacy, Scenario
 
 _LIVES = 100  # how often an honest site may have run each round
@@ -48,9 +48,11 @@ def could_be(events: Iterable[Event], scenario: Scenario) -> bool:
     if asked is None:
         return not events
     most = scenario.rounds * told.local_steps * _LIVES
+    shares = 1 if scenario.shares_example_noise is None else scenario.most_members
     for event in events:
         fits = 0 < event.steps <= most and (event.bands == 1 or asked.bands is not None)
-        if not fits or asked.noise_multiplier not in (None, event.noise_multiplier):
+        whole = event.noise_multiplier * math.sqrt(event.sharers)
+        if not fits or event.sharers > shares or abs((asked.noise_multiplier or whole) / whole - 1) > 1e-12:
             return False
     limit = math.inf if asked.epsilon is None else asked.epsilon * (1 + 1e-6)
-    return not events or epsilon(events, asked.delta, asked.accountant) <= limit
+    return not events or epsilon(in_sums(events), asked.delta, asked.accountant) <= limit

@@ -12,10 +12,11 @@ from fedlora.data.store import Dataset
 from fedlora.engine import Replies
 from fedlora.engine.replies import Report
 from fedlora.privacy import grid
-from fedlora.privacy.accounting import FROM_SERVER, Event, alike, epsilon
+from fedlora.privacy.accounting import Event, alike, epsilon, in_sums
 from fedlora.privacy.ledger import Holder, Ledger, Own, Paid, Whole
 from fedlora.privacy.mechanisms.central import CLIP_NORM, Central
 from fedlora.privacy.replay import Drawn, digest, versions
+from fedlora.privacy.wording import FROM_SERVER
 from fedlora.rounds.progress import Line
 from fedlora.scenario import Privacy, Scenario
 
@@ -130,15 +131,15 @@ class Budget:
         return draw
 
     def spent(self, holder: Holder, privacy: Privacy) -> float:
-        """The epsilon that a holder has spent."""
-        return epsilon(self.ledger.events.get(holder, ()), privacy.delta, privacy.accountant)
+        """The epsilon that a holder has spent; where noise is shared out, from those who see sums."""
+        return epsilon(in_sums(self.ledger.events.get(holder, ())), privacy.delta, privacy.accountant)
 
     def _would_pass(self, holder: Holder, event: Event | None, paid: Spent, privacy: Privacy) -> bool:
         """Whether a budget's epsilon would be passed by an event, unless one like it is paid already."""
         more = [event] if event and all(event != one for one, *_ in paid.get(holder, ())) else []
         events = [*self.ledger.events.get(holder, ()), *more]
         assert privacy.epsilon is not None
-        return epsilon(events, privacy.delta, privacy.accountant) > privacy.epsilon * (1 + 1e-9)
+        return epsilon(in_sums(events), privacy.delta, privacy.accountant) > privacy.epsilon * (1 + 1e-9)
 
     def _paid(self, round: int, attempt: int) -> Spent:
         """What need not be paid again if an attempt at a round runs again, over the same inputs."""
@@ -180,10 +181,13 @@ class Budget:
         self, instruction: Instruction, replies: Replies, draw: int
     ) -> Iterator[tuple[Line, Mapping[Holder, Event]]]:
         """What a round costs whom, and on which terms, for each guarantee."""
-        if (example := self.scenario.example_privacy) is not None:
+        if self.scenario.example_privacy is not None:
             owed = {report.client: self._owed(report) for report in replies.reports}
             for turn in range(max(map(len, owed.values()), default=0)):
-                yield example.terms, {c: events[turn] for c, events in owed.items() if len(events) > turn}
+                yield (
+                    self.scenario.example_terms,
+                    {c: events[turn] for c, events in owed.items() if len(events) > turn},
+                )
         if self.central is None or (whole := self.scenario.client_privacy) is None:
             return
         bound = instruction.config[CLIP_NORM]

@@ -35,6 +35,22 @@ def threshold(members: int, share: float) -> int:
     return max(math.ceil(share * members), least, LEAST)
 
 
+def sharers(members: int, survivors: float, honest: float) -> float:
+    """K: how many senders of a masked sum keep their noise to themselves, at the least.
+
+    Of those who are asked as many send as take the masks off; of these the share `honest`, and one less than all:
+    whoever looks may be one of them.
+
+    Args:
+        members: clients of the round, at the most; more of them make each share smaller.
+        survivors: the share that must stay.
+        honest: of those who send.
+    """
+    around = min(members, MOST_NEIGHBOURS + 1)
+    least = max(LEAST, math.ceil(members * threshold(around, survivors) / around))
+    return min(honest * least, least - 1.0)
+
+
 def view_of(around: Mapping[int, Keys]) -> View:
     """A client's view, from the public keys of its neighbours and its own."""
     return {

@@ -13,13 +13,15 @@ first makes sure that the head is still the one that this ledger wrote.
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from fedlora.errors import UserError
 from fedlora.privacy import chain, lock
-from fedlora.privacy.accounting import FROM_SERVER, Accountant, Event, added, alike, epsilon, statement
+from fedlora.privacy.accounting import Accountant, Event, added, alike, epsilon, in_sums
 from fedlora.privacy.chain import read as read
+from fedlora.privacy.wording import FROM_SERVER, IN_SUMS, OWN_ALONE, statement
 from fedlora.returned import finite
 
 MECHANISM = "poisson_subsampled_gaussian"
@@ -315,13 +317,16 @@ def _holder(line: Mapping[str, Any]) -> Holder:
     return Whole(client) if line["unit"] == FROM_SERVER and client is not None else client
 
 
-def epsilon_of(file: Path, unit: str = "example", accountant: Accountant | None = None) -> float:
+def epsilon_of(
+    file: Path, unit: str = "example", accountant: Accountant | None = None, in_sum: bool = False
+) -> float:
     """The largest epsilon over those who hold a budget, from `privacy.jsonl` alone; 0 where nothing was spent.
 
     Args:
         file: the ledger.
         unit: what is protected, `example`, `person` or `client`.
         accountant: by default the one that the ledger names.
+        in_sum: from those who see sums alone, where clients share noise out.
 
     Raises:
         UserError: a line is damaged, or was spent on other terms than the first of its unit.
@@ -335,8 +340,8 @@ def epsilon_of(file: Path, unit: str = "example", accountant: Accountant | None 
         if not fine or (line["unit"] == unit and (delta, named) != (first["delta"], first["accountant"])):
             raise UserError(f"{file}:{number}: delta or accountant is damaged, or not as in the first line")
         if line["unit"] == unit:
-            holder = _holder(line)
-            events[holder] = added(events.get(holder, ()), Event.from_json(line))
+            holder, event = _holder(line), Event.from_json(line)
+            events[holder] = added(events.get(holder, ()), in_sums([event])[0] if in_sum else event)
     return max(
         (epsilon(e, first["delta"], accountant or first["accountant"]) for e in events.values()), default=0.0
     )
@@ -351,12 +356,13 @@ def statements(run: Path) -> list[str]:
     file = run / "privacy.jsonl" if run.is_dir() else run
     lines = [f"{file}: whole, {sum(map(len, replay(file).values()))} events"]
     for unit, line in {line["unit"]: line for line in read(file, torn=True)}.items():
-        for accountant in get_args(Accountant):
-            spent = epsilon_of(file, unit, accountant)
+        summed = [IN_SUMS[unit]] if "sharers" in line else []
+        for said_of, accountant in product([unit, *summed], get_args(Accountant)):
+            spent = epsilon_of(file, unit, accountant, said_of in summed)
             bands = bands_of(replay(file), unit)
             told = (line.get("honest", 1.0), bands, line.get("person"))
-            said = statement(spent, line["delta"], unit, accountant, *told)
-            lines.append(f"  {accountant}  {said}")
+            said = statement(spent, line["delta"], said_of, accountant, *told)
+            lines.append(f"  {accountant}  {said}{OWN_ALONE if summed and said_of == unit else ''}")
     return lines
 
 

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlora.privacy import accounting, ledger
-
-_PERSON = "person "  # before the column that tells them
+from fedlora.privacy import accounting, ledger, wording
 
 
 def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
@@ -25,11 +23,16 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
         for line in lines:
             honest, person = min(honest, line.get("honest", 1.0)), person or line.get("person", "")
         for own in sorted({*map(ledger.unit, events)}):
-            unit = _PERSON + person if person and own == "example" else own
-            told = "person" if unit.startswith(_PERSON) else own
-            deltas.setdefault(unit, []).extend(line["delta"] for line in lines if line["unit"] == told)
-            bands.setdefault(unit, set()).update(ledger.bands_of(events, told))
-            spent.setdefault(unit, []).append([e for holder, e in events.items() if ledger.unit(holder) == own])
+            told = "person" if person and own == "example" else own
+            mine = [e for holder, e in events.items() if ledger.unit(holder) == own]
+            ways = {told: mine}
+            if any(event.sharers > 1 for each in mine for event in each):
+                ways[wording.IN_SUMS[told]] = [[*accounting.in_sums(each)] for each in mine]
+            for way, by_holder in ways.items():
+                unit = f"{way} {person}" if told == "person" else way
+                deltas.setdefault(unit, []).extend(line["delta"] for line in lines if line["unit"] == told)
+                bands.setdefault(unit, set()).update(ledger.bands_of(events, told))
+                spent.setdefault(unit, []).append(by_holder)
     found = {}
     several = len({*map(_protected, spent)}) > 1
     for key, runs in spent.items():
@@ -41,9 +44,10 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
         found[key if several else unit] = (
             value,
             f"{many} ({value:.3g}, {delta:g})-differential privacy for each "
-            f"{accounting.protected(unit, person)}, as if "
-            f"it had been in every run{others} with whoever spent most there; {accounting.neighbours(unit)}; by "
-            f"Renyi DP, assuming {accounting.assumed(unit, honest, bands.get(key, ()))}"
+            f"{wording.protected(unit, person)}, as if "
+            f"it had been in every run{others} with whoever spent most there; {wording.neighbours(unit)}; by "
+            f"Renyi DP, assuming {wording.assumed(unit, honest, bands.get(key, ()))}"
+            + (wording.OWN_ALONE if wording.IN_SUMS.get(unit, "") in {k.partition(" ")[0] for k in spent} else "")
             + ("; what the other runs add, which protect another unit, is not in it" if several else ""),
         )
     return found
@@ -52,4 +56,4 @@ def total_epsilon(folders: Sequence[Path]) -> dict[str, tuple[float, str]]:
 def _protected(key: str) -> str:
     """What a key of `total_epsilon` is about: the server's own view of clients is about clients, too."""
     unit, _, person = key.partition(" ")
-    return accounting.protected(unit, person)
+    return wording.protected(unit, person)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from fedlora.errors import counted
-from fedlora.privacy.accounting import named, neighbours, protected
+from fedlora.privacy.wording import named, neighbours, protected
 from fedlora.record import Record
 from fedlora.reports.meaning import promise_of
 from fedlora.reports.tables import Table
@@ -263,7 +263,12 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
             f"            {told['noise']:.3g} in each number: {told['ratio']:.3g} to 1; over all "
             f"{told['steps']:,} {step}s {told['run_ratio']:.3g} to 1"
         )
-    if plan["server_epsilon"] is not None:
+    if plan["own_epsilon"] is not None:
+        lines.append(
+            "            from all who see sums, the server too; under a client's own noise alone, epsilon "
+            f"{plan['own_epsilon']:.3f}"
+        )
+    elif plan["server_epsilon"] is not None:
         lines.append(
             f"            from the server, which sees sums, epsilon {plan['server_epsilon']:.3f} if all stay"
         )

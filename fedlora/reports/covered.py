@@ -22,6 +22,7 @@ _SUMMARY = (
     "privacy_unit",
     "accountant",
     "server_epsilon",
+    "own_epsilon",
     "privacy",
     "test_examples",
     "start",

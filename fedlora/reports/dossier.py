@@ -114,7 +114,9 @@ def _leaves(told: Told) -> Table:
     }[_unit(told)]
     if _unit(told) == "client" and _example(told):
         noise = f"each {_own(told)}'s part is clipped and noised before it leaves; {noise}"
-    masked = told.get("secure_aggregation")
+    masked, honest = told.get("secure_aggregation"), meaning.honest_of(told)
+    if honest is not None:
+        noise = noise.replace("then noise is added,", "then a part of the noise is added,")
     if _unit(told) == "person" and (most := told["privacy"].get("rows_per_person")):
         noise += f"; a step takes {most} rows of a person at most"
     if masked:
@@ -142,6 +144,8 @@ def _seen(told: Told) -> Table:
     update = "sums of several clients, masked" if masked else "every update by itself"
     open_ = "nothing bounds what it can learn"
     shared = masked and told["secure_aggregation"].get("noise") == "shared"
+    if (honest := meaning.honest_of(told)) is not None:
+        single += f", if {honest:.0%} of those who send keep their noise from it; otherwise by own_epsilon"
     server = single or ("bounded by server_epsilon, for each client" if shared else open_)
     model = f"bounded by epsilon, for each {unit}" if unit else open_
     rows = [
@@ -155,7 +159,12 @@ def _seen(told: Told) -> Table:
 
 
 def _against(told: Told) -> Iterator[str]:
-    if _example(told) and _unit(told) != "client":
+    if meaning.honest_of(told) is not None:
+        said = (
+            "The bound holds if the server follows the protocol. If it lies, or all others give it their noise, "
+            "the larger own_epsilon holds: of the noise that a site itself adds and nobody can draw again."
+        )
+    elif _example(told) and _unit(told) != "client":
         said = (
             "At a site the bound holds even if the server lies: the site itself clips, adds noise that nobody can "
             "draw again, and counts what it has spent."
@@ -187,7 +196,8 @@ def _promise(told: Told, run: Record | None) -> Iterator[str]:
         return
     yield f"The run ends before epsilon passes {asked['epsilon']:g}. It is a limit; what is spent can be less."
     yield from meaning.in_words(
-        meaning.Promise(asked["epsilon"], asked["delta"], unit, asked.get("person")), masked
+        meaning.Promise(asked["epsilon"], asked["delta"], unit, asked.get("person"), meaning.honest_of(told)),
+        masked,
     )
 
 
@@ -279,6 +289,11 @@ def _checks(told: Told) -> Iterator[str]:
         )
     else:
         yield "privacy in the site file: with it the site takes no run without differential privacy for its rows."
+    if meaning.honest_of(told) is not None:
+        yield (
+            "privacy.honest in the site file is the share of senders that its owner trusts. Without it a run "
+            "costs what the site's own part of the noise promises, more than the epsilon on this page."
+        )
     if _unit(told) == "person":
         yield "privacy.person in the site file names the column of persons; a site without it answers no such run."
     yield "accept.metrics is false: no loss and no figure of the site's rows leaves it."

@@ -1,8 +1,8 @@
 """What epsilon, delta and their unit mean, for a reader who decides about rows and not about models."""
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from fedlora.record import Record
 
@@ -17,18 +17,24 @@ class Promise(NamedTuple):
         delta: beside it.
         unit: `example`, `person` or `client`.
         person: the column that says who is who; None where no unit is a person.
+        honest: where clients share noise out for their examples, the share of senders that keep theirs from the
+            server; None elsewhere.
+        own: epsilon under a client's own part of that noise alone, where it is known.
     """
 
     epsilon: float | None
     delta: float
     unit: str
     person: str | None = None
+    honest: float | None = None
+    own: float | None = None
 
     @property
     def sentence(self) -> str:
         """What it bounds, in one sentence without its full stop."""
         what = {"example": "row"}.get(self.unit, self.unit)
         seen = "the models" if self.unit == "client" else "what was sent"
+        seen = seen if self.honest is None else "the sums of what was sent"
         if self.epsilon is None:
             return f"nothing bounds how surely {seen} can tell whether a given {what} was used"
         return f"{seen} can raise the odds that a {what} was used at most {factor(self.epsilon)}-fold, delta aside"
@@ -50,7 +56,16 @@ def promise_of(run: Record) -> Promise | None:
     person = asked.get("person")
     unit = "person" if person else str(asked.get("unit", "example"))
     spent = [line["epsilon"] for line in (run.summary, *run.rounds) if line.get("epsilon") is not None]
-    return Promise(max(spent, default=None), float(asked.get("delta") or 0), unit, person)
+    told = (max(spent, default=None), float(asked.get("delta") or 0), unit, person)
+    return Promise(*told, honest_of(run.scenario), run.summary.get("own_epsilon"))
+
+
+def honest_of(scenario: Mapping[str, Any]) -> float | None:
+    """The share of senders that are counted upon where clients share noise out for their examples; else None."""
+    masks, asked = scenario.get("secure_aggregation") or {}, scenario.get("privacy") or {}
+    if masks.get("noise") != "shared" or asked.get("unit", "example") != "example":
+        return None
+    return float(masks.get("honest", 1.0))
 
 
 def explained(run: Record) -> Iterator[str]:
@@ -66,7 +81,7 @@ def in_words(told: Promise, masked: bool) -> Iterator[str]:
         told: the promise.
         masked: whether clients mask what they send.
     """
-    epsilon, delta, unit, person = told
+    epsilon, delta, unit, person, honest, own = told
     if unit == "person":
         yield (
             f"The unit is one person: all rows of one client's training data with the same {person}. Rows of that "
@@ -86,6 +101,14 @@ def in_words(told: Promise, masked: bool) -> Iterator[str]:
             f"{but}; what holds against those is in the sentences below."
         )
         one, seen = "client", "every model of the run and knows the rows of all other clients"
+    if honest is not None:
+        seen = "each round's sum, every model among it, and knows all other rows"
+        kept = "all" if honest == 1 else f"{honest:.0%}"
+        yield (
+            f"Clients share the noise out. The promise is from the server too, if it follows the protocol and "
+            f"{kept} of those who send keep their part of the noise from it. If all others give theirs away, a "
+            f"client's own part remains, and a larger epsilon{f': {own:.2f}' if own is not None else ''}."
+        )
     if epsilon is None:
         yield f"No epsilon holds: {told.sentence}."
         return

@@ -109,7 +109,9 @@ def _key_figures(run: Record) -> Iterator[tuple[str, str, str]]:
     if spent:
         whose = f"for each {run.protects}{', the largest over clients' * (run.protects != 'client')}"
         yield "Epsilon", f"{max(spent):.2f}", f"at delta {asked.get('delta', '?')}, {whose}"
-        if (seen := summary.get("server_epsilon")) is not None:
+        if (own := summary.get("own_epsilon")) is not None:
+            yield "Epsilon by own noise", f"{own:.2f}", "of a client's own part of the noise alone; the largest"
+        elif (seen := summary.get("server_epsilon")) is not None:
             yield "Epsilon from the server", f"{seen:.2f}", "which sees each round's sum; the largest over clients"
     elif asked:
         yield "Epsilon", "unbounded", "the noise is too little for any, or nobody trained"

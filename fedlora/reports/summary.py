@@ -10,7 +10,8 @@ from fedlora import starting
 from fedlora.engine.setup import Description
 from fedlora.metrics import contract as metrics
 from fedlora.prepare import Prepared
-from fedlora.privacy import accounting, cohorts, ledger
+from fedlora.privacy import accounting, cohorts, ledger, wording
+from fedlora.privacy.accounting import in_sums
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.replay import versions
 from fedlora.returned import finite
@@ -19,6 +20,8 @@ from fedlora.rounds.lines import round_to
 from fedlora.rounds.progress import Progress
 from fedlora.scenario import Scenario
 from fedlora.tasks.contract import find
+
+Spent = Mapping[ledger.Holder, Sequence[accounting.Event]]
 
 
 def summary_of(
@@ -54,6 +57,7 @@ def summary_of(
         "sampling": None if asked is None else "cyclic_poisson" if _bands(record, asked) else "poisson",
         "example_epsilon": None if scenario.person else spent_of(record, scenario.example_privacy),
         "server_epsilon": server_epsilon(scenario, record.events),
+        "own_epsilon": own_epsilon(scenario, record.events),
         "peer_epsilon": peer_epsilon(scenario, record.events.get(None, ())),
         "privacy": privacy_in_words(ready, record),
         "seconds": round_to(now.seconds),
@@ -106,17 +110,29 @@ def _by_name(scenario: Scenario, found: Description, figures: Mapping[str, Any])
 
 
 def spent_of(record: Ledger, asked: scenarios.Privacy | None) -> float | None:
-    """The largest epsilon over those who hold a budget for a guarantee; None without one."""
+    """The largest epsilon over those who hold a budget for a guarantee; None without one.
+
+    Where clients share out the noise that protects their examples it is that from those who see sums.
+    """
     if asked is None:
         return None
-    return _largest(record.events, asked.unit, asked)
+    return _largest({holder: in_sums(spent) for holder, spent in record.events.items()}, asked.unit, asked)
 
 
-def server_epsilon(scenario: Scenario, events: Mapping[ledger.Holder, Sequence[accounting.Event]]) -> float | None:
+def server_epsilon(scenario: Scenario, events: Spent) -> float | None:
     """The largest epsilon over clients from the server that sees their sums; None where they share no noise."""
-    if not scenario.shares_noise or (asked := scenario.client_privacy) is None:
+    if not scenario.shares_noise or (asked := scenario.privacy) is None:
         return None
-    return _largest(events, accounting.FROM_SERVER, asked)
+    if asked.unit == "example":
+        return _largest({holder: in_sums(spent) for holder, spent in events.items()}, asked.unit, asked)
+    return _largest(events, wording.FROM_SERVER, asked)
+
+
+def own_epsilon(scenario: Scenario, events: Spent) -> float | None:
+    """The largest epsilon under a client's own part of the noise; None where others' is not counted upon."""
+    if scenario.shares_example_noise is None or scenario.privacy is None:
+        return None
+    return _largest(events, "example", scenario.privacy)
 
 
 def _largest(
@@ -137,21 +153,24 @@ def privacy_in_words(ready: Prepared, record: Ledger) -> str:
     if asked is None:
         return "none: no gradient was clipped or noised"
     told = (spent_of(record, asked) or 0.0, asked.delta, asked.protects, asked.accountant)
-    words = accounting.statement(*told, bands=_bands(record, asked), person=asked.person)
+    words = wording.statement(*told, bands=_bands(record, asked), person=asked.person)
+    if (masks := scenario.shares_example_noise) is not None:
+        words = _in_sums(scenario, masks.honest, record)
     if asked.unit == "client":
         seen = "the sum of the clipped updates" if scenario.secure_aggregation else "each clipped update"
         words += f", from anyone who sees the models but not from the server, which sees {seen}"
-    if (whole := server_epsilon(scenario, record.events)) is not None and scenario.secure_aggregation is not None:
+    if asked.unit == "client" and scenario.shares_noise and scenario.secure_aggregation is not None:
+        whole = server_epsilon(scenario, record.events) or 0.0
         honest = scenario.secure_aggregation.honest
         words += " under the clients' noise; "
-        words += accounting.statement(whole, asked.delta, accounting.FROM_SERVER, asked.accountant, honest)
+        words += wording.statement(whole, asked.delta, wording.FROM_SERVER, asked.accountant, honest)
     if asked.unit == "client" and scenario.secure_aggregation is not None:
         words += _among_clients(scenario, asked, record.events.get(None, ()))
     if asked.example is not None:
         own = asked.example
         words += "; at the same time, from the server too, "
         told = (spent_of(record, own) or 0.0, own.delta, own.protects, own.accountant)
-        words += accounting.statement(*told, bands=_bands(record, own), person=own.person)
+        words += wording.statement(*told, bands=_bands(record, own), person=own.person)
     if asked.share_metrics:
         words += "; the training losses and example counts that clients shared are not covered by it"
     if scenario.model.start is not None:
@@ -162,6 +181,17 @@ def privacy_in_words(ready: Prepared, record: Ledger) -> str:
         f"{words}; noise was drawn from the scenario's seed, as fits a simulation and not a deployment; who holds "
         "which examples, the labels and the test set are taken as given"
     )
+
+
+def _in_sums(scenario: Scenario, honest: float, record: Ledger) -> str:
+    """What examples are promised whose clients share the noise out: from those who see sums, and by one alone."""
+    asked = scenario.privacy
+    assert asked is not None
+    seen, own = (f(scenario, record.events) or 0.0 for f in (server_epsilon, own_epsilon))
+    told = (seen, asked.delta, wording.IN_SUMS[asked.protects], asked.accountant, honest)
+    words = wording.statement(*told, person=asked.person)
+    told = (own, asked.delta, asked.protects, asked.accountant, honest)
+    return f"{words}; from everybody, {wording.statement(*told, person=asked.person)}{wording.OWN_ALONE}"
 
 
 def _bands(record: Ledger, asked: scenarios.Privacy) -> set[int]:
@@ -187,7 +217,7 @@ def _among_clients(scenario: Scenario, asked: scenarios.Privacy, events: Sequenc
     """What a client is promised from another that is in the same rounds; and what small cohorts add to delta."""
     most = max((peer_epsilon(scenario, [replace(event, steps=1)]) or 0.0 for event in events), default=0.0)
     every = peer_epsilon(scenario, events) or 0.0
-    said = accounting.statement(every, asked.delta, accounting.FROM_CLIENTS, asked.accountant)
+    said = wording.statement(every, asked.delta, wording.FROM_CLIENTS, asked.accountant)
     return (
         f"; {said}, in every round of the run; in one round, epsilon {most:.3g}; cohorts too small or too large "
         f"for a sum add at most {cohorts.RARE:.0%} to delta, and whether enough clients stay to the end of a "

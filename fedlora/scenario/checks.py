@@ -119,11 +119,12 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
             "secure aggregation sends whole numbers of its own: leave compression.up out; down may stay",
         )
     if (asked := sections.get("secure_aggregation")) and asked.noise == "shared" and "privacy" in sections:
-        if (privacy := sections["privacy"]) is None or privacy.unit == "example":
+        if (privacy := sections["privacy"]) is None:
             yield Problem(
-                ("secure_aggregation", "noise"),
-                "shared noise protects whole clients: set privacy.unit: client, or leave it out",
+                ("secure_aggregation", "noise"), "there is no noise to share: add privacy, or leave it out"
             )
+        elif privacy.unit == "example" and clients:
+            yield from _shared(clients, privacy)
         if clients and clients.max_norm:
             yield Problem(
                 ("clients", "max_norm"),
@@ -252,6 +253,25 @@ def _taught(task: str, target: str, data: Data) -> Iterator[Problem]:
             yield Problem(
                 ("data", name, "separator"), f"separator is for task: multi_label, and the task is {task}"
             )
+
+
+def _shared(clients: Clients, privacy: Privacy) -> Iterator[Problem]:
+    """What noise that clients share out cannot protect (`fedlora.privacy.mechanisms.shared`)."""
+    told = (
+        ("clients.use", clients.use != "dp_sgd", "dp_sgd alone divides its noise: take it"),
+        ("clients.local_steps", clients.local_steps != 1, "a second step depends on the first: write 1"),
+        (
+            "clients.optimizer",
+            clients.optimizer is not None,
+            "a sum takes plain steps: leave it out",
+        ),
+        ("clients.retries", clients.retries > 0, "two sums of a round would carry one noise: leave it out"),
+        ("privacy.clip", privacy.clip.kind == "quantile", "the bound of a sum is one and fixed: take flat"),
+        ("privacy.bands", privacy.bands is not None, "noise takes back what the same senders added: leave it out"),
+    )
+    for key, wrong, why in told:
+        if wrong:
+            yield Problem(tuple(key.split(".")), f"with secure_aggregation.noise: shared {why}")
 
 
 def _summed(clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:

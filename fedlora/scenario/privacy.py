@@ -168,7 +168,8 @@ class SecureAggregation(Section):
         range: Largest change of a number. A larger one fails its client, or is cut with `unit: client`. Lower it
             for finer rounding.
         survivors: Share of a round's clients that must not drop out. Below it the round fails.
-        noise: Who adds the noise of `unit: client`: the server, or shared: each client its part before it masks.
+        noise: Who adds noise. server: with `unit: client` the server, and with `unit: example` each client all of
+            it. shared: each client a part before it masks; with `unit: example` that takes one local step a round.
         honest: Share of the senders that keep their noise from the server, with `noise: shared`. Lower it to allow
             for more clients that collude.
     """

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator
@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from fedlora import plugins
 from fedlora.errors import SettingError, UserError
 from fedlora.privacy import cohorts
+from fedlora.privacy.graph import sharers
 from fedlora.scenario.baseline import Baseline
 from fedlora.scenario.clients import Clients
 from fedlora.scenario.compression import Compression, TopK
@@ -319,8 +320,29 @@ class Scenario(Section):
 
     @property
     def shares_noise(self) -> bool:
-        """Whether clients add the noise that protects them whole."""
+        """Whether clients share out the noise that protects them whole, or their examples."""
         return self.secure_aggregation is not None and self.secure_aggregation.noise == "shared"
+
+    @property
+    def shares_example_noise(self) -> SecureAggregation | None:
+        """Under which masks clients share out the noise that protects their examples; None where they do not."""
+        return self.secure_aggregation if self.shares_noise and self.client_privacy is None else None
+
+    def noise_parts(self, members: int) -> float:
+        """Into how many parts clients divide the variance of the noise for their examples; 1: not at all.
+
+        Args:
+            members: clients of a round.
+        """
+        asked = self.shares_example_noise
+        return 1.0 if asked is None else sharers(members, asked.survivors, asked.honest)
+
+    @property
+    def example_terms(self) -> dict[str, Any]:
+        """What each line of a ledger repeats of the guarantee for each example."""
+        assert self.example_privacy is not None
+        shared = self.shares_example_noise
+        return self.example_privacy.terms | ({} if shared is None else {"honest": shared.honest})
 
     @property
     def most_members(self) -> int:

@@ -144,6 +144,59 @@ def test_clients_share_the_noise_out_over_sites(sites, nodes, deployed, trained)
     assert not any(content.metric_records for _, _, content in grid.came)
 
 
+EXAMPLES = (
+    "clients.local_steps=1",
+    "rounds=1",
+    "privacy={noise_multiplier: 2.0, delta: 1.0e-2}",
+    "secure_aggregation={range: 4.0, noise: shared}",
+)
+
+
+def test_sites_share_out_the_noise_of_their_examples(sites, nodes, deployed, trained):
+    """Four sites, of which two are counted upon: three send at the least, and one may look. sigma 2 of the sum."""
+    scenario, files = sites(*EXAMPLES)
+    file = files[0]
+    file.write_text(file.read_text().replace("privacy: {", "privacy: {honest: 0.5, "))
+    run, _ = deployed(scenario, Recorded(made := nodes(files)))
+    events = ledger.replay(run.folder / "privacy.jsonl")
+    assert set(events) == {0, 1, 2, 3} and all(e.sharers == 2 for spent in events.values() for e in spent)
+    assert all(e.noise_multiplier == pytest.approx(2**0.5) for spent in events.values() for e in spent)
+    assert run.summary["own_epsilon"] > run.summary["epsilon"] == run.summary["server_epsilon"] > 0
+    (mine,), (other,) = ([*made[n].account.ledger.events.values()] for n in (1, 2))
+    assert mine[0].noise_multiplier == pytest.approx(2**0.5) and mine[0].sharers == 1  # half of the share of all
+    assert other[0].noise_multiplier == pytest.approx(2**0.5) and made[2].epsilon == run.summary["own_epsilon"]
+    assert made[1].run.epsilon(0) == pytest.approx(run.summary["epsilon"])
+    plain = [change(*told) for _, told in sorted(trained.items())]
+    after, instruction = engine_adapter(run), trained[0][0]
+    moved = np.concatenate([(after[n] - instruction.adapter[n]).ravel() for n in instruction.send])
+    np.testing.assert_allclose(moved, np.mean(plain, axis=0), atol=4 * 2.0**-19 + 1e-6)  # with their noise
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"example-noise": 1.9}, "asks for less noise than the 2"),
+        ({"members": 3}, "another number of clients"),
+        ({"members": 5}, "how many are in the round"),
+    ],
+)
+def test_a_site_divides_no_more_noise_than_there_is(sites, nodes, deployed, wrong, words):
+    scenario, files = sites(*EXAMPLES)
+    made = nodes(files)
+    answer = made[1].answer
+
+    def less(kind, content, partition):
+        if kind == "train":
+            assert (content["config"]["example-noise"], content["config"]["members"]) == (pytest.approx(2.0), 4)
+            content["config"].update(wrong)
+        return answer(kind, content, partition)
+
+    made[1].answer = less
+    run, _ = deployed(scenario, LocalGrid(made))
+    (bad,) = [t for t in lines(run.folder, "clients.jsonl") if t["error"]]
+    assert bad["client"] == 0 and words in bad["error"] and run.rounds[0]["clients"] == 3
+
+
 @pytest.mark.parametrize(
     "wrong, words",
     [

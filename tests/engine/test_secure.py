@@ -274,7 +274,6 @@ def test_a_run_with_shared_noise_has_two_epsilons_and_the_ledger_alone_gives_bot
 
 def test_shared_noise_goes_with_clients_protected_whole(tiny):
     for wrong, words in (
-        (["secure_aggregation={noise: shared}"], "set privacy.unit: client"),
         ([*SHARED, "clients.max_norm=1"], "says nothing of norms"),
         (["secure_aggregation={honest: 0.5}"], "goes with noise: shared"),
         ([MASKED, "privacy=null", "clients.use=sgd", "clients.retries=1"], "two sums of a round"),

@@ -16,7 +16,8 @@ from scipy.stats import norm
 
 from fedlora.errors import SettingError, UserError
 from fedlora.privacy import accounting
-from fedlora.privacy.accounting import Event, calibrate, epsilon, statement
+from fedlora.privacy.accounting import Event, calibrate, epsilon
+from fedlora.privacy.wording import FROM_SERVER, statement
 from fedlora.scenario import Privacy
 
 DELTA = 1e-5
@@ -267,7 +268,7 @@ def test_under_zero_out_the_accountants_give_the_same(accountant):
 
 
 def test_from_the_server_a_client_sends_nothing():
-    line = statement(3.0, 1e-5, accounting.FROM_SERVER, "pld", 0.75)
+    line = statement(3.0, 1e-5, FROM_SERVER, "pld", 0.75)
     assert line.startswith("(3, 1e-05)-differential privacy for each client, from the server, which follows")
     assert "neighbouring runs differ in that one client sends nothing; " in line and "75%" in line
 
@@ -305,6 +306,6 @@ def test_a_search_ends_whatever_an_accountant_says():
 
 
 def test_no_epsilon_is_told_in_words():
-    said = accounting.statement(math.inf, 1e-5, "example", "pld")
+    said = statement(math.inf, 1e-5, "example", "pld")
     assert said.startswith("no epsilon bounds what is lost at delta 1e-05, for each example, neighbouring")
     assert "inf" not in said

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,9 @@ from fedlora.errors import UserError
 from fedlora.privacy import accounting, ledger, together
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.ledger import Ledger, statements
+from fedlora.privacy.wording import FROM_SERVER
 from fedlora.record import Record
-from fedlora.reports import console, meaning, single, summary
+from fedlora.reports import console, dossier, meaning, single, summary
 
 WHOM = {
     "example": "for each example",
@@ -39,12 +41,16 @@ WAYS = [
 ]
 
 
-def scenario_of(unit, accountant, bands):
+ACCOUNTANTS = ("pld", "prv", "rdp")
+SHARED = "secure_aggregation={noise: shared}"
+
+
+def scenario_of(unit, accountant, bands, *more):
     privacy = {"epsilon": 6, "accountant": accountant, "unit": "client" if unit == "client" else "example"}
     privacy |= {"person": "patient_id"} if unit == "person" else {}
     privacy |= {"bands": bands} if bands > 1 else {}
     told = {"name": "words", "data": {"files": {"train": "a.csv"}}, "privacy": privacy}
-    return scenarios.parse(yaml.safe_dump({**told, "clients": {"total": 40, "per_round": 4}}), "words.yaml", [])
+    return scenarios.parse(yaml.safe_dump({**told, "clients": {"total": 40, "per_round": 4}}), "words.yaml", more)
 
 
 def right(said, unit, bands):
@@ -99,12 +105,65 @@ def test_every_word_names_the_unit(tmp_path, unit, accountant, bands, rate):
     assert f"for each {unit}" in tiles["Epsilon"] and ("over clients" in tiles["Epsilon"]) is (unit != "client")
 
 
+@pytest.mark.parametrize(
+    ("unit", "accountant", "honest"), [*itertools.product(("example", "person"), ACCOUNTANTS, (1.0, 0.7))]
+)
+def test_every_word_of_noise_that_is_shared_says_from_whom(tmp_path, unit, accountant, honest):
+    """Two epsilons, of the sum and of a client's own part: each with its terms, wherever it is told."""
+    scenario = scenario_of(unit, accountant, 1, "clients.local_steps=1", f"{SHARED[:-1]}, honest: {honest}}}")
+    asked, record = scenario.privacy, Ledger(tmp_path)
+    event = Event(noise_multiplier=1.0, sample_rate=0.1, steps=4, clip_norm=1.0, sharers=4.0)
+    record.spend(1, {0: event}, **scenario.example_terms)
+    own = accounting.epsilon([event], asked.delta, accountant)
+    seen = accounting.epsilon([replace(event, noise_multiplier=2.0, sharers=1.0)], asked.delta, accountant)
+    assert seen < own / 2
+    kept = f"of those who sent {honest:.0%} keep their noise to themselves"
+
+    def about(said, epsilon, summed):
+        told = f"({epsilon:.3g}, 1e-05)-differential privacy {WHOM[unit]}" in said
+        return (
+            told
+            and right(said, unit, 1)
+            and (kept in said) is summed
+            and ("own part of the noise" in said) is not summed
+        )
+
+    ready = SimpleNamespace(scenario=scenario, setup=SimpleNamespace(secret=True))
+    first, second = summary.privacy_in_words(ready, record).split("; from everybody, ")
+    assert about(first, seen, True) and about(second, own, False)
+    lines = statements(tmp_path)[1:]
+    values = [
+        accounting.epsilon(e, asked.delta, a) for e in ([event], accounting.in_sums([event])) for a in ACCOUNTANTS
+    ]
+    assert len(lines) == 6 and all(map(about, lines, values, [False] * 3 + [True] * 3))
+    found = together.total_epsilon([tmp_path])
+    assert [*found] == [unit, f"{unit}_in_sums"] and found[unit][0] > 2 * found[f"{unit}_in_sums"][0]
+    assert kept in found[f"{unit}_in_sums"][1] and "own part of the noise alone" in found[unit][1]
+
+    (tmp_path / "scenario.yaml").write_text(scenario.to_yaml())
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"round": 1, "loss": None, "accuracy": None, "epsilon": seen}) + "\n"
+    )
+    run = Record(tmp_path, {"metric": "accuracy", "own_epsilon": own, "server_epsilon": seen})
+    explained = " ".join(meaning.explained(run))
+    share = "all" if honest == 1 else "70%"
+    assert (
+        f"{share} of those who send keep their part" in explained and f"a larger epsilon: {own:.2f}" in explained
+    )
+    assert "everything that the clients sent" not in explained and "each round's sum" in explained
+    tiles = {name: value for name, value, _ in single._key_figures(run)}
+    assert (tiles["Epsilon"], tiles["Epsilon by own noise"]) == (f"{seen:.2f}", f"{own:.2f}")
+    page = dossier.html(scenario.model_dump(mode="json"))
+    assert "a part of the noise is added" in page and "privacy.honest in the site file" in page
+    assert f"if {honest:.0%} of those who send keep their noise" in page
+
+
 def test_an_earlier_reader_refuses_a_line_of_persons(tmp_path, monkeypatch):
     told = scenario_of("person", "pld", 1).privacy.terms
     event = Event(noise_multiplier=2.0, sample_rate=0.1, steps=4, clip_norm=1.0)
     Ledger(tmp_path).spend(1, {0: event}, **told)
     assert ledger.replay(tmp_path / "privacy.jsonl") == {0: [event]}
-    monkeypatch.setattr(ledger, "UNITS", ("example", "client", accounting.FROM_SERVER))
+    monkeypatch.setattr(ledger, "UNITS", ("example", "client", FROM_SERVER))
     with pytest.raises(UserError, match="lacks or garbles unit"):
         ledger.replay(tmp_path / "privacy.jsonl")
 

@@ -17,7 +17,7 @@ The batch may be empty: the noise is added all the same. Sums are Opacus's; nois
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,8 @@ def _noised(name: str) -> Any:
     from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 
     class Noised(getattr(optimizers, name)):  # type: ignore[misc]
+        limits: Sequence[float] = ()  # that the sums of each tensor are cut to, coordinate by coordinate
+
         def __init__(self, inner: torch.optim.Optimizer, noise: Any, **told: Any) -> None:
             super().__init__(inner, **told)
             self.noise = noise
@@ -125,6 +127,8 @@ def _noised(name: str) -> Any:
             drawn = torch.from_numpy(self.noise.standard_normal(sum(sizes)))
             drawn *= self.noise_multiplier * self.max_grad_norm
             parts = torch.split(drawn.to(self.params[0].device), sizes)
+            for p, limit in zip(self.params, self.limits, strict=bool(self.limits)):
+                p.summed_grad.clamp_(-limit, limit)
             for p, part in zip(self.params, parts, strict=True):
                 _check_processed_flag(p.summed_grad)
                 p.grad = (p.summed_grad.flatten() + part).to(p.dtype).view_as(p)
