@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora.adapter import Slot, Tensor
 from fedlora.factors import Matrix
@@ -57,12 +58,8 @@ class Channel(frames.Still):
         tensor[np.arange(self.r), inputs] = 1.0
         return tensor
 
-    def inputs(self, weight: Matrix) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def inputs(self, weight: Matrix) -> NDArray[np.int64]:
         """The r inputs where a weight (out x in) has the most energy beyond rank r, ascending."""
         u, _ = frames.singular(weight, self.r)
         tail = weight - u @ (u.T @ weight)
-        energy = np.square(tail).sum(0)
-        grid = frames.ALIKE * float(np.square(weight).sum()) or 1.0  # finer, rounding would choose
-        order = np.argsort(-np.round(energy / grid), kind="stable")
-        found: np.ndarray[tuple[int], np.dtype[np.int64]] = np.sort(order[: self.r])
-        return found
+        return np.sort(frames.largest(np.square(tail).sum(0), self.r, float(np.square(weight).sum())))

@@ -22,6 +22,7 @@ from fedlora.scenario.keeping import Best, Keep, Stop
 from fedlora.scenario.keys import Source
 from fedlora.scenario.learning import TAGS, Schedule, ServerAdam, ServerOptimizer
 from fedlora.scenario.privacy import Privacy, SecureAggregation
+from fedlora.scenario.schedules import AdapterSchedule
 from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Scale, Section, Weight
 from fedlora.scenario.world import World
 
@@ -41,6 +42,8 @@ class Adapter(Section):
         targets: Layers that get factors: ends of their names, regular expressions, or all-linear. They depend on
             the base: `[query, value]` for BERT, `[q_proj, v_proj]` for Llama-like models.
         exclude: Layers or parts of the model that get no factors, written as `targets` are. Example: `[visual]`.
+        schedule: What becomes of the adapter after a round. null: it stays what it is. rotate lets a small kind
+            reach more directions. Example: `{kind: rotate, every: 5}`.
         layers: Numbers of the blocks that have targets, counted from 0. null: all. Upper blocks alone train
             faster. Example: `[4, 5]`.
     """
@@ -52,6 +55,7 @@ class Adapter(Section):
     targets: tuple[str, ...] = Field(default=("query", "value"), min_length=1)
     exclude: tuple[str, ...] = ()
     layers: tuple[Annotated[Int, Field(ge=0)], ...] | None = None
+    schedule: AdapterSchedule | None = None
 
     @field_validator("targets", "exclude", mode="before")
     @classmethod
