@@ -1,8 +1,10 @@
 """Sections of a scenario about how the adapter itself changes over the rounds."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from fedlora.scenario.section import PositiveInt, Section
+from pydantic import Field
+
+from fedlora.scenario.section import Float, PositiveInt, Section
 
 
 class Rotate(Section):
@@ -17,4 +19,20 @@ class Rotate(Section):
     every: PositiveInt = 5
 
 
-AdapterSchedule = Rotate
+class Decay(Section):
+    """Let the small directions of each layer's change fade (Trained Rank Pruning, 2004.04576).
+
+    Attributes:
+        kind: decay: every few rounds directions that hold little of the change are made smaller.
+        every: Rounds between two such steps.
+        share: Share of a change's energy, its squared length, that stays as it is. Lower it where noise is loud.
+        factor: What the other directions are multiplied by. 0 takes them away at once.
+    """
+
+    kind: Literal["decay"]
+    every: PositiveInt = 1
+    share: Annotated[Float, Field(gt=0, le=1)] = 0.9
+    factor: Annotated[Float, Field(ge=0, lt=1)] = 0.5
+
+
+AdapterSchedule = Annotated[Rotate | Decay, Field(discriminator="kind")]

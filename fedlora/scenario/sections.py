@@ -43,7 +43,7 @@ class Adapter(Section):
             the base: `[query, value]` for BERT, `[q_proj, v_proj]` for Llama-like models.
         exclude: Layers or parts of the model that get no factors, written as `targets` are. Example: `[visual]`.
         schedule: What becomes of the adapter after a round. null: it stays what it is. rotate lets a small kind
-            reach more directions. Example: `{kind: rotate, every: 5}`.
+            reach more directions, and decay lets small ones fade. Example: `{kind: rotate, every: 5}`.
         layers: Numbers of the blocks that have targets, counted from 0. null: all. Upper blocks alone train
             faster. Example: `[4, 5]`.
     """

@@ -7,6 +7,7 @@ from fedlora import strategy, suitability
 from fedlora.adapter import Slot
 from fedlora.errors import SettingError
 from fedlora.kinds.lora import Lora
+from fedlora.planning import plan
 from fedlora.rounds.checkpoint import read_tensors
 from fedlora.schedules import contract
 from fedlora.schedules.rotate import Rotate
@@ -43,6 +44,8 @@ def test_workers_begin_from_the_draw_that_the_server_has(told, tiny, tmp_path):
     made = read_tensors(run.folder / "adapter" / "adapter_model.safetensors")
     ranks = {t.shape[0] for name, t in made.items() if name.endswith("lora_A.weight")}
     assert ranks == {8}  # two merges of rank 4, and zeros
+    planned = plan(tiny("rounds=4", ROTATE, *told))
+    assert planned.bytes_down_total == run.summary["bytes_down_total"]  # the last merge goes to nobody
     without = simulate(tiny("rounds=4", *told), out=tmp_path / "without")
     assert run.summary["epsilon"] == without.summary["epsilon"]
 
