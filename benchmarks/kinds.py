@@ -1,8 +1,9 @@
 """A private step of each kind of adapter over a plain one of the same kind: CPU time, and memory in tensors.
 
 Both are fedlora's clients on MiniLM, each in a model of its own, on the same batches. All kinds take turns in one
-process, on one thread, a plain step and a private one after another; the median of the ratios of neighbours is printed with the range of
-their middle half. Memory is that of torch's allocations in a step at their peak, over what was there before it.
+process, on one thread, a plain step and a private one after another; the median of the ratios of neighbours is
+printed with the range of their middle half. Memory is that of torch's allocations in a step at their peak, over
+what was there before it.
 
     python benchmarks/kinds.py [--turns 12] [--batch-size 32] [--r 8] [--kinds lora sparse]
 """

@@ -90,7 +90,7 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             "world.concurrency",
             f"updates to older adapters go into a mean of changes, which {use} does not take; take one of {can}",
         )
-    kind = scenario.model.adapter.kind
+    kind = scenario.model.adapter.named
     if kind != "auto" and (wrong := refuses(strategy, kind)):
         can = _those(lambda cls: not refuses(cls, kind))
         raise SettingError("model.adapter.kind", f"{use} {wrong}: leave kind out; with {kind} go {can}")
@@ -197,5 +197,6 @@ def check_bound(strategy: Strategy) -> None:
 def kind_of(strategy: Strategy, scenario: Scenario) -> Kind:
     """The kind of adapter that a scenario and its strategy ask for."""
     told = scenario.model.adapter
-    name = strategy.builds if told.kind == "auto" else told.kind
-    return load_kind(name, told.r, told.alpha, told.targets, told.layers, told.exclude, told.rslora)
+    name = strategy.builds if told.named == "auto" else told.named
+    options = {} if isinstance(told.kind, str) else told.kind.options
+    return load_kind(name, told.r, told.alpha, told.targets, told.layers, told.exclude, told.rslora, options)

@@ -12,6 +12,7 @@ FFA-LoRA of rank 2 r. Noise reaches the weight as `s sqrt(out (r + r / 3))`: a r
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,13 +22,14 @@ from numpy.typing import NDArray
 from fedlora.adapter import Slot, Tensor
 from fedlora.factors import Matrix
 from fedlora.kinds import frames
-from fedlora.kinds.contract import Facts, Weights
+from fedlora.kinds.contract import Facts, Part, Weights
 
 
 @dataclass(frozen=True)
 class Channel(frames.Still):
     """A weight's change is `alpha / r * (B @ A + C @ S)`, where S picks the inputs that thin factors miss most."""
 
+    parts: ClassVar[Mapping[str, Part]] = {"A": Part("seeded", False, weighs=True), "B": Part("zero", True)}
     ordinary: ClassVar[bool] = False
     facts: ClassVar[Facts] = Facts("C, B", "s sqrt(4 out r / 3)")
 

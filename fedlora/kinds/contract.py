@@ -10,14 +10,14 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from fedlora import factors, plugins
 from fedlora.adapter import Adapter, Change, Layout, Slot, Tensor
-from fedlora.errors import SettingError
+from fedlora.errors import SettingError, suggestion
 from fedlora.lazy import Lazy, Thin, Total
 from fedlora.seeding import generator
 
@@ -38,10 +38,12 @@ class Part:
         origin: of the first value: `seeded`, drawn from the seed; `derived`, from the frozen weights; `zero`. None
             needs to travel.
         trains: whether they can train; the others stay as they were first made.
+        weighs: whether the frozen weights have a part in a seeded one too.
     """
 
     origin: Literal["seeded", "derived", "zero"]
     trains: bool
+    weighs: bool = False
 
 
 @dataclass(frozen=True)
@@ -362,14 +364,23 @@ def load(
     layers: tuple[int, ...] | None,
     exclude: tuple[str, ...] = (),
     rslora: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Kind:
-    """The kind that a scenario names.
+    """The kind that a scenario names, with options of its own.
 
     Raises:
-        SettingError: nothing importable has that name.
+        SettingError: nothing importable has that name, or an option is wrong.
     """
     cls: type[Kind] = plugins.find_of("kinds", use, Kind)  # type: ignore[type-abstract]
-    return cls(r, alpha, targets, layers, exclude, rslora)
+    key, known = "model.adapter.kind", {f.name for f in fields(cls)} - {f.name for f in fields(Kind)}
+    for name in options or ():
+        if name not in known:
+            hint = suggestion(name, sorted(known)) if known else "it takes none"
+            raise SettingError(f"{key}.{name}", f"{use} has no option {name!r}: {hint}")
+    try:
+        return cls(r, alpha, targets, layers, exclude, rslora, **(options or {}))
+    except (TypeError, ValueError) as error:
+        raise SettingError(key, f"{use}: {error}") from error
 
 
 def public(parameter: str) -> str:

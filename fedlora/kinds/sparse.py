@@ -50,8 +50,12 @@ class Sparse(Still):
         Raises:
             ValueError: density is not a share.
         """
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density is {self.density}, and should be above 0 and at most 1")
+        if (
+            isinstance(self.density, bool)
+            or not isinstance(self.density, int | float)
+            or not 0 < self.density <= 1
+        ):
+            raise ValueError(f"density is {self.density!r}, and should be above 0 and at most 1")
 
     def count(self, out: int, into: int) -> int:
         """How many values a layer (out x in) has: one at least."""

@@ -236,11 +236,13 @@ def _kept(told: Told) -> Table:
 
 def _model(told: Told, run: Record | None) -> Iterator[str]:
     adapter = told["model"]["adapter"]
+    kind = adapter.get("kind", "lora")
+    kind = kind if isinstance(kind, str) else kind["use"]
     where = "in all layers named below" if adapter.get("layers") is None else f"in layers {adapter['layers']}"
     targets = ", ".join(adapter["targets"]) if not isinstance(adapter["targets"], str) else adapter["targets"]
     yield (
         f"The base is {told['model']['base']}; it stays as it is. An adapter of kind "
-        f"{adapter.get('kind', 'lora')} and rank {adapter['r']} is trained {where} ({targets}). The task is "
+        f"{kind} and rank {adapter['r']} is trained {where} ({targets}). The task is "
         f"{told.get('task', 'classification')}, the method {told['strategy']['use']}, in {told['rounds']} rounds."
     )
     if run is None or not run.summary:

@@ -27,12 +27,32 @@ from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, Positive
 from fedlora.scenario.world import World
 
 
+class KindWith(PlugIn):
+    """A kind of adapter with options of its own, which are further keys.
+
+    Attributes:
+        use: A name of `fedlora list kinds`, or `module:Class` of your own. Example: `sparse`.
+    """
+
+    @field_validator("use")
+    @classmethod
+    def _known(cls, use: str) -> str:
+        return _known_kind(use)
+
+
+def _known_kind(use: str) -> str:
+    if wrong := plugins.problem("kinds", use):
+        raise PydanticCustomError("unknown", wrong)
+    return use
+
+
 class Adapter(Section):
     """Low-rank factors beside each matched linear layer (Hu et al., 2021).
 
     Attributes:
         kind: How the change of a weight is parametrised: a name of `fedlora list kinds`, or `module:Class` of your
             own. auto takes what the strategy is made for: `lora` for most. docs/kinds.md says when to take which.
+            With options of the kind it is a mapping. Example: `{use: sparse, density: 0.02}`.
         r: Rank: the inner dimension of the factors. More learns more, sends more and gets more noise under
             privacy. With `clients.ranks` it is the server's rank and the highest.
         alpha: Numerator of the scaling: a weight changes by `alpha / r * B A`. Under plain steps of SGD keep it at
@@ -48,7 +68,10 @@ class Adapter(Section):
             faster. Example: `[4, 5]`.
     """
 
-    kind: str = "auto"
+    kind: Annotated[
+        Annotated[str, Tag(TAGS[0])] | Annotated[KindWith, Tag(TAGS[1])],
+        Discriminator(lambda told: TAGS[not isinstance(told, str)]),
+    ] = "auto"
     r: PositiveInt = 8
     alpha: Scale = 8.0
     rslora: bool = False
@@ -75,10 +98,13 @@ class Adapter(Section):
 
     @field_validator("kind")
     @classmethod
-    def _known(cls, kind: str) -> str:
-        if kind != "auto" and (wrong := plugins.problem("kinds", kind)):
-            raise PydanticCustomError("unknown", wrong)
-        return kind
+    def _known(cls, kind: str | KindWith) -> str | KindWith:
+        return _known_kind(kind) if isinstance(kind, str) and kind != "auto" else kind
+
+    @property
+    def named(self) -> str:
+        """The name of the kind, or auto."""
+        return self.kind if isinstance(self.kind, str) else self.kind.use
 
 
 class Model(Section):

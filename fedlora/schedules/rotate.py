@@ -31,14 +31,14 @@ class Rotate(Schedule):
     every: int = 5
 
     def refuses(self, kind: Kind, trained: Collection[str]) -> str | None:
-        """Frozen parts must be there, and come from the seed; the change must be thin, as a merge is."""
-        still = {role: part.origin for role, part in kind.parts.items() if role not in trained}
+        """Frozen parts must be there, and come from the seed alone; the change must be thin, as a merge is."""
+        still = {role: part for role, part in kind.parts.items() if role not in trained}
         name = type(kind).__name__
         if not kind.thin:
             return f"{name} has a change that is no product of thin factors, and a merge is one"
         if not still:
             return f"{name} has no frozen part to draw anew under this strategy, which trains all of it"
-        if derived := [role for role, origin in still.items() if origin != "seeded"]:
+        if derived := [role for role, part in still.items() if part.origin != "seeded" or part.weighs]:
             return f"{name} takes {derived[0]} from the base, where there is one, and no other draw of it"
         return None
 

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora import strategy, suitability
 from fedlora.adapter import Slot
-from fedlora.errors import SettingError
+from fedlora.errors import ScenarioError, SettingError
 from fedlora.kinds.contract import Saved
 from fedlora.kinds.sparse import Sparse
+from fedlora.scenario import parse
 
 KIND = Sparse(2, 4.0, ())
 LAYOUT = {
@@ -49,10 +51,26 @@ def test_places_are_drawn_once_each_and_as_many_as_the_density_says():
     assert Sparse(2, 2.0, (), density=1e-9).count(6, 10) == 1
 
 
-@pytest.mark.parametrize("density", [0.0, -1.0, 1.5, float("nan")])
-def test_a_support_of_nothing_is_refused(density):
+@pytest.mark.parametrize("density", [0.0, -1.0, 1.5, float("nan"), "half", True])
+def test_a_support_of_nothing_is_refused(density, tiny):
     with pytest.raises(ValueError, match="should be above 0 and at most 1"):
         Sparse(2, 2.0, (), density=density)
+
+
+def test_the_scenario_says_how_dense_it_is(tiny):
+    ffa = strategy.load("ffa_lora", {})
+    scenario = tiny("model.adapter.kind={use: sparse, density: 0.25}")
+    assert suitability.kind_of(ffa, scenario).count(6, 10) == 15
+    assert parse(scenario.to_yaml(), "again.yaml").model.adapter == scenario.model.adapter
+    for told, why in (
+        ("{use: sparse, densty: 0.1}", r"sparse has no option 'densty': did you mean 'density'"),
+        ("{use: core, density: 0.1}", r"core has no option 'density': it takes none"),
+        ("{use: sparse, density: 0}", r"sparse: density is 0, and should be above 0"),
+    ):
+        with pytest.raises(SettingError, match=why):
+            suitability.kind_of(ffa, tiny(f"model.adapter.kind={told}"))
+    with pytest.raises(ScenarioError, match=r"model\.adapter\.kind\.use: unknown kind of adapter 'spars'"):
+        tiny("model.adapter.kind={use: spars}")
 
 
 def test_a_change_that_it_cannot_write_is_refused():

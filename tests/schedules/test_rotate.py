@@ -63,6 +63,7 @@ def test_the_frames_of_a_core_are_the_same_with_and_without_the_weights(build):
     ("told", "why"),
     [
         (("model.adapter.kind=lora_xs",), "rotate: LoraXS takes A from the base"),
+        (("model.adapter.kind=channel",), "rotate: Channel takes A from the base"),
         (("model.adapter.kind=sparse",), "rotate: Sparse has a change that is no product of thin factors"),
         (("strategy.use=fedavg_lora",), "rotate: Lora has no frozen part to draw anew under this strategy"),
         (("strategy.use=flora",), "rotate goes on from a mean of changes, and what flora makes is none"),
@@ -71,7 +72,7 @@ def test_the_frames_of_a_core_are_the_same_with_and_without_the_weights(build):
         (("clients.optimizer={kind: adamw, state: kept}",), "rotate begins anew, and moments that clients keep"),
         (("world={concurrency: 2}",), "rotate begins anew, and updates that come late"),
     ],
-    ids=["derived", "sparse", "nothing frozen", "no mean", "start", "left out", "kept", "late"],
+    ids=["derived", "chosen", "sparse", "nothing frozen", "no mean", "start", "left out", "kept", "late"],
 )
 def test_what_does_not_go_with_it_is_refused_in_a_line(told, why, tiny):
     scenario = tiny(ROTATE, *told, private=not told[0].startswith("compression"))
