@@ -71,14 +71,14 @@ def _serve(pipe: Connection, size: int, trained: str, group: str, way: str) -> N
         pipe.send((took, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
 
 
-def load_task(size: int) -> tuple[Any, Any]:
+def load_task(size: int, use: str = "lora", r: int = 8) -> tuple[Any, Any]:
     """The task, with the adapter in the model, and as many tweets as a step takes."""
     import numpy as np
     import torch
 
     from fedlora import scenario
     from fedlora.data.store import Partition
-    from fedlora.kinds.lora import Lora
+    from fedlora.kinds import contract
     from fedlora.prepare import prepare
     from fedlora.tasks import loading
 
@@ -93,7 +93,7 @@ strategy: {use: fedavg_lora}
 rounds: 1
 """)
     ).data
-    kind = Lora(8, 8, ("query", "value"))
+    kind = contract.load(use, r, float(r), ("query", "value"), None)
     made = loading.load("classification", "minilm", kind, labels=data.labels, seed=0)
     return made, Partition(0, data.train, np.arange(size))
 

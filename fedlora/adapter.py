@@ -30,7 +30,7 @@ class Slot:
         name: as peft saves it.
         shape: at the server's rank.
         role: `A` (r x in) or `B` (out x r) of a LoRA pair, `core` (r x r) or
-            `values` (r) between them, or `head`.
+            `values` (r) between them, another of its kind's parts, or `head`.
         module: the layer that it belongs to.
         trainable: False: it stays as it was first made, whatever a strategy asks.
     """

@@ -115,7 +115,7 @@ def _alone(scenario: Scenario, made: Strategy, told: dict[str, Any]) -> None:
         raise SettingError("privacy.unit", "protects clients in what is made of many, and alone nothing is made")
     use, options = scenario.strategy.use, scenario.strategy.options
     told["strategy"] = {"use": "alone", "like": {"use": use, **options} if options else use}
-    if scenario.model.adapter.kind == "auto" and made.builds != Strategy.builds:
+    if scenario.model.adapter.named == "auto" and made.builds != Strategy.builds:
         told["model"]["adapter"]["kind"] = made.builds
     given = scenario.clients
     if given.averages_state:

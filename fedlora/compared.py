@@ -70,8 +70,8 @@ def _line(
 def _layout(kind: Kind, weights: Mapping[str, tuple[int, ...]]) -> Layout:
     """The tensors of a kind, by their layers and roles."""
     slots = (
-        Slot(f"{module}.lora_{role}", kind.shape(Slot("", shape, role, module), kind.r), role, module, part.trains)
-        for module, shape in weights.items()
+        Slot(f"{module}.lora_{role}", kind.beside(role, out, into), role, module, part.trains)
+        for module, (out, into) in weights.items()
         for role, part in kind.parts.items()
     )
     return {slot.name: slot for slot in slots}

@@ -54,6 +54,7 @@ TABLES: Mapping[str, Callable[[], dict[str, str]]] = {
     "clients": lambda: _shelf("clients"),
     "tasks": lambda: _shelf("tasks"),
     "kinds": _kinds,
+    "schedules": lambda: _shelf("schedules"),
     "metrics": _metrics,
     "datasets": lambda: scenario.DATASETS,
     "scenarios": scenario.shipped,

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from fedlora.errors import SettingError, suggestion
 
 T = TypeVar("T")
-Shelf = Literal["strategies", "clients", "tasks", "kinds"]
+Shelf = Literal["strategies", "clients", "tasks", "kinds", "schedules"]
 
 
 class _About(NamedTuple):
@@ -43,6 +43,7 @@ _SHELVES: Mapping[Shelf, _About] = {
     "kinds": _About(
         "model.adapter.kind", "kind of adapter", ("averages", "contract", "frames", "modules", "targets")
     ),
+    "schedules": _About("model.adapter.schedule.kind", "schedule of the adapter", ("contract",)),
 }
 
 

@@ -31,6 +31,7 @@ from fedlora.rounds.checkpoint import Merges
 from fedlora.rounds.loop import Loop
 from fedlora.rounds.progress import Line, Progress, Stopwatch
 from fedlora.scenario import Scenario
+from fedlora.schedules import contract as schedules
 from fedlora.seeding import generator
 
 if TYPE_CHECKING:
@@ -77,8 +78,11 @@ class Stage:
                 ledger=ledger,
                 repeatable=False,  # nothing is drawn
             )
+            if (scheduled := schedules.load(scenario.model.adapter.schedule)) is not None:
+                scheduled.bind(found.layout, found.kind, scenario.seed, found.weights)
             loop = Rehearsal(
                 scenario=scenario,
+                schedule=scheduled,
                 strategy=strategy,
                 engine=engine,
                 data=self.ready.data,

@@ -104,3 +104,34 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(one) for one in value]
     return value
+
+
+def check(
+    what: str,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    merge: Mapping[str, tuple[Any, Any]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Make sure that what came of a round can be gone on with.
+
+    Args:
+        what: made it.
+        before: the tensors that there were.
+        after: the tensors that it made.
+        merge: what it adds to the base.
+        shapes: of the weight of each layer that can be added to, (out, in).
+
+    Raises:
+        ContractError: a tensor or a merge is not finite, or of another shape.
+    """
+    for module, sides in merge.items():
+        if (sides[0].shape[:1] + sides[1].shape[1:]) != shapes.get(module):
+            raise ContractError(f"{what} merges into {module}, which is no layer of that shape with factors")
+        if not all(np.isfinite(side).all() for side in sides):
+            raise ContractError(f"{what} merges what is not finite into {module}; try a lower lr")
+    for name, tensor in after.items():
+        if name not in before or tensor.shape != before[name].shape:
+            raise ContractError(f"{what} gave {name} another shape, or made it up")
+        if not np.isfinite(tensor).all():
+            raise ContractError(f"{what} made {name} not finite; try a lower lr")

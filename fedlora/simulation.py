@@ -35,6 +35,7 @@ from fedlora.rounds.progress import Progress
 from fedlora.rounds.stopping import signals, stopping, undisturbed
 from fedlora.run import Run
 from fedlora.scenario import Scenario
+from fedlora.schedules import contract as schedules
 from fedlora.tasks import located
 
 
@@ -163,6 +164,8 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
     suitability.check_bound(strategy)
     steps.check_bound(ready.client, strategy, scenario)
     stage = server.make(scenario.strategy.server, found.layout, strategy.held, scenario.rounds)
+    if (scheduled := schedules.load(scenario.model.adapter.schedule)) is not None:
+        scheduled.bind(found.layout, found.kind, scenario.seed, found.weights)
     now = Progress(round=0, adapter=dict(found.initial))
     origin = {
         "scenario": scenario.model_dump(mode="json"),
@@ -199,6 +202,7 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
         merges=merges,
         central=whole,
         server=stage,
+        schedule=scheduled,
         folder=folder,
         choice=choice.make(scenario, found.metric, found.higher_is_better),
         origin=origin,

@@ -9,6 +9,8 @@ from fedlora.errors import SettingError
 from fedlora.kinds.contract import Kind, Part
 from fedlora.kinds.contract import load as load_kind
 from fedlora.scenario import Scenario
+from fedlora.schedules import contract as schedules
+from fedlora.schedules.contract import Schedule
 from fedlora.strategy import Stock, Strategy
 from fedlora.tasks import located
 
@@ -91,7 +93,7 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             "world.concurrency",
             f"updates to older adapters go into a mean of changes, which {use} does not take; take one of {can}",
         )
-    kind = scenario.model.adapter.kind
+    kind = scenario.model.adapter.named
     if kind != "auto" and (wrong := refuses(strategy, kind)):
         can = _those(lambda cls: not refuses(cls, kind))
         raise SettingError("model.adapter.kind", f"{use} {wrong}: leave kind out; with {kind} go {can}")
@@ -103,11 +105,57 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
                 "strategy.parts",
                 f"names nothing that trains of {type(made).__name__}: write [{', '.join(own)}, head]",
             )
+    if (schedule := schedules.load(scenario.model.adapter.schedule)) is not None:
+        _check_schedule(schedule, strategy, made, scenario)
     if scenario.model.start is not None and strategy.draw(2) != strategy.draw(1):
         can = _those(lambda cls: cls().draw(2) == cls().draw(1))
         raise SettingError("model.start", f"{use} begins each round from new factors; take one of {can}")
     if width is not None:
         made.check_rank(f"a weight of {scenario.model.base}", width, width)
+
+
+def _check_schedule(schedule: Schedule, strategy: Strategy, kind: Kind, scenario: Scenario) -> None:
+    """Refuse a schedule of the adapter that the strategy, the kind of adapter or another key does not allow.
+
+    Raises:
+        SettingError: with the reason, and what goes.
+    """
+    use, told = scenario.strategy.use, scenario.model.adapter.schedule
+    name, key = getattr(told, "kind", ""), "model.adapter.schedule"
+    if not has_mean(strategy) or strategy.personal:
+        can = _those(lambda cls: has_mean(cls) and not cls.personal)
+        raise SettingError(
+            key, f"{name} goes on from a mean of changes, and what {use} makes is none: take one of {can}"
+        )
+    layout = {role: Slot(role, (1, 1), role, "x", kind.trains(role)) for role in (*kind.parts, "head")}
+    trained = {n for round in (1, 2) for n in strategy.trains(round, layout) if layout[n].trainable}
+    if wrong := schedule.refuses(kind, trained):
+        raise SettingError(key, f"{name}: {wrong}; leave it out, or take kind: core")
+    if not schedule.merges:
+        return
+    model, compressed = scenario.model, scenario.compression is not None and scenario.feeds_back
+    for at, asked, why in (
+        ("model.quantize", model.quantize is not None, "adds to the frozen weights, and those are in few bits"),
+        ("model.start", model.start is not None, "draws new factors, and these begin from other ones"),
+        (
+            "strategy.use",
+            plugins.find("tasks", scenario.task).against_base,
+            f"adds to the frozen weights, beside which task: {scenario.task} measures",
+        ),
+        ("compression.up", compressed, "begins anew, and what top_k left out is of what there was before"),
+        (
+            "clients.optimizer.state",
+            scenario.clients.keeps_state,
+            "begins anew, and moments that clients keep do not",
+        ),
+        (
+            "world.concurrency",
+            scenario.world is not None and scenario.world.concurrency is not None,
+            "begins anew, and updates that come late are to what there was before",
+        ),
+    ):
+        if asked:
+            raise SettingError(at, f"model.adapter.schedule: {name} {why}: leave one of them out")
 
 
 def has_mean(strategy: Strategy | type[Strategy]) -> bool:
@@ -168,5 +216,7 @@ def name_of_kind(strategy: Strategy, kind: str) -> str:
 
 def kind_of(strategy: Strategy, scenario: Scenario) -> Kind:
     """The kind of adapter that a scenario and its strategy ask for."""
-    told, name = scenario.model.adapter, name_of_kind(strategy, scenario.model.adapter.kind)
-    return load_kind(name, told.r, told.alpha, told.targets, told.layers, told.exclude, told.rslora)
+    told = scenario.model.adapter
+    name = name_of_kind(strategy, told.named)
+    options = {} if isinstance(told.kind, str) else told.kind.options
+    return load_kind(name, told.r, told.alpha, told.targets, told.layers, told.exclude, told.rslora, options)

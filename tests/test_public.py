@@ -106,6 +106,7 @@ BY_NAME = {
     "clients": {"clients"},
     "tasks": {"tasks"},
     "kinds": {"kinds"},
+    "schedules": {"schedules"},
 }
 NOT_BY_NAME = {"fedlora.kinds.lora": "the kind that is meant where none is said"}
 
@@ -146,6 +147,7 @@ ABOVE = {
     },
     "data": {"tasks", "kinds", "passes", "client", "strategy", "engine", "rounds", "reports", "simulation"},
     "kinds": {"tasks", "passes", "client", "strategy", "engine", "rounds", "reports", "simulation"},
+    "schedules": {"tasks", "passes", "client", "strategy", "engine", "rounds", "reports", "simulation"},
     "tasks": {"client", "strategy", "engine", "rounds", "reports", "simulation"},
     "passes": {"strategy", "engine", "rounds", "reports", "simulation"},
     "client": {"strategy", "engine", "rounds", "reports", "simulation"},

@@ -189,7 +189,7 @@ class Site(Section):
             ("strategy", scenario.strategy.use, rules.strategies),
             ("client", scenario.clients.use, rules.clients),
             ("task", scenario.task, rules.tasks),
-            ("kind of adapter", scenario.model.adapter.kind, rules.kinds),
+            ("kind of adapter", scenario.model.adapter.named, rules.kinds),
         ):
             if known is not None and use not in known:
                 return f"it does not accept the {what} {use!r}"

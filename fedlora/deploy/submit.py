@@ -118,7 +118,7 @@ def _make(app: Path, scenario: Scenario, name: str, resume: bool, key: Path | No
         UserError: it is to be signed, and lacks what sites ask a signed run for; or the key cannot be used.
     """
     app.mkdir()
-    named = (scenario.strategy.use, scenario.clients.use, scenario.task, scenario.model.adapter.kind)
+    named = (scenario.strategy.use, scenario.clients.use, scenario.task, scenario.model.adapter.named)
     for use in {*named, *scenario.metrics}:
         if ":" in use:
             _copy_code(use.partition(":")[0], app)

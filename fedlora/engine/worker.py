@@ -113,7 +113,7 @@ class Worker:
         self.intake = Intake(self.scenario, strategy, self.dataset.num_examples)
         self.personal = Personal(personal) if personal else None
         self.transport = Transport(self.scenario, strategy, Personal(personal / "left_out") if personal else None)
-        self._fingerprints: dict[frozenset[str], str] = {}
+        self._fingerprints: dict[tuple[frozenset[str], int], str] = {}  # of the last that were asked for
         keeps = personal if self.scenario.clients.keeps_state else None
         self.optimizers = Personal(keeps / "optimizer") if keeps else None
 
@@ -387,10 +387,10 @@ class Worker:
         Raises:
             ContractError: they are not; an average over different A would mean nothing.
         """
-        sent = frozenset(instruction.adapter)
+        sent = (frozenset(instruction.adapter), instruction.draw)
         if sent not in self._fingerprints:
-            kept = {n: t for n, t in self.task.initial.items() if n not in sent}
-            self._fingerprints[sent] = fingerprint(kept)
+            kept = {n: t for n, t in self.task.drawn(instruction.draw).items() if n not in instruction.adapter}
+            self._fingerprints = {sent: fingerprint(kept)}
         if instruction.frozen not in ("", self._fingerprints[sent]):
             raise ContractError("the tensors that stay frozen are not the server's: another seed, base or torch")
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora import factors
 from fedlora.adapter import Change, Layout, Tensor, Update
 from fedlora.kinds.contract import Kind
 from fedlora.kinds.lora import Lora
+from fedlora.lazy import Lazy, Thin, Total, norm
 
 PLAIN = Lora(1, 1.0, ())
 """LoRA with a scaling of 1."""
@@ -45,7 +45,8 @@ def aggregation_error(
     """How far the aggregate is from averaging the full weight changes.
 
     `|| s_hat B_hat A_hat + merge - ideal ||_F / || ideal ||_F`, over all layers together, with
-    `ideal = sum_k p_k s_k B_k A_k`. Computed through QR of the stacked thin factors, in float64.
+    `ideal = sum_k p_k s_k B_k A_k`. Computed through QR of the stacked thin factors, in float64; for a change that
+    has none a block of columns at a time.
 
     Args:
         layout: says which tensors pair up.
@@ -59,11 +60,14 @@ def aggregation_error(
         The error, 0 where the ideal change is 0.
     """
     ideal = wrong = 0.0
-    made = kind.change(layout, after)
-    for module, parts in shares(kind, layout, sent, updates).items():
-        ideal += factors.norm(*factors.stack(parts)) ** 2
-        parts.append((-kind.scaling(), *made[module]))
-        if merge and module in merge:
-            parts.append((-1.0, *merge[module]))
-        wrong += factors.norm(*factors.stack(parts)) ** 2
+    total = sum(u.weight for u in updates)
+    parts: dict[str, list[tuple[float, Lazy]]] = {}
+    for update in updates:
+        for module, change in kind.lazy(layout, {**sent, **update.adapter}).items():
+            parts.setdefault(module, []).append((update.weight / total * update.scaling, change))
+    made = kind.lazy(layout, after)
+    for module, terms in parts.items():
+        ideal += norm(Total(terms)) ** 2
+        more = [(-1.0, Thin(*merge[module]))] if merge and module in merge else []
+        wrong += norm(Total([*terms, (-kind.scaling(), made[module]), *more])) ** 2
     return float(np.sqrt(wrong / ideal)) if ideal > 0 else 0.0

@@ -12,21 +12,24 @@ FFA-LoRA of rank 2 r. Noise reaches the weight as `s sqrt(out (r + r / 3))`: a r
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora.adapter import Slot, Tensor
 from fedlora.factors import Matrix
 from fedlora.kinds import frames
-from fedlora.kinds.contract import Facts, Weights
+from fedlora.kinds.contract import Facts, Part, Weights
 
 
 @dataclass(frozen=True)
 class Channel(frames.Still):
     """A weight's change is `alpha / r * (B @ A + C @ S)`, where S picks the inputs that thin factors miss most."""
 
+    parts: ClassVar[Mapping[str, Part]] = {"A": Part("seeded", False, weighs=True), "B": Part("zero", True)}
     ordinary: ClassVar[bool] = False
     facts: ClassVar[Facts] = Facts("C, B", "s sqrt(4 out r / 3)")
 
@@ -57,12 +60,8 @@ class Channel(frames.Still):
         tensor[np.arange(self.r), inputs] = 1.0
         return tensor
 
-    def inputs(self, weight: Matrix) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def inputs(self, weight: Matrix) -> NDArray[np.int64]:
         """The r inputs where a weight (out x in) has the most energy beyond rank r, ascending."""
         u, _ = frames.singular(weight, self.r)
         tail = weight - u @ (u.T @ weight)
-        energy = np.square(tail).sum(0)
-        grid = frames.ALIKE * float(np.square(weight).sum()) or 1.0  # finer, rounding would choose
-        order = np.argsort(-np.round(energy / grid), kind="stable")
-        found: np.ndarray[tuple[int], np.dtype[np.int64]] = np.sort(order[: self.r])
-        return found
+        return np.sort(frames.largest(np.square(tail).sum(0), self.r, float(np.square(weight).sum())))

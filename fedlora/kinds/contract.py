@@ -6,17 +6,19 @@ else assumes how its tensors are called: strategies read the `role` of a slot.
 """
 
 import contextlib
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from fedlora import factors, plugins
 from fedlora.adapter import Adapter, Change, Layout, Slot, Tensor
-from fedlora.errors import SettingError
+from fedlora.errors import SettingError, suggestion
+from fedlora.lazy import Lazy, Thin, Total
 from fedlora.seeding import generator
 
 if TYPE_CHECKING:
@@ -36,10 +38,12 @@ class Part:
         origin: of the first value: `seeded`, drawn from the seed; `derived`, from the frozen weights; `zero`. None
             needs to travel.
         trains: whether they can train; the others stay as they were first made.
+        weighs: whether the frozen weights have a part in a seeded one too.
     """
 
     origin: Literal["seeded", "derived", "zero"]
     trains: bool
+    weighs: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class Facts:
     noise: str = ""
 
 
+logger = logging.getLogger(__name__)
+
 HEAD = Part("seeded", True)
 Gradients = Literal["product", "hooks"]
 
@@ -111,6 +117,9 @@ class Kind(ABC):
 
     facts: ClassVar[Facts] = Facts()
     """For lists and tables."""
+
+    thin: ClassVar[bool] = True
+    """Whether the change is a product of thin factors, so that it can be merged into the base at sites."""
 
     r: int
     alpha: float
@@ -146,7 +155,15 @@ class Kind(ABC):
 
     @abstractmethod
     def change(self, layout: Layout, adapter: Mapping[str, Tensor]) -> Change:
-        """Thin factors (out x m, m x in) of each layer's change, without the scaling."""
+        """Factors (out x m, m x in) of each layer's change, without the scaling: as thin as it has them."""
+
+    def lazy(self, layout: Layout, adapter: Mapping[str, Tensor]) -> Mapping[str, Lazy]:
+        """Each layer's change as a matrix known by its products, without the scaling.
+
+        A kind whose change is no product of thin factors says it here, and `change` by `Lazy.factors`. Errors of
+        aggregation and exports are made of this alone.
+        """
+        return {module: Thin(*pair) for module, pair in self.change(layout, adapter).items()}
 
     @abstractmethod
     def exact(self, moving: Collection[str]) -> bool:
@@ -177,12 +194,13 @@ class Kind(ABC):
         """The highest rank beside a layer (out x in); None: any."""
         return None
 
+    def beside(self, role: str, out: int, into: int) -> tuple[int, ...]:
+        """The shape of the tensor of a role beside a layer (out x in), at the server's rank."""
+        return self.shape(Slot(role, (out, into), role, ""), self.r)
+
     def numbers(self, out: int, into: int) -> int:
         """How many numbers of a layer (out x in) train."""
-        shapes = (
-            self.shape(Slot(role, (out, into), role, ""), self.r) for role in self.parts if self.trains(role)
-        )
-        return sum(math.prod(shape) for shape in shapes)
+        return sum(math.prod(self.beside(role, out, into)) for role in self.parts if self.trains(role))
 
     def check_rank(self, name: str, out: int, into: int) -> None:
         """Refuse a rank that a layer (out x in) does not have.
@@ -265,10 +283,18 @@ class Kind(ABC):
         if self.ordinary and not merged and self.scaling() == Kind.scaling(self):
             return {n: t for n, t in adapter.items() if layout[n].role in (*self.parts, "head")}, None
         plain: dict[str, factors.Factors] = {}
-        for name, (b, a) in self.change(layout, adapter).items():
-            more = [(1.0, *merged[name])] if merged and name in merged else []
-            plain[name] = factors.shorten(*factors.stack([(self.scaling(), b, a), *more]))
+        for name, change in self.lazy(layout, adapter).items():
+            more = [(1.0, Thin(*merged[name]))] if merged and name in merged else []
+            whole = Total([(self.scaling(), change), *more])
+            plain[name] = factors.shorten(*whole.factors()) if whole.thin else whole.factors()
         rank = max(1, *(right.shape[0] for _, right in plain.values()))
+        if larger := [n for n, (b, a) in plain.items() if rank * (len(b) + a.shape[1]) > len(b) * a.shape[1]]:
+            logger.warning(
+                "the adapter is a LoRA of rank %d, which has more numbers than the weights that it changes, such "
+                "as %s; fedlora export --merge writes these instead",
+                rank,
+                larger[0],
+            )
         tensors = {n: t for n, t in adapter.items() if layout[n].role == "head"}
         for name, (left, right) in plain.items():
             pad = rank - right.shape[0]
@@ -294,14 +320,15 @@ def initial(
         seed: what they are drawn from.
         weights: the frozen weights, for kinds that begin from them.
         held: tensors of the heads that the base brings along, and are not drawn.
-        draw: a further draw for A; heads have only one.
+        draw: a further draw of what the seed gives; heads have only one.
     """
     adapter: Adapter = {}
     for name in sorted(layout):
         if held and name in held:
             adapter[name] = held[name].copy()
             continue
-        again = (draw,) if draw and layout[name].role == "A" else ()
+        part = kind.parts.get(layout[name].role)
+        again = (draw,) if draw and part is not None and part.origin == "seeded" else ()
         adapter[name] = kind.initial(layout[name], generator(seed, "adapter", name, *again), weights)
     return adapter
 
@@ -337,14 +364,23 @@ def load(
     layers: tuple[int, ...] | None,
     exclude: tuple[str, ...] = (),
     rslora: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Kind:
-    """The kind that a scenario names.
+    """The kind that a scenario names, with options of its own.
 
     Raises:
-        SettingError: nothing importable has that name.
+        SettingError: nothing importable has that name, or an option is wrong.
     """
     cls: type[Kind] = plugins.find_of("kinds", use, Kind)  # type: ignore[type-abstract]
-    return cls(r, alpha, targets, layers, exclude, rslora)
+    key, known = "model.adapter.kind", {f.name for f in fields(cls)} - {f.name for f in fields(Kind)}
+    for name in options or ():
+        if name not in known:
+            hint = suggestion(name, sorted(known)) if known else "it takes none"
+            raise SettingError(f"{key}.{name}", f"{use} has no option {name!r}: {hint}")
+    try:
+        return cls(r, alpha, targets, layers, exclude, rslora, **(options or {}))
+    except (TypeError, ValueError) as error:
+        raise SettingError(key, f"{use}: {error}") from error
 
 
 def public(parameter: str) -> str:

@@ -39,7 +39,11 @@ class Core(frames.Framed):
         """Between the frames of this seed."""
         return "between the frames that this seed draws"
 
-    def frame(self, slot: Slot, rng: np.random.Generator, weights: Weights) -> Tensor:
+    def initial(self, slot: Slot, rng: np.random.Generator, weights: Weights | None) -> Tensor:
+        """Frames for U and V, zero for G."""
+        return self.frame(slot, rng, weights) if slot.role in "AB" else super().initial(slot, rng, weights)
+
+    def frame(self, slot: Slot, rng: np.random.Generator, weights: Weights | None) -> Tensor:
         """Orthonormal, from the seed."""
         if slot.role == "B":
             return frames.drawn(slot.shape[0], slot.shape[1], rng)

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora.adapter import Adapter, Change, Layout, Slot, Tensor
 from fedlora.errors import SettingError
 from fedlora.factors import Matrix
 from fedlora.kinds.contract import Facts, Gradients, Part, Saved, Weights, modules_of
 from fedlora.kinds.lora import Lora
+from fedlora.lazy import Lazy, Thin, Total, norm
 from fedlora.seeding import generator
 
 ALIKE = 1e-9
@@ -32,12 +34,24 @@ _REST = 1e-3
 
 def drawn(rows: int, columns: int, rng: np.random.Generator) -> Tensor:
     """Orthonormal columns (rows x columns), uniform over all, to one in a million."""
-    return settled(_turned(rng.standard_normal((rows, columns))))
+    return rounded(_turned(rng.standard_normal((rows, columns))))
 
 
-def settled(frame: Matrix) -> Tensor:
-    """A frame of vectors of length 1, to one in a million."""
-    return np.ascontiguousarray(np.round(frame * _GRID) / _GRID, np.float32)
+def rounded(matrix: Matrix) -> Tensor:
+    """A frame to one in a million, so that it is the same wherever it is made."""
+    return np.ascontiguousarray(np.round(matrix * _GRID) / _GRID, np.float32)
+
+
+def largest(energy: Matrix, count: int, whole: float) -> NDArray[np.int64]:
+    """The places of the largest of some energies (n,), descending; of those that are alike the first.
+
+    Args:
+        energy: (n,).
+        count: how many.
+        whole: the energy that they are shares of; what differs by `ALIKE` of it is alike.
+    """
+    grid = ALIKE * whole or 1.0  # finer, rounding would choose
+    return np.argsort(-np.round(energy / grid), kind="stable")[:count]
 
 
 def dense(slot: Slot, weights: Weights) -> Matrix:
@@ -68,7 +82,7 @@ def on_one_thread() -> Iterator[None]:
 def of_weight(slot: Slot, weights: Weights, r: int) -> Tensor:
     """The first r singular vectors of a layer's weight, for its A or its B."""
     u, vt = singular(dense(slot, weights), r)
-    return settled(vt if slot.role == "A" else u)
+    return rounded(vt if slot.role == "A" else u)
 
 
 def singular(weight: Matrix, r: int) -> tuple[Matrix, Matrix]:
@@ -137,9 +151,10 @@ class Still(Lora):
         taken: Adapter = {}
         made, factors = self.change(layout, drawn), dict(modules_of(layout, "B"))
         for module, name in factors.items():
-            a, (left, right) = made[module][1], _saved(saved, module, *made[module])
+            a, (left, right) = made[module][1], saved_sides(saved, module, *made[module])
             low = right @ np.linalg.pinv(a.astype(np.float64))  # (m, r)
-            _check_rest(module, left, right, left, low @ a, f"made by the A that the seed draws for {_name(self)}")
+            made_by = f"made by the A that the seed draws for {type(self).__name__}"
+            check_rest(module, Thin(left, right), Thin(left, low @ a), made_by)
             taken[name] = self.spread((saved.scaling / self.scaling() * (left @ low)).astype(np.float32))
         return taken
 
@@ -208,9 +223,9 @@ class Framed(Lora):
         """The R of a change that these frames can write, and of no other."""
         names, taken = dict(modules_of(layout, self.role_between)), {}
         for module, (b, a) in super().change(layout, drawn).items():
-            left, right = _saved(saved, module, b, a)
+            left, right = saved_sides(saved, module, b, a)
             found = self.fit(b.astype(np.float64), a.astype(np.float64), left, right)
-            _check_rest(module, left, right, b @ self.dense(found), a.astype(np.float64), self.where())
+            check_rest(module, Thin(left, right), Thin(b @ self.dense(found), a), self.where())
             taken[names[module]] = (found * (saved.scaling / self.scaling())).astype(np.float32)
         return taken
 
@@ -286,11 +301,7 @@ class Diagonal(Framed):
         return float(np.linalg.norm(np.linalg.norm(b, axis=0) * np.linalg.norm(a, axis=1)))
 
 
-def _name(kind: Lora) -> str:
-    return type(kind).__name__
-
-
-def _saved(saved: Saved, module: str, b: Tensor, a: Tensor) -> tuple[Matrix, Matrix]:
+def saved_sides(saved: Saved, module: str, b: Tensor, a: Tensor) -> tuple[Matrix, Matrix]:
     """B and A of a saved change in float64.
 
     Raises:
@@ -302,15 +313,13 @@ def _saved(saved: Saved, module: str, b: Tensor, a: Tensor) -> tuple[Matrix, Mat
     return left, right
 
 
-def _check_rest(module: str, left: Matrix, right: Matrix, b: Matrix, a: Matrix, where: str) -> None:
+def check_rest(module: str, whole: Lazy, found: Lazy, where: str) -> None:
     """Refuse a saved change that is not what was found of it.
 
     Raises:
         SettingError: with where it should lie.
     """
-    from fedlora.factors import norm, stack
-
-    if norm(*stack([(1.0, left, right), (-1.0, b, a)])) > _REST * norm(left, right):
+    if norm(Total([(1.0, whole), (-1.0, found)])) > _REST * norm(whole):
         raise SettingError(
             "model.start",
             f"its change of {module} is not {where}: it is of another base, seed, rank or kind of adapter",

@@ -43,8 +43,8 @@ class LDU(frames.Diagonal):
             left = lower[:, : self.r]
             free = np.setdiff1d(np.arange(len(p)), p.argmax(0)[np.setdiff1d(np.arange(self.r), none)])
             left[:, none] = np.eye(len(p))[:, free[: len(none)]]
-            return frames.settled(left / np.linalg.norm(left, axis=0))
+            return frames.rounded(left / np.linalg.norm(left, axis=0))
         right = upper[: self.r]
         right[none] = np.eye(right.shape[1])[none]
         right *= np.where(np.diag(right) < 0, -1.0, 1.0)[:, None]  # as over a diagonal of ones
-        return frames.settled(right / np.linalg.norm(right, axis=1, keepdims=True))
+        return frames.rounded(right / np.linalg.norm(right, axis=1, keepdims=True))

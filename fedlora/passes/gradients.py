@@ -81,7 +81,7 @@ def _hooks(task: "Task") -> None:
     import torch
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
 
-    from fedlora.kinds.modules import Scales
+    from fedlora.kinds.modules import Scales, Scatter
 
     def linear(
         layer: torch.nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor
@@ -115,12 +115,24 @@ def _hooks(task: "Task") -> None:
         x = activations[0]
         return {layer.weight: (x.float() * backprops.float()).reshape(len(x), -1, x.shape[-1]).sum(1)}
 
+    def entries(
+        layer: Scatter, activations: list[torch.Tensor], backprops: torch.Tensor
+    ) -> dict[torch.Tensor, torch.Tensor]:
+        """For each example `sum_t g_t x_t^T` at the places, one after another: it is whole for a moment."""
+        if (lies := task.low_rank.find(backprops)) is None:
+            sides = zip(backprops.flatten(1, -2), activations[0].flatten(1, -2), strict=True)
+        else:
+            sides = zip(*(torch.split(x[0], lies.lengths) for x in (backprops, activations[0])), strict=True)
+        places = layer.places()
+        return {layer.values: torch.stack([(g.float().t() @ x.float())[places] for g, x in sides])}
+
     class Hooks(GradSampleHooks):  # type: ignore[misc]
         GRAD_SAMPLERS: ClassVar = {
             **GradSampleHooks.GRAD_SAMPLERS,
             torch.nn.Linear: linear,
             torch.nn.LayerNorm: norm,
             Scales: scales,
+            Scatter: entries,
         }
 
         def capture_activations_hook(self, *arguments: Any) -> None:
@@ -140,7 +152,7 @@ def _hooks(task: "Task") -> None:
             if lies is None and (count := task.low_rank.sequences) > 1:
                 each = [x.reshape(-1, count, *x.shape[1:]) for x in (*activations, backprops)]
                 return each[:-1], each[-1]
-            if lies is None or type(module) is torch.nn.Linear:
+            if lies is None or type(module) in (torch.nn.Linear, Scatter):
                 return activations, backprops
             # Padding comes back as zeros, which add nothing to the gradient of any example.
             return [lies.batch(a) for a in activations], lies.batch(backprops)

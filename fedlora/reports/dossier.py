@@ -254,7 +254,8 @@ def _kept(told: Told) -> Table:
 
 def _kind(told: Told) -> str:
     """The kind of adapter; what a strategy of one's own takes for auto is not asked: it is a program."""
-    kind, use = str(told["model"]["adapter"].get("kind", "lora")), str(told["strategy"]["use"])
+    kind, use = told["model"]["adapter"].get("kind", "lora"), str(told["strategy"]["use"])
+    kind = kind if isinstance(kind, str) else str(kind["use"])
     return (
         plugins.find("strategies", use).builds if kind == "auto" and use in plugins.names("strategies") else kind
     )

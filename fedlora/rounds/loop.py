@@ -15,7 +15,7 @@ from fedlora.data.store import Dataset
 from fedlora.engine import Engine, Replies, Report
 from fedlora.engine.intake import Intake
 from fedlora.engine.transport import Transport
-from fedlora.errors import ContractError, RoundError
+from fedlora.errors import RoundError
 from fedlora.metrics import confusion
 from fedlora.optimizers import averaged
 from fedlora.privacy import cohorts
@@ -31,6 +31,7 @@ from fedlora.rounds.pace import Pace
 from fedlora.rounds.progress import Line, Progress, Stopwatch
 from fedlora.rounds.server import ServerOptimizer
 from fedlora.scenario import Scenario
+from fedlora.schedules.contract import Schedule, redrawn
 from fedlora.seeding import generator
 from fedlora.strategy import Strategy
 
@@ -55,6 +56,7 @@ class Loop:
     folder: Path
     on_round: Callable[[Line], None]
     server: ServerOptimizer | None = None  # the stage after the aggregate, where that is a mean
+    schedule: Schedule | None = None  # of the adapter itself
     choice: Choice | None = None  # of the best round, where somebody asks for it
     origin: Mapping[str, Any] = field(default_factory=dict)  # the scenario and the versions, for checkpoints
     stop: Callable[[], bool] = lambda: False
@@ -84,8 +86,10 @@ class Loop:
             if self.choice is not None and self.choice.ends(now):
                 break
             watch = Stopwatch()
-            instruction = self.strategy.instruct(round, now.adapter, self._ranks)
-            kept = {n: t for n, t in now.adapter.items() if n not in instruction.adapter}
+            instruction = self._instruct(round, now.adapter)
+            drawn = self._redrawn(instruction.draw)
+            self.strategy.initial = {**self.strategy.initial, **drawn}
+            kept = {n: t for n, t in {**now.adapter, **drawn}.items() if n not in instruction.adapter}
             instruction = replace(instruction, frozen=fingerprint(kept))
             instruction = self._bounded(instruction, now)
             if self.scenario.clients.averages_state:
@@ -107,11 +111,13 @@ class Loop:
                 self._check(before, mean, made.base)  # nothing that is not finite gets into its moments
                 after = {**before, **self.server.step(round, before, made.adapter)}
             self._check(before, after, made.base)
-            adapter = {**now.adapter, **after}
+            adapter, base = {**now.adapter, **after}, made.base
             if len(instruction.moments):
                 now.moments |= averaged.mean(instruction.send, replies.updates)
-            if made.base:
-                self.engine.merge(self.merges.append(made.base))
+            if self.schedule is not None:
+                adapter, base = self._turned(round, adapter, now)
+            if base:
+                self.engine.merge(self.merges.append(base))
             watch.lap("aggregate")
             figures = self._figures(round, adapter)
             watch.lap("evaluate")
@@ -120,6 +126,29 @@ class Loop:
                 figures |= returned.figures(returned.who(self.strategy, "diagnose"), told)
             watch.lap("diagnose")
             self._record(round, adapter, replies, figures | noted, now, watch)
+
+    def _instruct(self, round: int, adapter: Adapter, after: bool = False) -> Instruction:
+        """What clients receive of the adapter before a round, or after it to be judged, with its draw."""
+        told = self.strategy.instruct(round, adapter, self._ranks)
+        return told if self.schedule is None else replace(told, draw=self.schedule.draw(round + after))
+
+    def _redrawn(self, draw: int) -> Adapter:
+        """The frozen parts that clients begin a round from, where these are not of the first draw."""
+        if not draw:
+            return {}
+        shapes = self.engine.description.weights
+        return redrawn(self.strategy.kind, self.strategy.layout, self.scenario.seed, shapes, draw)
+
+    def _turned(self, round: int, adapter: Adapter, now: Progress) -> tuple[Adapter, Change]:
+        """The adapter as its schedule has it after a round, and what is merged into the base."""
+        assert self.schedule is not None
+        turned = self.schedule.after(round, adapter)
+        after = {**adapter, **turned.adapter}
+        self._check(adapter, after, turned.base)
+        now.moments = {name: moment for name, moment in now.moments.items() if name not in turned.anew}
+        if self.server is not None:
+            self.server.forget(turned.anew)
+        return after, turned.base
 
     def _gather(self, instruction: Instruction, now: Progress) -> tuple[Replies, Line] | None:
         """The replies of a cohort, or of another while too few reply, and how many rest; None if too many do.
@@ -233,7 +262,7 @@ class Loop:
             last = round == self.scenario.rounds or self.scenario.clients.total <= FEW
             figures = self.tested(round, adapter) if last else {"loss": None, metric: None}
         if judges:
-            told = self.strategy.instruct(round, adapter, self._ranks)
+            told = self._instruct(round, adapter, after=True)
             each = self.engine.judge(told, self._judged)
             local = means([*each.values()])
             figures |= {f"local_{key}": value for key, value in local.items()}
@@ -265,7 +294,7 @@ class Loop:
 
     def tested(self, round: int, adapter: Adapter) -> Line:
         """Means over clients' own models on the test set after a round, and the metric's least and most."""
-        told, metric = self.strategy.instruct(round, adapter, self._ranks), self.engine.description.metric
+        told, metric = self._instruct(round, adapter, after=True), self.engine.description.metric
         found = [*self.engine.judge(told, self._judged, test=True).values()]
         each = [figures[metric] for figures in found]
         least, most = (None, None) if None in each or not each else (min(each), max(each))
@@ -328,17 +357,7 @@ class Loop:
         return [int(c) for c in np.sort(chosen)]
 
     def _check(self, before: Mapping[str, Any], after: Mapping[str, Any], merge: Change) -> None:
-        what = type(self.strategy).__name__
-        for module, sides in merge.items():
-            if (sides[0].shape[:1] + sides[1].shape[1:]) != self.merges.shapes.get(module):
-                raise ContractError(f"{what} merges into {module}, which is no layer of that shape with factors")
-            if not all(np.isfinite(side).all() for side in sides):
-                raise ContractError(f"{what} merges what is not finite into {module}; try a lower lr")
-        for name, tensor in after.items():
-            if name not in before or tensor.shape != before[name].shape:
-                raise ContractError(f"{what} gave {name} another shape, or made it up")
-            if not np.isfinite(tensor).all():
-                raise ContractError(f"{what} made {name} not finite; try a lower lr")
+        returned.check(type(self.strategy).__name__, before, after, merge, self.merges.shapes)
 
     def _record(
         self, round: int, adapter: Adapter, replies: Replies, figures: Line, now: Progress, watch: Stopwatch

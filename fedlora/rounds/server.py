@@ -85,6 +85,12 @@ class ServerOptimizer(ABC):
         self._moments[name] = moment.astype(np.float32)
         return self.held(name, moment)
 
+    def forget(self, names: Collection[str]) -> None:
+        """Begin again for tensors that mean something else from now on."""
+        for name in names:
+            self._taken.pop(name, None)
+        self._moments = {n: m for n, m in self._moments.items() if n.partition("/")[2] not in set(names)}
+
     def state(self) -> dict[str, Any]:
         """What must outlive a restart: arrays by name, and JSON values."""
         return {f"{STATE}/{name}": moment for name, moment in self._moments.items()} | {STATE: dict(self._taken)}

@@ -23,8 +23,28 @@ from fedlora.scenario.keeping import Best, Keep, Stop
 from fedlora.scenario.keys import Source
 from fedlora.scenario.learning import TAGS, Schedule, ServerAdam, ServerOptimizer
 from fedlora.scenario.privacy import Privacy, SecureAggregation
+from fedlora.scenario.schedules import AdapterSchedule
 from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Scale, Section, Weight
 from fedlora.scenario.world import World
+
+
+class KindWith(PlugIn):
+    """A kind of adapter with options of its own, which are further keys.
+
+    Attributes:
+        use: A name of `fedlora list kinds`, or `module:Class` of your own. Example: `sparse`.
+    """
+
+    @field_validator("use")
+    @classmethod
+    def _known(cls, use: str) -> str:
+        return _known_kind(use)
+
+
+def _known_kind(use: str) -> str:
+    if wrong := plugins.problem("kinds", use):
+        raise PydanticCustomError("unknown", wrong)
+    return use
 
 
 class Adapter(Section):
@@ -33,6 +53,7 @@ class Adapter(Section):
     Attributes:
         kind: How the change of a weight is parametrised: a name of `fedlora list kinds`, or `module:Class` of your
             own. auto takes what the strategy is made for: `lora` for most. docs/kinds.md says when to take which.
+            With options of the kind it is a mapping. Example: `{use: sparse, density: 0.02}`.
         r: Rank: the inner dimension of the factors. More learns more, sends more and gets more noise under
             privacy. With `clients.ranks` it is the server's rank and the highest.
         alpha: Numerator of the scaling: a weight changes by `alpha / r * B A`. Under plain steps of SGD keep it at
@@ -42,17 +63,23 @@ class Adapter(Section):
         targets: Layers that get factors: ends of their names, regular expressions, or all-linear. They depend on
             the base: `[query, value]` for BERT, `[q_proj, v_proj]` for Llama-like models.
         exclude: Layers or parts of the model that get no factors, written as `targets` are. Example: `[visual]`.
+        schedule: What becomes of the adapter after a round. null: it stays what it is. rotate lets a small kind
+            reach more directions, and decay lets small ones fade. Example: `{kind: rotate, every: 5}`.
         layers: Numbers of the blocks that have targets, counted from 0. null: all. Upper blocks alone train
             faster. Example: `[4, 5]`.
     """
 
-    kind: str = "auto"
+    kind: Annotated[
+        Annotated[str, Tag(TAGS[0])] | Annotated[KindWith, Tag(TAGS[1])],
+        Discriminator(lambda told: TAGS[not isinstance(told, str)]),
+    ] = "auto"
     r: PositiveInt = 8
     alpha: Scale = 8.0
     rslora: bool = False
     targets: tuple[str, ...] = Field(default=("query", "value"), min_length=1)
     exclude: tuple[str, ...] = ()
     layers: tuple[Annotated[Int, Field(ge=0)], ...] | None = None
+    schedule: AdapterSchedule | None = None
 
     @field_validator("targets", "exclude", mode="before")
     @classmethod
@@ -72,10 +99,13 @@ class Adapter(Section):
 
     @field_validator("kind")
     @classmethod
-    def _known(cls, kind: str) -> str:
-        if kind != "auto" and (wrong := plugins.problem("kinds", kind)):
-            raise PydanticCustomError("unknown", wrong)
-        return kind
+    def _known(cls, kind: str | KindWith) -> str | KindWith:
+        return _known_kind(kind) if isinstance(kind, str) and kind != "auto" else kind
+
+    @property
+    def named(self) -> str:
+        """The name of the kind, or auto."""
+        return self.kind if isinstance(self.kind, str) else self.kind.use
 
 
 class Model(Section):

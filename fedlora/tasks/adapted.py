@@ -132,7 +132,7 @@ class Adapted:
         if start is not None and self.weighs:
             held |= take_over(kind, self.layout, self.initial, start)  # in every draw
             self.initial = self._drawn()
-        self._start = self.initial
+        self._start, self._held_draw = self.initial, (0, self.initial)
         self.write(self.initial)
         self.packing: Packing | None = None
         self.low_rank = LowRank(
@@ -187,9 +187,7 @@ class Adapted:
             draw: of the seed, for tensors that are not given; 0 is `initial`.
         """
         rank = rank or self.kind.r
-        self._start = self.initial
-        if draw:
-            self._start = self._drawn(draw=draw)
+        self._start = self.drawn(draw)
         if rank != self.kind.r:
             cut = {n: tuple(slice(size) for size in self.kind.shape(s, rank)) for n, s in self.layout.items()}
             self._start = {name: tensor[cut[name]] for name, tensor in self._start.items()}
@@ -197,6 +195,12 @@ class Adapted:
             self.rank = rank
             for layer in self._layers.values():
                 self.kind.rescale(layer, rank)
+
+    def drawn(self, draw: int) -> Adapter:
+        """The first values of a draw of the seed; 0 is `initial`."""
+        if draw and draw != self._held_draw[0]:
+            self._held_draw = draw, self._drawn(draw=draw)
+        return self._held_draw[1] if draw else self.initial
 
     def off(self) -> contextlib.AbstractContextManager[None]:
         """The base without its adapter for a while, with what was merged into it."""

@@ -56,6 +56,6 @@ def test_what_it_says_of_strategies_is_so():
 
 
 def test_the_settings_on_the_page_are_real():
-    (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.S)
     told = {"name": "x", "data": {"dataset": "tweets"}, "clients": {"total": 20}, "strategy": {"use": "ffa_lora"}}
-    scenario.parse(yaml.safe_dump({**told, "rounds": 1, **yaml.safe_load(block)}))
+    for block in re.findall(r"```yaml\n(.*?)```", TEXT, re.S):
+        scenario.parse(yaml.safe_dump({**told, "rounds": 1, **yaml.safe_load(block)}))

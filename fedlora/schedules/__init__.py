@@ -1,0 +1,1 @@
+"""How the adapter itself changes over the rounds, a file each."""
