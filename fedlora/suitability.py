@@ -67,11 +67,10 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             "clients.optimizer.state", f"{use} {why}: take kept or fresh, and not averaged, or take one of {can}"
         )
     if (stage := scenario.strategy.server) and not has_mean(strategy):
-        can = _those(has_mean)
         raise SettingError(
             "strategy.server",
             f"{stage.kind} steps along a mean of changes, and what {use} makes is none: write strategy.server: "
-            f"null (--set strategy.server=null), or take one of {can}",
+            f"null (--set strategy.server=null), or take one of {means()}",
         )
     if scenario.feeds_back and not (strategy.trips == 1 and (strategy.linear or isinstance(strategy, Stock))):
         can = _those(lambda cls: cls.linear and cls.trips == 1)
@@ -110,6 +109,11 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
 def has_mean(strategy: Strategy | type[Strategy]) -> bool:
     """Whether all that a round makes is a mean of changes, which `strategy.server` can step along."""
     return strategy.linear and strategy.trips == 1 and not strategy.merges
+
+
+def means() -> str:
+    """The built-in strategies of which that is so."""
+    return _those(has_mean)
 
 
 def refuses(strategy: Strategy | type[Strategy], kind: str) -> str | None:
