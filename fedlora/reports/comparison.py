@@ -20,6 +20,7 @@ from fedlora.reports.labels import labels_of
 from fedlora.reports.page import Page, save
 from fedlora.reports.significance import FEW, Test, front, p_value
 from fedlora.reports.tables import Table, spread
+from fedlora.rounds.diagnostics import FIGURES
 
 ALIKE = 0.01  # share by which epsilons may differ and count as equal
 PARETO = "Pareto front"  # a column
@@ -211,7 +212,8 @@ class Comparison:
         runs = [run for group in (*self.groups, *self.apart) for run in group.runs]
         names = [name for name in runs[0].figures if name not in (self.metric, "loss")]
         shared = set(names).intersection(*(run.figures for run in runs))
-        return [name for name in names if name in shared]
+        beside = [name for name in FIGURES if all(run.measured(name) is not None for run in runs)]
+        return [name for name in [*names, *beside] if name in {*shared, *beside}]
 
     def _row(self, group: Group) -> list[str]:
         test = self.tests.get(group.label) if group in self.groups else None
@@ -243,6 +245,11 @@ class Comparison:
         ]
         if any(g.baseline for g in self.groups):
             said.append("pooled, pooled_private and alone are baselines, and stay out of the Pareto front.")
+        if {*FIGURES} & {*self.others}:
+            said.append(
+                "effective_rank, noise_to_signal, nuclear_norm: of the last round; how many directions a layer's "
+                "change has, noise over change, and how far representations of test rows spread."
+            )
         if few and len(self.groups) > 1:
             said.append(f"Fewer than {FEW} seeds, so not tested: {', '.join(few)}.")
         return said

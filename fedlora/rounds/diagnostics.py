@@ -22,6 +22,8 @@ from fedlora.kinds.contract import Kind
 from fedlora.rounds.progress import Line
 
 LAYERS = "layers"
+FIGURES = ("effective_rank", "noise_to_signal", "nuclear_norm")
+"""Of a round, over all layers."""
 
 
 def effective_rank(s: NDArray[np.floating]) -> float:
