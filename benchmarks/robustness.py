@@ -36,6 +36,7 @@ RULES = {
     "median": f"{{use: '{FLOWER}:FedMedian'",
     "trimmed mean": f"{{use: '{FLOWER}:FedTrimmedAvg', beta: 0.3",
     "bulyan": f"{{use: '{FLOWER}:Bulyan', num_malicious_nodes: BAD",
+    "spectral filter": "{use: spectral_filter",
     "multi-krum": f"{{use: '{FLOWER}:MultiKrum', num_malicious_nodes: BAD, num_nodes_to_select: 5",
 }
 ADAPTERS = {"FFA-LoRA": ("ffa_lora", "[B, head]"), "LoRA": ("fedavg_lora", "[A, B, head]")}

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora.adapter import Adapter, Update
 from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_towards, resting, smooth
 from fedlora.data.store import Partition
-from fedlora.errors import ContractError
+from fedlora.errors import ContractError, SettingError
 from fedlora.optimizers.contract import Steps, grouped, noise_left
 from fedlora.passes import gradients
 from fedlora.privacy.accounting import Event
@@ -53,6 +53,35 @@ class DPSGD(Stepwise):
     def spends(self, num_examples: int, settings: Settings) -> Event:
         """`local_steps` steps at `batch_size / n`; where the bound adapts, sum and count together."""
         return self.mechanism(num_examples, settings).event()
+
+    def noise(self, settings: Settings, event: Event, role: str) -> float:
+        """`w / b sigma C sqrt(sum_t lr_t^2)` over the steps t in which the role moves, of weight w and batch b.
+
+        w / b is known without how many examples there are: it is `1 / b`, 1 where w is the expected batch, and
+        `1 / q` where w is the number of examples, of which a step takes each with probability q.
+        """
+        cls, told = type(self), settings.optimizer
+        if any(getattr(cls, name) is not getattr(DPSGD, name) for name in ("passes", "mechanism", "optimizer")):
+            return super().noise(settings, event, role)
+        for key, here, why in (
+            ("clients.optimizer", told.get("kind", "sgd") != "sgd", "its steps are no sum of gradients"),
+            ("clients.optimizer", told.get("momentum") or told.get("weight_decay"), "it outlasts a step"),
+            ("privacy.clip", settings.clip == "quantile", "its bound moves at clients, who keep it to themselves"),
+            ("privacy.bands", event.bands > 1, "banded noise takes back a part of itself"),
+            ("strategy.low_pass", settings.config.get("low-pass"), "what is filtered is not independent"),
+            ("strategy.use", settings.config.get("proximal-mu"), "a pull outlasts a step"),
+        ):
+            if here:
+                raise SettingError(key, f"how much noise a client's change carries is not known: {why}")
+        turns = str(settings.config.get("turns", "")).split(",")
+        pace = settings.pace or (1.0,) * event.steps
+        moving = [
+            f for t, f in enumerate(pace[: event.steps]) if turns[t % len(turns)] == role or role not in turns
+        ]
+        each = 1 / settings.batch_size if settings.sample_rate is None else 1.0
+        each = 1 / event.sample_rate if settings.share_metrics else each
+        steps = settings.lrs.get(role, settings.lr) * math.sqrt(sum(f**2 for f in moving))
+        return each * event.noise_multiplier * event.clip_norm * steps
 
     def mechanism(self, num_examples: int, settings: Settings) -> ExampleGaussian:
         """How a round's batches are drawn, examples clipped and sums noised; its event is what is paid for."""

@@ -185,6 +185,22 @@ class Client(ABC):
         """
         return None
 
+    def noise(self, settings: Settings, event: Event, role: str) -> float:
+        """Standard deviation of the noise in each number of a round's weighted change, of tensors of a role.
+
+        Args:
+            settings: of the round, as the server knows them: without noise, and without a number of examples.
+            event: that the client paid.
+            role: of the tensors.
+
+        Returns:
+            That of `weight * (sent - received)`, where the change carries independent normal noise.
+
+        Raises:
+            SettingError: it is not known, or not of that kind.
+        """
+        raise SettingError("clients.use", f"{type(self).__name__} does not say how much noise its changes carry")
+
     def optimizer(self, parameters: Any, settings: Settings) -> "torch.optim.Optimizer":
         """The optimiser of a round; by default the one that the scenario names.
 

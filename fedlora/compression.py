@@ -1,9 +1,11 @@
-"""Fewer bytes for the same tensors: numbers of 16, 8 or 4 bits by stochastic rounding, or the largest few.
+"""Fewer bytes for the same tensors: numbers of 16, 8 or 4 bits by stochastic rounding, the largest few, or some.
 
 Rounding goes up or down by chance, so that what arrives is what was sent on average; see `Codec` for how far off
 one number can be. The largest few are sent exactly and the rest not at all: that is biased, and the one who sends
 keeps what was left out and adds it to what it sends next (error feedback; Karimireddy et al., 2019,
-https://arxiv.org/abs/1901.09847). Sizes follow from the shape alone.
+https://arxiv.org/abs/1901.09847). A mask picks numbers by chance and sends them times one over their share, which
+is right on average (Konecny et al., 2016, https://arxiv.org/abs/1610.05492); a seed says where they were. Sizes
+follow from the shape alone.
 """
 
 import math
@@ -14,11 +16,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.seeding import generator
+
 BLOCK = 128  # numbers that share a scale
 LEAST_SHARE = 1e-3  # of a tensor's numbers that may be kept: few bytes must not ask for much memory
-Kind = Literal["fp16", "bf16", "int8", "int4", "top_k"]
+Kind = Literal["fp16", "bf16", "int8", "int4", "top_k", "mask"]
 Floats = NDArray[np.float32]
 
+_SEED = 8  # bytes of a mask's seed
 _LEVELS = {"int8": 127, "int4": 7}  # on each side of zero
 _HALF = np.float32(np.finfo(np.float16).max)
 _BRAIN = np.uint32(0x7F7F0000).view(np.float32)  # the largest bfloat16
@@ -33,11 +38,13 @@ class Codec:
 
     - fp16: `2^-10 |x| + 2^-24`, beyond +-65504 as that; bf16: `2^-7 |x|`
     - int8: `m / 127`; int4: `m / 7`; blocks below 1e-34 as zeros
-    - top_k: itself or 0, and `||x - x'||^2 <= (1 - share) ||x||^2` over the tensor.
+    - top_k: itself or 0, and `||x - x'||^2 <= (1 - share) ||x||^2` over the tensor
+    - mask: `n / k x` or 0, of a tensor of n numbers of which k are kept, all sets of k alike. Its mean is x, and
+      `E ||x - x'||^2 = (n / k - 1) ||x||^2`.
 
     Attributes:
         kind: which.
-        share: of the numbers that top_k keeps.
+        share: of the numbers that top_k or mask keeps.
     """
 
     kind: Kind
@@ -65,6 +72,11 @@ class Codec:
                 order = np.argsort(-np.abs(flat), kind="stable")[:kept]
                 order.sort()
                 return order.astype("<u4").tobytes() + flat[order].astype("<f4").tobytes()
+            case "mask":
+                kept, seed = math.ceil(self.share * flat.size), int(rng.integers(2**63))
+                return (
+                    seed.to_bytes(_SEED, "little") + flat[_places(seed, flat.size, kept)].astype("<f4").tobytes()
+                )
 
 
 def decode(kind: str, data: bytes, shape: Sequence[int]) -> Floats:
@@ -95,9 +107,23 @@ def decode(kind: str, data: bytes, shape: Sequence[int]) -> Floats:
             raise ValueError("places that are not in order")
         flat = np.zeros(size, np.float32)
         flat[order] = values
+    elif kind == "mask":
+        kept = (len(data) - _SEED) // 4
+        if kept < LEAST_SHARE * size or kept > size:
+            raise ValueError(f"{kept} of {size} numbers")
+        values = _read(data[_SEED:], "<f4", kept)
+        flat = np.zeros(size, np.float32)
+        most = np.finfo(np.float32).max * np.float64(kept / max(size, 1))
+        places = _places(int.from_bytes(data[:_SEED], "little"), size, kept)
+        flat[places] = np.clip(values, -most, most) * np.float32(size / max(kept, 1))
     else:
         raise ValueError(f"{kind:.20} is no way to write numbers")
     return flat.reshape(tuple(shape))
+
+
+def _places(seed: int, size: int, kept: int) -> NDArray[np.int64]:
+    """The numbers of a tensor that a mask keeps, ascending."""
+    return np.sort(generator(seed, "mask").choice(size, size=kept, replace=False))
 
 
 def _read(data: bytes, dtype: str, count: int) -> NDArray[Any]:

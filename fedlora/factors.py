@@ -1,4 +1,4 @@
-"""Algebra of thin factors: sums of low-rank products, without ever making the large matrix.
+"""Algebra of thin matrices: sums of low-rank products, and rows that come one by one, without the large matrix.
 
 A pair of factors (left: out x m, right: m x in) stands for `left @ right`. A weighted sum of such products
 is one pair again, with the factors stacked; its norm and its singular vectors come from two thin QRs and
@@ -101,3 +101,50 @@ def shorten(left: NDArray[np.floating], right: NDArray[np.floating]) -> tuple[Ma
     rank = int((s > 1e-7 * s[:1].sum()).sum())
     root = np.sqrt(s[:rank])
     return u[:, :rank] * root, vt[:rank] * root[:, None]
+
+
+def top_direction(rows: Iterable[NDArray[np.floating]], held: int = 8) -> tuple[Matrix, float]:
+    """The direction in which rows differ most, in one pass and in the memory of `2 held + 2` rows.
+
+    With c the mean of the rows, it is the top right singular vector of the rows minus c. These are held in a
+    sketch (Frequent Directions: Ghashami et al., 2016, https://arxiv.org/abs/1501.01711), whatever order they come
+    in: exact up to `2 held + 1` rows, and beyond them short of the largest sum of squares along any direction by
+    at most `1 / held` of what is not along the top one.
+
+    Args:
+        rows: of one length, d.
+        held: directions that the sketch keeps when it is full.
+
+    Returns:
+        The direction (d,), of norm 1, or zeros where all rows are alike; and `sum_k || row_k - c ||^2`.
+    """
+    count, used, total = 0, 0, 0.0
+    mean, sketch = np.zeros(0), np.zeros((0, 0))
+    for row in rows:
+        if count == 0:
+            mean, sketch = row.astype(np.float64), np.zeros((2 * held, len(row)))
+        step = row - mean
+        mean += step / (count + 1)
+        if count:  # what this row adds to the products of rows around their mean
+            if used == len(sketch):
+                _halve(sketch, held)
+                used = held
+            sketch[used] = step * (count / (count + 1)) ** 0.5
+            total += float(sketch[used] @ sketch[used])
+            used += 1
+        count += 1
+    if not total > 0:
+        return np.zeros_like(mean), 0.0
+    _, turn = np.linalg.eigh(sketch[:used] @ sketch[:used].T)
+    top = turn[:, -1] @ sketch[:used]
+    return top / np.linalg.norm(top), total
+
+
+def _halve(sketch: Matrix, held: int) -> None:
+    """Turn a sketch (2 held, d) so that its first rows are its top directions, and take the next one off each."""
+    values, turn = np.linalg.eigh(sketch @ sketch.T)  # ascending
+    values, turn = values[::-1], turn[:, ::-1]
+    left = np.clip(values[:held] - values[held], 0, None)
+    share = np.sqrt(np.divide(left, values[:held], out=np.zeros(held), where=values[:held] > 0))
+    sketch[:held] = (turn[:, :held] * share).T @ sketch
+    sketch[held:] = 0

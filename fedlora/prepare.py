@@ -22,7 +22,7 @@ from fedlora.privacy import accounting, affordable, calibrated, replay
 from fedlora.privacy.mechanisms import bands, shared
 from fedlora.privacy.mechanisms.central import Central
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
-from fedlora.rounds import choice
+from fedlora.rounds import choice, known_noise
 from fedlora.rounds.world import World
 from fedlora.scenario import Privacy, Scenario
 from fedlora.seeding import Root
@@ -146,6 +146,8 @@ def check(scenario: Scenario) -> tuple[strategies.Strategy, clients.Client]:
     clients.check_fused(client, scenario.engine.fused)
     steps.check(client, scenario)
     clients.check_private(client, scenario)
+    if scenario.strategy.shrink is not None:
+        known_noise.check(strategy, client, scenario, "strategy.shrink")
     if scenario.world is not None:
         World(scenario)  # reads its trace
     task = tasks.find(scenario.task)

@@ -136,6 +136,9 @@ class Record:
         """A figure at its end: the last measured, or that of the round that was kept."""
         if self.best_round is not None:
             told = (self.summary.get("metrics") or {}).get(name, self.summary.get(name))
+            if told is None:
+                kept = (line for line in self.rounds if line["round"] == self.best_round)
+                told = next((line.get(name) for line in kept), None)
             return None if told is None else float(told)
         values = [line[name] for line in self.rounds if line.get(name) is not None]
         return values[-1] if values else None

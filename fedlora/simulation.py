@@ -27,11 +27,13 @@ from fedlora.reports import card, trackers
 from fedlora.reports.console import Display, default_display
 from fedlora.reports.summary import summary_of
 from fedlora.reports.trackers import Tracked
-from fedlora.rounds import choice, server
+from fedlora.rounds import choice, known_noise, server
 from fedlora.rounds import folder as folders
 from fedlora.rounds.checkpoint import Merges
+from fedlora.rounds.diagnostics import Diagnostics
 from fedlora.rounds.loop import Loop
 from fedlora.rounds.progress import Progress
+from fedlora.rounds.shrink import Shrinker
 from fedlora.rounds.stopping import signals, stopping, undisturbed
 from fedlora.run import Run
 from fedlora.scenario import Scenario
@@ -166,6 +168,8 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
     stage = server.make(scenario.strategy.server, found.layout, strategy.held, scenario.rounds)
     if (scheduled := schedules.load(scenario.model.adapter.schedule)) is not None:
         scheduled.bind(found.layout, found.kind, scenario.seed, found.weights)
+    asked = scenario.strategy.shrink
+    shrinker = None if asked is None else Shrinker(strength=asked.strength, layout=found.layout)
     now = Progress(round=0, adapter=dict(found.initial))
     origin = {
         "scenario": scenario.model_dump(mode="json"),
@@ -203,6 +207,9 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
         central=whole,
         server=stage,
         schedule=scheduled,
+        noise=known_noise.make(strategy, ready.client, scenario, found.layout, whole),
+        shrinker=shrinker,
+        diagnostics=Diagnostics(layout=found.layout, kind=found.kind) if scenario.diagnostics else None,
         folder=folder,
         choice=choice.make(scenario, found.metric, found.higher_is_better),
         origin=origin,

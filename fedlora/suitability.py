@@ -72,11 +72,10 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
             "clients.optimizer.state", f"{use} {why}: take kept or fresh, and not averaged, or take one of {can}"
         )
     if (stage := scenario.strategy.server) and not has_mean(strategy):
-        can = _those(has_mean)
         raise SettingError(
             "strategy.server",
             f"{stage.kind} steps along a mean of changes, and what {use} makes is none: write strategy.server: "
-            f"null (--set strategy.server=null), or take one of {can}",
+            f"null (--set strategy.server=null), or take one of {means()}",
         )
     if scenario.feeds_back and not (strategy.trips == 1 and (strategy.linear or isinstance(strategy, Stock))):
         can = _those(lambda cls: cls.linear and cls.trips == 1)
@@ -173,6 +172,11 @@ def _divides(strategy: Strategy, scenario: Scenario) -> str | None:
     if scenario.clients.unequal_ranks(scenario.model.adapter.r):
         return "clients of a lower rank (clients.ranks) add none to numbers that they have not"
     return None
+
+
+def means() -> str:
+    """The built-in strategies of which that is so."""
+    return _those(has_mean)
 
 
 def refuses(strategy: Strategy | type[Strategy], kind: str) -> str | None:

@@ -68,6 +68,24 @@ def test_top_k_sends_the_largest_exactly_and_leaves_out_at_most_its_share(tensor
     assert ((x - got) ** 2).sum() <= (1 - share) * (x**2).sum() * (1 + 1e-9)
 
 
+@given(tensor=tensors, share=st.floats(LEAST_SHARE, 1.0), seed=st.integers(0, 9))
+def test_a_mask_sends_its_share_of_the_numbers_times_one_over_it(tensor, share, seed):
+    got, kept = there_and_back(Codec("mask", share), tensor, seed), math.ceil(share * tensor.size)
+    sent = got != 0
+    assert sent.sum() <= kept
+    np.testing.assert_allclose(got[sent], (tensor * np.float32(tensor.size / max(kept, 1)))[sent], rtol=1e-6)
+
+
+def test_a_mask_is_right_on_average_and_as_far_off_as_it_says():
+    """Two of eight numbers, times four: the error has `8 / 2 - 1 = 3` times the length squared of the tensor."""
+    tensor = np.arange(1, 9, dtype=np.float32)
+    seen = np.array([there_and_back(Codec("mask", 0.25), tensor, seed) for seed in range(4000)], np.float64)
+    assert {*map(int, (seen != 0).sum(1))} == {2} and (seen[seen != 0] % 4 == 0).all()
+    allowed = 4 * tensor * math.sqrt(math.log(2 * 8 / FALSE_ALARM) / (2 * 4000))  # Hoeffding
+    assert (np.abs(seen.mean(0) - tensor) <= allowed).all()
+    assert ((seen - tensor) ** 2).sum(1).mean() == pytest.approx(3 * (tensor**2).sum(), rel=0.05)
+
+
 def test_top_k_by_hand():
     tensor = np.array([[1.0, -5.0], [3.0, 0.5]], np.float32)
     data = Codec("top_k", 0.5).encode(tensor, np.random.default_rng(0))
@@ -82,6 +100,7 @@ def test_top_k_by_hand():
         ("int8", 1, 300, 300 + 3 * 4),  # a scale for each 128
         ("int4", 1, 301, 151 + 3 * 4),
         ("top_k", 0.1, 301, 31 * 8),
+        ("mask", 0.1, 301, 31 * 4 + 8),  # and a seed
         ("int8", 1, 0, 0),
     ],
 )
@@ -90,7 +109,7 @@ def test_sizes_follow_from_the_shape(kind, share, size, bytes_):
         assert len(Codec(kind, share).encode(tensor, np.random.default_rng(0))) == bytes_
 
 
-@pytest.mark.parametrize("kind", [*ROUNDED, "top_k"])
+@pytest.mark.parametrize("kind", [*ROUNDED, "top_k", "mask"])
 @given(data=st.binary(max_size=600), shape=st.lists(st.integers(0, 10**6), max_size=8))
 def test_whatever_comes_is_a_tensor_of_that_shape_or_refused(kind, data, shape):
     try:
@@ -106,6 +125,9 @@ def test_whatever_comes_is_a_tensor_of_that_shape_or_refused(kind, data, shape):
         ("zip", b"", (0,)),
         ("fp16", bytes(3), (2,)),
         ("top_k", bytes(8), (10**9,)),  # eight bytes that ask for four gigabytes
+        ("mask", bytes(12), (10**9,)),
+        ("mask", bytes(7), (1,)),
+        ("mask", bytes(8 + 4 * 4), (3,)),
         ("top_k", np.array([5], "<u4").tobytes() + bytes(4), (3,)),
         ("top_k", np.array([1, 1], "<u4").tobytes() + bytes(8), (3,)),
     ],

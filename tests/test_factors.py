@@ -59,3 +59,24 @@ def test_single_is_finite():
     np.testing.assert_array_equal(
         factors.single(np.array([1e60, -1e60, 1.5])), np.float32([3.4028235e38, -3.4028235e38, 1.5])
     )
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 17])
+def test_one_pass_has_the_top_direction_of_rows_around_their_mean(count):
+    rows = np.random.default_rng(count).normal(size=(count, 30))
+    _, s, vt = np.linalg.svd(rows - rows.mean(0))
+    v, differences = factors.top_direction(iter(rows))
+    assert differences == pytest.approx((s**2).sum(), abs=1e-12)
+    np.testing.assert_allclose(abs(v @ vt[0]), 1.0 if count > 1 else 0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("held", [2, 4, 8])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_long_stream_falls_short_of_it_by_no_more_than_the_bound(held, order):
+    rng = np.random.default_rng(held)
+    rows = rng.normal(size=(200, 40)) + np.outer(3 * rng.normal(size=200), rng.normal(size=40) / 40**0.5)
+    rows = rows[np.argsort(order * np.abs(rows).sum(1))]
+    away = rows - rows.mean(0)
+    most = np.linalg.norm(away, 2) ** 2
+    v, differences = factors.top_direction(iter(rows), held)
+    assert ((away @ v) ** 2).sum() >= most - (differences - most) / held

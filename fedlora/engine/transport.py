@@ -15,7 +15,7 @@ from fedlora.adapter import Instruction, Tensor, Update
 from fedlora.compression import Codec
 from fedlora.privacy.mechanisms import central
 from fedlora.rounds.checkpoint import Personal
-from fedlora.scenario import Rounded, Scenario, TopK
+from fedlora.scenario import Masked, Rounded, Scenario, TopK
 from fedlora.seeding import generator
 from fedlora.strategy import Strategy
 
@@ -106,5 +106,5 @@ class Transport:
         return np.float32(0) if start is None or start.shape != tensor.shape else start
 
 
-def _codec(told: Rounded | TopK | None) -> Codec | None:
+def _codec(told: Rounded | TopK | Masked | None) -> Codec | None:
     return None if told is None else Codec(told.kind, getattr(told, "share", 1.0))

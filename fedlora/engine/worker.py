@@ -17,16 +17,17 @@ from fedlora.client import Setter
 from fedlora.data.store import Dataset, Partition
 from fedlora.engine import hardware
 from fedlora.engine.base import Figures
+from fedlora.engine.beyond import more
 from fedlora.engine.digests import ALONE, Digests, Sharing, together
 from fedlora.engine.intake import Intake, check_tensors
 from fedlora.engine.replies import Deed, Replies, Report
+from fedlora.engine.representations import NUCLEAR
 from fedlora.engine.setup import Description, Half, Setup
 from fedlora.engine.transport import Transport
 from fedlora.errors import ContractError, Refusal
 from fedlora.metrics import confusion
 from fedlora.metrics import contract as metrics
 from fedlora.metrics.contract import Evaluation
-from fedlora.metrics.written import WRITTEN
 from fedlora.optimizers import averaged
 from fedlora.passes import alone
 from fedlora.passes.fused import Fused
@@ -398,15 +399,10 @@ class Worker:
     def evaluate(self, adapter: Adapter, half: Half, start: int, stop: int) -> Evaluation:
         """Examples `start` to `stop` of those that report, or of those that choose; by row where metrics ask."""
         self.task.become()
-        rows, examples, asked = np.arange(start, stop), getattr(self.dataset, half), self.scenario.exact_match
+        rows, examples = np.arange(start, stop), getattr(self.dataset, half)
         rowwise = bool(self.metrics) or (half == "test" and confusion.tells(self.task.target, self.dataset.labels))
         found = self.task.evaluation(adapter, examples, rows, rowwise)
-        writes = half == "test" or self.scenario.chosen_by(self.task.metric) in WRITTEN
-        if asked and writes and start < asked.examples:
-            model = self.scenario.model
-            more = self.task.written(lambda: self.task.reader(model.base, model.revision), examples, rows, asked)
-            found = replace(found, sums={**found.sums, **more})
-        return found
+        return replace(found, sums={**found.sums, **more(self.scenario, self.task, half, examples, rows)})
 
     def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> dict[int, Figures]:
         """Figures of each client's own model on the examples that it holds out, or on those of the test set.
@@ -442,6 +438,8 @@ class Worker:
         }
         if found["test"].outputs is not None and confusion.tells(self.task.target, labels):
             told["test"][confusion.CONFUSION] = confusion.confusion(found["test"], len(labels))
+        if (norm := found["test"].sums.get(NUCLEAR)) is not None:
+            told["test"][NUCLEAR] = norm
         return told
 
     def export(self, adapter: Adapter, folder: Path, merged: Change | None) -> None:

@@ -229,6 +229,6 @@ TARGETS: Mapping[str, str] = {
 TAKEN = frozenset(
     "round clients failures loss train_loss bytes_up bytes_down epsilon late virtual_seconds seconds phases "
     "client num_examples steps error exact_match rouge_l perplexity confusion resting aggregation_error "
-    "metrics".split()
+    "left_out singular_values_left effective_rank noise_to_signal nuclear_norm layers metrics".split()
 )
 _NONE = "is of labels or scores, and this task has none: leave it out"

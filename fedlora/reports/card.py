@@ -44,7 +44,7 @@ A LoRA adapter (r = {config["r"]}, alpha = {config["lora_alpha"]:g}) for {whose}
 by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["rounds"]} rounds{kept}.
 
 - for: task `{scenario.task}`, {_aim(scenario)}
-- kind of adapter: {_kind(name_of_kind(ready.strategy, scenario.model.adapter.kind))}
+- kind of adapter: {_kind(name_of_kind(ready.strategy, scenario.model.adapter.named))}
 - reads: {_reads(task, scenario)}
 - {metric} on {judged}: {"not measured" if value is None else f"{value:.4f}"}
 - labels: {", ".join(labels) or "none"}{_read_as(scenario, summary)}

@@ -19,6 +19,7 @@ from fedlora.reports.page import Page, save
 from fedlora.reports.significance import FEW, Test, front, p_value
 from fedlora.reports.tables import Table, spread
 from fedlora.reports.verdicts import AGAIN
+from fedlora.rounds.diagnostics import FIGURES
 
 ALIKE = 0.01  # share by which epsilons may differ and count as equal
 PARETO = "Pareto front"  # a column
@@ -196,7 +197,8 @@ class Comparison:
         runs = [run for group in (*self.groups, *self.apart) for run in group.runs]
         names = [name for name in runs[0].figures if name not in (self.metric, "loss")]
         shared = set(names).intersection(*(run.figures for run in runs))
-        return [name for name in names if name in shared]
+        beside = [name for name in FIGURES if all(run.measured(name) is not None for run in runs)]
+        return [name for name in [*names, *beside] if name in {*shared, *beside}]
 
     def _row(self, group: Group) -> list[str]:
         test = self.tests.get(group.label) if group in self.groups else None
@@ -230,6 +232,11 @@ class Comparison:
             said.append("unit: whom epsilon is for; the Pareto front of each unit is of its own.")
         if any(g.baseline for g in self.groups):
             said.append("pooled, pooled_private and alone are baselines, and stay out of the Pareto front.")
+        if {*FIGURES} & {*self.others}:
+            said.append(
+                "effective_rank, noise_to_signal, nuclear_norm: of the last round; how many directions a layer's "
+                "change has, noise over change, and how far representations of test rows spread."
+            )
         if few and len(self.groups) > 1:
             said.append(f"Fewer than {FEW} seeds, so not tested: {', '.join(few)}.")
         return said

@@ -80,7 +80,39 @@ def _learning(run: Record) -> Sequence[Figure]:
         chart = lines(errors, ("round", "round"), ("error", "relative error"), whole=True, zero=True)
         note = "How far the aggregate is from the mean of the clients' full weight changes, as a share of it."
         found.append(Figure("Aggregation error by round", note, chart))
-    return found
+    return [*found, *_diagnostics(run)]
+
+
+_BY_ROUND = {
+    "nuclear_norm": "How far the representations of test rows spread; it falls where they collapse.",
+    "singular_values_left": "The share of singular values of the mean change that shrinking has left.",
+    "left_out": "Clients that stuck out, and weighed nothing.",
+}
+_BY_LAYER = {
+    "effective_rank": "Of the change of each layer so far: 1 where it has one direction.",
+    "noise_to_signal": "Of the known noise over the mean change of a round: about 1 where it is noise alone.",
+}
+
+
+def _diagnostics(run: Record) -> Iterator[Figure]:
+    """What is known of a round's aggregate, as a whole and by layer."""
+    for name, note in _BY_ROUND.items():
+        rows = [{"round": r["round"], name: r[name]} for r in run.rounds if r.get(name) is not None]
+        if len(rows) > 1:
+            drawn = lines(rows, ("round", "round"), (name, spoken(name).lower()), whole=True, zero=True)
+            yield Figure(f"{spoken(name)} by round", note, drawn)
+    for name, note in _BY_LAYER.items():
+        cells = [
+            {"round": r["round"], "layer": layer, name: told[name]}
+            for r in run.rounds
+            for layer, told in r.get("layers", {}).items()
+            if told.get(name) is not None
+        ]
+        if len({cell["round"] for cell in cells}) > 1:
+            height = tall(len({cell["layer"] for cell in cells}))
+            words = spoken(name).lower()
+            chart = heat(cells, ("round", "round"), ("layer", "layer"), (name, words), height=height)
+            yield Figure(f"{spoken(name)} by layer", note, chart)
 
 
 def _confusion(run: Record) -> Iterator[Figure]:

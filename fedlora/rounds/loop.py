@@ -25,11 +25,14 @@ from fedlora.privacy.mechanisms.central import CLIP_NORM, Central
 from fedlora.rounds import checkpoint
 from fedlora.rounds.checkpoint import Checkpoint, Merges
 from fedlora.rounds.choice import Choice
+from fedlora.rounds.diagnostics import Diagnostics
 from fedlora.rounds.folder import TEST, write_json
+from fedlora.rounds.known_noise import KnownNoise
 from fedlora.rounds.lines import added, client_line, first_error, means, round_to
 from fedlora.rounds.pace import Pace
 from fedlora.rounds.progress import Line, Progress, Stopwatch
 from fedlora.rounds.server import ServerOptimizer
+from fedlora.rounds.shrink import Shrinker
 from fedlora.scenario import Scenario
 from fedlora.schedules.contract import Schedule, redrawn
 from fedlora.seeding import generator
@@ -57,6 +60,9 @@ class Loop:
     on_round: Callable[[Line], None]
     server: ServerOptimizer | None = None  # the stage after the aggregate, where that is a mean
     schedule: Schedule | None = None  # of the adapter itself
+    noise: KnownNoise | None = None  # in that mean, where somebody asks for it
+    shrinker: Shrinker | None = None  # by that noise, before the server steps
+    diagnostics: Diagnostics | None = None
     choice: Choice | None = None  # of the best round, where somebody asks for it
     origin: Mapping[str, Any] = field(default_factory=dict)  # the scenario and the versions, for checkpoints
     stop: Callable[[], bool] = lambda: False
@@ -107,10 +113,15 @@ class Loop:
             updates = self._released(instruction, replies, now)
             made = self.strategy.aggregated(before, updates)
             mean = after = {**before, **made.adapter}
+            self._check(before, mean, made.base)  # nothing that is not finite gets into what follows
+            noise = self.noise.of(instruction, updates, replies.reports) if self.noise else {}
+            moved = made.adapter
+            if self.shrinker is not None:
+                moved, noted["singular_values_left"] = self.shrinker.step(before, moved, noise)
             if self.server is not None:
-                self._check(before, mean, made.base)  # nothing that is not finite gets into its moments
-                after = {**before, **self.server.step(round, before, made.adapter)}
-            self._check(before, after, made.base)
+                moved = self.server.step(round, before, moved)
+            if moved is not made.adapter:
+                self._check(before, after := {**before, **moved}, {})
             adapter, base = {**now.adapter, **after}, made.base
             if len(instruction.moments):
                 now.moments |= averaged.mean(instruction.send, replies.updates)
@@ -124,6 +135,8 @@ class Loop:
             if not self._summed:
                 told = self.strategy.diagnose(before, updates, mean, made.base)
                 figures |= returned.figures(returned.who(self.strategy, "diagnose"), told)
+            if self.diagnostics is not None:
+                figures |= self.diagnostics.of(before, mean, adapter, noise, self.merges.total())
             watch.lap("diagnose")
             self._record(round, adapter, replies, figures | noted, now, watch)
 

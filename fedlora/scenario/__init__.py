@@ -5,7 +5,7 @@ what to write instead. Beneath this package functions take plain values, never t
 """
 
 from fedlora.scenario.clients import Tier
-from fedlora.scenario.compression import Rounded, TopK
+from fedlora.scenario.compression import Masked, Rounded, TopK
 from fedlora.scenario.data import (
     COLUMNS_OF,
     DATASETS,
@@ -61,6 +61,7 @@ __all__ = [
     "KeyPath",
     "LabelShares",
     "Markov",
+    "Masked",
     "Natural",
     "Partition",
     "Pathological",

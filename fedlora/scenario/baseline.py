@@ -18,6 +18,7 @@ ASIDE = (
     "trackers",
     "baseline",
     "metrics",
+    "diagnostics",
 )  # of a scenario, what is not its configuration
 
 

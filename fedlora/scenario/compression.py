@@ -29,7 +29,20 @@ class TopK(Section):
     share: Annotated[Float, Field(ge=0.001, le=1)] = 0.1
 
 
-Packed = Annotated[Rounded | TopK, Field(discriminator="kind")]
+class Masked(Section):
+    """Numbers of each tensor that are drawn from the seed, times one over their share, so that the mean is right.
+
+    Attributes:
+        kind: mask: numbers that are drawn anew in each round, whatever they are.
+        share: Share of the numbers that is sent, each in 4 bytes. Lower it for fewer bytes; a change then arrives
+            about `sqrt(1 / share)` times as long.
+    """
+
+    kind: Literal["mask"]
+    share: Annotated[Float, Field(ge=0.001, le=1)] = 0.5
+
+
+Packed = Annotated[Rounded | TopK | Masked, Field(discriminator="kind")]
 
 
 class Compression(Section):

@@ -12,6 +12,7 @@ CHANGEABLE = (
     "stop",
     "stop.patience",
     "trackers",
+    "diagnostics",
     "engine.kind",
     "engine.workers",
     "engine.gpus_per_worker",

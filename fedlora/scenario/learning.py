@@ -99,6 +99,24 @@ class ServerMomentum(Section):
 ServerOptimizer = Annotated[ServerAdam | ServerMomentum, Field(discriminator="kind")]
 
 
+class Shrinkage(Section):
+    """Singular values of the noised mean change of each factor, shrunk by the known size of its noise.
+
+    Attributes:
+        strength: What the known size of the noise is multiplied by. 1: the least squared error in each round.
+            Lower it where a round's signal is far below its noise, and only many rounds together show it.
+    """
+
+    strength: Annotated[Float, Field(gt=0, le=10)] = 1.0
+
+
+def _switched(value: object) -> object:
+    return {} if value is True else None if value is False else value
+
+
+Shrink = Annotated[Shrinkage | None, BeforeValidator(_switched, json_schema_input_type=bool | Shrinkage | None)]
+
+
 class ClientOptimizer(BaseModel):
     """How clients take their steps: a class of torch.optim by name, with its options as further keys.
 

@@ -21,7 +21,7 @@ from fedlora.scenario.data import Data
 from fedlora.scenario.head import Head
 from fedlora.scenario.keeping import Best, Keep, Stop
 from fedlora.scenario.keys import Source
-from fedlora.scenario.learning import TAGS, Schedule, ServerAdam, ServerOptimizer
+from fedlora.scenario.learning import TAGS, Schedule, ServerAdam, ServerOptimizer, Shrink
 from fedlora.scenario.privacy import Privacy, SecureAggregation
 from fedlora.scenario.schedules import AdapterSchedule
 from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Scale, Section, Weight
@@ -210,9 +210,13 @@ class Strategy(PlugIn):
             keys of this section are its options. Example: `ffa_lora`.
         server: Optimiser steps along the mean of the updates. null: the mean is taken as it is. It suits
             strategies that take a mean. Example: `{kind: adam, lr: 0.02}`.
+        shrink: Under privacy, shrink the singular values of each factor's mean change by the known size of its
+            noise, before `server` steps. true: with the defaults. null: the mean is taken as it is. It costs no
+            epsilon, and suits strategies that take a mean. Example: `{strength: 0.5}`.
     """
 
     server: ServerOptimizer | None = None
+    shrink: Shrink = None
 
     @field_validator("use")
     @classmethod
@@ -278,6 +282,8 @@ class Scenario(Section):
             Example: `{patience: 3}`.
         metrics: Further figures of each evaluation: names of `fedlora list metrics`, or `module:function` of your
             own. Example: `[macro_f1, ece]`.
+        diagnostics: Report in each round the effective rank of each layer's change and its noise to signal, and in
+            each evaluation how far representations of test rows spread. It looks at no client's rows.
         exact_match: For causal_lm: the model also writes answers, which are compared with the given ones. null: it
             writes none. Example: `{examples: 32}`.
         loss: Weights of labels and label smoothing, for classification. null: cross-entropy. Example:
@@ -306,6 +312,7 @@ class Scenario(Section):
     keep: Keep = "last"
     stop: Stop | None = None
     metrics: tuple[str, ...] = ()
+    diagnostics: bool = False
     exact_match: ExactMatch | None = None
     loss: Loss | None = None
     preference: Preference | None = None
@@ -387,12 +394,16 @@ class Scenario(Section):
     def unused(self) -> list[str]:
         """What is written and does nothing beside another key, a sentence each."""
         told, key = self.clients, ("clients", "batch_size")
-        if told.sample_rate is None or not (key in self._source.lines or key in self._source.overrides):
-            return []
-        return [
-            f"clients.batch_size: {told.batch_size} is not used beside clients.sample_rate: {told.sample_rate:g}, "
-            "which says what a step takes: leave one of them out, or write clients.sample_rate: null"
-        ]
+        found: list[str] = []
+        if told.sample_rate is not None and (key in self._source.lines or key in self._source.overrides):
+            found.append(
+                f"clients.batch_size: {told.batch_size} is not used beside clients.sample_rate: "
+                f"{told.sample_rate:g}, which says what a step takes: leave one of them out, or write "
+                "clients.sample_rate: null"
+            )
+        if self.strategy.shrink is not None and self.privacy is None:
+            found.append("strategy.shrink: does nothing without a privacy section: there is no noise to shrink")
+        return found
 
     _source: Source = PrivateAttr(default_factory=lambda: Source("scenario", {}, {}))
 

@@ -238,6 +238,10 @@ class Task(Adapted, ABC):
         """
         return {}
 
+    def run(self, batch: Batch, **told: Any) -> Any:
+        """What the model makes of a batch, asked for more than losses need, such as `output_hidden_states`."""
+        return self._pass(batch, **told)
+
     def _run(self, batch: Batch, **told: Any) -> Any:
         """What the model makes of a batch."""
         if self._passed is None or self._passed[0] is not batch:

@@ -51,6 +51,7 @@ def test_what_it_says_of_strategies_is_so():
         "fedavg_lora",
         "fedex_lora",
         "ffa_lora",
+        "spectral_filter",
     }
     assert takes["fed_sb"] == ["core", "lora_xs"] and takes["flexlora"] == takes["rolora"] == ["lora"]
 

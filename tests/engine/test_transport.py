@@ -16,6 +16,7 @@ from fedlora.simulation import simulate
 from fedlora.strategies.fedavg_lora import FedAvgLoRA
 
 BOTH = "compression={up: {kind: int8}, down: {kind: fp16}}"
+MASK = "compression={up: {kind: mask, share: 0.5}}"
 TOP = "compression={up: {kind: top_k, share: 0.1}}"
 
 
@@ -70,7 +71,23 @@ def test_a_change_that_rounding_made_longer_is_clipped_again(tiny):
     assert np.linalg.norm(got.adapter["w"]) <= 1 + 1e-6 and got.metrics == {WITHIN: 0.0}
 
 
-@pytest.mark.parametrize("told", [BOTH, TOP])
+def test_a_mask_is_each_clients_own_in_each_round_and_the_same_when_that_is_run_again(tiny):
+    way = Transport(tiny("compression={up: {kind: mask, share: 0.1}}"), FedAvgLoRA())
+    told = asked(np.zeros(400, np.float32))
+
+    def places(client, round):
+        here = replace(told, round=round)
+        sent = way.outgoing(replace(update(np.ones(400)), clients=(client,)), here)
+        got = way.passed(sent, here).adapter["w"]
+        assert set(got) == {0.0, 10.0}
+        return set(np.flatnonzero(got))
+
+    drawn = [places(1, 1), places(2, 1), places(1, 2)]
+    assert places(1, 1) == drawn[0] and all(len(one) == 40 for one in drawn)
+    assert all(len(one & other) < 20 for i, one in enumerate(drawn) for other in drawn[:i])
+
+
+@pytest.mark.parametrize("told", [BOTH, TOP, MASK])
 def test_an_interrupted_run_goes_on_bit_for_bit(tiny, tmp_path, told):
     noise = ("privacy.epsilon=null", "privacy.noise_multiplier=1.0")
     whole = simulate(tiny(told, *noise, "rounds=4"), out=tmp_path / "whole")
@@ -88,10 +105,11 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tiny, tmp_path, told):
 def test_rounded_updates_learn_as_well(tiny, tmp_path):
     runs = [
         simulate(tiny(*told, "rounds=5", "clients.lr=0.2", private=False), out=tmp_path / str(i))
-        for i, told in enumerate([(), (BOTH,), (TOP,)])
+        for i, told in enumerate([(), (BOTH,), (TOP,), (MASK, "strategy.use=flexlora")])
     ]
     losses = [run.summary["loss"] for run in runs]
     assert losses[1] == pytest.approx(losses[0], abs=0.02) and losses[2] < runs[2].rounds[0]["loss"]
+    assert losses[3] < runs[3].rounds[0]["loss"]  # right on average, it takes any strategy
 
 
 def test_secure_aggregation_goes_with_less_on_the_way_down(tiny, tmp_path):
@@ -101,6 +119,8 @@ def test_secure_aggregation_goes_with_less_on_the_way_down(tiny, tmp_path):
     assert run.summary["failures"] == 0 and run.summary["bytes_down_total"] < plain.summary["bytes_down_total"]
     with pytest.raises(ScenarioError, match=r"compression=.*: secure aggregation sends whole numbers of its own"):
         tiny(secure, BOTH, private=False)
+    with pytest.raises(ScenarioError, match=r"compression=.*: secure aggregation sends whole numbers of its own"):
+        tiny(secure, MASK, private=False)  # each client's mask is its own, so that a sum of them has no meaning
 
 
 def test_what_cannot_be_is_one_line(tiny, tmp_path):
@@ -110,5 +130,7 @@ def test_what_cannot_be_is_one_line(tiny, tmp_path):
         simulate(tiny(TOP, "strategy.use=flexlora"), out=tmp_path / "run")
     with pytest.raises(ScenarioError, match=r"compression.down.kind: should be 'fp16', 'bf16', 'int8' or 'int4'"):
         tiny("compression={down: {kind: top_k}}")
+    with pytest.raises(ScenarioError, match=r"compression.up.share: should be at least 0.001"):
+        tiny("compression={up: {kind: mask, share: 0}}")
     with pytest.raises(ScenarioError, match="unknown kind 'zip'"):
         tiny("compression={up: {kind: zip}}")

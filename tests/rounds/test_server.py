@@ -116,9 +116,10 @@ def test_what_it_holds_comes_back():
         (YOGI,),
         (ADAM, "strategy.use=rolora"),
         (HEAVY, "world={concurrency: 3, spread: 0.3}"),
+        (ADAM, "strategy.shrink={strength: 0.2}"),
         (ADAM, "privacy={unit: client, epsilon: 20, delta: 1.0e-2}", "clients.use=sgd", "clients.per_round=2"),
     ],
-    ids=["adam", "yogi", "rolora", "fedbuff", "unit-client"],
+    ids=["adam", "yogi", "rolora", "fedbuff", "shrunk", "unit-client"],
 )
 def test_a_run_goes_on_bit_for_bit(told, tiny, tmp_path):
     class Stop(Silent):
