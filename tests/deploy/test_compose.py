@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+PROJECT = f"fedloratest{os.getpid()}"
 FEW = ("--set", "clients.local_steps=2", "--set", "clients.batch_size=16")
 SHORT = (*FEW, "--set", "data.test_share=0.01")  # what the server judges by; sites have their files
 PLAIN = (*FEW, "--set", "privacy=null", "--set", "clients.use=sgd", "--set", "clients.lr=0.5")
@@ -47,7 +48,7 @@ class Stack:
             self.port = there.getsockname()[1]
         self.environment = {
             **os.environ,
-            "COMPOSE_PROJECT_NAME": "fedloratest",
+            "COMPOSE_PROJECT_NAME": PROJECT,
             "FEDLORA_IMAGE": self._image("FEDLORA_IMAGE", "fedlora"),
             "FEDLORA_FLOWER_IMAGE": self._image("FEDLORA_FLOWER_IMAGE", "flower"),
             "FEDLORA_PORT": str(self.port),
@@ -186,7 +187,7 @@ def test_five_private_rounds_with_a_site_killed_and_another_cut_off(stack):
     stack.kill("site-1-worker")
     stack.kill("site-1")
     stack.wait_for(lambda: stack.paid(2) >= before[2] + 3)
-    network = "fedloratest_fleet"
+    network = f"{PROJECT}_fleet"
     cut = stack.container("site-2")
     call("docker", "network", "disconnect", network, cut)
     time.sleep(30)
@@ -253,7 +254,7 @@ def test_strangers_are_refused(stack):
     shutil.copy(stack.docker / "deployment" / "ca" / "ca.crt", folder / "ca.crt")
     call("chown", "-R", "10001:10001", folder)
     node = "flower-supernode --superlink superlink:8000 --root-certificates /k/ca.crt --auth-supernode-private-key"
-    command = ("docker", "run", "--rm", "--network", "fedloratest_fleet", "-v", f"{folder}:/k:ro")
+    command = ("docker", "run", "--rm", "--network", f"{PROJECT}_fleet", "-v", f"{folder}:/k:ro")
     image = stack.environment["FEDLORA_IMAGE"]
     done = subprocess.run(
         [*command, image, *node.split(), "/k/node.key"], capture_output=True, text=True, timeout=120
@@ -285,7 +286,7 @@ def test_nothing_listens_but_what_the_page_lists(stack):
         told = json.loads(
             call("docker", "inspect", "-f", "{{json .NetworkSettings.Networks}}", stack.container(f"site-{k}"))
         )
-        address = told["fedloratest_fleet"]["IPAddress"]
+        address = told[f"{PROJECT}_fleet"]["IPAddress"]
         probe = f"import socket; raise SystemExit(socket.socket().connect_ex(('{address}', 9094)) == 0)"
         call("docker", "exec", stack.container("superlink"), "python", "-c", probe)
 

@@ -1,8 +1,10 @@
 """`docker/prepare`: keys, certificates and compose files, made in a copy of docker/ and made again."""
 
+import gzip
 import os
 import shutil
 import subprocess
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -26,7 +28,8 @@ def docker(tmp_path):
 
 
 def prepare(docker, *arguments, path=None):
-    environment = os.environ | ({"PATH": path} if path else {})
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FEDLORA_")}
+    environment |= {"PATH": path} if path else {}
     return subprocess.run([docker / "prepare", *arguments], capture_output=True, text=True, env=environment)
 
 
@@ -174,6 +177,24 @@ def test_the_files_it_writes_are_the_one_that_ships(docker):
         text = text.replace("FEDLORA_SUPERLINK:-superlink:8000", "FEDLORA_SUPERLINK:-fl.example.org:8000")
         assert alone["services"] == yaml.safe_load(text)
         assert alone["networks"] == {"fleet": {}, f"inner-{k}": {"internal": True}}
+
+
+def test_what_is_packed_for_a_site_is_its_own_and_has_no_rows(docker, tmp_path):
+    deployment = made(docker, "--sites", "2")
+    (deployment / "site-1" / "site" / "train.csv").write_text("text,label\n")
+    (tmp_path / "bin").mkdir()
+    engine = tmp_path / "bin" / "docker"
+    engine.write_text('#!/bin/sh\necho "$@"\n')
+    engine.chmod(0o755)
+    done = prepare(docker, "--pack", "1", path=f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(deployment / "site-1.tar.gz") as packed:
+        certs = {f"site-1/certs/{name}" for name in ("ca.crt", "executor.secret", "node.key", "node.key.pub")}
+        folders = {"site-1/certs", "site-1/site", "site-1/site/state", "site-1/state"}
+        assert set(packed.getnames()) == {"site-1/compose.yaml", *certs, *folders}
+    version = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]["version"]
+    images = gzip.decompress((deployment / "images.tar.gz").read_bytes()).decode().split()
+    assert images == ["save", f"fedlora:{version}", f"fedlora-flower:{version}"]
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
