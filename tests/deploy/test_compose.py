@@ -1,6 +1,6 @@
 """Three sites in containers, over TLS, and what goes wrong between them. Needs Docker, compose and root.
 
-The image is built from this tree, or named by $FEDLORA_IMAGE.
+The images are built from this tree, or named by $FEDLORA_IMAGE and $FEDLORA_FLOWER_IMAGE.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+PROJECT = f"fedloratest{os.getpid()}"
 FEW = ("--set", "clients.local_steps=2", "--set", "clients.batch_size=16")
 SHORT = (*FEW, "--set", "data.test_share=0.01")  # what the server judges by; sites have their files
 PLAIN = (*FEW, "--set", "privacy=null", "--set", "clients.use=sgd", "--set", "clients.lr=0.5")
@@ -47,8 +48,9 @@ class Stack:
             self.port = there.getsockname()[1]
         self.environment = {
             **os.environ,
-            "COMPOSE_PROJECT_NAME": "fedloratest",
-            "FEDLORA_IMAGE": os.environ.get("FEDLORA_IMAGE") or self._image(),
+            "COMPOSE_PROJECT_NAME": PROJECT,
+            "FEDLORA_IMAGE": self._image("FEDLORA_IMAGE", "fedlora"),
+            "FEDLORA_FLOWER_IMAGE": self._image("FEDLORA_FLOWER_IMAGE", "flower"),
             "FEDLORA_PORT": str(self.port),
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "FLWR_HOME": str(self.docker / "deployment" / "flwr"),
@@ -59,21 +61,14 @@ class Stack:
         config.write_text(config.read_text().replace(":8000", f":{self.port}"))
 
     @staticmethod
-    def _image():
-        environment = {**os.environ, "DOCKER_BUILDKIT": "0"}
-        call(
-            "docker",
-            "build",
-            "-q",
-            "-f",
-            "docker/Dockerfile",
-            "-t",
-            "fedlora-test",
-            ".",
-            cwd=ROOT,
-            env=environment,
-        )
-        return "fedlora-test"
+    def _image(variable, target):
+        """The image that a variable names, or one that is built from this tree."""
+        if named := os.environ.get(variable):
+            return named
+        tag = f"{target}-test"
+        command = ("docker", "build", "-q", "-f", "docker/Dockerfile", "--target", target, "-t", tag, ".")
+        call(*command, cwd=ROOT, env={**os.environ, "DOCKER_BUILDKIT": "0"})
+        return tag
 
     def compose(self, *arguments):
         command = ("docker-compose",) if shutil.which("docker-compose") else ("docker", "compose")
@@ -88,6 +83,19 @@ class Stack:
     def kill(self, service):
         """SIGKILL of its first process: what a crash is, so that the restart policy holds."""
         os.kill(int(self.inspect(service, "{{.State.Pid}}")), 9)
+
+    def away(self, service, seconds):
+        """Killed for so long, and then back; for good with None: what it kept is lost, and another starts."""
+        there = self.container(service)
+        call("docker", "kill", there)
+        if seconds is None:
+            shutil.rmtree(self.docker / "deployment" / "server" / "link")
+            (self.docker / "deployment" / "server" / "link").mkdir()
+            os.chown(self.docker / "deployment" / "server" / "link", 10001, 10001)
+        time.sleep(seconds or 0)
+        call("docker", "start", there)
+        self.healthy(service)
+        self.compose("up", "-d", "--no-build", "registered")
 
     def healthy(self, *services, within=240):
         end = time.monotonic() + within
@@ -111,6 +119,18 @@ class Stack:
 
     def state(self, k):
         return self.docker / "deployment" / f"site-{k}" / "state"
+
+    @property
+    def runs(self):
+        return self.docker / "deployment" / "server" / "runs"
+
+    def newest(self):
+        """The run folder that began last, on the server."""
+        return max(self.runs.glob("sites-*"), key=lambda folder: folder.stat().st_ctime)
+
+    def rounds(self):
+        file = self.newest() / "metrics.jsonl"
+        return file.read_text().splitlines() if file.exists() else []
 
     def paid(self, k):
         file = self.state(k) / "ledger" / "privacy.jsonl"
@@ -167,7 +187,7 @@ def test_five_private_rounds_with_a_site_killed_and_another_cut_off(stack):
     stack.kill("site-1-worker")
     stack.kill("site-1")
     stack.wait_for(lambda: stack.paid(2) >= before[2] + 3)
-    network = "fedloratest_fleet"
+    network = f"{PROJECT}_fleet"
     cut = stack.container("site-2")
     call("docker", "network", "disconnect", network, cut)
     time.sleep(30)
@@ -186,28 +206,44 @@ def test_five_private_rounds_with_a_site_killed_and_another_cut_off(stack):
     stack.healthy(*SERVICES)
 
 
-def test_a_superlink_that_dies_ends_the_run_and_it_goes_on(stack):
-    told = (*SHORT, "--set", "rounds=6", "--set", "engine.deadline=60", "--set", "eval_every=6")
-    submitted = stack.submit("cut", *told)
-    runs = stack.docker / "deployment" / "server" / "runs"
+PHASES = {  # from which moment of round 2 of a run the SuperLink is away
+    "asked": lambda stack, before: len(stack.rounds()) == 1,
+    "paid": lambda stack, before: stack.paid(0) == before[0] + 2,
+}
 
-    def two_rounds():
-        (*_, newest) = sorted(runs.glob("sites-*"), key=lambda f: f.stat().st_mtime)
-        file = newest / "metrics.jsonl"
-        return file.exists() and len(file.read_text().splitlines()) == 2
 
-    stack.wait_for(two_rounds)
-    stack.kill("superlink")
-    _, error = submitted.communicate(timeout=600)
-    if submitted.returncode:
-        assert "go on with" in error and "Traceback" not in error, error
-        name = error.split("--resume ")[1].split()[0]
+@pytest.mark.parametrize(
+    ("phase", "seconds"),
+    [
+        ("paid", 5),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("asked", 5), ("asked", 75), ("paid", 75)]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("asked", None), ("paid", None)]),
+    ],
+)
+def test_a_private_run_outlives_its_superlink_and_spends_what_it_promised(stack, phase, seconds):
+    """Resumed where it has to be, it ends within its epsilon, and its ledger says what those of the sites say."""
+    before, out = [stack.paid(k) for k in range(3)], f"cut-{phase}-{seconds}"
+    kept = set(stack.runs.glob("sites-*"))
+    told = (*SHORT, "--set", "rounds=3", "--set", "engine.deadline=60", "--set", "eval_every=3")
+    submitted, resumed = stack.submit(out, *told), 0
+    stack.wait_for(lambda: set(stack.runs.glob("sites-*")) - kept and PHASES[phase](stack, before))
+    stack.away("superlink", seconds)
+    while True:
+        _, error = submitted.communicate(timeout=600)
+        if not submitted.returncode:
+            break
+        resumed += 1
+        assert "--resume " in error and "Traceback" not in error and resumed < 6, error
+        name = error.split("--resume ")[1].split()[0].rstrip("`.;,)")
         stack.healthy("superlink", "server", *SERVICES)
-        submitted = stack.submit("cut", *told, "--resume", name)
-        run = stack.finished(submitted, "cut")
-    else:
-        run = Run.open(stack.out / "cut")
-    assert [line["round"] for line in run.rounds] == [1, 2, 3, 4, 5, 6]
+        submitted = stack.submit(out, *told, "--resume", name)
+    run = Run.open(stack.out / out)
+    assert [line["round"] for line in run.rounds] == [1, 2, 3]
+    assert 0 < run.summary["epsilon"] <= 6.0
+    mine = ledger.replay(run.folder / "privacy.jsonl")
+    for k in range(3):
+        site = ledger.replay(stack.state(k) / "runs" / stack.newest().name / "privacy.jsonl")
+        assert mine[k] == site[k] and stack.paid(k) - before[k] == len(mine[k]), k
 
 
 def test_strangers_are_refused(stack):
@@ -218,7 +254,7 @@ def test_strangers_are_refused(stack):
     shutil.copy(stack.docker / "deployment" / "ca" / "ca.crt", folder / "ca.crt")
     call("chown", "-R", "10001:10001", folder)
     node = "flower-supernode --superlink superlink:8000 --root-certificates /k/ca.crt --auth-supernode-private-key"
-    command = ("docker", "run", "--rm", "--network", "fedloratest_fleet", "-v", f"{folder}:/k:ro")
+    command = ("docker", "run", "--rm", "--network", f"{PROJECT}_fleet", "-v", f"{folder}:/k:ro")
     image = stack.environment["FEDLORA_IMAGE"]
     done = subprocess.run(
         [*command, image, *node.split(), "/k/node.key"], capture_output=True, text=True, timeout=120
@@ -250,7 +286,7 @@ def test_nothing_listens_but_what_the_page_lists(stack):
         told = json.loads(
             call("docker", "inspect", "-f", "{{json .NetworkSettings.Networks}}", stack.container(f"site-{k}"))
         )
-        address = told["fedloratest_fleet"]["IPAddress"]
+        address = told[f"{PROJECT}_fleet"]["IPAddress"]
         probe = f"import socket; raise SystemExit(socket.socket().connect_ex(('{address}', 9094)) == 0)"
         call("docker", "exec", stack.container("superlink"), "python", "-c", probe)
 

@@ -1,7 +1,10 @@
 """What the compose file gives to whom; nothing is started."""
 
+import json
+import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import yaml
 DOCKER = Path(__file__).parents[2] / "docker"
 FILE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 SERVICES = FILE["services"]
+VERSION = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]["version"]
 WORKERS = [f"site-{k}-worker" for k in range(3)]
 
 
@@ -27,6 +31,24 @@ def test_no_part_has_more_rights_than_a_user(service):
     assert not {"privileged", "cap_add", "pid", "network_mode", "devices"} & set(part)
 
 
+@pytest.mark.parametrize("service", SERVICES)
+def test_no_part_writes_elsewhere_or_takes_all_of_the_machine(service):
+    part = SERVICES[service]
+    assert part["read_only"] is True and part["tmpfs"] == ["/tmp:mode=1777"]
+    assert {"mem_limit", "pids_limit"} <= set(part)
+    assert part["logging"]["options"] == {"max-size": "10m", "max-file": "5"}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_images_are_those_of_this_version_and_health_is_asked_for(service):
+    part = SERVICES[service]
+    flower = service in ("superlink", "registered") or service not in (*WORKERS, "server")
+    name = "${FEDLORA_FLOWER_IMAGE:-fedlora-flower" if flower else "${FEDLORA_IMAGE:-fedlora"
+    assert part["image"] == f"{name}:{VERSION}}}" and part["pull_policy"] == "never"
+    if service != "registered":
+        assert "/opt/fedlora/health.py" in part["healthcheck"]["test"]
+
+
 @pytest.mark.parametrize("worker", WORKERS)
 def test_a_worker_reads_its_site_and_writes_its_state_alone(worker):
     site = f"./deployment/{worker.removesuffix('-worker')}"
@@ -35,10 +57,9 @@ def test_a_worker_reads_its_site_and_writes_its_state_alone(worker):
         "/site/state": (f"{site}/state", True),
         "/certs/executor.secret": (f"{site}/certs/executor.secret", False),
     }
-    part = SERVICES[worker]
-    assert part["read_only"] is True and part["tmpfs"] == ["/tmp"]
-    assert part["environment"]["FEDLORA_SITE"] == "/site/site.yaml"
-    assert part["environment"]["FEDLORA_CACHE"].startswith("/site/state/")
+    environment = SERVICES[worker]["environment"]
+    assert environment["FEDLORA_SITE"] == "/site/site.yaml"
+    assert environment["FEDLORA_CACHE"].startswith("/site/state/")
 
 
 @pytest.mark.parametrize("worker", WORKERS)
@@ -51,11 +72,18 @@ def test_a_worker_reaches_nobody_but_its_node(worker):
     }
 
 
-def test_a_node_s_key_is_in_the_node_alone_and_nobody_can_write_to_it():
+def test_keys_are_with_their_owner_alone_and_nobody_can_write_to_them():
+    holders = set()
     for service in SERVICES:
         for place, (source, writes) in mounts(service).items():
-            if source.rstrip("/").endswith("certs"):
-                assert not writes and service in ("superlink", "server", "site-0", "site-1", "site-2"), place
+            if "certs" in source:
+                assert not writes, place
+            if source.endswith("certs"):
+                holders.add((service, source))
+    nodes = {(f"site-{k}", f"./deployment/site-{k}/certs") for k in range(3)}
+    assert holders == {("superlink", "./deployment/server/certs"), *nodes}
+    there = {place for place in mounts("server") if place.startswith("/certs")}
+    assert there == {"/certs/ca.crt", "/certs/executor.secret"}
 
 
 def test_what_is_published_and_measured_is_bound_to_loopback_unless_asked():
@@ -69,7 +97,7 @@ def test_what_is_published_and_measured_is_bound_to_loopback_unless_asked():
     not shutil.which("openssl") or not shutil.which("ssh-keygen"), reason="needs both to make keys"
 )
 def test_prepare_makes_all_that_is_mounted(tmp_path):
-    for name in ("prepare", "register.py"):
+    for name in ("prepare", "compose.yaml"):
         shutil.copy(DOCKER / name, tmp_path / name)
     subprocess.run([tmp_path / "prepare", "--sites", "3"], check=True, capture_output=True)
     for service in SERVICES:
@@ -77,3 +105,40 @@ def test_prepare_makes_all_that_is_mounted(tmp_path):
             assert (tmp_path / source).exists(), source
     for k in range(3):  # a folder that cannot be written to must hold the place of the one that can
         assert [p.name for p in (tmp_path / "deployment" / f"site-{k}" / "site").iterdir()] == ["state"]
+
+
+def test_the_server_s_figures_go_to_a_network_of_their_own():
+    over = yaml.safe_load((DOCKER / "compose.metrics.yaml").read_text())
+    server = over["services"]["server"]
+    (alias,) = server["networks"]["metrics"]["aliases"]
+    assert over["networks"]["metrics"] == {"internal": True}
+    assert server["environment"] == {"FEDLORA_METRICS_ADDRESS": alias}
+    (job,) = yaml.safe_load((DOCKER / "metrics" / "prometheus.yml").read_text())["scrape_configs"]
+    port = SERVICES["server"]["environment"]["FEDLORA_METRICS_PORT"]
+    assert job["static_configs"] == [{"targets": [f"{alias}:{port}"]}]
+    for service in ("prometheus", "grafana"):
+        assert all(published.startswith("127.0.0.1:") for published in over["services"][service]["ports"])
+
+
+def test_the_dashboard_asks_for_figures_that_there_are():
+    source = (DOCKER.parent / "fedlora" / "deploy" / "metrics.py").read_text()
+    exported = set(re.findall(r'"(fedlora_[a-z_]+)"', source))
+    counters = set(re.findall(r'Counter\("(fedlora_[a-z_]+)"', source))
+    exported = {f"{name}_total" if name in counters else name for name in exported}
+    panels = json.loads((DOCKER / "metrics" / "dashboard.json").read_text())["panels"]
+    asked = [re.search(r"fedlora_[a-z_]+", t["expr"])[0] for panel in panels for t in panel["targets"]]
+    assert set(asked) == exported
+
+
+def test_what_images_install_is_pinned_as_in_the_locked_set():
+    locked = _pins(DOCKER.parent / "constraints.txt")
+    flower, whole = (_pins(DOCKER / name) for name in ("flower.txt", "requirements.txt"))
+    assert flower.items() <= whole.items() <= locked.items()
+    assert "flwr" in flower and "ray" not in flower and "transformers" in whole and "torch" not in whole
+
+
+def _pins(file):
+    """Version and hashes of each package of a file."""
+    entries = re.findall(r"^(\S+?)(?:\[.*\])?==(.*(?:\n    .*)*)", file.read_text(), re.MULTILINE)
+    assert all("--hash=sha256:" in pin for _, pin in entries)
+    return dict(entries)
