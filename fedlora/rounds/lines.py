@@ -1,11 +1,81 @@
 """Lines of a run's records, made of the reports and figures of its clients."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from fedlora.engine.replies import Replies, Report
 from fedlora.rounds.progress import Line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What the reports of a round's clients come to.
+
+    Attributes:
+        trained: clients whose change arrived in time.
+        failed: those with an error, the late ones apart.
+        late: those that came too late.
+        bytes_up: of all.
+        bytes_down: of all.
+        train_loss: mean over those who say it; None where nobody does.
+    """
+
+    trained: int
+    failed: int
+    late: int
+    bytes_up: int
+    bytes_down: int
+    train_loss: float | None
+
+    @classmethod
+    def of(cls, reports: Sequence[Report]) -> Self:
+        """Count them."""
+        late = sum(r.late for r in reports)
+        failed = sum(r.error is not None for r in reports) - late
+        losses = [r.metrics["train_loss"] for r in reports if "train_loss" in r.metrics]
+        return cls(
+            trained=len(reports) - failed - late,
+            failed=failed,
+            late=late,
+            bytes_up=sum(r.bytes_up for r in reports),
+            bytes_down=sum(r.bytes_down for r in reports),
+            train_loss=sum(losses) / len(losses) if losses else None,
+        )
+
+
+def round_line(
+    round: int,
+    told: Counts,
+    figures: Line,
+    epsilon: float | None,
+    elapsed: float | None,
+    phases: Mapping[str, float],
+) -> Line:
+    """A round's line in `metrics.jsonl`.
+
+    Args:
+        round: its number.
+        told: of its clients.
+        figures: of the adapter after it.
+        epsilon: spent by then, at most.
+        elapsed: seconds of a simulated world's clock; None without one.
+        phases: seconds of each part of the round.
+    """
+    world = {} if elapsed is None else {"late": told.late, "virtual_seconds": round_to(elapsed)}
+    return {
+        "round": round,
+        "clients": told.trained,
+        "failures": told.failed,
+        **figures,
+        "train_loss": told.train_loss,
+        "bytes_up": told.bytes_up,
+        "bytes_down": told.bytes_down,
+        "epsilon": epsilon,
+        **world,
+        "seconds": round_to(sum(phases.values())),
+        "phases": {phase: round_to(took) for phase, took in phases.items()},
+    }
 
 
 def client_line(round: int, report: Report, epsilon: float | None) -> Line:

@@ -28,7 +28,7 @@ from fedlora.rounds.choice import Choice
 from fedlora.rounds.diagnostics import Diagnostics
 from fedlora.rounds.folder import TEST, write_json
 from fedlora.rounds.known_noise import KnownNoise
-from fedlora.rounds.lines import added, client_line, first_error, means, round_to
+from fedlora.rounds.lines import Counts, added, client_line, first_error, means, round_line
 from fedlora.rounds.pace import Pace
 from fedlora.rounds.progress import Line, Progress, Stopwatch
 from fedlora.rounds.server import ServerOptimizer
@@ -378,34 +378,18 @@ class Loop:
         """Count, write the lines of the round, save."""
         privacy, whole, reports = self.scenario.example_privacy, self.scenario.client_privacy, replies.reports
         spent = {r.client: self.budget.spent(r.client, privacy) for r in reports} if privacy else {}
-        late = sum(r.late for r in reports)
-        failed = sum(r.error is not None for r in reports) - late
-        shared = [r for r in reports if "train_loss" in r.metrics]
-        up, down = sum(r.bytes_up for r in reports), sum(r.bytes_down for r in reports)
+        told = Counts.of(reports)
         now.round, now.adapter, now.merges = round, adapter, len(self.merges)
-        now.failures, now.trained = now.failures + failed, now.trained + len(reports) - failed - late
-        now.bytes_up, now.bytes_down = now.bytes_up + up, now.bytes_down + down
-        now.bytes_up_head += (len(reports) - failed - late) * self._head_bytes(round)
+        now.failures, now.trained = now.failures + told.failed, now.trained + told.trained
+        now.bytes_up, now.bytes_down = now.bytes_up + told.bytes_up, now.bytes_down + told.bytes_down
+        now.bytes_up_head += told.trained * self._head_bytes(round)
         watch.lap("account")
-        seconds = sum(watch.phases.values())
-        now.seconds += seconds
-        loss = sum(r.metrics["train_loss"] for r in shared) / len(shared) if shared else None
+        now.seconds += sum(watch.phases.values())
         now.last["epsilon"] = max([now.last.get("epsilon") or 0.0, *spent.values()]) if privacy else None
         if whole is not None:
             now.last["epsilon"] = self.budget.spent(None, whole)
-        line: Line = {
-            "round": round,
-            "clients": len(reports) - failed - late,
-            "failures": failed,
-            **figures,
-            "train_loss": loss,
-            "bytes_up": up,
-            "bytes_down": down,
-            "epsilon": now.last["epsilon"],
-            **({"late": late, "virtual_seconds": round_to(now.virtual_seconds)} if self._pace else {}),
-            "seconds": round_to(seconds),
-            "phases": {phase: round_to(took) for phase, took in watch.phases.items()},
-        }
+        elapsed = now.virtual_seconds if self._pace else None
+        line = round_line(round, told, figures, now.last["epsilon"], elapsed, watch.phases)
         lines = [client_line(round, r, spent.get(r.client)) | self._own.pop(r.client, {}) for r in reports]
         if named := self.data.names:
             lines = [{**told, "name": named[told["client"]]} for told in lines]
