@@ -449,10 +449,10 @@ def test_resuming_with_another_base_or_start_is_refused_before_a_model_is_loaded
     weights = first / "adapter" / "adapter_model.safetensors"
     kept = weights.read_bytes()
     weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    assert "it began with another adapter (model.start): put those back" in refused()
+    assert "it began with another adapter (model.start): put back what it had" in refused()
     weights.write_bytes(kept)
     (base / "config.json").write_text((base / "config.json").read_text() + " ")
-    assert "it began with another base model (the files of model.base): put those back" in refused()
+    assert "it began with another base model (the files of model.base): put back what it had" in refused()
 
 
 def test_resuming_refuses_another_scenario_and_says_which_key(run, tiny, tmp_path):

@@ -95,7 +95,7 @@ def test_the_run_says_what_it_began_from_and_is_gone_on_with_from_that_alone(
     assert run.scenario["model"]["start"] == str(adapter) and "start" not in first.summary
     save_file({n: t * 2 for n, t in load_file(adapter / "adapter_model.safetensors").items()},
               adapter / "adapter_model.safetensors")  # fmt: skip
-    with pytest.raises(UserError, match=r"what it began from \(model.start\) is another adapter now"):
+    with pytest.raises(UserError, match=r"it began with another adapter \(model.start\): put back what it had"):
         simulate(tiny("model.start=adapter", private=False), out="run", resume=True)
 
 

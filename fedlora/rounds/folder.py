@@ -213,8 +213,8 @@ def _same_origin(folder: Path, now: Mapping[str, Any], saved: Mapping[str, Any] 
         raise UserError(f"{file}: is missing or damaged: restore it, or start again in another folder") from error
     if found := list(dict.fromkeys(what for one in known for what in _others(one, now))):
         raise UserError(
-            f"{folder}: it began with {' and '.join(found)}: put those back, or start again in another folder "
-            "with --out"
+            f"{folder}: it began with {' and '.join(found)}: put back what it had, or start again in another "
+            "folder with --out"
         )
 
 

@@ -142,7 +142,9 @@ def test_a_resume_over_other_data_is_refused(tiny, rows, tmp_path, monkeypatch, 
             simulate(scenario, out=tmp_path / "run")
     before = (tmp_path / "run" / "privacy.jsonl").read_bytes()
     rows("new")
-    with pytest.raises(UserError, match="it began with other training rows and other test rows: put those back"):
+    with pytest.raises(
+        UserError, match="it began with other training rows and other test rows: put back what it had"
+    ):
         simulate(scenario, out=tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "privacy.jsonl").read_bytes() == before
     rows("old")
