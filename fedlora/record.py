@@ -174,9 +174,9 @@ class Record:
         asked = self.scenario.get("rounds")
         last = max(trained, default=0)
         said = f"{len(set(trained))} of {asked} rounds were trained here"
-        if (ended := self.site_end.get("round", -1)) >= last:
+        if self.site_finished:
             here = "; its adapter is here" if (self.folder / "adapter").is_dir() else ""
-            return f"finished after round {ended}: {said}{here}"
+            return f"finished after round {self.site_end['round']}: {said}{here}"
         if not trained:
             return f"no round of {asked} was trained here yet"
         if last == asked:
@@ -187,6 +187,12 @@ class Record:
     def site_end(self) -> Mapping[str, Any]:
         """What its server told a site of the run's end: `round`, the last, and more; empty before that."""
         return self._json(ENDED)
+
+    @property
+    def site_finished(self) -> bool:
+        """Whether a site was told so, and has trained no round after that."""
+        trained = [line["round"] for line in self.rounds if line.get("clients")]
+        return bool(self.site_end) and self.site_end.get("round", 0) >= max(trained, default=0)
 
     @property
     def introduced_by(self) -> str | None:

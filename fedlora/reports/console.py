@@ -216,7 +216,7 @@ def follow(run: Record, display: Live, pause: float = 0.5) -> Record:
         run = Record.open(run.folder)
         lines = run.rounds
         last = bool(lines) and lines[-1]["round"] == run.scenario.get("rounds")
-        ended = run.state != "unfinished" or (run.at_site and last)
+        ended = run.state != "unfinished" or (run.at_site and (last or run.site_finished))
         for line in lines[told:]:
             display.round(line)
         told = len(lines)

@@ -15,6 +15,7 @@ from fedlora.deploy.history import table
 from fedlora.privacy import ledger
 from fedlora.privacy.ledger import Own
 from fedlora.record import Record
+from fedlora.reports.console import Live, follow
 from tests.deploy.federation import LocalGrid
 from tests.deploy.test_node import meet, node, refusal, server  # noqa: F401
 
@@ -75,6 +76,31 @@ def test_a_site_that_asks_gets_the_adapter_of_the_run(sites, nodes, deployed, to
         assert load_adapter(part(files[1]) / "adapter")[0].peft_config
         frozen = {name for name in told[1][wire.ARRAYS] if "lora_A" in name}
         assert not frozen, "what the seed gives is not sent"
+
+
+def test_who_watches_a_run_that_ends_early_is_let_go(tiny, tmp_path):
+    """A round that is trained after the end, as when more rounds were asked for, takes the word back."""
+    (tmp_path / "scenario.yaml").write_text(tiny("rounds=5").to_yaml())
+    (tmp_path / "run.json").write_text("{}")
+    line = {
+        "round": 1,
+        "clients": 1,
+        "failures": 0,
+        "loss": None,
+        "accuracy": None,
+        "epsilon": 1.0,
+        "train_loss": None,
+    }
+    line |= {"bytes_up": 1, "bytes_down": 1, "seconds": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "ended.json").write_text('{"round": 1}')
+    assert (
+        follow(Record.open(tmp_path), Live()).site_said
+        == "finished after round 1: 1 of 5 rounds were trained here"
+    )
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({**line, "round": 2}) + "\n")
+    assert Record.open(tmp_path).site_said.endswith("round 2 the last; whether the run goes on its server knows")
 
 
 def test_what_stays_with_a_site_is_its_own(sites, nodes, deployed):
