@@ -44,17 +44,18 @@ class Account:
         """Of all runs together."""
         return epsilon(self.ledger.events.get(Own(), ()), self.terms.delta, self.terms.accountant)
 
-    def counts(self, scenario: Scenario, event: Event) -> Event:
-        """What an event of a run counts for: under the noise that the site's owner counts upon.
+    def counts(self, scenario: Scenario, event: Event) -> tuple[Event, float | None]:
+        """What an event of a run counts for, and the share of honest senders that it takes for granted.
 
         Where noise is shared out that is the site's own part, which holds whatever the server and all others do;
         unless the site file names a share of honest senders. That of the scenario is the submitter's word.
         """
         shared = scenario.shares_example_noise
-        relied = 0.0 if shared is None else min((self.terms.honest or 0.0) / shared.honest, 1.0)
-        return in_sums([event], relied)[0]
+        honest = None if shared is None else self.terms.honest
+        relied = 0.0 if shared is None or honest is None else min(honest / shared.honest, 1.0)
+        return in_sums([event], relied)[0], honest
 
-    def spend(self, run: str, round: int, client: int, event: Event) -> None:
+    def spend(self, run: str, round: int, client: int, event: Event, honest: float | None = None) -> None:
         """Write an event into the ledger.
 
         Raises:
@@ -76,7 +77,7 @@ class Account:
             "accountant": cap.accountant,
             "run": run,
             **({} if cap.person is None else {"person": cap.person}),
-            **({} if cap.honest is None else {"honest": cap.honest}),
+            **({} if honest is None else {"honest": honest}),
         }
         self.ledger.spend(round, {client: event}, **mine)
 
@@ -101,7 +102,7 @@ def pay(run: Serving, account: Account | None, round: int, client: int, event: E
         raise Refusal(f"another round would make epsilon {paid:.3f}, and {asked.epsilon:g} was promised")
     try:
         if account is not None:
-            account.spend(run.key, round, client, account.counts(run.worker.scenario, adds(before, event)))
+            account.spend(run.key, round, client, *account.counts(run.worker.scenario, adds(before, event)))
         run.ledger.spend(round, {client: event}, **run.worker.scenario.example_terms)
     except (OSError, UserError) as error:
         logger.error("%s", error, extra={"client": client, "round": round, "run": run.key})
