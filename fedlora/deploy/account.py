@@ -44,17 +44,18 @@ class Account:
         """Of all runs together."""
         return epsilon(self.ledger.events.get(Own(), ()), self.terms.delta, self.terms.accountant)
 
-    def counts(self, scenario: Scenario, event: Event) -> Event:
-        """What an event of a run counts for: under the noise that the site's owner counts upon.
+    def counts(self, scenario: Scenario, event: Event) -> tuple[Event, float | None]:
+        """What an event of a run counts for, and the share of honest senders that it takes for granted.
 
         Where noise is shared out that is the site's own part, which holds whatever the server and all others do;
         unless the site file names a share of honest senders. That of the scenario is the submitter's word.
         """
         shared = scenario.shares_example_noise
-        relied = 0.0 if shared is None else min((self.terms.honest or 0.0) / shared.honest, 1.0)
-        return in_sums([event], relied)[0]
+        honest = None if shared is None else self.terms.honest
+        relied = 0.0 if shared is None or honest is None else min(honest / shared.honest, 1.0)
+        return in_sums([event], relied)[0], honest
 
-    def spend(self, run: str, round: int, client: int, event: Event) -> None:
+    def spend(self, run: str, round: int, client: int, event: Event, honest: float | None = None) -> None:
         """Write an event into the ledger.
 
         Raises:
@@ -70,18 +71,24 @@ class Account:
                 "another round would pass the epsilon that the site allows over all runs",
                 own=f"it would come to epsilon {spent:.3f}, and privacy.max_epsilon is {cap.max_epsilon:g}",
             )
-        self.ledger.spend(round, {client: event}, **terms_of(cap, run))
+        self.ledger.spend(round, {client: event}, **terms_of(cap, run, honest))
 
 
-def terms_of(cap: Budget, run: str) -> dict[str, Any]:
-    """What each line of an account repeats of it, for what a run cost."""
+def terms_of(cap: Budget, run: str, honest: float | None = None) -> dict[str, Any]:
+    """What each line of an account repeats of it, for what a run cost.
+
+    Args:
+        cap: of the account.
+        run: its name.
+        honest: the share of senders that it takes for granted; None: it relies on nobody.
+    """
     terms: dict[str, Any] = {
         "delta": cap.delta,
         "unit": "example" if cap.person is None else "person",
         "accountant": cap.accountant,
         "run": run,
     }
-    more = {"person": cap.person, "honest": cap.honest}
+    more = {"person": cap.person, "honest": honest}
     return {**terms, **{name: term for name, term in more.items() if term is not None}}
 
 
@@ -105,7 +112,7 @@ def pay(run: Serving, account: Account | None, round: int, client: int, event: E
         raise Refusal(f"another round would make epsilon {paid:.3f}, and {asked.epsilon:g} was promised")
     try:
         if account is not None:
-            account.spend(run.key, round, client, account.counts(run.worker.scenario, adds(before, event)))
+            account.spend(run.key, round, client, *account.counts(run.worker.scenario, adds(before, event)))
         run.ledger.spend(round, {client: event}, **run.worker.scenario.example_terms)
     except (OSError, UserError) as error:
         logger.error("%s", error, extra={"client": client, "round": round, "run": run.key})

@@ -68,9 +68,9 @@ class Budget(Section):
             `patient_id`.
         rows_per_person: Most rows of a person that a step takes, whatever a run asks, with `person`. null: as the
             run says. Example: `4`.
-        honest: Share of the senders of a masked sum that the owner trusts to keep their noise from the server,
-            where a run shares noise out. null: nobody is trusted, and a run costs what the site's own part of the
-            noise promises. Set it where you know who the other sites are. Example: `0.7`.
+        honest: Share of senders that the owner trusts to keep their noise, where a run shares it out. null: none,
+            and a run costs what the site's own noise promises. Set it where you know the other sites. Example:
+            `0.7`.
     """
 
     max_epsilon: PositiveFloat

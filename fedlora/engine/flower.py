@@ -309,7 +309,8 @@ class FlowerEngine(Engine):
         if self.worker.scenario.shares_example_noise is None:
             return {}
         events = (self.roster.sites[client].event for client in told if client in self.roster.sites)
-        noise = max(e.noise_multiplier for e in accounting.in_sums(e for e in events if e is not None))
+        sums = accounting.in_sums(event for event in events if event is not None)
+        noise = max((event.noise_multiplier for event in sums), default=0.0)  # 0 is refused
         members = max(n for parts in told.values() for n in parts["members"])
         return {shared.EXAMPLE_NOISE: noise, shared.MEMBERS: members}
 

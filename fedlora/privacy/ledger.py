@@ -355,12 +355,16 @@ def statements(run: Path) -> list[str]:
     """
     file = run / "privacy.jsonl" if run.is_dir() else run
     lines = [f"{file}: whole, {sum(map(len, replay(file).values()))} events"]
-    for unit, line in {line["unit"]: line for line in read(file, torn=True)}.items():
-        summed = [IN_SUMS[unit]] if "sharers" in line else []
-        for said_of, accountant in product([unit, *summed], get_args(Accountant)):
+    every = read(file, torn=True)
+    for unit, line in {line["unit"]: line for line in every}.items():
+        mine = [other for other in every if other["unit"] == unit]
+        honest, shares = min(other.get("honest", 1.0) for other in mine), any("sharers" in other for other in mine)
+        summed = [IN_SUMS[unit]] if shares else []
+        relies = unit in IN_SUMS and not shares and any("honest" in other for other in mine)
+        for said_of, accountant in product([IN_SUMS[unit] if relies else unit, *summed], get_args(Accountant)):
             spent = epsilon_of(file, unit, accountant, said_of in summed)
             bands = bands_of(replay(file), unit)
-            told = (line.get("honest", 1.0), bands, line.get("person"))
+            told = (honest, bands, line.get("person"))
             said = statement(spent, line["delta"], said_of, accountant, *told)
             lines.append(f"  {accountant}  {said}{OWN_ALONE if summed and said_of == unit else ''}")
     return lines

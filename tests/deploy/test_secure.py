@@ -165,6 +165,9 @@ def test_sites_share_out_the_noise_of_their_examples(sites, nodes, deployed, tra
     (mine,), (other,) = ([*made[n].account.ledger.events.values()] for n in (1, 2))
     assert mine[0].noise_multiplier == pytest.approx(2**0.5) and mine[0].sharers == 1  # half of the share of all
     assert other[0].noise_multiplier == pytest.approx(2**0.5) and made[2].epsilon == run.summary["own_epsilon"]
+    for number, words in ((1, "of those who sent 50% keep"), (2, "Poisson sampling of examples")):
+        (said, *_) = ledger.statements(made[number].state.folder / "ledger")[1:]
+        assert words in said and ("50%" in said) is (number == 1)
     assert made[1].run.epsilon(0) == pytest.approx(run.summary["epsilon"])
     plain = [change(*told) for _, told in sorted(trained.items())]
     after, instruction = engine_adapter(run), trained[0][0]
