@@ -47,17 +47,19 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, values: torch.Tensor, places: Places, size: tuple[int, int], wanted: bool
     ) -> torch.Tensor:
-        """Of x (..., in) and values (n,) at places of W (out x in)."""
-        weight = values.new_zeros(size).index_put(places, values).to(x.dtype)
+        """Of x (..., in) and values (n,) at places of W (out x in), in the precision of training."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
+        weight = values.new_zeros(size).index_put(places, values).to(dtype)
+        ctx.wanted, ctx.was, x = wanted, x.dtype, x.to(dtype)
         ctx.save_for_backward(x, weight, *places)
-        ctx.wanted = wanted
         return torch.nn.functional.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         """For x and the values."""
         x, weight, rows, columns = ctx.saved_tensors
-        dx = gradient @ weight if ctx.needs_input_grad[0] else None
+        dx = (gradient @ weight).to(ctx.was) if ctx.needs_input_grad[0] else None
         if not (ctx.wanted and ctx.needs_input_grad[1]):
             return dx, None, None, None, None
         whole = gradient.flatten(0, -2).t().float() @ x.flatten(0, -2).float()  # (out, in)

@@ -22,3 +22,13 @@ def test_a_scatter_is_the_linear_layer_of_its_dense_weight():
     (layer(x) * g).sum().backward()
     torch.testing.assert_close(x.grad, dx)
     assert layer.values.grad is None
+
+
+def test_it_computes_in_the_precision_of_training():
+    layer, x = Scatter(3, 4, 2), torch.randn(2, 6, 4, requires_grad=True)
+    layer.support.data = torch.tensor([[0.0, 2.0], [3.0, 1.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == layer.values.grad.dtype == torch.float32
+    torch.testing.assert_close(layer.values.grad, x.detach().sum((0, 1))[[3, 1]], atol=0.1, rtol=0.02)
