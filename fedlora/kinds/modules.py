@@ -1,6 +1,11 @@
 """What stands between A and B of a layer; imported where a model is."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+
+Places = tuple[torch.Tensor, torch.Tensor]
 
 
 class Scales(torch.nn.Module):
@@ -35,24 +40,55 @@ class Passing(torch.nn.Linear):
         return x, super().forward(x)
 
 
+class _Product(torch.autograd.Function):
+    """`x W^T` with the gradient of a few numbers of W alone, and that where somebody wants it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, values: torch.Tensor, places: Places, size: tuple[int, int], wanted: bool
+    ) -> torch.Tensor:
+        """Of x (..., in) and values (n,) at places of W (out x in), in the precision of training."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
+        weight = values.new_zeros(size).index_put(places, values).to(dtype)
+        ctx.wanted, ctx.was, x = wanted, x.dtype, x.to(dtype)
+        ctx.save_for_backward(x, weight, *places)
+        return torch.nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        """For x and the values."""
+        x, weight, rows, columns = ctx.saved_tensors
+        dx = (gradient @ weight).to(ctx.was) if ctx.needs_input_grad[0] else None
+        if not (ctx.wanted and ctx.needs_input_grad[1]):
+            return dx, None, None, None, None
+        whole = gradient.flatten(0, -2).t().float() @ x.flatten(0, -2).float()  # (out, in)
+        return dx, whole[rows, columns], None, None, None
+
+
 class Scatter(torch.nn.Module):
-    """A linear layer whose weight (out x in) is zero but at some places."""
+    """A linear layer whose weight (out x in) is zero but at some places.
+
+    Attributes:
+        apart: says whether a pass takes gradients for each example, by a hook, and not for all of them.
+    """
 
     def __init__(self, out: int, into: int, count: int) -> None:
         super().__init__()
-        self.out, self.into = out, into
+        self.size = (out, into)
+        self.apart: Callable[[], bool] = lambda: False
         self.support = torch.nn.Parameter(torch.zeros(2, count), requires_grad=False)
         self.values = torch.nn.Parameter(torch.zeros(count))
 
-    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def places(self) -> Places:
         """Rows and columns of the values, (n,) each."""
         rows, columns = self.support.long()
         return rows, columns
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        weight = self.values.new_zeros((self.out, self.into)).index_put(self.places(), self.values)
-        return torch.nn.functional.linear(x, weight)
+        y: torch.Tensor = _Product.apply(x, self.values, self.places(), self.size, not self.apart())  # type: ignore[no-untyped-call]
+        return y
 
 
 class Beside(torch.nn.Module):

@@ -54,6 +54,8 @@ class LowRank:
         for layer in self.layers:
             layer.forward = partial(self._forward, layer)
         for module in model.modules():
+            if hasattr(module, "apart"):  # `fedlora.kinds.modules.Scatter`
+                module.apart = lambda: self.singly
             if hasattr(module, "disentangled_attention_bias"):  # DeBERTa v2 and v3
                 module.disentangled_attention_bias = partial(_laid_out, module.disentangled_attention_bias)
 
