@@ -32,7 +32,7 @@ from fedlora.deploy.site import Site, load
 from fedlora.deploy.state import JUDGED, RUN, State
 from fedlora.errors import UserError, counted, suggestion
 from fedlora.privacy import accounting, chain, ledger, lock
-from fedlora.privacy.accounting import Event, adds, alike, epsilon
+from fedlora.privacy.accounting import Event, adds, alike, epsilon, in_sums
 from fedlora.privacy.ledger import Ledger, Own
 from fedlora.scenario import Scenario
 
@@ -311,12 +311,13 @@ def _spend(site: Site, new: Path, run: str, owed: Iterable[tuple[int, Event]], l
     for place in (folder, new / "ledger"):
         place.mkdir(parents=True, exist_ok=True)
     own, account = Ledger(folder), Ledger(new / "ledger") if site.privacy is not None else None
-    terms = {key: like[key] for key in ("delta", "unit", "accountant", "person") if key in like}
+    terms = {key: like[key] for key in ("delta", "unit", "accountant", "person", "honest") if key in like}
     for round, event in owed:
         before = own.events.get(site.client, ())
         if account is not None and site.privacy is not None:
             counted_ = event if event.bands == 1 else adds(before, event)
-            account.spend(round, {site.client: counted_}, **terms_of(site.privacy, run), lost=True)
+            alone = in_sums([counted_], 0.0)[0]  # whoever shares noise out, relying on nobody
+            account.spend(round, {site.client: alone}, **terms_of(site.privacy, run), lost=True)
         own.spend(round, {site.client: event}, **terms, lost=True)
 
 

@@ -111,8 +111,8 @@ def _diagnostics(run: Record) -> Iterator[Figure]:
         if len({cell["round"] for cell in cells}) > 1:
             height = tall(len({cell["layer"] for cell in cells}))
             words = spoken(name).lower()
-            chart = heat(cells, ("round", "round"), ("layer", "layer"), (name, words), height=height)
-            yield Figure(f"{spoken(name)} by layer", note, chart)
+            by_layer = heat(cells, ("round", "round"), ("layer", "layer"), (name, words), height=height)
+            yield Figure(f"{spoken(name)} by layer", note, by_layer)
 
 
 def _confusion(run: Record) -> Iterator[Figure]:

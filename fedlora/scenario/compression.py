@@ -33,7 +33,7 @@ class Masked(Section):
     """Numbers of each tensor that are drawn from the seed, times one over their share, so that the mean is right.
 
     Attributes:
-        kind: mask: numbers that each round draws again, whatever they are.
+        kind: mask: numbers that are drawn from the seed, others in each round.
         share: Share of the numbers that is sent, each in 4 bytes. Lower it for fewer bytes; a change then arrives
             about `sqrt(1 / share)` times as long.
     """
