@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora import strategy
+from fedlora import strategy, suitability
 from fedlora.data.store import Dataset
 from fedlora.engine import Worker
 from fedlora.errors import SettingError
 from fedlora.prepare import prepare, prepare_server
 from fedlora.simulation import simulate
+from fedlora.strategies.alone import Alone
+from fedlora.strategies.flexlora import FlexLoRA
 
 ALONE = ("strategy.use=alone", "rounds=2")
 
@@ -87,3 +89,9 @@ def test_likes_that_are_none(like, what, tiny):
 def test_sites_have_no_common_test_set(tiny):
     with pytest.raises(SettingError, match="which sites have not"):
         prepare_server(tiny(*ALONE))
+
+
+def test_it_takes_the_kinds_that_the_other_takes():
+    assert Alone(like="fed_sb").builds == "lora_xs"
+    assert suitability.refuses(Alone(like="flexlora"), "core") == suitability.refuses(FlexLoRA(), "core")
+    assert suitability.refuses(Alone(like="ffa_lora"), "core") is None
