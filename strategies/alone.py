@@ -42,7 +42,8 @@ class Alone(Strategy):
         self._like = strategy.load(use, told)
         if self._like.personal:
             raise ValueError(f"like names a strategy that averages what trains, and {use} keeps some of it")
-        vars(self).update(moves=self._like.moves, builds=self._like.builds)  # it takes the kinds that this one takes
+        # It takes the kinds that this one takes.
+        vars(self).update(moves=self._like.moves, builds=self._like.builds)
 
     def bind(self, layout: Layout, kind: Kind, initial: Adapter, private: bool) -> None:
         """Give it to the other strategy too."""
