@@ -26,7 +26,7 @@ from fedlora.adapter import Adapter, Change, Instruction, Layout, Tensor, Update
 from fedlora.compression import Codec
 from fedlora.errors import ContractError, UserError
 from fedlora.optimizers import averaged
-from fedlora.privacy.accounting import Event
+from fedlora.privacy.accounting import UNSAID, Event
 from fedlora.privacy.secure import Parts
 
 HEADER = 512  # bytes in which an array says what it is
@@ -272,7 +272,7 @@ def read_event(told: Any) -> Event | None:
     try:
         if told is None:
             return None
-        told = {"bands": 1, **told}
+        told = {**UNSAID, **told}
         if strange := [field.name for field in fields(Event) if not _real(told[field.name])]:
             raise ValueError(strange[0])
         return Event.from_json(told)

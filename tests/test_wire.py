@@ -271,3 +271,10 @@ def test_an_event_says_its_bands_where_it_has_any():
 def test_an_event_s_numbers_are_numbers_in_their_range(field, value):
     with pytest.raises(ContractError, match="privacy event"):
         wire.read_event({**EVENT.to_json(), field: value})
+
+
+@pytest.mark.parametrize("more", [{}, {"bands": 4}, {"sharers": 6.5}])
+def test_an_event_arrives_as_its_ledger_writes_it(more):
+    event = Event(noise_multiplier=1.5, sample_rate=0.1, steps=3, clip_norm=0.5, **more)
+    told = event.to_json()
+    assert len(told) == 4 + len(more) and wire.read_event(told) == event

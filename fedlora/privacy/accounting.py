@@ -22,7 +22,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -82,8 +82,7 @@ class Event:
 
     def to_json(self) -> dict[str, float | int]:
         """Plain data."""
-        plain = {"bands": 1, "sharers": 1.0}
-        return {key: value for key, value in asdict(self).items() if plain.get(key) != value}
+        return {key: value for key, value in asdict(self).items() if UNSAID.get(key) != value}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -93,9 +92,13 @@ class Event:
             sample_rate=float(data["sample_rate"]),
             steps=data["steps"],
             clip_norm=float(data["clip_norm"]),
-            bands=data.get("bands", 1),
-            sharers=float(data.get("sharers", 1.0)),
+            bands=data.get("bands", UNSAID["bands"]),
+            sharers=float(data.get("sharers", UNSAID["sharers"])),
         )
+
+
+UNSAID: Mapping[str, Any] = {f.name: f.default for f in fields(Event) if f.default is not MISSING}
+"""What an event has of the keys that its JSON leaves out."""
 
 
 @lru_cache(maxsize=4096)
