@@ -16,6 +16,7 @@ come from the base by a rule with one result, but for pivots of one size; a site
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora.adapter import Slot, Tensor
 from fedlora.kinds import frames
@@ -35,16 +36,27 @@ class LDU(frames.Diagonal):
         import torch
 
         with frames.on_one_thread():
-            found = torch.linalg.lu(torch.from_numpy(frames.dense(slot, weights)))
-        p, lower, upper = (part.numpy() for part in found)
-        lower, sizes = p @ lower, np.abs(np.diag(upper))[: self.r]  # (out, k), (r,)
-        none = np.flatnonzero(sizes <= frames.ALIKE * np.abs(upper).max())  # pivots by rounding
+            packed, swaps, _ = torch.linalg.lu_factor_ex(torch.from_numpy(frames.dense(slot, weights)))
+        whole = packed.numpy()  # below the diagonal the numbers of L, the rest is U
+        row = _swapped(len(whole), swaps.numpy() - 1)  # of the weight, that the factors' rows are of
+        sizes, least = np.abs(np.diag(whole))[: self.r], min(whole.shape)
+        none = np.flatnonzero(sizes <= frames.ALIKE * np.abs(np.triu(whole[:least])).max())  # pivots by rounding
         if slot.role == "B":
-            left = lower[:, : self.r]
-            free = np.setdiff1d(np.arange(len(p)), p.argmax(0)[np.setdiff1d(np.arange(self.r), none)])
-            left[:, none] = np.eye(len(p))[:, free[: len(none)]]
+            left = np.zeros((len(whole), self.r))
+            left[row] = np.tril(whole[:, : self.r], -1) + np.eye(len(whole), self.r)
+            free = np.setdiff1d(np.arange(len(whole)), row[np.setdiff1d(np.arange(self.r), none)])
+            left[:, none] = 0.0
+            left[free[: len(none)], none] = 1.0
             return frames.rounded(left / np.linalg.norm(left, axis=0))
-        right = upper[: self.r]
+        right = np.triu(whole[: self.r])
         right[none] = np.eye(right.shape[1])[none]
         right *= np.where(np.diag(right) < 0, -1.0, 1.0)[:, None]  # as over a diagonal of ones
         return frames.rounded(right / np.linalg.norm(right, axis=1, keepdims=True))
+
+
+def _swapped(rows: int, swaps: NDArray[np.int32]) -> NDArray[np.int64]:
+    """The rows of a matrix as they stand after swaps, the i-th of row i with row `swaps[i]`."""
+    order = np.arange(rows)
+    for i, other in enumerate(swaps):
+        order[[i, other]] = order[[other, i]]
+    return order
