@@ -30,7 +30,7 @@ def layout_of(kind):
     slots = []
     for module, shape in WEIGHTS.items():
         for role, part in kind.parts.items():
-            whole = kind.shape(Slot("", shape, role, module), R)
+            whole = kind.beside(role, *shape)
             slots.append(Slot(f"{module}.lora_{role}", whole, role, module, part.trains))
     return {s.name: s for s in [*slots, Slot("head", (3, 5), "head", "head")]}
 
