@@ -33,6 +33,12 @@ class Serving:
         """What its files are under."""
         return str(self.words["run"])
 
+    @property
+    def keeps(self) -> bool:
+        """Whether an answer is kept to be given again; never where its part of the noise would enter two sums."""
+        told = self.worker.scenario
+        return told.example_privacy is not None and told.shares_example_noise is None
+
     def event(self, instruction: Instruction, client: int) -> Event | None:
         """What an instruction costs the client's examples; None without privacy."""
         held = self.worker.dataset.units(client)

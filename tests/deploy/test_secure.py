@@ -1,5 +1,6 @@
 """Secure aggregation over real nodes: what comes out is the mean, and what the server is told shows nobody."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -12,6 +13,8 @@ from fedlora.deploy.node import Node
 from fedlora.engine import Worker
 from fedlora.errors import RoundError
 from fedlora.privacy import ledger, secure
+from fedlora.privacy.budget import Budget
+from fedlora.privacy.ledger import Ledger
 from tests.deploy.federation import LocalGrid
 
 MASKED = "secure_aggregation={range: 2.0, survivors: 0.66}"
@@ -173,6 +176,35 @@ def test_sites_share_out_the_noise_of_their_examples(sites, nodes, deployed, tra
     after, instruction = engine_adapter(run), trained[0][0]
     moved = np.concatenate([(after[n] - instruction.adapter[n]).ravel() for n in instruction.send])
     np.testing.assert_allclose(moved, np.mean(plain, axis=0), atol=4 * 2.0**-19 + 1e-6)  # with their noise
+
+
+def test_a_part_of_the_noise_enters_one_sum_and_is_paid_for(sites, nodes, deployed, tmp_path, monkeypatch):
+    """The server dies with a sum open that one site was never asked to reveal for, and is resumed."""
+    scenario, files = sites(*EXAMPLES)
+    sent, fit, spend = {client: [] for client in range(4)}, Worker.fit, Budget.spend
+
+    def watch(worker, instruction, client):
+        update, report = fit(worker, instruction, client)
+        sent[client].append(change(instruction, update))
+        return update, report
+
+    def dies(*_):
+        monkeypatch.setattr(Budget, "spend", spend)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Worker, "fit", watch)
+    monkeypatch.setattr(Budget, "spend", dies)
+    folder = tmp_path / "runs" / "run-1"
+    for resume in (False, True):
+        grid = Recorded(made := nodes(files), {} if resume else {"query.reveal": {1}})
+        with contextlib.suppress(KeyboardInterrupt):
+            deployed(scenario, grid, folder, resume=resume)
+        for node in made.values():
+            node.close()
+    for client, (first, second) in sent.items():
+        assert not np.array_equal(first, second)
+        paid = [Ledger(files[client].parent / "state" / "ledger"), Ledger(folder)]
+        assert [[e.steps for spent in kept.events.values() for e in spent] for kept in paid] == [[2], [2] * 4]
 
 
 @pytest.mark.parametrize(
