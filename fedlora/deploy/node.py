@@ -334,7 +334,8 @@ class Node:
                 whole.check_words(instruction.config, asked.clip_norm)
             except ContractError as error:
                 raise Refusal(str(error)) from error
-        with _understood():  # of the words about noise that is shared out
+        with _understood():
+            run.check(instruction)
             expected = run.event(instruction, client) if instruction.trip == 1 else None
         question = run.answers.question(instruction, client, len(run.merges), expected)
         if run.keeps and (before := run.answers.find(instruction.trip, question)) is not None:

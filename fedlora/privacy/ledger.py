@@ -362,8 +362,7 @@ def statements(run: Path) -> list[str]:
         mine = [other for other in every if other["unit"] == unit]
         honest, shares = min(other.get("honest", 1.0) for other in mine), any("sharers" in other for other in mine)
         summed = [IN_SUMS[unit]] if shares else []
-        relies = unit in IN_SUMS and not shares and any("honest" in other for other in mine)
-        for said_of, accountant in product([IN_SUMS[unit] if relies else unit, *summed], get_args(Accountant)):
+        for said_of, accountant in product([unit, *summed], get_args(Accountant)):
             spent = epsilon_of(file, unit, accountant, said_of in summed)
             bands = bands_of(replay(file), unit)
             told = (honest, bands, line.get("person"))
