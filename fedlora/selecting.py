@@ -7,13 +7,13 @@ seed are drawn from the operating system. They stay in the sweep's folder: if it
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedlora import prepare
 from fedlora.errors import SettingError, UserError
-from fedlora.privacy import wording
+from fedlora.privacy import ledger, wording
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.noise import Stream
 from fedlora.privacy.selection import epsilon_of_best, number
@@ -83,12 +83,20 @@ def drawn(points: Sequence[Mapping[str, Any]], mean: float, folder: Path) -> lis
     return rows
 
 
-def price(points: Sequence[Scenario], mean: float) -> tuple[float, str]:
-    """Epsilon of giving out the best run alone, and what it means in words."""
+def price(points: Sequence[Scenario], mean: float, runs: Iterable[Path] = ()) -> tuple[float, str]:
+    """Epsilon of giving out the best run alone, and what it means in words.
+
+    Args:
+        points: of the grid.
+        mean: number of runs.
+        runs: folders of those that were begun. One that was interrupted, or tried a round again, may have spent
+            more than is planned.
+    """
     first = points[0].privacy
     assert first is not None
     delta = min(point.privacy.delta for point in points if point.privacy is not None)
-    found = epsilon_of_best([planned(point) for point in points], mean, delta)
+    spent = [[*ledger.replay(file).values()] for run in runs if (file := run / "privacy.jsonl").exists()]
+    found = epsilon_of_best([*map(planned, points), *filter(None, spent)], mean, delta)
     whom, relation = wording.protected(first.protects, first.person), wording.neighbours(first.protects)
     said = f"({found:.3g}, {delta:g})-differential privacy for each {whom}"
     said = said if math.isfinite(found) else f"no epsilon bounds it at delta {delta:g}"

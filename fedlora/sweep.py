@@ -259,7 +259,8 @@ def sweep(
     cost = [words for _, words in costs.values()]
     if free := sum(not Run.open(place).scenario.get("privacy") for place in every):
         cost.append(f"{free} runs had no privacy at all, and nothing bounds what they reveal")
-    best_alone = selecting.price([*map(asked.run, asked.points())], asked.select.mean) if asked.select else None
+    points = [*map(asked.run, asked.points())] if asked.select else []
+    best_alone = selecting.price(points, asked.select.mean, every) if asked.select else None
     cost += [best_alone[1]] if best_alone else []
     comparison.notes[:0] = [f"Tuning on private data is not free: {words}." for words in cost]
     comparison.notes += dict.fromkeys(failed)

@@ -10,7 +10,6 @@ from fedlora.errors import Refusal, UserError
 from fedlora.privacy.accounting import Event, adds, alike, epsilon, in_sums
 from fedlora.privacy.ledger import Ledger, Own, read
 from fedlora.privacy.wording import protected
-from fedlora.scenario import Scenario
 
 logger = logging.getLogger(__name__)
 
@@ -44,26 +43,18 @@ class Account:
         """Of all runs together."""
         return epsilon(self.ledger.events.get(Own(), ()), self.terms.delta, self.terms.accountant)
 
-    def counts(self, scenario: Scenario, event: Event) -> tuple[Event, float | None]:
-        """What an event of a run counts for, and the share of honest senders that it takes for granted.
-
-        Where noise is shared out that is the site's own part, which holds whatever the server and all others do;
-        unless the site file names a share of honest senders. That of the scenario is the submitter's word.
-        """
-        shared = scenario.shares_example_noise
-        honest = None if shared is None else self.terms.honest
-        relied = 0.0 if shared is None or honest is None else min(honest / shared.honest, 1.0)
-        return in_sums([event], relied)[0], honest
-
-    def spend(self, run: str, round: int, client: int, event: Event, honest: float | None = None) -> None:
+    def spend(self, run: str, round: int, client: int, event: Event) -> None:
         """Write an event into the ledger.
+
+        Where noise is shared out it counts the site's own part alone, which holds whatever the server and all
+        others do. A server that lies can have the others add none.
 
         Raises:
             Refusal: it would pass what the site allows.
             OSError: it cannot be written.
             UserError: another process writes there too.
         """
-        cap = self.terms
+        cap, (event,) = self.terms, in_sums([event], 0.0)
         spent = epsilon([*self.ledger.events.get(Own(), ()), event], cap.delta, cap.accountant)
         if spent > cap.max_epsilon * (1 + 1e-9):
             logger.warning("it would come to epsilon %.3f; privacy.max_epsilon: %g", spent, cap.max_epsilon)
@@ -71,16 +62,15 @@ class Account:
                 "another round would pass the epsilon that the site allows over all runs",
                 own=f"it would come to epsilon {spent:.3f}, and privacy.max_epsilon is {cap.max_epsilon:g}",
             )
-        self.ledger.spend(round, {client: event}, **terms_of(cap, run, honest))
+        self.ledger.spend(round, {client: event}, **terms_of(cap, run))
 
 
-def terms_of(cap: Budget, run: str, honest: float | None = None) -> dict[str, Any]:
+def terms_of(cap: Budget, run: str) -> dict[str, Any]:
     """What each line of an account repeats of it, for what a run cost.
 
     Args:
         cap: of the account.
         run: its name.
-        honest: the share of senders that it takes for granted; None: it relies on nobody.
     """
     terms: dict[str, Any] = {
         "delta": cap.delta,
@@ -88,8 +78,7 @@ def terms_of(cap: Budget, run: str, honest: float | None = None) -> dict[str, An
         "accountant": cap.accountant,
         "run": run,
     }
-    more = {"person": cap.person, "honest": honest}
-    return {**terms, **{name: term for name, term in more.items() if term is not None}}
+    return terms if cap.person is None else {**terms, "person": cap.person}
 
 
 def pay(run: Serving, account: Account | None, round: int, client: int, event: Event) -> int:
@@ -112,7 +101,7 @@ def pay(run: Serving, account: Account | None, round: int, client: int, event: E
         raise Refusal(f"another round would make epsilon {paid:.3f}, and {asked.epsilon:g} was promised")
     try:
         if account is not None:
-            account.spend(run.key, round, client, *account.counts(run.worker.scenario, adds(before, event)))
+            account.spend(run.key, round, client, adds(before, event))
         run.ledger.spend(round, {client: event}, **run.worker.scenario.example_terms)
     except (OSError, UserError) as error:
         logger.error("%s", error, extra={"client": client, "round": round, "run": run.key})

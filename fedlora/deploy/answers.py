@@ -5,8 +5,12 @@ same round again, with the same tensors and words. The site gives the same updat
 which tells nobody more. To another question it trains anew, and pays.
 
 The last round's answers are kept, one for each trip, encrypted under the site's own key. Under masks they are
-forgotten before a sum of them may be opened: a second sum over other sites, in which all updates but one are the
-same, would show that one.
+forgotten when the site is asked to reveal: a second sum over other sites, in which all updates but one are the
+same, would show that one. A sum may be opened without the site, and then it shows an update under the site's own
+noise, which is paid for.
+
+Where sites share the noise of examples out none is kept. A part of it is too little alone: in two sums it would
+hide neither, and be paid once. So whatever the site is asked for after it trained, it trains anew, and pays.
 """
 
 import os

@@ -334,10 +334,11 @@ class Node:
                 whole.check_words(instruction.config, asked.clip_norm)
             except ContractError as error:
                 raise Refusal(str(error)) from error
-        with _understood():  # of the words about noise that is shared out
+        with _understood():
+            run.check(instruction)
             expected = run.event(instruction, client) if instruction.trip == 1 else None
         question = run.answers.question(instruction, client, len(run.merges), expected)
-        if (before := run.answers.find(instruction.trip, question)) is not None:
+        if run.keeps and (before := run.answers.find(instruction.trip, question)) is not None:
             self.repeated += 1
             logger.info("asked again: answered as before", extra={"client": client, "round": instruction.round})
             made = self._masked(run, instruction, content, client, before) if masked else wire.from_bytes(before)
@@ -357,7 +358,7 @@ class Node:
             update = replace(update, metrics={k: v for k, v in update.metrics.items() if k == WITHIN})
         packing = None if masked else run.worker.transport.packing_up(instruction, client)
         answer = wire.pack_update(update, event, packing)
-        if scenario.example_privacy is not None:
+        if run.keeps:
             try:
                 run.answers.keep(instruction.trip, question, wire.to_bytes(answer))
             except OSError as error:

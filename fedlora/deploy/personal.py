@@ -110,6 +110,8 @@ def _trained(run: Serving, site: Site, account: Account, adapter: Adapter, steps
         lrs=dict(told.rates),
         pace=(),
         bands=1,
+        sharers=None,  # nobody adds noise to what stays here: it is the site's own in full
+        range=None,
         share_metrics=False,
     )
     if (event := clients.spends(worker.client, partition.units, settings)) is None:

@@ -8,8 +8,11 @@ from fedlora.adapter import Instruction
 from fedlora.deploy.answers import Answers
 from fedlora.engine.replies import Report
 from fedlora.engine.worker import Worker
+from fedlora.errors import ContractError
 from fedlora.privacy.accounting import Event, epsilon, in_sums
 from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.mechanisms.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE
+from fedlora.privacy.mechanisms.shared import EXAMPLE_NOISE, MEMBERS
 from fedlora.privacy.member import Member
 from fedlora.rounds.checkpoint import Merges
 
@@ -33,10 +36,35 @@ class Serving:
         """What its files are under."""
         return str(self.words["run"])
 
+    @property
+    def keeps(self) -> bool:
+        """Whether an answer is kept to be given again; never where its part of the noise would enter two sums."""
+        told = self.worker.scenario
+        return told.example_privacy is not None and told.shares_example_noise is None
+
     def event(self, instruction: Instruction, client: int) -> Event | None:
         """What an instruction costs the client's examples; None without privacy."""
         held = self.worker.dataset.units(client)
         return self.worker.client.spends(held, self.worker.settings(instruction, held))
+
+    def check(self, instruction: Instruction) -> None:
+        """Make sure that the server asks for nothing that would take noise out of a sum, before it is paid for.
+
+        No word about whole clients is heeded where there is no promise to them. Where the noise of examples is
+        shared out, the tensors and the words are those of the strategy that the site has too.
+
+        Raises:
+            ContractError: it asks for something else.
+        """
+        worker, told = self.worker, self.worker.scenario
+        strange = set() if told.client_privacy else {CLIP_NORM, SUM_NOISE, COUNT_NOISE} & set(instruction.config)
+        if told.shares_example_noise is not None:
+            own = worker.strategy.instruct(instruction.round, worker.task.initial)
+            strange |= set(instruction.config) - {*own.config, EXAMPLE_NOISE, MEMBERS}
+            if (set(instruction.train), set(instruction.send)) != (set(own.train), set(own.send)):
+                raise ContractError("the server asks for other tensors than the run's strategy trains and sends")
+        if strange:
+            raise ContractError(f"the server says {min(strange)}, and the run has none")
 
     def spent(self, client: int) -> tuple[Event, ...]:
         """What the client's examples have lost in this run, those on equal terms together."""

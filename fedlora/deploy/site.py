@@ -68,9 +68,6 @@ class Budget(Section):
             `patient_id`.
         rows_per_person: Most rows of a person that a step takes, whatever a run asks, with `person`. null: as the
             run says. Example: `4`.
-        honest: Share of senders that the owner trusts to keep their noise, where a run shares it out. null: none,
-            and a run costs what the site's own noise promises. Set it where you know the other sites. Example:
-            `0.7`.
     """
 
     max_epsilon: PositiveFloat
@@ -78,7 +75,6 @@ class Budget(Section):
     accountant: Accountant = "pld"
     person: Annotated[str, Field(min_length=1)] | None = None
     rows_per_person: PositiveInt | None = None
-    honest: Annotated[Float, Field(gt=0, le=1)] | None = None
 
     def held_to(self, scenario: Scenario) -> Scenario:
         """A scenario that protects persons, by the column that the site names, and by no more rows of each."""

@@ -176,7 +176,6 @@ class SecureEngine(Engine):
         updates = {update.clients[0]: update for update in trained.updates}
         made_of = self._digest(instruction, cohort, trained) if SUM_NOISE in instruction.config else ""
         draw = instruction.drawn.get(None, Drawn()).draw(made_of) if made_of else 0
-        again = ("draw", draw) if draw else ()
         members: dict[int, Member] = {}
 
         def exchange(what: str, told: Mapping[int, secure.Parts]) -> dict[int, secure.Parts]:
@@ -186,7 +185,8 @@ class SecureEngine(Engine):
                     continue
 
                 def draws(purpose: str, client: int = client) -> Stream:
-                    return stream(self.seed, instruction.round, client, purpose, *again)
+                    nth = draw if made_of else reports[client].draw
+                    return stream(self.seed, instruction.round, client, purpose, *(("draw", nth) if nth else ()))
 
                 def vector(among: int, client: int = client, draws: Draws = draws) -> grid.Vector:
                     return to_vector(instruction, updates[client], among, self.most, self.asked.range, draws)

@@ -102,14 +102,15 @@ class Budget:
             firsts: tuple[int, ...] = ()
             if event is not None and event.bands > 1:
                 firsts = (*self.ledger.firsts(round, holder), self.ledger.paid(holder, event))
-            drawn[holder] = Drawn(digests, more, firsts)
+            drawn[holder] = Drawn(digests, more, firsts, holder is not None and self._parts)
         return replace(instruction, drawn=drawn) if drawn else instruction
 
     def spend(self, instruction: Instruction, replies: Replies, attempt: int = 0) -> int:
         """Put the spend on disk before what it bought is used.
 
         A round that is run again after an interruption draws the same noise over the same inputs: it gives
-        the same updates, and costs nothing more. Other inputs have drawn other noise, and cost what they cost.
+        the same updates, and costs nothing more. Other inputs have drawn other noise, and cost what they cost. So
+        has a round in which clients share the noise of their examples out.
 
         Returns:
             Which draw of its own noise the server is to add; 0 where it adds none.
@@ -143,7 +144,12 @@ class Budget:
 
     def _paid(self, round: int, attempt: int) -> Spent:
         """What need not be paid again if an attempt at a round runs again, over the same inputs."""
-        return self.ledger.spent(round, attempt) if self.repeatable else {}
+        return self.ledger.spent(round, attempt) if self.repeatable and not self._parts else {}
+
+    @property
+    def _parts(self) -> bool:
+        """Whether a client's noise is a part of what hides its examples, which no other sum may have."""
+        return self.scenario.shares_example_noise is not None
 
     def _owed(self, report: Report) -> list[Event]:
         """What a client cost that is not in the ledger yet.

@@ -146,7 +146,8 @@ class Ledger:
             line = {"round": round, "client": client, **event.to_json(), **named, **terms}
             line |= {"attempt": attempt} if attempt else {}
             digest, draw = (drawn or {}).get(holder, ("", 0))
-            if digest and self._drawn.get(round, {}).get(holder, {}).get(draw, (digest,))[0] != digest:
+            before, _ = self._drawn.get(round, {}).get(holder, {}).get(draw, ("", 0))
+            if digest and before and (before != digest or event.sharers > 1):
                 raise UserError(f"{file}: {_TWICE}; it was not written")
             line |= {"digest": digest, "draw": draw} if digest else {}
             spent.append((_checked(line, f"{file}:{self._lines + len(spent) + 1}", "it was not written"), event))
@@ -271,8 +272,9 @@ def verified(file: Path, headless: bool = False) -> list[dict[str, Any]]:
         _checked(line, where)
         if digest := line.get("digest"):
             draw = (line["round"], line["unit"], line["client"], line.get("draw", 0))
-            if hidden.setdefault(draw, digest) != digest:
+            if hidden.get(draw, digest) != digest or (draw in hidden and "sharers" in line):
                 raise UserError(f"{where}: {_TWICE}")
+            hidden[draw] = digest
 
     return chain.verified(file, checked, headless)
 
@@ -360,8 +362,7 @@ def statements(run: Path) -> list[str]:
         mine = [other for other in every if other["unit"] == unit]
         honest, shares = min(other.get("honest", 1.0) for other in mine), any("sharers" in other for other in mine)
         summed = [IN_SUMS[unit]] if shares else []
-        relies = unit in IN_SUMS and not shares and any("honest" in other for other in mine)
-        for said_of, accountant in product([IN_SUMS[unit] if relies else unit, *summed], get_args(Accountant)):
+        for said_of, accountant in product([unit, *summed], get_args(Accountant)):
             spent = epsilon_of(file, unit, accountant, said_of in summed)
             bands = bands_of(replay(file), unit)
             told = (honest, bands, line.get("person"))

@@ -8,6 +8,10 @@ draw, and pay. The draw's number, and not the digest, is what noise is drawn fro
 whose digests differ, have equal noise. Banded noise is drawn by the numbers of a client's steps over its run. A
 draw keeps its own, and the next one has those after all steps that were paid for.
 
+Where clients share the noise of their examples out, a client's part hides what the others' parts hide with it. Who
+else is in the sum is not known when the part is drawn, and a digest of the client's own inputs does not hold it.
+So there no draw repeats: a round that runs again takes the next, and pays.
+
 A digest is keyed by the scenario's seed. It tells about the examples as much as the noise of a simulation hides:
 nothing to who lacks the seed. At sites no noise is ever drawn again, and there is no digest.
 """
@@ -46,15 +50,20 @@ class Drawn:
         digests: of the inputs of each draw, from the first.
         more: whether the budget has room for another draw.
         firsts: of banded noise, the number of the first step of each draw, and of the next, counted over the run.
+        once: whether no draw repeats, whatever the inputs: noise is a part of what hides a sum with others.
     """
 
     digests: tuple[str, ...] = ()
     more: bool = True
     firsts: tuple[int, ...] = ()
+    once: bool = False
 
     def may(self, digest: str) -> bool:
         """Whether there is a draw for these inputs: an earlier one, or room for another."""
-        return self.more or digest in self.digests
+        return self.more or self._repeats(digest)
+
+    def _repeats(self, digest: str) -> bool:
+        return digest in self.digests and not self.once
 
     def draw(self, digest: str) -> int:
         """Which draw is for these inputs: an earlier one that was for the same, or the next.
@@ -63,11 +72,13 @@ class Drawn:
             RoundError: it would be the next, and the budget has no room for it.
         """
         if not self.may(digest):
+            others = "in a sum with others" if self.once else "over other data, tensors or versions"
+            remedy = "" if self.once else "put back what changed, or "
             raise RoundError(
-                "this round was paid for over other data, tensors or versions, and no epsilon is left to train "
-                "again: put back what changed, or start again in another folder"
+                f"this round was paid for {others}, and no epsilon is left to train again: {remedy}start again in "
+                "another folder"
             )
-        return self.digests.index(digest) if digest in self.digests else len(self.digests)
+        return self.digests.index(digest) if self._repeats(digest) else len(self.digests)
 
     def first(self, draw: int) -> int:
         """The number of the first step of a draw.

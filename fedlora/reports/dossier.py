@@ -292,8 +292,8 @@ def _checks(told: Told) -> Iterator[str]:
         yield "privacy in the site file: with it the site takes no run without differential privacy for its rows."
     if meaning.honest_of(told) is not None:
         yield (
-            "privacy.honest in the site file is the share of senders that its owner trusts. Without it a run "
-            "costs what the site's own part of the noise promises, more than the epsilon on this page."
+            "The site's account counts what its own part of the noise promises, more than the epsilon on this "
+            "page: a server that lies can have the others add none."
         )
     if _unit(told) == "person":
         yield "privacy.person in the site file names the column of persons; a site without it answers no such run."

@@ -18,6 +18,7 @@ from fedlora.record import Record
 from fedlora.reports.console import Live, follow
 from tests.deploy.federation import LocalGrid
 from tests.deploy.test_node import meet, node, refusal, server  # noqa: F401
+from tests.deploy.test_secure import EXAMPLES
 
 
 def tensors(folder):
@@ -200,6 +201,23 @@ def test_a_finished_run_is_said_to_be_and_trained_further_from_the_site_s_accoun
     assert {n for n in ours if not np.array_equal(ours[n], theirs[n])} == {n for n in ours if "lora_A" not in n}
     assert evaluate(folder, files[0].parent / "train.csv").rows > 30
     assert history.read(account.parent / history.NAME)[-1]["what"] == "trained further"
+
+
+def test_a_run_of_shared_noise_is_trained_further_under_noise_of_the_site_s_own_in_full(sites, nodes, deployed):
+    """Two others at the least add noise to a sum, and none to what stays at the site."""
+    scenario, files = sites(*EXAMPLES)
+    wants(files[0])
+    deployed(scenario, LocalGrid(made := nodes(files)))
+    for served in made.values():
+        served.close()
+    for steps in ("5", "1"):
+        assert main(["site", "personalise", str(files[0]), "run-1", "--steps", steps]) == 0
+    paid = ledger.replay(part(files[0]).parents[1] / "ledger" / "privacy.jsonl")[Own()]
+    assert [(e.noise_multiplier, e.steps, e.sharers) for e in paid] == [
+        (pytest.approx(2**0.5), 1, 1),
+        (2.0, 5, 1),
+        (2.0, 1, 1),
+    ]
 
 
 def test_without_budget_or_adapter_nothing_is_trained(sites, nodes, deployed, capsys, monkeypatch):

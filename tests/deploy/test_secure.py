@@ -1,5 +1,6 @@
 """Secure aggregation over real nodes: what comes out is the mean, and what the server is told shows nobody."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -12,6 +13,8 @@ from fedlora.deploy.node import Node
 from fedlora.engine import Worker
 from fedlora.errors import RoundError
 from fedlora.privacy import ledger, secure
+from fedlora.privacy.budget import Budget
+from fedlora.privacy.ledger import Ledger
 from tests.deploy.federation import LocalGrid
 
 MASKED = "secure_aggregation={range: 2.0, survivors: 0.66}"
@@ -153,26 +156,52 @@ EXAMPLES = (
 
 
 def test_sites_share_out_the_noise_of_their_examples(sites, nodes, deployed, trained):
-    """Four sites, of which two are counted upon: three send at the least, and one may look. sigma 2 of the sum."""
+    """Four sites, of which three send at the least, and one may look. sigma 2 of the sum."""
     scenario, files = sites(*EXAMPLES)
-    file = files[0]
-    file.write_text(file.read_text().replace("privacy: {", "privacy: {honest: 0.5, "))
     run, _ = deployed(scenario, Recorded(made := nodes(files)))
     events = ledger.replay(run.folder / "privacy.jsonl")
     assert set(events) == {0, 1, 2, 3} and all(e.sharers == 2 for spent in events.values() for e in spent)
     assert all(e.noise_multiplier == pytest.approx(2**0.5) for spent in events.values() for e in spent)
     assert run.summary["own_epsilon"] > run.summary["epsilon"] == run.summary["server_epsilon"] > 0
-    (mine,), (other,) = ([*made[n].account.ledger.events.values()] for n in (1, 2))
-    assert mine[0].noise_multiplier == pytest.approx(2**0.5) and mine[0].sharers == 1  # half of the share of all
-    assert other[0].noise_multiplier == pytest.approx(2**0.5) and made[2].epsilon == run.summary["own_epsilon"]
-    for number, words in ((1, "of those who sent 50% keep"), (2, "Poisson sampling of examples")):
-        (said, *_) = ledger.statements(made[number].state.folder / "ledger")[1:]
-        assert words in said and ("50%" in said) is (number == 1)
+    ((mine,),) = made[1].account.ledger.events.values()
+    assert mine.noise_multiplier == pytest.approx(2**0.5) and mine.sharers == 1  # its own part, whoever lies
+    assert made[1].epsilon == run.summary["own_epsilon"]
+    (said, *_) = ledger.statements(made[1].state.folder / "ledger")[1:]
+    assert "Poisson sampling of examples" in said and "of those who sent" not in said
     assert made[1].run.epsilon(0) == pytest.approx(run.summary["epsilon"])
     plain = [change(*told) for _, told in sorted(trained.items())]
     after, instruction = engine_adapter(run), trained[0][0]
     moved = np.concatenate([(after[n] - instruction.adapter[n]).ravel() for n in instruction.send])
     np.testing.assert_allclose(moved, np.mean(plain, axis=0), atol=4 * 2.0**-19 + 1e-6)  # with their noise
+
+
+def test_a_part_of_the_noise_enters_one_sum_and_is_paid_for(sites, nodes, deployed, tmp_path, monkeypatch):
+    """The server dies with a sum open that one site was never asked to reveal for, and is resumed."""
+    scenario, files = sites(*EXAMPLES)
+    sent, fit, spend = {client: [] for client in range(4)}, Worker.fit, Budget.spend
+
+    def watch(worker, instruction, client):
+        update, report = fit(worker, instruction, client)
+        sent[client].append(change(instruction, update))
+        return update, report
+
+    def dies(*_):
+        monkeypatch.setattr(Budget, "spend", spend)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Worker, "fit", watch)
+    monkeypatch.setattr(Budget, "spend", dies)
+    folder = tmp_path / "runs" / "run-1"
+    for resume in (False, True):
+        grid = Recorded(made := nodes(files), {} if resume else {"query.reveal": {1}})
+        with contextlib.suppress(KeyboardInterrupt):
+            deployed(scenario, grid, folder, resume=resume)
+        for node in made.values():
+            node.close()
+    for client, (first, second) in sent.items():
+        assert not np.array_equal(first, second)
+        paid = [Ledger(files[client].parent / "state" / "ledger"), Ledger(folder)]
+        assert [[e.steps for spent in kept.events.values() for e in spent] for kept in paid] == [[2], [2] * 4]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +227,34 @@ def test_a_site_divides_no_more_noise_than_there_is(sites, nodes, deployed, wron
     run, _ = deployed(scenario, LocalGrid(made))
     (bad,) = [t for t in lines(run.folder, "clients.jsonl") if t["error"]]
     assert bad["client"] == 0 and words in bad["error"] and run.rounds[0]["clients"] == 3
+
+
+def test_a_site_heeds_nothing_that_takes_noise_out_of_a_sum_and_does_not_pay(sites, nodes, deployed):
+    scenario, files = sites(*EXAMPLES)
+    made, refused = nodes(files), {}
+    answer = made[1].answer
+
+    def lied(kind, content, partition):
+        told = content.config_records.get("config", {})
+        for name in ("clip-norm", "sum-noise", "count-noise", "proximal-mu", "train", "send") * (kind == "train"):
+            before = dict(told)
+            mask = np.unpackbits(np.frombuffer(told["train"], np.uint8))
+            mask[np.flatnonzero(mask)[0]] = 0
+            told[name] = np.packbits(mask).tobytes() if name in told else 1.0e-3
+            refused[name] = wire.unpack_words(answer(kind, content, partition)).get("refused")
+            told.clear()
+            told.update(before)
+            assert made[1].epsilon == 0
+        return answer(kind, content, partition)
+
+    made[1].answer = lied
+    run, _ = deployed(scenario, LocalGrid(made))
+    other = "the server asks for other tensors than the run's strategy trains and sends"
+    words = ("clip-norm", "sum-noise", "count-noise", "proximal-mu")
+    assert refused == {name: f"the server says {name}, and the run has none" for name in words} | dict.fromkeys(
+        ("train", "send"), other
+    )
+    assert run.rounds[0]["clients"] == 4 and made[1].epsilon > 0  # of the honest question that came last
 
 
 @pytest.mark.parametrize(

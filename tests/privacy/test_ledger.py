@@ -85,9 +85,12 @@ def test_one_draw_of_the_noise_hides_one_sum(tmp_path):
     assert (tmp_path / "privacy.jsonl").read_bytes() == before
     lines = [{k: v for k, v in json.loads(line).items() if k != "chain"} for line in before.splitlines()]
     (copy := tmp_path / "copy").mkdir()
-    file = write(copy, *lines, {**lines[0], "digest": "c"})
-    with pytest.raises(UserError, match=r"privacy.jsonl:4: one draw of the noise"):
-        replay(file)
+    for more in ({**lines[0], "digest": "c"}, {**lines[0], "sharers": 2.0}):
+        file = write(copy, *lines, more)
+        with pytest.raises(UserError, match=r"privacy.jsonl:4: one draw of the noise"):
+            replay(file)
+    with pytest.raises(UserError, match="would hide two sums"):
+        Ledger(tmp_path).spend(1, {0: replace(LIGHT, sharers=2.0)}, drawn={0: ("a", 0)}, **TERMS)
 
 
 def test_rounds_that_run_again_are_known_whatever_lines_a_checkpoint_has_seen(tmp_path):

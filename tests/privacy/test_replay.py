@@ -55,6 +55,12 @@ def test_equal_inputs_repeat_their_draw_and_others_take_the_next_while_there_is_
         spent.draw("b")
 
 
+def test_a_part_of_what_hides_a_sum_repeats_for_no_inputs():
+    assert [Drawn(of, once=True).draw("a") for of in ((), ("a",), ("a", "a"))] == [0, 1, 2]
+    with pytest.raises(RoundError, match="paid for in a sum with others, and no epsilon is left"):
+        Drawn(("a",), more=False, once=True).draw("a")
+
+
 def test_ones_own_code_is_known_by_its_file(tmp_path, monkeypatch):
     (package := tmp_path / "mine_replayed").mkdir()
     files = [package / "__init__.py", package / "own.py", package / "deep.py", tmp_path / "beside_replayed.py"]

@@ -154,7 +154,7 @@ def test_every_word_of_noise_that_is_shared_says_from_whom(tmp_path, unit, accou
     tiles = {name: value for name, value, _ in single._key_figures(run)}
     assert (tiles["Epsilon"], tiles["Epsilon by own noise"]) == (f"{seen:.2f}", f"{own:.2f}")
     page = dossier.html(scenario.model_dump(mode="json"))
-    assert "a part of the noise is added" in page and "privacy.honest in the site file" in page
+    assert "a part of the noise is added" in page and "a server that lies can have the others add none" in page
     assert f"if {honest:.0%} of those who send keep their noise" in page
 
 

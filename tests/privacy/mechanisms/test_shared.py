@@ -1,5 +1,6 @@
 """Noise that clients share out for their examples: what the sum carries, and what it costs from whom."""
 
+import contextlib
 import math
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ import yaml
 
 from fedlora.adapter import Instruction, Update
 from fedlora.client import Setter
+from fedlora.clients.dp_sgd import DPSGD
+from fedlora.engine import secure
 from fedlora.engine.secure import mean, to_vector
 from fedlora.errors import ContractError, UserError
 from fedlora.privacy import ledger
@@ -18,6 +21,7 @@ from fedlora.privacy.collector import Sum
 from fedlora.privacy.graph import sharers
 from fedlora.privacy.mechanisms import shared
 from fedlora.privacy.mechanisms.shared import Shared
+from fedlora.rounds.loop import Loop
 from fedlora.scenario import parse
 from fedlora.seeding import stream
 from fedlora.simulation import simulate
@@ -162,6 +166,45 @@ def test_a_run_has_two_epsilons_and_its_ledger_alone_gives_both(tiny, tmp_path, 
     alone = simulate(tiny("secure_aggregation={range: 1.0}", ONE), out=tmp_path / "alone")
     assert alone.summary["epsilon"] == pytest.approx(told["epsilon"], rel=0.01)
     assert alone.summary["own_epsilon"] is None
+
+
+@pytest.mark.parametrize(
+    ("privacy", "draws"),
+    [
+        ("{epsilon: 8, delta: 1.0e-2, reserve: 1}", [0, 1]),
+        ("{epsilon: 8, delta: 1.0e-2}", [0]),  # none is left for another sum
+    ],
+)
+def test_a_round_that_runs_again_with_others_draws_again_and_pays(tiny, tmp_path, monkeypatch, privacy, draws):
+    """Client 2 fails, the sum of three is opened and paid for; then all four are there."""
+    scenario, parts = tiny(MASKS, ONE, "rounds=1", f"privacy={privacy}"), {}
+
+    def seen(instruction, update, *told):
+        change = np.concatenate([(update.adapter[n] - instruction.adapter[n]).ravel() for n in instruction.send])
+        parts.setdefault(update.clients[0], []).append(change)
+        return to_vector(instruction, update, *told)
+
+    def fails(self, task, adapter, partition, *told):
+        if partition.client == 2:
+            raise MemoryError
+        return (yield from passes(self, task, adapter, partition, *told))
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    passes = DPSGD.passes
+    monkeypatch.setattr(secure, "to_vector", seen)
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(DPSGD, "passes", fails)
+        patch.setattr(Loop, "_record", dies)
+        simulate(scenario, out=tmp_path / "run")
+    simulate(scenario, out=tmp_path / "run", resume=True)
+    lines = ledger.read(tmp_path / "run" / "privacy.jsonl")
+    assert all([line["draw"] for line in lines if line["client"] == c] == draws for c in range(4))
+    assert {client: len(made) for client, made in parts.items()} == (
+        {0: 2, 1: 2, 2: 1, 3: 2} if draws == [0, 1] else {0: 1, 1: 1, 3: 1}
+    )
+    assert not any(np.array_equal(*made) for made in parts.values() if len(made) == 2)
 
 
 @pytest.mark.parametrize(
