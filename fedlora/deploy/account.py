@@ -9,6 +9,7 @@ from fedlora.deploy.site import Budget
 from fedlora.errors import Refusal, UserError
 from fedlora.privacy.accounting import Event, adds, alike, epsilon, in_sums
 from fedlora.privacy.ledger import Ledger, Own, read
+from fedlora.privacy.noise import fresh_key
 from fedlora.privacy.wording import protected
 from fedlora.scenario import Scenario
 
@@ -38,6 +39,7 @@ class Account:
                 "the other is no bound; leave privacy.person as it was, and a renamed column too, or name another "
                 "state folder for rows that no run has seen"
             )
+        self.closed = any(line.get("closed") for line in kept)  # a restore could not know what was spent
 
     @property
     def epsilon(self) -> float:
@@ -64,6 +66,11 @@ class Account:
             UserError: another process writes there too.
         """
         cap = self.terms
+        if self.closed:
+            raise Refusal(
+                "another round would pass the epsilon that the site allows over all runs",
+                own="its account is closed: it was restored by --lost all, so nobody knows what was spent",
+            )
         spent = epsilon([*self.ledger.events.get(Own(), ()), event], cap.delta, cap.accountant)
         if spent > cap.max_epsilon * (1 + 1e-9):
             logger.warning("it would come to epsilon %.3f; privacy.max_epsilon: %g", spent, cap.max_epsilon)
@@ -71,7 +78,7 @@ class Account:
                 "another round would pass the epsilon that the site allows over all runs",
                 own=f"it would come to epsilon {spent:.3f}, and privacy.max_epsilon is {cap.max_epsilon:g}",
             )
-        self.ledger.spend(round, {client: event}, **terms_of(cap, run, honest))
+        self.ledger.spend(round, {client: event}, **terms_of(cap, run, honest), **begun(self.ledger))
 
 
 def terms_of(cap: Budget, run: str, honest: float | None = None) -> dict[str, Any]:
@@ -90,6 +97,11 @@ def terms_of(cap: Budget, run: str, honest: float | None = None) -> dict[str, An
     }
     more = {"person": cap.person, "honest": honest}
     return {**terms, **{name: term for name, term in more.items() if term is not None}}
+
+
+def begun(book: Ledger) -> dict[str, Any]:
+    """What a ledger's first line says beside all else: chance, so that one that begins again is another."""
+    return {} if book.position[0] else {"begun": fresh_key()[:8].hex()}
 
 
 def pay(run: Serving, account: Account | None, round: int, client: int, event: Event) -> int:
@@ -113,7 +125,7 @@ def pay(run: Serving, account: Account | None, round: int, client: int, event: E
     try:
         if account is not None:
             account.spend(run.key, round, client, *account.counts(run.worker.scenario, adds(before, event)))
-        run.ledger.spend(round, {client: event}, **run.worker.scenario.example_terms)
+        run.ledger.spend(round, {client: event}, **run.worker.scenario.example_terms, **begun(run.ledger))
     except (OSError, UserError) as error:
         logger.error("%s", error, extra={"client": client, "round": round, "run": run.key})
         raise Refusal("its ledger cannot be written: its log says why", own=str(error)) from error
