@@ -7,7 +7,7 @@ account is closed: it counts as all that the site allows, and nothing is paid fr
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ _UNKNOWN = "--lost all"  # the run that it stands for; no run has such a name
 
 Line = dict[str, Any]
 Owed = Iterable[tuple[int, Event]]  # by round
+Gone = Mapping[str, int]  # ledgers that may lack what was spent after a backup: how many lines it has of each
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -45,19 +46,23 @@ def paid(folder: Path) -> list[str]:
     return [Path(name).parent.name for name in records(folder) if name != ACCOUNT]
 
 
+def _ledger(run: str) -> str:
+    return f"runs/{run}/privacy.jsonl"
+
+
 def example_lines(folder: Path, run: str) -> list[dict[str, Any]]:
     """The lines of a run's ledger that are about a site's examples, or persons."""
-    lines = lines_of(folder / "runs" / run / "privacy.jsonl")
+    lines = lines_of(folder / _ledger(run))
     return [line for line in lines if line["unit"] in ("example", "person")]
 
 
-def level(site: Site, new: Path, gone: Collection[str]) -> int:
+def level(site: Site, new: Path, gone: Gone) -> int:
     """Charge the account for what runs' ledgers have and it lacks; a run whose ledger is gone the other way round.
 
     Args:
         site: whose.
         new: the state folder in the making, with the ledgers of both.
-        gone: the ledgers that do not have all that there was.
+        gone: as in `charge`.
 
     Returns:
         How many steps were charged.
@@ -72,7 +77,7 @@ def level(site: Site, new: Path, gone: Collection[str]) -> int:
         if owed:
             _into_account(site, new, run, owed)
         lacks = []
-        if f"runs/{run}/privacy.jsonl" in gone:
+        if _ledger(run) in gone:
             likes = {form: line for line in lines for form in _forms(line, Event.from_json(line), own)}
             for form, steps in left.items():
                 if steps and form in likes:
@@ -119,18 +124,15 @@ def _alone(event: Event) -> Event:
     return replace(in_sums([event], 0.0)[0], bands=1)
 
 
-def charge(
-    site: Site, here: Path, new: Path, words: Sequence[str], personalised: int | None, unknown: bool
-) -> dict[str, int]:
+def charge(site: Site, new: Path, gone: Gone, words: Sequence[str], personalised: int | None) -> dict[str, int]:
     """Pay for what may have been trained after the backup; gives the rounds by run.
 
     Args:
         site: whose.
-        here: its state folder.
-        new: the one in the making.
+        new: the state folder in the making.
+        gone: the ledgers that may lack what was spent after the backup.
         words: of --lost.
         personalised: steps of `fedlora site personalise`; None: the owner did not say.
-        unknown: whether the account does not have all that was spent.
 
     Raises:
         UserError: it cannot be known what that cost.
@@ -149,12 +151,12 @@ def charge(
         if run in charged:
             raise UserError(f"--lost {word}: names {run} a second time")
         if what == ALL:
-            charged[run] = _rounds(site, new, run, what, _most(here, new, run))
+            charged[run] = _rounds(site, new, run, what, _most(site, new, gone, run))
         elif what.isascii() and what.isdecimal():
             charged[run] = _rounds(site, new, run, what, int(what))
         else:
             charged[run] = _as_submitted(site, new, run, Path(what))
-    if charged and unknown and personalised is None and ALL not in words and site.privacy is not None:
+    if charged and ACCOUNT in gone and personalised is None and ALL not in words and site.privacy is not None:
         raise UserError(
             "--lost: says nothing of what was personalised since, which the account alone had: add --personalised "
             "STEPS, in all runs together (0: nothing was), or --lost all if nobody knows"
@@ -162,7 +164,7 @@ def charge(
     if ALL in words:
         for run in paid(new):
             if run not in charged and not State(new).forgotten(run):
-                charged[run] = _rounds(site, new, run, ALL, _most(here, new, run))
+                charged[run] = _rounds(site, new, run, ALL, _most(site, new, gone, run))
     if personalised:
         _personalised(site, new, personalised)
     if ALL in words:
@@ -215,22 +217,25 @@ def _turn(line: Line) -> tuple[int, int]:
     return line["round"], line.get("attempt", 0)
 
 
-def _most(here: Path, new: Path, run: str) -> int:
-    """The most rounds that a run can still pay for, each as its dearest, within what it promised.
+def _most(site: Site, new: Path, gone: Gone, run: str) -> int:
+    """The most rounds that a run could pay for, each as its dearest, within what it promised.
+
+    Where its ledger is gone it was held to that from the backup on; what it has now may be of a later start.
 
     Raises:
         UserError: it promised nothing that would bound them.
     """
     if not (lines := example_lines(new, run)):
         return 0
-    words = State(new).introduction(run) or State(here).introduction(run)
+    words = State(new).introduction(run) or State(site.folder).introduction(run)
     asked = None if words is None else Scenario.model_validate(words["scenario"]).example_privacy
     if asked is None or asked.epsilon is None:
         raise UserError(
             f"--lost all: {run} promised no epsilon that bounds what it spent: write --lost {run}=ROUNDS or "
             f"--lost {run}=FILE beside it"
         )
-    had, event = [Event.from_json(line) for line in lines], _dearest(lines)
+    known = lines_of(new / _ledger(run))[: gone.get(_ledger(run))]
+    had, event = [Event.from_json(line) for line in known], _dearest(lines)
     promised, delta, accountant = asked.epsilon * (1 + 1e-9), asked.delta, asked.accountant
 
     def fits(rounds: int) -> bool:

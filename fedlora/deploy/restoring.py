@@ -143,7 +143,7 @@ def _restored(
     level = lost.level(site, new, gone)
     if gone and not words:
         raise UserError(*_asks(site, new, when, ACCOUNT in gone))
-    charged = lost.charge(site, site.folder, new, words, personalised, ACCOUNT in gone)
+    charged = lost.charge(site, new, gone, words, personalised)
     after, merged = _spent(site, new), sum(map(len, ahead.values()))
     closed = any(line.get("closed") for line in lost.lines_of(new / ACCOUNT))
     known = _known(site.folder)
@@ -152,23 +152,23 @@ def _restored(
     return Restored(files, charged, level, merged, before, after, closed, back)
 
 
-def _merged(site: Site, new: Path) -> tuple[set[str], dict[str, Sequence[Line]]]:
+def _merged(site: Site, new: Path) -> tuple[dict[str, int], dict[str, Sequence[Line]]]:
     """Give each ledger the lines of both.
 
     Returns:
-        The ledgers whose lines after the backup may not all be here, and of each the lines that the backup lacked.
+        How many lines the backup has of each ledger whose later ones may not all be here; those that it lacked.
     """
-    gone, ahead, again = set[str](), dict[str, Sequence[Line]](), _begun_again(site.folder, new)
+    gone, ahead, again = dict[str, int](), dict[str, Sequence[Line]](), _begun_again(site.folder, new)
     names = [*([ACCOUNT] if site.privacy is not None else []), *records(new), *records(site.folder)]
     for name in dict.fromkeys(names):
         there, here = lost.lines_of(new / name), _own(site.folder / name)
         common = 0 if again else _common(there, here)
-        if again or common < len(there) or (name == ACCOUNT and not (there and here)):
-            gone.add(name)
+        if again or common < len(there) or (ACCOUNT in (name, *gone) and not (there and here)):
+            gone[name] = len(there)
         if here[common:]:
             ahead[name] = here[common:]
             _write(new / name, [*there, *here[common:]])
-    return gone | ({KEY} if again else set()), ahead  # also where neither has a ledger
+    return gone | ({KEY: 0} if again else {}), ahead  # also where neither has a ledger
 
 
 def _begun_again(here: Path, there: Path) -> bool:
