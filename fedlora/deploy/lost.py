@@ -56,13 +56,16 @@ def example_lines(folder: Path, run: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["unit"] in ("example", "person")]
 
 
-def level(site: Site, new: Path, gone: Gone) -> int:
+def level(site: Site, new: Path, gone: Gone, ahead: Mapping[str, Sequence[Line]]) -> int:
     """Charge the account for what runs' ledgers have and it lacks; a run whose ledger is gone the other way round.
+
+    The backup's lines are held against one another, then those that follow: each pair ends at one time.
 
     Args:
         site: whose.
         new: the state folder in the making, with the ledgers of both.
         gone: as in `charge`.
+        ahead: of each ledger the last lines, which the backup lacked.
 
     Returns:
         How many steps were charged.
@@ -70,34 +73,58 @@ def level(site: Site, new: Path, gone: Gone) -> int:
     if site.privacy is None:
         return 0
     account, charged = lines_of(new / ACCOUNT), 0
+    then = len(account) - len(ahead.get(ACCOUNT, ()))
     for run in paid(new):
-        lines = example_lines(new, run)
-        own = [line for line in account if line.get("run") == run and line["round"]]  # 0: personalised
-        owed, left = _compared(lines, own)
-        if owed:
-            _into_account(site, new, run, owed)
+        lines, last = example_lines(new, run), ahead.get(_ledger(run), ())
+        came = len(lines) - sum(line["unit"] in ("example", "person") for line in last)
+        own = [
+            [line for line in part if line.get("run") == run and line["round"]]
+            for part in (account[:then], account[then:])
+        ]
+        owed, left = _compared(lines[:came], own[0])
+        earlier = () if _ledger(run) in gone else lines[:came]
+        more, left_then = _compared(lines[came:], own[1], {} if ACCOUNT in gone else left, earlier)
+        for form in left if ACCOUNT in gone else ():
+            left_then[form] = left_then.get(form, 0) + left[form]
+        owed += more
+        _into_account(site, new, run, owed)
         lacks = []
         if _ledger(run) in gone:
-            likes = {form: line for line in lines for form in _forms(line, Event.from_json(line), own)}
-            for form, steps in left.items():
+            every = [line for part in own for line in part]
+            likes = {form: line for line in lines for form in _forms(line, Event.from_json(line), every)}
+            for form, steps in left_then.items():
                 if steps and form in likes:
                     event = Event.from_json(likes[form])
                     most = min(steps * event.bands, accounting.MAX_STEPS)
-                    lacks.append((max(line["round"] for line in own), replace(event, steps=most)))
+                    lacks.append((max(line["round"] for line in every), replace(event, steps=most)))
         if lacks:
             _into_run(site, new, run, lacks, lines[-1])
         charged += sum(event.steps for _, event in (*owed, *lacks))
     return charged
 
 
-def _compared(lines: Sequence[Line], own: Sequence[Line]) -> tuple[list[tuple[int, Event]], dict[Event, int]]:
-    """What an account's lines of a run lack of the run's, and by terms the steps that they have beyond them."""
-    left: dict[Event, int] = {}
+def _compared(
+    lines: Sequence[Line],
+    own: Sequence[Line],
+    left: Mapping[Event, int] | None = None,
+    earlier: Sequence[Line] = (),
+) -> tuple[list[tuple[int, Event]], dict[Event, int]]:
+    """What an account's lines of a run lack of the run's, and by terms the steps that they have beyond them.
+
+    Args:
+        lines: of the run.
+        own: of the account, about the run; none that is of training further.
+        left: steps that the account had beyond the run before these lines.
+        earlier: lines of the run, whose turns under banded noise these go on with.
+    """
+    left = dict(left or {})
     for line in own:
         event = Event.from_json(line)
         terms = replace(event, steps=0)
         left[terms] = left.get(terms, 0) + event.steps
     owed, before = [], dict[int, tuple[Event, ...]]()
+    for line in earlier:
+        before[line["client"]] = added(before.get(line["client"], ()), Event.from_json(line))
     for line in lines:
         event = Event.from_json(line)
         mine = before.get(line["client"], ())
@@ -298,7 +325,7 @@ def _close(site: Site, new: Path) -> None:
 def _spend(site: Site, new: Path, run: str, owed: Owed, like: Line) -> None:
     """Put lines into a run's ledger and the account, whatever they come to."""
     owed = list(owed)
-    before = tuple(Event.from_json(line) for line in example_lines(new, run) if line["client"] == site.client)
+    before: tuple[Event, ...] = ()  # turns of banded noise are counted from here: never fewer than they were
     counted: list[tuple[int, Event]] = []
     for round, event in owed:
         counted.append((round, replace(_alone(event), steps=adds(before, event).steps)))

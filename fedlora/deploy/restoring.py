@@ -36,7 +36,7 @@ from fedlora.privacy.ledger import Own
 
 _SHOWN = 8  # rounds in a line
 
-Line = Mapping[str, Any]
+Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _restored(
             f"{site.folder}: holds what was spent after the backup of {when} was made: {_between(ahead)}. A "
             "ledger that goes back would count less: write --merge, and the ledgers have the lines of both"
         )
-    level = lost.level(site, new, gone)
+    level = lost.level(site, new, gone, ahead)
     if gone and not words:
         raise UserError(*_asks(site, new, when, ACCOUNT in gone))
     charged = lost.charge(site, new, gone, words, personalised)

@@ -317,6 +317,32 @@ def test_steps_that_are_shared_out_or_banded_are_known_again(kept, tmp_path):
     assert (last["run"], last["noise_multiplier"], "sharers" in last) == ("s", 1.0, False)
 
 
+def test_turns_of_banded_noise_go_on_after_a_backup(kept, tmp_path):
+    """Three steps and three more are three turns of two groups, and nothing lacks."""
+    file, state, _ = kept
+    banded, account = replace(EVENT, bands=2, steps=3), Ledger(state / "ledger")
+    pay(state, "b", event=banded)
+    book = Ledger(state / "runs" / "b")
+    for round, turns in ((1, 2), (2, 1)):
+        account.spend(round, {0: replace(banded, bands=1, steps=turns)}, **TERMS, run="b")
+        book.spend(round, {0: banded}, **TERMS, **begun(book))
+        if round == 1:
+            backup(file, tmp_path / "later")
+    del account, book
+    assert restore(file, tmp_path / "later", merge=True).level == 0 and spent(state) == 13
+
+
+def test_a_ledger_that_was_lost_before_the_backup_hides_nothing(kept, tmp_path):
+    """In the backup the account has two rounds that the run's ledger lacks; then the run has two that it lacks."""
+    file, state, _ = kept
+    lose(state, "a")
+    backup(file, tmp_path / "later")
+    pay(state, "a", 3, 4)
+    lose(state, "ledger")
+    done = restore(file, tmp_path / "later", lost=["none"], merge=True)
+    assert (spent(state), spent(state, "a"), done.level) == (20, 20, 20)
+
+
 def test_what_masked_sums_cost_is_what_a_run_promised(site, tmp_path, tiny):
     """Of a ninth of the noise one round alone passes the promise; in sums, as the run counts, many do not."""
     file, state = site
