@@ -9,6 +9,7 @@ from fedlora.deploy.site import Budget
 from fedlora.errors import Refusal, UserError
 from fedlora.privacy.accounting import Event, adds, alike, epsilon, in_sums
 from fedlora.privacy.ledger import Ledger, Own, read
+from fedlora.privacy.noise import fresh_key
 from fedlora.privacy.wording import protected
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Account:
                 "the other is no bound; leave privacy.person as it was, and a renamed column too, or name another "
                 "state folder for rows that no run has seen"
             )
+        self.closed = any(line.get("closed") for line in kept)  # a restore could not know what was spent
 
     @property
     def epsilon(self) -> float:
@@ -54,7 +56,16 @@ class Account:
             OSError: it cannot be written.
             UserError: another process writes there too.
         """
+<<<<<<< HEAD
         cap, (event,) = self.terms, in_sums([event], 0.0)
+=======
+        cap = self.terms
+        if self.closed:
+            raise Refusal(
+                "another round would pass the epsilon that the site allows over all runs",
+                own="its account is closed: it was restored by --lost all, so nobody knows what was spent",
+            )
+>>>>>>> w-h
         spent = epsilon([*self.ledger.events.get(Own(), ()), event], cap.delta, cap.accountant)
         if spent > cap.max_epsilon * (1 + 1e-9):
             logger.warning("it would come to epsilon %.3f; privacy.max_epsilon: %g", spent, cap.max_epsilon)
@@ -62,7 +73,11 @@ class Account:
                 "another round would pass the epsilon that the site allows over all runs",
                 own=f"it would come to epsilon {spent:.3f}, and privacy.max_epsilon is {cap.max_epsilon:g}",
             )
+<<<<<<< HEAD
         self.ledger.spend(round, {client: event}, **terms_of(cap, run))
+=======
+        self.ledger.spend(round, {client: event}, **terms_of(cap, run, honest), **begun(self.ledger))
+>>>>>>> w-h
 
 
 def terms_of(cap: Budget, run: str) -> dict[str, Any]:
@@ -79,6 +94,11 @@ def terms_of(cap: Budget, run: str) -> dict[str, Any]:
         "run": run,
     }
     return terms if cap.person is None else {**terms, "person": cap.person}
+
+
+def begun(book: Ledger) -> dict[str, Any]:
+    """What a ledger's first line says beside all else: chance, so that one that begins again is another."""
+    return {} if book.position[0] else {"begun": fresh_key()[:8].hex()}
 
 
 def pay(run: Serving, account: Account | None, round: int, client: int, event: Event) -> int:
@@ -101,8 +121,13 @@ def pay(run: Serving, account: Account | None, round: int, client: int, event: E
         raise Refusal(f"another round would make epsilon {paid:.3f}, and {asked.epsilon:g} was promised")
     try:
         if account is not None:
+<<<<<<< HEAD
             account.spend(run.key, round, client, adds(before, event))
         run.ledger.spend(round, {client: event}, **run.worker.scenario.example_terms)
+=======
+            account.spend(run.key, round, client, *account.counts(run.worker.scenario, adds(before, event)))
+        run.ledger.spend(round, {client: event}, **run.worker.scenario.example_terms, **begun(run.ledger))
+>>>>>>> w-h
     except (OSError, UserError) as error:
         logger.error("%s", error, extra={"client": client, "round": round, "run": run.key})
         raise Refusal("its ledger cannot be written: its log says why", own=str(error)) from error

@@ -63,9 +63,12 @@ def add(commands: Any) -> None:
     restore.add_argument("--secret", metavar="FILE", help="the file that it was encrypted under")
     restore.add_argument("--merge", action="store_true", help="ledgers get the lines of both, the state's too")
     what = (
-        "what may have been trained after the backup: none, all, RUN=ROUNDS, or RUN=FILE (the submitter's ledger)"
+        "what may have been trained after the backup: none, RUN=ROUNDS, RUN=FILE (the submitter's ledger), "
+        "RUN=all that it promised, or all, after which nothing is paid any more"
     )
     restore.add_argument("--lost", metavar="WHAT", nargs="+", default=[], help=what)
+    steps = "steps of fedlora site personalise after the backup, of all runs; beside RUN=..."
+    restore.add_argument("--personalised", metavar="STEPS", type=int, help=steps)
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -146,7 +149,7 @@ def _restore(arguments: argparse.Namespace) -> int:
     from fedlora.deploy.restoring import restore
 
     told = (Path(arguments.site), Path(arguments.backup), _path(arguments.secret))
-    print("\n".join(restore(*told, arguments.lost, arguments.merge).lines()))
+    print("\n".join(restore(*told, arguments.lost, arguments.merge, arguments.personalised).lines()))
     return 0
 
 

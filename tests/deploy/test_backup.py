@@ -5,17 +5,21 @@ import json
 import os
 import shutil
 import threading
+from dataclasses import replace
 
 import pytest
 
 from fedlora.cli import main
 from fedlora.deploy import history
+from fedlora.deploy.account import Account, begun
 from fedlora.deploy.backup import backup
 from fedlora.deploy.history import History
 from fedlora.deploy.restoring import restore
-from fedlora.errors import UserError
+from fedlora.deploy.site import load
+from fedlora.deploy.state import State
+from fedlora.errors import Refusal, UserError
 from fedlora.privacy import ledger
-from fedlora.privacy.accounting import Event, epsilon
+from fedlora.privacy.accounting import Event, epsilon, in_sums
 from fedlora.privacy.ledger import Ledger
 
 EVENT = Event(noise_multiplier=1.0, sample_rate=0.1, steps=5, clip_norm=1.0)
@@ -24,11 +28,39 @@ TERMS = {"delta": 1e-5, "unit": "example", "accountant": "rdp"}
 
 def pay(state, run, *rounds, event=EVENT):
     """A site that paid for rounds of a run, as its worker does."""
-    for folder, terms in ((state / "ledger", {**TERMS, "run": run}), (state / "runs" / run, TERMS)):
+    alone = in_sums([event], 0.0)[0]
+    for folder, terms, counted in (
+        (state / "ledger", {**TERMS, "run": run}, alone),
+        (state / "runs" / run, TERMS, event),
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         book = Ledger(folder)
         for round in rounds:
-            book.spend(round, {0: event}, **terms)
+            book.spend(round, {0: counted}, **terms, **begun(book))
+
+
+def personalise(state, steps, run="a"):
+    """What `fedlora site personalise` pays: in the account alone."""
+    book = Ledger(state / "ledger")
+    book.spend(0, {0: replace(EVENT, steps=steps)}, **TERMS, run=run, **begun(book))
+
+
+def submitted(folder, *rounds, client=0):
+    """The ledger of a submitter that heard of rounds."""
+    folder.mkdir()
+    book = Ledger(folder)
+    for round in rounds:
+        book.spend(round, {client: EVENT, client + 1: EVENT}, **TERMS)
+    return folder / "privacy.jsonl"
+
+
+def lose(state, *folders):
+    """Ledgers that are gone: the account's under `ledger`, a run's under its name."""
+    for name in folders:
+        for kind in ("jsonl", "head"):
+            (state / ("ledger" if name == "ledger" else f"runs/{name}") / f"privacy.{kind}").unlink(
+                missing_ok=True
+            )
 
 
 def introduce(state, run, scenario):
@@ -131,7 +163,7 @@ def test_a_state_that_was_begun_again_has_the_lines_of_both(kept):
         restore(file, made)
     with pytest.raises(UserError, match="nobody here can say what was trained after"):
         restore(file, made, merge=True)
-    restore(file, made, lost=["a=1"], merge=True)
+    restore(file, made, lost=["a=1"], merge=True, personalised=0)
     assert (spent(state), spent(state, "a"), spent(state, "b")) == (20, 15, 5)
 
 
@@ -140,9 +172,11 @@ def test_what_nobody_knows_of_is_for_the_owner_to_say(kept, capsys):
     shutil.rmtree(state)
     assert main(["site", "restore", str(file), str(made)]) == 2
     said = capsys.readouterr().err
-    assert "the backup knows of a (2 rounds paid)" in said and "--lost none" in said
+    assert "the ledgers know of a (2 rounds paid)" in said and "--lost none" in said
+    assert main(["site", "restore", str(file), str(made), "--lost", "a=3"]) == 2
+    assert "add --personalised STEPS" in capsys.readouterr().err
     assert not (state / "ledger").exists()
-    assert main(["site", "restore", str(file), str(made), "--lost", "a=3"]) == 0
+    assert main(["site", "restore", str(file), str(made), "--lost", "a=3", "--personalised", "0"]) == 0
     told = capsys.readouterr().out
     assert "a: 3 rounds charged as lost" in told and "trained again, with fresh noise" in told
     assert (spent(state), spent(state, "a")) == (25, 25)
@@ -158,11 +192,12 @@ def test_what_nobody_knows_of_is_for_the_owner_to_say(kept, capsys):
     "lost, why",
     [
         (["none", "a=1"], "name nothing beside it"),
-        (["some"], "write none, all, RUN=ROUNDS or RUN=FILE"),
+        (["some"], "write none, all, RUN=ROUNDS, RUN=FILE or RUN=all"),
         (["b=1"], "the backup has no round of it"),
         (["a=1", "a=2"], "names a a second time"),
         (["a=nowhere"], "is neither a number of rounds nor a file"),
         (["all"], "a promised no epsilon that bounds what it spent"),
+        (["a=all"], "a promised no epsilon that bounds what it spent"),
     ],
 )
 def test_what_does_not_say_it_changes_nothing(kept, lost, why):
@@ -174,31 +209,221 @@ def test_what_does_not_say_it_changes_nothing(kept, lost, why):
 
 
 def test_the_submitter_s_ledger_says_what_a_site_lost(kept, tmp_path):
-    """Of other clients, and of rounds that the backup has, nothing is charged."""
+    """Of other clients, and of rounds that the backup has, nothing is charged; one round may be under way."""
     file, state, made = kept
     shutil.rmtree(state)
-    for run, rounds in (("a", 4), ("c", 2)):
-        (tmp_path / run).mkdir()
-        book = Ledger(tmp_path / run)
-        for round in range(1, rounds + 1):
-            book.spend(round, {0: EVENT, 1: EVENT}, **TERMS)
-        del book
-    done = restore(file, made, lost=[f"{run}={tmp_path / run / 'privacy.jsonl'}" for run in "ac"])
-    assert (spent(state), spent(state, "a"), spent(state, "c")) == (30, 20, 10) and done.lost == {"a": 2, "c": 2}
+    files = {"a": submitted(tmp_path / "a", 1, 2, 3, 4), "c": submitted(tmp_path / "c", 1, 2)}
+    done = restore(file, made, lost=[f"{run}={there}" for run, there in files.items()], personalised=0)
+    assert (spent(state), spent(state, "a"), spent(state, "c")) == (40, 25, 15) and done.lost == {"a": 3, "c": 3}
     rounds = [line["round"] for line in ledger.read(state / "runs" / "a" / "privacy.jsonl")]
-    assert rounds == [1, 2, 3, 4]
+    assert rounds == [1, 2, 3, 4, 5]
 
 
-def test_all_that_runs_may_spend_is_what_they_promised(site, tmp_path, tiny):
-    """Five rounds would pass the promise, and four do not."""
-    file, state = site
+def test_a_submitter_that_did_not_hear_of_a_round_does_not_make_it_free(kept, tmp_path):
+    """Client 0 was heard in round 2 for the last time, others in rounds 3 and 4; round 5 may be under way."""
+    file, state, made = kept
+    pay(state, "a", 3, 4)
+    shutil.rmtree(state)
+    there = submitted(tmp_path / "s", 1, 2)
+    book = Ledger(there.parent)
+    for round in (3, 4):
+        book.spend(round, {1: EVENT}, **TERMS)
+    with pytest.raises(UserError, match="has no line of client 0: name a=ROUNDS"):
+        restore(file, made, lost=[f"a={submitted(tmp_path / 'other', 1, client=5)}"], personalised=0)
+    assert restore(file, made, lost=[f"a={there}"], personalised=0).lost == {"a": 3} and spent(state) == 25
+
+
+@pytest.fixture
+def promised(site, tmp_path, tiny):
+    """The same with a backup of a run that promised what four rounds cost."""
     most = epsilon([EVENT] * 4, 1e-5, "rdp")
     asked = tiny(f"privacy={{epsilon: {most}, delta: 1.0e-5, clip_norm: 1.0, accountant: rdp}}")
-    introduce(state, "a", asked.model_dump(mode="json"))
+    introduce(site[1], "a", asked.model_dump(mode="json"))
+    backup(site[0], tmp_path / "kept")
+    return *site, tmp_path / "kept"
+
+
+def test_all_that_a_run_may_spend_is_what_it_promised(promised):
+    """Five rounds would pass the promise, and four do not."""
+    file, state, made = promised
+    shutil.rmtree(state)
+    done = restore(file, made, lost=["a=all"], personalised=0)
+    assert done.lost == {"a": 2} and (spent(state), spent(state, "a")) == (20, 20) and not done.closed
+
+
+def test_where_nobody_knows_the_account_is_closed(promised):
+    """It counts as all that the site allows, and pays for nothing any more, whatever the site file then says."""
+    file, state, made = promised
+    personalise(state, 500)
+    shutil.rmtree(state)
+    done = restore(file, made, lost=["all"])
+    assert done.lost == {"a": 2} and done.closed and 8 <= done.after < 8.1
+    assert "the account is closed" in "\n".join(done.lines())
+    file.write_text(file.read_text().replace("max_epsilon: 8", "max_epsilon: 80"))
+    with pytest.raises(Refusal) as refused:
+        Account(state / "ledger", load(file).privacy).spend("b", 1, 0, EVENT)
+    assert "its account is closed" in refused.value.own
+
+
+@pytest.mark.parametrize("words, steps", [(["none"], 20), (["a=1"], 25), (["a=all"], 20), (["a=FILE"], 25)])
+def test_an_account_that_is_gone_has_what_runs_ledgers_have(promised, tmp_path, words, steps):
+    """Rounds 3 and 4 stand in the run's ledger alone, whatever the owner says of those that stand nowhere."""
+    file, state, made = promised
+    pay(state, "a", 3, 4)
+    lose(state, "ledger")
+    told = [word.replace("FILE", str(submitted(tmp_path / "s", 1, 2, 3, 4))) for word in words]
+    done = restore(file, made, lost=told, merge=True, personalised=0)
+    assert (spent(state), spent(state, "a"), done.level) == (steps, steps, 10)
+
+
+def test_a_run_s_ledger_that_is_gone_has_what_the_account_has(kept):
+    file, state, made = kept
+    pay(state, "a", 3, 4)
+    personalise(state, 50)
+    lose(state, "a")
+    done = restore(file, made, lost=["none"], merge=True)
+    assert (spent(state), spent(state, "a"), done.level) == (70, 20, 10)
+
+
+def test_steps_that_are_shared_out_or_banded_are_known_again(kept, tmp_path):
+    """The account has a site's own part of shared noise, or as much as its owner trusts; of bands it has turns."""
+    file, state, _ = kept
+    shared = replace(EVENT, sharers=9.0)
+    banded, account = replace(EVENT, bands=2, steps=4), Ledger(state / "ledger")
+    for run, event, counted, more in (
+        ("s", shared, in_sums([shared], 0.0)[0], {}),
+        ("t", shared, in_sums([shared], 0.5)[0], {"honest": 0.4}),
+        ("b", banded, replace(banded, bands=1, steps=2), {}),
+    ):
+        pay(state, run, event=event)
+        book = Ledger(state / "runs" / run)
+        for round in (1, 2):
+            account.spend(round, {0: counted}, **TERMS, run=run, **more)
+            book.spend(round, {0: event}, **TERMS, honest=0.8, **begun(book))
+    del account, book
+    backup(file, tmp_path / "later")
+    done = restore(file, tmp_path / "later")
+    assert done.level == 0 and spent(state) == 10 + 10 + 10 + 4
+    lose(state, "b", "s", "t")
+    assert restore(file, tmp_path / "later", lost=["none"]).level == 0
+    lose(state, "ledger")
+    for run, event in (("s", shared), ("b", banded)):
+        book = Ledger(state / "runs" / run)
+        book.spend(3, {0: event}, **TERMS, honest=0.8)
+    del book
+    done = restore(file, tmp_path / "later", lost=["none"], merge=True)
+    assert done.level == 5 + 2 and spent(state) == 34 + 7
+    last = ledger.read(state / "ledger" / "privacy.jsonl")[-1]
+    assert (last["run"], last["noise_multiplier"], "sharers" in last) == ("s", 1.0, False)
+
+
+def test_turns_of_banded_noise_go_on_after_a_backup(kept, tmp_path):
+    """Three steps and three more are three turns of two groups, and nothing lacks."""
+    file, state, _ = kept
+    banded, account = replace(EVENT, bands=2, steps=3), Ledger(state / "ledger")
+    pay(state, "b", event=banded)
+    book = Ledger(state / "runs" / "b")
+    for round, turns in ((1, 2), (2, 1)):
+        account.spend(round, {0: replace(banded, bands=1, steps=turns)}, **TERMS, run="b")
+        book.spend(round, {0: banded}, **TERMS, **begun(book))
+        if round == 1:
+            backup(file, tmp_path / "later")
+    del account, book
+    assert restore(file, tmp_path / "later", merge=True).level == 0 and spent(state) == 13
+
+
+def test_a_ledger_that_was_lost_before_the_backup_hides_nothing(kept, tmp_path):
+    """In the backup the account has two rounds that the run's ledger lacks; then the run has two that it lacks."""
+    file, state, _ = kept
+    lose(state, "a")
+    backup(file, tmp_path / "later")
+    pay(state, "a", 3, 4)
+    lose(state, "ledger")
+    done = restore(file, tmp_path / "later", lost=["none"], merge=True)
+    assert (spent(state), spent(state, "a"), done.level) == (20, 20, 20)
+
+
+def test_what_masked_sums_cost_is_what_a_run_promised(site, tmp_path, tiny):
+    """Of a ninth of the noise one round alone passes the promise; in sums, as the run counts, many do not."""
+    file, state = site
+    shared = replace(EVENT, noise_multiplier=0.4, steps=1, sharers=9.0)
+    pay(state, "s", 1, 2, event=shared)
+    most = epsilon(in_sums([shared] * 5), 1e-5, "rdp")
+    assert epsilon([shared], 1e-5, "rdp") > most
+    asked = tiny(f"privacy={{epsilon: {most}, delta: 1.0e-5, clip_norm: 1.0, accountant: rdp}}")
+    introduce(state, "s", asked.model_dump(mode="json"))
     backup(file, tmp_path / "kept")
     shutil.rmtree(state)
-    done = restore(file, tmp_path / "kept", lost=["all"])
-    assert done.lost == {"a": 2} and spent(state) == 20 and done.after == pytest.approx(most)
+    done = restore(file, tmp_path / "kept", lost=["s=all"], personalised=0)
+    assert done.lost == {"s": 3} and spent(state) == 10 + 5
+
+
+def test_a_run_that_was_forgotten_after_the_backup_is_charged(promised):
+    file, state, made = promised
+    pay(state, "a", 3, 4)
+    State(state).forget("a")
+    lose(state, "ledger", "a")
+    done = restore(file, made, lost=["all"])
+    assert done.lost == {"a": 2} and spent(state, "a") == 20 and done.closed and not done.back
+
+
+def test_a_run_that_was_forgotten_after_the_backup_is_named(promised, capsys):
+    """Where the state is gone nobody here knows that it was."""
+    file, state, made = promised
+    State(state).forget("a")
+    shutil.rmtree(state)
+    assert main(["site", "restore", str(file), str(made), "--lost", "none"]) == 0
+    assert "can be asked for again: a; where one was forgotten" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["rounds", "file", "none"])
+def test_what_was_personalised_is_for_the_owner_to_say(kept, tmp_path, how):
+    """The account alone had it: 500 steps, on the run's terms."""
+    file, state, made = kept
+    personalise(state, 500)
+    shutil.rmtree(state)
+    words = {"rounds": "a=0", "none": "none", "file": f"a={submitted(tmp_path / 's', 1, 2)}"}[how]
+    if how != "none":
+        with pytest.raises(UserError, match="add --personalised STEPS, in all runs together"):
+            restore(file, made, lost=[words])
+    restore(file, made, lost=[words], personalised=500)
+    assert spent(state) == 510 + 5 * (how == "file") and spent(state, "a") == 10 + 5 * (how == "file")
+
+
+def test_steps_on_terms_that_nobody_knows_are_not_charged_as_nothing(site, tmp_path):
+    file, state = site
+    lose(state, "ledger", "a")
+    backup(file, tmp_path / "kept")
+    with pytest.raises(UserError, match="no run is known by whose noise that was"):
+        restore(file, tmp_path / "kept", lost=["none"], personalised=5)
+
+
+def test_a_backup_from_before_the_first_round_begins_everything(site, tmp_path):
+    """Whether the state went on from it or was begun again, its account alone does not say."""
+    file, state = site
+    lose(state, "ledger", "a")
+    backup(file, tmp_path / "kept")
+    for again in (False, True):
+        if again:
+            shutil.rmtree(state)
+        pay(state, "b", 1)
+        with pytest.raises(UserError, match="or was begun again"):
+            restore(file, tmp_path / "kept", merge=True)
+    there = submitted(tmp_path / "s", 1, 2, 3)
+    restore(file, tmp_path / "kept", lost=[f"a={there}"], merge=True, personalised=0)
+    assert (spent(state), spent(state, "a"), spent(state, "b")) == (25, 20, 5)
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_run_that_begins_again_is_paid_for_again(kept, folder):
+    """Its lines say the same as those of the backup; where ledgers alone were moved away, the key is the same."""
+    file, state, made = kept
+    shutil.rmtree(state) if folder else lose(state, "ledger", "a")
+    pay(state, "a", 1, 2, 3)
+    with pytest.raises(UserError, match="or was begun again"):
+        restore(file, made, merge=True)
+    restore(file, made, lost=["none"], merge=True)
+    assert (spent(state), spent(state, "a")) == (25, 25)
 
 
 def test_a_run_that_was_forgotten_stays_so(kept):
