@@ -56,16 +56,12 @@ class Account:
             OSError: it cannot be written.
             UserError: another process writes there too.
         """
-<<<<<<< HEAD
         cap, (event,) = self.terms, in_sums([event], 0.0)
-=======
-        cap = self.terms
         if self.closed:
             raise Refusal(
                 "another round would pass the epsilon that the site allows over all runs",
                 own="its account is closed: it was restored by --lost all, so nobody knows what was spent",
             )
->>>>>>> w-h
         spent = epsilon([*self.ledger.events.get(Own(), ()), event], cap.delta, cap.accountant)
         if spent > cap.max_epsilon * (1 + 1e-9):
             logger.warning("it would come to epsilon %.3f; privacy.max_epsilon: %g", spent, cap.max_epsilon)
@@ -73,11 +69,7 @@ class Account:
                 "another round would pass the epsilon that the site allows over all runs",
                 own=f"it would come to epsilon {spent:.3f}, and privacy.max_epsilon is {cap.max_epsilon:g}",
             )
-<<<<<<< HEAD
-        self.ledger.spend(round, {client: event}, **terms_of(cap, run))
-=======
-        self.ledger.spend(round, {client: event}, **terms_of(cap, run, honest), **begun(self.ledger))
->>>>>>> w-h
+        self.ledger.spend(round, {client: event}, **terms_of(cap, run), **begun(self.ledger))
 
 
 def terms_of(cap: Budget, run: str) -> dict[str, Any]:
@@ -121,13 +113,8 @@ def pay(run: Serving, account: Account | None, round: int, client: int, event: E
         raise Refusal(f"another round would make epsilon {paid:.3f}, and {asked.epsilon:g} was promised")
     try:
         if account is not None:
-<<<<<<< HEAD
             account.spend(run.key, round, client, adds(before, event))
-        run.ledger.spend(round, {client: event}, **run.worker.scenario.example_terms)
-=======
-            account.spend(run.key, round, client, *account.counts(run.worker.scenario, adds(before, event)))
         run.ledger.spend(round, {client: event}, **run.worker.scenario.example_terms, **begun(run.ledger))
->>>>>>> w-h
     except (OSError, UserError) as error:
         logger.error("%s", error, extra={"client": client, "round": round, "run": run.key})
         raise Refusal("its ledger cannot be written: its log says why", own=str(error)) from error

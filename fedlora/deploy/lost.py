@@ -91,7 +91,7 @@ def level(site: Site, new: Path, gone: Gone, ahead: Mapping[str, Sequence[Line]]
         lacks = []
         if _ledger(run) in gone:
             every = [line for part in own for line in part]
-            likes = {form: line for line in lines for form in _forms(line, Event.from_json(line), every)}
+            likes = {replace(_alone(Event.from_json(line)), steps=0): line for line in lines}
             for form, steps in left_then.items():
                 if steps and form in likes:
                     event = Event.from_json(likes[form])
@@ -130,20 +130,13 @@ def _compared(
         mine = before.get(line["client"], ())
         steps = adds(mine, event).steps
         before[line["client"]] = added(mine, event)
-        for form in _forms(line, event, own):
-            taken = min(steps, left.get(form, 0))
-            if taken:
-                steps, left[form] = steps - taken, left[form] - taken
+        form = replace(_alone(event), steps=0)  # as the account counted it
+        taken = min(steps, left.get(form, 0))
+        if taken:
+            steps, left[form] = steps - taken, left[form] - taken
         if steps:
             owed.append((line["round"], replace(_alone(event), steps=steps)))
     return owed, left
-
-
-def _forms(line: Line, event: Event, own: Sequence[Line]) -> set[Event]:
-    """How an account may have counted an event of a run's line, without its steps: by whom the site relied on."""
-    trusted = {other["honest"] for other in own if "honest" in other}
-    shares = {0.0} | {min(honest / line["honest"], 1.0) for honest in trusted if line.get("honest")}
-    return {replace(in_sums([event], share)[0], steps=0, bands=1) for share in shares}
 
 
 def _alone(event: Event) -> Event:
