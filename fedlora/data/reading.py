@@ -133,8 +133,7 @@ def read_test(data: settings.Data, task: str) -> tuple[Rows, tuple[str, ...]]:
     if data.files is None:
         train, test = read(data, task)
         return test, label_names(data, train, task)
-    if data.files.test is None:
-        raise SettingError("data.files.test", "sites keep their rows: name the server's own file to judge by")
+    assert data.files.test is not None  # see suitability.check_sites
     test = _read_rows(data.files, "test", data.files.test, None, Taught.of(data, task))
     return test, label_names(data, test, task)
 
@@ -161,7 +160,7 @@ def read_whole_site(files: settings.Files, taught: Taught) -> Rows:
     """The rows of a site's own file, whatever their labels are."""
     told = {key: name for key, name in taught.usual.items() if key not in files.model_fields_set}
     anything = replace(taught, labels=None)  # a row of others is left out, whatever the run asks, and none refused
-    return _read_rows(files.model_copy(update=told), "train", files.train, None, anything)
+    return _read_rows(files.model_copy(update=told), "train", str(files.train), None, anything)
 
 
 def left_out(held: Sequence[Label], labels: Sequence[str]) -> list[int]:
@@ -251,6 +250,9 @@ def columns_of(path: Path) -> dict[str, list[Any]]:
 
 
 def _read_files(files: settings.Files, owner: str | None, taught: Taught) -> tuple[Rows, Rows | None]:
+    if files.train is None:
+        what = "is missing: name the rows that clients train on; only a scenario for fedlora submit has none"
+        raise SettingError("data.files.train", what)
     train = _read_rows(files, "train", files.train, owner, taught)
     return train, (_read_rows(files, "test", files.test, None, taught) if files.test else None)
 
