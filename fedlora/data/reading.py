@@ -236,13 +236,13 @@ def _read_tweets(owner: str | None, person: str | None) -> Rows:
     return Rows(table["text"].tolist(), table["sentiment"].tolist())
 
 
-def columns_of(path: Path) -> dict[str, list[Any]]:
+def columns_of(path: Path, encoding: str | None = None) -> dict[str, list[Any]]:
     """The columns of a table by name, with cells as they are.
 
     Raises:
         SettingError: it cannot be read.
     """
-    table = read_table("data.files.train", path, None)
+    table = read_table("data.files.train", path, None, encoding)
     columns = {str(name): list(table[name].tolist()) for name in table.columns}
     if table.attrs.get("private") and any(name in map(str, values) for name, values in columns.items()):
         raise SettingError("data.files.train", f"{path}: its first line is a row: write names of columns above it")

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -119,7 +120,7 @@ def _to_submit(
     data, columns = scenario.data, _columns(rows, scenario.data)
     named = columns if len(columns) > 1 else columns[0] if columns else None
     files = {**placed, "text": "text", "label": named, "separator": separator or None}
-    told = {"dataset": None, "hub": None, "files": files, "encoding": None, "prompt": None}
+    told: dict[str, Any] = {"dataset": None, "hub": None, "files": files, "encoding": None, "prompt": None}
     told |= {"partition": {"kind": "iid"}} if data.partition.kind == "natural" else {}
     told |= {"labels": list(labels)} if labels and data.score is None and named == "label" else {}
     return Scenario.model_validate(scenario.model_dump() | {"data": data.model_dump() | told})

@@ -79,7 +79,7 @@ def test_texts_with_spans_are_no_csv(tiny, tmp_path):
 
 
 def test_a_csv_s_own_columns_are_those_of_the_files_in_what_is_submitted(tiny, tmp_path):
-    rows = [f'note {i},{"bad" if i % 2 else "good"},w{i % 4}' for i in range(60)]
+    rows = [f"note {i},{'bad' if i % 2 else 'good'},w{i % 4}" for i in range(60)]
     (file := tmp_path / "rows.csv").write_text("\n".join(["question,kind,ward", *rows]) + "\n")
     (chosen := tmp_path / "chosen.csv").write_text("question,kind\nnew,bad\nnewer,good\n")
     told = f"data.files={{train: {file}, validation: {chosen}, text: question, label: kind}}"
@@ -89,7 +89,7 @@ def test_a_csv_s_own_columns_are_those_of_the_files_in_what_is_submitted(tiny, t
     assert made.data.labels == ready.data.labels == ("bad", "good")
     assert len(ready.data.test) == len((tmp_path / "sites" / "test.csv").read_text().splitlines()) - 1
     assert len(ready.data.validation) == 2 and made.data.files.text == "text"
-    with pytest.raises(UserError, match="data.files.train: is missing: name the rows that clients train on"):
+    with pytest.raises(UserError, match=r"data.files.train: is missing: name the rows that clients train on"):
         simulate(made, out=tmp_path / "run")
     assert not checking.problems(made)  # the rows are not at hand
 
