@@ -21,6 +21,7 @@ from fedlora.data.rows import NOTHING as NOTHING
 from fedlora.data.rows import Input as Input
 from fedlora.data.rows import Rows as Rows
 from fedlora.data.rows import as_bytes as as_bytes
+from fedlora.data.rows import plain
 from fedlora.data.tables import no_column, read_table
 from fedlora.errors import SettingError, cut
 from fedlora.scenario import templates
@@ -404,7 +405,7 @@ def _hold_out(rows: Rows, share: float, target: str, again: bool = False) -> tup
         for label, owner in zip(labels, owned, strict=True)
     ]
     key = "data.validation_share" if again else "data.test_share"
-    together, of = (rows.texts, "texts") if rows.persons is None else (rows.persons, "persons")
+    together, of = ([*map(plain, rows.texts)], "texts") if rows.persons is None else (rows.persons, "persons")
     held = hold_out([as_bytes(one) for one in together], share, kinds, again, key, of)
 
     def pick(test: bool) -> Rows:
