@@ -31,6 +31,12 @@ def remarks(scenario: Scenario) -> list[str]:
             f"privacy.bands: noise cancels best in plain steps of SGD; under {' and '.join(others)} it protects "
             "as much, and may help less: measure it"
         )
+    packed = scenario.compression.up if scenario.compression is not None else None
+    if packed is not None and packed.kind == "mask":
+        found.append(
+            f"compression.up: mask sends fewer numbers, in which a change is about {packed.share**-0.5:.3g} times "
+            "as long, its noise included: the signal and noise of a plan are of the change before that"
+        )
     return found
 
 

@@ -157,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--text", metavar="COLUMN", help="its texts; by default the column of the longest values")
     init.add_argument("--label", metavar="COLUMN", help="its labels; by default the column of the fewest values")
     init.add_argument("--task", metavar="TASK", help="what is learnt; by default what the columns look like")
+    init.add_argument("--encoding", metavar="NAME", help="of its text, such as cp1252; by default UTF-8")
     init.set_defaults(command=_init)
 
     schema = commands.add_parser("schema", help="print the JSON Schema of scenarios, for editors")
@@ -346,13 +347,10 @@ def _init(arguments: argparse.Namespace) -> int:
     from fedlora.errors import UserError
 
     folder, data = Path(arguments.folder), arguments.data
-    if data is None and (arguments.text or arguments.label or arguments.task):
-        raise UserError("--text, --label and --task are of --data FILE: name it")
-    lines = (
-        scaffold.init(folder)
-        if data is None
-        else scaffold.of_data(folder, Path(data), arguments.text, arguments.label, arguments.task)
-    )
+    columns = (arguments.text, arguments.label, arguments.task, arguments.encoding)
+    if data is None and any(columns):
+        raise UserError("--text, --label, --task and --encoding are of --data FILE: name it")
+    lines = scaffold.init(folder) if data is None else scaffold.of_data(folder, Path(data), *columns)
     print("\n".join(lines))
     return 0
 

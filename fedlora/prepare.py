@@ -87,14 +87,7 @@ def prepare_server(scenario: Scenario) -> Prepared:
     Raises:
         SettingError: there are none, or the scenario asks for what sites cannot do.
     """
-    if scenario.world is not None:
-        raise SettingError("world", "is of simulated devices: leave it out to run on sites")
-    if strategies.load(scenario.strategy.use, scenario.strategy.options).tested:
-        raise SettingError(
-            "strategy.use", f"{scenario.strategy.use} is judged by the test set, which sites have not: simulate it"
-        )
-    if scenario.loss is not None and scenario.loss.class_weights == "balanced":
-        raise SettingError("loss.class_weights", "counts test rows, which sites do not see: write weights")
+    suitability.check_sites(strategies.load(scenario.strategy.use, scenario.strategy.options), scenario)
     given, scenario = scenario, separated(scenario, at_sites=True)
     data, total = scenario.data, scenario.clients.total
     every, labels = reading.read_test(data, scenario.task)

@@ -21,8 +21,9 @@ from fedlora.data.store import Partition
 from fedlora.engine import Replies, Setup
 from fedlora.engine.base import Figures
 from fedlora.engine.inline import InlineEngine
+from fedlora.engine.secure import exchanged, size
 from fedlora.errors import SettingError
-from fedlora.privacy import accounting
+from fedlora.privacy import accounting, cohorts
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.budget import Budget
 from fedlora.privacy.ledger import Holder, Ledger
@@ -114,10 +115,20 @@ class _Engine(InlineEngine):
     """Nothing is evaluated, and the base stays as it is."""
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
-        replies = super().train(instruction, cohort, partial_sums)
+        replies = self._masked(instruction, super().train(instruction, cohort, partial_sums))
         if central.SUM_NOISE not in instruction.config:
             return replies
         return replace(replies, carried=1.0)  # nobody drops out
+
+    def _masked(self, instruction: Instruction, replies: Replies) -> Replies:
+        """With the bytes of masked vectors, and of the keys and shares that take their masks off."""
+        asked, many = self.worker.scenario.secure_aggregation, len(replies.reports)
+        if asked is None or many < cohorts.LEAST:
+            return replies
+        up, down = map(round, exchanged(many))
+        up += 4 * (size(instruction) - 1)
+        told = [replace(r, bytes_up=up, bytes_down=r.bytes_down + down) for r in replies.reports]
+        return replace(replies, reports=told)
 
     def evaluate(self, adapter: Adapter) -> Figures:
         return {"loss": 0.0, self.description.metric: 0.0}

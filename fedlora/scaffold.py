@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora.data import reading, suggested
+from fedlora import scenario as scenarios
+from fedlora.data import overview, reading, suggested
 from fedlora.errors import SettingError, UserError
 from fedlora.guessing import Guess, guess
+from fedlora.privacy import affordable
 from fedlora.scenario.schema import schema
 
 _SCENARIO = """# yaml-language-server: $schema=scenario.schema.json
@@ -133,7 +135,14 @@ _PER_TOKEN = 4.0  # characters of English; of other scripts fewer
 _STEPS = {"rounds": 60, "rate": 0.06, "every": 10}
 
 
-def of_data(folder: Path, data: Path, text: str | None, label: str | None, task: str | None = None) -> list[str]:
+def of_data(
+    folder: Path,
+    data: Path,
+    text: str | None,
+    label: str | None,
+    task: str | None = None,
+    encoding: str | None = None,
+) -> list[str]:
     """Make a project of a table of one's own; gives lines that say what to do with it.
 
     Args:
@@ -142,14 +151,22 @@ def of_data(folder: Path, data: Path, text: str | None, label: str | None, task:
         text: the column of texts; None: that of the longest values.
         label: the column of labels; None: by the task, of classification that of the fewest values, two at least.
         task: to learn; None: by what the columns hold.
+        encoding: of the table; None: UTF-8, or as its mark says.
 
     Raises:
-        UserError: the folder holds something, the table has no such columns, or they may be for two tasks.
+        UserError: the folder holds something, the table has no such columns, they may be for two tasks, or
+            `fedlora check` would refuse the rows.
     """
     try:
-        columns = reading.columns_of(data)
+        "".encode(encoding or "utf-8")
+    except (LookupError, ValueError) as error:
+        known = "such as utf-8, cp1252, latin-1 or gb18030"
+        raise UserError(f"--encoding {encoding}: no encoding is called so: {known}") from error
+    try:
+        columns = reading.columns_of(data, encoding)
     except SettingError as error:
-        raise UserError(error.message) from error
+        said = error.message.replace("data.encoding:", "--encoding").replace("data.encoding", "--encoding")
+        raise UserError(said) from error
     if not columns or not next(iter(columns.values())):
         raise UserError(f"{data}: holds no rows")
     found = guess(data, columns, task, text, label) or _classes(data, columns, text, label)
@@ -158,13 +175,14 @@ def of_data(folder: Path, data: Path, text: str | None, label: str | None, task:
     rows, writes = len(lengths), found.task in ("causal_lm", "preference")
     files = {"train": str(data.absolute())} | found.files
     persons = suggested.persons(columns, _named(found))[:1]
+    written = () if encoding is None else (f"encoding: {json.dumps(encoding)}",)
     told = {
         "name": json.dumps(_word(data.stem)),
         "task": found.task,
         "aim": found.aim,
         "model": _WRITER if writes else _ENCODER,
         "files": f"{{{', '.join(f'{key}: {json.dumps(value)}' for key, value in files.items())}}}",
-        "more": "".join(f"  {line}\n" for line in found.more),
+        "more": "".join(f"  {line}\n" for line in (*found.more, *written)),
         "persons": "".join(_PERSON.format(json.dumps(name)) for name in persons),
         "micro": 8 if writes else 64,
         "longer": f"longer texts {'have windows' if found.task == 'token_classification' else 'are cut'}",
@@ -177,6 +195,7 @@ def of_data(folder: Path, data: Path, text: str | None, label: str | None, task:
         **_OWN,
         "README.md": _README_OF_DATA,
     }
+    _check(data, made["scenario.yaml"])
     _write(folder, made)
     return [
         f"{folder}: {', '.join(made)}",
@@ -184,6 +203,21 @@ def of_data(folder: Path, data: Path, text: str | None, label: str | None, task:
         *(suggested.said(name, columns[name]) for name in persons),
         f"next: cd {folder} && fedlora simulate scenario.yaml --out runs/first",
     ]
+
+
+def _check(data: Path, text: str) -> None:
+    """Make sure that a scenario's rows are such as `fedlora check` takes.
+
+    Raises:
+        UserError: they are not.
+    """
+    made = scenarios.parse(text)
+    try:
+        seen = overview.overview(made.data, made.task, made.clients.total, made.seed)
+        affordable.check(made, seen.sizes or ())
+    except SettingError as error:
+        of_file = str(data.absolute()) in error.message
+        raise UserError(error.message if of_file else f"{data}: {error.message}") from error
 
 
 def _named(found: Guess) -> list[str]:
@@ -219,6 +253,11 @@ def _chosen(data: Path, columns: Mapping[str, list[str]], text: str | None, labe
     if label is None:
         few = {name: n for name, n in counts.items() if 2 <= n <= min(_MOST_LABELS, len(columns[name]) // 2)}
         label = min(few, key=lambda name: few[name], default=None)
+        if label is None and (same := next((name for name, n in counts.items() if n == 1), None)):
+            raise UserError(
+                f"{data}: {same!r} has one value, and no other column looks like labels: there is "
+                "nothing to tell apart"
+            )
     if text is None or label is None:
         raise UserError(f"{data}: no column looks like labels beside one of texts: name them, --text and --label")
     if text == label:

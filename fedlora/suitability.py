@@ -15,6 +15,24 @@ from fedlora.strategy import Stock, Strategy
 from fedlora.tasks import located
 
 
+def check_sites(strategy: Strategy, scenario: Scenario) -> None:
+    """Refuse a scenario that sites and their server cannot carry out.
+
+    Raises:
+        SettingError: it asks for what only a simulation has, or names no rows that the server may judge by.
+    """
+    if scenario.world is not None:
+        raise SettingError("world", "is of simulated devices: leave it out to run on sites")
+    if strategy.tested:
+        raise SettingError(
+            "strategy.use", f"{scenario.strategy.use} is judged by the test set, which sites have not: simulate it"
+        )
+    if scenario.loss is not None and scenario.loss.class_weights == "balanced":
+        raise SettingError("loss.class_weights", "counts test rows, which sites do not see: write weights")
+    if scenario.data.files is not None and scenario.data.files.test is None:
+        raise SettingError("data.files.test", "sites keep their rows: name the server's own file to judge by")
+
+
 def check(strategy: Strategy, scenario: Scenario) -> None:
     """Refuse a strategy that cannot do what the scenario asks for.
 

@@ -12,6 +12,7 @@ import pytest
 
 from fedlora import plugins, scenario
 from fedlora.cli import main
+from fedlora.engine.secure import exchanged
 from fedlora.errors import UserError
 from fedlora.planning import plan
 from fedlora.prepare import calibrate, prepare
@@ -161,6 +162,25 @@ def test_warnings_that_a_reviewer_would_raise(tiny):
     masked = tiny(CLIENTS, "clients.use=sgd", "secure_aggregation={}")
     same_round = "Clients learn how many clients are in their round"
     assert warned(plan(masked), same_round) and not warned(plan(whole), same_round)
+
+
+@pytest.mark.parametrize(
+    "masks", ["secure_aggregation={survivors: 0.75}", "secure_aggregation={noise: shared, survivors: 0.75}"]
+)
+def test_keys_shares_and_masks_are_among_the_bytes(masks, tiny, tmp_path):
+    """Names of a round are drawn, and a byte more or less of them is all that may differ."""
+    scenario = tiny(masks, "rounds=1", "clients.local_steps=1")
+    planned, run = plan(scenario), simulate(scenario, out=tmp_path / "run")
+    bare = plan(tiny("rounds=1", "clients.local_steps=1"))
+    for way in ("bytes_up_total", "bytes_down_total"):
+        assert getattr(planned, way) == pytest.approx(run.summary[way], rel=2e-3)
+        assert getattr(planned, way) > getattr(bare, way) + 4 * 300  # of each client two keys and shares, at least
+
+
+def test_the_bytes_of_masks_grow_with_neighbours_until_there_are_as_many_as_may_be():
+    sixteen = 19681.75, 26432.625  # of a round of sixteen clients, as carried out
+    assert exchanged(16) == pytest.approx(sixteen, rel=5e-3)
+    assert exchanged(1000) == exchanged(33) > exchanged(32)
 
 
 def test_a_model_whose_weights_are_not_at_hand_is_planned_from_its_configuration(tiny, tiny_base, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlora import Update, scenario
+from fedlora import Update, plugins, scenario
 from fedlora.cli import _parser, main
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +20,12 @@ def test_every_fedlora_command_parses_and_names_real_settings():
         told = _parser().parse_args(shlex.split(command.strip())[1:])
         if getattr(told, "scenario", None) and told.scenario not in ("my.yaml", "scenario.yaml"):
             scenario.load(ROOT / told.scenario if "/" in told.scenario else told.scenario, told.overrides)
+
+
+def test_as_many_methods_are_published_as_are_listed():
+    """`alone` is a baseline."""
+    names = {*plugins.names("strategies")} - {"alone"}
+    assert len(names) == 15 and "Fifteen published methods run by name" in TEXT
 
 
 def test_every_command_about_your_own_data_runs(small, tiny_base, tiny_yaml, reviews, capsys):

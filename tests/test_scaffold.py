@@ -161,6 +161,44 @@ def test_labels_that_cannot_be_learnt_are_told(tmp_path, capsys, rows, told, sai
     assert said in capsys.readouterr().err
 
 
+def test_a_table_of_another_encoding_has_it_in_its_scenario(tmp_path, capsys):
+    (file := tmp_path / "a.csv").write_text(
+        "".join(["text,k\n", *(f"caf\u00e9 {i},{'xy'[i % 2]}\n" for i in range(30))]), encoding="cp1252"
+    )
+    told = ["init", str(tmp_path / "study"), "--data", str(file)]
+    assert main(told) == 2 and "such as --encoding cp1252, or save" in capsys.readouterr().err
+    assert main([*told, "--encoding", "cp1251x"]) == 2
+    assert "--encoding cp1251x: no encoding is called so" in capsys.readouterr().err
+    assert main([*told, "--encoding", "cp1252"]) == 0
+    assert load(tmp_path / "study" / "scenario.yaml").data.encoding == "cp1252"
+    assert main(["check", str(tmp_path / "study" / "scenario.yaml")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "told", "said"),
+    [
+        (
+            [{"text": f"note {i}", "kind": "xy"[i % 2]} if i else {"text": "note 0"} for i in range(40)],
+            [],
+            "row 1",
+        ),
+        (
+            [{"text": f"note {i}", "kind": {"name": "xy"[i % 2]}} for i in range(40)],
+            ["--label", "kind"],
+            "an object of keys",
+        ),
+        ([{"text": "same", "kind": "xy"[i % 2]} for i in range(40)], [], "test set is empty"),
+        ([{"text": f"note {i}", "kind": "xy"[i % 2]} for i in range(4)], [], "5 clients, and only"),
+        ([{"text": f"note {i}", "kind": "x"} for i in range(40)], [], "'kind' has one value, and no other column"),
+    ],
+)
+def test_rows_that_check_would_refuse_are_refused(rows, told, said, tmp_path, capsys):
+    (file := tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["init", str(tmp_path / "study"), "--data", str(file), *told]) == 2
+    error = capsys.readouterr().err
+    assert said in error and str(file) in error and not (tmp_path / "study").exists()
+
+
 TALK = [{"role": "user", "content": "how is it"}, {"role": "assistant", "content": "fine"}]
 SPAN = {"start": 0, "end": 4, "label": "Name"}
 

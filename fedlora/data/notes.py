@@ -6,6 +6,7 @@ from typing import Any
 
 from fedlora.data.names import alike
 from fedlora.data.reading import Input, Rows
+from fedlora.data.rows import plain
 from fedlora.errors import counted, cut
 
 _SHOWN = 5  # groups of labels in a line
@@ -43,13 +44,13 @@ def slips(train: Rows, test: Rows, validation: Rows, names: Sequence[str], targe
 
 def common(rows: Rows, other: Rows) -> int:
     """How many rows have a text that other rows have too."""
-    known = set(map(_plain, other.texts))
-    return sum(_plain(text) in known for text in rows.texts) if known else 0
+    known = set(map(plain, other.texts))
+    return sum(plain(text) in known for text in rows.texts) if known else 0
 
 
 def repeated(rows: Rows) -> int:
     """How many rows have a text that stood before."""
-    return len(rows.texts) - len(set(map(_plain, rows.texts)))
+    return len(rows.texts) - len(set(map(plain, rows.texts)))
 
 
 def empty(rows: Rows) -> int:
@@ -73,7 +74,7 @@ def contradictory(rows: Rows) -> int:
         return 0
     held: dict[Any, set[Any]] = defaultdict(set)
     for text, label in zip(rows.texts, rows.labels, strict=True):
-        held[_plain(text)].add(label)
+        held[plain(text)].add(label)
     return sum(len(labels) > 1 for labels in held.values())
 
 
@@ -88,10 +89,6 @@ def label_counts(rows: Rows, names: Sequence[str]) -> list[int]:
 def missing_labels(rows: Rows, names: Sequence[str]) -> list[str]:
     """Labels that no row has."""
     return [name for name, count in zip(names, label_counts(rows, names), strict=True) if not count]
-
-
-def _plain(text: Input) -> Input:
-    return text.strip() if isinstance(text, str) else text
 
 
 def _parts(text: Input) -> Sequence[Any]:

@@ -64,7 +64,7 @@ class Overview:
 
 def at_hand(data: settings.Data) -> bool:
     """Whether the rows are read without the Hub."""
-    return data.files is not None or data.dataset == "tweets"
+    return data.dataset == "tweets" or (data.files is not None and data.files.train is not None)
 
 
 def overview(data: settings.Data, task: str, num_clients: int, seed: int, person: str | None = None) -> Overview:

@@ -21,6 +21,7 @@ from fedlora.data.rows import NOTHING as NOTHING
 from fedlora.data.rows import Input as Input
 from fedlora.data.rows import Rows as Rows
 from fedlora.data.rows import as_bytes as as_bytes
+from fedlora.data.rows import plain
 from fedlora.data.tables import no_column, read_table
 from fedlora.errors import SettingError, cut
 from fedlora.scenario import templates
@@ -133,8 +134,7 @@ def read_test(data: settings.Data, task: str) -> tuple[Rows, tuple[str, ...]]:
     if data.files is None:
         train, test = read(data, task)
         return test, label_names(data, train, task)
-    if data.files.test is None:
-        raise SettingError("data.files.test", "sites keep their rows: name the server's own file to judge by")
+    assert data.files.test is not None  # see suitability.check_sites
     test = _read_rows(data.files, "test", data.files.test, None, Taught.of(data, task))
     return test, label_names(data, test, task)
 
@@ -161,7 +161,7 @@ def read_whole_site(files: settings.Files, taught: Taught) -> Rows:
     """The rows of a site's own file, whatever their labels are."""
     told = {key: name for key, name in taught.usual.items() if key not in files.model_fields_set}
     anything = replace(taught, labels=None)  # a row of others is left out, whatever the run asks, and none refused
-    return _read_rows(files.model_copy(update=told), "train", files.train, None, anything)
+    return _read_rows(files.model_copy(update=told), "train", str(files.train), None, anything)
 
 
 def left_out(held: Sequence[Label], labels: Sequence[str]) -> list[int]:
@@ -237,13 +237,13 @@ def _read_tweets(owner: str | None, person: str | None) -> Rows:
     return Rows(table["text"].tolist(), table["sentiment"].tolist())
 
 
-def columns_of(path: Path) -> dict[str, list[Any]]:
+def columns_of(path: Path, encoding: str | None = None) -> dict[str, list[Any]]:
     """The columns of a table by name, with cells as they are.
 
     Raises:
         SettingError: it cannot be read.
     """
-    table = read_table("data.files.train", path, None)
+    table = read_table("data.files.train", path, None, encoding)
     columns = {str(name): list(table[name].tolist()) for name in table.columns}
     if table.attrs.get("private") and any(name in map(str, values) for name, values in columns.items()):
         raise SettingError("data.files.train", f"{path}: its first line is a row: write names of columns above it")
@@ -251,6 +251,9 @@ def columns_of(path: Path) -> dict[str, list[Any]]:
 
 
 def _read_files(files: settings.Files, owner: str | None, taught: Taught) -> tuple[Rows, Rows | None]:
+    if files.train is None:
+        what = "is missing: name the rows that clients train on; only a scenario for fedlora submit has none"
+        raise SettingError("data.files.train", what)
     train = _read_rows(files, "train", files.train, owner, taught)
     return train, (_read_rows(files, "test", files.test, None, taught) if files.test else None)
 
@@ -402,7 +405,7 @@ def _hold_out(rows: Rows, share: float, target: str, again: bool = False) -> tup
         for label, owner in zip(labels, owned, strict=True)
     ]
     key = "data.validation_share" if again else "data.test_share"
-    together, of = (rows.texts, "texts") if rows.persons is None else (rows.persons, "persons")
+    together, of = ([*map(plain, rows.texts)], "texts") if rows.persons is None else (rows.persons, "persons")
     held = hold_out([as_bytes(one) for one in together], share, kinds, again, key, of)
 
     def pick(test: bool) -> Rows:

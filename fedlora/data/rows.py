@@ -38,6 +38,13 @@ class Rows:
 NOTHING = Rows([], [])
 
 
+def plain(part: Input) -> Input:
+    """An input as it is compared with others: its texts without blanks at their ends."""
+    if isinstance(part, tuple):
+        return tuple(map(plain, part))  # type: ignore[return-value]
+    return part.strip() if isinstance(part, str) else part
+
+
 def as_bytes(part: Input) -> bytes:
     """An input as bytes; no two are alike."""
     if isinstance(part, tuple):

@@ -61,6 +61,8 @@ def of_file(files: Files, encoding: str | None, used: Iterable[str | None]) -> l
         encoding: of its text.
         used: further columns that are learnt, or say which client holds a row.
     """
+    if files.train is None:
+        return []
     try:
         table = read_table("data.files.train", Path(files.train), files.columns, encoding)
     except SettingError:

@@ -15,6 +15,14 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+_OTHERS = {  # by their first bytes
+    b"PK\x03\x04": "a zip archive, as a workbook of a spreadsheet is",
+    b"\xd0\xcf\x11\xe0": "a workbook of a spreadsheet",
+    b"\x1f\x8b": "compressed by gzip",
+    b"%PDF": "a PDF",
+    b"PAR1": "a parquet file",
+    b"SQLite format 3": "a database",
+}
 _PLAIN = (".csv", ".tsv", ".json", ".jsonl", *tagged.SUFFIXES)
 
 
@@ -39,7 +47,10 @@ def read_table(key: str, path: Path, columns: Sequence[str] | None, encoding: st
     try:
         if suffix == ".parquet":
             return pd.read_parquet(path)
-        text = decoded(path, path.read_bytes(), encoding)
+        content = path.read_bytes()
+        if other := next((what for begin, what in _OTHERS.items() if content.startswith(begin)), None):
+            raise SettingError(key, f"{path}: is {other}, whatever its name says: save its rows as {suffix[1:]}")
+        text = decoded(path, content, encoding)
         if not text.strip():
             raise SettingError(key, f"{path}: is empty")
         held: Mapping[str, Sequence[Any]]
@@ -89,10 +100,16 @@ def decoded(path: Path, held: bytes, encoding: str | None) -> str:
         else:
             asked += "name another data.encoding, or save it as UTF-8 and leave that out"
         raise SettingError("data.encoding", asked) from None
-    if "\0" in text[:1000]:
-        asked = f"{path} holds NUL characters, as UTF-16 without a mark does: write data.encoding: utf-16-le"
-        raise SettingError("data.encoding", asked)
-    return text
+    if (at := text.find("\0")) < 0:
+        return text
+    head = text[:1000]
+    if 4 * head.count("\0") >= len(head):
+        order = "be" if head[::2].count("\0") > head[1::2].count("\0") else "le"
+        asked = f"{path} holds NUL characters, as UTF-16 without a mark does: write data.encoding: utf-16-{order}"
+    else:
+        line = text.count("\n", 0, at) + 1
+        asked = f"{path}:{line}: holds a NUL character, which is no part of a text: take it out"
+    raise SettingError("data.encoding", asked)
 
 
 def no_column(key: str, path: object, name: str, table: Any) -> SettingError:

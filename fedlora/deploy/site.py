@@ -35,6 +35,7 @@ class Held(Files):
     """The site's rows. A row with a label that `labels` lacks is left out, whatever a run asks.
 
     Attributes:
+        train: File of the site's rows. Example: `/site/train.csv`.
         test: Not used at a site: the test set is the server's.
         validation: Not used at a site: the server's rows choose the best round.
         labels: Labels of the rows; a run must have exactly these. null: the site answers no classification run.
@@ -48,6 +49,7 @@ class Held(Files):
             `'{question} {hint}'`.
     """
 
+    train: str
     labels: tuple[str, ...] | None = None
     score: Score | None = None
     messages: str | None = None

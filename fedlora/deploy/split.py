@@ -1,16 +1,21 @@
-"""`fedlora split`: a scenario's partitions as the files of sites, to rehearse a deployment with."""
+"""`fedlora split`: a scenario's partitions as the files of sites, to rehearse a deployment with.
+
+Beside them stand the test rows and `scenario.yaml`, the same scenario for `fedlora submit`: it names the test rows
+and, as the server sees no training rows, the labels.
+"""
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedlora import prepare
 from fedlora.data.cells import SEPARATORS, Label
-from fedlora.data.reading import Rows, read
+from fedlora.data.reading import Rows, read, set_aside
 from fedlora.errors import SettingError
 from fedlora.rounds.checkpoint import whole_folder
 from fedlora.scenario import Data, Scenario
@@ -38,7 +43,8 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
 
     Args:
         scenario: with data that are at hand here.
-        folder: to make; client k's files are in `site-<k>`, the test rows in `test.csv`.
+        folder: to make; client k's files are in `site-<k>`, the test rows in `test.csv`, what to submit in
+            `scenario.yaml`.
         seen_as: where a node sees its own `site-<k>`, such as a container's volume; by default where it is.
 
     Returns:
@@ -60,13 +66,19 @@ def split(scenario: Scenario, folder: Path, seen_as: Path | None = None) -> list
         raise scenario.located(error) from error
     made = []
     with whole_folder(folder) as new:
-        _write(new / "test.csv", replace(test, persons=None), np.arange(len(test.texts)), scenario.data, separator)
+        judged = {"test": replace(test, persons=None)}
+        if scenario.data.own_validation is not None:
+            judged["validation"] = replace(set_aside(scenario.data, scenario.task, test)[1], persons=None)
+        for part, rows in judged.items():
+            _write(new / f"{part}.csv", rows, np.arange(len(rows.texts)), scenario.data, separator)
+        placed = {part: str(folder.absolute() / f"{part}.csv") for part in judged}
+        (new / "scenario.yaml").write_text(_to_submit(scenario, placed, train, held.labels, separator).to_yaml())
         if held.persons is not None:  # by number: no name leaves
             train = replace(train, persons=[str(n) for n in held.persons.of_rows])
         for client in range(scenario.clients.total):
-            rows = np.sort(np.concatenate([held.partition(client).rows, held.held_out(client).rows]))
+            own = np.sort(np.concatenate([held.partition(client).rows, held.held_out(client).rows]))
             (new / f"site-{client}").mkdir()
-            _write(new / f"site-{client}" / "train.csv", train, rows, scenario.data, separator)
+            _write(new / f"site-{client}" / "train.csv", train, own, scenario.data, separator)
             place = seen_as or folder.absolute() / f"site-{client}"
             columns = _columns(train, scenario.data)
             label = json.dumps(columns) if len(columns) > 1 else columns[0] if columns else "null"
@@ -99,6 +111,19 @@ def caps(scenario: Scenario) -> list[str]:
         f"privacy.max_epsilon of each site file is {_RUNS * one:g}: {_RUNS} rehearsals of epsilon {one:g}; for "
         f"real rows write what they may lose in all runs together, such as {one:g}"
     ]
+
+
+def _to_submit(
+    scenario: Scenario, placed: Mapping[str, str], rows: Rows, labels: Sequence[str], separator: str
+) -> Scenario:
+    """The scenario for sites: its files are those that were written, of which the server reads `placed`."""
+    data, columns = scenario.data, _columns(rows, scenario.data)
+    named = columns if len(columns) > 1 else columns[0] if columns else None
+    files = {**placed, "text": "text", "label": named, "separator": separator or None}
+    told: dict[str, Any] = {"dataset": None, "hub": None, "files": files, "encoding": None, "prompt": None}
+    told |= {"partition": {"kind": "iid"}} if data.partition.kind == "natural" else {}
+    told |= {"labels": list(labels)} if labels and data.score is None and named == "label" else {}
+    return Scenario.model_validate(scenario.model_dump() | {"data": data.model_dump() | told})
 
 
 def _write(file: Path, rows: Rows, chosen: "np.typing.NDArray[np.int64]", data: Data, separator: str) -> None:

@@ -83,7 +83,9 @@ def submit(
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not an empty folder; name another with --out")
     try:
-        suitability.check(strategies.load(scenario.strategy.use, scenario.strategy.options), scenario)
+        strategy = strategies.load(scenario.strategy.use, scenario.strategy.options)
+        suitability.check(strategy, scenario)
+        suitability.check_sites(strategy, scenario)
         clients.load(scenario.clients.use, scenario.clients.options)
     except SettingError as error:
         raise scenario.located(error) from error

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedlora.engine.setup import Description, Setup
 from fedlora.errors import ContractError, RoundError
 from fedlora.privacy import grid, secure
 from fedlora.privacy.collector import Sum, collect
+from fedlora.privacy.graph import MOST_NEIGHBOURS
 from fedlora.privacy.mechanisms.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE, WITHIN
 from fedlora.privacy.mechanisms.shared import MEMBERS
 from fedlora.privacy.member import Member
@@ -23,6 +25,8 @@ from fedlora.privacy.noise import Stream
 from fedlora.privacy.replay import Drawn, digest, versions
 from fedlora.scenario import SecureAggregation
 from fedlora.seeding import stream
+
+_PLAYED = (4, 8, 12)  # clients among whom the protocol is carried out to count its bytes
 
 Draws = Callable[[str], Stream]  # the random numbers of a client in a round, by purpose
 
@@ -134,6 +138,43 @@ def replies(
         reports[client] = replace(reports[client], error=None)  # it went after it had sent: it is in the sum
     carried = len(made.sent) / len(made.members) if SUM_NOISE in instruction.config else 0.0
     return Replies([update], [report for _, report in sorted(reports.items())], carried=carried)
+
+
+def exchanged(cohort: int) -> tuple[float, float]:
+    """Bytes of a round's protocol that a client sends and is sent, for a vector of one number.
+
+    The protocol is carried out among few. With n neighbours a client has n shares to seal, beside each of which it
+    says whom it sees, so more neighbours are counted along a parabola; `MOST_NEIGHBOURS` is the most. Each further
+    number of a vector adds four bytes to what a client sends.
+
+    Args:
+        cohort: clients of the round.
+    """
+    if cohort <= _PLAYED[-1]:
+        return _played(cohort)
+    up, down = np.polyfit(_PLAYED, [_played(few) for few in _PLAYED], 2).T  # (2, 3)
+    seen = min(cohort, MOST_NEIGHBOURS + 1)
+    return float(np.polyval(up, seen)), float(np.polyval(down, seen))
+
+
+@lru_cache(maxsize=8)
+def _played(cohort: int) -> tuple[float, float]:
+    """The same by carrying it out."""
+    members: dict[int, Member] = {}
+    sent = [0, 0]
+
+    def exchange(what: str, told: Mapping[int, secure.Parts]) -> dict[int, secure.Parts]:
+        made: dict[int, secure.Parts] = {}
+        for client, parts in told.items():
+            if what == secure.KEYS:
+                members[client] = Member(next(iter(parts["you"])))
+            made[client] = members[client].answer(what, parts, lambda _: np.zeros(1, np.uint32), 1.0, cohort)
+            for way, said in enumerate((made[client], parts)):
+                sent[way] += traffic.content_bytes(wire.pack_parts(said))
+        return made
+
+    collect(exchange, range(cohort), stream(0, "sizes"), 1.0)
+    return sent[0] / cohort, sent[1] / cohort
 
 
 class SecureEngine(Engine):

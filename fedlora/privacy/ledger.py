@@ -367,7 +367,9 @@ def statements(run: Path) -> list[str]:
             bands = bands_of(replay(file), unit)
             told = (honest, bands, line.get("person"))
             said = statement(spent, line["delta"], said_of, accountant, *told)
-            lines.append(f"  {accountant}  {said}{OWN_ALONE if summed and said_of == unit else ''}")
+            if summed and said_of == unit:
+                said = f"from everybody, {said}{OWN_ALONE}"
+            lines.append(f"  {accountant}  {said}")
     return lines
 
 

@@ -5,6 +5,7 @@ so that a run can be resumed where it was begun; a child that was forked does no
 removed, as another program could then lock its successor. Over NFS the server must support locks.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -66,10 +67,32 @@ def hold(file: Path, wait: float = 0.0) -> Lock:
                 continue
             os.close(handle)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(f"{file}: in use by another process; stop it, or use another folder") from None
+                whom, how = "another process", "stop it"
+                if pid := holder(file):
+                    whom, how = f"process {pid}", f"stop it (kill {pid})"
+                raise UserError(f"{file}: in use by {whom}; {how}, or use another folder") from None
             raise UserError(f"{file}: its file system cannot lock it: {error.strerror}") from error
     _held[key] = lock = Lock(file, handle)
     return lock
+
+
+def holder(file: Path) -> int | None:
+    """The process that has locked a file; None where the system does not say, or it is not to be seen from here.
+
+    Of the processes that `/proc/locks` names with the file's inode, the one that has the file open.
+    """
+    with contextlib.suppress(OSError):
+        there = file.stat()
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] != "FLOCK" or not words[5].endswith(f":{there.st_ino}"):
+                continue
+            with contextlib.suppress(OSError):
+                for handle in Path("/proc", words[4], "fd").iterdir():
+                    with contextlib.suppress(OSError):
+                        if os.path.samestat(handle.stat(), there):
+                            return int(words[4])
+    return None
 
 
 def _forget() -> None:

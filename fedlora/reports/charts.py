@@ -3,6 +3,7 @@
 Each chart holds its own data, in rows that can be read and copied by themselves.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -78,8 +79,17 @@ def lines(
     layers: list[alt.Chart] = []
     if rule and any(rule in row for row in rows):
         level = alt.Y(f"max({rule}):Q", title=y[1], scale=scale)
-        mark = alt.Chart(held).mark_rule(strokeDash=[4, 4], strokeWidth=1.5, color="gray")
-        layers.append(mark.encode(y=level, tooltip=alt.Tooltip(f"max({rule}):Q", title=rule, format=".4~g")))
+        mark = alt.Chart(held).transform_calculate(level=json.dumps(rule)).mark_rule(strokeWidth=1.5, color="gray")
+        dashes = alt.StrokeDash(
+            "level:N",
+            scale=alt.Scale(domain=[rule], range=[[4, 4]]),
+            legend=alt.Legend(title=None, orient="top", symbolType="stroke", symbolStrokeColor="gray"),
+        )
+        layers.append(
+            mark.encode(
+                y=level, strokeDash=dashes, tooltip=alt.Tooltip(f"max({rule}):Q", title=rule, format=".4~g")
+            )
+        )
     if band:
         layers.append(base.mark_area(opacity=0.18).encode(y=alt.Y(f"{band[0]}:Q", title=y[1]), y2=f"{band[1]}:Q"))
     layers += [base.mark_line(), base.mark_point(filled=True, size=28, opacity=1)]

@@ -141,7 +141,13 @@ class Comparison:
         for unit in units or [None]:
             costs = {g.label: self._costs(g, "epsilon", "bytes") for g in racing if g.unit in (unit, None)}
             beaten |= costs.keys() - front(costs)
-        return {g.label for g in racing} - beaten
+        return {g.label for g in racing if not self._unlearnt(g)} - beaten
+
+    def _unlearnt(self, group: Group) -> bool:
+        """Whether a group is no better than the commonest label."""
+        guesses = [run.majority for run in group.runs if run.majority is not None and run.metric == self.metric]
+        assert group.mean is not None
+        return bool(guesses) and group.mean <= max(guesses)
 
     @cached_property
     def sentences(self) -> list[str]:
@@ -226,7 +232,7 @@ class Comparison:
             f"difference and p: against the first; a paired t-test where {FEW} seeds or more are shared, else "
             "Welch's, with Holm's correction.",
             f"{PARETO}: no other is as good in {self.metric}, megabytes and epsilon at once; epsilons within "
-            "1 % count as equal.",
+            "1 % count as equal. Runs no better than the commonest label stay out.",
         ]
         if len(self.units) > 1:
             said.append("unit: whom epsilon is for; the Pareto front of each unit is of its own.")
@@ -274,7 +280,7 @@ class Comparison:
                 continue
             cost = "epsilon" if title in spent else "bytes"
             costs = {g.label: self._costs(g, cost) for g in known}
-            best = front(costs)
+            best = front(costs) - {g.label for g in known if self._unlearnt(g)}
             x = "megabytes" if cost == "bytes" else cost
             points = [
                 {

@@ -153,7 +153,8 @@ class Live:
         if asked := scenario.privacy:
             most = "" if asked.unit == "client" else ", of the client that spent most"
             whom = protected(asked.protects, asked.person)
-            self._print(f"[dim]epsilon: spent so far at delta {asked.delta:g} for each {whom}{most}[/]")
+            seen = "" if scenario.shares_example_noise is None else ", from all who see sums"
+            self._print(f"[dim]epsilon: spent so far at delta {asked.delta:g} for each {whom}{most}{seen}[/]")
         names = ("round", "clients", metric, "loss", "up", "down", "epsilon", "seconds", "left")
         self._print(f"[dim]{self._row(names)}[/]")
         if self._bar is not None:
@@ -253,16 +254,6 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         if turns := named(g.get("bands", 1) for g in plan["groups"]):
             lines.append(f"            {turns}, by the {what}s that a client holds")
         lines.append(f"            {neighbours(plan['unit'])}")
-    if (told := plan["signal"]) is not None:
-        step = "round" if told["batch_size"] is None else "step"
-        lines.append(
-            f"  signal    in the mean of a {step} at most {told['bound']:g} long, "
-            f"beside noise {told['noise_length']:.3g} long,"
-        )
-        lines.append(
-            f"            {told['noise']:.3g} in each number: {told['ratio']:.3g} to 1; over all "
-            f"{told['steps']:,} {step}s {told['run_ratio']:.3g} to 1"
-        )
     if plan["own_epsilon"] is not None:
         lines.append(
             "            from all who see sums, the server too; under a client's own noise alone, epsilon "
@@ -274,6 +265,16 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         )
     if plan["peer_epsilon"] is not None:
         lines.append(f"            from a client in all of the same rounds, epsilon {plan['peer_epsilon']:.3f}")
+    if (told := plan["signal"]) is not None:
+        step = "round" if told["batch_size"] is None else "step"
+        lines.append(
+            f"  signal    in the mean of a {step} at most {told['bound']:g} long, "
+            f"beside noise {told['noise_length']:.3g} long,"
+        )
+        lines.append(
+            f"            {told['noise']:.3g} in each number: {told['ratio']:.3g} to 1; over all "
+            f"{told['steps']:,} {step}s {told['run_ratio']:.3g} to 1"
+        )
     if plan["seconds"] is None:
         lines.append("  estimate  no time and memory: the base model's weights, or a GPU, are not at hand")
     else:
@@ -416,10 +417,18 @@ def summary_lines(run: Record) -> list[str]:
 
 
 def _privacy_lines(run: Record) -> list[str]:
-    """A run's promise in two lines: the number and its unit, and what that means; summary.json has its terms."""
+    """A run's promise: the number and its unit, what that means, and from whom; summary.json has its terms."""
     told = promise_of(run)
     if told is None or told.epsilon is None:
         return [f"  privacy  {str(run.summary['privacy']).partition('; ')[0].partition(', neighbouring')[0]}"]
     whose = "" if told.unit == "client" else ", by the client that spent most"
     said = f"  privacy  epsilon {told.epsilon:.3g} at delta {told.delta:g} for each {told.unit}{whose}"
-    return [said, f"           {told.sentence}"]
+    lines = [said, f"           {told.sentence}"]
+    if told.honest is not None:
+        own = "" if told.own is None else f": epsilon {told.own:.3g}"
+        kept = f"if {told.kept} of those who send keep their noise"
+        lines += [
+            f"           from all who see sums, the server too, {kept};",
+            f"           if all others give theirs away, by a client's own part alone{own}",
+        ]
+    return lines

@@ -145,9 +145,11 @@ def _seen(told: Told) -> Table:
     open_ = "nothing bounds what it can learn"
     shared = masked and told["secure_aggregation"].get("noise") == "shared"
     if (honest := meaning.honest_of(told)) is not None:
-        single += f", if {honest:.0%} of those who send keep their noise from it; otherwise by own_epsilon"
+        condition = f", if {honest:.0%} of those who send keep their noise from {{}}; otherwise by own_epsilon"
+        single += condition.format("it")
     server = single or ("bounded by server_epsilon, for each client" if shared else open_)
     model = f"bounded by epsilon, for each {unit}" if unit else open_
+    model += "" if honest is None else condition.format("them")
     rows = [
         ["the server, and who runs it", update, server],
         ["other clients", "the models that they are sent in their rounds", model],

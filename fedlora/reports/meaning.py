@@ -30,6 +30,11 @@ class Promise(NamedTuple):
     own: float | None = None
 
     @property
+    def kept(self) -> str:
+        """The share of senders that are counted upon, in words; of `honest` clients alone."""
+        return "all" if self.honest == 1 else f"{self.honest:.0%}"
+
+    @property
     def sentence(self) -> str:
         """What it bounds, in one sentence without its full stop."""
         what = {"example": "row"}.get(self.unit, self.unit)
@@ -103,11 +108,10 @@ def in_words(told: Promise, masked: bool) -> Iterator[str]:
         one, seen = "client", "every model of the run and knows the rows of all other clients"
     if honest is not None:
         seen = "each round's sum, every model among it, and knows all other rows"
-        kept = "all" if honest == 1 else f"{honest:.0%}"
         yield (
             f"Clients share the noise out. The promise is from the server too, if it follows the protocol and "
-            f"{kept} of those who send keep their part of the noise from it. If all others give theirs away, a "
-            f"client's own part remains, and a larger epsilon{f': {own:.2f}' if own is not None else ''}."
+            f"{told.kept} of those who send keep their part of the noise from it. If all others give theirs away, "
+            f"a client's own part remains, and a larger epsilon{f': {own:.2f}' if own is not None else ''}."
         )
     if epsilon is None:
         yield f"No epsilon holds: {told.sentence}."

@@ -93,7 +93,8 @@ class Files(Section):
     """Local csv, tsv, json, jsonl or parquet files, or for token_classification conll or iob2.
 
     Attributes:
-        train: File of the rows that clients train on. Example: `train.csv`.
+        train: File of the rows that clients train on. null: sites have these rows, and the scenario is for
+            `fedlora submit` alone. Example: `train.csv`.
         test: File of the rows that the server evaluates on. null: `data.test_share` of the training rows. Example:
             `test.csv`.
         validation: File of the rows that choose the best round. null: none, or `data.validation_share`. Example:
@@ -108,7 +109,7 @@ class Files(Section):
             them. Example: `[text, label]`.
     """
 
-    train: str
+    train: str | None = None
     test: str | None = None
     validation: str | None = None
     text: Columns = "text"

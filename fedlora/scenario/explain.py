@@ -46,11 +46,14 @@ def explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         given = detail["ctx"].get("tag")
         known = [tag.strip("'") for tag in str(detail["ctx"].get("expected_tags", "")).split(", ")]
-        unions = {"ranks": Ranks, "partition": Partition, "up": Packed, "availability": Availability}
-        known = known if given or path[-1] not in unions else _kinds(unions[str(path[-1])])
+        known = known if given or path[-1] not in _UNIONS else _kinds(_UNIONS[str(path[-1])])
         what = f"unknown kind {given!r}: {suggestion(str(given), known)}"
         what = what if given else f"needs a kind, one of {', '.join(known)}"
         return Problem((*path, "kind"), f"{key}: {what}")
+    if kind == "model_attributes_type" and path[-1] in _UNIONS:
+        known = _kinds(_UNIONS[str(path[-1])])
+        meant = here if here in known else known[0]
+        return Problem(tuple(path), f"{key}: should be a mapping with a kind, such as {{kind: {meant}}}")
     if kind == "value_error":
         message = str(detail["ctx"]["error"])
     else:
@@ -64,6 +67,7 @@ def explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
     return Problem(tuple(path), f"{key}: {message}{'' if own else shown}")
 
 
+_UNIONS = {"ranks": Ranks, "partition": Partition, "up": Packed, "availability": Availability}
 _SMALL = 1e-5  # bounds below it, and above its inverse, are written with an exponent
 _BOUNDS = {"greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
 _PLAINER = {
@@ -74,7 +78,7 @@ _PLAINER = {
 
 
 def _kinds(union: Any) -> list[str]:
-    return [str(get_args(c.model_fields["kind"].annotation)[0]) for c in get_args(get_args(union)[0])]
+    return [str(k) for c in get_args(get_args(union)[0]) for k in get_args(c.model_fields["kind"].annotation)]
 
 
 def _fields(path: Sequence[str | int], raw: object) -> Iterable[str]:

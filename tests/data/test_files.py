@@ -121,6 +121,22 @@ def test_another_encoding_is_a_line_that_names_the_key(encoding, told, message, 
 
 
 @pytest.mark.parametrize(
+    ("content", "key", "message"),
+    [
+        (b"PK\x03\x04\x14\0", "data.files.train", "x.csv: is a zip archive, as a workbook of a spreadsheet is"),
+        (b"\x1f\x8b\x08\0", "data.files.train", "x.csv: is compressed by gzip, whatever its name says: save its"),
+        ("text,label\na,b\n".encode("utf-16-be"), "data.encoding", "write data.encoding: utf-16-be"),
+        ("text,label\na,b\n".encode("utf-16-le"), "data.encoding", "write data.encoding: utf-16-le"),
+        (b"text,label\na,b\nc\0d,b\n", "data.encoding", "x.csv:3: holds a NUL character"),
+    ],
+)
+def test_what_is_no_text_is_called_what_it_is(content, key, message, tmp_path):
+    (file := tmp_path / "x.csv").write_bytes(content)
+    error = wrong(file)
+    assert error.key == key and message in error.message
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("x.csv", "", "x.csv: is empty"),

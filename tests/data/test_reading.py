@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fedlora.data import notes
 from fedlora.data.reading import NOTHING, Rows, read, set_aside
 from fedlora.errors import SettingError
 from fedlora.prepare import prepare
@@ -29,6 +30,16 @@ WRITERS = {
     "bare.csv": lambda path: TABLE.to_csv(path, header=False, **QUOTED),
     "bare.tsv": lambda path: TABLE.to_csv(path, header=False, sep="\t", **QUOTED),
 }
+
+
+def test_the_split_and_the_check_of_leaks_compare_texts_alike(tmp_path):
+    """Blanks at the ends of a text make no other text of it."""
+    rows = [(f"{' ' * (i % 3)}note {i // 3}{' ' * (i % 2)}", "xy"[i % 2]) for i in range(180)]
+    rows += [("", "x"), ("   ", "y"), (" ", "x")]
+    pd.DataFrame(rows, columns=["text", "label"]).to_csv(tmp_path / "a.csv", index=False)
+    halves = read(source(tmp_path / "a.csv", test=None), "classification")
+    one, other = ({text.strip() for text in rows.texts} for rows in halves)
+    assert one and other and one.isdisjoint(other) and notes.common(*halves) == 0
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -66,7 +66,7 @@ def test_it_is_refused_beside_a_worker_and_for_a_run_that_is_not_there(ended, ca
     with (state / "lock").open("r+") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert main(["site", "forget", str(file), "tiny-1"]) == 2
-        assert "lock: in use by another process" in capsys.readouterr().err
+        assert "lock: in use by process" in capsys.readouterr().err
     assert (state / "runs" / "tiny-1" / "answer-1").exists()
 
 

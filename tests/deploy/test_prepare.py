@@ -97,6 +97,34 @@ def test_sites_come_and_go_and_no_number_is_given_twice(docker):
     assert keys(deployment)["site-0"] == first["site-0"]
 
 
+def test_what_to_do_next_is_for_the_machines_that_there_are(docker):
+    compose = "docker compose -f docker/deployment/compose.yaml"
+    alone = prepare(docker, "--sites", "2").stdout.splitlines()
+    assert f"  {compose} up --detach --wait" in alone and not any("restart" in line for line in alone)
+    (docker.parent / "pyproject.toml").write_text("")  # as in a checkout
+    assert f"  {compose} up --build --detach --wait" in prepare(docker, "--add-site").stdout.splitlines()
+    _, first, *others = prepare(docker, "--host", "fl.example.org").stdout.splitlines()
+    assert first.startswith(f"  {compose} restart superlink server") and "certificate has other names" in first
+    assert others[0] == f"  {compose} up --build --detach --wait superlink server"
+    assert others[1].startswith(f"  {compose} up registered")
+    again = prepare(docker).stdout
+    assert "restart" not in again and "-f docker/compose.yaml" not in again
+
+
+def test_the_scenario_of_a_demo_names_the_test_rows_as_the_server_sees_them(docker, tmp_path):
+    """With a `fedlora` that writes what `split` does."""
+    (tool := tmp_path / "bin" / "fedlora").parent.mkdir()
+    lines = ["#!/bin/sh", 'mkdir -p "$4/site-0"', 'cd "$4"', "touch site-0/train.csv site-0/site.yaml test.csv"]
+    tool.write_text("\n".join([*lines, 'echo "    test: $PWD/test.csv" > scenario.yaml']) + "\n")
+    tool.chmod(0o755)
+    path = f"{tool.parent}{os.pathsep}{os.environ['PATH']}"
+    done = prepare(docker, "--demo", "mine.yaml", path=path)
+    assert done.returncode == 0 and "submit docker/deployment/split/scenario.yaml --super" in done.stdout
+    made = docker / "deployment"
+    assert (made / "split" / "scenario.yaml").read_text() == "    test: /data/test.csv\n"
+    assert (made / "server" / "data" / "test.csv").exists() and len([*(made / "split").iterdir()]) == 2
+
+
 def test_a_site_s_own_public_key_stays(docker):
     deployment = made(docker, "--sites", "2")
     own = deployment / "server" / "keys" / "site-1.pub"
@@ -195,6 +223,9 @@ def test_what_is_packed_for_a_site_is_its_own_and_has_no_rows(docker, tmp_path):
     version = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]["version"]
     images = gzip.decompress((deployment / "images.tar.gz").read_bytes()).decode().split()
     assert images == ["save", f"fedlora:{version}", f"fedlora-flower:{version}"]
+    engine.write_text("#!/bin/sh\nexit 1\n")
+    said = refused(docker, "--pack", "1", path=f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    assert f"fedlora:{version} or fedlora-flower:{version} is not here: build or load the images first" in said
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")

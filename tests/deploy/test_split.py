@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora import simulate
+from fedlora import checking, prepare, simulate
+from fedlora import scenario as scenarios
 from fedlora.data import reading
 from fedlora.data.cells import Taught
 from fedlora.deploy import site
@@ -30,8 +31,10 @@ def told(request, tmp_path):
 
 
 def test_sites_give_what_a_simulation_gives_bit_for_bit(told, sites, nodes, deployed, tiny, tmp_path):
-    scenario, files = sites(*told, private=False)
-    run, _ = deployed(scenario, LocalGrid(nodes(files)))
+    _, files = sites(*told, private=False)
+    written = scenarios.load(str(tmp_path / "sites" / "scenario.yaml"))
+    assert written.data.files.train is None and (written.data.labels is None) == ("regression" in told[0])
+    run, _ = deployed(written, LocalGrid(nodes(files)))
     plain = simulate(tiny(*told, private=False), out=tmp_path / "plain")
     one, other = (load_file(r.folder / "adapter" / "adapter_model.safetensors") for r in (run, plain))
     assert all(np.array_equal(one[n], other[n]) for n in one) and run.summary["failures"] == 0
@@ -73,6 +76,22 @@ def test_texts_with_spans_are_no_csv(tiny, tmp_path):
     told = ("task=token_classification", f"data.files={{train: {file}, text: text, label: tags}}")
     with pytest.raises(UserError, match="only rows of one text and its label"):
         split(tiny(*told), tmp_path / "sites")
+
+
+def test_a_csv_s_own_columns_are_those_of_the_files_in_what_is_submitted(tiny, tmp_path):
+    rows = [f"note {i},{'bad' if i % 2 else 'good'},w{i % 4}" for i in range(60)]
+    (file := tmp_path / "rows.csv").write_text("\n".join(["question,kind,ward", *rows]) + "\n")
+    (chosen := tmp_path / "chosen.csv").write_text("question,kind\nnew,bad\nnewer,good\n")
+    told = f"data.files={{train: {file}, validation: {chosen}, text: question, label: kind}}"
+    split(tiny(told, "data.partition={kind: natural, column: ward}"), tmp_path / "sites")
+    made = scenarios.load(str(tmp_path / "sites" / "scenario.yaml"))
+    ready = prepare.prepare_server(made)
+    assert made.data.labels == ready.data.labels == ("bad", "good")
+    assert len(ready.data.test) == len((tmp_path / "sites" / "test.csv").read_text().splitlines()) - 1
+    assert len(ready.data.validation) == 2 and made.data.files.text == "text"
+    with pytest.raises(UserError, match=r"data.files.train: is missing: name the rows that clients train on"):
+        simulate(made, out=tmp_path / "run")
+    assert not checking.problems(made)  # the rows are not at hand
 
 
 def test_a_correlation_below_0_is_a_figure(told, sites, nodes, deployed, monkeypatch):

@@ -28,6 +28,12 @@ class Mine(FFALoRA):
 """
 
 
+@pytest.fixture
+def tiny(tiny, reviews):
+    """With a test set of the server's, as sites keep their rows."""
+    return lambda *overrides: tiny(f"data.files.test='{reviews}'", *overrides)
+
+
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # of flwr's pathspec
 def test_the_app_holds_the_scenario_the_code_and_the_signature(tiny, tmp_path, monkeypatch):
     import io
@@ -96,10 +102,19 @@ def test_flower_builds_the_app_with_all_of_it(tiny, tmp_path):
         assert {"pyproject.toml", ".info/CONTENT"} == set(fab.namelist())
 
 
-def test_a_scenario_that_does_not_fit_is_not_sent(tiny, monkeypatch):
+@pytest.mark.parametrize(
+    "told, words",
+    [
+        ("strategy.option=3", r"--set strategy.option=3: .*no option"),
+        ("data.files.test=null", r"data.files.test: sites keep their rows: name the server's own file"),
+        ("loss={class_weights: balanced}", "loss.class_weights: counts test rows, which sites do not see"),
+    ],
+)
+def test_what_the_server_would_refuse_is_not_sent(told, words, tiny, monkeypatch):
     monkeypatch.setattr(module, "_start", lambda *_: pytest.fail("it was sent"))
-    with pytest.raises(UserError, match=r"--set strategy.option=3: .*no option"):
-        submit(tiny("strategy.option=3"), "nowhere", display=Silent())
+    with pytest.raises(UserError, match=words) as refused:
+        submit(tiny(told), "nowhere", display=Silent())
+    assert len(refused.value.lines) == 1
 
 
 def test_an_unknown_superlink_is_a_line(tiny, tmp_path, monkeypatch):

@@ -31,6 +31,22 @@ def test_every_page_is_on_the_site():
     assert {f"{name}.md" for name in PAGES} == set(re.findall(r"[a-z]+\.md", told))
 
 
+def headings(page):
+    """The anchors of a page: of each heading outside of code its own, or what is made of its words."""
+    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.S | re.M)
+    for title in re.findall(r"^#+ (.*)$", text, re.M):
+        own = re.search(r"\{#([\w-]+)\}$", title)
+        words = re.sub(r"[^\w\s-]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title)).strip().lower()
+        yield own[1] if own else re.sub(r"[-\s]+", "-", words)
+    yield from re.findall(r'id="([\w-]+)"', text)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_to_a_heading_finds_one(page):
+    found = re.findall(r"\]\(((?:[a-z]+\.md)?)#([\w-]+)\)", PAGES[page])
+    assert [(to, anchor) for to, anchor in found if anchor not in headings(to.removesuffix(".md") or page)] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_parses_and_names_real_settings(page):
     """In blocks, as `$ fedlora ...`, and between backticks."""

@@ -410,7 +410,9 @@ def elsewhere(folder):
 def test_one_process_writes_and_others_read(tmp_path):
     record = two_rounds(tmp_path)
     file = tmp_path / "privacy.jsonl"
-    assert elsewhere(tmp_path) == [f"{file}: in use by another process; stop it, or use another folder"]
+    assert elsewhere(tmp_path) == [
+        f"{file}: in use by process {os.getpid()}; stop it (kill {os.getpid()}), or use another folder"
+    ]
     reads = "import sys, pathlib; from fedlora.privacy import ledger; ledger.replay(pathlib.Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", reads, file], check=True)
     position = record.position

@@ -35,13 +35,22 @@ def elsewhere(file):
 def test_another_process_is_refused_until_nobody_here_holds_on(tmp_path):
     held = [lock.hold(tmp_path / "lock"), lock.hold(tmp_path / "lock")]
     assert held[0] is held[1]  # within a process it is shared
-    why = "in use by another process; stop it, or use another folder"
+    why = f"in use by process {os.getpid()}; stop it (kill {os.getpid()}), or use another folder"
     assert elsewhere(tmp_path / "lock") == f"{tmp_path / 'lock'}: {why}"
     held.pop()
     assert "in use" in elsewhere(tmp_path / "lock")
     held.pop()
     gc.collect()
     assert elsewhere(tmp_path / "lock") == "taken"
+
+
+def test_a_holder_that_the_system_does_not_name_is_another_process(tmp_path, monkeypatch):
+    held = lock.hold(tmp_path / "lock")
+    assert lock.holder(held.file) == os.getpid() and lock.holder(tmp_path / "none") is None
+    monkeypatch.setattr(lock, "holder", lambda file: None)
+    monkeypatch.setattr(lock, "_held", {})
+    with pytest.raises(UserError, match="in use by another process; stop it, or use another folder"):
+        lock.hold(held.file)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")

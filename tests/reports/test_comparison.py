@@ -189,6 +189,13 @@ def test_the_front_holds_what_nobody_beats(folder):
     assert [cells(made, g.label)["Pareto front"] for g in made.groups] == ["yes", "yes", "", "yes"]
 
 
+def test_a_run_below_the_commonest_label_is_not_on_the_front(folder):
+    """It sends the fewest bytes, and learnt nothing."""
+    low, high = folder("low", 0.4, use="rolora", mb=0.1, majority=0.5), folder("high", 0.7, mb=1.0, majority=0.5)
+    made = Comparison([low, high], ["low", "high"])
+    assert made.front == {"high"} and cells(made, "low")["Pareto front"] == ""
+
+
 def test_epsilons_that_differ_by_rounding_are_equal_on_the_front(folder):
     """0.6 at 6.00 is no trade for 0.7 at 6.02; at 6.10 it is. The chart has each epsilon as it is."""
     for better, front in ((6.02, {"rolora"}), (6.10, {"rolora", "ffa_lora"})):

@@ -25,6 +25,13 @@ def test_a_figure_is_three_files_of_a_columns_width(tmp_path):
         assert image.width == 974  # 3.25 inches of 300 dots are 975
 
 
+def test_the_dashed_line_stands_in_the_legend(tmp_path):
+    rows = [{"round": r, "accuracy": r / 10, charts.MAJORITY: 0.4} for r in (1, 2)]
+    chart = charts.lines(rows, ("round", "round"), ("accuracy", "accuracy"), rule=charts.MAJORITY)
+    (svg, *_) = paper.draw([charts.Figure("Dashes", "", chart)], tmp_path)
+    assert ">commonest label</text>" in svg.read_text() and 'stroke-dasharray="4,4"' in svg.read_text()
+
+
 def test_colours_are_those_of_light_pages(tmp_path):
     svg = paper.draw([FIGURE], tmp_path)[0].read_text()
     assert "var(" not in svg and "#0b6e75" in svg and "#55c2c0" not in svg

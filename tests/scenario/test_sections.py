@@ -52,7 +52,10 @@ def test_defaults_are_filled_in():
     [
         # misspelt keys
         ("round: 3", "f.yaml:6: unknown key 'round': did you mean 'rounds'?"),
-        ("zzz: 3", "f.yaml:6: unknown key 'zzz': known: baseline, clients, compression, data, engine"),
+        (
+            "zzz: 3",
+            "f.yaml:6: unknown key 'zzz': known: baseline, clients, compression, data, diagnostics, engine",
+        ),
         ("data: {dataset: tweets, max_len: 3}", "f.yaml:2: unknown key 'max_len' in data: did you mean 'max_len"),
         ("model:\n  adapter:\n    rr: 4", "f.yaml:8: unknown key 'rr' in model.adapter: did you mean 'r'?"),
         ("clients: {total: 4, per_rond: 2}", "f.yaml:3: unknown key 'per_rond' in clients: did you mean 'per_r"),
@@ -87,6 +90,8 @@ def test_defaults_are_filled_in():
             "model: {adapter: {kind: dora}}",
             "f.yaml:6: model.adapter.kind: unknown kind of adapter 'dora': did you mean 'lora'?",
         ),
+        ("compression: {up: top_k}", "compression.up: should be a mapping with a kind, such as {kind: top_k}"),
+        ("compression: {up: 8}", "compression.up: should be a mapping with a kind, such as {kind: fp16}"),
         ("model: ~", "f.yaml:6: model: should be a mapping of keys to values, not None"),
         (DATA % "{kind: dirichlet, alpha: 0}", "f.yaml:2: data.partition.alpha: should be greater than 0, not 0"),
         (DATA % "{kind: dirichlet}", "f.yaml:2: data.partition.alpha is missing"),
