@@ -118,7 +118,7 @@ def test_the_command_says_what_to_type(tiny_yaml, tmp_path, capsys):
     assert main(["plan", str(file), "--advise"]) == 0
     told = capsys.readouterr().out
     assert "times the ratio by  --set model.adapter.layers=[1] " in told and " as it is" in told
-    assert max(map(len, told.splitlines())) < 250
+    assert max(map(len, told.splitlines())) < 300
 
 
 def test_what_is_kept_of_the_frozen_layers_is_told_in_bytes(tiny):

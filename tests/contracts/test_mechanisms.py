@@ -14,6 +14,7 @@ from fedlora.privacy.mechanisms.bands import BandedGaussian
 from fedlora.privacy.mechanisms.central import Central
 from fedlora.privacy.mechanisms.contract import Mechanism
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
+from fedlora.privacy.mechanisms.shared import Shared
 from fedlora.seeding import stream
 
 COMMON = {"noise_multiplier": 1.5, "sample_rate": 0.2}
@@ -24,7 +25,17 @@ MADE = {  # one of each, and of each that adapts
     ExampleGaussian: lambda **more: ExampleGaussian(
         batch_size=40, clip="quantile" if "quantile" in more else "flat", **EXAMPLES, **COMMON, **more
     ),
+    Shared: lambda **more: Shared(
+        batch_size=40,
+        clip="quantile" if "quantile" in more else "flat",
+        sharers=4.0,
+        range=8.0,
+        **{**EXAMPLES, "steps": 1},
+        **COMMON,
+        **more,
+    ),
 }
+FIXED = (BandedGaussian, Shared)  # those whose bound does not adapt
 
 
 def found():
@@ -73,7 +84,7 @@ def test_it_takes_each_by_a_coin_of_its_own(make):
 
 def test_a_bound_that_adapts_costs_no_more(make):
     """`z_sum^-2 + (2 sigma_b)^-2 = z^-2`: by the definition of both."""
-    if isinstance(make(), BandedGaussian):  # its bound is fixed
+    if isinstance(make(), FIXED):
         with pytest.raises(ContractError, match=r"a bound that is fixed|do not go together"):
             make(quantile=0.5)
         return

@@ -63,7 +63,7 @@ def test_what_is_wrong_is_told_with_its_line(read, text, line):
 
 def test_the_site_file_of_the_page_can_be_read(read):
     page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
-    (text,) = re.findall(r"^```yaml\n(.*?)^```", page, re.S | re.M)
+    (text,) = re.findall(r"^```yaml\n(name: .*?)^```", page, re.S | re.M)
     made = read(text)
     assert made.data.labels == ("surgery", "other") and made.accept.metrics is False
     assert made.metrics_address == "127.0.0.1" == read(GOOD).metrics_address
