@@ -192,7 +192,7 @@ def test_the_round_that_was_kept_is_ringed_and_its_figure_is_the_run_s(copy):
     assert told[:3] == [("test", 1, 0.5), ("test", 2, 0.6), ("test", 3, 0.7)]
     assert told[3:] == [("validation", 1, 0.4), ("validation", 2, 0.9), ("validation", 3, 0.8)]
     layers = found.chart.to_dict()["layer"]
-    assert [layer["transform"] for layer in layers if "transform" in layer] == [[{"filter": "datum.round == 2"}]]
+    assert [{"filter": "datum.round == 2"}] in [layer.get("transform") for layer in layers]
     assert found.note.endswith("Round 2, ringed, is the one that was kept.")
     losses = [(r["round"], r["loss"]) for r in rows(all_figures(run)["Loss by round"]) if r["set"] == "validation"]
     assert losses == [(1, pytest.approx(0.6)), (2, pytest.approx(0.1)), (3, pytest.approx(0.2))]
