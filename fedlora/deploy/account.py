@@ -7,7 +7,7 @@ from typing import Any
 from fedlora.deploy.serving import Serving
 from fedlora.deploy.site import Budget
 from fedlora.errors import Refusal, UserError
-from fedlora.privacy.accounting import Event, adds, alike, epsilon, in_sums
+from fedlora.privacy.accounting import Event, adds, alike, alone, epsilon, in_sums
 from fedlora.privacy.ledger import Ledger, Own, read
 from fedlora.privacy.noise import fresh_key
 from fedlora.privacy.wording import protected
@@ -56,7 +56,7 @@ class Account:
             OSError: it cannot be written.
             UserError: another process writes there too.
         """
-        cap, (event,) = self.terms, in_sums([event], 0.0)
+        cap, event = self.terms, alone(event)
         if self.closed:
             raise Refusal(
                 "another round would pass the epsilon that the site allows over all runs",

@@ -18,7 +18,7 @@ from fedlora.deploy.site import Site
 from fedlora.deploy.state import RUN, State
 from fedlora.errors import UserError, suggestion
 from fedlora.privacy import accounting, chain, ledger
-from fedlora.privacy.accounting import Event, added, adds, alike, epsilon, in_sums
+from fedlora.privacy.accounting import Event, added, adds, alike, alone, epsilon, in_sums
 from fedlora.privacy.ledger import Ledger, Own
 from fedlora.scenario import Scenario
 
@@ -141,7 +141,7 @@ def _compared(
 
 def _alone(event: Event) -> Event:
     """An event whoever shares noise out, relying on nobody."""
-    return replace(in_sums([event], 0.0)[0], bands=1)
+    return replace(alone(event), bands=1)
 
 
 def charge(site: Site, new: Path, gone: Gone, words: Sequence[str], personalised: int | None) -> dict[str, int]:

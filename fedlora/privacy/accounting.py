@@ -131,6 +131,11 @@ def in_sums(events: Iterable[Event], share: float = 1.0) -> tuple[Event, ...]:
     )
 
 
+def alone(event: Event) -> Event:
+    """What an event costs whatever all others do: under the client's own part of the noise."""
+    return replace(event, sharers=1.0)
+
+
 def alike(events: Iterable[Event], event: Event) -> int:
     """How many steps were taken on the terms of an event."""
     return sum(one.steps for one in events if replace(one, steps=event.steps) == event)
