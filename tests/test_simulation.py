@@ -379,7 +379,7 @@ def test_a_scenario_edited_by_hand_is_not_gone_on_with(tiny, tmp_path):
     file = made.folder / "scenario.yaml"
     file.write_text(file.read_text().replace("lr: 0.5", "lr: 0.25"))
     with pytest.raises(UserError, match=r"another clients\.lr; a resumed run"):
-        simulate(tiny("clients.lr=0.25"), out=made.folder, resume=True)
+        simulate(tiny("clients.lr=0.25", "rounds=3"), out=made.folder, resume=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,6 +1,7 @@
 """The live display of a run: an aligned line for each round, and on a terminal a bar below."""
 
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
@@ -15,6 +16,8 @@ from fedlora.reports.meaning import promise_of
 from fedlora.reports.tables import Table
 from fedlora.reports.verdicts import AGAIN
 from fedlora.scenario import Scenario, written
+
+WIDE = 115  # characters of a line that is filled
 
 
 def size(count: float) -> str:
@@ -289,6 +292,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         )
     if plan["stopped"]:
         lines.append(f"  stops     {plan['stopped']}")
+    lines = [part for line in lines for part in _filled(line, 12)]
     if private:
         told = [line for line in rounds if "epsilon" in line]
         told = [told[i] for i in _spread(len(told), 10)]
@@ -328,7 +332,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         if "problem" not in a
     ]
     lines += Table(("strategy", "up", "down", "trained"), rows).text()
-    lines += [f"  {a['strategy']}: {a['problem']}" for a in plan["alternatives"] if "problem" in a]
+    lines += _refused(plan["alternatives"], "strategy")
     lines += ["", f"{plan['strategy']} with each kind of adapter; up is of a client and round, in float32"]
     reached = "noise in the weights" if private else "noise gain"
     rows = [
@@ -342,9 +346,18 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         if "problem" not in k
     ]
     lines += Table(("kind", "up", "trained", reached), rows).text()
-    lines += [f"  {k['kind']}: {k['problem']}" for k in plan["kinds"] if "problem" in k]
+    lines += _refused(plan["kinds"], "kind")
     lines += advice_lines(plan["advice"], what) if plan["advice"] else []
-    return lines + [line for text in plan["warnings"] for line in ("", f"warning: {text}")]
+    return lines + [line for text in plan["warnings"] for line in ("", *_filled(f"warning: {text}"))]
+
+
+def _refused(rows: Sequence[Mapping[str, Any]], what: str) -> list[str]:
+    return [line for row in rows if "problem" in row for line in _filled(f"  {row[what]}: {row['problem']}")]
+
+
+def _filled(text: str, indent: int = 4) -> list[str]:
+    further = " " * indent
+    return textwrap.wrap(text, WIDE, subsequent_indent=further, break_long_words=False, break_on_hyphens=False)
 
 
 def _or_dash(value: Any, write: Callable[[Any], str]) -> str:
