@@ -72,7 +72,7 @@ def test_the_quickstart_runs_from_top_to_bottom(small, tmp_path, capsys):
 
 
 def test_every_command_on_the_other_pages_runs(small, reviews, capsys):
-    """But for those of minutes, and of deployments: audits, sweeps and sites have commands in tests of their own."""
+    """But for those of minutes and of deployments: they have tests of their own."""
     (small / "my.csv").write_text(reviews.read_text())
     assert main(["simulate", "smoke", "--out", "runs/first"]) == 0
     (small / "sweeps" / "epsilon" / "runs").mkdir(parents=True)

@@ -130,7 +130,7 @@ def test_what_cannot_be_is_one_line(tiny, tmp_path):
         simulate(tiny(TOP, "strategy.use=flexlora"), out=tmp_path / "run")
     with pytest.raises(ScenarioError, match=r"compression.down.kind: should be 'fp16', 'bf16', 'int8' or 'int4'"):
         tiny("compression={down: {kind: top_k}}")
-    with pytest.raises(ScenarioError, match=r"compression.up.share: should be greater than or equal to 0.001, not 0"):
+    with pytest.raises(ScenarioError, match=r"compression.up.share: should be .* equal to 0.001, not 0"):
         tiny("compression={up: {kind: mask, share: 0}}")
     with pytest.raises(ScenarioError, match="unknown kind 'zip'"):
         tiny("compression={up: {kind: zip}}")
