@@ -97,7 +97,8 @@ def decode(kind: str, data: bytes, shape: Sequence[int]) -> Floats:
             both = np.stack([whole << 4, whole], axis=1).ravel()[:size]
             whole = both >> 4  # of a signed number: its sign comes along
         scale = _read(data[: 4 * blocks], "<f4", blocks)
-        flat = np.repeat(scale, BLOCK)[:size] * whole.astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused as any update is
+            flat = np.repeat(scale, BLOCK)[:size] * whole.astype(np.float32)
     elif kind == "top_k":
         kept = len(data) // 8
         if kept < LEAST_SHARE * size or kept > size:

@@ -111,6 +111,8 @@ def test_sizes_follow_from_the_shape(kind, share, size, bytes_):
 
 @pytest.mark.parametrize("kind", [*ROUNDED, "top_k", "mask"])
 @given(data=st.binary(max_size=600), shape=st.lists(st.integers(0, 10**6), max_size=8))
+@example(data=b"\x00\x00\x00~\x08", shape=[])  # a scale near the largest of float32
+@example(data=b"\x00\x00\x80\x7f\x00", shape=[])  # infinity times zero
 def test_whatever_comes_is_a_tensor_of_that_shape_or_refused(kind, data, shape):
     try:
         got = decode(kind, data, shape)

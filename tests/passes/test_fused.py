@@ -111,7 +111,7 @@ def test_a_client_gets_what_it_gets_alone(model, client, task_of):
     adapters, alone, together = both(worker, client, told(worker.task, local_steps=1, lr=1e5, **step))
     for c in CLIENTS:  # the gradient by itself: beside it the start is nothing
         gap, way = (length(alone[c].adapter, to) for to in (together[c].adapter, adapters[c]))
-        assert gap < 1e-5 * way
+        assert gap < 2e-5 * way  # of a sum in which the gradients of examples cancel
 
 
 @pytest.mark.parametrize(
