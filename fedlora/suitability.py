@@ -1,7 +1,6 @@
 """Whether a strategy can do what a scenario asks for, and which ones can."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from fedlora import plugins, returned
 from fedlora.adapter import Slot
@@ -13,6 +12,8 @@ from fedlora.schedules import contract as schedules
 from fedlora.schedules.contract import Schedule
 from fedlora.strategy import Stock, Strategy
 from fedlora.tasks import located
+
+Test = Callable[[type[Strategy]], bool]  # of a strategy
 
 
 def check_sites(strategy: Strategy, scenario: Scenario) -> None:
@@ -37,19 +38,37 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
     """Refuse a strategy that cannot do what the scenario asks for.
 
     Raises:
-        SettingError: with the reason, and the strategies that can.
+        SettingError: with the reason, and the built-in strategies that can: nothing else of the scenario refuses
+            these, unless it refuses all of them.
     """
+
+    def those(test: Test) -> str:
+        can = [name for name in plugins.names("strategies") if test(plugins.find("strategies", name))]
+        return ", ".join([name for name in can if _fits(name, scenario)] or can)
+
+    _check(strategy, scenario, those)
+
+
+def _fits(name: str, scenario: Scenario) -> bool:
+    try:
+        _check(plugins.find("strategies", name)(), scenario, lambda test: "")
+    except SettingError:
+        return False
+    return True
+
+
+def _check(strategy: Strategy, scenario: Scenario, those: Callable[[Test], str]) -> None:
     use, told = scenario.strategy.use, scenario.clients
     if told.unequal_ranks(scenario.model.adapter.r) and not strategy.unequal_ranks:
-        can = _those(lambda cls: cls.unequal_ranks)
+        can = those(lambda cls: cls.unequal_ranks)
         raise SettingError("clients.ranks", f"{use} needs equal ranks; these take unequal ones: {can}")
     if strategy.merges and scenario.model.quantize is not None:
-        can = _those(lambda cls: not cls.merges)
+        can = those(lambda cls: not cls.merges)
         raise SettingError(
             "model.quantize", f"{use} adds to the frozen weights: leave it out, or take one of {can}"
         )
     if strategy.merges and plugins.find("tasks", scenario.task).against_base:
-        can = _those(lambda cls: not cls.merges)
+        can = those(lambda cls: not cls.merges)
         raise SettingError(
             "strategy.use",
             f"{use} adds to the frozen weights, beside which task: {scenario.task} measures: take one of {can}",
@@ -62,14 +81,14 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
         )
     for key, asked in (("keep", scenario.keep != "last"), ("stop", scenario.stop is not None)):
         if strategy.personal and asked:
-            can = _those(lambda cls: not cls.personal)
+            can = those(lambda cls: not cls.personal)
             raise SettingError(
                 key,
                 f"{use} gives each client a model of its own, and the server has none to try on rows of its own: "
                 f"leave it out, or take one of {can}",
             )
     if not (strategy.linear and strategy.trips == 1):
-        can = _those(lambda cls: cls.linear and cls.trips == 1)
+        can = those(lambda cls: cls.linear and cls.trips == 1)
         if scenario.client_privacy is not None:
             raise SettingError(
                 "strategy.use",
@@ -81,11 +100,11 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
                 "strategy.use", f"secure aggregation gives sums, and {use} needs each update; take one of {can}"
             )
     if scenario.shares_example_noise is not None and (why := _divides(strategy, scenario)):
-        can = _those(lambda cls: cls.linear and cls.trips == 1 and not _divides(cls(), scenario))
+        can = those(lambda cls: cls.linear and cls.trips == 1 and not _divides(cls(), scenario))
         raise SettingError("secure_aggregation.noise", f"shared noise protects sums, and {why}; take one of {can}")
     if told.averages_state and (strategy.personal or strategy.trips > 1):
         why = "gives each client a model of its own" if strategy.personal else f"makes {strategy.trips} trips"
-        can = _those(lambda cls: cls.trips == 1 and not cls.personal)
+        can = those(lambda cls: cls.trips == 1 and not cls.personal)
         raise SettingError(
             "clients.optimizer.state", f"{use} {why}: take kept or fresh, and not averaged, or take one of {can}"
         )
@@ -93,10 +112,10 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
         raise SettingError(
             "strategy.server",
             f"{stage.kind} steps along a mean of changes, and what {use} makes is none: write strategy.server: "
-            f"null (--set strategy.server=null), or take one of {means()}",
+            f"null (--set strategy.server=null), or take one of {those(has_mean)}",
         )
     if scenario.feeds_back and not (strategy.trips == 1 and (strategy.linear or isinstance(strategy, Stock))):
-        can = _those(lambda cls: cls.linear and cls.trips == 1)
+        can = those(lambda cls: cls.linear and cls.trips == 1)
         raise SettingError(
             "compression.up",
             f"what top_k leaves out is added to a later change, and {use} is no mean of changes: take one of "
@@ -105,14 +124,14 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
     if scenario.world is not None and strategy.trips > 1:
         raise SettingError("world", f"{use} makes {strategy.trips} trips in a round, and devices here make one")
     if scenario.world is not None and scenario.world.concurrency is not None and not _at_any_time(strategy):
-        can = _those(lambda cls: _at_any_time(cls()))
+        can = those(lambda cls: _at_any_time(cls()))
         raise SettingError(
             "world.concurrency",
             f"updates to older adapters go into a mean of changes, which {use} does not take; take one of {can}",
         )
     kind = scenario.model.adapter.named
     if kind != "auto" and (wrong := refuses(strategy, kind)):
-        can = _those(lambda cls: not refuses(cls, kind))
+        can = those(lambda cls: not refuses(cls, kind))
         raise SettingError("model.adapter.kind", f"{use} {wrong}: leave kind out; with {kind} go {can}")
     made, width = kind_of(strategy, scenario), located.width(scenario.model.base)
     if isinstance(strategy, Stock):
@@ -123,15 +142,17 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
                 f"names nothing that trains of {type(made).__name__}: write [{', '.join(own)}, head]",
             )
     if (schedule := schedules.load(scenario.model.adapter.schedule)) is not None:
-        _check_schedule(schedule, strategy, made, scenario)
+        _check_schedule(schedule, strategy, made, scenario, those)
     if scenario.model.start is not None and strategy.draw(2) != strategy.draw(1):
-        can = _those(lambda cls: cls().draw(2) == cls().draw(1))
+        can = those(lambda cls: cls().draw(2) == cls().draw(1))
         raise SettingError("model.start", f"{use} begins each round from new factors; take one of {can}")
     if width is not None:
         made.check_rank(f"a weight of {scenario.model.base}", width, width)
 
 
-def _check_schedule(schedule: Schedule, strategy: Strategy, kind: Kind, scenario: Scenario) -> None:
+def _check_schedule(
+    schedule: Schedule, strategy: Strategy, kind: Kind, scenario: Scenario, those: Callable[[Test], str]
+) -> None:
     """Refuse a schedule of the adapter that the strategy, the kind of adapter or another key does not allow.
 
     Raises:
@@ -140,7 +161,7 @@ def _check_schedule(schedule: Schedule, strategy: Strategy, kind: Kind, scenario
     use, told = scenario.strategy.use, scenario.model.adapter.schedule
     name, key = getattr(told, "kind", ""), "model.adapter.schedule"
     if not has_mean(strategy) or strategy.personal:
-        can = _those(lambda cls: has_mean(cls) and not cls.personal)
+        can = those(lambda cls: has_mean(cls) and not cls.personal)
         raise SettingError(
             key, f"{name} goes on from a mean of changes, and what {use} makes is none: take one of {can}"
         )
@@ -194,7 +215,7 @@ def _divides(strategy: Strategy, scenario: Scenario) -> str | None:
 
 def means() -> str:
     """The built-in strategies of which that is so."""
-    return _those(has_mean)
+    return ", ".join(name for name in plugins.names("strategies") if has_mean(plugins.find("strategies", name)))
 
 
 def refuses(strategy: Strategy | type[Strategy], kind: str) -> str | None:
@@ -210,10 +231,6 @@ def _at_any_time(strategy: Strategy) -> bool:
     layout = {name: Slot(name, (1, 1), name, "x") for name in ("A", "B", "core", "head")}
     first, second = ([*map(set, (strategy.trains(r, layout), strategy.sends(r, layout)))] for r in (1, 2))
     return strategy.linear and strategy.trips == 1 and first == second and strategy.draw(1) == strategy.draw(2)
-
-
-def _those(test: Any) -> str:
-    return ", ".join(name for name in plugins.names("strategies") if test(plugins.find("strategies", name)))
 
 
 def check_bound(strategy: Strategy) -> None:
