@@ -34,6 +34,7 @@ DIMENSIONS = 8  # of an array
 PACKED = "fedlora."  # before the kind of a packed array, in the place where Flower names a serialiser
 ARRAYS, METRICS, CONFIG, REPORT, MERGE = "arrays", "metrics", "config", "fedlora", "merge"
 END = "end"  # the kind of query by which a site learns that a run has ended
+SURVEY = "survey"  # the kind of query that asks for noised counts of its rows
 SECURE, MOMENTS = "secure", "moments"
 PARTS = ("you", "mask", "share", "sealed", "members", "masked", "sent", "dropped", "shares")  # of the exchanges
 WEIGHT, ROUND = "num-examples", "server-round"

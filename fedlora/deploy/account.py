@@ -45,6 +45,11 @@ class Account:
         """Of all runs together."""
         return epsilon(self.ledger.events.get(Own(), ()), self.terms.delta, self.terms.accountant)
 
+    def paid(self, run: str) -> bool:
+        """Whether something was paid for under a name."""
+        file = self.ledger.folder / "privacy.jsonl"
+        return file.exists() and any(line.get("run") == run for line in read(file, torn=True))
+
     def spend(self, run: str, round: int, client: int, event: Event) -> None:
         """Write an event into the ledger.
 

@@ -16,15 +16,15 @@ from typing import Any
 
 from fedlora import plugins
 from fedlora.data import names, notes, overview, reading, suggested
-from fedlora.data.cells import Taught
 from fedlora.deploy import site as sites
-from fedlora.deploy.site import FLOOR, Site
+from fedlora.deploy import surveyed
+from fedlora.deploy.site import FLOOR, Site, task_of, taught
 from fedlora.errors import SettingError, UserError, counted, cut
 from fedlora.privacy import accounting, ledger
 from fedlora.privacy.ledger import Own
 from fedlora.reports.tables import Table
 from fedlora.returned import finite
-from fedlora.scenario import COLUMNS_OF, templates
+from fedlora.scenario import templates
 from fedlora.tasks import located
 
 _LABELS = 12  # in a table for people
@@ -210,20 +210,6 @@ def check(file: Path) -> SiteChecked:
     )
 
 
-def task_of(site: Site) -> str:
-    """The task for which a site's rows are, as its file describes them."""
-    held, labels = site.data, site.data.labels or ()
-    if held.score is not None:
-        return "regression"
-    if held.separator is not None:
-        return "multi_label"
-    if "O" in labels and all(label == "O" or label[:2] in ("B-", "I-") for label in labels):
-        return "token_classification"
-    if labels:
-        return "classification"
-    return "preference" if isinstance(held.label, tuple) else "causal_lm"
-
-
 def rules(site: Site) -> Iterator[str]:
     """What a run may do at a site and what not, a sentence each."""
     told = site.accept
@@ -260,6 +246,7 @@ def rules(site: Site) -> Iterator[str]:
         yield "may come from anyone who reaches the SuperLink (accept.submitters)"
     else:
         yield f"must be signed: accept.submitters has {counted(len(told.submitters), 'key')}"
+    yield surveyed.rule(site)
     if site.receive is not None:
         yield "leaves its adapter in this site's state when it ends (receive)"
 
@@ -300,7 +287,7 @@ def _understood(site: Site) -> Understood:
     """
     name, held = task_of(site), site.data
     task = plugins.find("tasks", name)
-    rows = reading.read_whole_site(held, _taught(name, task.target, site))
+    rows = reading.read_whole_site(held, taught(site))
     if not rows.texts:
         raise SettingError("data.files.train", f"{held.train}: holds no rows")
     labels = held.labels if held.labels and task.labelled and task.target != "score" else None
@@ -333,12 +320,6 @@ def _understood(site: Site) -> Understood:
 
 def _parts(label: Any) -> Sequence[Any]:
     return (label,) if isinstance(label, str) else label
-
-
-def _taught(name: str, target: str, site: Site) -> Taught:
-    held, person = site.data, None if site.privacy is None else site.privacy.person
-    told = (target, held.score, None, COLUMNS_OF.get(name, {}))
-    return Taught(*told, held.messages, "all", held.prompt, held.encoding, person)
 
 
 def _spent(site: Site) -> Spent | None:

@@ -44,5 +44,11 @@ def _app() -> Path:
 
 for kind in (app.query, app.train, app.evaluate):
     kind()(_answer)
-for exchange in (secure.KEYS, secure.SHARES, secure.REVEAL, wire.END):  # `MASKED` is asked for with the training
+for exchange in (
+    secure.KEYS,
+    secure.SHARES,
+    secure.REVEAL,
+    wire.END,
+    wire.SURVEY,
+):  # `MASKED` comes with a training
     app.query(exchange)(_answer)

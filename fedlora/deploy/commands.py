@@ -1,4 +1,4 @@
-"""The commands of a deployment: `submit`, `split` and `site`."""
+"""The commands of a deployment: `submit`, `survey`, `split` and `site`."""
 
 import argparse
 import json
@@ -23,6 +23,15 @@ def add(commands: Any) -> None:
     submit.add_argument("--resume", metavar="NAME", help="go on with a run folder of the server")
     submit.add_argument("--key", metavar="FILE", help="ssh key that signs the run, for sites that ask who submits")
     submit.set_defaults(command=_submit)
+
+    survey = commands.add_parser(
+        "survey", help="ask sites how many rows of each label and length they hold, noised"
+    )
+    survey.add_argument("--superlink", metavar="NAME", required=True, help="a connection in Flower's config.toml")
+    survey.add_argument("--wait", metavar="SECONDS", type=float, default=60.0, help="for all sites (default: 60)")
+    survey.add_argument("--key", metavar="FILE", help="ssh key that signs, for sites that ask who asks")
+    survey.add_argument("--json", action="store_true", help="print the answers as JSON")
+    survey.set_defaults(command=_survey)
 
     split = commands.add_parser("split", help="write each client's examples and site file, to rehearse with")
     options.scenario(split)
@@ -89,6 +98,21 @@ def _submit(arguments: argparse.Namespace) -> int:
         )
     print("\n".join([*summary_lines(run), display.time_line()]))
     return 0
+
+
+def _survey(arguments: argparse.Namespace) -> int:
+    from fedlora.reports.console import Live
+
+    with Live() as display:
+        from fedlora.deploy.survey import lines, survey
+
+        key = _path(arguments.key)
+        answers = survey(arguments.superlink, wait=arguments.wait, key=key, display=display)
+    if arguments.json:
+        print(json.dumps([one.to_json() for one in answers], indent=2))
+    else:
+        print("\n".join(lines(answers)))
+    return 0 if any(one.refused is None for one in answers) else 1
 
 
 def _split(arguments: argparse.Namespace) -> int:

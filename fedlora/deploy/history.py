@@ -27,8 +27,14 @@ from fedlora.returned import finite
 
 NAME = "history.jsonl"
 INTRODUCTION, ROUND, FIGURES, FORGOTTEN = "introduction", "round", "figures", "forgotten"
-RESTORED, FINISHED, PERSONAL = "restored", "finished", "trained further"
-WHAT = {"query": INTRODUCTION, "train": ROUND, "evaluate": FIGURES, f"query.{wire.END}": FINISHED}  # by kind
+RESTORED, FINISHED, PERSONAL, SURVEY = "restored", "finished", "trained further", "survey"
+WHAT = {  # by kind
+    "query": INTRODUCTION,
+    "train": ROUND,
+    "evaluate": FIGURES,
+    f"query.{wire.END}": FINISHED,
+    f"query.{wire.SURVEY}": SURVEY,
+}
 ANSWERED, AGAIN, REFUSED, FAILED = "answered", "answered again", "refused", "failed"
 KEYS = (  # of a line, beside `time`, `what` and `outcome`
     "run",

@@ -2,8 +2,9 @@
 
 A round is paid for in the site's account and in its run's ledger. So where one of them is gone the other says what
 it had, whatever the owner says (`level`). What neither has is the owner's to say (`charge`): rounds by run, or the
-submitter's ledger, and steps of `fedlora site personalise`, which the account alone has. Where nobody knows, the
-account is closed: it counts as all that the site allows, and nothing is paid from it any more.
+submitter's ledger, and steps of `fedlora site personalise`, which the account alone has. Where a site answers
+surveys, one is paid for as well. Where nobody knows, the account is closed: it counts as all that the site allows,
+and nothing is paid from it any more.
 """
 
 import math
@@ -12,10 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedlora.deploy import surveyed
 from fedlora.deploy.account import begun, terms_of
 from fedlora.deploy.backup import ACCOUNT, records
 from fedlora.deploy.site import Site
 from fedlora.deploy.state import RUN, State
+from fedlora.deploy.surveyed import SURVEY
 from fedlora.errors import UserError, suggestion
 from fedlora.privacy import accounting, chain, ledger
 from fedlora.privacy.accounting import Event, added, adds, alike, alone, epsilon, in_sums
@@ -187,6 +190,8 @@ def charge(site: Site, new: Path, gone: Gone, words: Sequence[str], personalised
                 charged[run] = _rounds(site, new, run, ALL, _most(site, new, gone, run))
     if personalised:
         _personalised(site, new, personalised)
+    if site.survey is not None and site.privacy is not None and ACCOUNT in gone and {NONE, ALL}.isdisjoint(words):
+        _into_account(site, new, f"{SURVEY}lost", [(0, surveyed.event(site.survey, site.privacy))])
     if ALL in words:
         _close(site, new)
     return {run: rounds for run, rounds in charged.items() if rounds}

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,19 @@ from flwr.app import RecordDict
 
 from fedlora import prepare, wire
 from fedlora.adapter import Instruction
-from fedlora.deploy import ending, history, loading, signing
+from fedlora.deploy import admission, ending, history, loading, surveyed
 from fedlora.deploy import site as sites
 from fedlora.deploy.account import Account, pay
 from fedlora.deploy.history import History
 from fedlora.deploy.masks import Masks, member_of
 from fedlora.deploy.serving import Serving, Words
 from fedlora.deploy.site import Site
-from fedlora.deploy.state import RUN, State
+from fedlora.deploy.state import State
 from fedlora.engine.roster import BEHIND, STRANGER
-from fedlora.errors import ContractError, Refusal, UserError
+from fedlora.errors import ContractError, Refusal, SettingError
 from fedlora.privacy import lock, secure
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms.central import WITHIN
-from fedlora.rounds.folder import same_run
 from fedlora.scenario import Scenario
 
 logger = logging.getLogger(__name__)
@@ -111,11 +109,12 @@ class Node:
         """Do what a message asks for.
 
         Args:
-            kind: `query`, `train` or `evaluate`.
+            kind: `query` and what may follow it, `train` or `evaluate`.
             content: of the message.
             partition: which client this is, where no site file says.
         """
-        if kind == "query":
+        survey = kind == f"query.{wire.SURVEY}"
+        if kind == "query" or survey:
             self._read_site()
         client = partition if self.site is None else self.site.client
         began = time.perf_counter()
@@ -127,6 +126,8 @@ class Node:
                 words = wire.unpack_words(content)
             if kind == "query":
                 made = self._introduce(words, client)
+            elif survey:
+                made = self._survey(words, client)
             else:
                 run = self._resumed(words, client)
                 rounds = run.worker.scenario.rounds
@@ -223,45 +224,33 @@ class Node:
         )
 
     def _acceptable(self, words: Words, client: int) -> Scenario:
-        """The scenario of an introduction, if the site's rules allow it.
+        """As `admission.admitted`, and who signed the run is known from then on.
 
         Raises:
-            Refusal: they do not.
+            Refusal: the site's rules do not allow the run.
         """
-        there, here = words.get("version"), version("fedlora")
-        if there != here:
-            raise Refusal(f"it runs fedlora {here}, and the server {there}: install one version on both sides")
-        key = words.get("run")
-        if not isinstance(key, str) or not RUN.fullmatch(key):
-            raise Refusal("the run has no name that could be a folder's")
-        if self.state.forgotten(key):
-            raise Refusal("its owner had it forget the run of this name: submit it under another")
-        try:
-            scenario = Scenario.model_validate(words["scenario"])
-        except (KeyError, ValueError) as error:
-            raise Refusal("it cannot read the scenario that the server sent") from error
-        if self.site is None:
-            if not 0 <= client < (total := scenario.clients.total):
-                raise Refusal(f"it is client {client}, and the scenario has clients 0 to {total - 1}")
-            return scenario
-        labels = words.get("labels")
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise Refusal("the server names no labels")
-        if why := self.site.refuses(scenario) or self.site.refuses_labels(scenario, labels):
-            raise Refusal(f"its rules refuse the run: {why}")
-        if (keys := self.site.accept.submitters) is not None:
-            signature = str(words.get("signature"))
-            if (signer := signing.signer(signature, keys, words["scenario"], key, self.app)) is None:
-                raise Refusal("nobody whom it knows has signed this run: submit it by fedlora submit --key FILE")
-            self._signers[key] = signing.fingerprint(signer)
-        if (before := self.state.introduction(key)) is not None:
-            try:  # what it keeps under a name is of one run: residuals of a plain one would spoil a private one
-                same_run(self.state.folder, before["scenario"], words["scenario"])
-            except (KeyError, UserError) as error:
-                raise Refusal(
-                    "it knows another run by this name: a resumed one may change its rounds, and not much else"
-                ) from error
+        scenario, signer = admission.admitted(self.site, self.state, self.app, words, client)
+        if signer is not None:
+            self._signers[str(words["run"])] = signer
         return scenario
+
+    def _survey(self, words: Words, client: int) -> RecordDict:
+        """Noised counts of the rows, for whoever may submit a run.
+
+        Raises:
+            Refusal: the site's rules or budget do not allow it, or its rows cannot be read.
+        """
+        key = admission.named(words)
+        if self.site is None:
+            raise Refusal("it answers no survey: it has no site file")
+        if (signer := admission.signed(self.site, self.app, words, surveyed.ASKED)) is not None:
+            self._signers[key] = signer
+        try:
+            return wire.pack_words(surveyed.answer(self.site, self.account, self.state))
+        except SettingError as error:
+            shown = sites.located(self.file, error)
+            logger.error("%s", shown, extra={"client": client})
+            raise Refusal("its rows cannot be counted: its log says why", own=str(shown)) from error
 
     def _load(self, words: Words, client: int, merged: int | None = None) -> Serving:
         """Be a worker of a run, with its ledger, and with the merges that are kept here.

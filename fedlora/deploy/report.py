@@ -13,7 +13,7 @@ import io
 import json
 import sys
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -81,6 +81,10 @@ class Reported:
         """The run has failed."""
         self._say("failed", why=why)
 
+    def surveyed(self, answers: Sequence[Mapping[str, Any]]) -> None:
+        """A survey has ended: here is what sites said."""
+        self._say("survey", answers=answers)
+
     def finished(self, folder: Path) -> None:
         """The run has ended: here is its folder."""
         data = _pack(folder)
@@ -101,13 +105,15 @@ class Follower:
     Attributes:
         failure: why the run failed; None while it has not.
         name: of the folder that came; None before it is whole.
+        answers: of sites to a survey; None before they came.
     """
 
-    def __init__(self, scenario: Scenario, display: Display) -> None:
-        """Follow a run of a scenario."""
+    def __init__(self, scenario: Scenario | None, display: Display) -> None:
+        """Follow a run of a scenario, or a survey, which has none."""
         self.scenario, self.display = scenario, display
         self.failure: str | None = None
         self.name: str | None = None
+        self.answers: list[dict[str, Any]] | None = None
         self._pieces: dict[int, str] = {}
         self._data = b""
         self._shown = self._noted = 0
@@ -115,7 +121,7 @@ class Follower:
     @property
     def ended(self) -> bool:
         """Whether the run has said its last word."""
-        return self.failure is not None or self.name is not None
+        return not (self.failure is None and self.name is None and self.answers is None)
 
     def line(self, text: str) -> bool:
         """Take in a line of the log; whether it was one of these. A log read twice is shown once."""
@@ -135,13 +141,15 @@ class Follower:
             case "note" if told["number"] > self._noted:
                 self._noted = int(told["number"])
                 self.display.note(str(told["what"]))
-            case "begin" if not self._shown:
+            case "begin" if self.scenario is not None and not self._shown:
                 self.display.begin(self.scenario, str(told["metric"]), int(told["done"]))
             case "round" if told["line"]["round"] > self._shown:
                 self._shown = told["line"]["round"]
                 self.display.round(told["line"])
             case "failed":
                 self.failure = str(told["why"])
+            case "survey":
+                self.answers = [dict(one) for one in told["answers"]]
             case "folder":
                 self._pieces[int(told["number"])] = str(told["data"])
             case "finished":

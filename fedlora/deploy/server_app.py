@@ -2,8 +2,9 @@
 
 Its run configuration: `scenario`, the name of one that ships with fedlora or the text of one; `name`, of the run
 folder to make (default: of the scenario, its hash and Flower's number); `resume`, of one to go on with;
-`signature`, of who submitted the run. `$FEDLORA_RUNS` is where run folders are (default: `runs`),
-`$FEDLORA_METRICS_PORT` where Prometheus reads (default: nowhere), at `$FEDLORA_METRICS_ADDRESS` (127.0.0.1).
+`signature`, of who submitted the run. In place of a scenario: `survey`, the name of one, and `wait` for seconds.
+`$FEDLORA_RUNS` is where run folders are (default: `runs`), `$FEDLORA_METRICS_PORT` where Prometheus reads
+(default: nowhere), at `$FEDLORA_METRICS_ADDRESS` (127.0.0.1).
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora import prepare
 from fedlora import scenario as scenarios
-from fedlora.deploy import logs
+from fedlora.deploy import logs, survey
 from fedlora.deploy.report import Reported
 from fedlora.engine.flower import FlowerEngine
 from fedlora.errors import FedloraError, RoundError, SettingError, UserError
@@ -44,6 +45,10 @@ def main(grid: Grid, context: Context) -> None:
     shown = Reported()
     try:
         asked = {key: str(value) for key, value in context.run_config.items()}
+        if name := asked.get("survey"):
+            said = survey.gather(grid, name, float(asked["wait"]), asked.get("signature") or None)
+            shown.surveyed([one.to_json() for one in said])
+            return
         folder = serve(grid, asked, shown, context.run_id)
     except FedloraError as error:
         shown.failed(str(error))

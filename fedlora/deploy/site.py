@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from fedlora.data.cells import Taught
 from fedlora.errors import SettingError, UserError, suggestion
 from fedlora.privacy.accounting import Accountant
 from fedlora.scenario import (
+    COLUMNS_OF,
     Encoding,
     Files,
     Float,
@@ -96,6 +98,19 @@ class Budget(Section):
         return self
 
 
+class Surveyed(Section):
+    """Noised counts of the site's rows, which anybody may ask for who may submit a run.
+
+    Attributes:
+        epsilon: What an answer costs the site's budget. It is paid once: who asks again gets the same answer, as
+            long as the rows are the same. Example: `0.5`.
+        floor: Least noised count that is reported; a smaller one is only said to be smaller.
+    """
+
+    epsilon: PositiveFloat
+    floor: Annotated[Int, Field(ge=0)] = FLOOR
+
+
 class Accept(Section):
     """What a run must be like for the site to take part.
 
@@ -147,6 +162,8 @@ class Site(Section):
         privacy: Budget of the site's examples over all runs. null: the site trains without one, if the scenario
             asks for no privacy. Example: `{max_epsilon: 8, delta: 1.0e-5}`.
         accept: What a run must be like for the site to take part.
+        survey: Noised counts of labels and lengths that `fedlora survey` may learn, from the budget. null: none.
+            Example: `{epsilon: 0.5}`.
         receive: What the site gets when a run ends. adapter: the run's adapter, written to `runs/NAME/adapter` in
             `state`, to evaluate and use here. null: the site is only informed of the end.
         device: Torch device that trains, such as `cpu` or `cuda`.
@@ -162,12 +179,20 @@ class Site(Section):
     state: Annotated[str, Field(min_length=1)]
     privacy: Budget | None = None
     accept: Accept = Accept()
+    survey: Surveyed | None = None
     receive: Literal["adapter"] | None = None
     device: str = "cpu"
     threads: PositiveInt = 1
     idle_minutes: PositiveFloat = 30.0
     metrics_port: Annotated[Int, Field(ge=1, le=65535)] | None = None
     metrics_address: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+
+    @model_validator(mode="after")
+    def _pays(self) -> Self:
+        if self.survey is not None and self.privacy is None:
+            wrong = "survey: is paid for from a budget: set privacy too"
+            raise PydanticCustomError("target", "{wrong}", {"wrong": wrong})
+        return self
 
     @property
     def folder(self) -> Path:
@@ -250,6 +275,28 @@ class Site(Section):
         return None
 
 
+def task_of(site: Site) -> str:
+    """The task for which a site's rows are, as its file describes them."""
+    held, labels = site.data, site.data.labels or ()
+    if held.score is not None:
+        return "regression"
+    if held.separator is not None:
+        return "multi_label"
+    if "O" in labels and all(label == "O" or label[:2] in ("B-", "I-") for label in labels):
+        return "token_classification"
+    if labels:
+        return "classification"
+    return "preference" if isinstance(held.label, tuple) else "causal_lm"
+
+
+def taught(site: Site) -> Taught:
+    """How the site's rows are read, as its file describes them."""
+    name, held = task_of(site), site.data
+    person = None if site.privacy is None else site.privacy.person
+    told = (find(name).target, held.score, None, COLUMNS_OF.get(name, {}))
+    return Taught(*told, held.messages, "all", held.prompt, held.encoding, person)
+
+
 def load(path: str | Path) -> Site:
     """Read a site file, and check all of it.
 
@@ -291,6 +338,6 @@ def _message(key: KeyPath, kind: str, text: str) -> str:
     if kind == "extra_forbidden":
         owner: Any = Site
         for part in key[:-1]:
-            owner = {"data": Held, "privacy": Budget, "accept": Accept}.get(str(part), owner)
+            owner = {"data": Held, "privacy": Budget, "accept": Accept, "survey": Surveyed}.get(str(part), owner)
         return f"unknown key {name!r}: {suggestion(str(key[-1]), owner.model_fields)}"
     return f"{name}: {text.replace('Input should', 'should')}"

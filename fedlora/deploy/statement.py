@@ -17,6 +17,7 @@ from fedlora.deploy import history
 from fedlora.deploy.checking import SiteChecked, Spent, check
 from fedlora.deploy.site import Budget, Site, load
 from fedlora.deploy.state import State
+from fedlora.deploy.surveyed import SURVEY
 from fedlora.errors import UserError, counted
 from fedlora.privacy import accounting, ledger, wording
 from fedlora.privacy.accounting import Event
@@ -119,11 +120,14 @@ def runs(site: Site, told: Sequence[Line]) -> Iterator[Ran]:
         last = known.get(key, {})
         said = _ended(State(site.folder), key)
         whose = last.get("submitter") or _NOBODY
-        yield Ran(key, last.get("scenario") or "unknown", whose, events.get(key, ()), said)
+        named = "survey" if key.startswith(SURVEY) else "unknown"
+        yield Ran(key, last.get("scenario") or named, whose, events.get(key, ()), said)
 
 
 def _ended(state: State, key: str) -> str:
     """What a site knows of a run's end."""
+    if key.startswith(SURVEY):
+        return "noised counts of the rows, for whoever may ask"
     if state.forgotten(key):
         return "forgotten: its files were removed"
     if state.introduction(key) is None:
@@ -140,7 +144,7 @@ def _key_figures(found: SiteChecked, ran: Sequence[Ran], told: Sequence[Line]) -
             f"{cap.epsilon:.2f}",
             f"of {cap.max_epsilon:g} at delta {cap.delta:g}, for each {_whom(cap)}",
         )
-    yield "Runs", str(len(ran)), "took part in"
+    yield "Runs", str(sum(not run.key.startswith(SURVEY) for run in ran)), "took part in"
     rounds = [line for line in told if (line["what"], line["outcome"]) == (history.ROUND, history.ANSWERED)]
     yield "Rounds", str(len(rounds)), "trained and answered"
     yield "Refused", str(sum(line["outcome"] == history.REFUSED for line in told)), "messages, all in all"

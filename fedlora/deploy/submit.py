@@ -19,6 +19,7 @@ import time
 import tomllib
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,9 @@ def submit(
         name = resume or f"{scenario.name}-{scenario.hash}-{fresh_key().hex()[:12]}"
         _make(app, scenario, name, bool(resume), key)
         display.stage(f"sending the run to {superlink}")
-        number = _start(app, superlink)
+        number = start(app, superlink)
     try:
-        follower = _follow(number, superlink, scenario, display)
+        follower = follow(number, superlink, scenario, display)
     except KeyboardInterrupt:
         _flwr("stop", number, superlink)
         raise
@@ -125,15 +126,32 @@ def _make(app: Path, scenario: Scenario, name: str, resume: bool, key: Path | No
         if ":" in use:
             _copy_code(use.partition(":")[0], app)
     sent = json.loads(json.dumps(scenario.model_dump()))  # what the server reads, and sites check the signature of
-    config = {"scenario": scenario.to_yaml(), "name": name, "resume": name if resume else "", "signature": ""}
+    task = find(scenario.task)
+    if key is not None and task.labelled and task.target != "score" and scenario.data.labels is None:
+        raise scenario.located(SettingError("data.labels", "a signed run names its labels: write them, in order"))
+    config = {"scenario": scenario.to_yaml(), "name": name, "resume": name if resume else ""}
+    write_app(app, config, sent, name, key)
+
+
+def write_app(app: Path, config: dict[str, str], what: Mapping[str, Any], name: str, key: Path | None) -> None:
+    """Complete a Flower app by its configuration, signed where there is a key.
+
+    Args:
+        app: its folder, with the code that comes along, if any.
+        config: that the server reads.
+        what: is signed beside the name and the app.
+        name: of what is asked.
+        key: an ssh key; None: nobody signs.
+
+    Raises:
+        UserError: the key cannot be used.
+    """
+    app.mkdir(exist_ok=True)
+    config = {**config, "signature": ""}
     _configure(app, config)
     _leave_what_stays(app)
-    if key is None:
-        return
-    task = find(scenario.task)
-    if task.labelled and task.target != "score" and scenario.data.labels is None:
-        raise scenario.located(SettingError("data.labels", "a signed run names its labels: write them, in order"))
-    _configure(app, {**config, "signature": signing.sign(key, sent, name, app)})
+    if key is not None:
+        _configure(app, {**config, "signature": signing.sign(key, what, name, app)})
 
 
 def _configure(app: Path, config: dict[str, str]) -> None:
@@ -174,7 +192,7 @@ def _copy_code(module: str, app: Path) -> None:
             )
 
 
-def _start(app: Path, superlink: str) -> str:
+def start(app: Path, superlink: str) -> str:
     """Send the app; gives the number of the run.
 
     Raises:
@@ -188,8 +206,15 @@ def _start(app: Path, superlink: str) -> str:
     return str(told["run-id"])
 
 
-def _follow(number: str, superlink: str, scenario: Scenario, display: Display) -> Follower:
-    """Read the run's log until it has ended; a log that breaks off is asked for again, from its beginning."""
+def follow(number: str, superlink: str, scenario: Scenario | None, display: Display) -> Follower:
+    """Read the run's log until it has ended; a log that breaks off is asked for again, from its beginning.
+
+    Args:
+        number: of the run.
+        superlink: the name of a connection.
+        scenario: of the run; None of a survey.
+        display: shown how it goes.
+    """
     follower = Follower(scenario, display)
     for attempt in range(_PATIENCE):
         if attempt:

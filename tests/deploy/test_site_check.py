@@ -6,8 +6,8 @@ import pytest
 
 from fedlora.cli import main
 from fedlora.deploy.account import Account
-from fedlora.deploy.checking import check, rules, task_of
-from fedlora.deploy.site import load
+from fedlora.deploy.checking import check, rules
+from fedlora.deploy.site import load, task_of
 from fedlora.deploy.split import caps, split
 from fedlora.errors import UserError
 from fedlora.privacy.accounting import Event

@@ -111,7 +111,7 @@ def test_flower_builds_the_app_with_all_of_it(tiny, tmp_path):
     ],
 )
 def test_what_the_server_would_refuse_is_not_sent(told, words, tiny, monkeypatch):
-    monkeypatch.setattr(module, "_start", lambda *_: pytest.fail("it was sent"))
+    monkeypatch.setattr(module, "start", lambda *_: pytest.fail("it was sent"))
     with pytest.raises(UserError, match=words) as refused:
         submit(tiny(told), "nowhere", display=Silent())
     assert len(refused.value.lines) == 1
@@ -180,7 +180,7 @@ def test_a_folder_that_is_not_empty_is_not_written_over(tiny, tmp_path):
 
 
 def test_a_run_that_ends_without_a_word_says_how_to_go_on(tiny, monkeypatch):
-    monkeypatch.setattr(module, "_start", lambda *_: "17")
+    monkeypatch.setattr(module, "start", lambda *_: "17")
     monkeypatch.setattr(module, "_status", lambda *_: "finished")
     monkeypatch.setattr(module, "_command", lambda: [sys.executable, "-c", "print('INFO: nothing of ours')"])
     with pytest.raises(RoundError, match=f"--resume tiny-{tiny().hash}-[0-9a-f]{{12}}$"):
