@@ -179,7 +179,7 @@ def test_a_plain_run_brings_back_the_simulation_s_adapter(stack):
 
 
 def test_five_private_rounds_with_a_site_killed_and_another_cut_off(stack):
-    """Site 1 dies by SIGKILL in round 1, node and worker; later the network of site 2 is cut for half a minute."""
+    """Site 1 dies by SIGKILL once it paid, node and worker; later the network of site 2 is cut for half a minute."""
     before = [stack.paid(k) for k in range(3)]
     told = (*SHORT, "--set", "rounds=9", "--set", "engine.deadline=40", "--set", "eval_every=9")
     submitted = stack.submit("private", *told)
@@ -195,7 +195,7 @@ def test_five_private_rounds_with_a_site_killed_and_another_cut_off(stack):
     run = stack.finished(submitted, "private")
     rounds = run.rounds
     assert [line["round"] for line in rounds] == list(range(1, 10))
-    assert rounds[0]["clients"] == 2 and rounds[0]["failures"] == 1
+    assert any(line["clients"] == 2 and line["failures"] == 1 for line in rounds[:2])  # it may have answered first
     errors = {line["error"] for line in run.clients if line["error"]}
     assert errors and all("no reply" in e or "connected" in e or "navailable" in e for e in errors), errors
     assert 0 < run.summary["epsilon"] <= 6.0
