@@ -179,7 +179,7 @@ def test_a_plain_run_brings_back_the_simulation_s_adapter(stack):
 
 
 def test_five_private_rounds_with_a_site_killed_and_another_cut_off(stack):
-    """Site 1 dies by SIGKILL once it paid, node and worker; then the network of site 2 is cut for half a minute."""
+    """Node and worker of site 1 die once it paid; then the network of site 2 is cut for half a minute."""
     before = [stack.paid(k) for k in range(3)]
     told = (*SHORT, "--set", "rounds=9", "--set", "engine.deadline=40", "--set", "eval_every=9")
     submitted = stack.submit("private", *told)

@@ -182,7 +182,8 @@ def test_sites_that_ask_who_submits_take_a_signed_run_with_its_code(environment,
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
     rules = f"own_code: true, submitters: {json.dumps([(tmp_path / 'key.pub').read_text().strip()])}"
     for site in sites:
-        site.write_text(site.read_text().replace("own_code: false", rules))
+        told = site.read_text().replace("own_code: false", rules)
+        site.write_text(told + "survey: {epsilon: 0.5, floor: 1}\n")
     federation[0](sites)  # to whom the code comes with the run alone
     unsigned = submit(submitter, file, tmp_path / "unsigned")
     _, error = unsigned.communicate(timeout=600)
@@ -192,6 +193,15 @@ def test_sites_that_ask_who_submits_take_a_signed_run_with_its_code(environment,
     assert done.returncode == 0, error
     run = Run.open(tmp_path / "came")
     assert run.summary["failures"] == 0 and run.rounds[0]["clients"] == 2
+    told = survey(environment, "--key", str(tmp_path / "key"))
+    assert [one["labels"] for one in told] == [["bad", "good"]] * 2 and all(one["noise"] > 1 for one in told)
+    assert survey(environment, "--key", str(tmp_path / "key")) == told  # paid for once, and drawn once
+    assert all("nobody whom it knows" in one["refused"] for one in survey(environment))
+
+
+def survey(environment, *more):
+    command = [str(BIN / "fedlora"), "survey", "--superlink", "here", "--json", *more]
+    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True).stdout)
 
 
 def test_a_site_killed_in_mid_round_costs_that_round_one_reply(environment, scenario, federation, tmp_path):
