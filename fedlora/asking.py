@@ -42,11 +42,7 @@ def ask(
     Raises:
         UserError: there is no text, or a file cannot be read or written.
     """
-    file = Path(out) if out is not None else None
-    if file is not None and file.suffix.lower() not in _KINDS:
-        raise UserError(f"{file}: {file.suffix or 'no suffix'} is not one of {', '.join(_KINDS)}")
-    if file is not None and not file.parent.is_dir():
-        raise UserError(f"{file.parent}: no such folder")
+    file = _to_write(out)
     if bool(texts) is (data is not None):
         raise UserError(f"{use}: give texts, or a file of them by {'--data' if use == 'predict' else '--prompts'}")
     asked = texts if data is None else read(run, data, text)
@@ -55,6 +51,67 @@ def ask(
         return [_line(answer) for answer in answers]
     write(file, answers)
     return [f"{file}: {counted(len(answers), 'answer')}"]
+
+
+def ask_pairs(
+    run: Record | str | Path,
+    data: str | Path,
+    all_pairs: str | Path,
+    text: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    **how: Any,
+) -> tuple[list[str], str]:
+    """Have a run's model of pairs find the best texts of a file for each of another.
+
+    Args:
+        run: that has ended, its folder, or the folder of an exported adapter.
+        data: the file of left texts.
+        all_pairs: the file of right texts.
+        text: the columns of both, where they are others than the run's own.
+        out: a file to write pairs to: `left`, `right` and `score`.
+        how: further options of `fedlora.pairing.all_pairs`.
+
+    Returns:
+        What a terminal shows, and a sentence on what was scored and found.
+
+    Raises:
+        UserError: a file cannot be read or written, or the model judges no pairs.
+    """
+    from fedlora.pairing import all_pairs as search
+
+    file, folder = _to_write(out), adapter_of(run)
+    if not About.read(folder).pairs:
+        raise UserError(f"{folder}: its model judges single texts: --all-pairs is for models of pairs")
+    named = columns(folder, str(data), text, None).text
+    both = (named, named) if isinstance(named, str) else named
+    left, right = ([str(one) for one in read(run, f, [c])] for f, c in zip((data, all_pairs), both, strict=True))
+    found = search(run, left, right, **how)
+    rows = [
+        {"left": left[i], "right": right[int(j)], "score": float(s)}
+        for i, (best, scores) in enumerate(zip(found.best, found.scores, strict=True))
+        for j, s in zip(best, scores, strict=True)
+    ]
+    said = f"the model scored {found.scored:,} of {found.pairs:,} pairs ({found.scored / found.pairs:.0%})"
+    if found.recall is not None:
+        said += f"; of the true best of {counted(found.checked, 'text')} {found.recall:.0%} were found"
+    if file is None:
+        return [f"{row['score']:.3f}  {row['left']}  |  {row['right']}" for row in rows], said
+    _write(file, rows)
+    return [f"{file}: {counted(len(rows), 'pair')}"], said
+
+
+def _to_write(out: str | Path | None) -> Path | None:
+    """A file to write answers to, if that can be.
+
+    Raises:
+        UserError: it cannot.
+    """
+    file = Path(out) if out is not None else None
+    if file is not None and file.suffix.lower() not in _KINDS:
+        raise UserError(f"{file}: {file.suffix or 'no suffix'} is not one of {', '.join(_KINDS)}")
+    if file is not None and not file.parent.is_dir():
+        raise UserError(f"{file.parent}: no such folder")
+    return file
 
 
 def _line(told: Answer) -> str:
@@ -131,7 +188,10 @@ def _text(cell: Any, row: int, column: Column) -> str:
 
 def write(file: Path, answers: Sequence[Answer]) -> None:
     """Write answers, a row each, as the file's suffix says: jsonl, csv or tsv."""
-    rows = [asdict(answer) for answer in answers]
+    _write(file, [asdict(answer) for answer in answers])
+
+
+def _write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     with file.open("w", newline="", encoding="utf-8") as stream:
         if file.suffix.lower() == ".jsonl":
             stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -118,7 +118,13 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = commands.add_parser("predict", help="ask a run's model about a text, or about the rows of a file")
     options.asked(predict, "--data", "texts", "its texts, two columns for pairs")
-    predict.set_defaults(command=_ask, use="predict")
+    pairs = predict.add_argument_group("of pairs", "the best texts of one file for each of another")
+    pairs.add_argument("--all-pairs", metavar="FILE", help="the right texts; --data has the left ones")
+    pairs.add_argument("--top", metavar="N", type=int, default=5, help="how many for each (default: 5)")
+    more = "right texts that all left ones are scored against (default: 50)"
+    pairs.add_argument("--anchors", metavar="N", type=int, default=50, help=more)
+    pairs.add_argument("--label", metavar="LABEL", help="by which pairs are ranked (default: the last)")
+    predict.set_defaults(command=_predict, use="predict")
 
     generate = commands.add_parser(
         "generate", help="let a run's model go on with prompts, or with those of a file"
@@ -311,6 +317,23 @@ def _ask(arguments: argparse.Namespace) -> int:
     from fedlora.asking import ask
 
     print("\n".join(ask(**{name: value for name, value in vars(arguments).items() if name != "command"})))
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from fedlora.asking import ask, ask_pairs
+    from fedlora.errors import UserError
+
+    told = {name: value for name, value in vars(arguments).items() if name not in ("command", "use")}
+    pairs = {name: told.pop(name) for name in ("all_pairs", "top", "anchors", "label")}
+    if pairs["all_pairs"] is None:
+        print("\n".join(ask("predict", **told)))
+        return 0
+    if told.pop("texts") or told["data"] is None:
+        raise UserError("--all-pairs: takes the left texts from a file: name it by --data")
+    lines, said = ask_pairs(**told, **pairs)
+    print("\n".join(lines))
+    print(said, file=sys.stderr)
     return 0
 
 
