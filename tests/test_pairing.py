@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora import predict, simulate
-from fedlora.pairing import all_pairs, search
 from fedlora.cli import main
 from fedlora.errors import UserError
+from fedlora.pairing import all_pairs, search
 
 
 def scored(matrix):

@@ -15,14 +15,14 @@ from fedlora.scenario import Scenario
 
 
 def named(words: Words) -> str:
-    """The name of what is asked, by a server of the same version.
+    """The name of what is asked, by a server of the same version but for a patch.
 
     Raises:
         Refusal: the version is another, or the name is none.
     """
-    there, here = words.get("version"), version("fedlora")
-    if there != here:
-        raise Refusal(f"it runs fedlora {here}, and the server {there}: install one version on both sides")
+    there, here = str(words.get("version")), version("fedlora")
+    if there.split(".")[:2] != here.split(".")[:2]:
+        raise Refusal(f"it runs fedlora {here}, and the server {there:.20}: install one version on both sides")
     key = words.get("run")
     if not isinstance(key, str) or not RUN.fullmatch(key):
         raise Refusal("the run has no name that could be a folder's")

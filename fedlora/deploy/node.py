@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,7 @@ class Node:
             {
                 "client": client,
                 "name": self.site.name if self.site else f"partition-{client}",
+                "version": version("fedlora"),
                 "time": time.time(),
                 "num_examples": held,
                 "event": None if event is None else event.to_json(),

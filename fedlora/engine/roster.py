@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -44,6 +45,7 @@ class Site:
         silent: whether it missed the last deadline.
         wants_adapter: whether it is to have the adapter when the run ends.
         clock: seconds by which its clock is before the server's.
+        version: of fedlora that it runs.
     """
 
     node: int
@@ -55,6 +57,7 @@ class Site:
     silent: bool = False
     clock: float = 0.0
     wants_adapter: bool = False
+    version: str = ""
 
     def __str__(self) -> str:
         return f"client {self.client} ({self.name})"
@@ -160,6 +163,8 @@ class Roster:
         self.absent.pop(site.client, None)
         logger.info("%s joined", site)
         self.note(f"{site} joined")
+        if site.version != (here := version("fedlora")):
+            self.note(f"{site}: it runs fedlora {site.version}, and the server {here}")
         if abs(site.clock) > _CLOCK:
             self.note(
                 f"{site}: its clock is {site.clock:+.0f} s from the server's, by which certificates are valid"
@@ -191,6 +196,7 @@ class Roster:
             num_examples=wire.whole(held, "num_examples", 1, wire.MOST),
             event=wire.read_event(event),
             wants_adapter=words.get("receive") == "adapter",
+            version=shown(words.get("version"), _NAME),
         )
 
     def forget(self, site: Site, refused: str) -> None:

@@ -1,7 +1,9 @@
 """The server's side of a deployment, against real nodes."""
 
 import json
+import re
 import shutil
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -506,7 +508,7 @@ def test_a_round_says_whom_it_waits_for_and_how_long(sites, nodes, deployed, mon
     monkeypatch.setattr("fedlora.engine.roster._PATIENCE", 0.5)
     deployed(scenario, LocalGrid(nodes(files), late={2}), deadline=2.0, note=told.append)
     waits = [said for said in told if said.startswith("waiting for client")]
-    assert waits == ["waiting for client 1 (site-1): 1 s more at most"]
+    assert len(waits) == 1 and re.fullmatch(r"waiting for client 1 \(site-1\): [01] s more at most", waits[0])
     assert told[-1] == "round 1: client 1 (site-1): no reply within 2 s"
 
 
@@ -521,6 +523,18 @@ def test_what_a_node_says_of_itself_is_bounded_and_takes_no_other_s_place():
     assert roster._who(8, {**wrong, "client": 4}) == roster._who(8, {**wrong, "client": None}) == "node 8"
     roster._who(8, {**wrong, "client": 2})
     assert list(roster.absent) == [2] and len(roster.absent[2]) == 300
+
+
+def test_versions_may_differ_by_a_patch_and_the_submitter_is_told(sites, nodes, deployed, monkeypatch):
+    scenario, files = sites("rounds=1")
+    minor, patch = (here := version("fedlora")).rpartition(".")[::2]
+    newer = f"{minor}.{int(patch) + 1}"
+    for module in ("admission", "node"):  # the server has another
+        monkeypatch.setattr(f"fedlora.deploy.{module}.version", lambda _: newer)
+    told: list = []
+    run, _ = deployed(scenario, LocalGrid(nodes(files)), note=told.append)
+    assert run.summary["failures"] == 0
+    assert f"client 0 (site-0): it runs fedlora {newer}, and the server {here}" in told
 
 
 def test_two_nodes_for_one_client_are_one_too_many(sites, nodes, deployed):
