@@ -47,9 +47,8 @@ def test_defaults_are_filled_in():
     assert parse(GOOD.replace("total: 4", "total: 4, per_round: 3")).clients.cohort_size == 3
 
 
-def test_a_mistake_is_a_line_with_its_place_and_its_remedy(text, line):
-    found = lines(changed(text))
-
+@pytest.mark.parametrize(
+    ("text", "line"),
     [
         # misspelt keys
         ("round: 3", "f.yaml:6: unknown key 'round': did you mean 'rounds'?"),
