@@ -428,7 +428,7 @@ def _warnings(
     if labels > 1 and each < RARE * labels and rate < 1:
         yield (
             f"A step of the median client takes {each / labels:.2g} {what}s for each of {labels} labels: noise "
-            "hides what is so rare. Raise clients.sample_rate, up to 1.0 (see --advise), and tune the learning rate."
+            "hides what is so rare. Raise clients.sample_rate, up to 1.0 (see --advise), then run fedlora tune."
         )
     if (worst := max(g["epsilon"] for g in groups)) > WEAK:
         yield f"Epsilon {worst:.3g} allows odds to change by a factor of e^{worst:.3g}: little is promised."

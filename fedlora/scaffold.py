@@ -131,7 +131,7 @@ _ENCODER = """\
 _SENTENCES = """\
   base: minilm # any Hub id or path of an encoder works too, with the names of its layers as targets
   pooling: mean # over the tokens of a text, as MiniLM was trained; leave it out for a base that was not
-  adapter: {r: 8, alpha: 64, targets: [query, key, value, dense], layers: [5]} # the uppermost of six"""
+  adapter: {r: 8, alpha: 8, targets: [query, key, value, dense], layers: [5]} # the uppermost of six"""
 _WRITER = """\
   base: HuggingFaceTB/SmolLM2-135M-Instruct # any Hub id or path of a language model works too
   adapter: {r: 8, alpha: 16, targets: [q_proj, k_proj, v_proj, o_proj]}"""
