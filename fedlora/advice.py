@@ -37,6 +37,7 @@ TIMES = (2, 4, 8, 16)  # the batch, that are tried
 _SHOWN = 8  # alternatives that are told
 _OFF = 0.05  # share by which an alternative's examples may differ
 _LEAST = 4  # rounds of an alternative
+_WHOLE = 20  # rounds of steps that take all examples: noise over the run does not grow with their number
 _ALIKE = 0.005  # share by which ratios have to differ to tell alternatives apart
 
 Rehearse = Callable[[Scenario], Rehearsal]  # the first rounds of a scenario
@@ -138,7 +139,10 @@ def advise(
     rehearse: Rehearse,
     seconds: Seconds,
 ) -> list[Line]:
-    """Alternatives at as many examples and the same epsilon, the best ratio first, the scenario among them.
+    """Alternatives at the same epsilon, the best ratio first, the scenario among them.
+
+    They pass as many examples as the scenario does; beside them are some whose steps take all examples of a
+    client, which may pass more.
 
     Args:
         scenario: of the run.
@@ -240,13 +244,18 @@ def _shapes(scenario: Scenario, loop: Rehearsal) -> Iterator[Mapping[str, Any]]:
 
 
 def _schedules(scenario: Scenario, smallest: int) -> Iterator[Mapping[str, Any]]:
-    """Batches, local steps and rounds to try with as many examples, by what they change; its own first."""
+    """Batches, local steps and rounds to try, by what they change; its own first, then all examples in a step."""
     told, rounds = scenario.clients, scenario.rounds
     key = "batch_size" if told.sample_rate is None else "sample_rate"
     batch = getattr(told, key)
     asked = scenario.example_privacy
     groups = asked.bands if asked is not None and isinstance(asked.bands, int) else 1
     yield {}
+    if asked is not None and groups == 1 and (told.sample_rate or 0.0) < 1 and rounds >= _LEAST:
+        fewer = min(_WHOLE, rounds)
+        changed = {"clients.sample_rate": 1.0, "clients.local_steps": 1, "rounds": fewer}
+        before = (told.sample_rate, told.local_steps, rounds)
+        yield {name: v for (name, v), old in zip(changed.items(), before, strict=True) if v != old}
     for times in TIMES:
         if scenario.client_privacy is not None:  # what a round costs does not depend on its steps
             options = [(1, times * told.local_steps)]

@@ -223,6 +223,7 @@ def _evaluated(
         labels=about.labels,
         seed=0,
         pooler="trained" if any(".pooler." in name for name in saved.tensors) else "frozen",
+        pooling=about.pooling,
         revision=about.revision,
         device=hardware.device("auto"),
         max_length=about.max_length,

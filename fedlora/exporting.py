@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import TypeAdapter
 
 from fedlora.errors import SettingError, UserError
+from fedlora.passes import pooled
 from fedlora.record import Record
 from fedlora.rounds.folder import write_json
 from fedlora.scenario import Scenario
@@ -61,6 +62,7 @@ class About:
         scored: which turns of the assistant it learnt.
         prompt: the template of prompts by columns of its rows; None where one column has them.
         beta: what log probabilities count where completions are preferred; None elsewhere.
+        pooling: what its head reads of a text: `cls`, `mean`, or None, as the base does.
     """
 
     task: str
@@ -75,6 +77,7 @@ class About:
     scored: Literal["all", "last"] = "all"
     prompt: str | None = None
     beta: float | None = None
+    pooling: pooled.Pooling | None = None
 
     @classmethod
     def of(cls, scenario: Scenario, labels: Sequence[str], figures: Mapping[str, Any]) -> Self:
@@ -85,7 +88,8 @@ class About:
         told = (scenario.task, model.base, model.revision, tuple(labels), data.max_length, pairs)
         scale = (data.score.low, data.score.high) if data.score is not None else None
         beta = scenario.preference.beta if scenario.preference is not None else None
-        return cls(*told, figures.get("threshold"), scale, data.messages, data.scored, data.prompt, beta)
+        rows = (data.messages, data.scored, data.prompt)
+        return cls(*told, figures.get("threshold"), scale, *rows, beta=beta, pooling=model.pooling)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -134,7 +138,9 @@ def describe(folder: Path, about: About) -> None:
     write_json(file, _in_order(json.loads(file.read_bytes())) | base)
     if told := _names(about, find(about.task)):
         path, revision = located.find_base(about.base), about.revision or "main"
-        AutoConfig.from_pretrained(path, revision=revision, **told).save_pretrained(str(folder))
+        config = AutoConfig.from_pretrained(path, revision=revision, **told)
+        pooled.tell(config, about.pooling)
+        config.save_pretrained(str(folder))
 
 
 def _in_order(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,8 +216,14 @@ def export(run: Record | str | Path, out: str | Path, merge: bool = False, *, ow
         (out / "README.md").write_text(card.replace('"adapter")', f"{json.dumps(out.name)})"), encoding="utf-8")
         return out
     model, reader = load_adapter(source, own_code=own_code)
+    about = About.read(source)
+    if about.pooling == "mean" and not pooled.known(model.config):
+        raise UserError(
+            f"{source}: its head reads the mean over tokens (model.pooling: mean), and transformers cannot save "
+            f"that in a {model.config.model_type}: export it without --merge; its card says how to load it"
+        )
     card = (source / "README.md").read_text(encoding="utf-8")
-    how = _MERGED.format(auto=task_of(About.read(source), source, own_code).auto, folder=out.name)
+    how = _MERGED.format(auto=task_of(about, source, own_code).auto, folder=out.name)
     card = re.sub(r"```python\n.*?```\n", lambda _: how, card, flags=re.S)
     card = card.replace("library_name: peft\n", "library_name: transformers\nbase_model_relation: merge\n")
     for layer in [m.get_base_layer() for m in model.modules() if hasattr(m, "lora_A")]:
@@ -349,15 +361,20 @@ def load_adapter(run: Record | str | Path, *, own_code: bool = False) -> tuple[A
 
     about = About.read(folder := adapter_of(run))
     task, revision = task_of(about, folder, own_code), about.revision
-    named = _names(about, task)
-    if about.labels:
-        named["ignore_mismatched_sizes"] = True  # of a head for other labels; the adapter brings its own
+    path, told = located.find_base(about.base), {"revision": revision or "main"}
     try:
         reader = task.reader(about.base, revision)
         with base_model.quietly():
+            config = transformers.AutoConfig.from_pretrained(path, **told, **_names(about, task))
+            pooled.tell(config, about.pooling)
             model = getattr(transformers, task.auto).from_pretrained(
-                located.find_base(about.base), revision=revision or "main", dtype="float32", **named
+                path,
+                config=config,
+                dtype="float32",
+                ignore_mismatched_sizes=bool(about.labels),  # of a head for others; the adapter brings its own
+                **told,
             )
+            pooled.pool(model, about.pooling)
             base_model.tell(model, threshold=about.threshold, scale=about.scale)
             if task.tokens:
                 base_model.pads_as(model, reader)

@@ -33,10 +33,11 @@ from fedlora.rehearsal import Rehearsal, Stage
 from fedlora.reports.summary import own_epsilon, peer_epsilon, server_epsilon
 from fedlora.rounds.progress import Line
 from fedlora.scenario import Scenario
+from fedlora.tasks.contract import find
 from fedlora.tasks.located import at_hand
 
 FEW_EXAMPLES = 100  # of a client: below it the noise of a useful epsilon outweighs what they say
-LARGE_RATE = 0.1  # share of a client's examples in one step, from which sampling hides little
+RARE = 10  # examples of a label in one step, from which on noise need not hide it
 WEAK = 10.0  # epsilon from which reviewers ask what it still protects
 _EPSILONS = 100  # evaluations of epsilon in a table by round, some 50 ms each
 _STEPS = 3  # that are timed
@@ -150,6 +151,7 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
     epsilons, each = _epsilons(real.ledger.spent_by, len(real.lines), asked)
     lines = [line | epsilons.get(line["round"], {}) for line in real.lines]
     groups = _groups(scenario, ready.data, setup, real)
+    labels = len(ready.data.labels) if find(scenario.task).target in ("class", "many") else 0
     workers = 1 if engines.in_process(scenario) else engines.workers(scenario)
     parameters = {"base": stage.base_parameters(), **_trained(real)}
     typical = _typical(ready.data)
@@ -204,7 +206,7 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
         if signal and advise
         else [],
         frozen_bytes=cost.frozen_bytes if cost else None,
-        warnings=[*_warnings(scenario, groups, parameters), *checking.remarks(scenario)],
+        warnings=[*_warnings(scenario, groups, parameters, labels), *checking.remarks(scenario)],
     )
 
 
@@ -377,7 +379,9 @@ def _typical(data: Dataset) -> int:
     return statistics.median_high([data.units(c) for c in range(min(data.num_clients, _LOOKED_AT))])
 
 
-def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[str, int]) -> Iterable[str]:
+def _warnings(
+    scenario: Scenario, groups: Sequence[Line], parameters: Mapping[str, int], labels: int
+) -> Iterable[str]:
     """What a privacy reviewer would ask, a sentence each."""
     asked = scenario.example_privacy
     sizes = [next(g[key] for key in ("num_examples", "num_persons") if key in g) for g in groups]
@@ -417,12 +421,14 @@ def _warnings(scenario: Scenario, groups: Sequence[Line], parameters: Mapping[st
             f"{counted(few, 'client')} {'holds' if few == 1 else 'hold'} fewer than {FEW_EXAMPLES} {what}s, "
             f"the smallest {sizes[0]}: they add more noise than signal, and sampling them often costs epsilon."
         )
-    often = sum(g["clients"] for g in groups if g["sample_rate"] > LARGE_RATE)
-    if often:
+    rate = statistics.median(g["sample_rate"] for g in groups for _ in range(g["clients"]))
+    each = rate * statistics.median(
+        size for g, size in zip(groups, sizes, strict=True) for _ in range(g["clients"])
+    )
+    if labels > 1 and each < RARE * labels and rate < 1:
         yield (
-            f"A step takes more than {LARGE_RATE:.0%} of the {what}s of {counted(often, 'client')} "
-            f"({groups[0]['sample_rate']:.0%} of the smallest's): sampling hides little. "
-            "Lower clients.batch_size or clients.sample_rate."
+            f"A step of the median client takes {each / labels:.2g} {what}s for each of {labels} labels: noise "
+            "hides what is so rare. Raise clients.sample_rate, up to 1.0 (see --advise), then run fedlora tune."
         )
     if (worst := max(g["epsilon"] for g in groups)) > WEAK:
         yield f"Epsilon {worst:.3g} allows odds to change by a factor of e^{worst:.3g}: little is promised."

@@ -92,9 +92,10 @@ data:
 {more}  partition: {{kind: iid}} # or {{kind: dirichlet, alpha: 0.5}}, or {{kind: natural, column: site}}
   max_length: {length} # tokens; {longer}
   test_share: 0.2 # held out to judge the model
+# A step takes this share of a client's rows: {why}.
 clients: {{total: 5, use: dp_sgd, local_steps: 1, sample_rate: {rate}, micro_batch_size: {micro}}}
 privacy: {{epsilon: 8, delta: {delta}, clip_norm: 4.0}} # for each row; a smaller epsilon is more private
-{persons}strategy: {{use: ffa_lora, server: {{kind: adam, lr: 0.01, schedule: {{kind: linear}}}}}}
+{persons}strategy: {{use: ffa_lora, server: {{kind: adam, lr: {lr}, schedule: {{kind: linear}}}}}}
 rounds: {rounds}
 eval_every: {every}
 """
@@ -127,12 +128,24 @@ _OWN = {"trimmed_mean.py": _STRATEGY, "test_trimmed_mean.py": _TEST}  # the proj
 _ENCODER = """\
   base: minilm # any Hub id or path of an encoder works too, with the names of its layers as targets
   adapter: {r: 8, alpha: 64, targets: [query, key, value, dense], layers: [4, 5]} # upper two of six"""
+_SENTENCES = """\
+  base: minilm # any Hub id or path of an encoder works too, with the names of its layers as targets
+  pooling: mean # over the tokens of a text, as MiniLM was trained; leave it out for a base that was not
+  adapter: {r: 8, alpha: 8, targets: [query, key, value, dense], layers: [5]} # the uppermost of six"""
 _WRITER = """\
   base: HuggingFaceTB/SmolLM2-135M-Instruct # any Hub id or path of a language model works too
   adapter: {r: 8, alpha: 16, targets: [q_proj, k_proj, v_proj, o_proj]}"""
 _MOST_LABELS = 200
 _PER_TOKEN = 4.0  # characters of English; of other scripts fewer
-_STEPS = {"rounds": 60, "rate": 0.06, "every": 10}
+_STEPS = {
+    "rounds": 60,
+    "rate": 0.06,
+    "every": 10,
+    "lr": 0.01,
+    "why": "more of them take more time, and have less noise",
+}
+_LARGE = {"rounds": 20, "every": 5, "lr": 0.03, "why": "with 1.0 it has the least noise, which rare labels need"}
+_ROWS = 20_000  # of all clients, in a large step at most
 
 
 def of_data(
@@ -176,11 +189,13 @@ def of_data(
     files = {"train": str(data.absolute())} | found.files
     persons = suggested.persons(columns, _named(found))[:1]
     written = () if encoding is None else (f"encoding: {json.dumps(encoding)}",)
+    labels = found.task in ("classification", "multi_label")
+    steps = _LARGE | {"rate": float(f"{min(_ROWS / rows, 1.0):.2g}")} if labels else _STEPS
     told = {
         "name": json.dumps(_word(data.stem)),
         "task": found.task,
         "aim": found.aim,
-        "model": _WRITER if writes else _ENCODER,
+        "model": _WRITER if writes else _SENTENCES if labels else _ENCODER,
         "files": f"{{{', '.join(f'{key}: {json.dumps(value)}' for key, value in files.items())}}}",
         "more": "".join(f"  {line}\n" for line in (*found.more, *written)),
         "persons": "".join(_PERSON.format(json.dumps(name)) for name in persons),
@@ -190,7 +205,7 @@ def of_data(
         "delta": f"{min(1e-5, 0.1 / max(rows, 1)):.0e}".replace("e", ".0e"),
     }
     made = {
-        "scenario.yaml": _OF_DATA.format(**told, **_STEPS),
+        "scenario.yaml": _OF_DATA.format(**told, **steps),
         "scenario.schema.json": json.dumps(schema(), indent=2) + "\n",
         **_OWN,
         "README.md": _README_OF_DATA,

@@ -92,6 +92,9 @@ def _of_others(
         return heads, f"{start} is for task: {about.task}"
     if about.scale != ((scale := scenario.data.score) and (scale.low, scale.high)):
         return heads, f"{start} is for scores of another scale"
+    if about.pooling != (pooling := scenario.model.pooling):
+        was, now = (f"model.pooling: {one or 'null'}" for one in (about.pooling, pooling))
+        return heads, f"{start} has a head of {was}, and this run is of {now}"
     bound = [name for name in heads if tensors[name].shape[:1] == (len(about.labels),)]
     if about.labels == tuple(labels):
         return bound, ""

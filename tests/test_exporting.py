@@ -10,6 +10,7 @@ import pytest
 from fedlora import plugins, simulate
 from fedlora.cli import main
 from fedlora.errors import UserError
+from fedlora.evaluating import evaluate
 from fedlora.exporting import About, describe, export, load_adapter, predict, push
 from fedlora.prepare import prepare
 from fedlora.reports import card as card_module
@@ -17,6 +18,7 @@ from fedlora.run import Run
 from fedlora.scenario import parse
 from fedlora.tasks import base_model, located
 from tests.contracts import samples
+from tests.zoo import homes, models
 
 LEARN = ("rounds=3", "clients.local_steps=60", "clients.lr=0.3", "clients.batch_size=32")
 TEXTS = [
@@ -31,11 +33,11 @@ def made(tiny, tmp_path_factory):
     return simulate(tiny(*LEARN, private=False), out=tmp_path_factory.mktemp("runs") / "made")
 
 
-def logits(model, tokenizer):
+def logits(model, tokenizer, texts=TEXTS):
     import torch
 
     with torch.inference_mode():
-        batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
+        batch = tokenizer(texts, return_tensors="pt", padding=True)
         return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.numpy()
 
 
@@ -64,6 +66,47 @@ def test_a_merged_model_answers_as_the_adapter_does(made, tiny_base, tmp_path):
     assert (
         f"{made.summary['bytes_up_total']:,} bytes" in card and "privacy: none" in card and "PeftModel" not in card
     )
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_a_head_that_reads_the_mean_answers_alike_everywhere(family, tiny, tmp_path, monkeypatch):
+    """By the run, `evaluate`, `load_adapter` and plain peft with the card's code; not by plain peft without it.
+
+    A whole model can be saved only where transformers itself has the setting.
+    """
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    rows = homes.rows(tmp_path / "rows.csv", 90)
+    base = homes.home(models.plain(family), tmp_path / "base")
+    told = (
+        f"model.base={base}",
+        "model.pooling=mean",
+        f"model.adapter.targets=[{','.join(models.MODELS[family][2])}]",
+        f"data.files={{train: {rows}, test: {rows}, text: text, label: label}}",
+        "data.partition={kind: iid}",
+    )
+    made = simulate(tiny(*told, *LEARN, private=False), out=tmp_path / "run")
+    assert evaluate(made, rows).metrics["accuracy"] == pytest.approx(made.summary["accuracy"])
+    folder, words = export(made, tmp_path / "out"), ["w5 w6 w7 w8 w9 w10", "w40 w41"]
+    model, tokenizer = load_adapter(folder)
+    ours = logits(model, tokenizer, words)
+    monkeypatch.chdir(tmp_path)
+    exec(code_of((folder / "README.md").read_text()), names := {})
+    np.testing.assert_allclose(logits(names["model"], tokenizer, words), ours, atol=1e-5)
+    config = AutoConfig.from_pretrained(folder)
+    plain = AutoModelForSequenceClassification.from_pretrained(base, config=config, ignore_mismatched_sizes=True)
+    plain = PeftModel.from_pretrained(plain, str(folder))
+    same = np.allclose(logits(plain, tokenizer, words), ours, atol=1e-5)
+    assert same == (family == "modernbert")
+    if same:
+        merged = export(made, tmp_path / "merged", merge=True)
+        whole = AutoModelForSequenceClassification.from_pretrained(merged)
+        np.testing.assert_allclose(logits(whole, tokenizer, words), ours, atol=1e-5)
+    else:
+        with pytest.raises(UserError, match=f"cannot save that in a {family}: export it without --merge"):
+            export(made, tmp_path / "merged", merge=True)
+        assert not (tmp_path / "merged").exists()
 
 
 def test_an_exported_adapter_is_the_runs(made, tmp_path):

@@ -149,7 +149,9 @@ def warned(planned, words: str) -> bool:
 def test_warnings_that_a_reviewer_would_raise(tiny):
     small = plan(tiny())
     assert warned(small, "4 clients hold fewer than 100 examples")
-    assert warned(small, "more than 10% of the examples of 4 clients")
+    assert warned(small, "of the median client takes 4 examples for each of 2 labels: noise hides what is")
+    for enough in ("clients.batch_size=20", "clients.sample_rate=1.0"):  # ten of each, and all that there are
+        assert not warned(plan(tiny(enough)), "for each of")
     assert not warned(small, "delta") and not warned(small, "head trains") and not warned(small, "share_metrics")
     loose = plan(tiny("privacy.delta=0.5", "privacy.epsilon=20", "privacy.share_metrics=true"))
     assert warned(loose, "not below 1/n for 4 clients") and warned(loose, "allows odds to change by a factor of")

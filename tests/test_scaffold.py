@@ -84,6 +84,25 @@ def test_a_project_of_ones_own_data_finds_texts_and_labels_and_runs(mine, tmp_pa
     assert Run.open(tmp_path / "run").summary["rounds"] == 2
 
 
+@pytest.mark.parametrize(("rows", "rate"), [(90, 1.0), (25_000, 0.8)])
+def test_labels_of_texts_begin_with_the_mean_and_with_large_steps(rows, rate, tmp_path):
+    """A step takes 20,000 rows of all clients at most."""
+    table = ["kind,question", *(f"{i % 3},what is number {i} of them" for i in range(rows))]
+    (tmp_path / "own.csv").write_text("\n".join(table) + "\n")
+    assert main(["init", str(tmp_path / "study"), "--data", str(tmp_path / "own.csv")]) == 0
+    made = load(tmp_path / "study" / "scenario.yaml")
+    assert (made.model.pooling, made.clients.sample_rate, made.rounds) == ("mean", rate, 20)
+
+
+def test_what_judges_no_text_by_one_label_begins_as_it_did(tmp_path):
+    table = ["score,answer", *(f"{i / 90},what is number {i} of them" for i in range(90))]
+    (tmp_path / "own.csv").write_text("\n".join(table) + "\n")
+    told = ["--task", "regression", "--data", str(tmp_path / "own.csv")]
+    assert main(["init", str(tmp_path / "study"), *told]) == 0
+    made = load(tmp_path / "study" / "scenario.yaml")
+    assert (made.model.pooling, made.clients.sample_rate, made.rounds) == (None, 0.06, 60)
+
+
 def test_the_strategy_of_a_new_project_trims_any_three(project):
     names: dict = {"__name__": "mine"}
     exec((project / "trimmed_mean.py").read_text(), names)

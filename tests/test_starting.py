@@ -131,6 +131,15 @@ def test_a_head_for_other_labels_is_drawn_and_a_line_says_so(tiny, first, report
     assert all(kept.layout[name].trainable for name in HEAD)
 
 
+def test_a_head_that_read_something_else_is_drawn_again(tiny, first, caplog):
+    with caplog.at_level(logging.WARNING):
+        made = worker(tiny(f"model.start={first.folder}", "model.pooling=mean", private=False))
+    (said,) = [r.getMessage() for r in caplog.records if "model.start" in r.getMessage()]
+    assert said.endswith("has a head of model.pooling: null, and this run is of model.pooling: mean")
+    saved = load_file(first.folder / "adapter" / "adapter_model.safetensors")
+    assert not any(np.array_equal(made.task.initial[name], saved[name]) for name in HEAD if "weight" in name)
+
+
 def test_what_peft_saved_begins_a_run(tiny, tiny_base, tmp_path, caplog):
     """Its scaling is 4 / sqrt(4) = 2, and the run's 8 / 4 = 2; at alpha 16 its B counts for half as much."""
     from peft import LoraConfig, get_peft_model

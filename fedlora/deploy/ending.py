@@ -99,6 +99,8 @@ def _adapter(run: Serving, came: Mapping[str, Any], client: int, round: int) -> 
 
 def _card(about: About, what: str) -> str:
     labels = f"- labels: {', '.join(about.labels)}\n" if about.labels else ""
+    if about.pooling == "mean":
+        labels += "- reads: the mean over tokens (`model.pooling: mean`), which plain peft does not\n"
     return f"""---
 base_model: {named_elsewhere(about.base)}
 library_name: peft

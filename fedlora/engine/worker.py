@@ -76,6 +76,7 @@ class Worker:
                 seed=self.scenario.seed,
                 head=model.head,
                 pooler=model.pooler,
+                pooling=model.pooling,
                 revision=model.revision,
                 quantize=model.quantize,
                 device=setup.device,

@@ -276,7 +276,7 @@ class Packing:
         if unpack:
             pooler = getattr(body, "pooler", None)
             behind = body.encoder if type(pooler) is torch.nn.Linear else body  # it gets what is pooled already
-            self._hooks.append(lambda: behind.register_forward_hook(self._leave))
+            self._hooks.append(lambda: behind.register_forward_hook(self._leave, prepend=True))
             if pooler is not None and behind is body:
                 self._hooks.append(lambda: pooler.register_forward_pre_hook(self._pool))
         self._set()

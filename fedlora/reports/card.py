@@ -7,11 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import plugins
+from fedlora.passes import pooled
 from fedlora.prepare import Prepared
 from fedlora.scenario import Scenario
 from fedlora.suitability import name_of_kind
 from fedlora.tasks.contract import Task, find
 from fedlora.tasks.located import named_elsewhere
+
+MEAN = """
+
+def mean(body, args, told, out):  # the head reads the mean over tokens; without this its answers are wrong
+    mask = told["attention_mask"].unsqueeze(-1)
+    out.last_hidden_state = (out.last_hidden_state * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    if "pooler_output" in out:
+        out.pooler_output = out.last_hidden_state[:, 0]
+
+
+base.base_model.register_forward_hook(mean, with_kwargs=True)
+"""
 
 
 def write(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:
@@ -33,6 +46,8 @@ def write(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:
     local = Path(base).is_dir()
     named = "" if local else f"base_model: {base}\n"  # on the Hub it links there, and a folder is of one machine
     whose = "a model of a folder where it was trained" if local else f"`{base}`"
+    config_file = folder / "adapter" / "config.json"
+    by_hand = scenario.model.pooling == "mean" and not pooled.known(json.loads(config_file.read_bytes()))
     (folder / "adapter" / "README.md").write_text(
         f"""---
 {named}library_name: peft
@@ -53,7 +68,7 @@ by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["
 - scenario hash {summary["hash"]}, seed {summary["seed"]}
 
 ```python
-{_in_peft(task, base, labels)}
+{_in_peft(task, base, labels, MEAN if by_hand else "")}
 ```
 
 With fedlora, the {_reader(task)} too: `model, reader = fedlora.load_adapter("adapter")`.
@@ -107,8 +122,15 @@ def _read_as(scenario: Scenario, summary: Mapping[str, Any]) -> str:
     return f" (each given from a probability of {threshold:g} on)" if threshold is not None else ""
 
 
-def _in_peft(task: type[Task], base: str, labels: Sequence[str]) -> str:
-    """How to load it without fedlora; the model gives labels by their names."""
+def _in_peft(task: type[Task], base: str, labels: Sequence[str], pooling: str) -> str:
+    """How to load it without fedlora; the model gives labels by their names.
+
+    Args:
+        task: of the run.
+        base: as it is called elsewhere.
+        labels: in order.
+        pooling: code that has the head of `base` read what it was trained on; empty where transformers does.
+    """
     told = task.auto
     more, config = "", ""
     if labels or task.problem is not None:
@@ -124,4 +146,4 @@ def _in_peft(task: type[Task], base: str, labels: Sequence[str]) -> str:
 from transformers import {told}
 
 {config}{where}base = {task.auto}.from_pretrained("{base}"{more})
-model = PeftModel.from_pretrained(base, "adapter")"""
+{pooling}model = PeftModel.from_pretrained(base, "adapter")"""

@@ -387,7 +387,8 @@ def advice_lines(advice: Sequence[Mapping[str, Any]], what: str) -> list[str]:
     noise = ("noise", "bands") if banded else ("noise",)
     head = ("ratio", "batch", "steps", "rounds", "layers", "r", "trained", *noise, "bytes", "time", "")
     best, now = advice[0], next(line for line in advice if not line["set"])
-    told = ["", f"signal over noise of the whole run, at the same {what}s and epsilon, by arithmetic alone"]
+    same = f"as many {what}s, or all in each step"
+    told = ["", f"signal over noise of the whole run at this epsilon, by arithmetic alone: {same}"]
     told += [*Table(head, rows, frozenset({4, len(head) - 1})).text(), ""]
     if not best["set"]:
         return [*told, "as it is, it has the best ratio of these"]

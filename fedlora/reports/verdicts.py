@@ -219,11 +219,7 @@ class _Settings:
         tried = []
         if self.server is None and _takes_server(str(self.strategy.get("use", ""))):
             tried.append("strategy.server: {kind: adam, lr: 0.02}")
-        if (self.privacy or {}).get("unit") == "client":
-            tried.append(f"a larger clients.per_round (now {self.clients.get('per_round') or 'all'})")
-        elif self.privacy is not None:
-            key = "sample_rate" if self.clients.get("sample_rate") else "batch_size"
-            tried.append(f"a larger clients.{key} (now {self.clients.get(key, '?')})")
+        tried += self._larger
         key, rate = self._rate()
         return ", ".join([*tried, f"another {key} (now {rate}), as fedlora tune finds it"])
 
@@ -254,7 +250,8 @@ class _Settings:
             return f"{rounds} in a new run, for its schedule" if paced else f"{rounds}, with --resume"
         if self.privacy.get("noise_multiplier") is not None:
             return f"{rounds}, which costs more epsilon"
-        return f"{rounds} in a new run: at the same epsilon each then has more noise"
+        noisier = f"{rounds} in a new run: at the same epsilon each then has more noise"
+        return ", or ".join([noisier, *self._larger])
 
     @property
     def personal(self) -> str:
@@ -262,6 +259,18 @@ class _Settings:
         if self.strategy.get("use") == "fedsa_lora":
             return "a look at its rows"
         return "a look at its rows, or strategy.use: fedsa_lora with data.client_test_share: 0.2"
+
+    @property
+    def _larger(self) -> list[str]:
+        """What has less noise in a round, if there is more to take."""
+        if self.privacy is None:
+            return []
+        if self.privacy.get("unit") == "client":
+            return [f"a larger clients.per_round (now {self.clients.get('per_round') or 'all'})"]
+        rate = self.clients.get("sample_rate")
+        if rate is None:
+            return [f"a larger clients.batch_size (now {self.clients.get('batch_size', '?')})"]
+        return [] if rate >= 1 else [f"a larger clients.sample_rate (now {rate}), up to 1.0"]
 
     def _rate(self) -> tuple[str, Any]:
         """The learning rate that says most about the size of steps, and its key."""

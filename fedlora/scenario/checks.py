@@ -225,7 +225,15 @@ def _of_task(task: str, sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("preference",), f"preference is for task: preference, and the task is {task}: leave it out")
     if sections.get("loss") and not (found.target == "class" and getattr(found, "labelled", True)):
         yield Problem(("loss",), f"loss is for classification, and the task is {task}: leave it out")
-    if (model := sections.get("model")) and isinstance(model.head, NarrowHead):
+    if (model := sections.get("model")) and model.pooling is not None:
+        if not all(getattr(found, what, True) for what in ("headed", "pools", "tokens")):
+            yield Problem(
+                ("model", "pooling"),
+                f"it is for tasks that judge whole texts, and the task is {task}: leave it out",
+            )
+        if model.pooling == "mean" and model.pooler == "trained":
+            yield Problem(("model", "pooler"), "with model.pooling: mean no pooler takes part: leave it frozen")
+    if model and isinstance(model.head, NarrowHead):
         if not getattr(found, "headed", True) or not getattr(found, "labelled", True):
             yield Problem(
                 ("model", "head"), f"a rank is for a head of labels, and task: {task} has none: leave it out"

@@ -127,6 +127,9 @@ class Model(Section):
             numbers for each label are trained and sent.
         pooler: The encoder's pooler, where it has one. Under privacy leave it frozen: it has many more numbers
             than the adapter.
+        pooling: What the head of an encoder reads of a text. cls: its first token. mean: the mean over its tokens;
+            the pooler is left out. null: as the base does. Set mean where the base is a sentence encoder that was
+            trained so, such as MiniLM. For tasks that judge whole texts.
     """
 
     base: Annotated[str, Field(min_length=1)] = "minilm"
@@ -137,6 +140,7 @@ class Model(Section):
     start: Annotated[str, Field(min_length=1)] | None = None
     head: Head = "trained"
     pooler: Literal["trained", "frozen"] = "frozen"
+    pooling: Literal["cls", "mean"] | None = None
 
     @field_validator("start")
     @classmethod

@@ -62,6 +62,7 @@ def load(
     seed: int,
     head: str | NarrowHead = "trained",
     pooler: str = "frozen",
+    pooling: pooled.Pooling | None = None,
     revision: str | None = None,
     quantize: Literal["8bit", "4bit"] | None = None,
     device: str = "cpu",
@@ -88,7 +89,10 @@ def load(
         raise SettingError("model.quantize", "needs bitsandbytes: pip install 'fedlora[quantize]'")
     # On a CPU the backward pass of torch's fused attention takes nearly half of a step on short text.
     short = device == "cpu" and max_length <= 256
-    model, missing = _base(cls, task, base, revision, reader, labels, seed, short, device, quantize, pooler)
+    held = (short, device, quantize, pooler, pooling)
+    model, missing = _base(cls, task, base, revision, reader, labels, seed, *held)
+    pooled.pool(model, pooling)
+    missing = [n for n in missing if n in model.state_dict()]  # a pooler may be left out
     base_model.tell(model, scale=scale, threshold=threshold, beta=beta)
     heads: dict[str, bool] = {}
     if cls.headed:
@@ -170,6 +174,7 @@ def _base(
     device: str,
     quantize: Literal["8bit", "4bit"] | None,
     pooler: str,
+    pooling: pooled.Pooling | None,
 ) -> tuple[Any, list[str]]:
     """The model of transformers, and which of its weights nobody trained yet."""
     import torch
@@ -192,6 +197,7 @@ def _base(
         if cls.labelled:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
+        pooled.tell(config, pooling)
         if device == "meta" or quantize is not None:
             with torch.device("meta"):
                 model = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)

@@ -75,6 +75,7 @@ def test_repeats_bit_for_bit_and_leaves_nothing_behind(fit):
     params=[
         "encoder",
         "pooler",
+        "mean",
         "decoder",
         "core",
         "tagger",
@@ -92,6 +93,7 @@ def model(request, build, tiny_lm, sentences, choices):
     return {
         "encoder": (),
         "pooler": ("model.pooler=trained", "model.adapter.targets=[query,dense]"),
+        "mean": ("model.pooling=mean", "model.adapter.layers=[1]"),
         "core": ("model.adapter.kind=lora_xs",),
         "decoder": lm,
         "tagger": ("task=token_classification", f"data.files={{train: {sentences}}}"),

@@ -29,6 +29,7 @@ MODELS = {
     "encoder": (),
     "padded": ("name=padded",),
     "pooler": ("model.pooler=trained", "model.adapter.targets=[query,dense]"),
+    "mean": ("model.pooling=mean",),
     "prefix": ("model.adapter.layers=[1]", "rounds=8"),
     "core": ("model.adapter.kind=lora_xs",),
     "block": ("model.adapter.kind=block",),

@@ -161,7 +161,14 @@ def test_settings_to_try_are_those_that_the_scenario_has_left():
     assert judged(fell, paced)["collapsed"].setting == "a lower clients.lr (now 0.5)"
     assert judged(rising)["rising"].setting == "rounds: 20, with --resume"
     assert judged(rising, paced)["rising"].setting == "rounds: 20 in a new run, for its schedule"
-    assert "at the same epsilon each then has more noise" in judged(rising, PRIVATE)["rising"].setting
+    assert judged(rising, PRIVATE)["rising"].setting == (
+        "rounds: 20 in a new run: at the same epsilon each then has more noise, "
+        "or a larger clients.batch_size (now 64)"
+    )
+    for rate, more in ((0.05, ", or a larger clients.sample_rate (now 0.05), up to 1.0"), (1.0, "")):
+        shared = {**PRIVATE, "clients": {**PRIVATE["clients"], "sample_rate": rate}}
+        assert judged(rising, shared)["rising"].setting.endswith(f"each then has more noise{more}")
+        assert ("sample_rate" in judged(chance, shared)["majority"].setting) == (rate < 1)
     fixed = {**PRIVATE, "privacy": {"unit": "example", "noise_multiplier": 1.0}}
     assert judged(rising, fixed)["rising"].setting == "rounds: 20, which costs more epsilon"
     spent = judged(rising, PRIVATE, stopped="after round 4: another would pass every client's epsilon")

@@ -90,6 +90,11 @@ def test_defaults_are_filled_in():
             "model: {adapter: {kind: dora}}",
             "f.yaml:6: model.adapter.kind: unknown kind of adapter 'dora': did you mean 'lora'?",
         ),
+        ("model: {pooling: max}", "f.yaml:6: model.pooling: should be 'cls' or 'mean', not 'max'"),
+        (
+            "model: {pooling: mean, pooler: trained}",
+            "f.yaml:6: with model.pooling: mean no pooler takes part: leave it frozen",
+        ),
         ("compression: {up: top_k}", "compression.up: should be a mapping with a kind, such as {kind: top_k}"),
         ("compression: {up: 8}", "compression.up: should be a mapping with a kind, such as {kind: fp16}"),
         ("model: ~", "f.yaml:6: model: should be a mapping of keys to values, not None"),
@@ -173,6 +178,12 @@ def test_defaults_are_filled_in():
 def test_a_mistake_is_a_line_with_its_place_and_its_remedy(text, line):
     found = lines(changed(text))
     assert len(found) == 1 and line in found[0] and found[0].startswith("f.yaml:")
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "preference", "token_classification", "image_classification"])
+def test_a_pooling_is_for_tasks_that_judge_whole_texts(task):
+    found = lines(changed(f"task: {task}\nmodel: {{pooling: cls}}"))
+    assert f"f.yaml:7: it is for tasks that judge whole texts, and the task is {task}: leave it out" in found
 
 
 def test_a_key_written_twice_is_told_with_both_lines():

@@ -248,6 +248,7 @@ def test_what_masked_language_modelling_left_without_a_pooler_is_told_to_train_o
     base = homes.home(build("BertForMaskedLM", **BASE), tmp_path / "base")
     assert line(base, QV).endswith("such as bert.pooler.dense.bias: write model.pooler: trained")
     assert "base_model.model.bert.pooler.dense.weight" in load(base, QV, pooler="trained").layout
+    assert not any("pooler" in name for name in load(base, ("dense",), pooling="mean").layout)
 
 
 # Every part of a configuration.

@@ -10,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from fedlora.data.store import Examples
 from fedlora.kinds.contract import public as _public
 from fedlora.kinds.lora import Lora
+from fedlora.passes import pooled
+from fedlora.reports.card import MEAN
 from fedlora.tasks.base_model import heads_of as _heads
 from fedlora.tasks.base_model import quiet_config
 from fedlora.tasks.causal_lm import CausalLM
@@ -176,10 +178,14 @@ def decodes(name):
     return "CausalLM" in MODELS[name][0] or "LMHead" in MODELS[name][0]
 
 
-def make(name, *, max_length=32, changes=(), layers=None, **more):
+def make(name, *, max_length=32, changes=(), layers=None, pooling=None, **more):
     """The task, and the same model with factors by peft alone, for `singles`."""
     model, targets, excluded = plain(name, **dict(changes)), MODELS[name][2], EXCLUDED.get(name, ())
+    pooled.tell(model.config, pooling)
     copied = copy.deepcopy(model)
+    pooled.pool(model, pooling)
+    if pooling == "mean" and not pooled.known(model.config):
+        exec(MEAN, {"base": copied})
     model.config.get_text_config().pad_token_id = PAD  # as loading a base has it
     heads = {} if decodes(name) else dict.fromkeys(_heads(model), True)
     told = {"heads": heads, "seed": 3, "pad": PAD, "special": (0, 1, 2), "max_length": max_length, **more}
