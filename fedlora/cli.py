@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     account.set_defaults(command=_ledger)
 
     listing = commands.add_parser("list", help="strategies, clients, tasks, kinds, datasets and more, a line each")
-    shelves = "strategies clients tasks kinds schedules metrics datasets scenarios sweeps".split()
+    shelves = "strategies clients tasks kinds schedules compressors metrics datasets scenarios sweeps".split()
     listing.add_argument("what", nargs="?", choices=shelves)
     listing.set_defaults(command=_list)
     return parser

@@ -107,6 +107,7 @@ BY_NAME = {
     "tasks": {"tasks"},
     "kinds": {"kinds"},
     "schedules": {"schedules"},
+    "compressors": {"compressors"},
 }
 NOT_BY_NAME = {"fedlora.kinds.lora": "the kind that is meant where none is said"}
 
