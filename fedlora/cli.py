@@ -116,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--push", metavar="REPO", help="upload it to the Hugging Face Hub, as you/name")
     export.set_defaults(command=_export)
 
+    compress = commands.add_parser("compress", help="make a base model smaller, as a folder for model.base")
+    options.compressed(compress)
+    compress.set_defaults(command=_compress)
+
     predict = commands.add_parser("predict", help="ask a run's model about a text, or about the rows of a file")
     options.asked(predict, "--data", "texts", "its texts, two columns for pairs")
     predict.set_defaults(command=_ask, use="predict")
@@ -304,6 +308,14 @@ def _export(arguments: argparse.Namespace) -> int:
     print(folder)
     if arguments.push:
         print(push(folder, arguments.push))
+    return 0
+
+
+def _compress(arguments: argparse.Namespace) -> int:
+    from fedlora.compressing import compress
+
+    made = compress(**{name: value for name, value in vars(arguments).items() if name != "command"})
+    print("\n".join(made.lines()))
     return 0
 
 

@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,7 +15,7 @@ from fedlora.errors import SettingError, UserError
 from fedlora.record import Record
 from fedlora.rounds.folder import write_json
 from fedlora.scenario import Scenario
-from fedlora.tasks import base_model, located
+from fedlora.tasks import base_model, located, smaller
 from fedlora.tasks.contract import Prompt, Task, find
 
 ABOUT = "fedlora.json"  # beside an adapter: what peft's own files do not say
@@ -96,7 +96,10 @@ class About:
         """
         file = folder / ABOUT
         try:
-            return TypeAdapter(cls).validate_python(json.loads(file.read_bytes()))
+            found = TypeAdapter(cls).validate_python(json.loads(file.read_bytes()))
+            made = folder.resolve().parent / "base"  # by the run, which may have been moved
+            here = located.is_factored(made) and not Path(found.base).is_dir()
+            return replace(found, base=str(made)) if here else found
         except FileNotFoundError:
             if (folder.parent / "scenario.yaml").is_file():
                 return cls._of_an_older(Record.open(folder.parent))
@@ -355,8 +358,12 @@ def load_adapter(run: Record | str | Path, *, own_code: bool = False) -> tuple[A
     try:
         reader = task.reader(about.base, revision)
         with base_model.quietly():
-            model = getattr(transformers, task.auto).from_pretrained(
-                located.find_base(about.base), revision=revision or "main", dtype="float32", **named
+            model = smaller.pretrained(
+                getattr(transformers, task.auto),
+                located.find_base(about.base),
+                revision=revision or "main",
+                dtype="float32",
+                **named,
             )
             base_model.tell(model, threshold=about.threshold, scale=about.scale)
             if task.tokens:

@@ -33,6 +33,7 @@ _OF_TASKS = (
     "heads",
     "loading",
     "located",
+    "smaller",
     "weights",
     "windows",
 )

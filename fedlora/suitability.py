@@ -15,6 +15,14 @@ from fedlora.strategy import Stock, Strategy
 from fedlora.tasks import located
 
 
+def _of_factors(scenario: Scenario) -> str:
+    """The key of a base whose frozen weights are factors; empty of others."""
+    if scenario.compress is not None:
+        return "compress"
+    base = scenario.model.base
+    return "model.base" if base != "minilm" and located.is_factored(base) else ""
+
+
 def check_sites(strategy: Strategy, scenario: Scenario) -> None:
     """Refuse a scenario that sites and their server cannot carry out.
 
@@ -23,6 +31,11 @@ def check_sites(strategy: Strategy, scenario: Scenario) -> None:
     """
     if scenario.world is not None:
         raise SettingError("world", "is of simulated devices: leave it out to run on sites")
+    if scenario.compress is not None:
+        raise SettingError(
+            "compress",
+            "is of simulations: run fedlora compress, and name its folder as model.base at server and sites",
+        )
     if strategy.tested:
         raise SettingError(
             "strategy.use", f"{scenario.strategy.use} is judged by the test set, which sites have not: simulate it"
@@ -48,6 +61,9 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
         raise SettingError(
             "model.quantize", f"{use} adds to the frozen weights: leave it out, or take one of {can}"
         )
+    if strategy.merges and (key := _of_factors(scenario)):
+        can = _those(lambda cls: not cls.merges)
+        raise SettingError(key, f"{use} adds to the frozen weights, and here they are factors: take one of {can}")
     if strategy.merges and plugins.find("tasks", scenario.task).against_base:
         can = _those(lambda cls: not cls.merges)
         raise SettingError(
@@ -153,6 +169,11 @@ def _check_schedule(schedule: Schedule, strategy: Strategy, kind: Kind, scenario
     model, compressed = scenario.model, scenario.compression is not None and scenario.feeds_back
     for at, asked, why in (
         ("model.quantize", model.quantize is not None, "adds to the frozen weights, and those are in few bits"),
+        (
+            _of_factors(scenario),
+            _of_factors(scenario) != "",
+            "adds to the frozen weights, and here they are factors",
+        ),
         ("model.start", model.start is not None, "draws new factors, and these begin from other ones"),
         (
             "strategy.use",
