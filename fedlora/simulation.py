@@ -160,14 +160,13 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
         begun["saved"] = fingerprint(saved.saved.tensors)
     if resume:
         folders.check_beginning(folder, begun)
-    ready = statistic_round.cut(ready, folder, begun, shown.stage)
-    setup = replace(setup, base=ready.setup.base)
+    if scenario.compress is not None:
+        _bound(ready, statistic_round.tried(setup))
+        ready = statistic_round.cut(ready, folder, begun, shown.stage)
+        setup = replace(setup, base=ready.setup.base)
     shown.stage("loading the model")
     found = engine.start(setup)
-    strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
-    suitability.check_bound(strategy)
-    steps.check_bound(ready.client, strategy, scenario)
-    stage = server.make(scenario.strategy.server, found.layout, strategy.held, scenario.rounds)
+    stage = _bound(ready, found)
     if (scheduled := schedules.load(scenario.model.adapter.schedule)) is not None:
         scheduled.bind(found.layout, found.kind, scenario.seed, found.weights)
     asked = scenario.strategy.shrink
@@ -219,6 +218,19 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
         on_round=shown.round,
     )
     return Begun(ready=ready, engine=engine, folder=folder, found=found, now=now, loop=loop)
+
+
+def _bound(ready: Prepared, found: Description) -> server.ServerOptimizer | None:
+    """The server's steps, if it takes any, once the strategy knows what the workers built.
+
+    Raises:
+        SettingError: the two do not fit.
+    """
+    scenario, strategy = ready.scenario, ready.strategy
+    strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
+    suitability.check_bound(strategy)
+    steps.check_bound(ready.client, strategy, scenario)
+    return server.make(scenario.strategy.server, found.layout, strategy.held, scenario.rounds)
 
 
 def run(begun: Begun, shown: Display) -> tuple[Progress, str | None]:

@@ -21,6 +21,7 @@ from fedlora.compressors import contract
 from fedlora.compressors.contract import Statistic
 from fedlora.data.store import Partition
 from fedlora.engine import Setup
+from fedlora.engine.setup import Description
 from fedlora.engine.worker import Worker
 from fedlora.errors import ContractError, SettingError
 from fedlora.kinds.contract import under
@@ -210,17 +211,28 @@ def _statistic(
     multiplier = 0.0 if event is None else event.noise_multiplier
     deviation = multiplier * len(clients) ** 0.5 / expected
     about["statistic"] = {"kind": kind, "of": "clients", "share": asked.share, "layers": asked.layers}
+    about["statistic"]["bytes_up"] = len(clients) * sum(4 * _numbers(values) for values in total.values())
     if event is not None:
         terms = scenario.example_terms
         told = {
             "epsilon": asked.epsilon,
             "delta": terms["delta"],
             "unit": terms["unit"],
-            "noise_multiplier": noise,
+            "noise_multiplier": multiplier,
         }
         about["statistic"] |= told
     shared = {name: collector.shared[module] for name, module in named.items() if module in collector.shared}
     return {name: Statistic(kind, total[own] / expected, deviation) for name, own in shared.items()}
+
+
+def _numbers(values: NDArray[np.float64]) -> int:
+    """How many numbers a sum is: of a symmetric matrix half of it, with the diagonal."""
+    return len(values) * (len(values) + 1) // 2 if values.ndim == 2 else len(values)
+
+
+def tried(setup: Setup) -> Description:
+    """What workers will build, of shapes alone: so that mistakes show before anybody pays."""
+    return Worker(replace(setup, device="meta")).describe()
 
 
 def _sum(
@@ -239,6 +251,8 @@ def _sum(
     task.begin(task.initial, ())
     task.model.eval()
     with task.precisely(False):
+        if not len(rows):  # coins took none
+            return collector.take(), mechanism
         for batch, part in task.micro_batches(partition.examples, rows, scenario.clients.micro_batch_size):
             mask = batch["attention_mask"] if task.packing is None and "attention_mask" in batch else None
             with collector.adding([weights[int(row)] for row in part], mask):

@@ -5,6 +5,7 @@ from typing import Any
 
 from fedlora import plugins, returned
 from fedlora.adapter import Slot
+from fedlora.compressors.contract import load as load_compressor
 from fedlora.errors import SettingError
 from fedlora.kinds.contract import Kind, Part
 from fedlora.kinds.contract import load as load_kind
@@ -53,6 +54,8 @@ def check(strategy: Strategy, scenario: Scenario) -> None:
         SettingError: with the reason, and the strategies that can.
     """
     use, told = scenario.strategy.use, scenario.clients
+    if (cut := scenario.compress) is not None:
+        load_compressor(cut.use, {"keep": cut.keep, **cut.options})
     if told.unequal_ranks(scenario.model.adapter.r) and not strategy.unequal_ranks:
         can = _those(lambda cls: cls.unequal_ranks)
         raise SettingError("clients.ranks", f"{use} needs equal ranks; these take unequal ones: {can}")
