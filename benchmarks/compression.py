@@ -30,7 +30,10 @@ SCENARIO = """
 name: compression
 seed: {seed}
 model: {{base: "{base}", adapter: {{r: 8, alpha: 64, targets: [query, key, value, dense], layers: [4, 5]}}}}
-data: {{files: {{train: "{train}", test: "{test}", text: sentence, label: label}}, partition: {{kind: iid}}, max_length: 32}}
+data:
+  files: {{train: "{train}", test: "{test}", text: sentence, label: label}}
+  partition: {{kind: iid}}
+  max_length: 32
 clients: {{total: 5, use: dp_sgd, local_steps: 1, sample_rate: {rate}, micro_batch_size: 64}}
 privacy: {{noise_multiplier: {noise}, delta: 1.0e-5, clip_norm: 4.0}}
 strategy: {{use: ffa_lora, server: {{kind: adam, lr: 0.01, schedule: {{kind: linear}}}}}}

@@ -32,6 +32,7 @@ from fedlora.privacy.ledger import Holder, Ledger
 from fedlora.privacy.mechanisms.statistic import StatisticGaussian
 from fedlora.rounds import folder as folders
 from fedlora.scenario import Scenario
+from fedlora.scenario.keys import lasting
 from fedlora.seeding import stream
 from fedlora.tasks import located, smaller
 
@@ -100,8 +101,8 @@ def _of(ready: Prepared, begun: Mapping[str, Any]) -> str:
 
 
 def _settings(scenario: Scenario) -> str:
-    """Differs where any setting does but those of how and where it runs."""
-    told = scenario.model_dump(mode="json", exclude={"name", "engine", "trackers"})
+    """Differs where a setting does that a run keeps when it goes on."""
+    told = lasting(scenario.model_dump(mode="json", exclude={"name"}))
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -258,3 +258,79 @@ def test_a_pooled_baseline_takes_the_statistic_without_noise(tiny):
 
     made = derive(tiny(*GRAM), "pooled")
     assert made.statistics.epsilon is None and made.privacy is None and made.compress.use == "lord"
+
+
+@pytest.fixture(scope="module", params=["gram", "row_fisher"])
+def collected(request, tiny):
+    """What takes a statistic of the tiny base, with the rows of two clients."""
+    from fedlora import compressing, statistic_round
+
+    uses = "lord" if request.param == "gram" else "fwsvd"
+    scenario = tiny(
+        f"compress={{use: {uses}}}", f"statistics={{kind: {request.param}, epsilon: 2}}", "clients.total=2"
+    )
+    ready = prepare.prepare(scenario)
+    loaded, _ = compressing.load(scenario.model.base, None, ["all-linear"], [])
+    return ready, *statistic_round._collector(ready.setup, scenario, loaded)[:2]
+
+
+def taken(collected, rows, persons=None):
+    """The sums of a client that holds such rows, without noise."""
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    from fedlora import statistic_round
+
+    ready, task, collector = collected
+    part = replace(
+        ready.data.partition(0), rows=np.array(rows), persons=None if persons is None else np.array(persons)
+    )
+    data = SimpleNamespace(partition=lambda client: part, units=lambda client: part.units)
+    told = SimpleNamespace(scenario=ready.scenario, data=data)
+    return statistic_round._sum(task, collector, told, 0, 1.0)[0]
+
+
+def length(one, other):
+    return np.sqrt(sum(((one[name] - other[name]) ** 2).sum() for name in one))
+
+
+def test_an_example_moves_the_sum_of_a_real_model_by_at_most_one(collected):
+    rows = list(range(40))
+    whole = taken(collected, rows)
+    for left_out in (0, 17, 39):
+        moved = length(whole, taken(collected, [row for row in rows if row != left_out]))
+        assert 0.99 < moved <= 1 + 1e-4
+
+
+def test_a_person_moves_it_by_at_most_one_however_many_rows_are_hers(collected):
+    rows, persons = list(range(40)), [0] * 25 + [1] * 10 + [2] * 5
+    whole = taken(collected, rows, persons)
+    for person in (0, 1, 2):
+        left = [(row, who) for row, who in zip(rows, persons, strict=True) if who != person]
+        assert length(whole, taken(collected, *zip(*left, strict=True))) <= 1 + 1e-4
+
+
+def test_coins_may_take_nobody(tiny, tmp_path):
+    run = simulate(tiny(CUT, "statistics={kind: gram, share: 1.0e-9}", private=False), out=tmp_path / "run")
+    assert run.summary["rounds"] == 2  # cut by the weights alone: the statistic is the same everywhere
+
+
+def test_more_rounds_take_the_same_base(run, tiny, tmp_path):
+    shutil.copytree(run.folder, folder := tmp_path / "copy")
+    shutil.rmtree(folder / "base")  # it is lost, and made again of the same sum with the same noise
+    more = simulate(tiny(*GRAM, "rounds=3"), out=folder, resume=True)
+    assert all(np.array_equal(t, factors(more)[n]) for n, t in factors(run).items())
+
+
+def test_what_does_not_fit_the_adapter_is_refused_before_the_base_is_cut(tiny, tmp_path):
+    with pytest.raises(UserError, match="no tensor of this adapter is 'C'"):
+        simulate(tiny(*GRAM, "strategy.server={kind: adam, lr: {B: 1, head: 1, C: 1}}"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_search_of_learning_rates_takes_a_base_as_it_is(tiny_yaml, tmp_path):
+    from fedlora.tuning import tune
+
+    (file := tmp_path / "a.yaml").write_text(tiny_yaml)
+    with pytest.raises(UserError, match="tune takes a base as it is"):
+        tune(file, overrides=[CUT], private=True)
