@@ -41,15 +41,18 @@ rounds: {rounds}
 eval_every: {rounds}
 engine: {{kind: inline, threads: 1, precision: fp32}}
 """
-CASES = [
-    ("lord", "weights", None),
-    ("lord", "gram, no noise", 0.0),
-    ("lord", "gram, epsilon 1", 1.0),
-    ("lord", "gram, epsilon 6", 6.0),
-    ("welore", "weights", None),
-    ("afm", "gram, no noise", 0.0),
-    ("afm", "gram, epsilon 6", 6.0),
-    ("afm", "gram, epsilon 1", 1.0),
+CASES = [  # compressor, statistic, its epsilon: 0 for none, and None where no row is looked at
+    ("lord", None, None),
+    ("lord", "gram", 0.0),
+    ("lord", "gram", 1.0),
+    ("lord", "gram", 6.0),
+    ("lord", "mean", 0.0),
+    ("lord", "mean", 1.0),
+    ("lord", "mean", 6.0),
+    ("welore", None, None),
+    ("afm", "gram", 0.0),
+    ("afm", "gram", 6.0),
+    ("afm", "gram", 1.0),
 ]
 
 
@@ -63,15 +66,16 @@ def first(file: Path, rows: int, out: Path) -> Path:
 
 
 class Taken:
-    """The gram of each client's rows."""
+    """A statistic of each client's rows."""
 
-    def __init__(self, told: dict, exclude: list[str]) -> None:
+    def __init__(self, kind: str, told: dict, exclude: list[str]) -> None:
+        self.kind = kind
         scenario = parse(
             SCENARIO.format(base="minilm", noise=1.0, **told),
             "x.yaml",
             [
                 "compress={use: lord}",
-                "statistics={kind: gram}",
+                f"statistics={{kind: {kind}}}",
                 "privacy=null",
                 "clients.use=sgd",
             ],
@@ -87,13 +91,13 @@ class Taken:
         """The statistic with the noise of an epsilon, 0 for none; and what each client paid."""
         if not epsilon:
             total = {n: sum(s[n] for s in self.sums) / self.count for n in self.sums[0]}
-            return {n: Statistic("gram", total[own]) for n, own in self.shared.items()}, ()
+            return {n: Statistic(self.kind, total[own]) for n, own in self.shared.items()}, ()
         sigma = accounting.calibrate(epsilon, DELTA, 1.0, 1)
         made = StatisticGaussian(noise_multiplier=sigma, sample_rate=1.0, total=self.count)
         noised = [made.noised(s, stream(0, "benchmark", c, str(epsilon))) for c, s in enumerate(self.sums)]
         total = {n: sum(s[n] for s in noised) / self.count for n in self.sums[0]}
         deviation = sigma * CLIENTS**0.5 / self.count
-        return {n: Statistic("gram", total[own], deviation) for n, own in self.shared.items()}, (made.event(),)
+        return {n: Statistic(self.kind, total[own], deviation) for n, own in self.shared.items()}, (made.event(),)
 
 
 def states(base: str, batches: list) -> list[torch.Tensor]:
@@ -116,6 +120,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.1)
     parser.add_argument("--keep", type=float, default=0.7)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--statistics", nargs="+", default=["gram", "mean"])
+    parser.add_argument("--states-alone", action="store_true", help="train nothing")
     parser.add_argument("--exclude", nargs="*", default=["pooler", r".*layer\.[0-9]+\.output\.dense"])
     told = parser.parse_args()
     torch.set_num_threads(1)
@@ -123,23 +129,27 @@ def main() -> None:
         root = Path(name)
         train, test = first(told.train, told.rows, root / "train.tsv"), first(told.test, 500, root / "test.tsv")
         words = {"train": train, "test": test, "rounds": told.rounds, "rate": told.rate, "text": told.text}
-        taken = Taken({**words, "seed": 1}, told.exclude)
+        loaded, reader = compressing.load("minilm", None, ["all-linear"], told.exclude)
+        every = {kind: Taken(kind, {**words, "seed": 1}, told.exclude) for kind in told.statistics}
         texts = compressing.read_texts(test, told.text)[:200]
-        batches = [*compressing.batches(taken.reader, texts, 24, taken.loaded.model)]
+        batches = [*compressing.batches(reader, texts, 24, loaded.model)]
         right = states("minilm", batches)
         paid = {}
         print("\n| compressor | by | numbers | states off |\n|---|---|---|---|", flush=True)
-        for use, by, epsilon in CASES:
+        for use, kind, epsilon in CASES:
+            if kind is not None and kind not in every:
+                continue
+            by = "weights" if kind is None else f"{kind}, epsilon {epsilon:g}" if epsilon else f"{kind}, no noise"
             folder = root / f"{use}-{by.replace(' ', '')}"
-            known, paid[folder] = ({}, ()) if epsilon is None else taken.known(epsilon)
+            known, paid[folder] = ({}, ()) if kind is None else every[kind].known(epsilon)
             compressor = contract.load(use, {"keep": told.keep})
-            made = compressing.write(folder, taken.loaded, taken.reader, compressor, use, known, {})
+            made = compressing.write(folder, loaded, reader, compressor, use, known, {})
             there = states(str(folder), batches)
             off = sum(float((a - b).square().sum()) for a, b in zip(there, right, strict=True))
             off = (off / sum(float(b.square().sum()) for b in right)) ** 0.5
             print(f"| {use} | {by} | {made.manifest['parameters']['after']:,} | {off:.3f} |", flush=True)
         print("\n| base | accuracy |\n|---|---|", flush=True)
-        for base in ["minilm", *paid]:
+        for base in [] if told.states_alone else ["minilm", *paid]:
             noise = accounting.calibrate(WHOLE, DELTA, told.rate, told.rounds, "pld", paid.get(base, ()))
             found = []
             for seed in told.seeds:

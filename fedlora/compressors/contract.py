@@ -13,7 +13,7 @@ whole. A compressor is a function of weights and statistics alone: of noised sta
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -58,12 +58,12 @@ class Spectrum:
 
     Attributes:
         shape: of its weight, (out, in).
-        left: U, (out x m), orthonormal columns.
+        left: U, as many orthonormal columns as a rank may have, (out x most).
         values: singular values of `W M`, descending, (m,).
     """
 
     shape: tuple[int, int]
-    left: Matrix
+    left: NDArray[np.float32]
     values: Matrix
 
     @property
@@ -140,7 +140,8 @@ class Compressor(ABC):
             root = statistic.root()
             wide = wide * root if root.ndim == 1 else wide @ root
         left, values, _ = np.linalg.svd(wide, full_matrices=False)
-        return Spectrum((weight.shape[0], weight.shape[1]), left, values)
+        made = Spectrum((weight.shape[0], weight.shape[1]), np.zeros((len(left), 0), np.float32), values)
+        return replace(made, left=left[:, : made.most].astype(np.float32))
 
     @abstractmethod
     def ranks(self, layers: Mapping[str, Spectrum]) -> dict[str, int | None]:
@@ -175,14 +176,14 @@ def compress(
         if (rank := ranks.get(name)) is None:
             made[name] = Cut(shape)
             continue
-        wide, left = weight.astype(np.float64), seen[name].left[:, :rank]
-        left32, right32 = left.astype(np.float32), (left.T @ wide).astype(np.float32)
-        lost = np.linalg.norm(wide - left32.astype(np.float64) @ right32)
+        wide, left = weight.astype(np.float64), np.ascontiguousarray(seen[name].left[:, :rank])
+        right = (left.T.astype(np.float64) @ wide).astype(np.float32)
+        lost = np.linalg.norm(wide - left.astype(np.float64) @ right)
         energy = seen[name].values ** 2
         made[name] = Cut(
             shape,
-            left32,
-            right32,
+            left,
+            right,
             error=float(lost / max(np.linalg.norm(wide), np.finfo(float).tiny)),
             weighted=float(np.sqrt(energy[rank:].sum() / max(energy.sum(), np.finfo(float).tiny))),
         )

@@ -49,6 +49,6 @@ def test_a_rank_below_one_leaves_a_layer_whole():
 
 
 def test_the_highest_rank_is_the_last_that_saves_a_number():
-    told = Spectrum((4, 4), np.eye(4), np.ones(4))
+    told = Spectrum((4, 4), np.eye(4, dtype=np.float32), np.ones(4))
     assert told.most == 1 and told.numbers(1) == 8 and told.numbers(None) == 16  # rank 2 would cost 16
-    assert Spectrum((3, 1), np.eye(3), np.ones(1)).most == 0
+    assert Spectrum((3, 1), np.eye(3, dtype=np.float32), np.ones(1)).most == 0
