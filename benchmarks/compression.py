@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.7)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--statistics", nargs="+", default=["gram", "mean"])
+    parser.add_argument("--public", type=Path, help="a table of texts in a column `sentence`, for one more gram")
     parser.add_argument("--states-alone", action="store_true", help="train nothing")
     parser.add_argument("--exclude", nargs="*", default=["pooler", r".*layer\.[0-9]+\.output\.dense"])
     told = parser.parse_args()
@@ -148,6 +149,14 @@ def main() -> None:
             off = sum(float((a - b).square().sum()) for a, b in zip(there, right, strict=True))
             off = (off / sum(float(b.square().sum()) for b in right)) ** 0.5
             print(f"| {use} | {by} | {made.manifest['parameters']['after']:,} | {off:.3f} |", flush=True)
+        if told.public is not None:
+            read = compressing.read_texts(first(told.public, told.rows, root / "public.tsv"), "sentence")
+            known = compressing._of_texts(loaded, reader, "gram", read, 24)
+            compressor, folder = contract.load("lord", {"keep": told.keep}), root / "public"
+            compressing.write(folder, loaded, reader, compressor, "lord", known, {})
+            there = states(str(folder), batches)
+            off = sum(float((a - b).square().sum()) for a, b in zip(there, right, strict=True))
+            print(f"| lord | public gram | | {(off / sum(float(b.square().sum()) for b in right)) ** 0.5:.3f} |")
         print("\n| base | accuracy |\n|---|---|", flush=True)
         for base in [] if told.states_alone else ["minilm", *paid]:
             noise = accounting.calibrate(WHOLE, DELTA, told.rate, told.rounds, "pld", paid.get(base, ()))
