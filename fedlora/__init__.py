@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedlora.adapter import Adapter, Layout, Slot, Update, weighted_mean
     from fedlora.client import Client, Pass, Rng, Settings, Stepwise
+    from fedlora.compressing import compress
     from fedlora.data.reading import Rows
     from fedlora.data.store import Encoded, Examples, Partition
     from fedlora.errors import FedloraError, UserError
@@ -52,6 +53,7 @@ __all__ = [
     "UserError",
     "aggregation_error",
     "compare",
+    "compress",
     "evaluate",
     "export",
     "generate",
@@ -89,6 +91,7 @@ _HOME = {
     "UserError": "errors",
     "aggregation_error": "kinds.averages",
     "compare": "reports.comparison",
+    "compress": "compressing",
     "evaluate": "evaluating",
     "export": "exporting",
     "generate": "exporting",

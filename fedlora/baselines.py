@@ -87,6 +87,8 @@ def _pooled(scenario: Scenario, told: dict[str, Any], private: bool) -> None:
             )
         return
     told["privacy"] = None
+    if scenario.statistics is not None:
+        told["statistics"]["epsilon"] = None
     if example is None:
         return
     data = scenario.data

@@ -31,6 +31,10 @@ def remarks(scenario: Scenario) -> list[str]:
             f"privacy.bands: noise cancels best in plain steps of SGD; under {' and '.join(others)} it protects "
             "as much, and may help less: measure it"
         )
+    if scenario.compress is not None:
+        found.append(
+            "compress: a plan takes the whole base: time, memory and frozen numbers of the run are below it"
+        )
     packed = scenario.compression.up if scenario.compression is not None else None
     if packed is not None and packed.kind == "mask":
         found.append(

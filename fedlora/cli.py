@@ -116,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--push", metavar="REPO", help="upload it to the Hugging Face Hub, as you/name")
     export.set_defaults(command=_export)
 
+    compress = commands.add_parser("compress", help="make a base model smaller, as a folder for model.base")
+    options.compressed(compress)
+    compress.set_defaults(command=_compress)
+
     predict = commands.add_parser("predict", help="ask a run's model about a text, or about the rows of a file")
     options.asked(predict, "--data", "texts", "its texts, two columns for pairs")
     pairs = predict.add_argument_group("of pairs", "the best texts of one file for each of another")
@@ -184,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     account.set_defaults(command=_ledger)
 
     listing = commands.add_parser("list", help="strategies, clients, tasks, kinds, datasets and more, a line each")
-    shelves = "strategies clients tasks kinds schedules metrics datasets scenarios sweeps".split()
+    shelves = "strategies clients tasks kinds schedules compressors metrics datasets scenarios sweeps".split()
     listing.add_argument("what", nargs="?", choices=shelves)
     listing.set_defaults(command=_list)
     return parser
@@ -310,6 +314,14 @@ def _export(arguments: argparse.Namespace) -> int:
     print(folder)
     if arguments.push:
         print(push(folder, arguments.push))
+    return 0
+
+
+def _compress(arguments: argparse.Namespace) -> int:
+    from fedlora.compressing import compress
+
+    made = compress(**{name: value for name, value in vars(arguments).items() if name != "command"})
+    print("\n".join(made.lines()))
     return 0
 
 

@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,7 +16,7 @@ from fedlora.passes import pooled
 from fedlora.record import Record
 from fedlora.rounds.folder import write_json
 from fedlora.scenario import Scenario
-from fedlora.tasks import base_model, located
+from fedlora.tasks import base_model, located, smaller
 from fedlora.tasks.contract import Prompt, Task, find
 
 ABOUT = "fedlora.json"  # beside an adapter: what peft's own files do not say
@@ -100,7 +100,10 @@ class About:
         """
         file = folder / ABOUT
         try:
-            return TypeAdapter(cls).validate_python(json.loads(file.read_bytes()))
+            found = TypeAdapter(cls).validate_python(json.loads(file.read_bytes()))
+            made = folder.resolve().parent / "base"  # by the run, which may have been moved
+            here = located.is_factored(made) and not Path(found.base).is_dir()
+            return replace(found, base=str(made)) if here else found
         except FileNotFoundError:
             if (folder.parent / "scenario.yaml").is_file():
                 return cls._of_an_older(Record.open(folder.parent))
@@ -367,7 +370,8 @@ def load_adapter(run: Record | str | Path, *, own_code: bool = False) -> tuple[A
         with base_model.quietly():
             config = transformers.AutoConfig.from_pretrained(path, **told, **_names(about, task))
             pooled.tell(config, about.pooling)
-            model = getattr(transformers, task.auto).from_pretrained(
+            model = smaller.pretrained(
+                getattr(transformers, task.auto),
                 path,
                 config=config,
                 dtype="float32",

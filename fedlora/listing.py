@@ -38,6 +38,17 @@ def _kinds() -> dict[str, str]:
     return lines
 
 
+def _compressors() -> dict[str, str]:
+    """What each goes by, what it does, and its paper."""
+    lines = {}
+    for name in plugins.names("compressors"):
+        cls = plugins.find("compressors", name)
+        takes = " or ".join(cls.takes) or "weights alone"
+        takes += "" if cls.needs or not cls.takes else ", or none"
+        lines[name] = f"{takes:<22} {plugins.summary('compressors', name)}"
+    return lines
+
+
 def _metrics() -> dict[str, str]:
     """What each is of, and the range that it is in."""
     lines: dict[str, str] = {}
@@ -55,6 +66,7 @@ TABLES: Mapping[str, Callable[[], dict[str, str]]] = {
     "tasks": lambda: _shelf("tasks"),
     "kinds": _kinds,
     "schedules": lambda: _shelf("schedules"),
+    "compressors": _compressors,
     "metrics": _metrics,
     "datasets": lambda: scenario.DATASETS,
     "scenarios": scenario.shipped,

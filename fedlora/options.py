@@ -40,6 +40,26 @@ def asked(parser: argparse.ArgumentParser, file: str, what: str, columns: str) -
     own_code(parser)
 
 
+def compressed(parser: argparse.ArgumentParser) -> None:
+    """What base is made smaller, and how."""
+    parser.add_argument("base", metavar="BASE", help="a folder, a Hub id, or minilm")
+    parser.add_argument("--use", metavar="NAME", required=True, help="a compressor of fedlora list compressors")
+    parser.add_argument(
+        "--keep", type=float, default=0.7, metavar="SHARE", help="of the layers' numbers (default: 0.7)"
+    )
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--texts", metavar="FILE", help="public texts for the statistic: a txt, or a table")
+    parser.add_argument("--column", metavar="NAME", help="of texts in tables (default: the first)")
+    parser.add_argument("--statistic", choices=["gram", "mean"], help="of the texts (default: as NAME takes it)")
+    parser.add_argument("--perplexity", metavar="FILE", help="texts to judge the base by, before and after")
+    for name, told in (("targets", "layers to cut (default: all-linear)"), ("exclude", "layers that stay")):
+        default = ["all-linear"] if name == "targets" else []
+        parser.add_argument(f"--{name}", metavar="LAYER", nargs="+", default=default, help=told)
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a text (default: 128)")
+    parser.add_argument("--whole", action="store_true", help="multiply the factors out, for transformers")
+    parser.add_argument("--out", metavar="DIR", required=True, help="a folder to make")
+
+
 def overrides(parser: argparse.ArgumentParser) -> None:
     """Settings that override those of the file."""
     parser.add_argument(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import advice, checking, plugins, prepare
+from fedlora import advice, checking, plugins, prepare, statistic_round
 from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora.client import Setter
@@ -77,6 +77,7 @@ class Plan:
         stopped: why it will end before its last round; None if it will not.
         signal: signal and noise in the mean of a step (`fedlora.advice.Signal`); None without privacy.
         advice: with `advise` alternatives at the same examples and epsilon, the best ratio first.
+        statistics: the statistic by which the base is cut, its epsilon and its noise; None where there is none.
         frozen_bytes: on disk, of what the layers below all factors make of examples; None where that is not kept.
         warnings: what a privacy reviewer would ask.
     """
@@ -108,6 +109,7 @@ class Plan:
     stopped: str | None
     signal: Line | None
     advice: Sequence[Line]
+    statistics: Line | None
     frozen_bytes: int | None
     warnings: Sequence[str]
 
@@ -206,7 +208,12 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
         if signal and advise
         else [],
         frozen_bytes=cost.frozen_bytes if cost else None,
-        warnings=[*_warnings(scenario, groups, parameters, labels), *checking.remarks(scenario)],
+        statistics=statistic_round.planned(scenario, spent := prepare.statistic(scenario, prepare.known)),
+        warnings=[
+            *filter(None, [statistic_round.words(scenario, spent)]),
+            *_warnings(scenario, groups, parameters, labels),
+            *checking.remarks(scenario),
+        ],
     )
 
 
@@ -327,6 +334,7 @@ class _Cost:
         evaluation_seconds: of the test set.
         memory_bytes: the most that this process held.
         metrics: what its update reported.
+        statistics: the statistic by which the base is cut, its epsilon and its noise; None where there is none.
         frozen_bytes: on disk, of what the frozen layers make of the examples; None where that is not kept.
     """
 

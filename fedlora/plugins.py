@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from fedlora.errors import SettingError, suggestion
 
 T = TypeVar("T")
-Shelf = Literal["strategies", "clients", "tasks", "kinds", "schedules"]
+Shelf = Literal["strategies", "clients", "tasks", "kinds", "schedules", "compressors"]
 
 
 class _About(NamedTuple):
@@ -33,6 +33,7 @@ _OF_TASKS = (
     "heads",
     "loading",
     "located",
+    "smaller",
     "weights",
     "windows",
 )
@@ -44,6 +45,7 @@ _SHELVES: Mapping[Shelf, _About] = {
         "model.adapter.kind", "kind of adapter", ("averages", "contract", "frames", "modules", "targets")
     ),
     "schedules": _About("model.adapter.schedule.kind", "schedule of the adapter", ("contract",)),
+    "compressors": _About("compress.use", "compressor", ("contract", "noised")),
 }
 
 

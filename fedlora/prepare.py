@@ -19,9 +19,11 @@ from fedlora.errors import ContractError, SettingError, counted
 from fedlora.metrics import contract as metrics
 from fedlora.optimizers import steps
 from fedlora.privacy import accounting, affordable, calibrated, replay
+from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms import bands, shared
 from fedlora.privacy.mechanisms.central import Central
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
+from fedlora.privacy.mechanisms.statistic import StatisticGaussian
 from fedlora.rounds import choice, known_noise
 from fedlora.rounds.world import World
 from fedlora.scenario import Privacy, Scenario
@@ -235,6 +237,7 @@ def banded(
     told, asked = scenario.clients, scenario.example_privacy
     if asked is None or asked.bands is None:
         return None
+    search = _beside_statistic(scenario, search)
     where = "privacy.bands" if asked is scenario.privacy else "privacy.example.bands"
     sizes, steps = sorted(data.unit_sizes().keys() - {0}), (scenario.rounds + asked.reserve) * told.local_steps
     if asked.bands == "auto":
@@ -259,6 +262,21 @@ def banded(
             f"average from one in {asked.bands} of them: name {max(int(1 / rate), 1)} at most, or auto",
         )
     return dict.fromkeys(sizes, asked.bands)
+
+
+def statistic(scenario: Scenario, search: calibrated.Search = accounting.calibrations) -> Event | None:
+    """What the statistic costs each client by which its base is cut; None where there is none, or no privacy."""
+    asked, told = scenario.example_privacy, scenario.statistics
+    if asked is None or told is None or told.epsilon is None:
+        return None
+    (noise,) = search(told.epsilon, asked.delta, [told.share], 1, asked.accountant)
+    return StatisticGaussian(noise_multiplier=noise, sample_rate=told.share, total=1).event()
+
+
+def _beside_statistic(scenario: Scenario, search: calibrated.Search) -> calibrated.Search:
+    """A search for the noise of training, which has what the statistic leaves of epsilon."""
+    event = statistic(scenario, search)
+    return search if event is None else lambda *told: search(*told, (event,))
 
 
 def _rounded_up(rate: float) -> float:
@@ -297,6 +315,7 @@ def calibrate(
     affordable.check(scenario, sizes)
     rates, steps = [told.rate(size) for size in sizes], (scenario.rounds + asked.reserve) * told.local_steps
     groups = banded(scenario, data, search) or dict.fromkeys(sizes, 1)
+    search = _beside_statistic(scenario, search)
     if asked.noise_multiplier is not None:
         noise = dict.fromkeys(sizes, asked.noise_multiplier)
     else:
@@ -343,12 +362,9 @@ def _shared(scenario: Scenario, asked: Privacy, noise: Mapping[int, float]) -> d
     return dict.fromkeys(noise, most)
 
 
-def known(
-    target: float, delta: float, rates: Sequence[float], steps: int, accountant: accounting.Accountant
-) -> list[float]:
+def known(*told: Any) -> list[float]:
     """As `accounting.calibrations`, searched for once by a user: for simulations and plans."""
-    folder = cache_folder() / "noise"
-    return calibrated.calibrations(folder, target, delta, rates, steps, accountant)
+    return calibrated.calibrations(cache_folder() / "noise", *told)
 
 
 def central(scenario: Scenario, root: Root, search: calibrated.Search = accounting.calibrations) -> Central | None:

@@ -67,6 +67,8 @@ class Stage:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             ledger, whole = _Memory(folder), prepare.central(scenario, scenario.seed, prepare.known)
+            if (event := prepare.statistic(scenario, prepare.known)) is not None:
+                ledger.spend(0, {c: event for c in range(scenario.clients.total) if self.ready.data.units(c)})
             worker.client = real
             worker.serve(strategies.load(use, options), folder)
             worker.client = _StandIn(real, self.metrics, found.layout)

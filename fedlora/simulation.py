@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedlora import engine as engines
 from fedlora import scenario as scenarios
-from fedlora import starting, suitability
+from fedlora import starting, statistic_round, suitability
 from fedlora.adapter import Adapter, Change, fingerprint
 from fedlora.baselines import derive
 from fedlora.client import Setter
@@ -160,12 +160,13 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
         begun["saved"] = fingerprint(saved.saved.tensors)
     if resume:
         folders.check_beginning(folder, begun)
+    if scenario.compress is not None:
+        _bound(ready, statistic_round.tried(setup))
+        ready = statistic_round.cut(ready, folder, begun, shown.stage)
+        setup = replace(setup, base=ready.setup.base)
     shown.stage("loading the model")
     found = engine.start(setup)
-    strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
-    suitability.check_bound(strategy)
-    steps.check_bound(ready.client, strategy, scenario)
-    stage = server.make(scenario.strategy.server, found.layout, strategy.held, scenario.rounds)
+    stage = _bound(ready, found)
     if (scheduled := schedules.load(scenario.model.adapter.schedule)) is not None:
         scheduled.bind(found.layout, found.kind, scenario.seed, found.weights)
     asked = scenario.strategy.shrink
@@ -181,7 +182,8 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
     if resume:
         now, record = folders.restore(folder, scenario, strategy, now, origin, stage)
     else:
-        folders.create(folder, scenario, ready.data, origin)
+        if setup.base is None:
+            folders.create(folder, scenario, ready.data, origin)
         record = Ledger(folder)
     merges = Merges(folder / "merges", found.weights)
     merges.restore(now.merges)
@@ -218,6 +220,19 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
     return Begun(ready=ready, engine=engine, folder=folder, found=found, now=now, loop=loop)
 
 
+def _bound(ready: Prepared, found: Description) -> server.ServerOptimizer | None:
+    """The server's steps, if it takes any, once the strategy knows what the workers built.
+
+    Raises:
+        SettingError: the two do not fit.
+    """
+    scenario, strategy = ready.scenario, ready.strategy
+    strategy.bind(found.layout, found.kind, found.initial, ready.client.private)
+    suitability.check_bound(strategy)
+    steps.check_bound(ready.client, strategy, scenario)
+    return server.make(scenario.strategy.server, found.layout, strategy.held, scenario.rounds)
+
+
 def run(begun: Begun, shown: Display) -> tuple[Progress, str | None]:
     """All rounds; where it stands after them, and why it stopped before the last, if it did."""
     now = begun.now
@@ -243,6 +258,7 @@ def finish(begun: Begun, now: Progress, stopped: str | None) -> Run:
         chosen, merges = begun.loop.choice, begun.loop.merges
         best = now.best if chosen is not None and chosen.keeps else None
         about = About.of(ready.scenario, ready.data.labels, best.figures if best else now.last)
+        about = replace(about, base=str(made), revision=None) if (made := ready.setup.base) else about
         final = best or now
         _export(begun.engine, final.adapter, folder, merges.total(final.merges), about)
         if now.round and not (stopped or "").startswith("interrupted"):

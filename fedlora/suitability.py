@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from fedlora import plugins, returned
 from fedlora.adapter import Slot
+from fedlora.compressors.contract import load as load_compressor
 from fedlora.errors import SettingError
 from fedlora.kinds.contract import Kind, Part
 from fedlora.kinds.contract import load as load_kind
@@ -16,6 +17,14 @@ from fedlora.tasks import located
 Test = Callable[[type[Strategy]], bool]  # of a strategy
 
 
+def _of_factors(scenario: Scenario) -> str:
+    """The key of a base whose frozen weights are factors; empty of others."""
+    if scenario.compress is not None:
+        return "compress"
+    base = scenario.model.base
+    return "model.base" if base != "minilm" and located.is_factored(base) else ""
+
+
 def check_sites(strategy: Strategy, scenario: Scenario) -> None:
     """Refuse a scenario that sites and their server cannot carry out.
 
@@ -24,6 +33,11 @@ def check_sites(strategy: Strategy, scenario: Scenario) -> None:
     """
     if scenario.world is not None:
         raise SettingError("world", "is of simulated devices: leave it out to run on sites")
+    if scenario.compress is not None:
+        raise SettingError(
+            "compress",
+            "is of simulations: run fedlora compress, and name its folder as model.base at server and sites",
+        )
     if strategy.tested:
         raise SettingError(
             "strategy.use", f"{scenario.strategy.use} is judged by the test set, which sites have not: simulate it"
@@ -59,6 +73,8 @@ def _fits(name: str, scenario: Scenario) -> bool:
 
 def _check(strategy: Strategy, scenario: Scenario, those: Callable[[Test], str]) -> None:
     use, told = scenario.strategy.use, scenario.clients
+    if (cut := scenario.compress) is not None:
+        load_compressor(cut.use, {"keep": cut.keep, **cut.options})
     if told.unequal_ranks(scenario.model.adapter.r) and not strategy.unequal_ranks:
         can = those(lambda cls: cls.unequal_ranks)
         raise SettingError("clients.ranks", f"{use} needs equal ranks; these take unequal ones: {can}")
@@ -67,6 +83,9 @@ def _check(strategy: Strategy, scenario: Scenario, those: Callable[[Test], str])
         raise SettingError(
             "model.quantize", f"{use} adds to the frozen weights: leave it out, or take one of {can}"
         )
+    if strategy.merges and (key := _of_factors(scenario)):
+        can = those(lambda cls: not cls.merges)
+        raise SettingError(key, f"{use} adds to the frozen weights, and here they are factors: take one of {can}")
     if strategy.merges and plugins.find("tasks", scenario.task).against_base:
         can = those(lambda cls: not cls.merges)
         raise SettingError(
@@ -174,6 +193,11 @@ def _check_schedule(
     model, compressed = scenario.model, scenario.compression is not None and scenario.feeds_back
     for at, asked, why in (
         ("model.quantize", model.quantize is not None, "adds to the frozen weights, and those are in few bits"),
+        (
+            _of_factors(scenario),
+            _of_factors(scenario) != "",
+            "adds to the frozen weights, and here they are factors",
+        ),
         ("model.start", model.start is not None, "draws new factors, and these begin from other ones"),
         (
             "strategy.use",

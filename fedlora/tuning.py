@@ -147,6 +147,9 @@ def tune(
             f"{file}: tune needs rows to search on: name public ones, by  data: {{public: {{files: {{train: "
             "rows.csv}}}  or --public tweets, which costs no epsilon; or take the clients' own by --private"
         )
+    if scenario.compress is not None:
+        what = "tune takes a base as it is: run fedlora compress, and name its folder as model.base"
+        raise scenario.located(SettingError("compress", what))
     written = Path(out) if out is not None else _beside(file)
     if written.exists():
         raise UserError(f"{written}: is there already; name another file with --out")

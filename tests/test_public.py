@@ -12,8 +12,8 @@ from fedlora import plugins
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = """Adapter Client Encoded Event Examples FedloraError Kind Layout Part Partition Pass Rng Rows Run
-Scenario Settings Slot Stepwise Strategy Task Update UserError aggregation_error compare evaluate export generate
-load load_adapter plan predict report simulate weighted_mean""".split()
+Scenario Settings Slot Stepwise Strategy Task Update UserError aggregation_error compare compress evaluate export
+generate load load_adapter plan predict report simulate weighted_mean""".split()
 
 HEAVY = {
     "flwr": {"deploy", "engine", "privacy", "wire", "strategy", "traffic"},
@@ -107,6 +107,7 @@ BY_NAME = {
     "tasks": {"tasks"},
     "kinds": {"kinds"},
     "schedules": {"schedules"},
+    "compressors": {"compressors"},
 }
 NOT_BY_NAME = {"fedlora.kinds.lora": "the kind that is meant where none is said"}
 
@@ -148,6 +149,7 @@ ABOVE = {
     "data": {"tasks", "kinds", "passes", "client", "strategy", "engine", "rounds", "reports", "simulation"},
     "kinds": {"tasks", "passes", "client", "strategy", "engine", "rounds", "reports", "simulation"},
     "schedules": {"tasks", "passes", "client", "strategy", "engine", "rounds", "reports", "simulation"},
+    "compressors": {"data", "tasks", "passes", "client", "strategy", "engine", "rounds", "reports", "simulation"},
     "tasks": {"client", "strategy", "engine", "rounds", "reports", "simulation"},
     "passes": {"strategy", "engine", "rounds", "reports", "simulation"},
     "client": {"strategy", "engine", "rounds", "reports", "simulation"},

@@ -28,6 +28,7 @@ class Setup:
         bands: of the noise, likewise; None where it is independent.
         personal: folder of what stays with each client; None where nothing does.
         kept: folder of what the layers below all factors make of examples; None: in memory, where it fits.
+        base: folder of the base that the run made of `model.base`; None: that itself.
         secret: whether noise is drawn from the operating system and not from the scenario's seed.
     """
 
@@ -41,6 +42,7 @@ class Setup:
     bands: Mapping[int, int] | None = None
     personal: Path | None = None
     kept: Path | None = None
+    base: Path | None = None
     secret: bool = False
 
 

@@ -70,14 +70,14 @@ class Worker:
         with hardware.on_gpu("a worker"):
             self.task = loading.load(
                 self.scenario.task,
-                model.base,
+                str(setup.base or model.base),
                 suitability.kind_of(strategy, self.scenario),
                 labels=self.dataset.labels,
                 seed=self.scenario.seed,
                 head=model.head,
                 pooler=model.pooler,
                 pooling=model.pooling,
-                revision=model.revision,
+                revision=None if setup.base else model.revision,
                 quantize=model.quantize,
                 device=setup.device,
                 max_length=self.scenario.data.max_length,

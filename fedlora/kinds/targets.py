@@ -70,11 +70,16 @@ def choose(
 
 def linear_layers(model: Any, heads: Sequence[str]) -> list[str]:
     """The names of a model's linear layers outside of its heads."""
+    layers = [name for name, module in model.named_modules() if is_linear(module)]
+    return [name for name in layers if not any(under(f"{name}.", head) for head in heads)]
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module is a linear layer, as torch has it or as GPT-2 does."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    layers = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
-    return [name for name in layers if not any(under(f"{name}.", head) for head in heads)]
+    return isinstance(module, (torch.nn.Linear, Conv1D))
 
 
 def _within(name: str, part: str) -> bool:

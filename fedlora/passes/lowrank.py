@@ -141,8 +141,10 @@ def _plain(model: Any) -> Iterator[Any]:
     import torch
     from peft.tuners.lora.layer import Linear, LoraLayer
 
+    from fedlora.passes.factored import FactoredLinear
+
     for module in model.modules():
-        plain = type(module) is Linear and type(module.base_layer) is torch.nn.Linear
+        plain = type(module) is Linear and type(module.base_layer) in (torch.nn.Linear, FactoredLinear)
         if plain or (isinstance(module, LoraLayer) and quantized.is_held(module.base_layer)):
             pair = (module.lora_A["default"], module.lora_B["default"])
             varies = getattr(module, "lora_variant", None)  # of peft, such as DoRA: another product
@@ -154,6 +156,8 @@ def _plain(model: Any) -> Iterator[Any]:
 def _function() -> Any:
     """The product as autograd sees it."""
     import torch
+
+    from fedlora.passes import factored
 
     class Product(torch.autograd.Function):
         @staticmethod
@@ -169,11 +173,9 @@ def _function() -> Any:
         ) -> torch.Tensor:
             """In the precision of the frozen weight; laid out for each example where they share `x`."""
             base = layer.base_layer
-            weight = quantized.weight(base)
-            flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)  # (tokens, in)
-            low, high = a.to(weight.dtype), b.to(weight.dtype)
+            flat, low, high = (t.to(quantized.dtype(base)) for t in (x.reshape(-1, x.shape[-1]), a, b))
             inner = flat @ low.t()  # (tokens, r)
-            y = torch.nn.functional.linear(flat, weight, base.bias).addmm_(inner, high.t(), alpha=scaling)
+            y = factored.product(base, flat).addmm_(inner, high.t(), alpha=scaling)
             ctx.save_for_backward(flat, inner, low, high)
             ctx.layers, ctx.layer, ctx.factors = layers, layer, (a, b)
             ctx.scaling, ctx.was = scaling, (x.shape, x.dtype)
@@ -190,7 +192,7 @@ def _function() -> Any:
             left = (flat @ high.t().contiguous().t()).mul_(ctx.scaling)  # (tokens, r); quicker with B on its side
             dx = da = db = None
             if ctx.needs_input_grad[0]:
-                dx = (flat @ quantized.weight(ctx.layer.base_layer)).addmm_(left, low)
+                dx = factored.back(ctx.layer.base_layer, flat).addmm_(left, low)
                 dx = dx.view(-1, *shape).sum(0).to(dtype) if len(flat) > len(x) else dx.view(shape).to(dtype)
             a, b = ctx.factors
             if ctx.layers.singly:

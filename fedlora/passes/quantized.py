@@ -57,7 +57,7 @@ def is_held(layer: Any) -> bool:
 
 def dtype(layer: Any) -> "torch.dtype":
     """The precision of a linear layer's products."""
-    found: torch.dtype = layer.fedlora_dtype if is_held(layer) else layer.weight.dtype
+    found: torch.dtype = layer.fedlora_dtype if is_held(layer) else next(layer.parameters()).dtype
     return found
 
 

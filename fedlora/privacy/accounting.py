@@ -313,24 +313,34 @@ def unresolved(target: float, delta: float, accountant: Accountant) -> SettingEr
 
 @lru_cache(maxsize=65536)
 def calibrate(
-    target: float, delta: float, sample_rate: float, steps: int, accountant: Accountant = "pld"
+    target: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    accountant: Accountant = "pld",
+    before: tuple[Event, ...] = (),
 ) -> float:
     """The least noise multiplier, to a thousandth, with which `steps` steps spend at most epsilon `target`.
+
+    Together with what was spent `before`, if anything was.
 
     Raises:
         SettingError: no noise multiplier up to `MAX_NOISE_MULTIPLIER` reaches it.
     """
     from scipy.optimize import brentq
 
+    def history(noise: float) -> tuple[tuple[float, float, int], ...]:
+        return (*_history(before), (noise, sample_rate, steps))
+
     def excess(log_noise: float, coarser: int = 1) -> float:
-        spent = _spend(((math.exp(log_noise), sample_rate, steps),), delta, accountant, coarser)
+        spent = _spend(history(math.exp(log_noise)), delta, accountant, coarser)
         return math.log(max(spent, 1e-12) / target)
 
     low, high = math.log(0.3), math.log(2.0)
     while excess(high, _COARSER) > 0:
         low, high = high, high + math.log(4)
         if high > math.log(MAX_NOISE_MULTIPLIER):
-            if not math.isfinite(_spend(((MAX_NOISE_MULTIPLIER, sample_rate, steps),), delta, accountant)):
+            if not math.isfinite(_spend(history(MAX_NOISE_MULTIPLIER), delta, accountant)):
                 raise unresolved(target, delta, accountant)
             raise SettingError(
                 "privacy.epsilon",
@@ -352,14 +362,19 @@ def calibrate(
     noise = math.exp(high)
     for _ in range(_TRIES):
         noise = math.ceil(noise * 2000) / 2000 if noise < 1000 else noise  # a round number is told more easily
-        if _epsilon(((noise, sample_rate, steps),), delta, accountant) <= target:
+        if _epsilon(history(noise), delta, accountant) <= target:
             return noise
         noise *= 1.0005
     raise unresolved(target, delta, accountant)
 
 
 def calibrations(
-    target: float, delta: float, sample_rates: Sequence[float], steps: int, accountant: Accountant = "pld"
+    target: float,
+    delta: float,
+    sample_rates: Sequence[float],
+    steps: int,
+    accountant: Accountant = "pld",
+    before: tuple[Event, ...] = (),
 ) -> list[float]:
     """`calibrate` for each of many sample rates, all of the same number of steps.
 
@@ -373,15 +388,15 @@ def calibrations(
     from scipy.interpolate import PchipInterpolator
 
     if len(set(sample_rates)) <= _SEARCHES:
-        return [calibrate(target, delta, rate, steps, accountant) for rate in sample_rates]
+        return [calibrate(target, delta, rate, steps, accountant, before) for rate in sample_rates]
     nodes = np.geomspace(min(sample_rates), max(sample_rates), _SEARCHES)
-    found = [calibrate(target, delta, float(rate), steps, accountant) for rate in nodes]
+    found = [calibrate(target, delta, float(rate), steps, accountant, before) for rate in nodes]
     curve = PchipInterpolator(np.log(nodes), np.log(found))
     noise = []
     for rate in sample_rates:
         least = 1.001 * float(np.exp(curve(np.clip(math.log(rate), *np.log(nodes[[0, -1]])))))
         for _ in range(_TRIES):
-            if _epsilon(((least, rate, steps),), delta, accountant) <= target:
+            if _epsilon((*_history(before), (least, rate, steps)), delta, accountant) <= target:
                 break
             least *= 1.001
         else:

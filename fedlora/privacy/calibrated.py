@@ -15,17 +15,24 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fedlora.privacy import accounting
-from fedlora.privacy.accounting import Accountant
+from fedlora.privacy.accounting import Accountant, Event
 
 _FORMAT = 1  # raise it when a search finds other noise, or a file means something else
 _SEARCHERS = ("dp-accounting", "opacus", "scipy", "numpy")
 
-Search = Callable[[float, float, Sequence[float], int, Accountant], list[float]]
-"""What `accounting.calibrations` does: target, delta, sample rates, steps and accountant to noise multipliers."""
+Search = Callable[..., list[float]]
+"""What `accounting.calibrations` does: target, delta, sample rates, steps, accountant and what was spent before to
+noise multipliers."""
 
 
 def calibrations(
-    folder: Path, target: float, delta: float, sample_rates: Sequence[float], steps: int, accountant: Accountant
+    folder: Path,
+    target: float,
+    delta: float,
+    sample_rates: Sequence[float],
+    steps: int,
+    accountant: Accountant,
+    before: tuple[Event, ...] = (),
 ) -> list[float]:
     """As `accounting.calibrations`, from the folder where it has been searched for.
 
@@ -36,15 +43,17 @@ def calibrations(
         sample_rates: of a step.
         steps: how many.
         accountant: that counts.
+        before: what is spent beside these steps.
 
     Raises:
         SettingError: as `accounting.calibrations`.
     """
     versions = {name: version(name) for name in _SEARCHERS}
-    key = json.dumps([_FORMAT, versions, target, delta, list(sample_rates), steps, accountant])
+    beside = [[event.to_json() for event in before]] if before else []
+    key = json.dumps([_FORMAT, versions, target, delta, list(sample_rates), steps, accountant, *beside])
     file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if (found := _read(file, key, len(sample_rates))) is None:
-        found = accounting.calibrations(target, delta, sample_rates, steps, accountant)
+        found = accounting.calibrations(target, delta, sample_rates, steps, accountant, before)
         with contextlib.suppress(OSError):
             _write(file, key, found)
     return found

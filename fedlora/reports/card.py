@@ -12,7 +12,7 @@ from fedlora.prepare import Prepared
 from fedlora.scenario import Scenario
 from fedlora.suitability import name_of_kind
 from fedlora.tasks.contract import Task, find
-from fedlora.tasks.located import named_elsewhere
+from fedlora.tasks.located import is_factored, named_elsewhere
 
 MEAN = """
 
@@ -30,7 +30,8 @@ base.base_model.register_forward_hook(mean, with_kwargs=True)
 def write(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:
     """The README beside the adapter: what it is and how to load it."""
     scenario, labels = ready.scenario, ready.data.labels
-    task, base, metric = find(scenario.task), named_elsewhere(scenario.model.base), summary["metric"]
+    held = str(ready.setup.base or scenario.model.base)
+    task, base, metric = find(scenario.task), named_elsewhere(held), summary["metric"]
     value = summary[metric]
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     who = "sites" if ready.setup.secret else "simulated clients"
@@ -64,6 +65,7 @@ by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["
 - {metric} on {judged}: {"not measured" if value is None else f"{value:.4f}"}
 - labels: {", ".join(labels) or "none"}{_read_as(scenario, summary)}
 - sent by clients: {sent}
+- base: {_base(scenario, summary)}
 - privacy: {summary["privacy"]}
 - scenario hash {summary["hash"]}, seed {summary["seed"]}
 
@@ -73,7 +75,7 @@ by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["
 
 With fedlora, the {_reader(task)} too: `model, reader = fedlora.load_adapter("adapter")`.
 
-Without a network: {_offline(scenario.model.base, base)}
+Without a network: {_offline(held, base)}
 """,
         encoding="utf-8",
     )
@@ -122,8 +124,22 @@ def _read_as(scenario: Scenario, summary: Mapping[str, Any]) -> str:
     return f" (each given from a probability of {threshold:g} on)" if threshold is not None else ""
 
 
+def _base(scenario: Scenario, summary: Mapping[str, Any]) -> str:
+    """What the base is, and what it lost before training."""
+    if (cut := summary.get("compress")) is None:
+        return "as it was"
+    numbers, by = cut["parameters"], "its weights alone"
+    if (told := cut["statistic"]) is not None:
+        by = f"a statistic of clients' rows ({told['kind']})"
+    return (
+        f"`{named_elsewhere(scenario.model.base)}` cut by `{cut['use']}` from {numbers['before']:,} numbers to "
+        f"{numbers['after']:,} before training, by {by}; {cut['layers']} of low rank, relative error "
+        f"{cut['error']:.3f} in the mean"
+    )
+
+
 def _in_peft(task: type[Task], base: str, labels: Sequence[str], pooling: str) -> str:
-    """How to load it without fedlora; the model gives labels by their names.
+    """How to load it without fedlora, where the base can be; the model gives labels by their names.
 
     Args:
         task: of the run.
@@ -131,6 +147,11 @@ def _in_peft(task: type[Task], base: str, labels: Sequence[str], pooling: str) -
         labels: in order.
         pooling: code that has the head of `base` read what it was trained on; empty where transformers does.
     """
+    if is_factored(base):
+        return """# Its base is of factors, which transformers cannot load: see fedlora export --merge
+import fedlora
+
+model, reader = fedlora.load_adapter("adapter")"""
     told = task.auto
     more, config = "", ""
     if labels or task.problem is not None:

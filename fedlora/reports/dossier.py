@@ -123,6 +123,15 @@ def _leaves(told: Told) -> Table:
         noise += "; masks: the server learns the sum of at least three clients and no single update"
     heads = "" if told["model"].get("head") == "frozen" else " and its output layer"
     rows = [[f"the change of a small adapter{heads}", "in each round that it takes part in", noise]]
+    if (asked := told.get("statistics")) is not None:
+        hides = f"each {_own(told)}'s part is bounded, and noise is added once, before it leaves"
+        rows.append(
+            [
+                f"a statistic of its rows ({asked['kind']}), by which the base is made smaller",
+                "once, before the first round",
+                hides if _example(told) else "nothing",
+            ]
+        )
     held = f"{_own(told)}s"
     rows.append([f"how many {held} it holds", "when it joins", "nothing: the number counts as public"])
     if (told.get("privacy") or {}).get("share_metrics"):

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedlora import scenario as scenarios
 from fedlora import starting
+from fedlora.compressing import summed
 from fedlora.engine.setup import Description
 from fedlora.metrics import contract as metrics
 from fedlora.prepare import Prepared
@@ -20,6 +21,7 @@ from fedlora.rounds.lines import round_to
 from fedlora.rounds.progress import Progress
 from fedlora.scenario import Scenario
 from fedlora.tasks.contract import find
+from fedlora.tasks.smaller import manifest
 
 Spent = Mapping[ledger.Holder, Sequence[accounting.Event]]
 
@@ -78,6 +80,8 @@ def summary_of(
         summary |= {key: now.last.get(key) for key in ends}
     if scenario.person is not None:
         summary["person"] = scenario.person
+    if (base := ready.setup.base) is not None:
+        summary["compress"] = summed(manifest(base))
     if (start := starting.said(scenario)) is not None:
         summary["start"] = start
     if scenario.world is not None:
@@ -173,6 +177,8 @@ def privacy_in_words(ready: Prepared, record: Ledger) -> str:
         words += wording.statement(*told, bands=_bands(record, own), person=own.person)
     if asked.share_metrics:
         words += "; the training losses and example counts that clients shared are not covered by it"
+    if scenario.statistics is not None and scenario.statistics.epsilon is not None:
+        words += f"; epsilon {scenario.statistics.epsilon:g} of it went to a statistic by which the base was cut"
     if scenario.model.start is not None:
         words += "; the adapter that it began from is taken as given: what rows lost there adds up with this"
     if ready.setup.secret:

@@ -113,6 +113,7 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
                 ("clients", "min_replies" if clients.min_replies > 1 else "retries"),
                 "unit: client holds for cohorts drawn once, however few reply: leave min_replies and retries out",
             )
+    yield from _smaller(sections)
     if sections.get("secure_aggregation") and (asked := sections.get("compression")) and asked.up is not None:
         yield Problem(
             ("compression", "up"),
@@ -164,6 +165,54 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
             )
     if task:
         yield from _of_task(task, sections)
+
+
+def _smaller(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """What does not go with a base that is cut, and with a statistic of clients' rows."""
+    cut, told, model = (sections.get(name) for name in ("compress", "statistics", "model"))
+    if cut is None:
+        if told is not None:
+            yield Problem(
+                ("statistics",), "statistics are what compress goes by: add it, such as compress: {use: afm}"
+            )
+        return
+    for key in ("start", "quantize"):
+        if model and getattr(model, key) is not None:
+            yield Problem(("model", key), f"{key} is for the base as it is, and compress cuts it: leave one out")
+    try:
+        cls = plugins.find("compressors", cut.use)
+    except SettingError as error:
+        yield Problem(("compress", "use"), error.message)
+        return
+    takes = tuple(getattr(cls, "takes", ()))
+    if told is None:
+        if getattr(cls, "needs", False):
+            what = f"statistics: {{kind: {takes[0]}, epsilon: 1}}"
+            yield Problem(("compress", "use"), f"{cut.use} goes by a statistic: add {what}, or take welore")
+        return
+    if told.kind not in takes:
+        goes = " or ".join(takes) or "the weights alone"
+        yield Problem(("statistics", "kind"), f"{cut.use} goes by {goes}, and this is {told.kind}")
+    if sections.get("secure_aggregation"):
+        yield Problem(
+            ("statistics",), "the server would see each client's statistic: leave secure_aggregation out"
+        )
+    if "privacy" not in sections:  # it is wrong by itself
+        return
+    privacy: Privacy | None = sections["privacy"]
+    if privacy is None and told.epsilon is not None:
+        yield Problem(("statistics", "epsilon"), "goes with a privacy section, of whose epsilon it is a part")
+    elif privacy is not None and privacy.unit == "client":
+        yield Problem(("statistics",), "a statistic protects examples or persons, and privacy has unit: client")
+    elif privacy is not None and told.epsilon is None:
+        yield Problem(
+            ("statistics",), "privacy is promised: add epsilon, the part of privacy.epsilon that it may spend"
+        )
+    elif privacy is not None and told.epsilon >= (privacy.epsilon or float("inf")):
+        yield Problem(
+            ("statistics", "epsilon"),
+            f"{told.epsilon:g} leaves nothing of privacy.epsilon: {privacy.epsilon:g} for training: lower it",
+        )
 
 
 def _apart(data: Data) -> Iterator[Problem]:

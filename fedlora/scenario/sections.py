@@ -16,6 +16,7 @@ from fedlora.privacy import cohorts
 from fedlora.privacy.graph import sharers
 from fedlora.scenario.baseline import Baseline
 from fedlora.scenario.clients import Clients
+from fedlora.scenario.compress import Compress, Statistics
 from fedlora.scenario.compression import Compression, TopK
 from fedlora.scenario.data import Data
 from fedlora.scenario.head import Head
@@ -273,6 +274,10 @@ class Scenario(Section):
         secure_aggregation: Clients mask their updates, and the server sees only the sum. null: the server sees
             each update. Example: `{range: 1.0}`.
         compression: Fewer bytes for what is sent. null: 4 bytes a number. Example: `{up: {kind: int8}}`.
+        compress: Cut the frozen base to low rank before training. null: it stays as it is. Example:
+            `{use: welore}`.
+        statistics: A statistic of the clients' rows by which the base is cut. null: it is cut by its weights
+            alone. Example: `{kind: gram, epsilon: 1}`.
         world: Simulated devices on a virtual clock. null: only the time of this machine is counted. Example:
             `{deadline: 300}`.
         strategy: How the server makes the next adapter of the updates. Unset: `ffa_lora` with Adam at the server,
@@ -309,6 +314,8 @@ class Scenario(Section):
     privacy: Privacy | None = None
     secure_aggregation: SecureAggregation | None = None
     compression: Compression | None = None
+    compress: Compress | None = None
+    statistics: Statistics | None = None
     world: World | None = None
     strategy: Strategy = Strategy(use="ffa_lora", server=ServerAdam(kind="adam", lr=0.05, schedule=Schedule()))
     rounds: PositiveInt = 100

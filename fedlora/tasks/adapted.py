@@ -22,6 +22,7 @@ from fedlora.passes import quantized
 from fedlora.passes.again import Again
 from fedlora.passes.lowrank import LowRank
 from fedlora.passes.packing import Packing
+from fedlora.tasks import smaller
 from fedlora.tasks.base_model import untie
 from fedlora.tasks.heads import is_frozen, whole
 
@@ -237,6 +238,7 @@ class Adapted:
 
         if self._held:
             raise SettingError("model.quantize", "this strategy merges into the frozen weights: leave it out")
+        smaller.check_merges(layer.get_base_layer() for layer in self._layers.values())
         self._use_half(False)
         with torch.no_grad():
             for module, (left, right) in change.items():

@@ -13,7 +13,7 @@ from fedlora.metrics.written import WRITTEN
 from fedlora.passes import alone, pooled
 from fedlora.scenario import Scenario
 from fedlora.scenario.head import NarrowHead
-from fedlora.tasks import base_model, located
+from fedlora.tasks import base_model, located, smaller
 from fedlora.tasks.adapted import Precision
 from fedlora.tasks.contract import Task, find
 from fedlora.tasks.heads import narrow
@@ -85,6 +85,7 @@ def load(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it hints at kernels not used here
     cls = find(task)
     reader = cls.reader(base, revision)
+    smaller.check_whole_bits(located.find_base(base), quantize)
     if quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise SettingError("model.quantize", "needs bitsandbytes: pip install 'fedlora[quantize]'")
     # On a CPU the backward pass of torch's fused attention takes nearly half of a step on short text.
@@ -202,10 +203,11 @@ def _base(
             with torch.device("meta"):
                 model = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
         if device == "meta":
-            return model, []
+            return smaller.thinned(model, path), []
         held = base_model.quantization(quantize, device, model, pooler) if quantize is not None else {}
         with seeding.ambient(seed, "head"):  # transformers draws what the checkpoint lacks
-            model, report = auto.from_pretrained(
+            model, report = smaller.pretrained(
+                auto,
                 path,
                 config=config,
                 revision=revision or "main",
@@ -215,4 +217,4 @@ def _base(
                 ignore_mismatched_sizes=cls.headed,  # of a head for other labels; of a body it is an error below
                 **held,
             )
-    return model, [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    return smaller.thinned(model, path), [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]

@@ -14,6 +14,9 @@ WEIGHTS: tuple[str, ...] = ("model.safetensors", "pytorch_model.bin")
 WEIGHTS = (*WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS))
 """What transformers calls the weights of a model, or the list of their files."""
 
+FACTORS, MANIFEST = "factors.safetensors", "manifest.json"
+"""Of a base that was made smaller: its weights as factors, and what was done to it."""
+
 _BLOCKS = (  # what configurations call how many there are
     "num_hidden_layers n_layer n_layers num_layers num_decoder_layers encoder_layers decoder_layers "
     "num_transformer_layers num_encoder_layers"
@@ -29,6 +32,11 @@ _BEFORE = "camembert data2vec-text longformer roberta roberta-prelayernorm xlm-r
 _BLOCKS_READ, _BLOCK = 16, 65536  # of each file of a base, and bytes of each
 
 HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}  # what names of our own stand for on the Hub
+
+
+def is_factored(path: str | Path) -> bool:
+    """Whether a path is the folder of a base whose weights are factors (`fedlora.tasks.smaller`)."""
+    return Path(path, FACTORS).is_file()
 
 
 def named_elsewhere(base: str) -> str:

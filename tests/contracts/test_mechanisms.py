@@ -15,6 +15,7 @@ from fedlora.privacy.mechanisms.central import Central
 from fedlora.privacy.mechanisms.contract import Mechanism
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
 from fedlora.privacy.mechanisms.shared import Shared
+from fedlora.privacy.mechanisms.statistic import StatisticGaussian
 from fedlora.seeding import stream
 
 COMMON = {"noise_multiplier": 1.5, "sample_rate": 0.2}
@@ -25,6 +26,7 @@ MADE = {  # one of each, and of each that adapts
     ExampleGaussian: lambda **more: ExampleGaussian(
         batch_size=40, clip="quantile" if "quantile" in more else "flat", **EXAMPLES, **COMMON, **more
     ),
+    StatisticGaussian: lambda **more: StatisticGaussian(total=200, **COMMON, **more),
     Shared: lambda **more: Shared(
         batch_size=40,
         clip="quantile" if "quantile" in more else "flat",
@@ -35,7 +37,7 @@ MADE = {  # one of each, and of each that adapts
         **more,
     ),
 }
-FIXED = (BandedGaussian, Shared)  # those whose bound does not adapt
+FIXED = (BandedGaussian, Shared, StatisticGaussian)  # those whose bound does not adapt
 
 
 def found():

@@ -81,7 +81,7 @@ def test_every_command_on_the_other_pages_runs(small, reviews, capsys):
     for page in PAGES.keys() - {"index", "strategies"}:
         for pair in re.findall(r"^\$ fedlora (.*)$|`fedlora ([a-z]+ [^`]+)`", PAGES[page], re.M):
             command = "".join(pair).replace("RUN", "runs/first").replace("runs/*", "runs/one")
-            if command.split()[0] not in ("audit", "sweep", "tune", "split", "submit", "site"):
+            if command.split()[0] not in ("audit", "compress", "sweep", "tune", "split", "submit", "site"):
                 assert main(shlex.split(command)) == 0, f"{command}: {capsys.readouterr()}"
                 ran.add(command)
     assert {"ledger runs/first", "compare sweeps/epsilon/runs/one", "check gsm8k", "simulate sites"} < ran

@@ -54,7 +54,7 @@ def test_defaults_are_filled_in():
         ("round: 3", "f.yaml:6: unknown key 'round': did you mean 'rounds'?"),
         (
             "zzz: 3",
-            "f.yaml:6: unknown key 'zzz': known: baseline, clients, compression, data, diagnostics, engine",
+            "f.yaml:6: unknown key 'zzz': known: baseline, clients, compress, compression, data, diagnostics, ",
         ),
         ("data: {dataset: tweets, max_len: 3}", "f.yaml:2: unknown key 'max_len' in data: did you mean 'max_len"),
         ("model:\n  adapter:\n    rr: 4", "f.yaml:8: unknown key 'rr' in model.adapter: did you mean 'r'?"),

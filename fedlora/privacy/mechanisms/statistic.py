@@ -1,0 +1,64 @@
+"""One sum of a client's examples before training, by which the base is made smaller.
+
+Each example, or person, is taken by a coin; what it adds to all matrices of the sum together is at most 1 long
+(`fedlora.passes.statistic`), and the sum gets Gaussian noise once:
+
+    vectors             s + N(0, sigma^2 I)
+    symmetric matrices  S + N,  N_ij = N_ji,  N_ii ~ N(0, sigma^2),  N_ij ~ N(0, sigma^2 / 2)
+
+The latter is the Gaussian mechanism on symmetric matrices: with `sqrt(2) S_ij` for i < j as coordinates the length
+of a vector is the Frobenius norm of its matrix, and the noise is N(0, sigma^2 I) there. It has half the variance
+of noise on all entries at the same cost, and keeps the sum symmetric.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.errors import ContractError
+from fedlora.privacy.accounting import Event
+from fedlora.privacy.mechanisms.contract import Mechanism
+from fedlora.privacy.noise import Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticGaussian(Mechanism):
+    """The one sum of a client."""
+
+    def __post_init__(self) -> None:
+        if self.quantile is not None:
+            raise ContractError("a statistic has a bound that is fixed")
+
+    @property
+    def expected(self) -> float:
+        """How many are taken on average."""
+        return self.sample_rate * self.total
+
+    def event(self, clip_norm: float = 1.0) -> Event:
+        """One step."""
+        return Event(
+            noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=1, clip_norm=clip_norm
+        )
+
+    def noised(self, sums: Mapping[str, NDArray[np.float64]], noise: Stream) -> dict[str, NDArray[np.float64]]:
+        """Sums with noise.
+
+        Args:
+            sums: by name, (in,) or symmetric (in x in); one example moves all of them together by at most 1.
+            noise: to draw from, in the order of names.
+        """
+        return {name: sums[name] + self.noise_multiplier * drawn(sums[name].shape, noise) for name in sorted(sums)}
+
+
+def drawn(shape: tuple[int, ...], noise: Stream) -> NDArray[np.float64]:
+    """Standard normals, (in,); or a symmetric matrix (in x in) that has a variance of 1/2 beside its diagonal."""
+    if len(shape) == 1:
+        return noise.standard_normal(shape)
+    rows, columns = np.triu_indices(shape[0])
+    made = np.zeros(shape)
+    made[rows, columns] = noise.standard_normal(len(rows)) * np.where(rows == columns, 1.0, math.sqrt(0.5))
+    whole: NDArray[np.float64] = made + np.triu(made, 1).T
+    return whole

@@ -1,0 +1,51 @@
+"""docs/compression.md, held to the compressors."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from fedlora import plugins
+from fedlora.compressors.contract import compress, load
+from fedlora.scenario.checks import validate
+
+TEXT = (Path(__file__).parents[2] / "docs" / "compression.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.S | re.M)
+
+
+def test_the_table_says_of_each_compressor_what_is_so():
+    table = TEXT.split("| compressor | goes by |")[1].split("\n\n")[0]
+    rows = {cells[1].strip(" `"): cells[2:] for line in table.splitlines()[2:] for cells in [line.split("|")]}
+    assert sorted(rows) == plugins.names("compressors")
+    for name, cells in rows.items():
+        cls = plugins.find("compressors", name)
+        assert set(re.findall(r"`(\w+)`", cells[0])) == set(cls.takes)
+        assert ("nothing" in cells[0]) is not cls.needs
+        assert re.findall(r"https://[^)]+", cells[3])[0] in sys.modules[cls.__module__].__doc__
+
+
+def test_the_settings_on_the_page_are_real():
+    first, second = (yaml.safe_load(block) for block in blocks("yaml"))
+    more = {"name": "x", "data": {"dataset": "tweets"}, "clients": {"total": 20, "use": "dp_sgd"}}
+    assert validate({**more, "privacy": {"epsilon": 6}, **first})[1] == []
+    made, problems = validate({**more, **second})
+    assert problems == [] and made.statistics.epsilon == 1
+
+
+def test_the_compressor_on_the_page_runs(tmp_path, monkeypatch):
+    (code,) = blocks("python")
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    weights = {
+        "a": np.eye(16, 48, dtype=np.float32),
+        "b": np.eye(8, dtype=np.float32),
+        "c": np.ones((1, 1), np.float32),
+    }
+    cuts = compress(load("mine:Mine", {}), weights, {})
+    assert {name: cut.rank for name, cut in cuts.items()} == {"a": 8, "b": 3, "c": None}

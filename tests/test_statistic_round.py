@@ -1,0 +1,336 @@
+"""A base cut before the first round: what is paid, by whom, what goes on, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedlora import planning, prepare, simulate
+from fedlora.data.examples import Examples, Partition
+from fedlora.errors import SettingError, UserError
+from fedlora.privacy import accounting, ledger
+from fedlora.statistic_round import weighed
+
+CUT = "compress={use: lord, keep: 0.5}"
+GRAM = (CUT, "statistics={kind: gram, epsilon: 2}")
+
+
+def factors(run):
+    return load_file(run.folder / "base" / "factors.safetensors")
+
+
+def manifest(run):
+    return json.loads((run.folder / "base" / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    return simulate(tiny(*GRAM), out=tmp_path_factory.mktemp("runs") / "gram")
+
+
+def test_each_client_pays_once_before_it_trains_and_the_whole_stays_within_the_budget(run):
+    lines = [json.loads(line) for line in (run.folder / "privacy.jsonl").read_text().splitlines()]
+    first = [line for line in lines if line["round"] == 0]
+    assert [line["client"] for line in first] == [0, 1, 2, 3] and lines[:4] == first
+    assert {(x["steps"], x["sample_rate"], x["clip_norm"], x["statistic"]) for x in first} == {
+        (1, 1.0, 1.0, "gram")
+    }
+    assert 1.9 < accounting.epsilon(ledger.replay(run.folder / "privacy.jsonl")[0][:1], 1e-3) <= 2.0
+    whole = ledger.epsilon_of(run.folder / "privacy.jsonl")
+    assert whole == run.summary["epsilon"] and 7.9 < whole <= 8.0
+    assert "epsilon 2 of it went to a statistic by which the base was cut" in run.summary["privacy"]
+
+
+def test_the_sum_is_what_dp_accounting_says_of_both(run):
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+    from dp_accounting.pld import PLDAccountant
+
+    statistic, training = ledger.replay(run.folder / "privacy.jsonl")[0][0], None
+    accountant = PLDAccountant(value_discretization_interval=1e-3)
+    for event in ledger.replay(run.folder / "privacy.jsonl")[0]:
+        one = PoissonSampledDpEvent(event.sample_rate, GaussianDpEvent(event.noise_multiplier))
+        accountant.compose(SelfComposedDpEvent(one, event.steps))
+        training = event
+    assert training.noise_multiplier != statistic.noise_multiplier
+    assert run.summary["epsilon"] == pytest.approx(accountant.get_epsilon(1e-3), rel=0.02)
+
+
+def test_training_has_more_noise_than_without_a_statistic(tiny):
+    noise = []
+    for told in ((CUT,), GRAM):
+        ready = prepare.prepare(tiny(*told))
+        noise.append(max(prepare.calibrate(ready.scenario, ready.data).values()))
+    assert noise[1] > 1.02 * noise[0]
+
+
+def test_what_it_was_cut_by_is_in_the_manifest_the_summary_and_the_card(run):
+    told = manifest(run)["statistic"]
+    assert (
+        told["kind"] == "gram" and told["of"] == "clients" and told["epsilon"] == 2 and told["unit"] == "example"
+    )
+    cut = run.summary["compress"]
+    assert cut["use"] == "lord" and cut["parameters"]["after"] < cut["parameters"]["before"]
+    assert 0 < cut["error"] < 1 and cut["layers"] == "13 layers"
+    card = (run.folder / "adapter" / "README.md").read_text()
+    assert "cut by `lord`" in card and "a statistic of clients' rows (gram)" in card
+
+
+def test_it_repeats_bit_by_bit_and_other_rows_have_other_noise(run, tiny, tmp_path):
+    again = simulate(tiny(*GRAM), out=tmp_path / "again")
+    assert all(np.array_equal(t, factors(again)[n]) for n, t in factors(run).items())
+    assert again.summary["accuracy"] == run.summary["accuracy"]
+
+
+def test_the_noise_in_the_statistic_is_that_of_the_ledger(tiny, tmp_path, monkeypatch):
+    """The sums of four clients with noise, less the same without: of the deviation that the compressor is told."""
+    from fedlora import statistic_round
+    from fedlora.compressors import contract
+
+    seen = []
+    monkeypatch.setattr(
+        statistic_round.compressing.contract,
+        "compress",
+        lambda c, w, known: seen.append(known) or {n: contract.Cut(x.shape) for n, x in w.items()},
+    )
+    simulate(tiny(*GRAM), out=tmp_path / "noised")
+    simulate(tiny(CUT, "statistics={kind: gram}", private=False), out=tmp_path / "plain")
+    noised, plain = seen
+    told = next(iter(noised.values())).deviation
+    examples = sum(
+        x["num_examples"] for x in json.loads((tmp_path / "plain/partitions.json").read_text())["clients"]
+    )
+    event = ledger.replay(tmp_path / "noised" / "privacy.jsonl")[0][0]
+    assert told == pytest.approx(event.noise_multiplier * 2 / examples)  # of four clients
+    own = [n for n in noised if n.endswith(("query", "attention.output.dense", "intermediate.dense"))]
+    same = np.stack([(noised[n].values - plain[n].values) for n in own if noised[n].values.shape == (32, 32)])
+    assert same[:, np.eye(32, dtype=bool)].std() == pytest.approx(told, rel=0.15)
+    assert same[:, np.triu(np.ones((32, 32), bool), 1)].std() == pytest.approx(told / 2**0.5, rel=0.05)
+    assert all(s.deviation == 0 for s in plain.values()) and len(same) == 6
+
+
+@pytest.mark.parametrize("kind", ["mean", "row_fisher"])
+@pytest.mark.parametrize("private", [True, False], ids=["private", "plain"])
+def test_other_statistics_run_too(tiny, tmp_path, kind, private):
+    told = f"statistics={{kind: {kind}, share: 0.5{', epsilon: 2' if private else ''}, layers: [1]}}"
+    fixed = ["privacy={noise_multiplier: 1, delta: 1.0e-3, accountant: rdp}"] if private else []
+    run = simulate(tiny("compress={use: fwsvd}", told, *fixed, private=private), out=tmp_path / "run")
+    layers = manifest(run)["layers"]
+    assert all((layer["rank"] is None) is (".layer.1." not in name) for name, layer in layers.items())
+    assert (run.folder / "privacy.jsonl").exists() is private
+
+
+def test_persons_are_paid_for_as_persons(tiny, tmp_path):
+    run = simulate(
+        tiny(
+            *GRAM,
+            "privacy={noise_multiplier: 9, delta: 1.0e-3, person: site}",
+            "clients.batch_size=1",
+            "clients.total=2",
+        ),
+        out=tmp_path / "run",
+    )
+    lines = [json.loads(line) for line in (run.folder / "privacy.jsonl").read_text().splitlines()]
+    assert {line["unit"] for line in lines} == {"person"} and lines[0]["person"] == "site"
+    assert manifest(run)["statistic"]["unit"] == "person"
+
+
+def test_the_rows_of_a_person_weigh_one_together():
+    examples = Examples(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64))
+    rows = np.array([4, 5, 6, 7])
+    part = Partition(0, examples, rows, np.array([9, 3, 9, 9]))
+    assert dict(weighed(part, np.array([False, True]))) == {4: 1 / 3, 6: 1 / 3, 7: 1 / 3}  # of person 9
+    assert dict(weighed(part, np.array([True, False]))) == {5: 1.0}
+    alone = Partition(0, examples, rows)
+    assert dict(weighed(alone, np.array([True, False, False, True]))) == {4: 1.0, 7: 1.0}
+
+
+def test_a_run_goes_on_with_the_base_that_it_has_and_pays_no_more(run, tiny, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run.folder, folder)
+    on = simulate(tiny(*GRAM, "rounds=2"), out=folder, resume=True)
+    assert len((folder / "privacy.jsonl").read_text().splitlines()) == 12 and on.summary["rounds"] == 2
+    # Stopped before the base was written: what was paid for is drawn again, the same.
+    for name in ("base", "checkpoint", "checkpoint.old", "adapter"):
+        shutil.rmtree(folder / name)
+    for name in ("summary.json", "metrics.jsonl", "clients.jsonl", "test.json"):
+        (folder / name).unlink()
+    again = simulate(tiny(*GRAM), out=folder, resume=True)
+    assert all(np.array_equal(t, factors(again)[n]) for n, t in factors(run).items())
+    assert len([x for x in (folder / "privacy.jsonl").read_text().splitlines() if '"round": 0' in x]) == 4
+
+
+def test_a_base_of_other_rows_or_cuts_is_not_taken_over(run, tiny, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run.folder, folder)
+    told = json.loads((folder / "base" / "manifest.json").read_text())
+    (folder / "base" / "manifest.json").write_text(json.dumps({**told, "of": "other"}))
+    shutil.rmtree(folder / "adapter")
+    with pytest.raises(UserError, match="was cut in another way"):
+        simulate(tiny(*GRAM), out=folder, resume=True)
+
+
+def test_a_base_cut_before_is_the_base_that_a_run_cuts(run, tiny, tmp_path):
+    from fedlora.compressing import compress
+
+    one = simulate(tiny(CUT), out=tmp_path / "inside")
+    folder = compress(tiny().model.base, tmp_path / "cut", use="lord", keep=0.5).folder
+    other = simulate(tiny(f"model.base={folder}"), out=tmp_path / "before")
+    assert one.summary["loss"] == other.summary["loss"] and one.summary["epsilon"] == other.summary["epsilon"]
+    assert "base" in {p.name for p in one.folder.iterdir()} and "statistic" not in one.summary["privacy"]
+
+
+def test_a_moved_run_still_answers(run, tmp_path):
+    from fedlora import predict
+
+    folder = tmp_path / "moved"
+    shutil.copytree(run.folder, folder)
+    file = folder / "adapter" / "fedlora.json"
+    file.write_text(file.read_text().replace(str(run.folder), "/nowhere"))
+    assert predict(folder, ["the film was fine"])[0].answer in ("good", "bad")
+
+
+def test_a_plan_counts_the_statistic_and_says_so(tiny):
+    told = planning.plan(tiny(*GRAM)).to_json()
+    assert 7.9 < told["epsilon"] <= 8 and told["rounds"][0]["epsilon"] > 2
+    assert told["statistics"]["kind"] == "gram" and told["statistics"]["noise_multiplier"] > 0.5
+    said = told["warnings"][0]
+    assert "Each spends epsilon 2 of its 8 on its sum" in said and "cut by lord to 50%" in said
+    assert planning.plan(tiny()).to_json()["statistics"] is None
+    assert "no row is looked at" in planning.plan(tiny(CUT)).to_json()["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        (["statistics={kind: gram, epsilon: 1}"], "statistics are what compress goes by"),
+        (["compress={use: afm}"], "afm goes by a statistic: add"),
+        (
+            ["compress={use: fwsvd}", "statistics={kind: gram, epsilon: 1}"],
+            "goes by row_fisher or mean, and this is gram",
+        ),
+        (["compress={use: welore}", "statistics={kind: gram, epsilon: 1}"], "goes by the weights alone"),
+        ([CUT, "statistics={kind: gram}"], "privacy is promised: add epsilon"),
+        ([CUT, "statistics={kind: gram, epsilon: 8}"], "leaves nothing of privacy.epsilon: 8"),
+        (
+            [CUT, "statistics={kind: gram, epsilon: 1}", "privacy=null", "clients.use=sgd"],
+            "goes with a privacy section",
+        ),
+        (
+            [CUT, "statistics={kind: gram, epsilon: 1}", "privacy.unit=client", "clients.use=sgd"],
+            "has unit: client",
+        ),
+        ([*GRAM, "secure_aggregation={}"], "the server would see each client's statistic"),
+        ([CUT, "model.start=runs/x"], "start is for the base as it is"),
+        ([CUT, "model.quantize=8bit"], "quantize is for the base as it is"),
+        (["compress={use: lorde}"], "unknown compressor 'lorde': did you mean 'lord'"),
+        (["compress={use: lord, keep: 0}"], "compress.keep"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_a_line(tiny, told, why):
+    with pytest.raises(UserError) as error:
+        tiny(*told)
+    assert why in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ((CUT, "statistics={kind: gram, epsilon: 1, layers: [7]}"), r"statistics\.layers: no layer 7 is cut"),
+        (("compress={use: lord, targets: [nothing]}",), r"compress\.targets: 'nothing' matches no linear layer"),
+        (("compress={use: lord, rank: 3}",), r"compress\.rank: Lord has no option 'rank'"),
+    ],
+)
+def test_what_the_base_has_not_is_refused_before_anything_is_written(tiny, tmp_path, told, why):
+    with pytest.raises(UserError, match=why):
+        simulate(tiny(*told), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_sites_refuse_it(tiny, reviews):
+    with pytest.raises(SettingError, match=r"compress.*is of simulations"):
+        prepare.prepare_server(tiny(CUT))
+
+
+def test_a_pooled_baseline_takes_the_statistic_without_noise(tiny):
+    from fedlora.baselines import derive
+
+    made = derive(tiny(*GRAM), "pooled")
+    assert made.statistics.epsilon is None and made.privacy is None and made.compress.use == "lord"
+
+
+@pytest.fixture(scope="module", params=["gram", "row_fisher"])
+def collected(request, tiny):
+    """What takes a statistic of the tiny base, with the rows of two clients."""
+    from fedlora import compressing, statistic_round
+
+    uses = "lord" if request.param == "gram" else "fwsvd"
+    scenario = tiny(
+        f"compress={{use: {uses}}}", f"statistics={{kind: {request.param}, epsilon: 2}}", "clients.total=2"
+    )
+    ready = prepare.prepare(scenario)
+    loaded, _ = compressing.load(scenario.model.base, None, ["all-linear"], [])
+    return ready, *statistic_round._collector(ready.setup, scenario, loaded)[:2]
+
+
+def taken(collected, rows, persons=None):
+    """The sums of a client that holds such rows, without noise."""
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    from fedlora import statistic_round
+
+    ready, task, collector = collected
+    part = replace(
+        ready.data.partition(0), rows=np.array(rows), persons=None if persons is None else np.array(persons)
+    )
+    data = SimpleNamespace(partition=lambda client: part, units=lambda client: part.units)
+    told = SimpleNamespace(scenario=ready.scenario, data=data)
+    return statistic_round._sum(task, collector, told, 0, 1.0)[0]
+
+
+def length(one, other):
+    return np.sqrt(sum(((one[name] - other[name]) ** 2).sum() for name in one))
+
+
+def test_an_example_moves_the_sum_of_a_real_model_by_at_most_one(collected):
+    rows = list(range(40))
+    whole = taken(collected, rows)
+    for left_out in (0, 17, 39):
+        moved = length(whole, taken(collected, [row for row in rows if row != left_out]))
+        assert 0.99 < moved <= 1 + 1e-4
+
+
+def test_a_person_moves_it_by_at_most_one_however_many_rows_are_hers(collected):
+    rows, persons = list(range(40)), [0] * 25 + [1] * 10 + [2] * 5
+    whole = taken(collected, rows, persons)
+    for person in (0, 1, 2):
+        left = [(row, who) for row, who in zip(rows, persons, strict=True) if who != person]
+        assert length(whole, taken(collected, *zip(*left, strict=True))) <= 1 + 1e-4
+
+
+def test_coins_may_take_nobody(tiny, tmp_path):
+    run = simulate(tiny(CUT, "statistics={kind: gram, share: 1.0e-9}", private=False), out=tmp_path / "run")
+    assert run.summary["rounds"] == 2  # cut by the weights alone: the statistic is the same everywhere
+
+
+def test_more_rounds_take_the_same_base(run, tiny, tmp_path):
+    shutil.copytree(run.folder, folder := tmp_path / "copy")
+    shutil.rmtree(folder / "base")  # it is lost, and made again of the same sum with the same noise
+    more = simulate(tiny(*GRAM, "rounds=3"), out=folder, resume=True)
+    assert all(np.array_equal(t, factors(more)[n]) for n, t in factors(run).items())
+
+
+def test_what_does_not_fit_the_adapter_is_refused_before_the_base_is_cut(tiny, tmp_path):
+    with pytest.raises(UserError, match="no tensor of this adapter is 'C'"):
+        simulate(tiny(*GRAM, "strategy.server={kind: adam, lr: {B: 1, head: 1, C: 1}}"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_search_of_learning_rates_takes_a_base_as_it_is(tiny_yaml, tmp_path):
+    from fedlora.tuning import tune
+
+    (file := tmp_path / "a.yaml").write_text(tiny_yaml)
+    with pytest.raises(UserError, match="tune takes a base as it is"):
+        tune(file, overrides=[CUT], private=True)
