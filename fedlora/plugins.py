@@ -43,7 +43,7 @@ _SHELVES: Mapping[Shelf, _About] = {
     "kinds": _About(
         "model.adapter.kind", "kind of adapter", ("averages", "contract", "frames", "modules", "targets")
     ),
-    "schedules": _About("model.adapter.schedule.kind", "schedule of the adapter", ("contract",)),
+    "schedules": _About("model.adapter.schedule.kind", "schedule of the adapter", ("contract", "levels")),
 }
 
 

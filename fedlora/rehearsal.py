@@ -31,6 +31,7 @@ from fedlora.privacy.mechanisms import central
 from fedlora.rounds.checkpoint import Merges
 from fedlora.rounds.loop import Loop
 from fedlora.rounds.progress import Line, Progress, Stopwatch
+from fedlora.rounds.turning import Turning
 from fedlora.scenario import Scenario
 from fedlora.schedules import contract as schedules
 from fedlora.seeding import generator
@@ -79,11 +80,13 @@ class Stage:
                 ledger=ledger,
                 repeatable=False,  # nothing is drawn
             )
+            turning = None
             if (scheduled := schedules.load(scenario.model.adapter.schedule)) is not None:
                 scheduled.bind(found.layout, found.kind, scenario.seed, found.weights)
+                turning = Turning(schedule=scheduled, scenario=scenario)
             loop = Rehearsal(
                 scenario=scenario,
-                schedule=scheduled,
+                turning=turning,
                 strategy=strategy,
                 engine=engine,
                 data=self.ready.data,

@@ -274,19 +274,20 @@ class Kind(ABC):
 
         Args:
             layout: of the adapter.
-            adapter: every tensor of the layout.
+            adapter: every tensor of the layout, perhaps of a lower rank.
             merged: all that was folded into the base, scaling included; it becomes part of the adapter.
 
         Returns:
             Tensors by peft's names, and the rank, which then is `lora_alpha` too; None: as the kind's own.
         """
-        if self.ordinary and not merged and self.scaling() == Kind.scaling(self):
+        whole = all(tensor.shape == layout[name].shape for name, tensor in adapter.items())
+        if self.ordinary and whole and not merged and self.scaling() == Kind.scaling(self):
             return {n: t for n, t in adapter.items() if layout[n].role in (*self.parts, "head")}, None
         plain: dict[str, factors.Factors] = {}
         for name, change in self.lazy(layout, adapter).items():
             more = [(1.0, Thin(*merged[name]))] if merged and name in merged else []
-            whole = Total([(self.scaling(), change), *more])
-            plain[name] = factors.shorten(*whole.factors()) if whole.thin else whole.factors()
+            both = Total([(self.scaling(), change), *more])
+            plain[name] = factors.shorten(*both.factors()) if both.thin else both.factors()
         rank = max(1, *(right.shape[0] for _, right in plain.values()))
         if larger := [n for n, (b, a) in plain.items() if rank * (len(b) + a.shape[1]) > len(b) * a.shape[1]]:
             logger.warning(
