@@ -4,6 +4,7 @@ They send tensors of the right shapes, and the model has shapes without weights;
 run will count.
 """
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -144,13 +145,17 @@ class _Engine(InlineEngine):
 
 
 class _StandIn(Client):
-    """Sends tensors of the right shapes: random, so that no strategy meets a rank below the full one."""
+    """Sends tensors of the right shapes: random, so that no strategy meets a rank below the full one.
+
+    Numbers of large tensors are large, so that a choice of layers falls on the largest.
+    """
 
     def __init__(self, real: Client, metrics: Mapping[str, float], layout: Layout) -> None:
         self.real, self.metrics, self.private = real, metrics, real.private
         rng = generator(0, "stand-in")
         self.tensors: dict[str, Tensor] = {
-            name: (rng.standard_normal(slot.shape) * 1e-3).astype(np.float32) for name, slot in layout.items()
+            name: (rng.standard_normal(slot.shape) * 1e-5 * math.prod(slot.shape) ** 0.5).astype(np.float32)
+            for name, slot in layout.items()
         }
 
     def spends(self, num_examples: int, settings: Settings) -> Event | None:

@@ -187,7 +187,11 @@ def _check_schedule(schedule: Schedule, strategy: Strategy, kind: Kind, scenario
             (merges or parts) and scenario.world is not None and scenario.world.concurrency is not None,
             "begins anew, and updates that come late are to what there was before",
         ),
-        ("privacy.unit", tiers and scenario.client_privacy is not None, "has ranks, and a noised sum has one shape"),
+        (
+            "privacy.unit",
+            tiers and scenario.client_privacy is not None,
+            "has ranks, and a noised sum has one shape",
+        ),
         (
             "secure_aggregation",
             tiers and scenario.secure_aggregation is not None,

@@ -35,6 +35,7 @@ from fedlora.rounds.server import ServerOptimizer
 from fedlora.rounds.shrink import Shrinker
 from fedlora.rounds.turning import Turning
 from fedlora.scenario import Scenario
+from fedlora.schedules.contract import redrawn
 from fedlora.seeding import generator
 from fedlora.strategy import Strategy
 
@@ -93,7 +94,7 @@ class Loop:
                 break
             watch = Stopwatch()
             instruction = self._instruct(round, now.adapter, now.layers)
-            drawn = self.turning.redrawn(instruction.draw) if self.turning else {}
+            drawn = self._redrawn(instruction.draw)
             self.strategy.initial = {**self.strategy.initial, **drawn}
             kept = {n: t for n, t in {**now.adapter, **drawn}.items() if n not in instruction.adapter}
             instruction = replace(instruction, frozen=fingerprint(kept))
@@ -150,6 +151,13 @@ class Loop:
         told = self.strategy.instruct(round, adapter, self.scenario.ranks(round))
         return told if self.turning is None else self.turning.asked(told, layers, after)
 
+    def _redrawn(self, draw: int) -> Adapter:
+        """The frozen parts that clients begin a round from, where these are not of the first draw."""
+        if not draw:
+            return {}
+        shapes = self.engine.description.weights
+        return redrawn(self.strategy.kind, self.strategy.layout, self.scenario.seed, shapes, draw)
+
     def _gather(self, instruction: Instruction, now: Progress) -> tuple[Replies, Line] | None:
         """The replies of a cohort, or of another while too few reply, and how many rest; None if too many do.
 
@@ -185,7 +193,7 @@ class Loop:
     def _exchange(self, instruction: Instruction, cohort: list[int], attempt: int, now: Progress) -> Replies:
         """Send, train, collect and account; then the further trips of the round, if the strategy makes any."""
         alike = len(self.scenario.ranks(instruction.round)) == 1
-        sums = alike and self.strategy.partial_sums or self._summed
+        sums = (alike and self.strategy.partial_sums) or self._summed
         instruction = self.budget.again(instruction, cohort)
         if self._pace is not None:
             race = self._pace.race(instruction, cohort, now, partial(self._missed, now))

@@ -1,14 +1,17 @@
 """What a schedule of the adapter does in a round: what is asked, what the answers mean, and what comes after."""
 
-from collections.abc import Collection, Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from fedlora.adapter import Adapter, Change, Instruction, Tensor, Update
 from fedlora.rounds.progress import Progress
 from fedlora.rounds.server import ServerOptimizer
 from fedlora.scenario import Scenario
-from fedlora.schedules.contract import Schedule, redrawn
+from fedlora.schedules.contract import Schedule
 from fedlora.schedules.levels import levelled, part
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +51,7 @@ class Turning:
             keep=tuple(n for n in told.keep if n not in still),
         )
 
-    def redrawn(self, draw: int) -> Adapter:
-        """The frozen parts that clients begin a round from, where these are not of the first draw."""
-        made = self.schedule
-        return redrawn(made.kind, made.layout, made.seed, made.shapes, draw) if draw else {}
-
-    def meant(self, round: int, before: Mapping[str, Tensor], updates: Sequence[Update]) -> Sequence[Update]:
+    def meant(self, round: int, before: Mapping[str, Tensor], updates: list[Update]) -> list[Update]:
         """The updates of a round, at the server's rank."""
         ranks = self.scenario.ranks(round)
         if not self.schedule.unequal or ranks == [self.schedule.kind.r]:
@@ -72,6 +70,7 @@ class Turning:
         now.moments = {name: moment for name, moment in now.moments.items() if name not in made.anew}
         if made.layers is not None:
             now.layers = sorted(made.layers)
+            logger.info("from now on %d layers train: %s", len(now.layers), ", ".join(now.layers))
         if server is not None:
             server.forget(made.anew)
         return {**(now.adapter if self.schedule.measures(round) else adapter), **made.adapter}, made.base

@@ -63,9 +63,9 @@ class Adapter(Section):
         targets: Layers that get factors: ends of their names, regular expressions, or all-linear. They depend on
             the base: `[query, value]` for BERT, `[q_proj, v_proj]` for Llama-like models.
         exclude: Layers or parts of the model that get no factors, written as `targets` are. Example: `[visual]`.
-        schedule: What becomes of the adapter over the rounds. null: it stays what it is. rotate lets a small kind
-            reach more directions, decay lets small ones fade, nested serves devices of several ranks, and grow
-            begins small. Example: `{kind: rotate, every: 5}`.
+        schedule: What becomes of the adapter over the rounds. null: it stays what it is. Rotate lets a small kind
+            reach more directions, and decay lets small ones fade. Nested is for devices of several ranks. Grow
+            begins small, and probe chooses layers. Example: `{kind: rotate, every: 5}`.
         layers: Numbers of the blocks that have targets, counted from 0. null: all. Upper blocks alone train
             faster. Example: `[4, 5]`.
     """

@@ -5,12 +5,12 @@ After every k-th round the rank rises by a stated number, or the next blocks of 
     rank in round t = min(r, begin + floor((t - 1) / k) by)
 
 A column that joins is zero in B, with its row of A from the seed, and a block that joins has a change of zero: the
-function stays as it was. What does not train yet does not travel, so that early rounds send less; under privacy one
-clipping bound and one noise for each number are over fewer numbers. At a lower rank the scaling is that of clients
-of that rank, `alpha / rank`, and what was learnt is divided accordingly.
+function stays as it was. What does not train yet does not travel, so that early rounds send less; under privacy
+one clipping bound and one noise for each number are over fewer numbers. At a lower rank the scaling is that of
+clients of that rank, `alpha / rank`, and what was learnt is divided accordingly.
 
-IncreLoRA adds where scores of importance are high. Here rounds and numbers are stated beforehand: nothing is looked
-at, and the bytes are known before the run.
+IncreLoRA adds where scores of importance are high. Here rounds and numbers are stated beforehand: nothing is
+looked at, and the bytes are known before the run.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Updates of unequal ranks, each number averaged over those who trained it.
 
-A client of rank r_k trains the first r_k columns of B, or rows and columns of a core, at the scaling s_k of its rank.
-With its weight w_k, and s the server's scaling, number i of what the change is linear in becomes
+A client of rank r_k trains the first r_k columns of B, or rows and columns of a core, at the scaling s_k of its
+rank. With its weight w_k, and s the server's scaling, number i of what the change is linear in becomes
 
     x_i = sum_k w_k (s_k / s) x_ki / W_i,   W_i = sum_k w_k   over the clients k that hold i
 

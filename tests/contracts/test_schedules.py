@@ -110,7 +110,8 @@ def test_it_sees_nothing_of_two_neighbours_but_what_is_released(name, tiny, tmp_
     rows = Path(tiny().data.files.train).read_text().splitlines()
     (file := tmp_path / "rows.csv").write_text("\n".join([rows[0], "another row,good,site0", *rows[2:]]) + "\n")
     seen = [
-        followed(name, tiny(*told(name, 2), *more), tmp_path, monkeypatch) for more in ((), (f"data.files.train={file}",))
+        followed(name, tiny(*told(name, 2), *more), tmp_path, monkeypatch)
+        for more in ((), (f"data.files.train={file}",))
     ]
     fresh = seen[1][0][0]
     assert any(not np.array_equal(one[2][n], two[2][n]) for one, two in zip(*seen, strict=True) for n in one[2])

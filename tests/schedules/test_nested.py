@@ -26,10 +26,12 @@ def mean(kind, layout, before, updates, ranks):
 
 
 def test_a_column_is_the_mean_of_those_who_trained_it():
-    """s = 2 / 4, and a client of rank 1 has s_k = 2: its 3 counts for 12. (1 * 12 + 3 * 4) / 4 = 6; columns alone."""
+    """s = 2 / 4, and a client of rank 1 has s_k = 2: its 3 counts for 12. (1 * 12 + 3 * 4) / 4 = 6."""
     kind, layout = Lora(4, 2.0, ()), {"b": Slot("b", (1, 4), "B", "q"), "h": Slot("h", (1,), "head", "h")}
     before = {"b": np.array([[9, 9, 9, 9]], np.float32), "h": np.zeros(1, np.float32)}
-    small = Update(adapter={"b": np.array([[3]], np.float32), "h": np.ones(1, np.float32)}, weight=1.0, clients=(0,))
+    small = Update(
+        adapter={"b": np.array([[3]], np.float32), "h": np.ones(1, np.float32)}, weight=1.0, clients=(0,)
+    )
     large = Update(
         adapter={"b": np.array([[2, 5]], np.float32), "h": np.zeros(1, np.float32)}, weight=3.0, clients=(1,)
     )
@@ -48,7 +50,9 @@ def test_of_a_core_rows_and_columns_are_held():
     np.testing.assert_allclose(mean(kind, layout, before, updates, {0: 1, 1: 2})["g"], [[3, 5], [6, 7]])
 
 
-@given(st.lists(st.tuples(st.sampled_from([1, 2, 3]), st.floats(0.5, 8)), min_size=1, max_size=5), st.integers(0, 99))
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 2, 3]), st.floats(0.5, 8)), min_size=1, max_size=5), st.integers(0, 99)
+)
 def test_a_prefix_is_what_those_below_it_would_have_made_of_it(clients, seed):
     """The first column depends on the first columns alone; where all have the whole rank it is the plain mean."""
     kind, layout, rng = Lora(3, 3.0, ()), {"b": Slot("b", (2, 3), "B", "q")}, np.random.default_rng(seed)
