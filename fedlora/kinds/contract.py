@@ -10,7 +10,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -227,6 +227,10 @@ class Kind(ABC):
         """
         raise SettingError("model.start", f"adapters of kind {type(self).__name__} begin from the seed alone")
 
+    def owner(self, name: str) -> str | None:
+        """The layer that a tensor of a saved adapter is of; empty: all of them; None: a head's."""
+        return layer_of(name) if ".lora_" in name else None
+
     def scaling(self, rank: int | None = None) -> float:
         """The factor before the change that a client of that rank has; by default the server's: `alpha / rank`.
 
@@ -234,6 +238,20 @@ class Kind(ABC):
         """
         rank = rank or self.r
         return self.alpha / (rank**0.5 if self.rslora else rank)
+
+    @classmethod
+    def options(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The fields of the class that options of a scenario stand for; by default those of their names."""
+        return given
+
+    def saved_as(self, config: Any, rank: int | None) -> Any:
+        """The configuration that peft reads beside what `export` gives.
+
+        Args:
+            config: that of the wrapped model.
+            rank: that `export` gave.
+        """
+        return config if rank is None else replace(config, r=rank, lora_alpha=rank, use_rslora=False)
 
     def trains(self, role: str) -> bool:
         """Whether tensors of a role can train; the others stay as they were first made."""
@@ -340,7 +358,8 @@ def take_over(kind: Kind, layout: Layout, drawn: Mapping[str, Tensor], saved: Sa
     Raises:
         SettingError: it is of other layers, another rank or another head.
     """
-    heads = {name: t for name, t in saved.tensors.items() if ".lora_" not in name}
+    owners = {name: kind.owner(name) for name in saved.tensors}
+    heads = {name: t for name, t in saved.tensors.items() if owners[name] is None}
     for name, tensor in heads.items():
         if name not in layout:
             inside = name.removeprefix(PREFIX)
@@ -349,7 +368,7 @@ def take_over(kind: Kind, layout: Layout, drawn: Mapping[str, Tensor], saved: Sa
         if tensor.shape != layout[name].shape:
             raise SettingError("model.start", f"its {name} is {tensor.shape}, and this run's {layout[name].shape}")
     taken = kind.adopt(layout, drawn, saved)
-    has = {layer_of(name) for name in saved.tensors if ".lora_" in name}
+    has = {owner for owner in owners.values() if owner}
     if more := sorted(has - {slot.module for slot in layout.values()}):
         raise SettingError(
             "model.start", f"it has factors for {more[0]} too: set model.adapter.targets and layers to its own"
@@ -373,13 +392,14 @@ def load(
         SettingError: nothing importable has that name, or an option is wrong.
     """
     cls: type[Kind] = plugins.find_of("kinds", use, Kind)  # type: ignore[type-abstract]
+    options = cls.options(options or {})
     key, known = "model.adapter.kind", {f.name for f in fields(cls)} - {f.name for f in fields(Kind)}
-    for name in options or ():
+    for name in options:
         if name not in known:
             hint = suggestion(name, sorted(known)) if known else "it takes none"
             raise SettingError(f"{key}.{name}", f"{use} has no option {name!r}: {hint}")
     try:
-        return cls(r, alpha, targets, layers, exclude, rslora, **(options or {}))
+        return cls(r, alpha, targets, layers, exclude, rslora, **options)
     except (TypeError, ValueError) as error:
         raise SettingError(key, f"{use}: {error}") from error
 

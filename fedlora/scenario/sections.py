@@ -21,30 +21,12 @@ from fedlora.scenario.data import Data
 from fedlora.scenario.head import Head
 from fedlora.scenario.keeping import Best, Keep, Stop
 from fedlora.scenario.keys import Source
+from fedlora.scenario.kinds import KindWith, known_kind
 from fedlora.scenario.learning import TAGS, Schedule, ServerAdam, ServerOptimizer, Shrink
 from fedlora.scenario.privacy import Privacy, SecureAggregation
 from fedlora.scenario.schedules import AdapterSchedule, Grow
 from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Scale, Section, Weight
 from fedlora.scenario.world import World
-
-
-class KindWith(PlugIn):
-    """A kind of adapter with options of its own, which are further keys.
-
-    Attributes:
-        use: A name of `fedlora list kinds`, or `module:Class` of your own. Example: `sparse`.
-    """
-
-    @field_validator("use")
-    @classmethod
-    def _known(cls, use: str) -> str:
-        return _known_kind(use)
-
-
-def _known_kind(use: str) -> str:
-    if wrong := plugins.problem("kinds", use):
-        raise PydanticCustomError("unknown", wrong)
-    return use
 
 
 class Adapter(Section):
@@ -101,7 +83,7 @@ class Adapter(Section):
     @field_validator("kind")
     @classmethod
     def _known(cls, kind: str | KindWith) -> str | KindWith:
-        return _known_kind(kind) if isinstance(kind, str) and kind != "auto" else kind
+        return known_kind(kind) if isinstance(kind, str) and kind != "auto" else kind
 
     @property
     def named(self) -> str:

@@ -4,7 +4,6 @@ Nothing is loaded or wrapped again from one client to the next.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -354,10 +353,8 @@ class Adapted:
         """
         from safetensors.numpy import save_file
 
-        config = self.model.peft_config["default"]
         tensors, rank = self.kind.export(self.layout, adapter, merged)
-        if rank is not None:
-            config = dataclasses.replace(config, r=rank, lora_alpha=rank, use_rslora=False)
+        config = self.kind.saved_as(self.model.peft_config["default"], rank)
         folder.mkdir(parents=True)
         config.save_pretrained(str(folder))
         made = {n: np.ascontiguousarray(t) for n, t in whole(tensors).items()}
