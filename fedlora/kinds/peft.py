@@ -5,9 +5,9 @@
 M is what peft's own layer adds; it is built beside the model, from a stand-in that has the shapes of the layers
 and no weights. theta is the tensor named in `LINEAR`, and all else of the kind stays as its seed draws it:
 
+    MissConfig       a block that inputs share                https://arxiv.org/abs/2409.15371
     FourierFTConfig  coefficients of a Fourier transform      https://arxiv.org/abs/2405.03003
     WaveFTConfig     coefficients of wavelets                 https://arxiv.org/abs/2505.12532
-    MissConfig       a block that inputs share                https://arxiv.org/abs/2409.15371
     C3AConfig        kernels of circular convolutions         https://arxiv.org/abs/2407.19342
     ShiraConfig      values at places of a seeded mask        https://arxiv.org/abs/2406.13175
     VeraConfig       b of diag(b) B diag(d) A, with d as is   https://arxiv.org/abs/2310.11454
@@ -37,9 +37,9 @@ from fedlora.lazy import Lazy, Whole
 from fedlora.seeding import generator
 
 LINEAR: Mapping[str, str] = {
+    "MissConfig": "miss_block",
     "FourierFTConfig": "fourierft_spectrum",
     "WaveFTConfig": "waveft_spectrum",
-    "MissConfig": "miss_block",
     "C3AConfig": "c3a_kernel",
     "ShiraConfig": "shira_weight",
     "VeraConfig": "vera_lambda_b",
@@ -58,7 +58,6 @@ EXACT = 1e-4
 """The error of an average, relative to it, from which a kind is refused."""
 _PLACES = 6  # of a change that stand for all of it where two sites compare theirs
 _PROBES = 64
-_COEFFICIENTS = 1000  # of FourierFT in each layer, where nothing is said
 _UNSEEDED = {"ShiraConfig": {"random_seed": 0}}  # where peft draws anew for each process
 
 Sizes = tuple[tuple[str, int, int], ...]
@@ -68,7 +67,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Peft(Lora):
-    """A kind of peft's own that is linear in one tensor, such as FourierFT: `config` names its configuration."""
+    """A kind of peft's own that is linear in one tensor, such as MiSS: `config` names its configuration."""
 
     parts: ClassVar[Mapping[str, Part]] = {"values": Part("zero", True), "frame": Part("derived", False)}
     ordinary: ClassVar[bool] = False
@@ -76,12 +75,12 @@ class Peft(Lora):
     gradients: ClassVar[Gradients] = "hooks"
     facts: ClassVar[Facts] = Facts("theta, as the config says", "s norm(M)")
 
-    config: str = "FourierFTConfig"
+    config: str = "MissConfig"
     """A class of peft, one of `LINEAR`."""
     told: tuple[tuple[str, Any], ...] = ()
     """What it is given, beside the layers and, where it has one, the rank."""
     layers_of: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Of each layer of the model that was wrapped, in their order, its outputs and inputs."""
+    """Of each layer of the model that was wrapped its outputs and inputs."""
 
     def __post_init__(self) -> None:
         """Refuse configurations whose average is off.
@@ -161,8 +160,8 @@ class Peft(Lora):
 
     def numbers(self, out: int, into: int) -> int:
         """Those of theta."""
-        if self.config == "FourierFTConfig":  # so that lists need not build one
-            return int(dict(self.told).get("n_frequency", _COEFFICIENTS))
+        if self.config == "MissConfig":  # so that lists need not build one
+            return int(dict(self.told).get("r", self.r)) * out
         return super().numbers(out, into)
 
     def _alone(self, out: int, into: int) -> Any:
@@ -174,7 +173,7 @@ class Peft(Lora):
             return super().initial(slot, rng, weights)
         import torch
 
-        out, into = weights(slot.module).shape
+        out, into = self.layers_of[slot.module] = tuple(weights(slot.module).shape)
         alone, probe = self._alone(out, into), generator(0, "probe", out, into)
         made = alone.change(torch.from_numpy(probe.standard_normal(alone.shape).astype(np.float32))).double()
         made = (made / made.norm()).flatten().numpy()
