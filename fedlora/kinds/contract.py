@@ -121,6 +121,9 @@ class Kind(ABC):
     thin: ClassVar[bool] = True
     """Whether the change is a product of thin factors, so that it can be merged into the base at sites."""
 
+    convolutions: ClassVar[bool] = False
+    """Whether it stands beside convolutions too; their weights are seen as (out x in height width)."""
+
     r: int
     alpha: float
     targets: tuple[str, ...]

@@ -173,7 +173,8 @@ class Peft(Lora):
             return super().initial(slot, rng, weights)
         import torch
 
-        out, into = self.layers_of[slot.module] = tuple(weights(slot.module).shape)
+        out, into = weights(slot.module).shape
+        self.layers_of[slot.module] = (out, into)
         alone, probe = self._alone(out, into), generator(0, "probe", out, into)
         made = alone.change(torch.from_numpy(probe.standard_normal(alone.shape).astype(np.float32))).double()
         made = (made / made.norm()).flatten().numpy()

@@ -128,6 +128,18 @@ def _hooks(task: "Task") -> None:
         """For each example `sum_t g_t x_t^T`, pulled back through the linear map."""
         return {layer.values: layer.pull(wholes(activations[0], backprops))}
 
+    def convolution(
+        layer: torch.nn.Conv2d, activations: list[torch.Tensor], backprops: torch.Tensor
+    ) -> dict[torch.Tensor, torch.Tensor]:
+        """For each image `sum_p g_p x_p^T` over places p, x_p what the kernel sees there; one group, no bias.
+
+        That of Opacus 1.6 is wrong where channels are last in memory.
+        """
+        told = {name: getattr(layer, name) for name in ("dilation", "padding", "stride")}
+        seen = torch.nn.functional.unfold(activations[0].float(), layer.kernel_size, **told)  # (images, in h w, p)
+        made = backprops.float().flatten(2) @ seen.transpose(1, 2)
+        return {layer.weight: made.view(len(made), *layer.weight.shape)}
+
     def wholes(x: torch.Tensor, backprops: torch.Tensor) -> Iterator[torch.Tensor]:
         """For each example `sum_t g_t x_t^T`, one after another: it is whole for a moment."""
         if (lies := task.low_rank.find(backprops)) is None:
@@ -143,6 +155,7 @@ def _hooks(task: "Task") -> None:
             torch.nn.LayerNorm: norm,
             Scales: scales,
             Scatter: entries,
+            torch.nn.Conv2d: convolution,
             Mapped: mapped,
         }
 

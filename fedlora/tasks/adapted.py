@@ -207,21 +207,18 @@ class Adapted:
 
     def weight(self, name: str) -> "torch.Tensor":
         """The frozen weight of a layer with factors, (out, in), with what was merged into it."""
+        import torch
         from transformers.pytorch_utils import Conv1D
 
         base = self._layers[name].get_base_layer()
+        if isinstance(base, torch.nn.Conv2d):
+            return base.weight.flatten(1)
         return base.weight.T if isinstance(base, Conv1D) else quantized.weight(base)
 
     @property
     def weights(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each layer with factors, (out, in)."""
-        from transformers.pytorch_utils import Conv1D
-
-        bases = {module: layer.get_base_layer() for module, layer in self._layers.items()}
-        return {
-            module: (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
-            for module, base in bases.items()
-        }
+        """The shape of each layer with factors, (out, in); of a convolution (out, in height width)."""
+        return {module: _shape(layer.get_base_layer()) for module, layer in self._layers.items()}
 
     def merge(self, change: Change) -> None:
         """Add a change to the frozen weights, for good.
@@ -359,6 +356,15 @@ class Adapted:
         config.save_pretrained(str(folder))
         made = {n: np.ascontiguousarray(t) for n, t in whole(tensors).items()}
         save_file(made, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _shape(base: Any) -> tuple[int, int]:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(base, torch.nn.Conv2d):
+        return base.out_channels, base.weight[0].numel()
+    return (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
 
 
 def _kept(model: Any, heads: Sequence[str], fresh: Collection[str] | None) -> Adapter:
