@@ -124,7 +124,13 @@ def test_a_convnext_learns_them_by_cores_of_its_convolutions(file, tmp_path):
     made = scenario.load(file, asked)
     run = simulate(made, out=tmp_path / "run")
     assert run.summary["accuracy"] > 0.75 and not run.summary["failures"] and 0 < run.summary["epsilon"] <= 8
-    assert plan(made).bytes_up_total == run.summary["bytes_up_total"]
+    planned = plan(made)
+    assert planned.bytes_up_total == run.summary["bytes_up_total"]
+    told = {line["kind"]: line for line in planned.kinds}
+    # 4 x 3 x 2 x 2 of colours, 4 x 4 x 2 x 2 between the stages, and two of 4 x 4 in each of two blocks.
+    assert (
+        told["core"]["adapter"] == 48 + 64 + 4 * 16 and "beside convolutions go core" in told["sparse"]["problem"]
+    )
     whole = export(run.folder, tmp_path / "merged", merge=True)
     kept = AutoModelForImageClassification.from_pretrained(whole)
     assert not torch.equal(
