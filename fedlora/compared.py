@@ -44,9 +44,8 @@ def _of_convolutions(name: str, own: strategy.Strategy, noise: float | None) -> 
     told = own.instruct(1, own.initial)
     count = {n: math.prod(own.layout[n].shape) for n in told.train}
     of_head = sum(size for n, size in count.items() if own.layout[n].role == "head")
-    gain = math.hypot(
-        *own.kind.noise_gain(own.layout, own.initial, {own.layout[n].role for n in told.train}).values()
-    )
+    moving = {own.layout[n].role for n in told.train}
+    gain = math.hypot(*own.kind.noise_gain(own.layout, own.initial, moving).values())
     sent = 4 * sum(count[n] for n in told.send)
     line = {
         "kind": name,
