@@ -37,7 +37,7 @@ def compare(
 
 
 def _of_convolutions(name: str, own: strategy.Strategy, noise: float | None) -> dict[str, Any]:
-    """The line of a kind where layers are convolutions, whose sizes (out, in) does not say: of the scenario's own."""
+    """The line of a kind beside convolutions, whose sizes (out, in) does not say: of the scenario's own."""
     if plugins.find("kinds", name) is not type(own.kind):
         can = [other for other in plugins.names("kinds") if plugins.find("kinds", other).convolutions]
         return {"kind": name, "problem": f"not the scenario's; beside convolutions go {', '.join(can)}"}
