@@ -34,7 +34,7 @@ def test_blocks_join_from_the_last_one_down():
         made.bind({}, Lora(1, 1.0, ()), 0, {"embed": (2, 2)})
 
 
-@pytest.mark.parametrize("told", [(), ("model.adapter.kind=core",), ("model.adapter.kind=sparse",)])
+@pytest.mark.parametrize("told", [("model.adapter.kind=core",), ("model.adapter.kind=sparse",)])
 @pytest.mark.parametrize("grow", [RANK, LAYERS], ids=["rank", "layers"])
 def test_more_travels_as_it_grows_and_the_plan_knows(told, grow, tiny, tmp_path):
     scenario = tiny(grow, "rounds=3", "strategy.server={kind: adam, lr: 0.05}", *told)

@@ -72,7 +72,7 @@ def test_a_prefix_is_what_those_below_it_would_have_made_of_it(clients, seed):
         np.testing.assert_allclose(made[:, j], whole, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("told", [(), ("model.adapter.kind=core",), ("model.adapter.kind=channel",)])
+@pytest.mark.parametrize("told", [("model.adapter.kind=core",), ("model.adapter.kind=channel",)])
 def test_a_run_gives_a_model_for_each_rank(told, tiny, tiny_base, reviews, tmp_path):
     scenario = tiny(*NESTED, "rounds=2", "clients.lr=2.0", *told)
     run = simulate(scenario, out=tmp_path / "run")
