@@ -77,6 +77,8 @@ def _pooled(scenario: Scenario, told: dict[str, Any], private: bool) -> None:
     elif given.sample_rate is not None:
         told["clients"]["sample_rate"] = given.sample_rate * given.cohort_size / given.total
     told["clients"] |= dict.fromkeys(("per_round", "ranks", "tiers"))
+    if (schedule := told["model"]["adapter"]["schedule"]) and schedule["kind"] == "nested":
+        told["model"]["adapter"]["schedule"] = None  # of ranks, and it has one
     told["engine"]["fused"] = 1
     told["data"]["partition"] = {"kind": "iid"}
     if private:

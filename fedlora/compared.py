@@ -31,7 +31,30 @@ def compare(
         to the change of all weights at first, and the `noise` there, in Frobenius norm; or the `problem`.
     """
     head = {name: slot for name, slot in own.layout.items() if slot.role == "head"}
+    if any(len(slot.shape) == 4 for slot in own.layout.values()):
+        return [_of_convolutions(name, own, noise) for name in plugins.names("kinds")]
     return [_line(name, scenario, head, weights, noise) for name in plugins.names("kinds")]
+
+
+def _of_convolutions(name: str, own: strategy.Strategy, noise: float | None) -> dict[str, Any]:
+    """The line of a kind beside convolutions, whose sizes (out, in) does not say: of the scenario's own."""
+    if plugins.find("kinds", name) is not type(own.kind):
+        can = [other for other in plugins.names("kinds") if plugins.find("kinds", other).convolutions]
+        return {"kind": name, "problem": f"not the scenario's; beside convolutions go {', '.join(can)}"}
+    told = own.instruct(1, own.initial)
+    count = {n: math.prod(own.layout[n].shape) for n in told.train}
+    of_head = sum(size for n, size in count.items() if own.layout[n].role == "head")
+    moving = {own.layout[n].role for n in told.train}
+    gain = math.hypot(*own.kind.noise_gain(own.layout, own.initial, moving).values())
+    sent = 4 * sum(count[n] for n in told.send)
+    line = {
+        "kind": name,
+        "adapter": sum(count.values()) - of_head,
+        "head": of_head,
+        "bytes_up": sent,
+        "gain": gain,
+    }
+    return line if noise is None else {**line, "noise": gain * noise}
 
 
 def _line(

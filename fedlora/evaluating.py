@@ -210,12 +210,16 @@ def _evaluated(
     files: scenarios.Files,
 ) -> Evaluated:
     hardware.settle()
-    config, saved = starting.plain(folder, str(folder))
+    config, saved = starting.found(folder)
     layers = config.get("layers_to_transform")
     layers = None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
     targets = config["target_modules"]  # a string is one pattern
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    kind = kinds.load("lora", config["r"], config["lora_alpha"], targets, layers)
+    if starting.is_lora(config):
+        kind = kinds.load("lora", config["r"], config["lora_alpha"], targets, layers)
+    else:
+        r = config.get("r") or 1
+        kind = kinds.load("peft", r, float(r), targets, layers, options=config)
     made = loading.load(
         about.task,
         about.base,

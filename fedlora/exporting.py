@@ -229,7 +229,7 @@ def export(run: Record | str | Path, out: str | Path, merge: bool = False, *, ow
     how = _MERGED.format(auto=task_of(about, source, own_code).auto, folder=out.name)
     card = re.sub(r"```python\n.*?```\n", lambda _: how, card, flags=re.S)
     card = card.replace("library_name: peft\n", "library_name: transformers\nbase_model_relation: merge\n")
-    for layer in [m.get_base_layer() for m in model.modules() if hasattr(m, "lora_A")]:
+    for layer in [m.get_base_layer() for m in model.modules() if hasattr(m, "get_base_layer")]:
         base_model.untie(model, layer)
     with base_model.quietly():
         model.merge_and_unload().save_pretrained(str(out))

@@ -110,6 +110,27 @@ class Scattered(Lazy):
 
 
 @dataclass(frozen=True)
+class Whole(Lazy):
+    """A matrix that is at hand."""
+
+    matrix: NDArray[np.floating]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    def times(self, columns: Matrix) -> Matrix:
+        """The plain product."""
+        made: Matrix = self.matrix.astype(np.float64) @ columns
+        return made
+
+    def factors(self) -> Factors:
+        """It and an identity."""
+        return _whole(self.matrix)
+
+
+@dataclass(frozen=True)
 class Total(Lazy):
     """`sum_k w_k M_k`, of matrices of one shape.
 
@@ -144,7 +165,7 @@ class Total(Lazy):
         return _whole(left @ right)
 
 
-def _whole(matrix: Matrix) -> Factors:
+def _whole(matrix: NDArray[np.floating]) -> Factors:
     out, into = matrix.shape
     return (np.eye(out), matrix) if out < into else (matrix, np.eye(into))
 

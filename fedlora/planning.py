@@ -359,8 +359,7 @@ def _try(setup: Setup, ready: prepare.Prepared) -> _Cost:
     median = next(c for c in range(data.num_clients) if data.units(c) == typical)
     whole = told.batch(typical)
     batch = min(whole, 2 * told.micro_batch_size)
-    ranks = told.possible_ranks(worker.scenario.model.adapter.r)
-    instruction = worker.strategy.instruct(1, dict(worker.task.initial), ranks)
+    instruction = worker.strategy.instruct(1, dict(worker.task.initial), worker.scenario.ranks(1))
     alone = {"secure_aggregation": None}  # a part of the noise is for one step
     for steps in (1, _STEPS):  # the first is slower: memory is got, kernels are chosen
         fewer = told.model_copy(update={"local_steps": steps, "batch_size": batch, "sample_rate": None})

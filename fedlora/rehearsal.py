@@ -4,6 +4,7 @@ They send tensors of the right shapes, and the model has shapes without weights;
 run will count.
 """
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from fedlora.privacy.mechanisms import central
 from fedlora.rounds.checkpoint import Merges
 from fedlora.rounds.loop import Loop
 from fedlora.rounds.progress import Line, Progress, Stopwatch
+from fedlora.rounds.turning import Turning
 from fedlora.scenario import Scenario
 from fedlora.schedules import contract as schedules
 from fedlora.seeding import generator
@@ -81,11 +83,13 @@ class Stage:
                 ledger=ledger,
                 repeatable=False,  # nothing is drawn
             )
+            turning = None
             if (scheduled := schedules.load(scenario.model.adapter.schedule)) is not None:
                 scheduled.bind(found.layout, found.kind, scenario.seed, found.weights)
+                turning = Turning(schedule=scheduled, scenario=scenario)
             loop = Rehearsal(
                 scenario=scenario,
-                schedule=scheduled,
+                turning=turning,
                 strategy=strategy,
                 engine=engine,
                 data=self.ready.data,
@@ -143,13 +147,17 @@ class _Engine(InlineEngine):
 
 
 class _StandIn(Client):
-    """Sends tensors of the right shapes: random, so that no strategy meets a rank below the full one."""
+    """Sends tensors of the right shapes: random, so that no strategy meets a rank below the full one.
+
+    Numbers of large tensors are large, so that a choice of layers falls on the largest.
+    """
 
     def __init__(self, real: Client, metrics: Mapping[str, float], layout: Layout) -> None:
         self.real, self.metrics, self.private = real, metrics, real.private
         rng = generator(0, "stand-in")
         self.tensors: dict[str, Tensor] = {
-            name: (rng.standard_normal(slot.shape) * 1e-3).astype(np.float32) for name, slot in layout.items()
+            name: (rng.standard_normal(slot.shape) * 1e-5 * math.prod(slot.shape) ** 0.5).astype(np.float32)
+            for name, slot in layout.items()
         }
 
     def spends(self, num_examples: int, settings: Settings) -> Event | None:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fedlora import engine as engines
 from fedlora import scenario as scenarios
@@ -35,6 +36,7 @@ from fedlora.rounds.loop import Loop
 from fedlora.rounds.progress import Progress
 from fedlora.rounds.shrink import Shrinker
 from fedlora.rounds.stopping import signals, stopping, undisturbed
+from fedlora.rounds.turning import Turning
 from fedlora.run import Run
 from fedlora.scenario import Scenario
 from fedlora.schedules import contract as schedules
@@ -167,8 +169,10 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
     shown.stage("loading the model")
     found = engine.start(setup)
     stage = _bound(ready, found)
+    turning = None
     if (scheduled := schedules.load(scenario.model.adapter.schedule)) is not None:
         scheduled.bind(found.layout, found.kind, scenario.seed, found.weights)
+        turning = Turning(schedule=scheduled, scenario=scenario)
     asked = scenario.strategy.shrink
     shrinker = None if asked is None else Shrinker(strength=asked.strength, layout=found.layout)
     now = Progress(round=0, adapter=dict(found.initial))
@@ -208,7 +212,7 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
         merges=merges,
         central=whole,
         server=stage,
-        schedule=scheduled,
+        turning=turning,
         noise=known_noise.make(strategy, ready.client, scenario, found.layout, whole),
         shrinker=shrinker,
         diagnostics=Diagnostics(layout=found.layout, kind=found.kind) if scenario.diagnostics else None,
@@ -260,19 +264,38 @@ def finish(begun: Begun, now: Progress, stopped: str | None) -> Run:
         about = About.of(ready.scenario, ready.data.labels, best.figures if best else now.last)
         about = replace(about, base=str(made), revision=None) if (made := ready.setup.base) else about
         final = best or now
-        _export(begun.engine, final.adapter, folder, merges.total(final.merges), about)
+        _export(begun.engine, final.adapter, folder / "adapter", merges.total(final.merges), about)
         if now.round and not (stopped or "").startswith("interrupted"):
             now.bytes_down += begun.engine.conclude(now.round, final.adapter, final.merges, about.threshold)
         summary = summary_of(ready, now, found, begun.loop.ledger, stopped, chosen)
+        if (turning := begun.loop.turning) is not None and now.round:
+            summary |= _prefixes(begun, turning, final.adapter, about)
         summary["verdicts"] = [asdict(verdict) for verdict in Run(folder, summary).verdicts()]
         folders.write_json(folder / "summary.json", summary)
         card.write(folder, ready, summary)
     return Run(folder, summary)
 
 
+def _prefixes(begun: Begun, turning: Turning, adapter: Adapter, about: About) -> dict[str, Any]:
+    """The figures of the model cut to each rank of a client, with its adapter in `prefixes/`."""
+    ranks = turning.scenario.ranks(turning.scenario.rounds)
+    if not turning.schedule.unequal or len(ranks) == 1:
+        return {}
+    told = {}
+    for rank in ranks:
+        cut, metric = turning.prefix(adapter, rank), begun.found.metric
+        figures = begun.engine.evaluate(cut)
+        told[str(rank)] = {key: figures[key] for key in ("loss", metric)}
+        _export(begun.engine, cut, begun.folder / "prefixes" / f"rank-{rank}", {}, about)
+    return {"prefixes": told}
+
+
 def _export(engine: engines.Engine, adapter: Adapter, folder: Path, merged: Change, about: About) -> None:
+    """Write an adapter to a folder, in the place of what is there."""
+
     def write(new: Path) -> None:
         engine.export(adapter, new, merged or None)
         describe(new, about)
 
-    replaced(folder / "adapter", write)
+    folder.parent.mkdir(exist_ok=True)
+    replaced(folder, write)

@@ -80,6 +80,26 @@ def plain(folder: Path, start: str) -> tuple[dict[str, Any], Saved]:
     return told, Saved(_tensors(folder, start), scaling)
 
 
+def found(folder: Path) -> tuple[dict[str, Any], Saved]:
+    """The same of a folder's adapter, which may also be of another of peft's kinds: then its tensors hold all.
+
+    Raises:
+        SettingError: of `model.start`; it cannot be read.
+    """
+    try:
+        told = json.loads((folder / _CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        told = {}
+    if not isinstance(told, dict) or is_lora(told):
+        return plain(folder, str(folder))
+    return told, Saved(_tensors(folder, str(folder)), 1.0)
+
+
+def is_lora(told: Mapping[str, Any]) -> bool:
+    """Whether a configuration of peft is that of a LoRA."""
+    return bool(told.get("peft_type", "LORA") == "LORA")
+
+
 def _of_others(
     tensors: Mapping[str, Any], about: About | None, scenario: Scenario, labels: Sequence[str]
 ) -> tuple[list[str], str]:
@@ -145,7 +165,7 @@ def _config(folder: Path, start: str) -> dict[str, Any]:
         sound = told["r"] > 0 and told["lora_alpha"] > 0
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         told, sound = {}, False
-    if not sound or told.get("peft_type", "LORA") != "LORA":
+    if not sound or not is_lora(told):
         raise SettingError(KEY, f"{start} holds no LoRA that can be read ({_CONFIG})")
     if odd := next((key for key in _ODD if told.get(key)), None):
         raise SettingError(KEY, f"{start} is no plain LoRA: its {_CONFIG} has {odd}")

@@ -75,9 +75,15 @@ def _check(strategy: Strategy, scenario: Scenario, those: Callable[[Test], str])
     use, told = scenario.strategy.use, scenario.clients
     if (cut := scenario.compress) is not None:
         load_compressor(cut.use, {"keep": cut.keep, **cut.options})
-    if told.unequal_ranks(scenario.model.adapter.r) and not strategy.unequal_ranks:
+    schedule = schedules.load(scenario.model.adapter.schedule)
+    levels = schedule is not None and schedule.unequal
+    if told.unequal_ranks(scenario.model.adapter.r) and not (strategy.unequal_ranks or levels):
         can = those(lambda cls: cls.unequal_ranks)
-        raise SettingError("clients.ranks", f"{use} needs equal ranks; these take unequal ones: {can}")
+        raise SettingError(
+            "clients.ranks",
+            f"{use} needs equal ranks; these take unequal ones: {can}, and so does model.adapter.schedule: "
+            "{kind: nested}",
+        )
     if strategy.merges and scenario.model.quantize is not None:
         can = those(lambda cls: not cls.merges)
         raise SettingError(
@@ -160,7 +166,7 @@ def _check(strategy: Strategy, scenario: Scenario, those: Callable[[Test], str])
                 "strategy.parts",
                 f"names nothing that trains of {type(made).__name__}: write [{', '.join(own)}, head]",
             )
-    if (schedule := schedules.load(scenario.model.adapter.schedule)) is not None:
+    if schedule is not None:
         _check_schedule(schedule, strategy, made, scenario, those)
     if scenario.model.start is not None and strategy.draw(2) != strategy.draw(1):
         can = those(lambda cls: cls().draw(2) == cls().draw(1))
@@ -188,32 +194,63 @@ def _check_schedule(
     trained = {n for round in (1, 2) for n in strategy.trains(round, layout) if layout[n].trainable}
     if wrong := schedule.refuses(kind, trained):
         raise SettingError(key, f"{name}: {wrong}; leave it out, or take kind: core")
-    if not schedule.merges:
-        return
-    model, compressed = scenario.model, scenario.compression is not None and scenario.feeds_back
+    model, tiers = scenario.model, scenario.clients.unequal_ranks(scenario.model.adapter.r)
+    merges, changes = schedule.merges, schedule.narrows or model.adapter.rank(1) < model.adapter.r
+    parts = schedule.narrows or schedule.unequal
+    if schedule.unequal and not changes and not tiers:
+        raise SettingError("clients.ranks", f"{name} is for clients of several ranks: name them, or their tiers")
     for at, asked, why in (
-        ("model.quantize", model.quantize is not None, "adds to the frozen weights, and those are in few bits"),
+        (
+            "model.quantize",
+            merges and model.quantize is not None,
+            "adds to the frozen weights, and those are in few bits",
+        ),
         (
             _of_factors(scenario),
-            _of_factors(scenario) != "",
+            merges and _of_factors(scenario) != "",
             "adds to the frozen weights, and here they are factors",
         ),
-        ("model.start", model.start is not None, "draws new factors, and these begin from other ones"),
+        ("model.start", merges and model.start is not None, "draws new factors, and these begin from other ones"),
+        ("model.start", changes and model.start is not None, "begins with less than that has"),
         (
             "strategy.use",
-            plugins.find("tasks", scenario.task).against_base,
+            merges and plugins.find("tasks", scenario.task).against_base,
             f"adds to the frozen weights, beside which task: {scenario.task} measures",
         ),
-        ("compression.up", compressed, "begins anew, and what top_k left out is of what there was before"),
+        (
+            "compression.up",
+            (merges or parts) and scenario.feeds_back,
+            "begins anew, and what top_k left out is of what there was before",
+        ),
         (
             "clients.optimizer.state",
-            scenario.clients.keeps_state,
+            (merges or changes) and scenario.clients.keeps_state,
             "begins anew, and moments that clients keep do not",
         ),
         (
             "world.concurrency",
-            scenario.world is not None and scenario.world.concurrency is not None,
+            (merges or parts) and scenario.world is not None and scenario.world.concurrency is not None,
             "begins anew, and updates that come late are to what there was before",
+        ),
+        (
+            "privacy.unit",
+            tiers and scenario.client_privacy is not None,
+            "has ranks, and a noised sum has one shape",
+        ),
+        (
+            "secure_aggregation",
+            tiers and scenario.secure_aggregation is not None,
+            "has ranks, and a masked sum has one shape",
+        ),
+        (
+            "secure_aggregation.noise",
+            schedule.narrows and scenario.shares_example_noise is not None,
+            "lets some layers rest, and sites that share noise out train what the strategy names",
+        ),
+        (
+            "strategy.shrink",
+            schedule.unequal and scenario.strategy.shrink is not None,
+            "gives numbers noise of their own, and shrinking takes one size",
         ),
     ):
         if asked:

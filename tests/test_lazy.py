@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora import lazy
-from fedlora.lazy import Scattered, Thin, Total
+from fedlora.lazy import Scattered, Thin, Total, Whole
 
 sizes = st.integers(1, 9)
 
@@ -31,7 +31,12 @@ def test_every_operation_equals_the_dense_one(seed, out, into, r, block):
     columns = rng.normal(size=(into, 3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lazy, "BLOCK", block)
-        for made, expected in ((whole, dense), (sparse, entries), (Thin(left, right), left @ right)):
+        for made, expected in (
+            (whole, dense),
+            (sparse, entries),
+            (Thin(left, right), left @ right),
+            (Whole(dense), dense),
+        ):
             assert made.shape == (out, into)
             np.testing.assert_allclose(made.times(columns), expected @ columns, atol=1e-12)
             np.testing.assert_allclose(np.concatenate([*made.blocks()], 1), expected, atol=1e-12)

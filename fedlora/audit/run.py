@@ -230,7 +230,6 @@ class Server(Engine):
             UserError: there are more canaries than directions, or clients send other tensors than they train.
             ContractError: a client names no event.
         """
-        told, seed, r = self.scenario.clients, self.scenario.seed, self.scenario.model.adapter.r
         sent = (instruction.adapter[name] for name in instruction.send if name in instruction.adapter)
         self.hidden.within(tuple(tensor.size for tensor in sent))
         replies = self.inner.train(instruction, cohort, partial_sums=False)
@@ -238,7 +237,7 @@ class Server(Engine):
         reports = {report.client: report for report in replies.reports}
         for update in replies.updates:
             (client,) = update.clients
-            before = instruction.at(told.rank(client, seed, r)).adapter
+            before = instruction.at(self.scenario.rank(client, instruction.round)).adapter
             plain = set(update.adapter) == set(instruction.send) <= set(before)
             if not plain or any(before[name].shape != tensor.shape for name, tensor in update.adapter.items()):
                 raise SettingError(

@@ -108,7 +108,7 @@ class FlowerEngine(Engine):
         self.roster.gather(self._hello, 0.0, lambda: True)  # whoever came since
         if self.worker.scenario.secure_aggregation is not None:
             return self._train_masked(instruction, cohort)
-        ranks = {c: self._rank(c) for c in cohort}
+        ranks = {c: self.worker.scenario.rank(c, instruction.round) for c in cohort}
         asked = {c: instruction.at(ranks[c]) for c in cohort}
         began, transport = time.monotonic(), self.worker.transport
         contents = {
@@ -143,7 +143,7 @@ class FlowerEngine(Engine):
             RoundError: none does.
         """
         contents = {
-            c: self._content(instruction.at(self._rank(c)), self.roster.sites[c])
+            c: self._content(instruction.at(self.worker.scenario.rank(c, instruction.round)), self.roster.sites[c])
             for c in cohort
             if c in self.roster.sites
         }
@@ -235,10 +235,6 @@ class FlowerEngine(Engine):
 
     # Rounds.
 
-    def _rank(self, client: int) -> int:
-        scenario = self.worker.scenario
-        return scenario.clients.rank(client, scenario.seed, scenario.model.adapter.r)
-
     def _content(self, instruction: Instruction, site: Site, packing: wire.Packing | None = None) -> RecordDict:
         """An instruction for a site, with the run that it is about and the merges that the site lacks."""
         content = wire.pack_instruction(instruction, self.description.layout, packing)
@@ -264,7 +260,8 @@ class FlowerEngine(Engine):
                     continue
                 content = wire.pack_words({"run": self.key, "round": instruction.round})
                 if what == secure.MASKED:
-                    packing = self.worker.transport.packing_down(instruction, self._rank(client))
+                    rank = self.worker.scenario.rank(client, instruction.round)
+                    packing = self.worker.transport.packing_down(instruction, rank)
                     asked = replace(instruction, config={**instruction.config, **self._noise_words(told)})
                     content = self._content(asked, self.roster.sites[client], packing)
                 contents[client] = RecordDict({**content, **wire.pack_parts(parts)})
@@ -375,7 +372,8 @@ class FlowerEngine(Engine):
             ContractError: it is not what was asked for.
         """
         update = wire.unpack_update(reply.content, client)
-        update = replace(update, scaling=self.description.kind.scaling(self._rank(client)))
+        rank = self.worker.scenario.rank(client, instruction.round)
+        update = replace(update, scaling=self.description.kind.scaling(rank))
         update = self.worker.transport.arrived(update, instruction)
         update = self.worker.intake.check(update, instruction)
         if (bound := instruction.config.get(central.CLIP_NORM)) is not None:

@@ -86,7 +86,7 @@ class Intake:
                 `clients.max_norm`, or it claims to weigh more than its clients hold.
         """
         told = self.scenario.clients
-        rank = told.rank(update.clients[0], self.scenario.seed, self.scenario.model.adapter.r)
+        rank = self.scenario.rank(update.clients[0], instruction.round)
         check_tensors(update.adapter, self.expected(instruction, rank))
         self._check_weight(update)
         averaged.check(update.moments, len(instruction.moments))

@@ -152,7 +152,7 @@ class Worker:
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
         """Run clients in their order; one that raises is a report with an error, never silence."""
-        ranks = [self._rank(client) for client in cohort]
+        ranks = [self.scenario.rank(client, instruction.round) for client in cohort]
         asked = {rank: instruction.at(rank) for rank in set(ranks)}
         received = {rank: self.transport.received(asked[rank], rank) for rank in asked}
         down = {rank: self._bytes_down(asked[rank]) for rank in asked}
@@ -201,9 +201,6 @@ class Worker:
                 made |= zip(mine, self.fused.run(rank, fits), strict=True)
             yield from (made[i] for i in group)
 
-    def _rank(self, client: int) -> int:
-        return self.scenario.clients.rank(client, self.scenario.seed, self.scenario.model.adapter.r)
-
     def _bytes_down(self, instruction: Instruction) -> int:
         return traffic.instruction_bytes(instruction, self.task.layout, self.transport.down)
 
@@ -213,7 +210,8 @@ class Worker:
         Returns:
             What it sends, as `Transport.outgoing` has it; None where it failed. And what became of it.
         """
-        return self._alone(instruction, client, self._rank(client), self._bytes_down(instruction))
+        rank = self.scenario.rank(client, instruction.round)
+        return self._alone(instruction, client, rank, self._bytes_down(instruction))
 
     def _alone(self, *told: Any) -> tuple[Update | None, Report]:
         """`_fit` of a client that asks for no passes: it makes them itself."""
@@ -415,7 +413,7 @@ class Worker:
         """
         found, rows = {}, Partition(-1, self.dataset.test, np.arange(len(self.dataset.test)))
         for client in cohort:
-            rank = self._rank(client)
+            rank = self.scenario.rank(client, instruction.round)
             adapter = self.received(instruction.at(rank), client, instruction.round + 1)
             self.task.become(rank, instruction.draw)
             held = rows if test else self.dataset.held_out(client)

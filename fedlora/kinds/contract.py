@@ -10,7 +10,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -121,6 +121,9 @@ class Kind(ABC):
     thin: ClassVar[bool] = True
     """Whether the change is a product of thin factors, so that it can be merged into the base at sites."""
 
+    convolutions: ClassVar[bool] = False
+    """Whether it stands beside convolutions too; their weights are seen as (out x in height width)."""
+
     r: int
     alpha: float
     targets: tuple[str, ...]
@@ -227,6 +230,10 @@ class Kind(ABC):
         """
         raise SettingError("model.start", f"adapters of kind {type(self).__name__} begin from the seed alone")
 
+    def owner(self, name: str) -> str | None:
+        """The layer that a tensor of a saved adapter is of; empty: all of them; None: a head's."""
+        return layer_of(name) if ".lora_" in name else None
+
     def scaling(self, rank: int | None = None) -> float:
         """The factor before the change that a client of that rank has; by default the server's: `alpha / rank`.
 
@@ -234,6 +241,20 @@ class Kind(ABC):
         """
         rank = rank or self.r
         return self.alpha / (rank**0.5 if self.rslora else rank)
+
+    @classmethod
+    def options(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The fields of the class that options of a scenario stand for; by default those of their names."""
+        return given
+
+    def saved_as(self, config: Any, rank: int | None) -> Any:
+        """The configuration that peft reads beside what `export` gives.
+
+        Args:
+            config: that of the wrapped model.
+            rank: that `export` gave.
+        """
+        return config if rank is None else replace(config, r=rank, lora_alpha=rank, use_rslora=False)
 
     def trains(self, role: str) -> bool:
         """Whether tensors of a role can train; the others stay as they were first made."""
@@ -274,19 +295,20 @@ class Kind(ABC):
 
         Args:
             layout: of the adapter.
-            adapter: every tensor of the layout.
+            adapter: every tensor of the layout, perhaps of a lower rank.
             merged: all that was folded into the base, scaling included; it becomes part of the adapter.
 
         Returns:
             Tensors by peft's names, and the rank, which then is `lora_alpha` too; None: as the kind's own.
         """
-        if self.ordinary and not merged and self.scaling() == Kind.scaling(self):
+        whole = all(tensor.shape == layout[name].shape for name, tensor in adapter.items())
+        if self.ordinary and whole and not merged and self.scaling() == Kind.scaling(self):
             return {n: t for n, t in adapter.items() if layout[n].role in (*self.parts, "head")}, None
         plain: dict[str, factors.Factors] = {}
         for name, change in self.lazy(layout, adapter).items():
             more = [(1.0, Thin(*merged[name]))] if merged and name in merged else []
-            whole = Total([(self.scaling(), change), *more])
-            plain[name] = factors.shorten(*whole.factors()) if whole.thin else whole.factors()
+            both = Total([(self.scaling(), change), *more])
+            plain[name] = factors.shorten(*both.factors()) if both.thin else both.factors()
         rank = max(1, *(right.shape[0] for _, right in plain.values()))
         if larger := [n for n, (b, a) in plain.items() if rank * (len(b) + a.shape[1]) > len(b) * a.shape[1]]:
             logger.warning(
@@ -339,7 +361,8 @@ def take_over(kind: Kind, layout: Layout, drawn: Mapping[str, Tensor], saved: Sa
     Raises:
         SettingError: it is of other layers, another rank or another head.
     """
-    heads = {name: t for name, t in saved.tensors.items() if ".lora_" not in name}
+    owners = {name: kind.owner(name) for name in saved.tensors}
+    heads = {name: t for name, t in saved.tensors.items() if owners[name] is None}
     for name, tensor in heads.items():
         if name not in layout:
             inside = name.removeprefix(PREFIX)
@@ -348,7 +371,7 @@ def take_over(kind: Kind, layout: Layout, drawn: Mapping[str, Tensor], saved: Sa
         if tensor.shape != layout[name].shape:
             raise SettingError("model.start", f"its {name} is {tensor.shape}, and this run's {layout[name].shape}")
     taken = kind.adopt(layout, drawn, saved)
-    has = {layer_of(name) for name in saved.tensors if ".lora_" in name}
+    has = {owner for owner in owners.values() if owner}
     if more := sorted(has - {slot.module for slot in layout.values()}):
         raise SettingError(
             "model.start", f"it has factors for {more[0]} too: set model.adapter.targets and layers to its own"
@@ -372,13 +395,14 @@ def load(
         SettingError: nothing importable has that name, or an option is wrong.
     """
     cls: type[Kind] = plugins.find_of("kinds", use, Kind)  # type: ignore[type-abstract]
+    options = cls.options(options or {})
     key, known = "model.adapter.kind", {f.name for f in fields(cls)} - {f.name for f in fields(Kind)}
-    for name in options or ():
+    for name in options:
         if name not in known:
             hint = suggestion(name, sorted(known)) if known else "it takes none"
             raise SettingError(f"{key}.{name}", f"{use} has no option {name!r}: {hint}")
     try:
-        return cls(r, alpha, targets, layers, exclude, rslora, **(options or {}))
+        return cls(r, alpha, targets, layers, exclude, rslora, **options)
     except (TypeError, ValueError) as error:
         raise SettingError(key, f"{use}: {error}") from error
 

@@ -56,7 +56,7 @@ class Lora(Kind):
 
     def shape(self, slot: Slot, rank: int) -> tuple[int, ...]:
         """A loses rows and B columns."""
-        cut = {"A": (rank, *slot.shape[1:]), "B": (*slot.shape[:1], rank)}
+        cut = {"A": (rank, *slot.shape[1:]), "B": (*slot.shape[:1], rank, *slot.shape[2:])}
         return cut.get(slot.role, slot.shape)
 
     def adopt(self, layout: Layout, drawn: Mapping[str, Tensor], saved: Saved) -> Adapter:
@@ -101,7 +101,7 @@ class Lora(Kind):
         """
         from peft import LoraConfig, get_peft_model
 
-        chosen = choose(model, heads, self.targets, self.exclude, self.layers)
+        chosen = choose(model, heads, self.targets, self.exclude, self.layers, self.convolutions)
         plain = not self.exclude and not any(t == ALL or is_pattern(t) for t in self.targets)
         names, others = (list(self.targets) if plain else chosen), [n for n, _ in model.named_modules()]
         more = [n for n in others if n not in chosen and any(fits(n, name) for name in names)]

@@ -1,6 +1,6 @@
 """What stands between A and B of a layer; imported where a model is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,6 +38,68 @@ class Passing(torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         """(..., in) to itself and (..., r)."""
         return x, super().forward(x)
+
+
+class Through(torch.nn.Module):
+    """Gives its input on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        vars(self)["weight"] = torch.empty(0)  # whose precision peft asks for
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) to itself."""
+        return x
+
+
+class _Fixed(torch.autograd.Function):
+    """`x W^T` where W is made of values whose gradient somebody else takes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Of x (..., in) and W (out x in), in the precision of training."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        weight = weight.to(dtype)
+        ctx.was = x.dtype
+        ctx.save_for_backward(weight)
+        return torch.nn.functional.linear(x.to(dtype), weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        """For x alone."""
+        (weight,) = ctx.saved_tensors
+        return ((gradient @ weight).to(ctx.was) if ctx.needs_input_grad[0] else None), None, None
+
+
+class Mapped(torch.nn.Module):
+    """A linear layer whose weight (out x in) is a linear function of other numbers.
+
+    Attributes:
+        change: gives the weight of the values, with their graph.
+        apart: says whether a pass takes gradients for each example, by a hook, and not for all of them.
+    """
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], frame: int) -> None:
+        super().__init__()
+        self.change = change
+        self.apart: Callable[[], bool] = lambda: False
+        self.frame = torch.nn.Parameter(torch.zeros(frame), requires_grad=False)
+        self.values = torch.nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) to (..., out)."""
+        if not self.apart():
+            return torch.nn.functional.linear(x, self.change(self.values))
+        y: torch.Tensor = _Fixed.apply(x, self.values, self.change(self.values.detach()))  # type: ignore[no-untyped-call]
+        return y
+
+    @torch.enable_grad()
+    def pull(self, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Gradients of the values (k, *shape) of gradients of the weight, k of (out x in)."""
+        values = self.values.detach().requires_grad_()
+        weight = self.change(values)
+        return torch.stack([torch.autograd.grad(weight, values, g, retain_graph=True)[0] for g in gradients])
 
 
 class _Product(torch.autograd.Function):

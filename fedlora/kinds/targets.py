@@ -35,8 +35,9 @@ def choose(
     targets: Sequence[str],
     exclude: Sequence[str] = (),
     layers: Sequence[int] | None = None,
+    convolutions: bool = False,
 ) -> list[str]:
-    """The names of the linear layers that are meant, outside of heads.
+    """The names of the linear layers that are meant, outside of heads; and of convolutions that are named.
 
     Args:
         model: of transformers.
@@ -44,17 +45,20 @@ def choose(
         targets: what is meant.
         exclude: what is not, as targets are written; the name of any part of the model stands for all in it.
         layers: numbers of the blocks that have targets, from 0; None: all.
+        convolutions: whether these may be named; `all-linear` means none of them.
 
     Raises:
         SettingError: a target, an excluded part or a block is not there, or nothing is left.
     """
-    linear = linear_layers(model, heads)
+    plain = linear_layers(model, heads)
+    linear = [*plain, *(_convolutions(model, heads) if convolutions else ())]
     for target in targets:
         if target != ALL and not any(fits(name, target) for name in linear):
             raise SettingError("model.adapter.targets", _unmatched(model, target, linear))
     out = model.get_output_embeddings()
     last = [name for name, module in model.named_modules() if module is out]
-    meant = [name for name in linear if any(fits(name, t) if t != ALL else name not in last for t in targets)]
+    every = {*plain} - {*last}
+    meant = [name for name in linear if any(fits(name, t) if t != ALL else name in every for t in targets)]
     for part in exclude:
         if not any(_within(name, part) for name, _ in model.named_modules()):
             raise SettingError("model.adapter.exclude", f"{part!r} is the name of no part of the model")
@@ -80,6 +84,15 @@ def is_linear(module: Any) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, (torch.nn.Linear, Conv1D))
+
+
+def _convolutions(model: Any, heads: Sequence[str]) -> list[str]:
+    """The names of a model's convolutions of images, of one group and padded with zeros, outside of its heads."""
+    import torch
+
+    found = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d))
+    plain = [n for n, m in found if m.groups == 1 and m.padding_mode == "zeros" and not isinstance(m.padding, str)]
+    return [name for name in plain if not any(under(f"{name}.", head) for head in heads)]
 
 
 def _within(name: str, part: str) -> bool:

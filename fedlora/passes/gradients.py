@@ -5,7 +5,7 @@ Opacus's hooks, which here take examples one after another in a row without padd
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedlora.adapter import Tensor
@@ -81,7 +81,7 @@ def _hooks(task: "Task") -> None:
     import torch
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
 
-    from fedlora.kinds.modules import Scales, Scatter
+    from fedlora.kinds.modules import Mapped, Scales, Scatter
 
     def linear(
         layer: torch.nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor
@@ -118,13 +118,35 @@ def _hooks(task: "Task") -> None:
     def entries(
         layer: Scatter, activations: list[torch.Tensor], backprops: torch.Tensor
     ) -> dict[torch.Tensor, torch.Tensor]:
-        """For each example `sum_t g_t x_t^T` at the places, one after another: it is whole for a moment."""
-        if (lies := task.low_rank.find(backprops)) is None:
-            sides = zip(backprops.flatten(1, -2), activations[0].flatten(1, -2), strict=True)
-        else:
-            sides = zip(*(torch.split(x[0], lies.lengths) for x in (backprops, activations[0])), strict=True)
+        """For each example `sum_t g_t x_t^T` at the places."""
         places = layer.places()
-        return {layer.values: torch.stack([(g.float().t() @ x.float())[places] for g, x in sides])}
+        return {layer.values: torch.stack([whole[places] for whole in wholes(activations[0], backprops)])}
+
+    def mapped(
+        layer: Mapped, activations: list[torch.Tensor], backprops: torch.Tensor
+    ) -> dict[torch.Tensor, torch.Tensor]:
+        """For each example `sum_t g_t x_t^T`, pulled back through the linear map."""
+        return {layer.values: layer.pull(wholes(activations[0], backprops))}
+
+    def convolution(
+        layer: torch.nn.Conv2d, activations: list[torch.Tensor], backprops: torch.Tensor
+    ) -> dict[torch.Tensor, torch.Tensor]:
+        """For each image `sum_p g_p x_p^T` over places p, x_p what the kernel sees there; one group, no bias.
+
+        That of Opacus 1.6 is wrong where channels are last in memory.
+        """
+        told = {name: getattr(layer, name) for name in ("dilation", "padding", "stride")}
+        seen = torch.nn.functional.unfold(activations[0].float(), layer.kernel_size, **told)  # (images, in h w, p)
+        made = backprops.float().flatten(2) @ seen.transpose(1, 2)
+        return {layer.weight: made.view(len(made), *layer.weight.shape)}
+
+    def wholes(x: torch.Tensor, backprops: torch.Tensor) -> Iterator[torch.Tensor]:
+        """For each example `sum_t g_t x_t^T`, one after another: it is whole for a moment."""
+        if (lies := task.low_rank.find(backprops)) is None:
+            sides = zip(backprops.flatten(1, -2), x.flatten(1, -2), strict=True)
+        else:
+            sides = zip(*(torch.split(side[0], lies.lengths) for side in (backprops, x)), strict=True)
+        return (g.float().t() @ x.float() for g, x in sides)
 
     class Hooks(GradSampleHooks):  # type: ignore[misc]
         GRAD_SAMPLERS: ClassVar = {
@@ -133,6 +155,8 @@ def _hooks(task: "Task") -> None:
             torch.nn.LayerNorm: norm,
             Scales: scales,
             Scatter: entries,
+            torch.nn.Conv2d: convolution,
+            Mapped: mapped,
         }
 
         def capture_activations_hook(self, *arguments: Any) -> None:
@@ -152,7 +176,7 @@ def _hooks(task: "Task") -> None:
             if lies is None and (count := task.low_rank.sequences) > 1:
                 each = [x.reshape(-1, count, *x.shape[1:]) for x in (*activations, backprops)]
                 return each[:-1], each[-1]
-            if lies is None or type(module) in (torch.nn.Linear, Scatter):
+            if lies is None or type(module) in (torch.nn.Linear, Scatter, Mapped):
                 return activations, backprops
             # Padding comes back as zeros, which add nothing to the gradient of any example.
             return [lies.batch(a) for a in activations], lies.batch(backprops)

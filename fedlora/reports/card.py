@@ -34,6 +34,9 @@ def write(folder: Path, ready: Prepared, summary: Mapping[str, Any]) -> None:
     task, base, metric = find(scenario.task), named_elsewhere(held), summary["metric"]
     value = summary[metric]
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    what = f"An adapter of peft's kind {config['peft_type']}"
+    if "lora_alpha" in config:
+        what = f"A LoRA adapter (r = {config['r']}, alpha = {config['lora_alpha']:g})"
     who = "sites" if ready.setup.secret else "simulated clients"
     sent = f"{summary['bytes_up_total']:,} bytes; to clients: {summary['bytes_down_total']:,} bytes"
     if scenario.client_privacy is not None:
@@ -56,7 +59,7 @@ tags: [lora, federated-learning, differential-privacy, fedlora]
 ---
 # {scenario.name}
 
-A LoRA adapter (r = {config["r"]}, alpha = {config["lora_alpha"]:g}) for {whose}, fine-tuned
+{what} for {whose}, fine-tuned
 by {scenario.clients.total} {who} with `{scenario.strategy.use}` over {summary["rounds"]} rounds{kept}.
 
 - for: task `{scenario.task}`, {_aim(scenario)}

@@ -416,6 +416,8 @@ def summary_lines(run: Record) -> list[str]:
     if "bytes_up_total" in summary:  # it stays with a server that protects clients whole
         sent = f"  sent up {size(summary['bytes_up_total'])} (head {size(summary['bytes_up_head'])}), "
         lines.insert(1, f"{sent}down {size(summary['bytes_down_total'])}; client failures {summary['failures']}")
+    for rank, told in (summary.get("prefixes") or {}).items():
+        lines.append(f"  rank {rank:<4}{metric} {told[metric]:.4f}  {folder}/prefixes/rank-{rank}")
     if "virtual_seconds" in summary:
         lines.insert(2, f"  devices  {summary['virtual_seconds'] / 3600:.2f} virtual hours")
     if "stopped" in summary:

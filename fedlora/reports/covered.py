@@ -26,6 +26,8 @@ _SUMMARY = (
     "privacy",
     "test_examples",
     "start",
+    "layers",
+    "prefixes",
     "best_round",
     "ended",
     "stopped",

@@ -64,7 +64,7 @@ def html(run: Record) -> str:
     beside = [] if shared else baselines.beside(run)  # those that are pooled are not private
     told = [f"<p>{escape(said)}</p>" for said in Comparison([run, *beside]).sentences]
     learnt = made.figures(found["learning"]) or "<p>No round was measured yet.</p>"
-    made.section("What was learnt", *told, learnt, *by_label(run))
+    made.section("What was learnt", *told, *_parts(run), learnt, *by_label(run))
     made.section("What privacy it keeps", *_privacy(run), made.figures(found["privacy"]))
     if not shared:
         made.section(
@@ -130,6 +130,20 @@ def _key_figures(run: Record) -> Iterator[tuple[str, str, str]]:
         late = sum(line.get("late", 0) for line in rounds)
         yield "Virtual time", f"{clock / 3600:.2f} h", f"by the clock of the devices; {late} were late or vanished"
     yield "Time", span(sum(line.get("seconds", 0.0) for line in rounds)), "of rounds, as minutes:seconds"
+
+
+def _parts(run: Record) -> Iterator[str]:
+    """The model of each rank, and the layers that a probe chose."""
+    if prefixes := run.summary.get("prefixes"):
+        names = [key for key in (run.metric, "loss") if key in next(iter(prefixes.values()))]
+        rows = [
+            [rank, *("–" if (v := told[n]) is None else f"{v:.4f}" for n in names)]  # noqa: RUF001
+            for rank, told in prefixes.items()
+        ]
+        yield "<p>One adapter was trained by clients of several ranks. Cut to a rank, it is a model for these.</p>"
+        yield Table(("rank", *names), rows).html("The model of each rank")
+    if layers := run.summary.get("layers"):
+        yield f"<p>After a probe {len(layers)} layers trained: {escape(', '.join(layers))}.</p>"
 
 
 def _meaning(run: Record, shared: bool) -> Iterator[str]:

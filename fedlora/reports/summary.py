@@ -91,6 +91,8 @@ def summary_of(
     if found.validation_examples:
         summary["validation_examples"] = found.validation_examples
         summary |= {key: value for key, value in figures.items() if key.startswith(OF_VALIDATION)}
+    if now.layers is not None:
+        summary["layers"] = now.layers
     if best is not None:
         summary["best_round"] = best.round
     if choice is not None and stopped is None and now.round < scenario.rounds and (why := choice.ends(now)):

@@ -117,6 +117,9 @@ def check(strategy: Strategy, client: Client, scenario: Scenario, key: str) -> N
         raise SettingError(key, "world.concurrency mixes changes of several rounds: leave one of them out")
     if asked is None or scenario.client_privacy is not None:
         return
+    adapter = scenario.model.adapter
+    if adapter.rank(1) < adapter.r or scenario.clients.unequal_ranks(adapter.r):
+        raise SettingError(key, "with ranks below the server's, numbers have noise of their own: leave one out")
     bands = 1 if asked.bands is None else 2
     event = Event(noise_multiplier=1.0, sample_rate=1.0, steps=1, clip_norm=1.0, bands=bands)
     probe = copy.copy(strategy)

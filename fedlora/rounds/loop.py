@@ -33,8 +33,9 @@ from fedlora.rounds.pace import Pace
 from fedlora.rounds.progress import Line, Progress, Stopwatch
 from fedlora.rounds.server import ServerOptimizer
 from fedlora.rounds.shrink import Shrinker
+from fedlora.rounds.turning import Turning
 from fedlora.scenario import Scenario
-from fedlora.schedules.contract import Schedule, redrawn
+from fedlora.schedules.contract import redrawn
 from fedlora.seeding import generator
 from fedlora.strategy import Strategy
 
@@ -59,7 +60,7 @@ class Loop:
     folder: Path
     on_round: Callable[[Line], None]
     server: ServerOptimizer | None = None  # the stage after the aggregate, where that is a mean
-    schedule: Schedule | None = None  # of the adapter itself
+    turning: Turning | None = None  # by a schedule of the adapter itself
     noise: KnownNoise | None = None  # in that mean, where somebody asks for it
     shrinker: Shrinker | None = None  # by that noise, before the server steps
     diagnostics: Diagnostics | None = None
@@ -92,7 +93,7 @@ class Loop:
             if self.choice is not None and self.choice.ends(now):
                 break
             watch = Stopwatch()
-            instruction = self._instruct(round, now.adapter)
+            instruction = self._instruct(round, now.adapter, now.layers)
             drawn = self._redrawn(instruction.draw)
             self.strategy.initial = {**self.strategy.initial, **drawn}
             kept = {n: t for n, t in {**now.adapter, **drawn}.items() if n not in instruction.adapter}
@@ -111,6 +112,8 @@ class Loop:
             self._catch_up(replies, now)
             before = {name: now.adapter[name] for name in self.strategy.held}
             updates = self._released(instruction, replies, now)
+            if self.turning is not None:
+                updates = self.turning.meant(round, before, updates)
             made = self.strategy.aggregated(before, updates)
             mean = after = {**before, **made.adapter}
             self._check(before, mean, made.base)  # nothing that is not finite gets into what follows
@@ -118,15 +121,16 @@ class Loop:
             moved = made.adapter
             if self.shrinker is not None:
                 moved, noted["singular_values_left"] = self.shrinker.step(before, moved, noise)
-            if self.server is not None:
+            if self.server is not None and not (self.turning and self.turning.schedule.measures(round)):
                 moved = self.server.step(round, before, moved)
             if moved is not made.adapter:
                 self._check(before, after := {**before, **moved}, {})
             adapter, base = {**now.adapter, **after}, made.base
             if len(instruction.moments):
                 now.moments |= averaged.mean(instruction.send, replies.updates)
-            if self.schedule is not None:
-                adapter, base = self._turned(round, adapter, now)
+            if self.turning is not None:
+                adapter, base = self.turning.turned(round, adapter, now, self.server)
+                self._check(now.adapter, adapter, base)
             if base:
                 self.engine.merge(self.merges.append(base))
             watch.lap("aggregate")
@@ -140,10 +144,12 @@ class Loop:
             watch.lap("diagnose")
             self._record(round, adapter, replies, figures | noted, now, watch)
 
-    def _instruct(self, round: int, adapter: Adapter, after: bool = False) -> Instruction:
-        """What clients receive of the adapter before a round, or after it to be judged, with its draw."""
-        told = self.strategy.instruct(round, adapter, self._ranks)
-        return told if self.schedule is None else replace(told, draw=self.schedule.draw(round + after))
+    def _instruct(
+        self, round: int, adapter: Adapter, layers: list[str] | None = None, after: bool = False
+    ) -> Instruction:
+        """What clients receive of the adapter before a round, or after it to be judged."""
+        told = self.strategy.instruct(round, adapter, self.scenario.ranks(round))
+        return told if self.turning is None else self.turning.asked(told, layers, after)
 
     def _redrawn(self, draw: int) -> Adapter:
         """The frozen parts that clients begin a round from, where these are not of the first draw."""
@@ -151,17 +157,6 @@ class Loop:
             return {}
         shapes = self.engine.description.weights
         return redrawn(self.strategy.kind, self.strategy.layout, self.scenario.seed, shapes, draw)
-
-    def _turned(self, round: int, adapter: Adapter, now: Progress) -> tuple[Adapter, Change]:
-        """The adapter as its schedule has it after a round, and what is merged into the base."""
-        assert self.schedule is not None
-        turned = self.schedule.after(round, adapter)
-        after = {**adapter, **turned.adapter}
-        self._check(adapter, after, turned.base)
-        now.moments = {name: moment for name, moment in now.moments.items() if name not in turned.anew}
-        if self.server is not None:
-            self.server.forget(turned.anew)
-        return after, turned.base
 
     def _gather(self, instruction: Instruction, now: Progress) -> tuple[Replies, Line] | None:
         """The replies of a cohort, or of another while too few reply, and how many rest; None if too many do.
@@ -197,7 +192,8 @@ class Loop:
 
     def _exchange(self, instruction: Instruction, cohort: list[int], attempt: int, now: Progress) -> Replies:
         """Send, train, collect and account; then the further trips of the round, if the strategy makes any."""
-        sums = self.strategy.partial_sums or self._summed
+        alike = len(self.scenario.ranks(instruction.round)) == 1
+        sums = (alike and self.strategy.partial_sums) or self._summed
         instruction = self.budget.again(instruction, cohort)
         if self._pace is not None:
             race = self._pace.race(instruction, cohort, now, partial(self._missed, now))
@@ -313,10 +309,6 @@ class Loop:
         least, most = (None, None) if None in each or not each else (min(each), max(each))
         ends = {f"{metric}_least": least, f"{metric}_most": most}
         return {"loss": None, metric: None} | self._seen(means(found)) | ends
-
-    @property
-    def _ranks(self) -> list[int]:
-        return self.scenario.clients.possible_ranks(self.scenario.model.adapter.r)
 
     @property
     def _judged(self) -> list[int]:

@@ -238,7 +238,7 @@ class Pace:
         return f"round {round}: nobody came within {PATIENCE / DAY:g} days of virtual time; see world.availability"
 
     def _journey(self, instruction: Instruction, client: int, start: float, missed: int) -> Journey:
-        rank = self.scenario.clients.rank(client, self.scenario.seed, self.scenario.model.adapter.r)
+        rank = self.scenario.rank(client, instruction.round)
         down, up = self._bytes(instruction, rank)
         held = self.data.num_examples(client)
         return self.world.journey(

@@ -64,6 +64,7 @@ class Progress:
     under_way: list[UnderWay] = field(default_factory=list)
     best: Best | None = None  # where somebody asks for it
     moments: Adapter = field(default_factory=dict)  # of each tensor, where clients' optimisers begin at their mean
+    layers: list[str] | None = None  # that train, where a schedule chose some
     waited: int = 0  # evaluations since
     unjudged: Line | None = None  # the line of the last round, where that is being evaluated beside the next
 

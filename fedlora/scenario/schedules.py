@@ -35,4 +35,50 @@ class Decay(Section):
     factor: Annotated[Float, Field(ge=0, lt=1)] = 0.5
 
 
-AdapterSchedule = Annotated[Rotate | Decay, Field(discriminator="kind")]
+class Nested(Section):
+    """Let devices train as much of one adapter as they can hold (Maestro, 2308.14929): a model for each rank.
+
+    Attributes:
+        kind: nested: a client trains the first columns, as many as the rank of its tier, and each number is
+            averaged over those who trained it. The ranks stand in `clients.ranks` or `clients.tiers`.
+    """
+
+    kind: Literal["nested"]
+
+
+class Grow(Section):
+    """Begin with a small part of the adapter, and train more of it as rounds go by (after IncreLoRA, 2308.12043).
+
+    Attributes:
+        kind: grow: the rank, or the number of upper blocks, grows every few rounds.
+        of: What grows. rank: columns are added, which change nothing at first. layers: blocks of the model are,
+            from the last one down.
+        begin: Ranks or blocks that train at first.
+        by: Ranks or blocks added each time, up to all.
+        every: Rounds between two additions.
+    """
+
+    kind: Literal["grow"]
+    of: Literal["rank", "layers"] = "rank"
+    begin: PositiveInt = 1
+    by: PositiveInt = 1
+    every: PositiveInt = 5
+
+    def rank(self, round: int, r: int) -> int:
+        """The highest rank that trains in a round, of an adapter of rank r."""
+        return min(r, self.begin + (round - 1) // self.every * self.by) if self.of == "rank" else r
+
+
+class Probe(Section):
+    """Let a first round, paid as any other, say which layers train (after DiffoRA, 2502.08905).
+
+    Attributes:
+        kind: probe: the first round measures how far each layer moves, and those that move most train after it.
+        share: Share of the layers with a change of their own that train. Fewer send less, and learn less.
+    """
+
+    kind: Literal["probe"]
+    share: Annotated[Float, Field(gt=0, lt=1)] = 0.5
+
+
+AdapterSchedule = Annotated[Rotate | Decay | Nested | Grow | Probe, Field(discriminator="kind")]

@@ -22,30 +22,12 @@ from fedlora.scenario.data import Data
 from fedlora.scenario.head import Head
 from fedlora.scenario.keeping import Best, Keep, Stop
 from fedlora.scenario.keys import Source
+from fedlora.scenario.kinds import KindWith, known_kind
 from fedlora.scenario.learning import TAGS, Schedule, ServerAdam, ServerOptimizer, Shrink
 from fedlora.scenario.privacy import Privacy, SecureAggregation
-from fedlora.scenario.schedules import AdapterSchedule
+from fedlora.scenario.schedules import AdapterSchedule, Grow
 from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, PositiveInt, Scale, Section, Weight
 from fedlora.scenario.world import World
-
-
-class KindWith(PlugIn):
-    """A kind of adapter with options of its own, which are further keys.
-
-    Attributes:
-        use: A name of `fedlora list kinds`, or `module:Class` of your own. Example: `sparse`.
-    """
-
-    @field_validator("use")
-    @classmethod
-    def _known(cls, use: str) -> str:
-        return _known_kind(use)
-
-
-def _known_kind(use: str) -> str:
-    if wrong := plugins.problem("kinds", use):
-        raise PydanticCustomError("unknown", wrong)
-    return use
 
 
 class Adapter(Section):
@@ -64,8 +46,9 @@ class Adapter(Section):
         targets: Layers that get factors: ends of their names, regular expressions, or all-linear. They depend on
             the base: `[query, value]` for BERT, `[q_proj, v_proj]` for Llama-like models.
         exclude: Layers or parts of the model that get no factors, written as `targets` are. Example: `[visual]`.
-        schedule: What becomes of the adapter after a round. null: it stays what it is. rotate lets a small kind
-            reach more directions, and decay lets small ones fade. Example: `{kind: rotate, every: 5}`.
+        schedule: What becomes of the adapter over the rounds. null: it stays what it is. Rotate lets a small kind
+            reach more directions, and decay lets small ones fade. Nested is for devices of several ranks. Grow
+            begins small, and probe chooses layers. Example: `{kind: rotate, every: 5}`.
         layers: Numbers of the blocks that have targets, counted from 0. null: all. Upper blocks alone train
             faster. Example: `[4, 5]`.
     """
@@ -101,12 +84,16 @@ class Adapter(Section):
     @field_validator("kind")
     @classmethod
     def _known(cls, kind: str | KindWith) -> str | KindWith:
-        return _known_kind(kind) if isinstance(kind, str) and kind != "auto" else kind
+        return known_kind(kind) if isinstance(kind, str) and kind != "auto" else kind
 
     @property
     def named(self) -> str:
         """The name of the kind, or auto."""
         return self.kind if isinstance(self.kind, str) else self.kind.use
+
+    def rank(self, round: int) -> int:
+        """The highest rank that trains in a round: `r`, or what it has grown to."""
+        return self.schedule.rank(round, self.r) if isinstance(self.schedule, Grow) else self.r
 
 
 class Model(Section):
@@ -360,6 +347,16 @@ class Scenario(Section):
         if isinstance(self.keep, Best):
             return self.keep.best
         return metric if self.keep == "best" or self.stop else None
+
+    def rank(self, client: int, round: int) -> int:
+        """The rank of a client's factors in a round."""
+        told = self.model.adapter
+        return min(self.clients.rank(client, self.seed, told.r), told.rank(round))
+
+    def ranks(self, round: int) -> list[int]:
+        """Every rank that a client may have in a round, ascending."""
+        told = self.model.adapter
+        return sorted({min(rank, told.rank(round)) for rank in self.clients.possible_ranks(told.r)})
 
     @property
     def feeds_back(self) -> bool:

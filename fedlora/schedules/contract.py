@@ -28,11 +28,13 @@ class Turned:
         adapter: new values of some tensors; the others stay.
         base: what is added to the frozen weight of each layer, as thin factors, scaling included.
         anew: tensors that mean something else from now on, so that what an optimiser knows of them is void.
+        layers: those that train from now on; None: as before.
     """
 
     adapter: Adapter
     base: Change = field(default_factory=dict)
     anew: Collection[str] = ()
+    layers: Collection[str] | None = None
 
 
 @dataclass(kw_only=True)
@@ -71,6 +73,24 @@ class Schedule(ABC):
         """
         return None
 
+    @property
+    def unequal(self) -> bool:
+        """Whether updates may be of ranks below the server's, which `levels` brings together."""
+        return False
+
+    @property
+    def narrows(self) -> bool:
+        """Whether some layers do not train in some rounds."""
+        return False
+
+    def layers(self, round: int) -> Collection[str] | None:
+        """Those that train in a round; None: all, or those that `Turned.layers` named."""
+        return None
+
+    def measures(self, round: int) -> bool:
+        """Whether a round's mean is looked at and not taken: then the adapter stays as it was before."""
+        return False
+
     def draw(self, round: int) -> int:
         """Which draw of the seed the frozen tensors of a round are; 0 is the first."""
         return 0
@@ -81,7 +101,7 @@ class Schedule(ABC):
 
         Args:
             round: that has ended, from 1.
-            adapter: every tensor of the layout, with what the round made of them.
+            adapter: every tensor of the layout, with what the round made of them; where it `measures`, the mean.
         """
 
 

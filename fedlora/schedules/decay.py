@@ -47,12 +47,14 @@ class Decay(Schedule):
         rows = dict(modules_of(self.layout, "A"))
         after = {}
         for module, name in modules_of(self.layout, role):
-            matrix = adapter[name].astype(np.float64)
+            matrix = (
+                adapter[name].astype(np.float64).reshape(len(adapter[name]), -1)
+            )  # of a convolution's core too
             if role == "B":  # B A = (B R^T) Q^T, with Q's columns orthonormal
                 upper = np.linalg.qr(adapter[rows[module]].T.astype(np.float64)).R
                 after[name] = single(np.linalg.lstsq(upper, self.faded(matrix @ upper.T).T, rcond=None)[0].T)
             else:
-                after[name] = single(self.faded(matrix))
+                after[name] = single(self.faded(matrix)).reshape(adapter[name].shape)
         return Turned(after)
 
     def faded(self, matrix: Matrix) -> Matrix:

@@ -4,7 +4,6 @@ Nothing is loaded or wrapped again from one client to the next.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -209,21 +208,18 @@ class Adapted:
 
     def weight(self, name: str) -> "torch.Tensor":
         """The frozen weight of a layer with factors, (out, in), with what was merged into it."""
+        import torch
         from transformers.pytorch_utils import Conv1D
 
         base = self._layers[name].get_base_layer()
+        if isinstance(base, torch.nn.Conv2d):
+            return base.weight.flatten(1)
         return base.weight.T if isinstance(base, Conv1D) else quantized.weight(base)
 
     @property
     def weights(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each layer with factors, (out, in)."""
-        from transformers.pytorch_utils import Conv1D
-
-        bases = {module: layer.get_base_layer() for module, layer in self._layers.items()}
-        return {
-            module: (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
-            for module, base in bases.items()
-        }
+        """The shape of each layer with factors, (out, in); of a convolution (out, in height width)."""
+        return {module: _shape(layer.get_base_layer()) for module, layer in self._layers.items()}
 
     def merge(self, change: Change) -> None:
         """Add a change to the frozen weights, for good.
@@ -356,14 +352,21 @@ class Adapted:
         """
         from safetensors.numpy import save_file
 
-        config = self.model.peft_config["default"]
         tensors, rank = self.kind.export(self.layout, adapter, merged)
-        if rank is not None:
-            config = dataclasses.replace(config, r=rank, lora_alpha=rank, use_rslora=False)
+        config = self.kind.saved_as(self.model.peft_config["default"], rank)
         folder.mkdir(parents=True)
         config.save_pretrained(str(folder))
         made = {n: np.ascontiguousarray(t) for n, t in whole(tensors).items()}
         save_file(made, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _shape(base: Any) -> tuple[int, int]:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(base, torch.nn.Conv2d):
+        return base.out_channels, base.weight[0].numel()
+    return (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
 
 
 def _kept(model: Any, heads: Sequence[str], fresh: Collection[str] | None) -> Adapter:

@@ -255,7 +255,8 @@ def untie(model: Any, layer: Any) -> Any:
     import torch
 
     base = model.get_base_model()
-    if layer.weight is not base.get_input_embeddings().weight:
+    tables = (module for module in base.modules() if isinstance(module, torch.nn.Embedding))
+    if all(layer.weight is not table.weight for table in tables):  # of images there are none
         return None
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     for told in (base.config, base.config.get_text_config()):

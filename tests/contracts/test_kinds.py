@@ -13,10 +13,16 @@ from fedlora.adapter import Update, weighted_mean
 from fedlora.errors import SettingError
 from fedlora.kinds import contract
 from fedlora.kinds.averages import aggregation_error
+from fedlora.kinds.peft import LINEAR, Peft
 from fedlora.passes import gradients
 from fedlora.tasks import loading
 
 NAMES = plugins.names("kinds")
+OPTIONS = {
+    "FourierFTConfig": {"n_frequency": 40},
+    "WaveFTConfig": {"n_frequency": 40},
+    "C3AConfig": {"block_size": 8},
+}
 R, ALPHA = 4, 8.0
 LABELS = ("bad", "good")
 
@@ -24,8 +30,8 @@ LABELS = ("bad", "good")
 class Tried:
     """A kind in a tiny BERT, and an adapter of it away from the first."""
 
-    def __init__(self, name, base, rslora=False):
-        self.kind = contract.load(name, R, ALPHA, ("query", "value"), None, (), rslora)
+    def __init__(self, name, base, rslora=False, options=None):
+        self.kind = contract.load(name, R, ALPHA, ("query", "value"), None, (), rslora, options)
         self.base = base
         self.task = self.load()
         self.layout = self.task.layout
@@ -49,9 +55,16 @@ class Tried:
         }
 
 
-@pytest.fixture(scope="module", params=[*((name, False) for name in NAMES), ("lora", True)], ids=str)
+OF_PEFT = [("peft", False, {"config": name, **OPTIONS.get(name, {})}) for name in LINEAR]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*((name, False) for name in NAMES if name != "peft"), ("lora", True), *OF_PEFT],
+    ids=str,
+)
 def tried(request, tiny_base):
-    return Tried(request.param[0], tiny_base, request.param[1])
+    return Tried(request.param[0], tiny_base, *request.param[1:])
 
 
 def test_every_tensor_is_of_a_part_and_has_its_shape(tried):
@@ -199,7 +212,9 @@ def test_an_export_is_an_ordinary_adapter_with_the_same_answers(tried, tmp_path)
     for merged in (None, change):
         folder = tmp_path / ("plain" if merged is None else "merged")
         task.export(tried.adapter, folder, merged)
-        assert all(".lora_" in n or "classifier" in n for n in load_file(folder / "adapter_model.safetensors"))
+        names = load_file(folder / "adapter_model.safetensors")
+        lora = merged or not isinstance(tried.kind, Peft)
+        assert all((".lora_" in n) == bool(lora) or "classifier" in n for n in names)
         told = {"attn_implementation": "eager", "num_labels": 2}
         there = PeftModel.from_pretrained(
             AutoModelForSequenceClassification.from_pretrained(tried.base, **told), str(folder)

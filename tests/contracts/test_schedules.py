@@ -79,12 +79,22 @@ class Stop(Silent):
             raise KeyboardInterrupt
 
 
+ASKED = {"nested": "clients.ranks={kind: list, values: [2, 4]}"}  # what one needs beside itself
+TURNS = {n: ", every: {}" if "every" in SECTIONS[n].model_fields else "" for n in NAMES}
+
+
+def told(name, every):
+    """What a scenario says of a schedule that acts every few rounds, if it does."""
+    needs = (ASKED[name],) if name in ASKED else ()
+    return (*TOLD, f"model.adapter.schedule={{kind: {name}{TURNS[name].format(every)}}}", *needs)
+
+
 TOLD = ("rounds=4", "model.adapter.kind=core", "strategy.server={kind: adam, lr: 0.02}")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_goes_on_bit_for_bit(name, tiny, tmp_path):
-    scenario = tiny(*TOLD, f"model.adapter.schedule={{kind: {name}, every: 1}}")
+    scenario = tiny(*told(name, 1))
     whole = simulate(scenario, out=tmp_path / "whole")
     folder = simulate(scenario, out=tmp_path / "cut", display=Stop()).folder
     done = simulate(scenario, out=folder, resume=True)
@@ -97,11 +107,11 @@ def test_a_run_goes_on_bit_for_bit(name, tiny, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_sees_nothing_of_two_neighbours_but_what_is_released(name, tiny, tmp_path, monkeypatch):
     """Two data sets that differ in a row, and one noise: given what the other released, each decides as it did."""
-    told = (*TOLD, f"model.adapter.schedule={{kind: {name}, every: 2}}")
     rows = Path(tiny().data.files.train).read_text().splitlines()
     (file := tmp_path / "rows.csv").write_text("\n".join([rows[0], "another row,good,site0", *rows[2:]]) + "\n")
     seen = [
-        followed(name, tiny(*told, *more), tmp_path, monkeypatch) for more in ((), (f"data.files.train={file}",))
+        followed(name, tiny(*told(name, 2), *more), tmp_path, monkeypatch)
+        for more in ((), (f"data.files.train={file}",))
     ]
     fresh = seen[1][0][0]
     assert any(not np.array_equal(one[2][n], two[2][n]) for one, two in zip(*seen, strict=True) for n in one[2])
@@ -109,6 +119,7 @@ def test_it_sees_nothing_of_two_neighbours_but_what_is_released(name, tiny, tmp_
         again = fresh.after(round, released)
         assert turned.adapter.keys() == other.adapter.keys() and turned.base.keys() == other.base.keys()
         assert turned.anew == other.anew and mine.draw(round) == fresh.draw(round)
+        assert turned.layers == again.layers and mine.layers(round) == fresh.layers(round)
         assert all(np.array_equal(turned.adapter[n], again.adapter[n]) for n in turned.adapter)
 
 

@@ -34,6 +34,9 @@ def lines(folder, name):
     [
         ("ffa_lora", ()),
         ("ffa_lora", ("clients.optimizer={kind: adamw, state: averaged}",)),
+        ("ffa_lora", ("model.adapter.schedule={kind: nested}", "clients.ranks={kind: list, values: [2, 4]}")),
+        ("ffa_lora", ("model.adapter.schedule={kind: grow, every: 1}", "model.adapter.kind=core")),
+        ("ffa_lora", ("model.adapter.schedule={kind: probe}", "model.adapter.kind={peft: RandLoraConfig}")),
         ("fedex_lora", ()),
         ("fedsa_lora", ("data.client_test_share=0.5",)),
         ("fedask", ()),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import scenario, simulate
+from fedlora import export, plan, scenario, simulate
 from fedlora.cli import main
 from fedlora.data.reading import Rows
 from fedlora.errors import ScenarioError, SettingError
@@ -100,6 +100,43 @@ def test_a_vision_transformer_learns_digits_privately_and_loads_in_plain_peft(fi
             seen = processor(row["digit"].convert("RGB"), return_tensors="pt")["pixel_values"]
             right.append(names[int(model(pixel_values=seen).logits.argmax())] == ["zero", "one"][row["kind"]])
     assert np.mean(right) == pytest.approx(told["accuracy"])
+
+
+def test_a_convnext_learns_them_by_cores_of_its_convolutions(file, tmp_path):
+    """Privately, with a bound on what each image does; `plan` knows what travels."""
+    from transformers import AutoModelForImageClassification, ConvNextConfig, ConvNextForImageClassification
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    folder = str(tmp_path / "convnext")
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "image_size": 16, "num_labels": 7}
+    told = {"patch_size": 2, "layer_scale_init_value": 1.0, "initializer_range": 0.2}
+    ConvNextForImageClassification(ConvNextConfig(**sizes, **told)).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    targets = "[patch_embeddings, downsampling_layer.1, pwconv1, pwconv2]"
+    asked = [
+        f"model.base={folder}",
+        "model.adapter.kind=core",
+        f"model.adapter.targets={targets}",
+        "strategy.server={kind: adam, lr: 0.02}",
+        "model.adapter.alpha=32",
+    ]
+    made = scenario.load(file, asked)
+    run = simulate(made, out=tmp_path / "run")
+    assert run.summary["accuracy"] > 0.75 and not run.summary["failures"] and 0 < run.summary["epsilon"] <= 8
+    planned = plan(made)
+    assert planned.bytes_up_total == run.summary["bytes_up_total"]
+    told = {line["kind"]: line for line in planned.kinds}
+    # 4 x 3 x 2 x 2 of colours, 4 x 4 x 2 x 2 between the stages, and two of 4 x 4 in each of two blocks.
+    assert (
+        told["core"]["adapter"] == 48 + 64 + 4 * 16 and "beside convolutions go core" in told["sparse"]["problem"]
+    )
+    whole = export(run.folder, tmp_path / "merged", merge=True)
+    kept = AutoModelForImageClassification.from_pretrained(whole)
+    assert not torch.equal(
+        kept.convnext.embeddings.patch_embeddings.weight,
+        AutoModelForImageClassification.from_pretrained(folder).convnext.embeddings.patch_embeddings.weight,
+    )
 
 
 def test_predict_takes_the_file_of_an_image(file, tmp_path, capsys):
