@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fedlora.tasks.contract import Batch, Task
 
 BASE = "base"  # of a run's folder
+OF = "base.of"  # beside it: differs where the base would be cut in another way, or by other rows
 
 Sums = dict[str, NDArray[np.float64]]
 
@@ -59,9 +60,10 @@ def cut(ready: Prepared, folder: Path, begun: Mapping[str, Any], shown: Callable
     scenario, base = ready.scenario, folder.absolute() / BASE
     if scenario.compress is None:
         return ready
-    if not (base / located.MANIFEST).is_file():
+    of = folder / OF
+    if not (base / located.MANIFEST).is_file() or not of.is_file():
         _cut(ready, folder, begun, shown)
-    if smaller.manifest(base)["of"] != _of(ready, begun):
+    elif of.read_text() != _of(ready, begun):
         raise SettingError(
             "compress", f"{base} was cut in another way, or of other rows: start again in another folder"
         )
@@ -80,10 +82,13 @@ def _cut(ready: Prepared, folder: Path, begun: Mapping[str, Any], shown: Callabl
         folders.create(folder, scenario, ready.data, begun)
     known: dict[str, Statistic] = {}
     about: dict[str, Any] = {"base": model.base, "revision": model.revision, "base_fingerprint": begun["base"]}
-    about |= {"of": _of(ready, begun), "statistic": None}
+    about["statistic"] = None
+    (folder / OF).write_text(
+        of := _of(ready, begun)
+    )  # not in the base, which is to be a function of the noised sum
     if collected is not None:
         shown("taking the statistic")
-        known = _statistic(ready, folder, *collected, about)
+        known = _statistic(ready, folder, of, *collected, about)
     compressing.write(folder.absolute() / BASE, loaded, reader, compressor, told.use, known, about)
 
 
@@ -186,6 +191,7 @@ def _linear(module: Any) -> bool:
 def _statistic(
     ready: Prepared,
     folder: Path,
+    of: str,
     task: "Task",
     collector: Collector,
     named: Mapping[str, str],
@@ -205,7 +211,7 @@ def _statistic(
         sums, mechanism = _sum(task, collector, ready, client, event.noise_multiplier if event else None)
         if event is not None:
             # Noise that hides one sum must not hide another: whatever may change a sum changes the noise too.
-            noise = stream(scenario.seed, 0, client, "statistic noise", about["of"], _settings(scenario))
+            noise = stream(scenario.seed, 0, client, "statistic noise", of, _settings(scenario))
             sums = mechanism.noised(sums, noise)
         total = {name: total[name] + values if total else values for name, values in sums.items()}
     expected = asked.share * sum(ready.data.units(c) for c in clients)

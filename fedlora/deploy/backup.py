@@ -29,14 +29,14 @@ from typing import Any, BinaryIO
 from fedlora.deploy import history, sealed
 from fedlora.deploy.answers import ANSWERS
 from fedlora.deploy.site import Site, load
-from fedlora.deploy.state import RUN
+from fedlora.deploy.state import RUN, SURVEYS
 from fedlora.errors import UserError
 from fedlora.privacy import chain, ledger
 
 MANIFEST = "backup.json"  # the last file: without it a backup is not whole
 ACCOUNT = "ledger/privacy.jsonl"
 KEY = "held.key"
-_PLAIN = (KEY, "site.log")  # beside records and runs
+_PLAIN = (KEY, SURVEYS, "site.log")  # beside records and runs
 _MOST = 2**40  # bytes of a backup
 
 

@@ -78,6 +78,7 @@ def add(commands: Any) -> None:
     restore.add_argument("--lost", metavar="WHAT", nargs="+", default=[], help=what)
     steps = "steps of fedlora site personalise after the backup, of all runs; beside RUN=..."
     restore.add_argument("--personalised", metavar="STEPS", type=int, help=steps)
+    restore.add_argument("--surveys", metavar="N", type=int, help="surveys that were answered after the backup")
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -173,7 +174,8 @@ def _restore(arguments: argparse.Namespace) -> int:
     from fedlora.deploy.restoring import restore
 
     told = (Path(arguments.site), Path(arguments.backup), _path(arguments.secret))
-    print("\n".join(restore(*told, arguments.lost, arguments.merge, arguments.personalised).lines()))
+    owed = (arguments.personalised, arguments.surveys)
+    print("\n".join(restore(*told, arguments.lost, arguments.merge, *owed).lines()))
     return 0
 
 

@@ -2,9 +2,8 @@
 
 A round is paid for in the site's account and in its run's ledger. So where one of them is gone the other says what
 it had, whatever the owner says (`level`). What neither has is the owner's to say (`charge`): rounds by run, or the
-submitter's ledger, and steps of `fedlora site personalise`, which the account alone has. Where a site answers
-surveys, one is paid for as well. Where nobody knows, the account is closed: it counts as all that the site allows,
-and nothing is paid from it any more.
+submitter's ledger, and steps of `fedlora site personalise` and surveys, which the account alone has. Where nobody
+knows, the account is closed: it counts as all that the site allows, and nothing is paid from it any more.
 """
 
 import math
@@ -147,7 +146,14 @@ def _alone(event: Event) -> Event:
     return replace(alone(event), bands=1)
 
 
-def charge(site: Site, new: Path, gone: Gone, words: Sequence[str], personalised: int | None) -> dict[str, int]:
+def charge(
+    site: Site,
+    new: Path,
+    gone: Gone,
+    words: Sequence[str],
+    personalised: int | None,
+    surveys: int | None = None,
+) -> dict[str, int]:
     """Pay for what may have been trained after the backup; gives the rounds by run.
 
     Args:
@@ -156,6 +162,7 @@ def charge(site: Site, new: Path, gone: Gone, words: Sequence[str], personalised
         gone: the ledgers that may lack what was spent after the backup.
         words: of --lost.
         personalised: steps of `fedlora site personalise`; None: the owner did not say.
+        surveys: that were answered; None: the owner did not say.
 
     Raises:
         UserError: it cannot be known what that cost.
@@ -165,6 +172,8 @@ def charge(site: Site, new: Path, gone: Gone, words: Sequence[str], personalised
         raise UserError("--lost none: says that nothing was trained; name nothing beside it")
     if personalised is not None and not 0 <= personalised <= accounting.MAX_STEPS:
         raise UserError(f"--personalised {personalised}: should be from 0 to {accounting.MAX_STEPS:,}")
+    if surveys is not None and not 0 <= surveys <= _MOST_LOST:
+        raise UserError(f"--surveys {surveys}: should be from 0 to {_MOST_LOST:,}")
     for word in words:
         if word in (NONE, ALL):
             continue
@@ -184,14 +193,20 @@ def charge(site: Site, new: Path, gone: Gone, words: Sequence[str], personalised
             "--lost: says nothing of what was personalised since, which the account alone had: add --personalised "
             "STEPS, in all runs together (0: nothing was), or --lost all if nobody knows"
         )
+    silent = ACCOUNT in gone and surveys is None and ALL not in words
+    if silent and (charged or NONE in words) and _survey(site, new) is not None:
+        raise UserError(
+            "--lost: says nothing of surveys that were answered since, which the account alone had: add --surveys "
+            "N (0: none was), or --lost all if nobody knows"
+        )
     if ALL in words:
         for run in paid(new):
             if run not in charged and not State(new).forgotten(run):
                 charged[run] = _rounds(site, new, run, ALL, _most(site, new, gone, run))
     if personalised:
         _personalised(site, new, personalised)
-    if site.survey is not None and site.privacy is not None and ACCOUNT in gone and {NONE, ALL}.isdisjoint(words):
-        _into_account(site, new, f"{SURVEY}lost", [(0, surveyed.event(site.survey, site.privacy))])
+    if surveys:
+        _surveys(site, new, _survey(site, new), surveys)
     if ALL in words:
         _close(site, new)
     return {run: rounds for run, rounds in charged.items() if rounds}
@@ -301,6 +316,30 @@ def _personalised(site: Site, new: Path, steps: int) -> None:
         )
     event = max(known, key=lambda e: epsilon([e], cap.delta, cap.accountant))
     _into_account(site, new, known[event], [(0, event)])
+
+
+def _survey(site: Site, new: Path) -> Event | None:
+    """What a survey cost at most, by the account and the site file; None where no survey was ever answered."""
+    if (cap := site.privacy) is None:
+        return None
+    lines = lines_of(new / ACCOUNT)
+    known = [Event.from_json(line) for line in lines if str(line.get("run")).startswith(SURVEY)]
+    known += [surveyed.event(site.survey, cap)] if site.survey is not None else []
+    return max((replace(e, steps=1) for e in known), key=lambda e: epsilon([e], cap.delta), default=None)
+
+
+def _surveys(site: Site, new: Path, each: Event | None, count: int) -> None:
+    """Pay for surveys.
+
+    Raises:
+        UserError: nobody knows what one cost.
+    """
+    if each is None:
+        raise UserError(
+            f"--surveys {count}: neither the backup nor the site file says what one cost: write --lost all, which "
+            "closes the account"
+        )
+    _into_account(site, new, f"{SURVEY}lost", [(0, replace(each, steps=count))])
 
 
 def _close(site: Site, new: Path) -> None:

@@ -27,7 +27,7 @@ from fedlora.deploy.serving import Serving, Words
 from fedlora.deploy.site import Site
 from fedlora.deploy.state import State
 from fedlora.engine.roster import BEHIND, STRANGER
-from fedlora.errors import ContractError, Refusal, SettingError
+from fedlora.errors import ContractError, Refusal, SettingError, UserError
 from fedlora.privacy import lock, secure
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms.central import WITHIN
@@ -248,11 +248,11 @@ class Node:
         if (signer := admission.signed(self.site, self.app, words, surveyed.ASKED)) is not None:
             self._signers[key] = signer
         try:
-            return wire.pack_words(surveyed.answer(self.site, self.account, self.state))
-        except SettingError as error:
-            shown = sites.located(self.file, error)
+            return wire.pack_words(surveyed.answer(self.site, self.account, self.state, key))
+        except (SettingError, UserError, OSError) as error:
+            shown = sites.located(self.file, error) if isinstance(error, SettingError) else error
             logger.error("%s", shown, extra={"client": client})
-            raise Refusal("its rows cannot be counted: its log says why", own=str(shown)) from error
+            raise Refusal("its rows or its ledger cannot be read: its log says why", own=str(shown)) from error
 
     def _load(self, words: Words, client: int, merged: int | None = None) -> Serving:
         """Be a worker of a run, with its ledger, and with the merges that are kept here.

@@ -28,7 +28,7 @@ from fedlora.deploy.answers import ANSWERS
 from fedlora.deploy.backup import ACCOUNT, KEY, records, unpack
 from fedlora.deploy.history import History
 from fedlora.deploy.site import Site, load
-from fedlora.deploy.state import JUDGED, State
+from fedlora.deploy.state import JUDGED, SURVEYS, State
 from fedlora.errors import UserError, counted
 from fedlora.privacy import chain, ledger, lock
 from fedlora.privacy.accounting import epsilon
@@ -91,6 +91,7 @@ def restore(
     lost: Sequence[str] = (),
     merge: bool = False,
     personalised: int | None = None,
+    surveys: int | None = None,
 ) -> Restored:
     """Put a backup's files back into a site's state folder.
 
@@ -103,6 +104,7 @@ def restore(
             the site allows, after which nothing is paid any more.
         merge: whether ledgers get the lines of both, where the state has some that the backup lacks.
         personalised: steps of `fedlora site personalise` after the backup that the state's account does not have.
+        surveys: surveys that were answered after it, likewise.
 
     Raises:
         UserError: a worker is up, the backup is not this site's, or epsilon could be counted too low.
@@ -113,7 +115,7 @@ def restore(
         held = lock.hold(site.folder / "lock")
         with tempfile.TemporaryDirectory(prefix=".restoring-", dir=site.folder) as new:
             told = unpack(backup, Path(new), secret)
-            made = _restored(site, backup, Path(new), told, lost, merge, personalised)
+            made = _restored(site, backup, Path(new), told, lost, merge, personalised, surveys)
     except OSError as error:
         raise UserError(f"{error.filename or site.folder}: {error.strerror or error}; run this again") from error
     History(site.folder).write(history.RESTORED, history.ANSWERED)
@@ -129,6 +131,7 @@ def _restored(
     words: Sequence[str],
     merge: bool,
     personalised: int | None,
+    surveys: int | None,
 ) -> Restored:
     """Make every ledger as it is to be, beside the state; then put them and all else in place."""
     if told["site"] != site.name:
@@ -143,7 +146,7 @@ def _restored(
     level = lost.level(site, new, gone, ahead)
     if gone and not words:
         raise UserError(*_asks(site, new, when, ACCOUNT in gone))
-    charged = lost.charge(site, new, gone, words, personalised)
+    charged = lost.charge(site, new, gone, words, personalised, surveys)
     after, merged = _spent(site, new), sum(map(len, ahead.values()))
     closed = any(line.get("closed") for line in lost.lines_of(new / ACCOUNT))
     known = _known(site.folder)
@@ -260,14 +263,17 @@ def _asks(site: Site, new: Path, when: str, account: bool) -> list[str]:
         f"{site.folder}: nobody here can say what was trained after {when}: its ledger does not have all that the "
         "backup's has, or was begun again. Say it with --lost:",
         f"  the ledgers know of {', '.join(known) or 'no run'}",
-        "  --lost none          nothing beside it: no worker was up, and nothing was personalised",
+        "  --lost none          nothing beside it: nothing was trained or personalised",
         "  --lost RUN=ROUNDS    so many rounds of a run at most",
         "  --lost RUN=FILE      what the submitter's ledger says (privacy.jsonl); for runs that began later too",
         "  --lost RUN=all       all that the run may spend by its promise",
         "  --lost all           nobody knows: all that the site allows, and its account pays for nothing any more",
     ]
-    further = "  --personalised N     steps of fedlora site personalise, beside RUN=...; 0: none were"
-    return [*asks, further] if account and site.privacy is not None else asks
+    further = [
+        "  --personalised N     steps of fedlora site personalise, beside RUN=...; 0: none were",
+        "  --surveys N          surveys that were answered; 0: none was",
+    ]
+    return [*asks, *further] if account and site.privacy is not None else asks
 
 
 def _place(site: Site, new: Path) -> int:
@@ -289,7 +295,7 @@ def _place(site: Site, new: Path) -> int:
             continue
         if inside.parts[0] == "site.log" and (here / inside).exists():
             continue
-        if path.name == JUDGED and (here / inside).exists():
+        if path.name in (JUDGED, SURVEYS) and (here / inside).exists():
             both = {**json.loads(path.read_text()), **json.loads((here / inside).read_text())}
             path.write_text(json.dumps(both))
         (here / inside).parent.mkdir(parents=True, exist_ok=True)

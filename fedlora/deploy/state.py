@@ -19,6 +19,7 @@ RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # a run's name, which is a
 _ROWS = "rows"  # which rows a site began a run with, by a digest under its own key
 _FORGOTTEN = "forgotten"  # that the owner had it removed
 _STAYS = (_FORGOTTEN, "privacy.jsonl", "privacy.head")  # what it spent
+SURVEYS = "surveys.json"  # names of surveys, and what each was answered over
 JUDGED = "judged.json"  # what a site has said of its own rows in a run, by round
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,21 @@ class State:
                 extra={"client": client, "run": run.key},
             )
             raise Refusal("its data are not as they were when the run began: its log says why")
+
+    def same_survey(self, name: str, mark: str) -> bool:
+        """Whether a survey of a name was answered over nothing else; it is noted where it was not answered at all.
+
+        Args:
+            name: of the survey.
+            mark: differs where the answer would.
+        """
+        file = self.folder / SURVEYS
+        known: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+        if name not in known:
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps({**known, name: mark}))
+            part.replace(file)
+        return known.get(name, mark) == mark
 
     def judged(self, key: str, round: int, judge: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the site says of its own rows in a round of a run: as it said before, or what `judge` finds."""

@@ -5,10 +5,11 @@ much together as one row. So the counts of two sites that differ in one row, or 
 one of them are at most the square root of two apart (in the 2-norm), and Gaussian noise of that scale hides it.
 
 The site's account pays once. The noise follows from the site's own key and the rows, so who asks again gets the
-same answer, for nothing. Other rows are another answer, which is paid for again.
+same answer, for nothing. Other rows are another answer, which is paid for again, and needs another survey.
 """
 
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,8 +61,15 @@ def event(told: Surveyed, budget: Budget) -> Event:
     return Event(noise_multiplier=noise, sample_rate=1.0, steps=1, clip_norm=NORM)
 
 
-def answer(site: Site, account: Account | None, state: State) -> dict[str, Any]:
+def answer(site: Site, account: Account | None, state: State, asked: str) -> dict[str, Any]:
     """The words of an answer; it is paid for first, unless it was.
+
+    Args:
+        site: whose rows are counted.
+        account: that pays.
+        state: of the site, with its key.
+        asked: name of the survey; one name is answered over the same rows alone, so that who once signed a survey
+            is not asked for ever.
 
     Raises:
         Refusal: the site file allows no survey, the budget is not enough, or the rows cannot be read.
@@ -70,8 +78,11 @@ def answer(site: Site, account: Account | None, state: State) -> dict[str, Any]:
     if site.survey is None or site.privacy is None or account is None:
         raise Refusal("it answers no survey: its site file has no section survey")
     counted, cost = count(site), event(site.survey, site.privacy)
-    terms = (f"{cost.noise_multiplier!r}", counted.rows.hex(), "/".join(counted.labels))
-    key = seeding.key(state.key(), "survey", *terms)
+    unit = "example" if site.privacy.person is None else "person"
+    terms = json.dumps([1, cost.noise_multiplier, counted.rows.hex(), list(counted.labels), BOUNDS, unit])
+    key = seeding.key(state.key(), "survey", terms)
+    if site.accept.submitters is not None and not state.same_survey(asked, hashlib.sha256(key).hexdigest()):
+        raise Refusal("it answered this survey over other rows: ask by another survey")
     name = SURVEY + hashlib.sha256(key).hexdigest()[:12]
     if not account.paid(name):
         account.spend(name, 0, site.client, cost)
@@ -84,7 +95,7 @@ def answer(site: Site, account: Account | None, state: State) -> dict[str, Any]:
         "client": site.client,
         "name": site.name,
         "task": task_of(site),
-        "unit": "example" if site.privacy.person is None else "person",
+        "unit": unit,
         "labels": list(counted.labels),
         "counts": told[:number],
         "lengths": told[number:],
@@ -161,5 +172,6 @@ def rule(site: Site) -> str:
         return f"may learn nothing by a survey: {error.message}"
     return (
         f"may learn by a survey how many rows have each label and length, to {1.96 * std:,.0f} either way; it "
-        f"costs epsilon {site.survey.epsilon:g} once, and counts below {site.survey.floor} are not told (survey)"
+        f"costs epsilon {site.survey.epsilon:g}, and again where the rows have changed; counts below "
+        f"{site.survey.floor} are not told (survey)"
     )

@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fedlora.adapter import Adapter, Change, Layout, Slot, Tensor
-from fedlora.errors import SettingError, suggestion
+from fedlora.errors import SettingError, cut, suggestion
 from fedlora.kinds.contract import PREFIX, Facts, Gradients, Part, Saved, Weights, modules_of
 from fedlora.kinds.frames import rounded
 from fedlora.kinds.lora import Lora
@@ -58,6 +58,7 @@ EXACT = 1e-4
 """The error of an average, relative to it, from which a kind is refused."""
 _PLACES = 6  # of a change that stand for all of it where two sites compare theirs
 _PROBES = 64
+_SAID = 200  # characters of what peft says
 _UNSEEDED = {"ShiraConfig": {"random_seed": 0}}  # where peft draws anew for each process
 
 Sizes = tuple[tuple[str, int, int], ...]
@@ -88,7 +89,7 @@ class Peft(Lora):
         Raises:
             ValueError: it is none of `LINEAR`.
         """
-        if self.config not in LINEAR:
+        if not isinstance(self.config, str) or self.config not in LINEAR:
             raise ValueError(
                 f"config {self.config!r} is not one of those that average exactly: {', '.join(LINEAR)}"
             )
@@ -286,7 +287,12 @@ def _config(name: str, r: int, told: tuple[tuple[str, Any], ...]) -> Any:
     try:
         return cls(**given)
     except (TypeError, ValueError) as error:
-        raise SettingError(key, f"{name}: {error}") from error
+        raise _refused(name, error) from error
+
+
+def _refused(name: str, error: Exception) -> SettingError:
+    why = next(iter(str(error).splitlines()), type(error).__name__)
+    return SettingError("model.adapter.kind", f"{name}: {cut(why, _SAID)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -401,12 +407,17 @@ def _stand_in(
     config.target_modules = [path for path, _, _ in sizes]
     try:
         whole = get_peft_model(root, config)
-    except (TypeError, ValueError) as error:
-        raise SettingError("model.adapter.kind", f"{name}: {str(error).splitlines()[0]}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _refused(name, error) from error
     whole.requires_grad_(False)
     whole.eval().to(device)
     found = dict(whole.named_modules())
     for path, out, into in sizes:  # which moving them made whole
         base = found[f"base_model.model.{path}"].get_base_layer()
         base.weight.data = torch.zeros(1, device=device).expand(out, into)
-    return {path: _Layer(whole, found[f"base_model.model.{path}"], LINEAR[name]) for path, _, _ in sizes}
+    made = {path: _Layer(whole, found[f"base_model.model.{path}"], LINEAR[name]) for path, _, _ in sizes}
+    try:
+        next(iter(made.values())).change(None)
+    except (TypeError, ValueError, RuntimeError) as error:  # some values are looked at by then alone
+        raise _refused(name, error) from error
+    return made

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fedlora.passes.lowrank import Find
 
 _SLACK = 1e-4  # a length in float32 is that of what is added but for less than this
+_LEAST = 1e-30  # of the largest number of an example: what is all below it adds nothing
 
 
 class Collector:
@@ -146,15 +147,17 @@ class Collector:
         parts = torch.split(rows, lengths)
         weights = self._weights.to(x.device)
         if self.kind == "gram":
+            parts = tuple(_unit(p) for p in parts)
             small = [p @ p.T if len(p) < p.shape[1] else p.T @ p for p in parts]
             scales = self._scales(torch.stack([m.norm() for m in small]), weights)
             each = scales.sqrt().repeat_interleave(torch.tensor(lengths, device=x.device))
+            rows = torch.cat(parts)
             scaled = torch.where(each[:, None] > 0, rows * each[:, None], 0.0)
             total = scaled.T @ scaled
         else:
             sides = parts if gradient is None else torch.split(pick(gradient).float(), lengths)
             made = [
-                (p**2).sum(0) if gradient is None else ((g.T @ p) ** 2).sum(0)
+                (_unit(p) ** 2).sum(0) if gradient is None else (_unit(_unit(g).T @ _unit(p)) ** 2).sum(0)
                 for p, g in zip(parts, sides, strict=True)
             ]
             each = torch.stack(made)  # (examples, in)
@@ -166,7 +169,7 @@ class Collector:
         """What brings each to its length; 0 for one that is zero, or not finite."""
         import torch
 
-        fine = torch.isfinite(lengths) & (lengths > 1e-30)
+        fine = torch.isfinite(lengths) & (lengths > 0)
         return torch.where(fine, weights * self._bound / lengths.where(fine, torch.ones_like(lengths)), 0.0)
 
     def _tokens(self, x: "torch.Tensor") -> "tuple[list[int], Callable[[torch.Tensor], torch.Tensor]]":
@@ -179,3 +182,16 @@ class Collector:
         mask = mask.bool()
         counts = mask.sum(1).view(-1, self._sequences).sum(1)
         return counts.tolist(), lambda t: t[mask]
+
+
+def _unit(part: "torch.Tensor") -> "torch.Tensor":
+    """A tensor over its largest number, so that float32 loses no square of what counts; zeros where it is tiny.
+
+    A length that came out too small would scale an example up beyond its bound.
+    """
+    import torch
+
+    if not part.numel():
+        return part
+    most = part.abs().max()
+    return torch.where(most > _LEAST, part / most, torch.zeros_like(part))

@@ -51,4 +51,4 @@ class Statistics(Section):
     kind: Literal["gram", "mean", "row_fisher"]
     layers: tuple[Annotated[Int, Field(ge=0)], ...] | None = None
     epsilon: PositiveFloat | None = None
-    share: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    share: Annotated[Float, Field(ge=1e-4, le=1)] = 1.0

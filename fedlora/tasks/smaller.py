@@ -133,15 +133,19 @@ def thinned(model: Any, path: str) -> Any:
 def paired(saved: Collection[str], names: Collection[str]) -> dict[str, str]:
     """Which layer of a model each saved one is: its name may begin with that of the body, or lack it.
 
+    What a model of another task has not, such as a pooler, is left out.
+
     Raises:
-        SettingError: one is none, or several.
+        SettingError: one is several, or none is there.
     """
-    found = {}
+    found: dict[str, str] = {}
     for one in saved:
         fits = [n for n in names if n == one or n.endswith(f".{one}") or one.endswith(f".{n}")]
-        if len(fits) != 1:
-            raise SettingError(KEY, f"the base was cut at {one}, which this model has not: it is for another task")
-        found[one] = fits[0]
+        if len(fits) > 1:
+            raise SettingError(KEY, f"the base was cut at {one}, and this model has {len(fits)} of that name")
+        found |= dict.fromkeys((one,), fits[0]) if fits else {}
+    if saved and not found:
+        raise SettingError(KEY, f"the base was cut at {min(saved)}, which this model has not: it is another one")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 from importlib.metadata import version
 
@@ -14,8 +15,10 @@ from fedlora import wire
 from fedlora.data.rows import Rows
 from fedlora.deploy import admission, survey, surveyed
 from fedlora.deploy.account import Account
+from fedlora.deploy.backup import backup
 from fedlora.deploy.node import Node
-from fedlora.deploy.site import load
+from fedlora.deploy.restoring import restore
+from fedlora.deploy.site import Accept, load
 from fedlora.deploy.state import State
 from fedlora.errors import Refusal, UserError
 from fedlora.privacy import ledger
@@ -68,17 +71,22 @@ def test_each_row_adds_one_to_its_label_and_one_to_its_length(site):
 
 def test_the_account_pays_once_and_other_rows_are_another_answer(site):
     made, account, state = opened(site())
-    first = surveyed.answer(made, account, state)
+    made = made.model_copy(update={"accept": Accept(submitters=("one",))})  # who signs a name
+    name = "survey-1"
+    first = surveyed.answer(made, account, state, name)
     spent = account.epsilon
     assert 0.48 < spent <= 0.5
-    assert surveyed.answer(made, account, state) == first and account.epsilon == spent
+    assert surveyed.answer(made, account, state, name) == first and account.epsilon == spent
     (line,) = ledger.read(made.folder / "ledger" / "privacy.jsonl")
     assert line["sample_rate"] == 1 and line["steps"] == 1 and line["clip_norm"] == math.sqrt(2)
     (event,) = account.ledger.events[Own()]
     assert first["noise"] == pytest.approx(event.noise_multiplier * math.sqrt(2))
     assert epsilon([event], 1e-3) == spent
     site(rows=[*ROWS, ("a b c", "ham")])
-    other = surveyed.answer(made, account, state)
+    with pytest.raises(Refusal, match="answered this survey over other rows"):  # a signature is good once
+        surveyed.answer(made, account, state, name)
+    assert account.epsilon == spent
+    other = surveyed.answer(made, account, state, "survey-2")
     assert 0.5 < account.epsilon < 1.0
     assert (
         sum(a != b for a, b in zip(first["counts"], other["counts"], strict=True)) == 2
@@ -90,7 +98,7 @@ def test_noise_is_what_is_said_and_small_counts_are_not_told(site, monkeypatch):
     noise = []
     for turn in range(40):
         monkeypatch.setattr(state, "key", lambda turn=turn: bytes([turn]) * 32)
-        told = surveyed.answer(replace_cap(made), account, state)
+        told = surveyed.answer(replace_cap(made), account, state, f"survey-{turn}")
         cells = [*told["counts"], *told["lengths"]]
         assert all(cell is None or cell >= 10 for cell in cells)
         true = [80, 80, 80, 0, 0, 40, 0, 0, 0, 40]
@@ -131,7 +139,7 @@ def test_persons_count_whole_whatever_rows_they_have(site):
     file.write_text(file.read_text().replace("delta: 1.0e-3}", "delta: 1.0e-3, person: who}"))
     counted = surveyed.count(load(file))
     assert counted.cells[:3] / 2**20 == pytest.approx([1.5, 0.5, 2.0], abs=1e-5)
-    assert surveyed.answer(*opened(file))["unit"] == "person"
+    assert surveyed.answer(*opened(file), "survey-1")["unit"] == "person"
 
 
 def test_a_server_that_was_not_signed_for_or_has_another_version_learns_nothing(site, tmp_path):
@@ -164,9 +172,30 @@ def test_a_survey_beyond_the_budget_or_of_rows_that_cannot_be_read_is_refused(si
     (tmp_path / "ward.csv").write_text("nothing\nsecret\n")
     node = Node(file, tmp_path / "app")
     told = ask(node)
-    assert told["refused"] == "its rows cannot be counted: its log says why"
+    assert told["refused"] == "its rows or its ledger cannot be read: its log says why"
     line = json.loads((load(file).folder / "history.jsonl").read_text().splitlines()[-1])
     assert (line["what"], line["outcome"]) == ("survey", "refused") and "column" in line["why"]
+
+
+def lost(made, tmp_path, **how):
+    shutil.rmtree(made.folder)
+    return restore(tmp_path / "ward.yaml", tmp_path / "kept", **how)
+
+
+def test_a_restore_asks_for_surveys_and_pays_for_them_as_the_dearest(site, tmp_path):
+    made, account, state = opened(site())
+    surveyed.answer(made, account, state, "survey-1")
+    del account
+    backup(tmp_path / "ward.yaml", tmp_path / "kept")
+    for told in ({"lost": ["none"]}, {"lost": ["none"], "surveys": -1}):
+        with pytest.raises(UserError, match="--surveys"):
+            lost(made, tmp_path, **told)
+    assert lost(made, tmp_path, lost=["none"], surveys=0).after == pytest.approx(0.5, abs=0.02)
+    done = lost(made, tmp_path, lost=["none"], surveys=3)
+    (first, *more) = ledger.replay(made.folder / "ledger" / "privacy.jsonl")[Own()]
+    assert first.steps + sum(event.steps for event in more) == 4 and done.after > 0.9
+    site(survey="")  # the section went, and its price does not
+    assert lost(made, tmp_path, lost=["none"], surveys=3).after == done.after
 
 
 def test_a_section_without_a_budget_is_refused(site):
@@ -204,20 +233,20 @@ def test_all_sites_that_are_connected_are_asked(site, tmp_path, monkeypatch):
     ],
 )
 def test_an_answer_that_is_none_is_one_line(site, changes):
-    whole = surveyed.answer(*opened(site()))
+    whole = surveyed.answer(*opened(site()), "survey-1")
     assert survey.Answer.read(whole).refused is None
     with pytest.raises(wire.ContractError):
         survey.Answer.read({**whole, **changes})
 
 
 def test_what_a_site_calls_itself_cannot_move_a_terminal(site):
-    whole = surveyed.answer(*opened(site()))
+    whole = surveyed.answer(*opened(site()), "survey-1")
     told = survey.Answer.read({**whole, "name": "a\x1b[2J" * 99, "labels": ["\x1b", "b"]})
     assert "\x1b" not in "\n".join(survey.lines([told])) and len(told.name) <= 64
 
 
 def test_the_owner_is_told_what_a_survey_may_learn(site):
-    assert "costs epsilon 0.5 once" in surveyed.rule(load(site()))
+    assert "costs epsilon 0.5, and again where the rows have changed" in surveyed.rule(load(site()))
     assert "may learn no counts" in surveyed.rule(load(site("plain", survey="")))
     with pytest.raises(Refusal):
         admission.named({"version": version("fedlora"), "run": 7})

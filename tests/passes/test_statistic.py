@@ -74,6 +74,29 @@ def test_one_example_moves_all_sums_together_by_at_most_its_weight(kind, seed, s
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_an_example_of_tiny_numbers_is_not_scaled_up_beyond_its_bound(kind, tokens):
+    """Squares of which float32 keeps a digit or none, in most places, and one place that is a little larger."""
+    layer = torch.nn.Linear(300, 2, bias=False)
+
+    def trial():
+        layer(torch.ones(2, 3, 300).requires_grad_(True))
+        return 2
+
+    made = Collector({"layer": layer}, kind, lambda x: None, trial)
+    for small in np.logspace(-9, -34, 26):
+        x = torch.ones(1, tokens, 300)
+        x[0, 0, 0] = 1.25
+        x = x if kind == "row_fisher" else x * float(small)
+        with made.adding([1.0]):
+            y = layer(x.requires_grad_(True))
+            if kind == "row_fisher":
+                (y.sum() * float(small)).backward()
+        found = length(made.take())
+        assert found <= 1 and (small < 1e-28 or found > 0.999) and (small > 1e-32 or found == 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_packed_padded_and_one_by_one_are_the_same(kind):
     torch.manual_seed(1)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
