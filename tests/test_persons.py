@@ -141,7 +141,7 @@ def test_a_plan_counts_persons(asked):
         "clients by their persons",
         "fewer than 100 persons, the smallest 12",
         "such a delta lets a whole person leak",
-        "more than 10% of the persons of 4 clients",
+        "persons for each of 2 labels",
     ):
         assert words in said
     assert "examples of" not in said.partition("warning")[2]

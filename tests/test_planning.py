@@ -320,7 +320,7 @@ def test_each_kind_of_adapter_has_its_bytes_and_its_noise(tiny):
     planned = plan(tiny())
     told = {k["kind"]: k for k in planned.kinds}
     numbers = {"lora": 512, "very_sparse": 512, "block": 512, "channel": 1024, "core": 64, "lora_xs": 64}
-    numbers |= {"singular": 16, "ldu": 16, "dct": 512, "sparse": 512 + 4 * 10}
+    numbers |= {"singular": 16, "ldu": 16, "dct": 512, "sparse": 512 + 4 * 10, "peft": 512}
     assert {name: k["adapter"] for name, k in told.items()} == numbers
     assert all(k["head"] == 66 and k["bytes_up"] == 4 * (k["adapter"] + 66) for k in told.values())
     assert told["core"]["gain"] == told["lora_xs"]["gain"] == 16.0  # s r sqrt(4 layers)

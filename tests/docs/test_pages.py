@@ -71,6 +71,9 @@ def test_the_quickstart_runs_from_top_to_bottom(small, tmp_path, capsys):
     assert "num_examples" in capsys.readouterr().out
 
 
+ELSEWHERE = ("audit", "compress", "sweep", "tune", "split", "submit", "survey", "site")
+
+
 def test_every_command_on_the_other_pages_runs(small, reviews, capsys):
     """But for those of minutes and of deployments: they have tests of their own."""
     (small / "my.csv").write_text(reviews.read_text())
@@ -81,7 +84,7 @@ def test_every_command_on_the_other_pages_runs(small, reviews, capsys):
     for page in PAGES.keys() - {"index", "strategies"}:
         for pair in re.findall(r"^\$ fedlora (.*)$|`fedlora ([a-z]+ [^`]+)`", PAGES[page], re.M):
             command = "".join(pair).replace("RUN", "runs/first").replace("runs/*", "runs/one")
-            if command.split()[0] not in ("audit", "compress", "sweep", "tune", "split", "submit", "site"):
+            if command not in ran and command.split()[0] not in ELSEWHERE:
                 assert main(shlex.split(command)) == 0, f"{command}: {capsys.readouterr()}"
                 ran.add(command)
     assert {"ledger runs/first", "compare sweeps/epsilon/runs/one", "check gsm8k", "simulate sites"} < ran

@@ -234,7 +234,7 @@ def test_a_client_that_fails_fails_alone(build, monkeypatch):
 def test_clients_of_other_ranks_share_with_their_own(build):
     mixed = ("strategy.use=flexlora", "clients.ranks={kind: list, values: [2, 4]}", "clients.total=7")
     plain, fused = (build(*mixed, *more, private=False) for more in ((), ("engine.fused=5",)))
-    ranks = [plain._rank(c) for c in range(7)]
+    ranks = [plain.scenario.rank(c, 1) for c in range(7)]
     assert len(set(ranks[:5])) == 2
     instruction = plain.strategy.instruct(1, dict(plain.task.initial), (2, 4))
     one, other = (worker.train(instruction, range(7), False) for worker in (plain, fused))
