@@ -10,10 +10,19 @@ from fedlora.data.cells import missing, separator
 from fedlora.errors import UserError, suggestion
 
 TASKS = ("classification", "multi_label", "regression", "token_classification", "causal_lm", "preference")
+_OF_PAIRS = ("classification", "multi_label", "regression")
 
 _CHATS, _PAIR = ("messages", "conversations"), ("prompt", "chosen", "rejected")
 _WORDS, _TAGS, _SPANS = ("tokens", "words"), ("tags", "ner_tags", "labels"), ("spans", "entities")
 _SEVERAL = ("labels", "label", "codes", "tags")
+_PARTNERS = (  # names of the two texts of a pair
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("query", "document"),
+)
 _FEW = 20  # whole numbers, of which so many may be classes or scores
 
 Columns = Mapping[str, Sequence[Any]]
@@ -61,6 +70,16 @@ def guess(data: Path, columns: Columns, task: str | None, text: str | None, labe
         files = {"text": said, "label": label}
         return Guess("causal_lm", files, (), _text(columns[said]), f"to go on after {json.dumps(said)}")
     return found
+
+
+def of_both(found: Guess, columns: Columns) -> Guess:
+    """The same of pairs of texts, where the column of texts is one of two that go together by their names."""
+    said = found.files.get("text")
+    both = next((pair for pair in _PARTNERS if said in pair and columns.keys() >= {*pair}), None)
+    if both is None or found.files.get("label") in both or found.task not in _OF_PAIRS:
+        return found
+    texts = [f"{one} {other}" for one, other in zip(*(columns[name] for name in both), strict=True)]
+    return found._replace(files={**found.files, "text": [*both]}, texts=texts)
 
 
 def _of_chats(columns: Columns, task: str | None, text: str | None) -> Guess | None:

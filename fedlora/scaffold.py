@@ -8,7 +8,7 @@ from typing import Any
 from fedlora import scenario as scenarios
 from fedlora.data import overview, reading, suggested
 from fedlora.errors import SettingError, UserError
-from fedlora.guessing import Guess, guess
+from fedlora.guessing import Guess, guess, of_both
 from fedlora.privacy import affordable
 from fedlora.scenario.schema import schema
 
@@ -183,6 +183,7 @@ def of_data(
     if not columns or not next(iter(columns.values())):
         raise UserError(f"{data}: holds no rows")
     found = guess(data, columns, task, text, label) or _classes(data, columns, text, label)
+    found = found if text is not None else of_both(found, columns)
     lengths = sorted(map(len, found.texts))
     typical = lengths[int(0.95 * (len(lengths) - 1))] / _PER_TOKEN
     rows, writes = len(lengths), found.task in ("causal_lm", "preference")
@@ -242,10 +243,12 @@ def _named(found: Guess) -> list[str]:
 
 def _learnt(found: Guess, columns: Mapping[str, list[Any]]) -> str:
     """What is learnt from what, in words."""
+    told = found.files.get("text", "")
+    text = " and ".join(map(repr, [told] if isinstance(told, str) else told))
     if found.task != "classification":
-        return f"task: {found.task}"
-    text, label = found.files["text"], found.files["label"]
-    return f"{len(set(map(str, columns[label])))} values of {label!r} to be learnt from {text!r}"
+        return f"task: {found.task}{f', of {text}' if told else ''}"
+    label = found.files["label"]
+    return f"{len(set(map(str, columns[label])))} values of {label!r} to be learnt from {text}"
 
 
 def _classes(data: Path, columns: Mapping[str, list[Any]], text: str | None, label: str | None) -> Guess:

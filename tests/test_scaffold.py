@@ -248,6 +248,18 @@ SPAN = {"start": 0, "end": 4, "label": "Name"}
             "regression",
             ("text", "stars"),
         ),
+        (
+            lambda i: {"sentence1": f"note {i}", "sentence2": f"a longer note {i}", "score": i / 7},
+            [],
+            "regression",
+            (("sentence1", "sentence2"), "score"),
+        ),
+        (
+            lambda i: {"premise": f"a longer note {i}", "hypothesis": f"note {i}", "kind": "xy"[i % 2]},
+            [],
+            "classification",
+            (("premise", "hypothesis"), "kind"),
+        ),
         (lambda i: {"text": f"a note {i}", "stars": i % 5}, [], "classification", ("text", "stars")),
         (
             lambda i: {"ask": f"what is {i}", "say": f"it is {i}"},

@@ -205,7 +205,7 @@ def check(file: Path) -> SiteChecked:
         state=str(site.folder),
         free=free,
         clock=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        notes=[*_notes(site, understood, free, folder)],
+        notes=[*_notes(site, understood, free, folder, spent)],
         folder=folder,
     )
 
@@ -355,13 +355,15 @@ def _budget(told: Spent | None) -> Iterator[str]:
     yield f"epsilon {told.epsilon:.3g} is spent{share}{each}"
 
 
-def _notes(site: Site, told: Understood | None, free: int, folder: str) -> Iterator[str]:
+def _notes(site: Site, told: Understood | None, free: int, folder: str, spent: Spent | None) -> Iterator[str]:
     """What is likely a slip."""
     held = site.data
     if site.privacy is None:
         yield "there is no privacy section: runs without differential privacy are answered, and nothing bounds it"
     elif site.privacy.max_epsilon > _MUCH:
         yield f"privacy.max_epsilon is {site.privacy.max_epsilon:g}: beyond {_MUCH:g} it promises next to nothing"
+    if site.privacy is not None and spent is not None and spent.epsilon >= 0.99 * site.privacy.max_epsilon:
+        yield f"epsilon {spent.epsilon:.3g} of {site.privacy.max_epsilon:g} is spent: runs are refused from now on"
     if site.accept.own_code and site.accept.submitters is None:
         yield "accept.own_code without accept.submitters: whoever reaches the SuperLink may run programs here"
     if told is not None and told.persons is not None and not 2 * told.persons <= told.rows <= _MANY * told.persons:

@@ -306,7 +306,8 @@ def load(path: str | Path) -> Site:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: cannot be read: {why}") from error
     raw, lines, problems = read(text, str(path))
     if looks_like_scenario(raw):
         raise UserError(f"{path}:1: this is a scenario, and no site's file: fedlora check {path}")

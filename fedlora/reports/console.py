@@ -416,6 +416,8 @@ def summary_lines(run: Record) -> list[str]:
     if "bytes_up_total" in summary:  # it stays with a server that protects clients whole
         sent = f"  sent up {size(summary['bytes_up_total'])} (head {size(summary['bytes_up_head'])}), "
         lines.insert(1, f"{sent}down {size(summary['bytes_down_total'])}; client failures {summary['failures']}")
+    if (cut := summary.get("compress")) is not None:
+        lines.insert(2, f"  base     {_cut(cut)}")
     for rank, told in (summary.get("prefixes") or {}).items():
         lines.append(f"  rank {rank:<4}{metric} {told[metric]:.4f}  {folder}/prefixes/rank-{rank}")
     if "virtual_seconds" in summary:
@@ -430,6 +432,16 @@ def summary_lines(run: Record) -> list[str]:
     if found and run.scenario.get("privacy"):
         lines.append(f"           {AGAIN}")
     return lines
+
+
+def _cut(told: Mapping[str, Any]) -> str:
+    """What the base became before the first round, and what its statistic cost."""
+    numbers, statistic = told["parameters"], told["statistic"]
+    said = f"cut by {told['use']} from {numbers['before']:,} numbers to {numbers['after']:,}"
+    if statistic is None:
+        return f"{said}, by its weights alone"
+    cost = f", epsilon {statistic['epsilon']:g} of the whole" if "epsilon" in statistic else ""
+    return f"{said}, by {statistic['kind']}: {size(statistic['bytes_up'])} up beside the rounds{cost}"
 
 
 def _privacy_lines(run: Record) -> list[str]:

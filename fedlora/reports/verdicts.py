@@ -39,6 +39,9 @@ AGAIN = "Another run on the same private rows spends its epsilon too, and the tw
 GUESSED = ("accuracy", "micro_f1")
 """Metrics in which a summary's `majority` is given."""
 
+UNRELATED = ("pearson", "spearman")
+"""Metrics that are 0 where predictions say nothing of scores, with a standard error of `1 / sqrt(rows)`."""
+
 _ALONE = 4  # clients from which one can be told from the others
 _CHANCE = 0.01  # of naming a client where all are alike
 
@@ -98,6 +101,11 @@ def verdicts(
         if metric == "f1" and not points[-1].value:
             says = "not one entity is found as it is: no better than always saying that there is none"
             found.append(Verdict("majority", says, settings.lower if fell else settings.signal))
+        if metric in UNRELATED and not personal and (count := summary.get("test_examples")):
+            if better * points[-1].value < 2 / sqrt(count):
+                shown = f"{metric} {points[-1].value:.2f} on {count:,} test rows"
+                says = f"no better than one score for all rows ({shown})"
+                found.append(Verdict("majority", says, settings.lower if fell else settings.signal))
         if above:
             found.append(Verdict("guessing", above, settings.lower))
         if fell:

@@ -45,8 +45,8 @@ CONTAINERS = {  # of compose: where they are in the chart
     "superlink": (("StatefulSet", "superlink"), 0),
     "server": (("StatefulSet", "server"), 0),
     "registered": (("Job", "fedlora-registered"), 0),
-    "site-0": (("StatefulSet", "fedlora-st-mary"), 0),
-    "site-0-worker": (("StatefulSet", "fedlora-st-mary"), 1),
+    "site-0": (("StatefulSet", "fedlora-site-st-mary"), 0),
+    "site-0-worker": (("StatefulSet", "fedlora-site-st-mary"), 1),
 }
 
 
@@ -81,13 +81,23 @@ def test_a_container_is_that_of_compose(service, objects):
 
 @helm
 def test_nobody_speaks_to_a_site_and_it_speaks_to_the_superlink_alone(objects):
-    policy = objects["NetworkPolicy", "fedlora-st-mary"]["spec"]
+    policy = objects["NetworkPolicy", "fedlora-site-st-mary"]["spec"]
     assert policy["ingress"] == [] and [p["port"] for rule in policy["egress"] for p in rule["ports"]] == [
         8000,
         53,
         53,
     ]
     assert objects["NetworkPolicy", "fedlora-superlink"]["spec"]["egress"] == []
+
+
+@helm
+def test_base_models_are_fetched_where_that_is_allowed():
+    for value, ports in (("1", [53, 53]), ("0", [53, 53, 443])):
+        _, text, _ = rendered(*SITE, "--set", "site.file=x", "--set-string", f"hubOffline={value}")
+        policy = next(o for o in yaml.safe_load_all(text) if o and o["kind"] == "NetworkPolicy")
+        names = policy["spec"]["egress"][1:]
+        assert [p["port"] for rule in names for p in rule["ports"]] == ports
+        assert names[0]["to"] == [{"namespaceSelector": {}}]
 
 
 @helm
@@ -105,6 +115,8 @@ def test_every_object_is_one_that_kubernetes_knows(objects):
     [
         (("--set", "server.enabled=true"), "server.data: name the PersistentVolumeClaim with the test set"),
         (SITE, "site.file: is missing"),
+        ((), "a release is the server, or one site"),
+        ((*SERVER, *SITE, "--set", "site.file=x"), "a release is the server, or one site"),
         (("--set", "site.name=St Mary"), "does not match pattern"),
         (("--set", "sites.name=x"), "sites"),
         (("--set", "user=0"), "user"),

@@ -54,6 +54,13 @@ def test_an_f1_of_nothing_is_that_of_always_saying_that_there_is_nothing():
     assert judged(curve(0.01, metric="f1"), metric="f1", majority=0.9) == {}
 
 
+def test_a_correlation_within_two_standard_errors_of_none_is_not_learning():
+    """Of 400 rows: 2 / sqrt(400) = 0.1."""
+    (found,) = judged(curve(0.09, metric="pearson"), metric="pearson", majority=None).values()
+    assert found.says == "no better than one score for all rows (pearson 0.09 on 400 test rows)"
+    assert judged(curve(0.11, metric="pearson"), metric="pearson", majority=None) == {}
+
+
 def test_where_no_score_can_tell_it_is_the_test_set_that_is_to_change():
     (found,) = judged(curve(1.0), majority=0.98, test_examples=100).values()  # 0.98 + 2 * 0.014 > 1
     assert found.code == "majority" and found.setting == "more test rows, of more labels"
