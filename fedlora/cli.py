@@ -243,7 +243,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json(told)
     else:
-        from fedlora.reports.console import plan_lines
+        from fedlora.reports.planned import plan_lines
 
         print("\n".join(plan_lines(told)))
     return 0

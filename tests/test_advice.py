@@ -10,7 +10,7 @@ from fedlora.errors import UserError
 from fedlora.planning import plan
 from fedlora.prepare import prepare
 from fedlora.privacy import accounting
-from fedlora.reports.console import plan_lines
+from fedlora.reports.planned import plan_lines
 
 CLIENTS = ("privacy={unit: client, epsilon: 8, delta: 1.0e-2, clip_norm: 0.5}", "clients.use=sgd")
 

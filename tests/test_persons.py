@@ -15,7 +15,7 @@ from fedlora.planning import plan
 from fedlora.privacy import ledger
 from fedlora.privacy.accounting import epsilon
 from fedlora.reports import single
-from fedlora.reports.console import plan_lines
+from fedlora.reports.planned import plan_lines
 from fedlora.scenario import parse
 from fedlora.simulation import simulate
 

@@ -19,7 +19,7 @@ from fedlora.prepare import calibrate, prepare
 from fedlora.privacy import accounting, ledger
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms.bands import error
-from fedlora.reports.console import plan_lines
+from fedlora.reports.planned import plan_lines
 from fedlora.run import Run
 from fedlora.simulation import simulate
 

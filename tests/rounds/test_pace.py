@@ -12,7 +12,8 @@ from fedlora.engine.intake import Intake
 from fedlora.errors import RoundError, UserError
 from fedlora.planning import plan
 from fedlora.privacy import ledger
-from fedlora.reports.console import plan_lines, summary_lines
+from fedlora.reports.console import summary_lines
+from fedlora.reports.planned import plan_lines
 from fedlora.rounds.pace import Pace
 from fedlora.rounds.progress import UnderWay
 from fedlora.rounds.world import Journey
