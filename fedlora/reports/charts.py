@@ -198,7 +198,8 @@ def points(
     ).encode(  # of one colour, or it has a legend of its own
         y=alt.Y("low:Q", title=y[1]), y2="high:Q"
     )
-    return alt.LayerChart(layer=[best, bars, dots], width="container", height=260)
+    joined = [best] if any(row[front] for row in rows) else []  # a layer of nothing has no extent
+    return alt.LayerChart(layer=[*joined, bars, dots], width="container", height=260)
 
 
 MAJORITY = "commonest label"  # the column of what guessing it gets right

@@ -151,9 +151,9 @@ def test_by_keyboard_alone_figures_are_copied_and_read_as_a_table(visit, ten):
 
 def test_a_pointer_shows_the_figures(visit):
     page = visit()
-    mark = page.locator("figure svg .mark-symbol path").last
+    mark = page.locator("#figure-1 svg .mark-symbol.role-mark path").last  # and none of the legend
     mark.scroll_into_view_if_needed()
-    page.locator("#figure-1 svg .mark-symbol path").last.hover(force=True)
+    mark.hover(force=True)
     shown = page.locator("#vg-tooltip-element")
     shown.wait_for(state="visible")
     assert "accuracy" in shown.inner_text() and "round" in shown.inner_text()
