@@ -19,7 +19,8 @@ class States(torch.nn.Module):
 
     def forward(self, states, attention_mask=None):
         class Output(SimpleNamespace):
-            __contains__ = lambda self, name: hasattr(self, name)  # noqa: E731
+            def __contains__(self, name):
+                return hasattr(self, name)
 
         return Output(last_hidden_state=states, pooler_output=states[:, 0])
 
