@@ -23,9 +23,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora import scenario, selecting
+from fedlora.baselines import derive
 from fedlora.engine.cluster import place
 from fedlora.errors import ScenarioError, SettingError, UserError, suggestion
 from fedlora.privacy.together import total_epsilon
+from fedlora.reports.baselines import kind_of
 from fedlora.reports.comparison import Comparison
 from fedlora.reports.console import Silent
 from fedlora.reports.groups import final
@@ -39,6 +41,7 @@ from fedlora.simulation import simulate
 from fedlora.tasks.contract import find
 
 _GRID = "grid"  # the points of the grid are one axis to Ray Tune, so that they run in the order of the file
+_BASELINE = "baseline"  # a key of the search that is no setting: the run is this baseline of its point's scenario
 _CHECKED = 1000  # points of the grid that are checked before the first run starts
 
 Settings = Mapping[str, Any]  # of one run, by dotted key
@@ -108,9 +111,11 @@ class Sweep(Section):
             ScenarioError: the settings do not describe one.
         """
         settings = self.settings | spread_out(point)
-        return scenario.load(
+        kind = settings.pop(_BASELINE, None)
+        made = scenario.load(
             self.scenario, [*(f"{key}={json.dumps(v)}" for key, v in settings.items()), "engine.kind=inline"]
         )
+        return derive(made, kind) if kind else made
 
 
 def _keys(key: str) -> list[str]:
@@ -265,7 +270,7 @@ def sweep(
     comparison.notes[:0] = [f"Tuning on private data is not free: {words}." for words in cost]
     comparison.notes += dict.fromkeys(failed)
     best = max(
-        (run for run in runs if final(run) is not None and run.learnt),
+        (run for run in runs if final(run) is not None and run.learnt and kind_of(run) is None),
         key=lambda run: (final(run) or 0.0) * (1 if run.higher_is_better else -1),
         default=None,
     )

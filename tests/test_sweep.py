@@ -16,6 +16,7 @@ import pytest
 
 from fedlora import scenario
 from fedlora.cli import main
+from fedlora.baselines import derive
 from fedlora.errors import UserError
 from fedlora.privacy import accounting, ledger
 from fedlora.privacy.together import total_epsilon
@@ -205,6 +206,22 @@ def test_the_best_is_that_of_the_figure_that_the_sweep_names(file, tiny, tmp_pat
     least = min(pair, key=lambda run: run.summary["metrics"]["brier"])
     assert (made.summary["best"], made.summary["brier"]) == (str(least.folder), least.summary["metrics"]["brier"])
     assert made.comparison.table().head[2] == "brier" and judged_by(load(file), least_of(file)) == ("brier", False)
+
+
+def test_baselines_are_points_too_and_never_the_best(file, tiny, tmp_path, monkeypatch):
+    file.write_text(file.read_text().replace("  seed: [0, 1]\n", "  baseline: [null, pooled]\n"))
+    points = [*map((made := load(file)).run, made.points())]
+    kinds = [point.baseline and point.baseline.kind for point in points]
+    assert kinds == [None, "pooled"] * 4 and [point.privacy is None for point in points] == [False, True] * 4
+    run = simulate(tiny("rounds=3"), out=tmp_path / "run")
+    pooled = simulate(derive(tiny("rounds=3"), "pooled"), out=tmp_path / "pooled")
+    monkeypatch.setattr(Run, "learnt", True)
+    monkeypatch.setattr("fedlora.sweep.explore", lambda *_: [(r.folder, None) for r in (run, pooled)])
+    monkeypatch.setattr("fedlora.sweep.final", lambda r: 0.9 if r.folder == pooled.folder else 0.6)
+    assert sweep(file, tmp_path / "out").summary["best"] == str(run.folder)
+    file.write_text(file.read_text().replace("[null, pooled]", "[null, poold]"))
+    with pytest.raises(UserError, match="baseline: unknown kind 'poold': did you mean 'pooled'"):
+        load(file)
 
 
 def select(file, mean=3):
