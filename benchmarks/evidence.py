@@ -1,45 +1,36 @@
 """The studies of docs/evidence.md: run a sweep, keep its figures as committed data, draw from those alone.
 
-    python benchmarks/evidence.py reduced --set "data.files={train: sst2-train.tsv, text: sentence, label: label}"
-    python benchmarks/evidence.py reduced --no-runs    # tables and figures again, out of docs/evidence/reduced.csv
+    python benchmarks/evidence.py methods --set "data.files={train: sst2.tsv, text: sentence, label: label}"
+    python benchmarks/evidence.py methods --no-runs    # out of docs/evidence/methods.csv
 
-A sweep of `scenarios/sweeps/paper` that was interrupted goes on when the command is given again; those beside each
-other share their runs. Each run is a line of `docs/evidence/<sweep>.csv`: what the sweep varies, its scenario's
-hash, its seed, and what came out.
-
-How learning rates are chosen: every method has the same grid and the same seeds, and the whole grid is printed.
-"Best" is the learning rate with the highest mean accuracy over seeds. The same figures choose and evaluate it, so
-its accuracy is too high. "Blind" has no such bias: for each seed the other seeds choose the learning rate, and its
-accuracy on this seed counts. In `tuned` alpha is chosen in the same way, together with the learning rate.
+A sweep of `scenarios/sweeps/trained` that was interrupted goes on when the command is given again. Sweeps
+beside each other share their runs. Each run is a line of `docs/evidence/<sweep>.csv`: what it was, its
+scenario's hash, its seed, and what came out. A table has a row for what was compared and a column for each
+epsilon: the metric, its standard deviation over seeds, and the loss. Below it stands how each row differs from
+a reference, over the same epsilons and seeds, by a paired t-test, with p-values corrected for their number
+(Holm 1979).
 """
 
 import argparse
 import csv
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import altair as alt
 import vl_convert
+from scipy.stats import ttest_rel
 
 from fedlora import sweep as sweeps
+from fedlora.planning import plan
 from fedlora.reports.tables import Table, spread
 from fedlora.run import Run
+from fedlora.scenario import Scenario
 
 DOCS = Path(__file__).parents[1] / "docs"
-RESULTS = (
-    "accuracy",
-    "loss",
-    "bytes_up",
-    "bytes_down",
-    "epsilon_spent",
-    "aggregation_error",
-    "seconds",
-    "precision",
-)
-RATE, SEED, METHOD = "lr", "seed", "strategy"
-TUNED = {"tuned": ("alpha",)}  # what a sweep chooses along with the rate
+WHAT = ("baseline", "strategy", "kind", "r", "noise")  # what sets rows of a table apart
+REFERENCE = {"baseline": "none", "strategy": "ffa_lora", "kind": "lora", "r": "14", "noise": "independent"}
 NAMES = {
     "fedavg_lora": "LoRA",
     "ffa_lora": "FFA-LoRA",
@@ -50,240 +41,247 @@ NAMES = {
     "fedask": "FedASK",
     "fedex_lora": "FedEx-LoRA",
     "flexlora": "FlexLoRA",
+    "lora_fair": "LoRA-FAIR",
 }
 
 Row = Mapping[str, str]
-Choice = tuple[float, ...]  # a learning rate, and what else is tuned
-Cell = Mapping[Choice, Mapping[str, Row]]  # the runs of a configuration, by choice and seed
+Place = tuple[str, ...]  # what a row of a table is about
+Cells = Mapping[Place, Mapping[str, Mapping[str, Row]]]  # the runs of each, by column and seed
 
 
 def run(name: str, overrides: Sequence[str], out: Path) -> None:
-    """Bring the sweep to its end; what another one beside it has run is not run again."""
+    """Say what the sweep will take, and bring it to its end."""
+    study = sweeps.load(f"trained/{name}", overrides)
+    points = [study.run(point) for point in study.points()]
+    told = plan(points[0])
+    took = f", each some {told.seconds:.0f} s on this machine, the start apart" if told.seconds else ""
+    print(f"{name}: {len(points)} runs of {points[0].rounds} rounds{took}", flush=True)
     if not (held := out / "runs").exists():
         (out.parent / "runs").mkdir(parents=True, exist_ok=True)
         out.mkdir(exist_ok=True)
         held.symlink_to(Path("..") / "runs")
-    done = sweeps.sweep(f"paper/{name}", out, lambda line: print(line, flush=True), overrides)
-    print("\n".join(done.lines()))
+    print("\n".join(sweeps.sweep(f"trained/{name}", out, lambda line: print(line, flush=True), overrides).lines()))
 
 
 def collect(name: str, overrides: Sequence[str], out: Path) -> None:
     """A line for each run of the sweep that has ended."""
-    asked, rows = sweeps.load(f"paper/{name}", overrides), []
-    for point in asked.points():
-        made = asked.run(point)
-        folder = out / "runs" / f"{made.name}-{made.hash}"
-        if not folder.exists() or not (ended := Run.open(folder)).ended:
-            continue
-        told = {**ended.rounds[-1], **ended.summary}
-        told |= {way: ended.summary[f"{way}_total"] for way in ("bytes_up", "bytes_down")}
-        told["epsilon_spent"] = ended.summary["epsilon"]
-        settings = {_word(key): _cell(value) for key, value in sweeps.spread_out(point).items()}
-        rows.append({"hash": made.hash, **settings, **{key: _cell(told.get(key)) for key in RESULTS}})
+    study = sweeps.load(f"trained/{name}", overrides)
+    rows = [row for point in study.points() if (row := line(out, study.run(point)))]
     with (DOCS / "evidence" / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _word(key: str) -> str:
-    """The name of a column."""
-    told = {"strategy.use": METHOD, "clients.use": "trains", "privacy": "epsilon", "data.partition.shares": "skew"}
-    return told.get(key, key.rpartition(".")[2])
+def asked(made: Scenario) -> dict[str, str]:
+    """What a run is, in the words of a table."""
+    server, guarded = made.strategy.server, made.example_privacy
+    told = {
+        "baseline": made.baseline and made.baseline.kind,
+        "strategy": made.strategy.use,
+        "kind": made.model.adapter.kind,
+        "r": made.model.adapter.r,
+        "noise": "bands" if guarded and guarded.bands not in (None, 1) else "independent",
+        "lr": made.clients.lr if server is None else server.lr,
+        "epsilon": made.privacy and made.privacy.epsilon,
+        "seed": made.seed,
+    }
+    return {key: _cell(value) for key, value in told.items()}
 
 
-def _cell(value: Any) -> str:
-    """A setting or a figure; of a privacy section its epsilon, of shares of labels the largest."""
-    if isinstance(value, dict):
-        value = value["epsilon"]
-    if isinstance(value, list):
-        value = max(share for row in value for share in row)
+def line(out: Path, made: Scenario) -> dict[str, str] | None:
+    """What a run was and what came of it; None if it has not ended."""
+    folder = out / "runs" / f"{made.name}-{made.hash}"
+    if not folder.exists() or not (ended := Run.open(folder)).ended:
+        return None
+    told = {
+        ended.metric: ended.measured(ended.metric),
+        "loss": ended.measured("loss"),
+        "bytes_up": ended.summary["bytes_up_total"],
+        "bytes_down": ended.summary["bytes_down_total"],
+        "epsilon_spent": ended.summary["epsilon"],
+        "majority": ended.majority,
+        "seconds": ended.summary.get("seconds"),
+    }
+    return {"hash": made.hash, **asked(made), **{key: _cell(value) for key, value in told.items()}}
+
+
+def _cell(value: object) -> str:
     return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def read(name: str) -> tuple[list[str], dict[tuple[str, ...], Cell]]:
-    """The runs of a sweep by what it varies beside seed, rate and what else is tuned."""
-    chosen = _chosen(name)
+@dataclass(frozen=True)
+class Study:
+    """A study as its data hold it.
+
+    Attributes:
+        keys: what sets its rows apart.
+        column: what sets its columns apart: epsilon, or the learning rate where there is one epsilon.
+        metric: that its runs are judged by.
+        cells: its runs.
+    """
+
+    keys: Sequence[str]
+    column: str
+    metric: str
+    cells: Cells
+
+    @property
+    def columns(self) -> list[str]:
+        """In the order in which they were run."""
+        return list(dict.fromkeys(column for runs in self.cells.values() for column in runs))
+
+    def values(self, runs: Mapping[str, Row]) -> list[float]:
+        """The metric of each run."""
+        return [float(row[self.metric]) for row in runs.values()]
+
+
+def read(name: str) -> Study:
+    """What the data of a study say."""
     with (DOCS / "evidence" / f"{name}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     keys: list[str] = []
-    for key in rows[0]:
-        if key not in ("hash", *chosen, SEED, METHOD, *RESULTS):
-            told = {tuple(row[k] for k in [*keys, key]) for row in rows}
-            if len(told) > len({place[:-1] for place in told}):  # else it follows from those before
-                keys.append(key)
-    keys.append(METHOD)
-    cells: dict[tuple[str, ...], Any] = {}
+    for key in WHAT:
+        apart = len({tuple(row[k] for k in [*keys, key]) for row in rows})
+        if apart > len({tuple(row[k] for k in keys) for row in rows}):  # else it follows from those before
+            keys.append(key)
+    column = "epsilon" if len({row["epsilon"] for row in rows}) > 1 else "lr"
+    cells: dict[Place, dict[str, dict[str, Row]]] = {}
     for row in rows:
-        cell = cells.setdefault(tuple(row[key] for key in keys), {})
-        cell.setdefault(tuple(float(row[key]) for key in chosen), {})[row[SEED]] = row
-    return keys, cells
-
-
-def _chosen(name: str) -> tuple[str, ...]:
-    """What a sweep's best is the best of."""
-    return (RATE, *TUNED.get(name, ()))
-
-
-def _accuracies(runs: Mapping[str, Row], *, but: str | None = None) -> list[float]:
-    return [float(row["accuracy"]) for seed, row in runs.items() if seed != but]
-
-
-def best(cell: Cell, but: str | None = None) -> Choice:
-    """The learning rate with the highest mean accuracy, over all seeds or all but one; the lower of equals."""
-    return max(sorted(cell), key=lambda choice: statistics.fmean(_accuracies(cell[choice], but=but) or [0.0]))
-
-
-def blind(cell: Cell) -> list[float]:
-    """For each seed, the accuracy at the rate that the other seeds choose."""
-    seeds = sorted(set.intersection(*(set(runs) for runs in cell.values())))
-    return [float(cell[best(cell, but=s)][s]["accuracy"]) for s in seeds] if len(seeds) > 1 else []
+        place = tuple(row[key] for key in keys)
+        cells.setdefault(place, {}).setdefault(row[column], {})[row["seed"]] = row
+    named = list(rows[0])
+    return Study(keys, column, named[named.index("loss") - 1], cells)
 
 
 def table(name: str) -> Table:
-    """A row for each configuration, the whole grid at its end."""
-    keys, cells = read(name)
-    choices = sorted({choice for cell in cells.values() for choice in cell})
-    chosen = _chosen(name)
+    """A row for what was compared, a column for each epsilon or rate: the metric, and the loss in brackets."""
+    study = read(name)
     rows = []
-    for place, cell in cells.items():
-        at = best(cell)
-        runs = list(cell[at].values())
+    for place, by_column in study.cells.items():
+        sent = sorted({float(row["bytes_up"]) for runs in by_column.values() for row in runs.values()})
         rows.append(
             [
                 *(NAMES.get(word, word) for word in place),
-                *(f"{value:g}" for value in at),
-                spread(_accuracies(cell[at])),
-                spread(blind(cell)),
-                f"{statistics.fmean(float(row['loss']) for row in runs):.3f}",
-                f"{float(runs[0]['bytes_up']) / 1e6:.2f}",
-                str(len(runs)),
-                *(spread(_accuracies(cell[choice])) if choice in cell else "-" for choice in choices),
+                *(_figure(study, by_column.get(column, {})) for column in study.columns),
+                "/".join(dict.fromkeys(f"{size / 1e6:.2f}" for size in (sent[0], sent[-1]))),
+                str(max(len(runs) for runs in by_column.values())),
             ]
         )
-    head = [
-        *keys,
-        *(f"best {key}" for key in chosen),
-        "accuracy at it",
-        "blind",
-        "loss",
-        "MB up",
-        "seeds",
-        *(_named(chosen, choice) for choice in choices),
-    ]
-    return Table(head, rows, frozenset(range(len(keys))))
+    head = [*study.keys, *(f"{study.column} {column}" for column in study.columns), "MB up", "seeds"]
+    return Table(head, rows, frozenset(range(len(study.keys))))
 
 
-def _named(chosen: Sequence[str], choice: Choice) -> str:
-    return ", ".join(f"{key} {value:g}" for key, value in zip(chosen, choice, strict=True))
+def _figure(study: Study, runs: Mapping[str, Row]) -> str:
+    if not runs:
+        return "-"
+    return f"{spread(study.values(runs))} ({statistics.fmean(float(row['loss']) for row in runs.values()):.2f})"
 
 
-def figures(name: str) -> dict[str, alt.Chart | alt.LayerChart | alt.FacetChart]:
-    """Accuracy by what the sweep varies, over the grid of rates, by bytes (of many methods), by LoRA's error."""
-    keys, cells = read(name)
-    axis = keys[0]
-    points, grid, errors = [], [], []
-    for place, cell in cells.items():
-        about = {**dict(zip(keys, place, strict=True)), "method": _method(keys, place)}
-        values = blind(cell) or _accuracies(cell[best(cell)])
-        sent = float(next(iter(cell[best(cell)].values()))["bytes_up"])
-        points.append({**about, "MB": sent / 1e6, **_band(values)})
-        for (rate, *other), runs in cell.items():
-            method = ", ".join(filter(None, [about["method"], _named(_chosen(name)[1:], tuple(other))]))
-            grid.append({**about, "method": method, "lr": rate, **_band(_accuracies(runs))})
-        errors += [
-            {**about, "error": float(row["aggregation_error"]), "accuracy": float(row["accuracy"])}
-            for runs in cell.values()
-            for row in runs.values()
-            if row["aggregation_error"] != "none"
-        ]
-    order = list(dict.fromkeys(row[axis] for row in points))
-    rates = sorted({row["lr"] for row in grid})
-    scale = alt.Scale(type="log", nice=False, padding=12)
-    rate = alt.X("lr:Q", scale=scale, title="learning rate", axis=alt.Axis(values=rates, format="~g"))
-    made = {
-        name: _bars(points, alt.X(f"{axis}:N", sort=order, title=axis, axis=alt.Axis(labelAngle=0))),
-        f"{name}-rates": _facets(_bars(grid, rate, lines=True), axis, order),
-    }
-    if len({place[-1] for place in cells}) > 2:
-        sent_up = alt.X("MB:Q", scale=scale, title="MB sent up by all", axis=alt.Axis(tickCount=3))
-        made[f"{name}-bytes"] = _facets(_bars(points, sent_up, lines=True), axis, order)
-    if errors:
-        made[f"{name}-error"] = (
-            alt.Chart(alt.Data(values=errors))
-            .mark_point(filled=True, size=45)
-            .encode(
-                x=alt.X(
-                    "error:Q",
-                    title="aggregation error of the last round, of the true average",
-                    scale=alt.Scale(type="log"),
-                ),
-                y=alt.Y("accuracy:Q", scale=alt.Scale(zero=False)),
-                color=alt.Color(f"{axis}:N", sort=order, title=axis),
-            )
-            .properties(width=420, height=230)
-        )
+def differences(name: str) -> Table:
+    """Of each row from its reference, paired over private epsilons and seeds.
+
+    Noise that cancels is compared with independent noise, and all else with FFA-LoRA.
+    """
+    study, found = read(name), []
+    for place in study.cells if study.column == "epsilon" else ():
+        reference = _reference(study.keys, place)
+        both = [*_pairs(study, place, reference)]
+        if place != reference and len(both) > 2:
+            test = ttest_rel(*zip(*both, strict=True))
+            mean, ahead = statistics.fmean(a - b for a, b in both), sum(a > b for a, b in both)
+            found.append((place, reference, mean, *test.confidence_interval(), ahead, len(both), test.pvalue))
+    corrected, rows = holm([line[-1] for line in found]), []
+    for at in sorted(range(len(found)), key=lambda at: -found[at][2]):
+        place, reference, mean, low, high, ahead, count, _ = found[at]
+        told = [_label(place), _label(reference), f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}"]
+        rows.append([*told, f"{ahead} of {count}", f"{corrected[at]:.2g}"])
+    head = ["of", "from", "difference", "95 % interval", "ahead", "p (Holm)"]
+    return Table(head, rows, frozenset(range(2)))
+
+
+def _reference(keys: Sequence[str], place: Place) -> Place:
+    """What a row of a table is compared with."""
+    if "noise" in keys:
+        return tuple("independent" if key == "noise" else word for key, word in zip(keys, place, strict=True))
+    return tuple(REFERENCE[key] for key in keys)
+
+
+def _label(place: Place) -> str:
+    return ", ".join(NAMES.get(word, word) for word in place if word != "none") or "the run itself"
+
+
+def _pairs(study: Study, place: Place, reference: Place) -> Iterator[tuple[float, float]]:
+    own, other = study.cells[place], study.cells.get(reference, {})
+    for epsilon in own.keys() & other.keys() - {"none"}:
+        for seed in own[epsilon].keys() & other[epsilon].keys():
+            yield float(own[epsilon][seed][study.metric]), float(other[epsilon][seed][study.metric])
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """P-values, corrected for their number n: the smallest times n, the next times n - 1, and so on."""
+    made, least = [0.0] * len(values), 0.0
+    for rank, at in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        least = made[at] = min(1.0, max(least, values[at] * (len(values) - rank)))
     return made
 
 
-def _method(keys: Sequence[str], place: Sequence[str]) -> str:
-    """The method, with what sets it apart beside the first of the keys, where there are others."""
-    words = dict(list(zip(keys, place, strict=True))[len(keys) > 1 :])
-    name = words.pop(METHOD, "")
-    return ", ".join([NAMES.get(name, name), *(f"{key} {value}" for key, value in words.items())])
+def figures(name: str) -> dict[str, alt.LayerChart | alt.FacetChart]:
+    """The metric by bytes for each epsilon; those that nothing beats at their bytes are joined by a line."""
+    study, points = read(name), []
+    for place, by_column in study.cells.items():
+        for column, runs in by_column.items():
+            values = study.values(runs)
+            mean, sd = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+            sent = float(next(iter(runs.values()))["bytes_up"]) / 1e6
+            about = {"name": _label(place), "of": f"{study.column} {column}", "MB": sent}
+            points.append({**about, study.metric: mean, "low": mean - sd, "high": mean + sd})
+    for point in points:
+        rivals = [p for p in points if p["of"] == point["of"] and p["MB"] <= point["MB"]]
+        point["front"] = point["MB"] > 0 and point[study.metric] == max(p[study.metric] for p in rivals)
+    base = alt.Chart(alt.Data(values=points)).transform_filter("datum.MB > 0")
+    x = alt.X(
+        "MB:Q", scale=alt.Scale(type="log", padding=12), title="MB sent up by all", axis=alt.Axis(tickCount=3)
+    )
+    y = alt.Y(f"{study.metric}:Q", scale=alt.Scale(zero=False), title=study.metric)
+    colour = alt.Color("name:N", sort=None, legend=alt.Legend(title=None, orient="right"))
+    front = base.transform_filter("datum.front").mark_line(strokeDash=[4, 3], color="grey").encode(x=x, y=y)
+    bars = base.mark_rule(strokeWidth=2).encode(
+        x=x, y=alt.Y("low:Q", title=study.metric), y2="high:Q", color=colour
+    )
+    dots = base.mark_point(filled=True, size=60).encode(x=x, y=y, color=colour)
+    chart = alt.LayerChart(layer=[front, bars, dots], width=230, height=220)
+    order = [f"{study.column} {column}" for column in study.columns]
+    return {name: chart.facet(alt.Facet("of:N", sort=order, title=None), columns=3)}
 
 
-def _band(values: Sequence[float]) -> dict[str, float]:
-    mean, sd = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"accuracy": mean, "low": mean - sd, "high": mean + sd}
-
-
-def _bars(rows: Sequence[Mapping[str, Any]], x: alt.X, lines: bool = False) -> alt.LayerChart:
-    """Means with bars of one standard deviation, a colour for each method."""
-    colour = alt.Color("method:N", sort=None, legend=alt.Legend(title=None, orient="top"))
-    base = alt.Chart(alt.Data(values=list(rows))).encode(x=x, color=colour)
-    if not lines:
-        base = base.encode(xOffset=alt.XOffset("method:N", sort=None))
-    y = alt.Y("accuracy:Q", scale=alt.Scale(zero=False))
-    layers = [base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title="accuracy"), y2="high:Q")]
-    layers += [
-        base.mark_point(filled=True, size=60).encode(y=y),
-        *([base.mark_line().encode(y=y)] if lines else []),
-    ]
-    return alt.LayerChart(layer=layers, width=max(420, 18 * len(rows)), height=230)
-
-
-def _facets(chart: alt.LayerChart, axis: str, order: Sequence[str]) -> alt.LayerChart | alt.FacetChart:
-    """A small chart for each value of what the sweep varies beside the method."""
-    if axis == METHOD:
-        return chart
-    small = chart.properties(width=170, height=180)
-    return small.facet(alt.Facet(f"{axis}:N", sort=order, title=axis), columns=4)
+def made(name: str) -> str:
+    """What stands on the page: the table, the differences, the figures."""
+    told = [table(name).markdown()]
+    if (apart := differences(name)).rows:
+        told.append(apart.markdown())
+    return "\n\n".join([*told, f"![{name}](evidence/{name}.svg)"])
 
 
 def draw(name: str) -> None:
-    """Write the figures, and put them and the table between their marks in docs/evidence.md."""
-    links = []
+    """Write the figures, and put them and the tables between their marks in docs/evidence.md."""
     for file, chart in figures(name).items():
         (DOCS / "evidence" / f"{file}.svg").write_text(vl_convert.vegalite_to_svg(chart.to_json()))
-        links.append(f"![{file}](evidence/{file}.svg)")
     page, mark, end = DOCS / "evidence.md", f"<!-- table: {name} -->\n", "<!-- end -->"
     before, _, rest = page.read_text().partition(mark)
     if rest:
-        after = rest.partition(end)[2]
-        made = "\n\n".join([table(name).markdown(), *links])
-        page.write_text(f"{before}{mark}{made}\n\n{end}{after}")
+        page.write_text(f"{before}{mark}{made(name)}\n\n{end}{rest.partition(end)[2]}")
 
 
 def main() -> None:
     """Run what is missing of a sweep, keep it, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", help="of scenarios/sweeps/paper, such as reduced")
+    parser.add_argument("sweep", help="of scenarios/sweeps/trained, such as methods")
     parser.add_argument("--set", metavar="a.b=v", action="append", default=[], dest="overrides")
-    parser.add_argument("--out", type=Path, help="its folder (default: sweeps/paper/<sweep>)")
+    parser.add_argument("--out", type=Path, help="its folder (default: sweeps/trained/<sweep>)")
     parser.add_argument("--no-runs", action="store_true", help="collect and draw what is there")
     given = parser.parse_args()
-    out = given.out or Path("sweeps") / "paper" / given.sweep
+    out = given.out or Path("sweeps") / "trained" / given.sweep
     if not given.no_runs:
         run(given.sweep, given.overrides, out)
     if out.exists():

@@ -42,6 +42,7 @@ GUESSED = ("accuracy", "micro_f1")
 UNRELATED = ("pearson", "spearman")
 """Metrics that are 0 where predictions say nothing of scores, with a standard error of `1 / sqrt(rows)`."""
 
+_POOL = ("classification", "multi_label", "regression")  # tasks that read one vector of a text
 _ALONE = 4  # clients from which one can be told from the others
 _CHANCE = 0.01  # of naming a client where all are alike
 
@@ -220,6 +221,8 @@ class _Settings:
         self.rounds = scenario.get("rounds")
         self.spent = "stopped" in summary
         self.server: Mapping[str, Any] | None = self.strategy.get("server")
+        model: Mapping[str, Any] = scenario.get("model") or {}
+        self.pools = scenario.get("task") in _POOL and "pooling" in model and model["pooling"] is None
 
     @property
     def signal(self) -> str:
@@ -228,6 +231,8 @@ class _Settings:
         if self.server is None and _takes_server(str(self.strategy.get("use", ""))):
             tried.append("strategy.server: {kind: adam, lr: 0.02}")
         tried += self._larger
+        if self.pools:
+            tried.append("model.pooling: mean, of an encoder")
         key, rate = self._rate()
         return ", ".join([*tried, f"another {key} (now {rate}), as fedlora tune finds it"])
 

@@ -10,6 +10,7 @@ from fedlora import scenario, sweep
 
 ROOT = Path(__file__).parents[2]
 KEPT = sorted((ROOT / "docs" / "evidence").glob("*.csv"))
+HEAD = "hash,baseline,strategy,kind,r,noise,lr,epsilon,seed,accuracy,loss,bytes_up\n"
 
 
 @pytest.fixture(scope="module")
@@ -19,73 +20,89 @@ def evidence():
     return module
 
 
-def cell(**rates):
-    """Runs by learning rate, from the accuracy of each seed."""
-    return {
-        (float(rate[1:]),): {str(seed): {"accuracy": str(value)} for seed, value in enumerate(values)}
-        for rate, values in rates.items()
+@pytest.fixture
+def study(evidence, tmp_path, monkeypatch):
+    """Two methods at two epsilons, two seeds each; of the second one run more, without privacy."""
+    (tmp_path / "evidence").mkdir()
+    told = {"ffa_lora": (0.80, 0.82, 0.70, 0.74), "fedavg_lora": (0.81, 0.84, 0.73, 0.78)}
+    rows = [
+        f"x,none,{use},auto,8,independent,0.03,{epsilon},{seed},{value},0.5,{size}\n"
+        for (use, values), size in zip(told.items(), (1e6, 2e6), strict=True)
+        for (epsilon, seed), value in zip(((6, 1), (6, 2), (1, 1), (1, 2)), values, strict=True)
+    ]
+    rows.append("x,none,fedavg_lora,auto,8,independent,0.03,none,1,0.9,0.25,2e6\n")
+    (tmp_path / "evidence" / "small.csv").write_text(HEAD + "".join(rows))
+    monkeypatch.setattr(evidence, "DOCS", tmp_path)
+    return evidence
+
+
+def test_a_table_has_a_row_for_each_method_and_a_column_for_each_epsilon(study):
+    """Means 0.81 and 0.72; spreads 0.02 / sqrt 2 and 0.04 / sqrt 2."""
+    assert study.table("small").markdown().splitlines() == [
+        "| strategy | epsilon 6 | epsilon 1 | epsilon none | MB up | seeds |",
+        "| :-- | --: | --: | --: | --: | --: |",
+        "| FFA-LoRA | 0.8100 ± 0.0141 (0.50) | 0.7200 ± 0.0283 (0.50) | - | 1.00 | 2 |",
+        "| LoRA | 0.8250 ± 0.0212 (0.50) | 0.7550 ± 0.0354 (0.50) | 0.9000 (0.25) | 2.00 | 2 |",
+    ]
+
+
+def test_differences_are_paired_over_private_epsilons_and_seeds(study):
+    """Of 0.01 to 0.04: s 0.01291, t = 0.025 / (s / 2) = 3.87, p = 0.0305; 3.18 s / 2 = 0.0205."""
+    assert study.differences("small").rows == [
+        ["LoRA", "FFA-LoRA", "+0.0250", "+0.0045 to +0.0455", "4 of 4", "0.03"],
+    ]
+
+
+def test_where_there_is_one_epsilon_the_columns_are_learning_rates(study, tmp_path):
+    file = tmp_path / "evidence" / "small.csv"
+    row = "x,none,ffa_lora,auto,8,independent,{},3,0,0.8,0.5,1e6\n"
+    file.write_text(HEAD + row.format(0.03) + row.format(0.1))
+    assert study.table("small").head == ["lr 0.03", "lr 0.1", "MB up", "seeds"]
+    assert study.differences("small").rows == []
+
+
+def test_noise_that_cancels_is_compared_with_the_same_method(evidence):
+    keys = ["strategy", "noise"]
+    assert evidence._reference(keys, ("rolora", "bands")) == ("rolora", "independent")
+    assert evidence._reference(["kind", "r"], ("core", "9")) == ("lora", "14")
+
+
+def test_p_values_are_corrected_as_holm_does(evidence):
+    """0.01 x 3, then 0.02 x 2, then 0.5; none below one before it, none above 1."""
+    assert evidence.holm([0.5, 0.01, 0.02]) == [0.5, 0.03, 0.04]
+    assert evidence.holm([0.03, 0.02]) == [0.04, 0.04] and evidence.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_the_front_is_what_nothing_beats_at_its_bytes(study):
+    chart = study.figures("small")["small"].to_dict()
+    points = {(p["name"], p["of"]): p["front"] for p in chart["data"]["values"]}
+    assert points == {
+        ("FFA-LoRA", "epsilon 6"): True,
+        ("FFA-LoRA", "epsilon 1"): True,
+        ("LoRA", "epsilon 6"): True,
+        ("LoRA", "epsilon 1"): True,
+        ("LoRA", "epsilon none"): True,
     }
 
 
-def test_a_rate_is_chosen_by_the_other_seeds_and_judged_on_this_one(evidence):
-    """Rate 1 has mean 0.7, rate 2 0.667. Without seed 0 rate 2 is better, without 1 or 2 rate 1 is."""
-    runs = cell(r1=[0.9, 0.6, 0.6], r2=[0.5, 0.8, 0.7])
-    assert evidence.best(runs) == (1,) and evidence.best(runs, but="0") == (2,)
-    assert evidence.blind(runs) == [0.5, 0.6, 0.6]
-    assert evidence.blind(cell(r1=[0.9])) == []  # one seed has no others
-
-
-def test_of_equal_rates_the_lower_is_taken(evidence):
-    assert evidence.best(cell(r4=[0.5], r2=[0.5])) == (2,)
-
-
-def test_where_alpha_is_tuned_it_is_chosen_with_the_rate(evidence, tmp_path, monkeypatch):
-    """Alpha 2 at rate 4 has mean 0.75, the best. Seed 0 chooses alpha 8 at rate 2: seed 1 has 0.5."""
-    (tmp_path / "evidence").mkdir()
-    rows = ["2,4,0,0.6", "2,4,1,0.9", "8,2,0,0.8", "8,2,1,0.5", "8,4,0,0.1", "8,4,1,0.1"]
-    (tmp_path / "evidence" / "tuned.csv").write_text(
-        "hash,alpha,lr,seed,accuracy,strategy,loss,bytes_up\n"
-        + "".join(f"x,{row},ffa_lora,0.5,1e6\n" for row in rows)
-    )
-    monkeypatch.setattr(evidence, "DOCS", tmp_path)
-    keys, cells = evidence.read("tuned")
-    (only,) = cells.values()
-    assert keys == ["strategy"] and evidence.best(only) == (4, 2) and evidence.blind(only) == [0.6, 0.5]
-    assert evidence.table("tuned").markdown().splitlines()[0] == (
-        "| strategy | best lr | best alpha | accuracy at it | blind | loss | MB up | seeds "
-        "| lr 2, alpha 8 | lr 4, alpha 2 | lr 4, alpha 8 |"
-    )
-
-
-def test_what_follows_from_another_setting_is_no_column(evidence, tmp_path, monkeypatch):
-    (tmp_path / "evidence").mkdir()
-    (tmp_path / "evidence" / "rank.csv").write_text(
-        "hash,seed,r,alpha,strategy,lr,accuracy\na,0,2,2,ffa_lora,1,0.5\nb,0,8,8,ffa_lora,1,0.6\n"
-    )
-    monkeypatch.setattr(evidence, "DOCS", tmp_path)
-    keys, cells = evidence.read("rank")
-    assert keys == ["r", "strategy"] and list(cells) == [("2", "ffa_lora"), ("8", "ffa_lora")]
-
-
 @pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
-def test_the_page_has_the_table_that_the_data_make(evidence, file):
-    assert evidence.table(file.stem).markdown() in (ROOT / "docs" / "evidence.md").read_text()
+def test_the_page_has_what_the_data_make(evidence, file):
+    assert evidence.made(file.stem) in (ROOT / "docs" / "evidence.md").read_text()
     rows = list(csv.DictReader(file.read_text().splitlines()))
-    assert all(float(row["accuracy"]) <= 1 and row["hash"] for row in rows)
     assert len({row["hash"] for row in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
-def test_what_was_run_is_what_the_sweep_asks_for(file):
+def test_what_was_run_is_what_the_sweep_asks_for(evidence, file):
     """Every run of the data is a point of the sweep that ships."""
-    asked = sweep.load(f"paper/{file.stem}")
-    points = [sweep.spread_out(point) for point in asked.points()]
-    known = {(p["seed"], p["clients.lr"], p["strategy.use"]) for p in points}
+    asked = sweep.load(f"trained/{file.stem}")
+    told = ("baseline", "strategy", "kind", "r", "noise", "lr", "epsilon", "seed")
+    known = {tuple(evidence.asked(asked.run(point))[key] for key in told) for point in asked.points()}
     for row in csv.DictReader(file.read_text().splitlines()):
-        assert (int(row["seed"]), float(row["lr"]), row["strategy"]) in known
+        assert tuple(row[key] for key in told) in known
 
 
-def test_every_sweep_of_the_paper_is_on_the_page():
+def test_every_study_is_on_the_page():
     page = (ROOT / "docs" / "evidence.md").read_text()
-    names = [n.removeprefix("paper/") for n in scenario.shipped(scenario.SWEEPS) if n.startswith("paper/")]
-    assert len(names) > 5 and all(f"`{name}`" in page or f"evidence.py {name}" in page for name in names)
+    names = [n.removeprefix("trained/") for n in scenario.shipped(scenario.SWEEPS) if n.startswith("trained/")]
+    assert len(names) > 3 and all(f"evidence.py {name}" in page for name in names)

@@ -152,6 +152,11 @@ def test_settings_to_try_are_those_that_the_scenario_has_left():
     assert judged(chance, adam)["majority"].setting == (
         "a larger clients.batch_size (now 64), another strategy.server.lr (now 0.02), as fedlora tune finds it"
     )
+    texts = {**adam, "task": "classification", "model": {"base": "bert", "pooling": None}}
+    assert "a larger clients.batch_size (now 64), model.pooling: mean, of an encoder, another" in (
+        judged(chance, texts)["majority"].setting
+    )
+    assert "pooling" not in judged(chance, {**texts, "task": "causal_lm"})["majority"].setting
     for use in ("flora", "fedask", "mine:Own"):  # no mean, or nobody knows
         assert judged(chance, {**PLAIN, "strategy": {"use": use}})["majority"].setting == (
             "another clients.lr (now 0.5), as fedlora tune finds it"
