@@ -75,11 +75,11 @@ def collect(name: str, overrides: Sequence[str], out: Path) -> None:
 
 def asked(made: Scenario) -> dict[str, str]:
     """What a run is, in the words of a table."""
-    server, guarded = made.strategy.server, made.example_privacy
+    server, guarded, kind = made.strategy.server, made.example_privacy, made.model.adapter.kind
     told = {
         "baseline": made.baseline and made.baseline.kind,
         "strategy": made.strategy.use,
-        "kind": made.model.adapter.kind,
+        "kind": kind if isinstance(kind, str) else getattr(kind, "config", kind.use),
         "r": made.model.adapter.r,
         "noise": "bands" if guarded and guarded.bands not in (None, 1) else "independent",
         "lr": made.clients.lr if server is None else server.lr,
