@@ -101,7 +101,7 @@ class DPSGD(Stepwise):
         if settings.range is not None:
             return Shared(**told, sharers=sharers, range=settings.range)
         made = ExampleGaussian(**told)
-        return made if settings.bands == 1 else banded(made, settings.bands)
+        return made if settings.bands == 1 else banded(made, settings.coefficients)
 
     def passes(
         self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng

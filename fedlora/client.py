@@ -12,7 +12,7 @@ from fedlora.errors import ContractError, SettingError
 from fedlora.optimizers import contract
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms import shared
-from fedlora.privacy.mechanisms.bands import Past
+from fedlora.privacy.mechanisms.bands import Coefficients, Past, coefficients
 from fedlora.privacy.noise import Stream
 from fedlora.scenario import Scenario
 from fedlora.seeding import Root, stream
@@ -48,7 +48,7 @@ class Settings:
         clip_norm: L2 bound on the gradient of one example, or person; None without privacy.
         clip: how examples are held to it, in the words of `privacy.clip`.
         quantile: of the examples' norms, where the bound moves.
-        bands: of the noise; 1: each step's is independent.
+        coefficients: of the bands of the noise; one alone: each step's is independent.
         sharers: by whose square root clients divide the noise, where they share it out; None: each adds all of it.
         range: that a number of the change may have, where noise is shared out.
         weight: of an update in a mean, where a private client may not report how many examples it has.
@@ -67,7 +67,7 @@ class Settings:
     clip_norm: float | None = None
     clip: str = "flat"
     quantile: float | None = None
-    bands: int = 1
+    coefficients: Coefficients = (1.0,)
     sharers: float | None = None
     range: float | None = None
     sample_rate: float | None = None
@@ -79,6 +79,11 @@ class Settings:
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     state: Adapter = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bands(self) -> int:
+        """Of the noise."""
+        return len(self.coefficients)
 
 
 class Setter:
@@ -101,6 +106,7 @@ class Setter:
         first, pace = told.pace(instruction.round, self.scenario.rounds)
         lrs = {role: first * lr for role, lr in told.rates.items()}
         noise, sharers = None if self.noise is None else self.noise[num_examples], None
+        bands = 1 if self.bands is None else self.bands[num_examples]
         if (asked := self.scenario.shares_example_noise) is not None and noise is not None:
             noise, members = shared.told(instruction.config, noise, self.scenario.most_members)
             sharers = self.scenario.noise_parts(members)
@@ -119,7 +125,7 @@ class Setter:
             clip_norm=privacy.clip_norm if privacy else None,
             clip=privacy.clip.kind if privacy else "flat",
             quantile=privacy.clip.quantile if privacy else None,
-            bands=1 if self.bands is None else self.bands[num_examples],
+            coefficients=coefficients(bands, self.scenario.counted_steps),
             sharers=sharers,
             range=None if asked is None else asked.range,
             share_metrics=privacy.share_metrics if privacy else True,

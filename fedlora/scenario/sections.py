@@ -338,6 +338,12 @@ class Scenario(Section):
         return asked.person if (asked := self.example_privacy) is not None else None
 
     @property
+    def counted_steps(self) -> int:
+        """Steps of a client that is in every round, in those of the reserve too: noise is calibrated for them."""
+        reserve = 0 if self.example_privacy is None else self.example_privacy.reserve
+        return (self.rounds + reserve) * self.clients.local_steps
+
+    @property
     def client_privacy(self) -> Privacy | None:
         """The guarantee for each client, which the server gives; None where there is none."""
         return self.privacy if self.privacy is not None and self.privacy.unit == "client" else None
