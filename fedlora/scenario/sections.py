@@ -415,6 +415,8 @@ class Scenario(Section):
                 f"{told.sample_rate:g}, which says what a step takes: leave one of them out, or write "
                 "clients.sample_rate: null"
             )
+        if told.batch_limit is not None and self.example_privacy is None:
+            found.append("clients.batch_limit: does nothing without privacy: batches are of clients.batch_size")
         if self.strategy.shrink is not None and self.privacy is None:
             found.append("strategy.shrink: does nothing without a privacy section: there is no noise to shrink")
         return found

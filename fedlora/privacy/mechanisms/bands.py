@@ -276,6 +276,7 @@ class BandedGaussian(ExampleGaussian):
     def __post_init__(self) -> None:
         if self.adapts:
             raise ContractError("bands hold for a bound that is fixed")
+        super().__post_init__()
         if not (self.coefficients and self.coefficients[0] > 0 and math.hypot(*self.coefficients) <= 1 + 1e-9):
             raise ContractError("the coefficients of bands have norm 1 at most, and the first is positive")
 
@@ -288,10 +289,10 @@ class BandedGaussian(ExampleGaussian):
         """All steps."""
         return replace(super().event(clip_norm), bands=self.bands)
 
-    def taken(self, coins: Stream, step: int = 0) -> NDArray[np.bool_]:
-        """Whom a step takes, of the group whose turn it is, (total,)."""
+    def tossed(self, coins: Stream, step: int) -> NDArray[np.bool_]:
+        """Whom the coins take, of the group whose turn it is, (total,)."""
         turn = np.arange(self.total) % self.bands == step % self.bands
-        drawn: NDArray[np.bool_] = super().taken(coins) & turn
+        drawn: NDArray[np.bool_] = super().tossed(coins, step) & turn
         return drawn
 
     @property
