@@ -133,7 +133,7 @@ def test_given_the_others_an_example_is_as_likely_as_in_a_batch_of_any_size(tota
 
 @pytest.mark.parametrize("gradients", [[1] + 7 * [-1], 8 * [1], [1] + 7 * [0], [1, -1, 1, -1, 1, -1, 1, 0]])
 def test_batches_that_are_drawn_again_cost_no_more_and_those_that_are_cut_may(gradients):
-    """Eight examples at 1/8 and one in a batch, sigma 0.7: the worst for a batch that is cut are others against it."""
+    """Eight examples at 1/8, one in a batch, sigma 0.7: others that are against it show which ones were cut."""
     told, epsilons = {"noise_multiplier": 0.7, "sample_rate": 1 / 8, "clip_norm": 1.0}, [0.1, 0.3, 0.5, 1.0]
     claim = np.array(profile([Event(steps=1, **told)], epsilons))
     again, cut = laws(8, 1 / 8, 1)
