@@ -66,13 +66,12 @@ def coefficients(bands: int, steps: int) -> Coefficients:
 
     They are rounded, so that every machine finds the same.
     """
-    from scipy.optimize import minimize
-
-    start = root(bands)[1:]
     if bands == 1:
         return (1.0,)
+    from scipy.optimize import minimize
+
     told = {"method": "L-BFGS-B", "jac": True, "bounds": [(0.0, 1.0)] * (bands - 1)}
-    found = minimize(_logarithm, start, args=(min(steps, FITTED),), **told)
+    found = minimize(_logarithm, root(bands)[1:], args=(min(steps, FITTED),), **told)
     whole = np.array([1.0, *found.x.round(_DIGITS)])
     return tuple(float(c) for c in whole / np.linalg.norm(whole))
 
