@@ -21,10 +21,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fedlora.adapter import Adapter, Update
-from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_towards, resting, smooth
+from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_towards, resting
 from fedlora.data.store import Partition
 from fedlora.errors import ContractError, SettingError
-from fedlora.optimizers.contract import Steps, grouped, noise_left
+from fedlora.optimizers.contract import Steps, grouped
+from fedlora.optimizers.low_pass import noise_left, smooth
 from fedlora.passes import gradients
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms.bands import banded
@@ -49,6 +50,7 @@ class DPSGD(Stepwise):
     clips = ("flat", "per_layer", "quantile", "automatic")
     banded = True
     persons = True
+    limits = True
 
     def spends(self, num_examples: int, settings: Settings) -> Event:
         """`local_steps` steps at `batch_size / n`; where the bound adapts, sum and count together."""
@@ -88,12 +90,15 @@ class DPSGD(Stepwise):
         if settings.noise_multiplier is None or settings.clip_norm is None:
             raise ContractError("dp_sgd was given no noise multiplier or clip norm")
         rate, sharers = settings.sample_rate, settings.sharers or 1.0
+        batch_size = settings.batch_size if rate is None else rate * num_examples
+        most = None if settings.batch_limit is None else max(int(settings.batch_limit * batch_size), 1)
         told: dict[str, Any] = dict(
             noise_multiplier=settings.noise_multiplier / math.sqrt(sharers),
             sample_rate=settings.batch_size / num_examples if rate is None else rate,
             total=num_examples,
             quantile=settings.quantile,
-            batch_size=settings.batch_size if rate is None else rate * num_examples,
+            batch_size=batch_size,
+            most=most,
             steps=settings.local_steps,
             clip_norm=settings.clip_norm,
             clip=settings.clip,
@@ -101,7 +106,7 @@ class DPSGD(Stepwise):
         if settings.range is not None:
             return Shared(**told, sharers=sharers, range=settings.range)
         made = ExampleGaussian(**told)
-        return made if settings.bands == 1 else banded(made, settings.bands)
+        return made if settings.bands == 1 else banded(made, settings.coefficients)
 
     def passes(
         self, task: "Task", adapter: Adapter, partition: Partition, settings: Settings, rng: Rng

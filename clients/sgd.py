@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedlora.adapter import Adapter, Update
-from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_towards, pulled, resting, smooth
+from fedlora.client import Pass, Passes, Rng, Settings, Stepwise, moved, pull_towards, pulled, resting
 from fedlora.data.store import Partition
 from fedlora.optimizers.contract import Steps, grouped
+from fedlora.optimizers.low_pass import smooth
 
 if TYPE_CHECKING:
     from fedlora.tasks.contract import Task

@@ -28,7 +28,7 @@ import numpy as np
 
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Event
-from fedlora.privacy.mechanisms.bands import choose, in_weights
+from fedlora.privacy.mechanisms.bands import choose, coefficients, in_weights
 from fedlora.rehearsal import Rehearsal
 from fedlora.rounds.progress import Line
 from fedlora.scenario import Privacy, Scenario
@@ -93,7 +93,8 @@ class Signal:
         """The same over all steps together; banded noise cancels over the steps of one client."""
         if self.bands == 1:
             return math.sqrt(self.steps) * self.ratio
-        own = float(in_weights(self.bands, max(round(self.steps * self.share), 1))[-1])
+        c = coefficients(self.bands, self.steps)
+        own = float(in_weights(c, max(round(self.steps * self.share), 1))[-1])
         return self.steps * self.ratio / (own / math.sqrt(self.share))
 
     def to_json(self) -> Line:

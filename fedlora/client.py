@@ -12,7 +12,7 @@ from fedlora.errors import ContractError, SettingError
 from fedlora.optimizers import contract
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms import shared
-from fedlora.privacy.mechanisms.bands import Past
+from fedlora.privacy.mechanisms.bands import Coefficients, Past, coefficients
 from fedlora.privacy.noise import Stream
 from fedlora.scenario import Scenario
 from fedlora.seeding import Root, stream
@@ -37,6 +37,7 @@ class Settings:
         batch_size: examples in a step, or persons where they are protected; under Poisson sampling the expected
             number.
         sample_rate: where it is given, the probability that takes each into a step of a private client.
+        batch_limit: most that a step takes of these, over the expected number; None: any.
         rows_per_person: most rows of a person that a step takes; None: all.
         lr: learning rate in the first local step; where roles have their own, the largest of these.
         lrs: learning rates by role, in the first local step; empty where all have `lr`.
@@ -48,7 +49,7 @@ class Settings:
         clip_norm: L2 bound on the gradient of one example, or person; None without privacy.
         clip: how examples are held to it, in the words of `privacy.clip`.
         quantile: of the examples' norms, where the bound moves.
-        bands: of the noise; 1: each step's is independent.
+        coefficients: of the bands of the noise; one alone: each step's is independent.
         sharers: by whose square root clients divide the noise, where they share it out; None: each adds all of it.
         range: that a number of the change may have, where noise is shared out.
         weight: of an update in a mean, where a private client may not report how many examples it has.
@@ -67,10 +68,11 @@ class Settings:
     clip_norm: float | None = None
     clip: str = "flat"
     quantile: float | None = None
-    bands: int = 1
+    coefficients: Coefficients = (1.0,)
     sharers: float | None = None
     range: float | None = None
     sample_rate: float | None = None
+    batch_limit: float | None = None
     rows_per_person: int | None = None
     weight: float = 1.0
     share_metrics: bool = False
@@ -79,6 +81,11 @@ class Settings:
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     state: Adapter = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bands(self) -> int:
+        """Of the noise."""
+        return len(self.coefficients)
 
 
 class Setter:
@@ -101,6 +108,7 @@ class Setter:
         first, pace = told.pace(instruction.round, self.scenario.rounds)
         lrs = {role: first * lr for role, lr in told.rates.items()}
         noise, sharers = None if self.noise is None else self.noise[num_examples], None
+        bands = 1 if self.bands is None else self.bands[num_examples]
         if (asked := self.scenario.shares_example_noise) is not None and noise is not None:
             noise, members = shared.told(instruction.config, noise, self.scenario.most_members)
             sharers = self.scenario.noise_parts(members)
@@ -111,6 +119,7 @@ class Setter:
             local_steps=told.local_steps if client is None else instruction.steps.get(client, told.local_steps),
             batch_size=told.batch(num_examples),
             sample_rate=told.sample_rate,
+            batch_limit=told.batch_limit,
             rows_per_person=privacy.rows_per_person if privacy else None,
             weight=1.0 if told.sample_rate is None else told.sample_rate * num_examples,
             lr=max(lrs.values()) if isinstance(told.lr, dict) else first * told.lr,
@@ -119,7 +128,7 @@ class Setter:
             clip_norm=privacy.clip_norm if privacy else None,
             clip=privacy.clip.kind if privacy else "flat",
             quantile=privacy.clip.quantile if privacy else None,
-            bands=1 if self.bands is None else self.bands[num_examples],
+            coefficients=coefficients(bands, self.scenario.counted_steps),
             sharers=sharers,
             range=None if asked is None else asked.range,
             share_metrics=privacy.share_metrics if privacy else True,
@@ -168,6 +177,7 @@ class Client(ABC):
         clips: the ways of `privacy.clip` that a private one knows.
         banded: whether a private one draws by turns and noises by `Rng.past`, as `privacy.bands` asks for.
         persons: whether a private one draws and clips persons, as `privacy.person` asks for.
+        limits: whether a private one draws batches again that are too large, as `clients.batch_limit` asks for.
     """
 
     private: bool = False
@@ -175,6 +185,7 @@ class Client(ABC):
     clips: tuple[str, ...] = ("flat",)
     banded: bool = False
     persons: bool = False
+    limits: bool = False
 
     def spends(self, num_examples: int, settings: Settings) -> Event | None:
         """The privacy event that `fit` amounts to, known before it starts; None if it is not private.
@@ -302,15 +313,18 @@ def check_private(client: Client, scenario: Scenario) -> None:
         raise SettingError("clients.use", f"{use} needs a privacy section")
     if not client.private and asked is not None:
         raise SettingError("clients.use", f"{use} adds no noise, and a privacy section is given")
-    if asked is not None and asked.clip.kind not in client.clips:
-        key = "privacy.clip" if asked is scenario.privacy else "privacy.example.clip"
-        raise SettingError(key, f"{use} knows no {asked.clip.kind}: take one of {', '.join(client.clips)}")
-    if asked is not None and asked.bands is not None and not client.banded:
-        key = "privacy.bands" if asked is scenario.privacy else "privacy.example.bands"
-        raise SettingError(key, f"{use} knows no banded noise: leave it out, or take dp_sgd")
-    if asked is not None and asked.person is not None and not client.persons:
-        key = "privacy.person" if asked is scenario.privacy else "privacy.example.person"
-        raise SettingError(key, f"{use} protects examples one by one: leave it out, or take dp_sgd")
+    if asked is None:
+        return
+    own = "privacy" if asked is scenario.privacy else "privacy.example"
+    clips, any_size = ", ".join(client.clips), scenario.clients.batch_limit is None
+    for key, known, why in (
+        (f"{own}.clip", asked.clip.kind in client.clips, f"knows no {asked.clip.kind}: take one of {clips}"),
+        (f"{own}.bands", asked.bands is None or client.banded, "knows no banded noise: leave it out"),
+        (f"{own}.person", asked.person is None or client.persons, "protects examples one by one: leave it out"),
+        ("clients.batch_limit", any_size or client.limits, "draws batches of any size: leave it out"),
+    ):
+        if not known:
+            raise SettingError(key, f"{use} {why}" + ", or take dp_sgd" * ("leave" in why))
 
 
 def load(use: str, options: Mapping[str, Any]) -> Client:
@@ -391,28 +405,6 @@ def resting(task: "Task", settings: Settings, step: int) -> set[str]:
     moves = roles[step % len(roles)]
     role = {name: task.layout[name].role for name in settings.train}
     return {name for name in settings.train if role[name] in roles and role[name] != moves}
-
-
-def smooth(task: "Task", parameters: "Mapping[str, torch.Tensor]", config: Mapping[str, Any]) -> None:
-    """Filter gradients by [1, 4, 6, 4, 1] / 16 along the layer's own side, if the strategy asks for `low-pass`.
-
-    A (r x in) along its inputs, B (out x r) along its outputs, other tensors not at all; beyond its ends a
-    gradient is mirrored.
-    """
-    import torch
-    from torch.nn.functional import conv1d, pad
-
-    if not config.get("low-pass"):
-        return
-    for name, parameter in parameters.items():
-        if (role := task.layout[name].role) not in ("A", "B") or parameter.grad is None:
-            continue
-        rows = parameter.grad if role == "A" else parameter.grad.T  # (r, in or out)
-        kernel = rows.new_tensor([1.0, 4.0, 6.0, 4.0, 1.0]).view(1, 1, 5) / 16
-        filtered = conv1d(pad(rows.unsqueeze(1), (2, 2), mode="reflect"), kernel).squeeze(1)
-        parameter.grad = (filtered if role == "A" else filtered.T).contiguous(
-            memory_format=torch.contiguous_format
-        )
 
 
 def pulled(parameters: "list[torch.Tensor]") -> bool:

@@ -239,7 +239,7 @@ def banded(
         return None
     search = _beside_statistic(scenario, search)
     where = "privacy.bands" if asked is scenario.privacy else "privacy.example.bands"
-    sizes, steps = sorted(data.unit_sizes().keys() - {0}), (scenario.rounds + asked.reserve) * told.local_steps
+    sizes, steps = sorted(data.unit_sizes().keys() - {0}), scenario.counted_steps
     if asked.bands == "auto":
         target, delta, accountant = asked.epsilon, asked.delta, asked.accountant
         assert target is not None
@@ -313,7 +313,7 @@ def calibrate(
             "them on average; lower it, use fewer clients, or raise data.partition.min_examples",
         )
     affordable.check(scenario, sizes)
-    rates, steps = [told.rate(size) for size in sizes], (scenario.rounds + asked.reserve) * told.local_steps
+    rates, steps = [told.rate(size) for size in sizes], scenario.counted_steps
     groups = banded(scenario, data, search) or dict.fromkeys(sizes, 1)
     search = _beside_statistic(scenario, search)
     if asked.noise_multiplier is not None:

@@ -1,8 +1,11 @@
 import pytest
 import torch
 
-from fedlora.client import Rng, load, moved, pull_towards
-from fedlora.errors import ContractError, SettingError
+from fedlora.adapter import Instruction
+from fedlora.client import Rng, Setter, check_private, load, moved, pull_towards
+from fedlora.clients.dp_sgd import DPSGD
+from fedlora.errors import ContractError, SettingError, UserError
+from fedlora.privacy.mechanisms.bands import coefficients
 
 
 def test_streams_differ_by_seed_round_client_and_purpose():
@@ -38,6 +41,32 @@ def test_a_step_that_moves_nothing_is_refused():
 def test_a_class_that_is_no_client_is_refused():
     with pytest.raises(SettingError, match="is no fedlora"):
         load("collections:OrderedDict", {})
+
+
+class AnySize(DPSGD):
+    """A private client that draws batches of any size."""
+
+    limits = False
+
+
+def test_a_limit_of_batches_is_for_private_clients_that_keep_to_it(tiny):
+    asked = tiny("clients.batch_limit=1.5")
+    check_private(DPSGD(), asked)
+    with pytest.raises(SettingError, match="draws batches of any size: leave it out, or take dp_sgd") as raised:
+        check_private(AnySize(), asked)
+    assert raised.value.key == "clients.batch_limit" and not asked.unused
+    (line,) = tiny("clients.batch_limit=1.5", private=False).unused
+    assert line.startswith("clients.batch_limit: does nothing without privacy")
+    with pytest.raises(UserError, match=r"clients.batch_limit: .*1"):
+        tiny("clients.batch_limit=0.9")
+
+
+def test_bands_are_fitted_to_the_steps_that_noise_is_calibrated_for(tiny):
+    """Two rounds of two steps, and three rounds in reserve."""
+    scenario = tiny("privacy.bands=2", "privacy.reserve=3")
+    told = Setter(scenario, {45: 1.0}, {45: 2})(Instruction(round=1, adapter={}, train=(), send=()), 45)
+    assert scenario.counted_steps == 10 and told.bands == 2
+    assert told.coefficients == coefficients(2, 10) != coefficients(2, 4)
 
 
 def test_with_a_sampling_rate_a_private_client_weighs_its_batch(build):

@@ -319,7 +319,15 @@ def test_each_kind_of_adapter_has_its_bytes_and_its_noise(tiny):
     """Four layers of 32 x 32 at r = 4 and s = 2, and a head of 66: by hand."""
     planned = plan(tiny())
     told = {k["kind"]: k for k in planned.kinds}
-    numbers = {"lora": 512, "very_sparse": 512, "block": 512, "channel": 1024, "core": 64, "lora_xs": 64}
+    numbers = {
+        "lora": 512,
+        "very_sparse": 512,
+        "block": 512,
+        "channel": 1024,
+        "core": 64,
+        "lora_xs": 64,
+        "dual": 1024,
+    }
     numbers |= {"singular": 16, "ldu": 16, "dct": 512, "sparse": 512 + 4 * 10, "peft": 512}
     assert {name: k["adapter"] for name, k in told.items()} == numbers
     assert all(k["head"] == 66 and k["bytes_up"] == 4 * (k["adapter"] + 66) for k in told.values())

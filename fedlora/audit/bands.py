@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.audit.noise import Seen
-from fedlora.privacy.mechanisms.bands import coefficients
 
 Change = NDArray[np.float32]
 
@@ -38,7 +37,10 @@ class Apart:
             return change
         if seen.steps != 1:
             return None
-        before, terms = self._before.setdefault(seen.client, []), (seen.names, seen.sizes, seen.noise, seen.bands)
+        before, terms = (
+            self._before.setdefault(seen.client, []),
+            (seen.names, seen.sizes, seen.noise, seen.coefficients),
+        )
         before.append((seen.first, terms, change))
         del before[: -seen.bands]
         needed = min(seen.bands, seen.first + 1)
@@ -47,7 +49,7 @@ class Apart:
         ]
         if len(found) < needed:
             return None
-        whole = sum(np.float32(c) * e for c, e in zip(coefficients(seen.bands), found, strict=False))
+        whole = sum(np.float32(c) * e for c, e in zip(seen.coefficients, found, strict=False))
         return np.asarray(whole, np.float32)
 
 
@@ -58,4 +60,4 @@ def turned(seen: Seen, turn: int) -> int:
 
 def reached(seen: Seen) -> Seen:
     """The update as one of `C e`: each gradient counts in b of them."""
-    return replace(seen, reach=float(coefficients(seen.bands).sum()))
+    return replace(seen, reach=sum(seen.coefficients))

@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.privacy.mechanisms.bands import Coefficients
+
 LEVEL = 1e-6  # the chance that any test accuses the true mechanism
 KEPT = 20_000  # numbers of an update that are compared with those of others, at most
 TOLD = 3  # updates that hold each other's noise, said by name
@@ -45,7 +47,7 @@ class Seen:
         squares: of each tensor the squared norm.
         kept: some of the numbers of each tensor, at the same places in each update.
         parts: along the client's canaries, of each tensor, (tensors, canaries).
-        bands: of the noise; above 1 groups of examples take turns.
+        coefficients: of the bands of the noise; of more than one, groups of examples take turns.
         first: number of its first step, counted over the client's run; of banded noise alone.
         reach: by how much a gradient may be longer in it, where banded noise was taken apart.
     """
@@ -62,9 +64,14 @@ class Seen:
     squares: NDArray[np.float64]
     kept: tuple[NDArray[np.float32], ...]
     parts: NDArray[np.float64]
-    bands: int = 1
+    coefficients: Coefficients = (1.0,)
     first: int = 0
     reach: float = 1.0
+
+    @property
+    def bands(self) -> int:
+        """Of the noise."""
+        return len(self.coefficients)
 
     def __str__(self) -> str:
         return f"client {self.client} in round {self.round}"

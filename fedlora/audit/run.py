@@ -22,6 +22,7 @@ from fedlora.engine import Description, Engine, Replies, Report, Setup
 from fedlora.errors import ContractError, ScenarioError, SettingError, UserError
 from fedlora.privacy import ledger
 from fedlora.privacy.accounting import Event
+from fedlora.privacy.mechanisms.bands import coefficients
 from fedlora.reports import charts
 from fedlora.reports.console import Display
 from fedlora.returned import finite
@@ -277,7 +278,7 @@ class Server(Engine):
             sizes=sizes,
             worth=np.array([worth(instruction.config, layout[n].role, report.steps, lr) for n in names]),
             parts=self.hidden.within(sizes).along(change, self.hidden.of(report.client)),
-            bands=event.bands,
+            coefficients=coefficients(event.bands, self.scenario.counted_steps),
             first=drawn.first(report.draw) if drawn is not None and event.bands > 1 else 0,
             **measured(change),
         )

@@ -109,7 +109,7 @@ def _trained(run: Serving, site: Site, account: Account, adapter: Adapter, steps
         lr=max(told.lr.values()) if isinstance(told.lr, dict) else told.lr,
         lrs=dict(told.rates),
         pace=(),
-        bands=1,
+        coefficients=(1.0,),
         sharers=None,  # nobody adds noise to what stays here: it is the site's own in full
         range=None,
         share_metrics=False,

@@ -164,3 +164,18 @@ class Beside(torch.nn.Module):
         """(..., in) and (..., r) to (..., out)."""
         made: torch.Tensor = self.scatter(both[0]) + self.linear(both[1])
         return made
+
+
+class Twin(torch.nn.Module):
+    """The sum of what two thin factors make of the first of two and a linear layer of the second."""
+
+    def __init__(self, into: int, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.own_A = torch.nn.Linear(into, linear.in_features, bias=False)
+        self.own_B = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
+        self.linear = linear
+
+    def forward(self, both: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """(..., in) and (..., r) to (..., out)."""
+        made: torch.Tensor = self.own_B(self.own_A(both[0])) + self.linear(both[1])
+        return made

@@ -169,25 +169,3 @@ def _fill(
         if not number and value.shape:
             held = held.to(parameter.device)
         optimizer.state[parameter][key.removeprefix(_NUMBER)] = held
-
-
-def noise_left(shape: Sequence[int], role: str, low_pass: bool) -> "torch.Tensor | float":
-    """What filtering a gradient leaves of its noise's variance: 1, or for each number what `client.smooth` leaves.
-
-    Args:
-        shape: of the tensor.
-        role: of the tensor.
-        low_pass: whether gradients are filtered.
-    """
-    import torch
-    from torch.nn.functional import conv1d, pad
-
-    if not low_pass or role not in ("A", "B"):
-        return 1.0
-    length = shape[1] if role == "A" else shape[0]
-    few = min(length, 9)  # what mirrored ends do to their neighbours; between them all are alike
-    kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]).view(1, 1, 5) / 16
-    filtered = conv1d(pad(torch.eye(few).unsqueeze(1), (2, 2), mode="reflect"), kernel).squeeze(1)  # (in, out)
-    squares = filtered.square().sum(0)
-    row = torch.cat([squares[:4], squares[4].expand(length - 8), squares[5:]]) if length > few else squares
-    return row if role == "A" else row[:, None]

@@ -81,6 +81,9 @@ class Clients(PlugIn):
             a Poisson batch: larger batches have less noise beside the signal.
         sample_rate: Share of a client's examples in a step; it replaces `batch_size`. null: `batch_size` counts.
             Set it where clients differ in size: each example then weighs alike. Example: `0.02`.
+        batch_limit: Most examples, or persons, that a step of a private client takes, over the expected number. A
+            larger batch is drawn again, at the same epsilon. null: any. Set it where the time of a step must be
+            bounded. Example: `1.5`.
         lr: Learning rate, or one by role. Unset: 0.5, or 2 / `clip_norm` for private examples; with Adam 0.002, or
             0.01 for private examples. Tune it first: `fedlora tune`. Example: `{B: 0.004, head: 0.01}`.
         optimizer: How a client takes its steps: sgd, adamw, another class of torch.optim, or a mapping with its
@@ -108,6 +111,7 @@ class Clients(PlugIn):
     local_steps: PositiveInt = 10
     batch_size: PositiveInt = 32
     sample_rate: Annotated[Float, Field(gt=0, le=1)] | None = None
+    batch_limit: Annotated[Float, Field(ge=1)] | None = None
     lr: Rates = 0.5
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None

@@ -338,6 +338,12 @@ class Scenario(Section):
         return asked.person if (asked := self.example_privacy) is not None else None
 
     @property
+    def counted_steps(self) -> int:
+        """Steps of a client that is in every round, in those of the reserve too: noise is calibrated for them."""
+        reserve = 0 if self.example_privacy is None else self.example_privacy.reserve
+        return (self.rounds + reserve) * self.clients.local_steps
+
+    @property
     def client_privacy(self) -> Privacy | None:
         """The guarantee for each client, which the server gives; None where there is none."""
         return self.privacy if self.privacy is not None and self.privacy.unit == "client" else None
@@ -409,6 +415,8 @@ class Scenario(Section):
                 f"{told.sample_rate:g}, which says what a step takes: leave one of them out, or write "
                 "clients.sample_rate: null"
             )
+        if told.batch_limit is not None and self.example_privacy is None:
+            found.append("clients.batch_limit: does nothing without privacy: batches are of clients.batch_size")
         if self.strategy.shrink is not None and self.privacy is None:
             found.append("strategy.shrink: does nothing without a privacy section: there is no noise to shrink")
         return found

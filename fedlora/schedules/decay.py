@@ -34,6 +34,8 @@ class Decay(Schedule):
         name, role = type(kind).__name__, _role(kind)
         if role is None or not kind.thin:
             return f"{name} trains no matrix whose directions could fade"
+        if {each for each in kind.parts if kind.trains(each)} - {"A", role}:
+            return f"{name} trains more than one matrix beside a layer"
         if role == "B" and kind.beside("A", 2, 2)[0] != kind.beside("B", 2, 2)[1]:
             return f"{name} has columns of B that share a row of A, and these are no directions"
         return None

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fedlora.clients.dp_sgd import DPSGD
-from fedlora.privacy.mechanisms.bands import BandedGaussian, Correlated
+from fedlora.privacy.mechanisms.bands import BandedGaussian, Correlated, coefficients
 
 
 class NoNoise(DPSGD):
@@ -74,7 +74,9 @@ class OtherBands(DPSGD):
 
 class _Twice(BandedGaussian):
     def noise(self, draws):
-        return Correlated(replace(self, bands=2 * self.bands), draws.past, draws.client, draws.first)
+        return Correlated(
+            replace(self, coefficients=coefficients(2 * self.bands, 60)), draws.past, draws.client, draws.first
+        )
 
 
 class SameNoise(OwnNoise):

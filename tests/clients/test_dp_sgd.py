@@ -12,6 +12,7 @@ from fedlora.client import Rng, Settings
 from fedlora.clients.dp_sgd import DPSGD
 from fedlora.errors import ContractError, SettingError
 from fedlora.passes.gradients import backward, hook, make_safe
+from fedlora.privacy.mechanisms.bands import coefficients
 
 CLIP, SIGMA, LR, BATCH = 0.05, 0.5, 1.0, 8
 
@@ -258,6 +259,23 @@ def test_batches_are_poisson(world, monkeypatch):
     counts = np.bincount(np.concatenate(seen), minlength=part.rows.max() + 1)[part.rows]
     assert abs(counts - 150 * q).max() < 6 * (150 * q * (1 - q)) ** 0.5
     assert len({tuple(rows) for rows in seen}) > 140
+
+
+@pytest.mark.parametrize("more", [{}, {"bands": 2}, {"sample_rate": 0.2}])
+def test_no_batch_is_over_its_limit(world, monkeypatch, more):
+    """Eight on average, or a fifth of the rows; ten or so at most, and sizes vary below."""
+    task, part, names, adapter = world
+    if "bands" in more:
+        more = {"coefficients": coefficients(more["bands"], 60)}
+    seen = []
+    original = task.micro_batches
+    monkeypatch.setattr(task, "micro_batches", lambda e, rows, k: seen.append(rows) or original(e, rows, k))
+    asked = told(names, local_steps=25, batch_limit=1.25, **more)
+    DPSGD().fit(task, adapter, part, asked, Rng(3, 1, 0))
+    limit = int(1.25 * (0.2 * len(part) if "sample_rate" in more else BATCH))
+    sizes = np.array([len(rows) for rows in seen])
+    assert len(sizes) == 25 and sizes.max() == limit and sizes.min() < BATCH
+    assert DPSGD().spends(len(part), asked) == DPSGD().spends(len(part), told(names, local_steps=25, **more))
 
 
 def test_other_noise_is_another_draw_and_not_the_same_one_scaled(world):

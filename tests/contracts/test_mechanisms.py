@@ -21,7 +21,9 @@ from fedlora.seeding import stream
 COMMON = {"noise_multiplier": 1.5, "sample_rate": 0.2}
 EXAMPLES = {"total": 200, "steps": 3, "clip_norm": 0.5}
 MADE = {  # one of each, and of each that adapts
-    BandedGaussian: lambda **more: BandedGaussian(batch_size=10, bands=4, **EXAMPLES, **COMMON, **more),
+    BandedGaussian: lambda **more: BandedGaussian(
+        batch_size=10, coefficients=(0.5,) * 4, **EXAMPLES, **COMMON, **more
+    ),
     Central: lambda **more: Central(total=200, root=3, **COMMON, **more),
     ExampleGaussian: lambda **more: ExampleGaussian(
         batch_size=40, clip="quantile" if "quantile" in more else "flat", **EXAMPLES, **COMMON, **more
@@ -58,9 +60,9 @@ def make(request):
 def test_what_is_public_is_a_field_and_nothing_moves_it(make):
     made = make()
     for field in dataclasses.fields(made):
-        assert isinstance(
-            getattr(made, field.name), int | float | bool | bytes | str | None
-        )  # no array, no gradient
+        value = getattr(made, field.name)
+        for part in value if isinstance(value, tuple) else (value,):
+            assert isinstance(part, int | float | bool | bytes | str | None)  # no array, no gradient
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(made, field.name, 0)
 

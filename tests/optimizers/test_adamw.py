@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedlora.optimizers.adamw import AdamW
-from fedlora.optimizers.contract import noise_left
+from fedlora.optimizers.low_pass import noise_left
 
 
 def run(cls, gradients, **options):

@@ -47,8 +47,8 @@ def test_between_its_rounds_it_does_nothing_and_of_nothing_it_makes_nothing():
 def test_it_takes_kinds_in_which_a_matrix_trains(kind, tiny):
     scenario = tiny(f"model.adapter.kind={kind}", "model.adapter.schedule={kind: decay}")
     made = strategy.load("ffa_lora", {})
-    if kind in ("singular", "ldu", "sparse", "block", "peft"):
-        with pytest.raises(SettingError, match=r"decay: .*(trains no matrix|share a row of A)"):
+    if kind in ("singular", "ldu", "sparse", "block", "dual", "peft"):
+        with pytest.raises(SettingError, match=r"decay: .*(trains no matrix|share a row of A|more than one)"):
             suitability.check(made, scenario)
     else:
         suitability.check(made, scenario)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fedlora.adapter import Slot
-from fedlora.client import Settings, resting, smooth
+from fedlora.client import Settings, resting
+from fedlora.optimizers.low_pass import smooth
 from fedlora.strategies.la_lora import LALoRA
 
 SLOTS = (Slot("A", (1, 9), "A", "q"), Slot("B", (9, 1), "B", "q"), Slot("h", (9,), "head", ""))

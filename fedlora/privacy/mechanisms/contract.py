@@ -95,7 +95,11 @@ class Mechanism(ABC):
         return self.adapts.sum_noise if self.adapts else self.noise_multiplier
 
     def taken(self, coins: Stream, step: int = 0) -> NDArray[np.bool_]:
-        """Whom a draw takes, (total,).
+        """Whom a draw takes, (total,); the arguments are those of `tossed`."""
+        return self.tossed(coins, step)
+
+    def tossed(self, coins: Stream, step: int) -> NDArray[np.bool_]:
+        """Whom the coins take, (total,).
 
         Args:
             coins: to toss.

@@ -5,7 +5,16 @@ all trained tensors together gives
 
     (sum_i c(g_i) + N(0, (sigma C)^2 I)) / batch_size        with ||c(g)|| <= C
 
-The batch may be empty: the noise is added all the same. Sums are Opacus's; noise is of a `Stream`. What c is:
+The batch may be empty: the noise is added all the same. Sums are Opacus's; noise is of a `Stream`.
+
+A batch may be of at most so many examples: one that is larger is drawn again. **That costs what DP-SGD costs.**
+Whom a step takes follows from coins and public numbers alone, so it is as likely with a blank in an example's
+place. Given whom else it takes, T, it takes the example with probability q if T has room for one more, since
+`P(T and i)` is to `P(T)` as q to 1 - q, drawn again or not; else never. So whoever were told T would still see the
+subsampled Gaussian, at q or at 0. A random part of a batch that is too large has no such q: truncated Poisson
+sampling (https://arxiv.org/abs/2508.15089) takes an event of its own.
+
+What c is:
 
 - `flat`: `g min(1, C / ||g||)`.
 - `per_layer`: the same of each of the L trained tensors by itself, to C / sqrt(L): together they stay within C. It
@@ -28,7 +37,9 @@ from fedlora.privacy.mechanisms.contract import Mechanism, Quantile
 from fedlora.privacy.noise import Stream
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 STABLE = 0.01  # added to an example's norm by automatic clipping: one of no gradient has no direction
 
@@ -42,12 +53,14 @@ class ExampleGaussian(Mechanism):
         steps: how many.
         clip_norm: C, an L2 bound on one example's gradient; where it adapts, its first value.
         clip: how an example is held to it: `flat`, `per_layer`, `quantile` or `automatic`.
+        most: examples that a step takes; None: any number.
     """
 
     batch_size: float
     steps: int
     clip_norm: float
     clip: str = "flat"
+    most: int | None = None
 
     def __post_init__(self) -> None:
         if (self.quantile is not None) is not (self.clip == "quantile"):
@@ -58,6 +71,16 @@ class ExampleGaussian(Mechanism):
                 f"batches of {self.batch_size:.4g} are too small for a bound that adapts: at noise multiplier "
                 f"{self.noise_multiplier:.3g} they take more than {10 * self.noise_multiplier:.0f}; leave it out",
             )
+
+        if self.most is not None and self.most < max(int(self.batch_size), 1):
+            raise ContractError(f"batches of {self.batch_size:.4g} on average are not drawn up to {self.most}")
+
+    def taken(self, coins: Stream, step: int = 0) -> "NDArray[np.bool_]":
+        """Whom a step takes, (total,): coins are tossed until they take no more than `most`."""
+        drawn = self.tossed(coins, step)
+        while self.most is not None and drawn.sum() > self.most:
+            drawn = self.tossed(coins, step)
+        return drawn
 
     @property
     def expected(self) -> float:

@@ -15,12 +15,16 @@ from fedlora.errors import ContractError
 from fedlora.privacy import accounting, ledger
 from fedlora.privacy.accounting import Event, adds, alike, epsilon
 from fedlora.privacy.mechanisms import bands
-from fedlora.privacy.mechanisms.bands import Past, banded
+from fedlora.privacy.mechanisms.bands import Past
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
 from fedlora.privacy.replay import Drawn
 from fedlora.seeding import stream
 
-SIGMA, BOUND, BATCH = 1.5, 0.5, 4
+SIGMA, BOUND, BATCH, RUN = 1.5, 0.5, 4, 60
+
+
+def banded(mechanism, count, steps=RUN):
+    return bands.banded(mechanism, bands.coefficients(count, steps))
 
 
 def plain(steps=2, clip="flat", total=64):
@@ -35,9 +39,9 @@ def plain(steps=2, clip="flat", total=64):
     )
 
 
-def matrix(count, steps):
+def matrix(c, steps):
     """C, (steps, steps)."""
-    c = bands.coefficients(count)
+    count = len(c)
     return sum(np.eye(steps, k=-j) * c[j] for j in range(min(count, steps)))
 
 
@@ -65,27 +69,69 @@ def noises(mechanism, rounds, numbers):
 def test_two_bands_by_hand():
     """C = [[1, 0], [1/2, 1]] / sqrt(5/4): the inverse takes back a half of the noise before."""
     scale = math.sqrt(1.25)
-    np.testing.assert_allclose(bands.coefficients(2), [1 / scale, 0.5 / scale])
-    np.testing.assert_allclose(bands.inverse(2, 4), scale * np.array([1, -1 / 2, 1 / 4, -1 / 8]))
-    np.testing.assert_allclose(bands.in_weights(2, 2), scale * np.array([1, math.hypot(1, 1 / 2)]))
-    np.testing.assert_allclose(bands.in_weights(1, 3), [1, math.sqrt(2), math.sqrt(3)])
+    c = (1 / scale, 0.5 / scale)
+    np.testing.assert_allclose(bands.inverse(c, 4), scale * np.array([1, -1 / 2, 1 / 4, -1 / 8]))
+    np.testing.assert_allclose(bands.in_weights(c, 2), scale * np.array([1, math.hypot(1, 1 / 2)]))
+    np.testing.assert_allclose(bands.in_weights((1.0,), 3), [1, math.sqrt(2), math.sqrt(3)])
+    np.testing.assert_allclose(bands.root(4), [1, 1 / 2, 3 / 8, 5 / 16])
+
+
+def test_two_steps_are_fitted_as_by_hand():
+    """With C = [[1, 0], [x, 1]] the mean square is (1 + x^2) (1 + (1 + (1 - x)^2)) / 2, least at x = 0.3059."""
+    xs = np.linspace(0, 1, 100_001)
+    best = xs[np.argmin((1 + xs**2) * (2 + (1 - xs) ** 2))]
+    one, two = bands.coefficients(2, 2)
+    assert two / one == pytest.approx(best, abs=1e-4)
+    assert bands.error(2, 2) ** 2 == pytest.approx(((1 + xs**2) * (2 + (1 - xs) ** 2)).min() / 2)
+
+
+@pytest.mark.parametrize("count, steps, least", [(16, 60, 0.003), (4, 80, 0.039), (16, 2000, 0.143)])
+def test_fitted_bands_leave_less_than_the_root_of_the_sums(count, steps, least):
+    """By how much: the figures of docs/privacy.md."""
+    root = bands.root(count) / np.linalg.norm(bands.root(count))
+    before = math.sqrt((bands.in_weights(tuple(root), steps) ** 2).mean())
+    assert 1 - bands.error(count, steps) / before == pytest.approx(least, abs=0.001)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 300))
+def test_what_is_fitted_has_norm_one_and_no_neighbour_is_better(count, steps):
+    """Each coefficient moved by itself, further than it was rounded."""
+    c = np.array(bands.coefficients(count, steps))
+    assert c @ c == pytest.approx(1) and c[0] == c.max() and c.min() >= 0
+    here = bands.error(count, steps)
+    for j in range(1, count):
+        for step in (-0.01, 0.01):
+            other = c / c[0] + step * np.eye(count)[j]
+            other /= np.linalg.norm(other)
+            moved = math.sqrt((bands.in_weights(tuple(other), steps) ** 2).mean())
+            assert moved >= here * (1 - 1e-5)
+
+
+def test_coefficients_are_short_numbers_over_the_first():
+    """So that a machine whose last bits differ finds the same."""
+    c = np.array(bands.coefficients(8, 500))
+    np.testing.assert_allclose((c / c[0]).round(4), c / c[0], rtol=0, atol=1e-12)
+    assert bands.coefficients(8, 500) == bands.coefficients.__wrapped__(8, 500)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 40])
 def test_rows_and_columns_are_those_of_the_matrices(count):
-    c = matrix(count, 30)
+    told = bands.coefficients(count, 30)
+    c = matrix(told, 30)
     assert np.linalg.norm(c, axis=0).max() <= 1 + 1e-12  # what a row adds is no longer than the bound
     assert all(abs(c[:, t] @ c[:, t + count]) == 0 for t in range(max(30 - count, 0)))  # nor meets its next turn
     rows = np.linalg.norm(np.tril(np.ones((30, 30))) @ np.linalg.inv(c), axis=1)
-    np.testing.assert_allclose(bands.in_weights(count, 30), rows)
+    np.testing.assert_allclose(bands.in_weights(told, 30), rows)
     assert bands.error(count, 30) == pytest.approx(math.sqrt((rows**2).mean()))
 
 
 def test_the_noise_in_the_weights_is_the_formulas_at_every_prefix():
     """To 2 %: of 20,000 numbers a deviation is known to 0.5 %, so that this is four of its own deviations."""
     made = noises(banded(plain(), 8), 30, 20_000)  # 60 steps in rounds of two
-    np.testing.assert_allclose(np.cumsum(made, 0).std(1), bands.in_weights(8, 60), rtol=0.02)
-    white = matrix(8, 60) @ made  # C takes the noise of the steps apart again
+    c = bands.coefficients(8, 60)
+    np.testing.assert_allclose(np.cumsum(made, 0).std(1), bands.in_weights(c, 60), rtol=0.02)
+    white = matrix(c, 60) @ made  # C takes the noise of the steps apart again
     np.testing.assert_allclose(white.std(1), 1.0, rtol=0.02)
     assert np.abs(np.corrcoef(white) - np.eye(60)).max() < 5 / math.sqrt(20_000)
 
@@ -113,7 +159,7 @@ def test_it_keeps_no_more_than_there_is_room_for():
     past = Past(7, room=3 * 100 * 8)
     for client in range(4):
         for step in range(6):
-            past.noise((client,), 7, 0, 4, step, 100)
+            past.noise((client,), 7, 0, bands.coefficients(4, RUN), step, 100)
             held = [x.nbytes for _, xs in past._kept.values() for x in xs]
             assert sum(held) <= past.room and len(held) <= 3
 
@@ -121,7 +167,8 @@ def test_it_keeps_no_more_than_there_is_room_for():
 def test_steps_on_other_terms_have_other_noise():
     first = noises(banded(plain(), 4), 4, 4000)
     grown = replace(banded(plain(), 4), total=plain().total + 1)  # at the same rate: rows are in other groups
-    for other in (banded(plain(total=128), 4), banded(plain(), 2), grown):
+    longer = banded(plain(), 4, 90)  # fitted to another run: no noise of one is in another C
+    for other in (banded(plain(total=128), 4), banded(plain(), 2), grown, longer):
         assert np.abs(np.corrcoef(first, noises(other, 4, 4000))[:8, 8:]).max() < 5 / math.sqrt(4000)
     fewer = noises(banded(plain(), 4), 4, 3900)
     assert np.abs(np.corrcoef(first[:, :3900], fewer)[:8, 8:]).max() < 5 / math.sqrt(3900)
@@ -146,7 +193,13 @@ def test_one_band_is_the_mechanism_as_it_is():
 
 def test_a_bound_that_moves_has_no_bands():
     with pytest.raises(ContractError, match="a bound that is fixed"):
-        bands.BandedGaussian(**{**vars(plain()), "quantile": 0.5, "clip": "quantile", "bands": 2})
+        bands.BandedGaussian(**{**vars(plain()), "quantile": 0.5, "clip": "quantile", "coefficients": (0.8, 0.6)})
+
+
+@pytest.mark.parametrize("c", [(), (0.0, 1.0), (0.9, 0.6), (-0.8, 0.6)])
+def test_coefficients_that_would_let_an_example_count_for_more_are_refused(c):
+    with pytest.raises(ContractError, match="norm 1 at most"):
+        bands.banded(plain(), c)
 
 
 # What it costs.
@@ -225,9 +278,9 @@ def test_keys_at_a_site_are_the_operating_systems_and_no_step_comes_twice_under_
 def test_a_block_that_begins_late_begins_with_the_whole_noise_of_a_first_step():
     mechanism = banded(plain(), 4)
     late = mechanism.noise(Rng(bytes(32), 9, 2, first=16, past=Past(None)))
-    assert late.variance == pytest.approx(bands.coefficients(4)[0] ** -2)
+    assert late.variance == pytest.approx(bands.coefficients(4, RUN)[0] ** -2)
     late.standard_normal(5)
-    assert late.variance == pytest.approx((bands.inverse(4, 2) ** 2).sum())
+    assert late.variance == pytest.approx((bands.inverse(bands.coefficients(4, RUN), 2) ** 2).sum())
 
 
 def test_a_draw_that_nobody_counts_is_refused():

@@ -1,12 +1,17 @@
 """What each way to clip makes of gradients that one can work out by hand."""
 
+from collections import Counter
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from fedlora.errors import ContractError
+from fedlora.privacy.accounting import Event, profile
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
 from fedlora.privacy.noise import Stream
 
@@ -84,3 +89,70 @@ def test_ways_that_are_none_are_refused():
         made("flat", quantile=0.5)
     with pytest.raises(ContractError, match="do not go together"):
         made("quantile")
+
+
+# Batches of at most so many.
+
+
+def laws(total, rate, most):
+    """How likely each batch is: drawn again while it is too large, and cut to a random part where it is."""
+    every = [S for k in range(total + 1) for S in combinations(range(total), k)]
+    plain = {S: rate ** len(S) * (1 - rate) ** (total - len(S)) for S in every}
+    fits = sum(p for S, p in plain.items() if len(S) <= most)
+    again = {S: p / fits for S, p in plain.items() if len(S) <= most}
+    cut: dict[tuple[int, ...], float] = dict.fromkeys(again, 0.0)
+    for S, p in plain.items():
+        parts = list(combinations(S, min(most, len(S))))
+        for part in parts:
+            cut[part] += p / len(parts)
+    return again, cut
+
+
+def lost(law, gradients, noise, epsilons):
+    """Delta of one step whose first example is real or a blank, both ways, by quadrature."""
+    x, width = np.linspace(-25, 25, 20_001, retstep=True)
+    real, blank = (
+        sum(p * norm.pdf(x, sum(gradients[i] for i in S if i or told), noise) for S, p in law.items())
+        for told in (True, False)
+    )
+    both = ((real, blank), (blank, real))
+    return np.array(
+        [max((one - np.exp(e) * other).clip(0).sum() * width for one, other in both) for e in epsilons]
+    )
+
+
+@pytest.mark.parametrize("total, rate, most", [(4, 0.5, 2), (6, 0.3, 2), (7, 0.2, 1), (5, 0.9, 4)])
+def test_given_the_others_an_example_is_as_likely_as_in_a_batch_of_any_size(total, rate, most):
+    """Or never, where there is no room: what the proof takes."""
+    law, _ = laws(total, rate, most)
+    for others in law:
+        if 0 not in others:
+            here = law.get((0, *others), 0.0)
+            assert here / (here + law[others]) == pytest.approx(rate if len(others) < most else 0.0)
+
+
+@pytest.mark.parametrize("gradients", [[1] + 7 * [-1], 8 * [1], [1] + 7 * [0], [1, -1, 1, -1, 1, -1, 1, 0]])
+def test_batches_that_are_drawn_again_cost_no_more_and_those_that_are_cut_may(gradients):
+    """Eight examples at 1/8, one in a batch, sigma 0.7: others that are against it show which ones were cut."""
+    told, epsilons = {"noise_multiplier": 0.7, "sample_rate": 1 / 8, "clip_norm": 1.0}, [0.1, 0.3, 0.5, 1.0]
+    claim = np.array(profile([Event(steps=1, **told)], epsilons))
+    again, cut = laws(8, 1 / 8, 1)
+    assert (lost(again, gradients, 0.7, epsilons) <= claim).all()
+    if gradients[1:] == 7 * [-1]:
+        assert lost(cut, gradients, 0.7, epsilons)[-1] > 1.05 * claim[-1]
+
+
+def test_no_batch_is_larger_than_is_asked_for_and_all_that_fit_are_as_likely_as_they_were():
+    """Four examples at 1/2 and two at most: each of the eleven batches that fit with chance 1/11."""
+    told = {"noise_multiplier": 1.0, "sample_rate": 0.5, "total": 4, "batch_size": 2, "steps": 1, "clip_norm": 1.0}
+    coins, mechanism = Stream(bytes(32)), ExampleGaussian(**told, most=2)
+    drawn = [tuple(np.flatnonzero(mechanism.taken(coins))) for _ in range(2200)]
+    counts = Counter(drawn)
+    assert len(counts) == 11 and max(map(len, counts)) == 2
+    assert sum((n - 200) ** 2 / 200 for n in counts.values()) < 30  # chi-squared, 10 degrees: a chance of 0.1 %
+    assert mechanism.event() == ExampleGaussian(**told).event()
+
+
+def test_a_limit_below_the_expected_batch_would_draw_for_ever():
+    with pytest.raises(ContractError, match="not drawn up to 1"):
+        made("flat", most=1)

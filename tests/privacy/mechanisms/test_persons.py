@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.client import Rng
-from fedlora.privacy.mechanisms.bands import banded
+from fedlora.privacy.mechanisms.bands import banded, coefficients
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
 from fedlora.privacy.mechanisms.persons import Persons, cut
 from fedlora.seeding import stream
@@ -148,7 +148,7 @@ def test_groups_of_banded_noise_are_of_persons():
     plain = ExampleGaussian(
         noise_multiplier=1.0, sample_rate=0.25, total=8, batch_size=2, steps=4, clip_norm=BOUND
     )
-    made, owners = banded(plain, 4), np.repeat(np.arange(8), 3)
+    made, owners = banded(plain, coefficients(4, 60)), np.repeat(np.arange(8), 3)
     for step in range(8):
         drawn = people(owners).drawn(made.taken(stream(5, step), step), None, lambda p: stream(1, p), step)
         assert len(drawn) == 2 and all(len(rows) == 3 for rows in drawn)  # all of a group, at four times the rate
