@@ -4,13 +4,11 @@ import json
 import logging
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pytest
 from flwr.app import RecordDict
 
-from fedlora import prepare, wire
-from fedlora.adapter import Instruction
+from fedlora import wire
 from fedlora.deploy import signing
 from fedlora.deploy.logs import Lines
 from fedlora.deploy.node import Node
@@ -18,56 +16,7 @@ from fedlora.engine.worker import Worker
 from fedlora.errors import UserError
 from fedlora.privacy import ledger
 from fedlora.privacy.mechanisms.bands import Past
-from fedlora.strategies.ffa_lora import FFALoRA
-
-
-@pytest.fixture
-def server(sites):
-    """What a server sends: its introduction, and a round's instruction."""
-
-    def make(*overrides, private=True):
-        scenario, files = sites(*overrides, private=private)
-        ready = prepare.prepare_server(scenario)
-        worker = Worker(ready.setup)
-        words = {
-            "run": "tiny-1",
-            "scenario": json.loads(json.dumps(ready.setup.scenario)),
-            "labels": list(ready.data.labels),
-            "version": version("fedlora"),
-            "base": worker.base_fingerprint(),
-            "adapter": worker.describe().fingerprint,
-            "signature": None,
-        }
-        strategy = FFALoRA()
-        strategy.bind(worker.task.layout, worker.task.kind, worker.task.initial, private)
-
-        def train(round=1, told=(), **words):
-            made = strategy.instruct(round, worker.task.initial)
-            content = wire.pack_instruction(
-                Instruction(round=round, adapter=made.adapter, train=made.train, send=made.send),
-                worker.task.layout,
-            )
-            for key, value in dict(told).items():
-                content[wire.CONFIG][key] = value
-            content[wire.REPORT] = wire.pack_words({"run": "tiny-1", "merged": 0, **words})[wire.REPORT]
-            return content
-
-        return words, files, train
-
-    return make
-
-
-@pytest.fixture
-def node(tmp_path):
-    return lambda file: Node(file, tmp_path / "app")
-
-
-def meet(node, words):
-    return wire.unpack_words(node.answer("query", wire.pack_words(words), 0))
-
-
-def refusal(node, content, kind="train"):
-    return wire.unpack_words(node.answer(kind, content, 0)).get("refused")
+from tests.deploy.federation import meet, refusal
 
 
 def test_introduces_itself_with_what_a_round_costs(server, node):
