@@ -4,20 +4,22 @@ Each node is a thread that speaks to the SuperLink as a SuperNode does, introduc
 the tensors that it gets, with its number added, for the SuperLink stores equal tensors once. The scenario is
 `sites` without privacy, with as many clients. Memory is the peak of a process.
 
-    python benchmarks/superlink.py [--nodes 50] [--per-round 50] [--rounds 3] [--quiet 20]
+    python benchmarks/superlink.py [--nodes 50] [--per-round 50] [--rounds 3] [--pause 3] [--in-memory]
 """
 
 import argparse
+import contextlib
+import functools
 import multiprocessing
 import os
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--quiet", type=float, default=20.0, help="seconds for which nothing but asking is measured"
     )
+    parser.add_argument("--pause", type=float, default=PAUSE, help="seconds after which a node asks again")
     parser.add_argument("--in-memory", action="store_true", help="the SuperLink's database, not on disk")
     told = parser.parse_args()
     cohort = told.per_round or told.nodes
@@ -68,7 +71,9 @@ def main() -> None:
         there = multiprocessing.get_context("spawn")
         joined = there.Value("i", 0)
         nodes = [
-            there.Process(target=_nodes, args=(f"127.0.0.1:{port}", part, told.nodes, joined), daemon=True)
+            there.Process(
+                target=_nodes, args=(f"127.0.0.1:{port}", part, told.nodes, told.pause, joined), daemon=True
+            )
             for part in range(PROCESSES)
         ]
         try:
@@ -162,29 +167,33 @@ def _run(
     return Run.open(folder / "run"), seen, time.monotonic() - began
 
 
-def _nodes(address: str, part: int, total: int, joined: Any) -> None:
+def _nodes(address: str, part: int, total: int, pause: float, joined: Any) -> None:
     """Be every PROCESSES-th node, until the process is killed."""
     threading.stack_size(256 * 1024)
+    vars(ssl)["create_default_context"] = functools.cache(ssl.create_default_context)  # 1 MB each, and not used
+    door = threading.Semaphore(4)
     for client in range(part, total, PROCESSES):
-        threading.Thread(target=_node, args=(address, client, joined), daemon=True).start()
-        time.sleep(0.01)
+        threading.Thread(target=_node, args=(address, client, pause, door, joined), daemon=True).start()
     threading.Event().wait()
 
 
-def _node(address: str, client: int, joined: Any) -> None:
+def _node(address: str, client: int, pause: float, door: threading.Semaphore, joined: Any) -> None:
     """Be a node, until the process ends; one that the SuperLink fails comes back, as a container does."""
     while True:
-        with http_request_response(address, True) as (_, receive, send, _, _, pull, push, confirm):
+        with contextlib.ExitStack() as stack:
+            with door:  # a few at a time
+                connected = stack.enter_context(http_request_response(address, True))
+            _, receive, send, _, _, pull, push, confirm = connected
             with joined.get_lock():
                 joined.value += 1
             while True:
                 if (got := receive()) is None:
-                    time.sleep(PAUSE)
+                    time.sleep(pause)
                     continue
                 asked, tree = got
                 run, number = asked.metadata.run_id, asked.metadata.message_id
                 ids = [one.object_id for one in iterate_object_tree(tree)]
-                contents = pull_objects(ids, pull_object_fn=partial(pull, run))
+                contents = pull_objects(ids, pull_object_fn=functools.partial(pull, run))
                 message = inflate_object_from_contents(tree.object_id, contents)
                 assert isinstance(message, Message)
                 message.metadata.__dict__["_message_id"] = number
@@ -194,9 +203,10 @@ def _node(address: str, client: int, joined: Any) -> None:
                 objects: dict[str, Any] = get_all_nested_objects(reply)
                 missing, session = send(reply, get_object_tree(reply), 0.0)
                 push_object_contents_from_iterable(
-                    ((one, objects[one].deflate()) for one in missing), push_object_fn=partial(push, run, session)
+                    ((one, objects[one].deflate()) for one in missing),
+                    push_object_fn=functools.partial(push, run, session),
                 )
-        time.sleep(PAUSE)
+        time.sleep(pause)
 
 
 def _answer(message: Message, client: int) -> Any:
