@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = options.Parser(
         prog="fedlora",
         description="Fine-tune language models with low-rank adapters across clients that never share their "
         "data, under differential privacy, and say what that costs.",

@@ -2,6 +2,14 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviation for an option, and whose commands take none either."""
+
+    def __init__(self, **told: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **told})
 
 
 def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from fedlora import prepare
 from fedlora import scenario as scenarios
 from fedlora.data import reading
 from fedlora.data import store as datasets
-from fedlora.errors import SettingError, UserError
+from fedlora.errors import SettingError, UserError, suggestion
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.together import total_epsilon
@@ -411,9 +411,13 @@ def _shown(rate: Rate) -> str:
 
 
 def _source(named: str) -> str:
-    """What `--public` stands for, as a value of `data.public`."""
-    if Path(named).suffix or "/" in named:
+    """What `--public` stands for, a file or a dataset that has a name, as a value of `data.public`."""
+    if Path(named).is_file():
         return json.dumps({"files": {"train": named}})
+    if named not in scenarios.DATASETS:
+        raise UserError(
+            f"--public {named}: no such file, and no dataset of that name: {suggestion(named, scenarios.DATASETS)}"
+        )
     return json.dumps({"dataset": named})
 
 

@@ -22,7 +22,12 @@ def test_texts_stand_before_or_after_options(line, texts, own_code):
 
 
 @pytest.mark.parametrize(
-    "line, told", [(["predict", "RUN", "a", "--bad", "b"], "--bad b"), (["check", "smoke", "more"], "more")]
+    "line, told",
+    [
+        (["predict", "RUN", "a", "--bad", "b"], "--bad b"),
+        (["check", "smoke", "more"], "more"),
+        (["simulate", "smoke", "--res"], "--res"),
+    ],
 )
 def test_what_no_command_takes_is_refused(line, told, capsys):
     with pytest.raises(SystemExit, match="2"):

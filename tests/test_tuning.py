@@ -241,8 +241,8 @@ def test_on_ray_tune_it_goes_on_where_it_was(tiny_yaml, tmp_path, monkeypatch):
             "mine.yaml: tune needs rows to search on: name public ones, by  data: {public: {files: {train: ",
         ),
         (["--private"], "data: what chooses must not be what reports: set data.validation_share"),
-        (["--public", "tweet"], "data.public.dataset: unknown dataset 'tweet'"),
-        (["--public", "none.csv"], "data.public.files.train: no such file: none.csv"),
+        (["--public", "tweet"], "--public tweet: no such file, and no dataset of that name: did you mean"),
+        (["--public", "none.csv"], "--public none.csv: no such file, and no dataset of that name: "),
         (["--public", "others.csv"], "data.public.files.text: others.csv has no column 'text': "),
         (
             ["--public", "strange.csv"],

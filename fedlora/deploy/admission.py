@@ -1,5 +1,6 @@
 """Whether a site does what a server asks: versions, names, signatures, and the rules of the site file."""
 
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,14 @@ from fedlora.errors import Refusal, UserError
 from fedlora.rounds.folder import same_run
 from fedlora.scenario import Scenario
 
+_VERSION = re.compile(r"([0-9]+[.][0-9]+)[.][0-9]+")
+
+
+def _alike(there: str, here: str) -> bool:
+    """Whether two versions are one, or differ in the patch alone."""
+    one, other = _VERSION.fullmatch(there), _VERSION.fullmatch(here)
+    return there == here or (one is not None and other is not None and one[1] == other[1])
+
 
 def named(words: Words) -> str:
     """The name of what is asked, by a server of the same version but for a patch.
@@ -21,7 +30,7 @@ def named(words: Words) -> str:
         Refusal: the version is another, or the name is none.
     """
     there, here = str(words.get("version")), version("fedlora")
-    if there.split(".")[:2] != here.split(".")[:2]:
+    if not _alike(there, here):
         raise Refusal(f"it runs fedlora {here}, and the server {there:.20}: install one version on both sides")
     key = words.get("run")
     if not isinstance(key, str) or not RUN.fullmatch(key):
@@ -29,7 +38,13 @@ def named(words: Words) -> str:
     return key
 
 
-def signed(site: Site, app: Path, words: Words, what: Mapping[str, Any]) -> str | None:
+def signed(
+    site: Site,
+    app: Path,
+    words: Words,
+    what: Mapping[str, Any],
+    remedy: str = "run: submit it by fedlora submit --key FILE",
+) -> str | None:
     """The fingerprint of who signed what is asked; None where the site file names nobody who has to.
 
     Args:
@@ -37,6 +52,7 @@ def signed(site: Site, app: Path, words: Words, what: Mapping[str, Any]) -> str 
         app: of the Flower app, with the code that came along.
         words: with the name, and the signature.
         what: is signed beside the name and the app.
+        remedy: what it is, and how it is signed.
 
     Raises:
         Refusal: nobody of those whom the site file names has signed it.
@@ -45,7 +61,7 @@ def signed(site: Site, app: Path, words: Words, what: Mapping[str, Any]) -> str 
         return None
     signer = signing.signer(str(words.get("signature")), keys, what, str(words["run"]), app)
     if signer is None:
-        raise Refusal("nobody whom it knows has signed this run: submit it by fedlora submit --key FILE")
+        raise Refusal(f"nobody whom it knows has signed this {remedy}")
     return signing.fingerprint(signer)
 
 

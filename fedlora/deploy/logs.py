@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -33,6 +34,21 @@ class Lines(logging.Formatter):
             kind, _, frames = record.exc_info
             told["traceback"] = "".join(traceback.format_tb(frames)) + kind.__name__
         return json.dumps(told)
+
+
+class File(logging.FileHandler):
+    """A log on disk. Where it cannot be written, one line on stderr says so, once."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say what is wrong with the file; of anything else what Python says."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            print(f"{self.baseFilename}: cannot be written: {error.strerror or error}", file=sys.stderr)
 
 
 def start(part: str, *handlers: logging.Handler) -> None:

@@ -1,4 +1,4 @@
-"""A site's part in secure aggregation: its secrets are in memory alone, for one round."""
+"""A site's part in secure aggregation: its secrets are in memory alone, for one round of each run."""
 
 from collections import Counter
 
@@ -16,9 +16,10 @@ from fedlora.privacy.noise import Stream
 
 
 class Masks:
-    """What a node masks, and how often it has."""
+    """What a node masks, and how often it has. It outlives the models of runs, which give way to each other."""
 
     def __init__(self) -> None:
+        self._members: dict[str, tuple[object, Member]] = {}  # by run, with the round
         self._masked: Counter[tuple[str, object]] = Counter()  # updates by run and round, whatever the server lost
 
     def exchange(
@@ -42,8 +43,8 @@ class Masks:
         if what == secure.REVEAL:
             run.answers.forget()
         if what == secure.KEYS:
-            run.member = (round, self._fresh(run, round, parts))
-        member = member_of(run, round)
+            self._members[run.key] = (round, self._fresh(run, round, parts))
+        member = self.member(run.key, round)
 
         def vector(among: int) -> Vector:
             if trained is None:
@@ -74,13 +75,17 @@ class Masks:
             )
         return Member(names[0])
 
+    def member(self, run: str, round: object) -> Member:
+        """The site's secrets for a round.
 
-def member_of(run: Serving, round: object) -> Member:
-    """The site's secrets for a round.
+        Raises:
+            Refusal: it has none.
+        """
+        of, member = self._members.get(run, (None, None))
+        if member is None or of != round:
+            raise Refusal("it has no masks for this round: its worker was restarted, or it was not asked for keys")
+        return member
 
-    Raises:
-        Refusal: it has none.
-    """
-    if run.member is None or run.member[0] != round:
-        raise Refusal("it has no masks for this round: its worker was restarted, or it was not asked for keys")
-    return run.member[1]
+    def forget(self, run: str) -> None:
+        """Let the secrets of a run go that has ended."""
+        self._members.pop(run, None)

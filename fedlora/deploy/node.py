@@ -22,7 +22,7 @@ from fedlora.deploy import admission, ending, history, loading, surveyed
 from fedlora.deploy import site as sites
 from fedlora.deploy.account import Account, pay
 from fedlora.deploy.history import History
-from fedlora.deploy.masks import Masks, member_of
+from fedlora.deploy.masks import Masks
 from fedlora.deploy.serving import Serving, Words
 from fedlora.deploy.site import Site
 from fedlora.deploy.state import State
@@ -68,7 +68,7 @@ class Node:
         self.account: Account | None = None
         self._lock: lock.Lock | None = None
         self._runs: dict[str, Serving] = {}  # that a model is loaded for, the last that was asked for last
-        self.state, self.masks = State(where), Masks()
+        self.state, self.masks, self._counts = State(where), Masks(), surveyed.Counts()
         self._read_site()
         self.served, self.failed, self.trained, self.repeated = 0, 0, 0.0, 0
 
@@ -245,10 +245,11 @@ class Node:
         key = admission.named(words)
         if self.site is None:
             raise Refusal("it answers no survey: it has no site file")
-        if (signer := admission.signed(self.site, self.app, words, surveyed.ASKED)) is not None:
+        remedy = "survey: ask by fedlora survey --key FILE"
+        if (signer := admission.signed(self.site, self.app, words, surveyed.ASKED, remedy)) is not None:
             self._signers[key] = signer
         try:
-            return wire.pack_words(surveyed.answer(self.site, self.account, self.state, key))
+            return wire.pack_words(surveyed.answer(self.site, self.account, self.state, key, self._counts))
         except (SettingError, UserError, OSError) as error:
             shown = sites.located(self.file, error) if isinstance(error, SettingError) else error
             logger.error("%s", shown, extra={"client": client})
@@ -319,7 +320,7 @@ class Node:
         scenario, run.ended = run.worker.scenario, False
         masked = scenario.secure_aggregation is not None
         if masked:
-            member_of(run, instruction.round)
+            self.masks.member(run.key, instruction.round)
         if (asked := scenario.client_privacy) and (whole := prepare.central(scenario, root=0)):
             try:
                 whole.check_words(instruction.config, asked.clip_norm)
@@ -384,6 +385,7 @@ class Node:
             logger.error("%s", error, extra={"client": client, "run": run.key})
             raise Refusal("the adapter cannot be written: its log says why", own=str(error)) from error
         run.ended = True
+        self.masks.forget(run.key)
         return made
 
     def _judge(self, run: Serving, instruction: Instruction, client: int) -> RecordDict:

@@ -188,9 +188,7 @@ def _serve(where: Path, app: Path, shown: logging.Handler) -> int:
 
     node, idle, ending = Node(where, app), _IDLE, contextlib.ExitStack()
     ending.callback(node.close)
-    logs.start(
-        node.site.name if node.site else "sites", shown, logging.FileHandler(node.state.folder / "site.log")
-    )
+    logs.start(node.site.name if node.site else "sites", shown, logs.File(node.state.folder / "site.log"))
     if node.site is not None:
         idle = 60 * node.site.idle_minutes
         if node.site.metrics_port is not None:

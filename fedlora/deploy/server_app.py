@@ -98,6 +98,7 @@ def serve(grid: Grid, asked: dict[str, str], shown: Display, number: int) -> Pat
             run=folder.name,
             deadline=scenario.engine.deadline,
             signature=asked.get("signature") or None,
+            folder=runs,  # a temporary folder may be memory
             note=shown.note,
         )
         with contextlib.closing(engine):

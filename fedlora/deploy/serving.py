@@ -13,7 +13,6 @@ from fedlora.privacy.accounting import Event, epsilon, in_sums
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanisms.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE
 from fedlora.privacy.mechanisms.shared import EXAMPLE_NOISE, MEMBERS
-from fedlora.privacy.member import Member
 from fedlora.rounds.checkpoint import Merges
 
 Words = Mapping[str, Any]
@@ -29,7 +28,6 @@ class Serving:
     merges: Merges
     answers: Answers
     ended: bool = False  # whether its server says so: its model is the first to go
-    member: tuple[object, Member] | None = None  # its part in secure aggregation, with the round
 
     @property
     def key(self) -> str:

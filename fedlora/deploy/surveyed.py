@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,28 @@ class Counted:
     rows: bytes
 
 
+class Counts:
+    """The count that was made last, which stands while the site file and the file of rows are as they were."""
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[Site, tuple[int, ...]], Counted] | None = None
+
+    def of(self, site: Site) -> Counted:
+        """As `count`; rows that were read are not read again, unless they are images.
+
+        Raises:
+            SettingError: they cannot be read.
+            OSError: there are none.
+        """
+        there = Path(site.data.train or "").stat()
+        now = (there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns)
+        if self._last is None or self._last[0] != (site, now):
+            made = count(site)
+            self._last = ((site, now), made) if len(made.cells) > len(made.labels) else None
+            return made
+        return self._last[1]
+
+
 def event(told: Surveyed, budget: Budget) -> Event:
     """What an answer costs.
 
@@ -61,7 +84,9 @@ def event(told: Surveyed, budget: Budget) -> Event:
     return Event(noise_multiplier=noise, sample_rate=1.0, steps=1, clip_norm=NORM)
 
 
-def answer(site: Site, account: Account | None, state: State, asked: str) -> dict[str, Any]:
+def answer(
+    site: Site, account: Account | None, state: State, asked: str, counts: Counts | None = None
+) -> dict[str, Any]:
     """The words of an answer; it is paid for first, unless it was.
 
     Args:
@@ -70,6 +95,7 @@ def answer(site: Site, account: Account | None, state: State, asked: str) -> dic
         state: of the site, with its key.
         asked: name of the survey; one name is answered over the same rows alone, so that who once signed a survey
             is not asked for ever.
+        counts: what was counted before.
 
     Raises:
         Refusal: the site file allows no survey, the budget is not enough, or the rows cannot be read.
@@ -77,7 +103,7 @@ def answer(site: Site, account: Account | None, state: State, asked: str) -> dic
     """
     if site.survey is None or site.privacy is None or account is None:
         raise Refusal("it answers no survey: its site file has no section survey")
-    counted, cost = count(site), event(site.survey, site.privacy)
+    counted, cost = (counts or Counts()).of(site), event(site.survey, site.privacy)
     unit = "example" if site.privacy.person is None else "person"
     terms = json.dumps([1, cost.noise_multiplier, counted.rows.hex(), list(counted.labels), BOUNDS, unit])
     key = seeding.key(state.key(), "survey", terms)

@@ -7,7 +7,7 @@ that were asked have answered, or at its deadline.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
@@ -19,13 +19,14 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedlora import traffic, wire
-from fedlora.adapter import Adapter, Change, Instruction, Update
+from fedlora.adapter import Adapter, Change, Instruction, Sum, Update
 from fedlora.engine import secure as masking
-from fedlora.engine.base import Engine, Figures
+from fedlora.engine.base import Engine, Figures, chunks, gathered
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.replies import Replies, Report
 from fedlora.engine.roster import Roster, Site, shown
 from fedlora.engine.setup import Description, Setup
+from fedlora.engine.turns import Reply, in_turn
 from fedlora.errors import ContractError, FedloraError, RoundError
 from fedlora.privacy import accounting, affordable, collector, secure
 from fedlora.privacy.mechanisms import central, shared
@@ -50,6 +51,7 @@ class FlowerEngine(Engine):
         deadline: float | None = None,
         join: float = JOIN,
         signature: str | None = None,
+        folder: Path | None = None,
         note: Callable[[str], object] = lambda _: None,
     ) -> None:
         """Around the grid that Flower gives a ServerApp.
@@ -61,10 +63,11 @@ class FlowerEngine(Engine):
             deadline: seconds that a round waits.
             join: seconds that the start waits.
             signature: of who submitted the run, for sites that ask for one.
+            folder: where replies wait for their turn; None: where temporary files are.
             note: is told what happens, in a sentence that the submitter may read.
         """
         super().__init__(num_clients)
-        self.grid, self.key, self.signature = grid, run, signature
+        self.grid, self.key, self.signature, self.folder = grid, run, signature, folder
         self.deadline, self.join = deadline or DEADLINE, join
         self.roster = Roster(grid, num_clients, self.deadline, join, note)
         self.merges: list[Change] = []
@@ -108,25 +111,51 @@ class FlowerEngine(Engine):
         self.roster.gather(self._hello, 0.0, lambda: True)  # whoever came since
         if self.worker.scenario.secure_aggregation is not None:
             return self._train_masked(instruction, cohort)
-        ranks = {c: self.worker.scenario.rank(c, instruction.round) for c in cohort}
-        asked = {c: instruction.at(ranks[c]) for c in cohort}
-        began, transport = time.monotonic(), self.worker.transport
-        contents = {
-            c: self._content(asked[c], self.roster.sites[c], transport.packing_down(asked[c], ranks[c]))
-            for c in cohort
-            if c in self.roster.sites
-        }
-        updates, reports = [], []
-        answers = self.roster.ask("train", contents)
+        sent = self._contents(instruction, cohort)
+        asked = self.roster.answers("train", {client: content for client, (content, _) in sent.items()})
+        answers = ((client, Reply.of(message, seconds)) for client, message, seconds in asked)
+        turns = in_turn(cohort, answers, self.folder)
+        parts = (self._part(instruction, group, turns, sent, partial_sums) for group in chunks(cohort))
+        return gathered(parts, partial_sums)
+
+    def _contents(self, instruction: Instruction, cohort: Sequence[int]) -> dict[int, tuple[RecordDict, int]]:
+        """What each site of a cohort is sent, and its bytes: one content for all that are sent the same."""
+        made: dict[tuple[int, int], tuple[RecordDict, int]] = {}
+        found: dict[int, tuple[RecordDict, int]] = {}
         for client in cohort:
-            reply, seconds = answers.get(client, (None, time.monotonic() - began))
-            down = traffic.content_bytes(contents[client]) if client in contents else 0
-            update, report = self._read(asked[client], client, reply, down, seconds)
+            if (site := self.roster.sites.get(client)) is None:
+                continue
+            rank = self.worker.scenario.rank(client, instruction.round)
+            if (key := (rank, site.merged)) not in made:
+                asked = instruction.at(rank)
+                content = self._content(asked, site, self.worker.transport.packing_down(asked, rank))
+                made[key] = content, traffic.content_bytes(content)
+            found[client] = made[key]
+        return found
+
+    def _part(
+        self,
+        instruction: Instruction,
+        group: Sequence[int],
+        turns: Iterator[Reply | None],
+        sent: Mapping[int, tuple[RecordDict, int]],
+        partial_sums: bool,
+    ) -> Replies:
+        """A piece of a cohort, whose replies are the next."""
+        total, updates, reports = Sum(), [], []
+        for client, reply in zip(group, turns, strict=False):
+            rank = self.worker.scenario.rank(client, instruction.round)
+            _, down = sent.get(client, (None, 0))
+            update, report = self._read(instruction.at(rank), client, reply, down)
             reports.append(report)
             self._tell(instruction.round, report)
-            if update is not None:
+            if update is None:
+                continue
+            if partial_sums:
+                total.add(update)
+            else:
                 updates.append(update)
-        return Replies(updates, reports)
+        return Replies(total.updates() if partial_sums else updates, reports)
 
     def evaluate(self, adapter: Adapter) -> Figures:
         """Loss and metrics on the server's test set."""
@@ -280,7 +309,7 @@ class FlowerEngine(Engine):
                         raise ContractError(reply.error.reason)
                     report = replace(report, bytes_up=report.bytes_up + traffic.content_bytes(reply.content))
                     if what == secure.MASKED:
-                        report = self._spent(report, reply)
+                        report = self._spent(report, reply.content)
                     if refused := wire.unpack_words(reply.content).get("refused"):
                         spends = wire.unpack_event(reply.content) or report.event
                         self.roster.forget(site, str(refused))
@@ -327,37 +356,39 @@ class FlowerEngine(Engine):
         held = site.num_examples if site else 0
         return Report(client=client, num_examples=held, steps=0, bytes_up=0, bytes_down=0, seconds=0.0)
 
-    def _spent(self, report: Report, reply: Message) -> Report:
+    def _spent(self, report: Report, content: RecordDict) -> Report:
         """The report with what a site says that it paid in the run.
 
         Raises:
             ContractError: no honest site of this run could have paid that.
         """
-        spent, again = wire.unpack_spent(reply.content)
+        spent, again = wire.unpack_spent(content)
         if not affordable.could_be(spent or (), self.worker.scenario):
             raise ContractError("a message says that its site has paid what this run cannot cost")
         return replace(report, spent=spent, again=again)
 
     def _read(
-        self, instruction: Instruction, client: int, reply: Message | None, down: int, seconds: float
+        self, instruction: Instruction, client: int, reply: Reply | None, down: int
     ) -> tuple[Update | None, Report]:
         """A client's update, if it is as it should be, and what became of the client."""
         site = self.roster.sites.get(client)
-        report = replace(self._report(client), bytes_down=down, seconds=seconds)
+        report = replace(self._report(client), bytes_down=down)
         spends = site.event if site and instruction.trip == 1 else None  # where it may have trained all the same
         if site is None:
             return None, replace(report, error=self._absent(client))
         if reply is None:
-            return None, replace(report, event=spends, error=f"no reply within {self.deadline:g} s")
-        if reply.has_error():
-            return None, replace(report, event=spends, error=reply.error.reason)
-        report = replace(report, bytes_up=traffic.content_bytes(reply.content))
+            why = f"no reply within {self.deadline:g} s"
+            return None, replace(report, event=spends, seconds=self.deadline, error=why)
+        report = replace(report, seconds=reply.seconds)
+        if (content := reply.content) is None:
+            return None, replace(report, event=spends, error=reply.error)
+        report = replace(report, bytes_up=traffic.content_bytes(content))
         try:
-            event, report = wire.unpack_event(reply.content), self._spent(report, reply)
-            if refused := wire.unpack_words(reply.content).get("refused"):
+            event, report = wire.unpack_event(content), self._spent(report, content)
+            if refused := wire.unpack_words(content).get("refused"):
                 self.roster.forget(site, str(refused))
                 return None, replace(report, event=event, error=str(refused))
-            update = self._checked(instruction, client, reply)
+            update = self._checked(instruction, client, content)
         except FedloraError as error:
             return None, replace(report, event=spends, error=f"{type(error).__name__}: {error}")
         site.merged = len(self.merges)
@@ -365,13 +396,13 @@ class FlowerEngine(Engine):
         steps = self.worker.scenario.clients.local_steps if instruction.trip == 1 else 0
         return update, replace(report, steps=steps, event=event or spends, metrics=shown)
 
-    def _checked(self, instruction: Instruction, client: int, reply: Message) -> Update:
-        """The update in a reply.
+    def _checked(self, instruction: Instruction, client: int, content: RecordDict) -> Update:
+        """The update in a reply's content.
 
         Raises:
             ContractError: it is not what was asked for.
         """
-        update = wire.unpack_update(reply.content, client)
+        update = wire.unpack_update(content, client)
         rank = self.worker.scenario.rank(client, instruction.round)
         update = replace(update, scaling=self.description.kind.scaling(rank))
         update = self.worker.transport.arrived(update, instruction)

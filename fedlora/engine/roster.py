@@ -6,7 +6,7 @@ message is found by comparing with who was asked.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -23,7 +23,10 @@ _PATIENCE = 15.0  # seconds after which it is told whom a round waits for
 _LATEST = 1e11  # seconds since 1970
 _CLOCK = 60.0  # seconds that clocks may differ without a word
 _WORDS, _NAME = 300, 64  # characters of what a site said, and of its name
-_PAUSE = 0.25  # seconds between two looks for replies
+_PAUSE = 0.25  # seconds between two looks for replies; of more than _MANY nodes, longer in proportion
+_MANY = 100
+_BATCH = 100  # replies that are in memory at once
+_NAMED = 10  # sites that a line names
 
 STRANGER = "not introduced"  # what a site says that has lost, or never had, the run of a message
 BEHIND = "merges missing"  # what a site says that lacks merges which the server thought it had
@@ -66,6 +69,18 @@ class Site:
 def shown(said: object, most: int = _WORDS) -> str:
     """What a site said, as a terminal may show it."""
     return "".join(c if c.isprintable() else "?" for c in str(said)[:most])
+
+
+def batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Pieces of a list, each of which may be asked for at once."""
+    yield from (ids[i : i + _BATCH] for i in range(0, len(ids), _BATCH))
+
+
+def _some(sites: Iterable[Site]) -> str:
+    """Sites in a line, which names the first few of many."""
+    told = [str(site) for site in sites]
+    more = f" and {len(told) - _NAMED} more" if len(told) > _NAMED else ""
+    return ", ".join(told[:_NAMED]) + more
 
 
 def _ahead(told: object) -> float:
@@ -129,11 +144,10 @@ class Roster:
             now = time.monotonic()
             away = {node for node, (since, _) in self.turned_away.items() if now - since < AGAIN}
             busy = {*self._asked.values(), *(site.node for site in self.sites.values()), *away}
-            for node in sorted(here - busy):
-                ids = self._send({node: ("query", hello)})
-                self._asked.update(dict.fromkeys(ids, node))
-            for reply in self._pull(self._asked):
-                self._meet(self._asked.pop(reply.metadata.reply_to_message_id), reply)
+            self._asked |= self._send({node: ("query", hello) for node in sorted(here - busy)})
+            for some in batches(list(self._asked)):
+                for reply in self._pull(some):
+                    self._meet(self._asked.pop(reply.metadata.reply_to_message_id), reply)
             if enough() or time.monotonic() >= end:
                 return
             time.sleep(_PAUSE)
@@ -216,31 +230,38 @@ class Roster:
             contents: by client.
             most: seconds to wait, where that is less than until the deadline.
         """
+        return {client: (reply, seconds) for client, reply, seconds in self.answers(kind, contents, most)}
+
+    def answers(
+        self, kind: str, contents: Mapping[int, RecordDict], most: float | None = None
+    ) -> Iterator[tuple[int, Message, float]]:
+        """The same as they come: client, reply and seconds."""
         patience = self.deadline if most is None else min(most, self.deadline)
         self._drop_late()
         began = time.monotonic()
-        nodes = {self.sites[c].node: c for c in contents}
-        ids = self._send({self.sites[c].node: (kind, content) for c, content in contents.items()})
+        sites = {client: self.sites[client] for client in contents}
+        nodes = {site.node: client for client, site in sites.items()}
+        ids = self._send({sites[c].node: (kind, content) for c, content in contents.items()})
         waiting = {i: nodes[node] for i, node in ids.items()}
-        answers: dict[int, tuple[Message, float]] = {}
         noted = False
+        for client in contents:
+            sites[client].silent = True
         while waiting and time.monotonic() - began < patience:
-            for reply in self._pull(waiting):
-                client = waiting.pop(reply.metadata.reply_to_message_id)
-                answers[client] = (reply, time.monotonic() - began)
+            for some in batches(list(waiting)):
+                for reply in self._pull(some):
+                    client = waiting.pop(reply.metadata.reply_to_message_id)
+                    sites[client].silent = False
+                    yield client, reply, time.monotonic() - began
             if waiting and not noted and (passed := time.monotonic() - began) >= _PATIENCE:
-                who, noted = ", ".join(str(self.sites[c]) for c in sorted(waiting.values())), True
+                who, noted = _some(sites[c] for c in sorted(waiting.values())), True
                 self.note(f"waiting for {who}: {patience - passed:.0f} s more at most")
             if waiting:
-                time.sleep(_PAUSE)
-        for client in contents:
-            self.sites[client].silent = client not in answers
+                time.sleep(_PAUSE * max(1.0, len(waiting) / _MANY))
         if waiting:
-            who = ", ".join(str(self.sites[c]) for c in sorted(waiting.values()))
+            who = _some(sites[c] for c in sorted(waiting.values()))
             logger.warning("no reply within %g s from %s", patience, who)
         self._drop_late()
         self._overdue.update(waiting)
-        return answers
 
     def _drop_late(self) -> None:
         """Throw replies away that came after their round."""

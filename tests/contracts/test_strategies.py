@@ -280,9 +280,9 @@ def test_linear_means_the_weighted_mean(world):
 def test_what_may_be_summed_on_the_way_gives_the_same(world):
     if not (world.made.partial_sums or world.made.linear):
         return
-    members = world.members(5)
+    members = world.members(6)
     whole = world.meaning(world.play(members))
-    summed = world.meaning(world.play(members, change=lambda u: [*of_all(u[:2]), *of_all(u[2:])]))
+    summed = world.meaning(world.play(members, change=lambda u: [*of_all(u[:3]), *of_all(u[3:])]))  # two regions
     for name, tensor in whole.items():
         np.testing.assert_allclose(summed[name], tensor, rtol=1e-4, atol=1e-5)
 

@@ -9,6 +9,15 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora import wire
 
+ROWS = """text,ward
+a b c,surgery
+"",other
+ein text,Surgery
+x y z w,gone
+q r,other
+q r,other
+"""
+
 
 @dataclass
 class LocalGrid(Grid):
@@ -74,3 +83,11 @@ class LocalGrid(Grid):
 
     def send_and_receive(self, messages, *, timeout=None):
         return self.pull_messages(self.push_messages(messages))
+
+
+def meet(node, words):
+    return wire.unpack_words(node.answer("query", wire.pack_words(words), 0))
+
+
+def refusal(node, content, kind="train"):
+    return wire.unpack_words(node.answer(kind, content, 0)).get("refused")

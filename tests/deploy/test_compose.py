@@ -106,8 +106,8 @@ class Stack:
             time.sleep(1)
         raise AssertionError(self.compose("ps") + self.compose("logs", "--tail", "20", *services))
 
-    def submit(self, out, *more):
-        command = [BIN / "fedlora", "submit", "sites", "--superlink", "compose", "--out", self.out / out, *more]
+    def submit(self, out, *more, scenario="sites"):
+        command = [BIN / "fedlora", "submit", scenario, "--superlink", "compose", "--out", self.out / out, *more]
         return subprocess.Popen(
             command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -176,6 +176,43 @@ def test_a_plain_run_brings_back_the_simulation_s_adapter(stack):
     assert set(one) == set(other) and all(np.abs(one[n] - other[n]).max() <= 1e-5 for n in one)
     accuracy = Run.open(stack.out / "simulated").summary["accuracy"]
     assert run.summary["accuracy"] == pytest.approx(accuracy, abs=1e-4) and run.summary["failures"] == 0
+
+
+SEVERAL = """\
+name: several
+task: multi_label
+model: {base: minilm, adapter: {kind: lora, r: 2, alpha: 2, targets: [query], layers: [5]}}
+data: {files: {train: ROWS, text: text, label: labels, separator: ";"}, test_share: 0.1, max_length: 16}
+clients: {total: 3, use: dp_sgd, local_steps: 1, batch_size: 16, lr: 0.5}
+privacy: {epsilon: 6, delta: 1.0e-5, clip_norm: 1.0}
+strategy: {use: ffa_lora}
+rounds: 1
+"""
+
+
+def test_a_private_round_of_several_labels(stack):
+    """`fedlora split` writes the sites' files, each reads its own anew, and a text may have no label, or two."""
+    rows, file = stack.out / "rows.csv", stack.out / "several.yaml"
+    labels = ("cold", "fever", "cold;fever", "")
+    rows.write_text("text,labels\n" + "".join(f"patient {i} has it,{labels[i % 4]}\n" for i in range(240)))
+    file.write_text(SEVERAL.replace("ROWS", str(rows)))
+    split = stack.out / "several"
+    call(BIN / "fedlora", "split", file, "--out", split, "--as", "/site", env=stack.environment)
+    deployed = stack.docker / "deployment"
+    shutil.copy(split / "test.csv", deployed / "server" / "data" / "several.csv")
+    held = [deployed / f"site-{k}" / "site" / name for k in range(3) for name in ("site.yaml", "train.csv")]
+    before, paid = [part.read_bytes() for part in held], [stack.paid(k) for k in range(3)]
+    for part in held:
+        part.write_bytes((split / part.parts[-3] / part.name).read_bytes())
+    there = ("--set", "data.files.test=/data/several.csv")
+    run = stack.finished(stack.submit("several", *there, scenario=split / "scenario.yaml"), "several")
+    for part, text in zip(held, before, strict=True):
+        part.write_bytes(text)
+    assert run.summary["failures"] == 0 and 0 < run.summary["epsilon"] <= 6.0
+    assert 0 <= run.summary["micro_f1"] <= 1 and "accuracy" not in run.summary
+    mine = ledger.replay(run.folder / "privacy.jsonl")
+    for k in range(3):
+        assert len(mine[k]) == stack.paid(k) - paid[k] == 1
 
 
 def test_five_private_rounds_with_a_site_killed_and_another_cut_off(stack):

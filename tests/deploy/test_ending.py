@@ -16,8 +16,7 @@ from fedlora.privacy import ledger
 from fedlora.privacy.ledger import Own
 from fedlora.record import Record
 from fedlora.reports.console import Live, follow
-from tests.deploy.federation import LocalGrid
-from tests.deploy.test_node import meet, node, refusal, server  # noqa: F401
+from tests.deploy.federation import LocalGrid, meet, refusal
 from tests.deploy.test_secure import EXAMPLES
 
 
@@ -158,7 +157,7 @@ def test_a_run_whose_sites_are_silent_at_its_end_has_ended(sites, nodes, deploye
         ({}, {"lora_B": np.full((32, 4), np.nan)}, "finite"),
     ],
 )
-def test_what_cannot_be_an_end_changes_nothing(server, node, words, arrays, why):  # noqa: F811
+def test_what_cannot_be_an_end_changes_nothing(server, node, words, arrays, why):
     introduced, files, _ = server()
     wants(files[0])
     meet(made := node(files[0]), introduced)
@@ -247,7 +246,7 @@ def test_without_budget_or_adapter_nothing_is_trained(sites, nodes, deployed, ca
     assert "no privacy section" in refused(files[0], "run-1")
 
 
-def test_runs_of_two_submitters_at_once_share_a_worker(server, node, monkeypatch):  # noqa: F811
+def test_runs_of_two_submitters_at_once_share_a_worker(server, node, monkeypatch):
     """Two are served in turns without loading a model again; a third takes the place of the one that waits."""
     words, files, train = server(private=False)
     loaded, load = [], loading.load
@@ -270,7 +269,7 @@ def test_runs_of_two_submitters_at_once_share_a_worker(server, node, monkeypatch
     assert [line["round"] for line in lines] == [1, 2, 1, 2] and made.run.key == "tiny-2"
 
 
-def test_private_runs_at_once_pay_from_one_account(server, node):  # noqa: F811
+def test_private_runs_at_once_pay_from_one_account(server, node):
     words, files, train = server()
     files[0].write_text(files[0].read_text().replace("max_epsilon: 80", "max_epsilon: 9"))
     made = node(files[0])

@@ -7,11 +7,11 @@ import pytest
 from fedlora.cli import main
 from fedlora.deploy import history
 from fedlora.privacy import ledger
-from tests.deploy.test_node import meet, node, refusal, server  # noqa: F401
+from tests.deploy.federation import meet, refusal
 
 
 @pytest.fixture
-def ended(server, node):  # noqa: F811
+def ended(server, node):
     """A site that answered a run."""
     words, files, train = server()
     meet(made := node(files[0]), words)
@@ -36,7 +36,7 @@ def test_what_was_spent_stays_and_nothing_else(ended, capsys):
     assert "forgotten: its files were removed" in (state / "report.html").read_text()
 
 
-def test_a_run_that_is_met_again_spends_nothing_again(ended, node):  # noqa: F811
+def test_a_run_that_is_met_again_spends_nothing_again(ended, node):
     words, file, train, state = ended
     assert main(["site", "forget", str(file), "tiny-1"]) == 0
     made = node(file)
@@ -50,7 +50,7 @@ def test_a_run_that_is_met_again_spends_nothing_again(ended, node):  # noqa: F81
     made.close()
 
 
-def test_a_forgotten_run_is_refused_however_little_was_removed(ended, node):  # noqa: F811
+def test_a_forgotten_run_is_refused_however_little_was_removed(ended, node):
     _, file, train, state = ended
     (state / "runs" / "tiny-1" / "forgotten").touch()  # it was interrupted here
     made = node(file)
@@ -70,6 +70,6 @@ def test_it_is_refused_beside_a_worker_and_for_a_run_that_is_not_there(ended, ca
     assert (state / "runs" / "tiny-1" / "answer-1").exists()
 
 
-def test_a_site_without_runs_has_none_to_forget(server, capsys):  # noqa: F811
+def test_a_site_without_runs_has_none_to_forget(server, capsys):
     assert main(["site", "forget", str(server()[1][0]), "tiny-1"]) == 2
     assert "holds no run 'tiny-1': it holds none, and nothing is to be forgotten" in capsys.readouterr().err

@@ -10,14 +10,14 @@ from fedlora.cli import main
 from fedlora.deploy import history, signing
 from fedlora.deploy.history import History, read
 from fedlora.privacy import ledger
-from tests.deploy.test_node import meet, node, refusal, server  # noqa: F401
+from tests.deploy.federation import meet, refusal
 
 
 def told(made):
     return read(made.state.folder / history.NAME)
 
 
-def test_each_introduction_and_each_round_is_a_line(server, node):  # noqa: F811
+def test_each_introduction_and_each_round_is_a_line(server, node):
     words, files, train = server()
     meet(made := node(files[0]), words)
     for round in (1, 2, 2):
@@ -41,7 +41,7 @@ def test_each_introduction_and_each_round_is_a_line(server, node):  # noqa: F811
     assert "another round would make epsilon" in lines[4]["why"] and lines[1]["why"] is None
 
 
-def test_the_owner_reads_the_whole_reason_and_no_text(server, node, capsys):  # noqa: F811
+def test_the_owner_reads_the_whole_reason_and_no_text(server, node, capsys):
     words, files, train = server()
     meet(made := node(files[0]), words)
 
@@ -64,7 +64,7 @@ def test_the_owner_reads_the_whole_reason_and_no_text(server, node, capsys):  # 
     assert [line["outcome"] for line in json.loads(capsys.readouterr().out)] == ["answered"] + 3 * ["refused"]
 
 
-def test_who_signed_is_named_by_the_key(server, node, tmp_path):  # noqa: F811
+def test_who_signed_is_named_by_the_key(server, node, tmp_path):
     words, files, train = server("data.labels=[bad, good]")
     command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "lab 7", "-f", tmp_path / "key"]
     subprocess.run(command, check=True)
@@ -79,7 +79,7 @@ def test_who_signed_is_named_by_the_key(server, node, tmp_path):  # noqa: F811
     assert [line["submitter"] for line in told(made)] == [None, name, name]
 
 
-def test_what_cannot_be_read_of_a_message_is_a_line_too(server, node):  # noqa: F811
+def test_what_cannot_be_read_of_a_message_is_a_line_too(server, node):
     words, files, train = server()
     made = node(files[0])
     meet(made, {**words, "scenario": {"name": 7, "privacy": {"epsilon": 10**400}, "strategy": "?"}})
@@ -92,7 +92,7 @@ def test_what_cannot_be_read_of_a_message_is_a_line_too(server, node):  # noqa: 
     ]
 
 
-def test_a_training_that_was_paid_is_answered_though_the_record_cannot_be_written(server, node, caplog):  # noqa: F811
+def test_a_training_that_was_paid_is_answered_though_the_record_cannot_be_written(server, node, caplog):
     words, files, train = server()
     meet(made := node(files[0]), words)
     made.history.file.unlink()

@@ -4,70 +4,19 @@ import json
 import logging
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pytest
 from flwr.app import RecordDict
 
-from fedlora import prepare, wire
-from fedlora.adapter import Instruction
-from fedlora.deploy import signing
+from fedlora import wire
+from fedlora.deploy import admission, signing
 from fedlora.deploy.logs import Lines
 from fedlora.deploy.node import Node
 from fedlora.engine.worker import Worker
-from fedlora.errors import UserError
+from fedlora.errors import Refusal, UserError
 from fedlora.privacy import ledger
 from fedlora.privacy.mechanisms.bands import Past
-from fedlora.strategies.ffa_lora import FFALoRA
-
-
-@pytest.fixture
-def server(sites):
-    """What a server sends: its introduction, and a round's instruction."""
-
-    def make(*overrides, private=True):
-        scenario, files = sites(*overrides, private=private)
-        ready = prepare.prepare_server(scenario)
-        worker = Worker(ready.setup)
-        words = {
-            "run": "tiny-1",
-            "scenario": json.loads(json.dumps(ready.setup.scenario)),
-            "labels": list(ready.data.labels),
-            "version": version("fedlora"),
-            "base": worker.base_fingerprint(),
-            "adapter": worker.describe().fingerprint,
-            "signature": None,
-        }
-        strategy = FFALoRA()
-        strategy.bind(worker.task.layout, worker.task.kind, worker.task.initial, private)
-
-        def train(round=1, told=(), **words):
-            made = strategy.instruct(round, worker.task.initial)
-            content = wire.pack_instruction(
-                Instruction(round=round, adapter=made.adapter, train=made.train, send=made.send),
-                worker.task.layout,
-            )
-            for key, value in dict(told).items():
-                content[wire.CONFIG][key] = value
-            content[wire.REPORT] = wire.pack_words({"run": "tiny-1", "merged": 0, **words})[wire.REPORT]
-            return content
-
-        return words, files, train
-
-    return make
-
-
-@pytest.fixture
-def node(tmp_path):
-    return lambda file: Node(file, tmp_path / "app")
-
-
-def meet(node, words):
-    return wire.unpack_words(node.answer("query", wire.pack_words(words), 0))
-
-
-def refusal(node, content, kind="train"):
-    return wire.unpack_words(node.answer(kind, content, 0)).get("refused")
+from tests.deploy.federation import meet, refusal
 
 
 def test_introduces_itself_with_what_a_round_costs(server, node):
@@ -367,6 +316,29 @@ def test_no_exchange_of_masks_trains_for_nothing(server, node, monkeypatch):
         made.answer("train", train(1), 0)
         made.answer("train", train(1), 0)
     assert seen == [[n, n] for n in range(1, len(seen) + 1)] and lines_paid(made) == seen[-1]
+
+
+def test_the_masks_of_a_round_outlive_a_model_that_gives_way_to_two_other_runs(server, node):
+    words, files, train = server("secure_aggregation={survivors: 0.7}")
+    meet(made := node(files[0]), words)
+    keys = wire.pack_parts({"you": {1: b""}})
+    keys[wire.REPORT] = wire.pack_words({"run": "tiny-1", "round": 1})[wire.REPORT]
+    made.answer("query.keys", keys, 0)
+    member = made.masks.member("tiny-1", 1)
+    for other in ("tiny-2", "tiny-3"):
+        meet(made, {**words, "run": other})
+    assert list(made._runs) == ["tiny-2", "tiny-3"]
+    assert "it has no masks" not in refusal(made, train(1)) and made.masks.member("tiny-1", 1) is member
+    made.masks.forget("tiny-1")  # as at the run's end
+    assert "it has no masks" in refusal(made, train(1))
+
+
+@pytest.mark.parametrize("there", ["0.2.anything", "0.2", "0.2.", "0.2.1.dev1", "0.3.0", "00.2.0", "0.2.0 "])
+def test_only_a_number_passes_as_another_patch(monkeypatch, there):
+    monkeypatch.setattr(admission, "version", lambda _: "0.2.0")
+    with pytest.raises(Refusal, match="install one version on both sides"):
+        admission.named({"version": there, "run": "a"})
+    assert admission.named({"version": "0.2.17", "run": "a"}) == "a"
 
 
 @pytest.mark.parametrize("round", [0, -1, 3, True, 1.0, "1", None, [1]])

@@ -17,8 +17,6 @@ from fedlora.run import Run
 
 from . import test_processes as processes
 
-environment, scenario = processes.environment, processes.scenario  # fixtures
-
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),

@@ -10,7 +10,7 @@ from fedlora.deploy.site import Budget
 from fedlora.errors import UserError
 from fedlora.privacy import ledger
 from fedlora.privacy.accounting import Event
-from tests.deploy.test_node import meet, node, refusal, server  # noqa: F401
+from tests.deploy.federation import meet, refusal
 
 EVENT = Event(noise_multiplier=2.0, sample_rate=0.1, steps=2, clip_norm=1.0)
 
@@ -24,7 +24,7 @@ def told(reviews, tmp_path):
     return (f"data.files.train={tmp_path}/notes.csv", "privacy.person=patient", "clients.batch_size=4")
 
 
-def test_a_site_counts_and_pays_by_person(told, server, node):  # noqa: F811
+def test_a_site_counts_and_pays_by_person(told, server, node):
     words, files, train = server(*told)
     text = files[0].read_text()
     assert "person: person" in text and "that its persons may lose" in text
@@ -50,7 +50,7 @@ def test_a_site_counts_and_pays_by_person(told, server, node):  # noqa: F811
         (("person: person", "person: patient"), "its data or machine do not fit the scenario (privacy.person)"),
     ],
 )
-def test_a_site_that_cannot_tell_persons_refuses(told, server, node, caplog, change, why):  # noqa: F811
+def test_a_site_that_cannot_tell_persons_refuses(told, server, node, caplog, change, why):
     words, files, _ = server(*told)
     files[0].write_text(files[0].read_text().replace(*change))
     with caplog.at_level(logging.ERROR):
@@ -60,7 +60,7 @@ def test_a_site_that_cannot_tell_persons_refuses(told, server, node, caplog, cha
         assert f"{files[0]}:9: privacy.person: " in caplog.text and "no column 'patient'" in caplog.text
 
 
-def test_a_site_that_protects_persons_answers_no_run_by_row(told, server, node):  # noqa: F811
+def test_a_site_that_protects_persons_answers_no_run_by_row(told, server, node):
     words, files, _ = server(*told)
     plain = {**words["scenario"], "privacy": {**words["scenario"]["privacy"], "person": None}}
     answer = meet(node(files[0]), {**words, "scenario": plain})

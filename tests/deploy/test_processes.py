@@ -19,7 +19,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedlora import evaluate, simulate
-from fedlora.deploy.split import split
 from fedlora.privacy import ledger
 from fedlora.record import Record
 from fedlora.run import Run
@@ -39,37 +38,6 @@ def free_port():
 def listening(port):
     with socket.socket() as there:
         return not there.connect_ex(("127.0.0.1", port))
-
-
-@pytest.fixture
-def environment(tmp_path):
-    return {
-        **os.environ,
-        "FLWR_HOME": str(tmp_path / "flwr"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FEDLORA_RUNS": str(tmp_path / "server-runs"),
-        "TMPDIR": str(tmp_path),
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-    }
-
-
-@pytest.fixture
-def scenario(tiny, tmp_path):
-    """Two sites' files, and the scenario as a file that the server can read."""
-
-    def make(*overrides, private=True):
-        made = tiny("clients.total=2", *overrides, private=private)
-        files = split(made, tmp_path / "sites")
-        for site in files if not private else ():
-            site.write_text(site.read_text().replace("own_code: false", "own_code: false, metrics: true"))
-        test = str(tmp_path / "sites" / "test.csv")
-        there = tiny("clients.total=2", f"data.files.test={test}", *overrides, private=private)
-        (tmp_path / "there.yaml").write_text(there.to_yaml())
-        return made, tmp_path / "there.yaml", files
-
-    return make
 
 
 @pytest.fixture

@@ -12,31 +12,6 @@ from fedlora.deploy.split import caps, split
 from fedlora.errors import UserError
 from fedlora.privacy.accounting import Event
 
-ROWS = """text,ward
-a b c,surgery
-"",other
-ein text,Surgery
-x y z w,gone
-q r,other
-q r,other
-"""
-
-
-@pytest.fixture
-def made(tmp_path):
-    """Makes a site file of rows and further keys."""
-
-    def write(rows=ROWS, data="labels: [surgery, other, rare]", more="", name="rows.csv"):
-        (tmp_path / name).write_text(rows)
-        file = tmp_path / "site.yaml"
-        file.write_text(
-            f"name: st-mary\nclient: 2\ndata: {{train: {tmp_path / name}, text: text, label: ward, {data}}}\n"
-            f"state: {tmp_path / 'state'}\n{more}"
-        )
-        return file
-
-    return write
-
 
 def test_rows_are_counted_and_told_by_number_alone(made):
     told = check(made()).understood

@@ -12,13 +12,12 @@ from fedlora.deploy.site import load
 from fedlora.deploy.statement import html
 from fedlora.privacy.accounting import Event
 from fedlora.record import Record
-from tests.deploy.test_node import meet, node, refusal, server  # noqa: F401
-from tests.deploy.test_site_check import made  # noqa: F401
+from tests.deploy.federation import meet, refusal
 
 EVENT = Event(noise_multiplier=1.0, sample_rate=0.1, steps=5, clip_norm=1.0)
 
 
-def test_a_run_is_told_as_finished_where_its_last_round_was_trained(server, node, capsys):  # noqa: F811
+def test_a_run_is_told_as_finished_where_its_last_round_was_trained(server, node, capsys):
     words, files, train = server()
     meet(site := node(files[0]), words)
     folder = site.state.folder / "runs" / "tiny-1"
@@ -42,7 +41,7 @@ def test_a_run_is_told_as_finished_where_its_last_round_was_trained(server, node
     assert "days since" in page and "http" not in re.sub(r"<script.*</script>|xmlns\S+", "", page, flags=re.S)
 
 
-def test_what_was_spent_stands_by_run_and_by_submitter(made):  # noqa: F811
+def test_what_was_spent_stands_by_run_and_by_submitter(made):
     file = made(more="privacy: {max_epsilon: 8, delta: 1.0e-5}\n")
     site = load(file)
     site.folder.mkdir()
@@ -65,7 +64,7 @@ def test_what_was_spent_stands_by_run_and_by_submitter(made):  # noqa: F811
     assert 'surgery</th><td class="number">1' in page and "ein text" not in page
 
 
-def test_an_empty_site_has_a_page_and_a_damaged_one_a_line(made, tmp_path, capsys):  # noqa: F811
+def test_an_empty_site_has_a_page_and_a_damaged_one_a_line(made, tmp_path, capsys):
     file = made(more="privacy: {max_epsilon: 8, delta: 1.0e-5}\n")
     for what in ("report", "log"):
         assert main(["site", what, str(file)]) == 0
@@ -89,6 +88,6 @@ def test_an_empty_site_has_a_page_and_a_damaged_one_a_line(made, tmp_path, capsy
 
 
 @pytest.mark.parametrize("data", ["labels: [x, y]"])
-def test_rows_that_cannot_be_read_are_a_notice(made, data):  # noqa: F811
+def test_rows_that_cannot_be_read_are_a_notice(made, data):
     page = html(made(data=data))
     assert "They cannot be read" in page and "data.labels" in page

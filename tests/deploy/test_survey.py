@@ -93,6 +93,18 @@ def test_the_account_pays_once_and_other_rows_are_another_answer(site):
     )  # all of its noise is new
 
 
+def test_rows_are_read_once_while_they_are_as_they_were(site, monkeypatch):
+    seen, count = [], surveyed.count
+    monkeypatch.setattr(surveyed, "count", lambda made: seen.append(made) or count(made))
+    counts, made = surveyed.Counts(), load(site())
+    first = counts.of(made)
+    assert counts.of(made) is first and len(seen) == 1
+    site(rows=[*ROWS, ("a b c", "ham")])
+    assert counts.of(made).cells[0] == first.cells[0] + 2**20 and len(seen) == 2
+    counts.of(made.model_copy(update={"client": 2}))  # another site file
+    assert len(seen) == 3
+
+
 def test_noise_is_what_is_said_and_small_counts_are_not_told(site, monkeypatch):
     made, account, state = opened(site())
     noise = []
@@ -151,7 +163,7 @@ def test_a_server_that_was_not_signed_for_or_has_another_version_learns_nothing(
     )
     for file, words, why in (
         (plain, {}, "its site file has no section survey"),
-        (signed, {}, "nobody whom it knows has signed"),
+        (signed, {}, "nobody whom it knows has signed this survey: ask by fedlora survey --key FILE"),
         (site(), {"version": "0.0.1"}, "install one version on both sides"),
         (site(), {"run": "../../x"}, "no name that could be a folder's"),
     ):
