@@ -19,8 +19,8 @@ Test = Callable[[type[Strategy]], bool]  # of a strategy
 
 def _of_factors(scenario: Scenario) -> str:
     """The key of a base whose frozen weights are factors; empty of others."""
-    if scenario.compress is not None:
-        return "compress"
+    if (cut := scenario.compress) is not None:
+        return "compress" if load_compressor(cut.use, {"keep": cut.keep, **cut.options}).factors else ""
     base = scenario.model.base
     return "model.base" if base != "minilm" and located.is_factored(base) else ""
 
