@@ -52,7 +52,7 @@ def fingerprint(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 
-def check_whole_bits(path: str, quantize: str | None) -> None:
+def check_whole_bits(path: str, quantize: object) -> None:
     """Refuse to hold a base of factors in few bits.
 
     Raises:

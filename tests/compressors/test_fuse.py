@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from fedlora import simulate
 from fedlora.cli import main
 from fedlora.compressing import compress
 from fedlora.compressors.fuse import passed_by
+from fedlora.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +100,9 @@ def test_kinds_of_attention_stay_with_their_blocks(tmp_path, tiny_base):
 
 
 def test_a_run_takes_such_a_folder_and_no_such_section(deep, tiny, tiny_base, tmp_path):
-    from fedlora.errors import SettingError
-
     texts = deep / "texts.txt"
     made = compress(tiny_base, tmp_path / "cut", use="fuse", keep=0.5, texts=texts)
-    from fedlora import simulate
-
     run = simulate(tiny(f"model.base={made.folder}"), out=tmp_path / "run")
     assert run.summary["epsilon"] <= 8
-    with pytest.raises(SettingError, match="fuse goes by public texts: run fedlora compress"):
+    with pytest.raises(UserError, match="fuse goes by public texts: run fedlora compress"):
         tiny("compress={use: fuse}")

@@ -1,4 +1,4 @@
-"""What every pruner promises: an ordinary folder, a smaller model of the same make, of the share that was asked for."""
+"""What every pruner promises: an ordinary folder, and in it a smaller model of the same make."""
 
 import json
 
