@@ -132,7 +132,7 @@ def words(scenario: Scenario, event: Event | None) -> str:
     told, asked = scenario.compress, scenario.statistics
     if told is None:
         return ""
-    said = f"Before round 1 the base is cut by {told.use} to {told.keep:.0%} of its layers' numbers, "
+    said = f"Before round 1 the base is cut by {told.use} to {told.keep:.0%} of what that cuts, "
     if asked is None:
         return f"{said}by its weights alone: no row is looked at."
     if event is None:

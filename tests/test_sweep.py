@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from fedlora import scenario
-from fedlora.cli import main
 from fedlora.baselines import derive
+from fedlora.cli import main
 from fedlora.errors import UserError
 from fedlora.privacy import accounting, ledger
 from fedlora.privacy.together import total_epsilon

@@ -272,7 +272,7 @@ class Scenario(Section):
         secure_aggregation: Clients mask their updates, and the server sees only the sum. null: the server sees
             each update. Example: `{range: 1.0}`.
         compression: Fewer bytes for what is sent. null: 4 bytes a number. Example: `{up: {kind: int8}}`.
-        compress: Cut the frozen base to low rank before training. null: it stays as it is. Example:
+        compress: Make the frozen base smaller before training. null: it stays as it is. Example:
             `{use: welore}`.
         statistics: A statistic of the clients' rows by which the base is cut. null: it is cut by its weights
             alone. Example: `{kind: gram, epsilon: 1}`.
