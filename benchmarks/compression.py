@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import fedlora
-from fedlora import compressing, prepare, statistic_round
+from fedlora import compressing, prepare, public, statistic_round
 from fedlora.compressors import contract
 from fedlora.compressors.contract import Statistic
 from fedlora.privacy import accounting
@@ -132,8 +132,8 @@ def main() -> None:
         words = {"train": train, "test": test, "rounds": told.rounds, "rate": told.rate, "text": told.text}
         loaded, reader = compressing.load("minilm", None, ["all-linear"], told.exclude)
         every = {kind: Taken(kind, {**words, "seed": 1}, told.exclude) for kind in told.statistics}
-        texts = compressing.read_texts(test, told.text)[:200]
-        batches = [*compressing.batches(reader, texts, 24, loaded.model)]
+        texts = public.read(test, told.text)[:200]
+        batches = [*public.batches(reader, texts, 24, loaded.model)]
         right = states("minilm", batches)
         paid = {}
         print("\n| compressor | by | numbers | states off |\n|---|---|---|---|", flush=True)
@@ -150,8 +150,8 @@ def main() -> None:
             off = (off / sum(float(b.square().sum()) for b in right)) ** 0.5
             print(f"| {use} | {by} | {made.manifest['parameters']['after']:,} | {off:.3f} |", flush=True)
         if told.public is not None:
-            read = compressing.read_texts(first(told.public, told.rows, root / "public.tsv"), "sentence")
-            known = compressing._of_texts(loaded, reader, "gram", read, 24)
+            read = public.read(first(told.public, told.rows, root / "public.tsv"), "sentence")
+            known = public.statistic(loaded.model, loaded.layers, reader, "gram", read, 24)
             compressor, folder = contract.load("lord", {"keep": told.keep}), root / "public"
             compressing.write(folder, loaded, reader, compressor, "lord", known, {})
             there = states(str(folder), batches)

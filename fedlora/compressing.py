@@ -5,27 +5,27 @@ takes the statistic of its clients' rows (`fedlora.statistic_round`), and cuts b
 """
 
 import contextlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from fedlora import public, seeding
 from fedlora.compressors import contract
-from fedlora.compressors.contract import Compressor, Cut, Kind, Statistic
-from fedlora.data.cells import Column, check_whole
-from fedlora.data.tables import no_column, read_table
+from fedlora.compressors.contract import Compressor, Cut, Kind, LowRank, Statistic
+from fedlora.compressors.pruner import Pass, Pruner, remade, turned
 from fedlora.errors import SettingError, UserError, counted
 from fedlora.kinds.targets import ALL, choose
-from fedlora.passes.statistic import Collector
 from fedlora.rounds.checkpoint import whole_folder
 from fedlora.tasks import base_model, located, smaller
 
-_TEXTS = 16  # of a pass
+LOW_RANK = ["layer", "of low rank"]  # what a part of a manifest is called, and what became of it
+Judge = Callable[[Any], float]  # the perplexity of a model
+
 _LENGTH = 128  # tokens of a text
-_TRIED = (7, 5)  # tokens of those that are passed to see what a model is like
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,21 @@ class Compressed:
     def lines(self) -> list[str]:
         """What a terminal shows: each layer with its rank and its error, and the sums."""
         layers, told = self.manifest["layers"], self.manifest["parameters"]
-        wide = max(map(len, layers))
-        lines = [f"{'layer':<{wide}}  {'out x in':>13}  {'rank':>6}  {'error':>6}  weighted"]
+        wide, low = max(map(len, layers)), self.manifest["part"] == LOW_RANK
+        head = f"{'rank':>6}  {'error':>6}  weighted" if low else f"{'kept':>6}  {'error':>6}"
+        lines = [f"{self.manifest['part'][0]:<{wide}}  {'out x in':>13}  {head}"]
         for name, layer in layers.items():
-            shape, rank = " x ".join(map(str, layer["shape"])), layer["rank"] or "whole"
+            shape = " x ".join(map(str, layer["shape"]))
+            rank = "whole" if layer["rank"] is None else str(layer["rank"])
             weighted = "" if layer["weighted"] is None else f"{layer['weighted']:8.3f}"
             lines.append(f"{name:<{wide}}  {shape:>13}  {rank:>6}  {layer['error']:6.3f}  {weighted}".rstrip())
         share = told["after"] / told["before"]
         lines.append(f"{told['before']:,} numbers before, {told['after']:,} now ({share:.0%})")
         if (said := self.manifest.get("perplexity")) is not None:
             lines.append(f"perplexity {said['before']:.4g} before, {said['after']:.4g} now")
-        if self.manifest["loads_without_fedlora"]:
+        if not low:
+            lines.append("it is an ordinary folder of transformers: model.base of a scenario names it")
+        elif self.manifest["loads_without_fedlora"]:
             lines.append("the factors are multiplied out: an ordinary folder of transformers, as large as before")
         else:
             lines.append("it is of factors, which transformers cannot load: model.base of a scenario names it")
@@ -75,11 +79,7 @@ class Loaded:
     def weights(self) -> dict[str, Any]:
         """Of each layer, (out x in) in float32."""
         found = {name: layer.weight.detach().float().numpy() for name, layer in self.layers.items()}
-        return {name: weight.T if self.turned(name) else weight for name, weight in found.items()}
-
-    def turned(self, name: str) -> bool:
-        """Whether a layer keeps its weight as (in x out)."""
-        return type(self.layers[name]).__name__ == "Conv1D"
+        return {name: weight.T if turned(self.layers[name]) else weight for name, weight in found.items()}
 
     def become(self, cuts: Mapping[str, Cut]) -> None:
         """Take on what is left of each layer."""
@@ -88,7 +88,7 @@ class Loaded:
         for name, cut in cuts.items():
             if cut.left is not None and cut.right is not None:
                 made = torch.from_numpy(cut.left @ cut.right)
-                self.layers[name].weight.data.copy_(made.T if self.turned(name) else made)
+                self.layers[name].weight.data.copy_(made.T if turned(self.layers[name]) else made)
 
 
 def compress(
@@ -135,7 +135,7 @@ def compress(
     with _named():
         made = contract.load(use, {"keep": keep})
         kind = _kind(made, use, statistic, texts is not None)
-        read = [read_texts(Path(file), column) if file is not None else [] for file in (texts, perplexity)]
+        read = [public.read(Path(file), column) if file is not None else [] for file in (texts, perplexity)]
         loaded, reader = load(base, revision, targets, exclude)
         if perplexity is not None and not loaded.model.can_generate():
             raise SettingError("perplexity", f"{base} writes no text: leave it out")
@@ -143,12 +143,23 @@ def compress(
         cut_to = min(_LENGTH, room) if max_length is None else max_length
         if not 2 <= cut_to <= room:
             raise SettingError("max_length", f"should be from 2 to {room}, for which the model has positions")
-        known = {} if kind is None else _of_texts(loaded, reader, kind, read[0], cut_to)
+        loaded = asked_for(made, loaded)
+        passes: list[Pass] = []
+        known: dict[str, Statistic] = {}
+        if kind is not None:
+            public.check(reader)
+        if kind == contract.TEXTS:
+            passes = public.passes(loaded.model, reader, read[0], cut_to)
+        elif kind is not None:
+            known = public.statistic(loaded.model, loaded.layers, reader, kind, read[0], cut_to)
+            check_known(made, loaded, known)
         about: dict[str, Any] = {"base": base, "revision": revision}
         about["base_fingerprint"] = located.fingerprint(base, revision)
         about["statistic"] = None if kind is None else {"kind": kind, "of": "texts", "texts": len(read[0])}
-        judged = None if perplexity is None else (loaded, reader, read[1], cut_to)
-        return write(out, loaded, reader, made, use, known, about, whole=whole, judged=judged)
+        judge = None
+        if perplexity is not None:
+            judge = partial(public.perplexity, reader=reader, texts=read[1], max_length=cut_to)
+        return write(out, loaded, reader, made, use, known, about, whole=whole, passes=passes, judge=judge)
 
 
 def write(
@@ -161,56 +172,100 @@ def write(
     about: Mapping[str, Any],
     *,
     whole: bool = False,
-    judged: Any = None,
+    passes: Sequence[Pass] = (),
+    judge: Judge | None = None,
 ) -> Compressed:
-    """Cut a base and write it as a folder, whole or not at all.
+    """Make a base smaller and write it as a folder, whole or not at all.
 
     Args:
         out: the folder.
-        loaded: the base; with `judged` it is cut itself.
+        loaded: the base.
         reader: its tokenizer or image processor; None: there is none to write.
-        compressor: that cuts.
+        compressor: that decides.
         use: its name.
         known: of layers, their statistics.
         about: what the manifest says of where it comes from.
-        whole: multiply the factors out.
-        judged: what `_perplexity` takes, to be asked before and after.
+        whole: multiply factors out.
+        passes: of public texts, for a compressor that takes them.
+        judge: gives the perplexity of a model, before and after.
     """
+    before = sum(p.numel() for p in loaded.model.parameters())
+    judged = {} if judge is None else {"before": judge(loaded.model)}
+    told = {"use": use, "keep": compressor.keep, **about, "parameters": {"before": before}}
+    with whole_folder(out) as new, base_model.quietly():
+        if reader is not None:
+            reader.save_pretrained(str(new))
+        if isinstance(compressor, Pruner):
+            manifest = _fewer(new, loaded, compressor, known, told, passes, judge, judged)
+        else:
+            assert isinstance(compressor, LowRank)
+            manifest = _thinner(new, loaded, compressor, known, told, whole, judge, judged)
+    return Compressed(out, manifest)
+
+
+def _thinner(
+    new: Path,
+    loaded: Loaded,
+    compressor: LowRank,
+    known: Mapping[str, Statistic],
+    told: dict[str, Any],
+    whole: bool,
+    judge: Judge | None,
+    judged: dict[str, float],
+) -> dict[str, Any]:
+    """Write a base with layers of low rank; the manifest."""
     weights = loaded.weights()
     cuts = contract.compress(compressor, weights, known)
-    before = sum(p.numel() for p in loaded.model.parameters())
     saved = sum(weights[name].size - cut.numbers for name, cut in cuts.items())
-    layers = {
+    told["parameters"] |= {"after": told["parameters"]["before"] - saved}
+    told["part"] = LOW_RANK
+    told["layers"] = {
         name: {
             "shape": list(cut.shape),
             "rank": cut.rank,
             "error": cut.error,
             "weighted": cut.weighted if name in known else None,
-            "transposed": loaded.turned(name),
+            "transposed": turned(loaded.layers[name]),
         }
         for name, cut in cuts.items()
     }
-    told = {
-        "use": use,
-        "keep": compressor.keep,
-        **about,
-        "parameters": {"before": before, "after": before - saved},
-        "layers": layers,
+    if judge is not None:
+        uncut = {name: weight.copy() for name, weight in weights.items()}
+        loaded.become(cuts)
+        told["perplexity"] = judged | {"after": judge(loaded.model)}
+        loaded.become({n: Cut(c.shape, uncut[n], np.eye(c.shape[1], dtype=np.float32)) for n, c in cuts.items()})
+    return smaller.write(new, loaded.model, cuts, told, whole)
+
+
+def _fewer(
+    new: Path,
+    loaded: Loaded,
+    compressor: Pruner,
+    known: Mapping[str, Statistic],
+    told: dict[str, Any],
+    passes: Sequence[Pass],
+    judge: Judge | None,
+    judged: dict[str, float],
+) -> dict[str, Any]:
+    """Write a base of fewer parts; the manifest."""
+    pruned = compressor.prune(loaded.model, known, passes)
+    with seeding.ambient(0, "pruned"):  # what transformers draws is overwritten
+        model = remade(loaded.model, pruned.config, pruned.state)
+    told["parameters"] |= {"after": sum(p.numel() for p in model.parameters())}
+    told["part"] = list(compressor.part)
+    told["layers"] = {
+        name: {
+            "shape": list(part.shape),
+            "rank": part.kept,
+            "error": part.error,
+            "weighted": None,
+            "transposed": False,
+        }
+        for name, part in pruned.parts.items()
     }
-    if judged is not None:
-        first = _perplexity(*judged)
-    with whole_folder(out) as new, base_model.quietly():
-        if reader is not None:
-            reader.save_pretrained(str(new))
-        if judged is not None:
-            uncut = {name: weight.copy() for name, weight in weights.items()}
-            loaded.become(cuts)
-            told["perplexity"] = {"before": first, "after": _perplexity(*judged)}
-            loaded.become(
-                {n: Cut(c.shape, uncut[n], np.eye(c.shape[1], dtype=np.float32)) for n, c in cuts.items()}
-            )
-        manifest = smaller.write(new, loaded.model, cuts, told, whole)
-    return Compressed(out, manifest)
+    if judge is not None:
+        told["perplexity"] = judged | {"after": judge(model)}
+    return smaller.ordinary(new, model, told)
 
 
 def load(base: str, revision: str | None, targets: Sequence[str], exclude: Sequence[str]) -> tuple[Loaded, Any]:
@@ -238,6 +293,26 @@ def load(base: str, revision: str | None, targets: Sequence[str], exclude: Seque
     return Loaded(model, {name: model.get_submodule(name) for name in chosen}), _reader(path, more)
 
 
+def asked_for(compressor: Compressor, loaded: Loaded) -> Loaded:
+    """A base with the layers alone that a compressor goes by.
+
+    Raises:
+        SettingError: the base is not made so that it can be cut in that way.
+    """
+    names = compressor.goes_by(loaded.model, [*loaded.layers])
+    return replace(loaded, layers={name: loaded.layers[name] for name in names})
+
+
+def check_known(compressor: Compressor, loaded: Loaded, known: Collection[str]) -> None:
+    """Make sure that a compressor which cuts all parts alike has a statistic of each layer that it goes by.
+
+    Raises:
+        SettingError: it has not.
+    """
+    if isinstance(compressor, Pruner) and (missing := [name for name in loaded.layers if name not in known]):
+        raise SettingError("statistics.layers", f"all parts are cut alike, and {missing[0]} has no statistic")
+
+
 def _reader(path: str, revision: str) -> Any:
     """The tokenizer, or else the image processor; None where a base has neither."""
     import transformers
@@ -261,16 +336,16 @@ def _named() -> Iterator[None]:
         raise UserError(f"{'BASE' if error.key == 'model.base' else f'--{key}'}: {error.message}") from error
 
 
-def _kind(compressor: Compressor, use: str, asked: Kind | None, texts: bool) -> Kind | None:
+def _kind(compressor: Compressor, use: str, asked: Kind | None, texts: bool) -> Kind | Literal["texts"] | None:
     """The statistic that texts are asked for; None: none is taken."""
     if asked is not None and asked not in compressor.takes:
         takes = " or ".join(compressor.takes) or "the weights alone"
         raise SettingError("statistic", f"{use} goes by {takes}: leave it out")
     if not texts:
         if compressor.needs or asked is not None:
-            raise SettingError(
-                "texts", f"{use} goes by {asked or compressor.takes[0]} of texts: name a file of them"
-            )
+            first = asked or compressor.takes[0]
+            what = "public texts" if first == contract.TEXTS else f"{first} of texts"
+            raise SettingError("texts", f"{use} goes by {what}: name a file of them")
         return None
     able = [kind for kind in ([asked] if asked else compressor.takes) if kind != "row_fisher"]
     if not able and compressor.takes:
@@ -282,92 +357,11 @@ def _kind(compressor: Compressor, use: str, asked: Kind | None, texts: bool) -> 
     return able[0]
 
 
-def read_texts(file: Path, column: str | None) -> list[str]:
-    """Texts of a file: its lines, or a column of a table; empty ones are left out.
-
-    Raises:
-        SettingError: it cannot be read, or holds none.
-    """
-    if file.suffix.lower() == ".txt":
-        try:
-            found = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingError("texts", f"{file}: cannot be read as UTF-8") from error
-    else:
-        table = read_table("texts", file, None)
-        name = column or next(iter(table.columns))
-        if name not in table.columns:
-            raise no_column("column", file, name, table)
-        check_whole(table[name].tolist(), Column("texts", str(file), name))
-        found = [cell for cell in table[name] if isinstance(cell, str)]
-    if not (found := [text for text in found if text.strip()]):
-        raise SettingError("texts", f"{file}: holds no text")
-    return found
-
-
-def _of_texts(
-    loaded: Loaded, reader: Any, kind: Kind, texts: Sequence[str], max_length: int
-) -> dict[str, Statistic]:
-    """The statistic of public texts, layer by layer, without noise."""
-    import torch
-
-    if reader is None or not hasattr(reader, "get_vocab"):
-        raise SettingError("texts", "the base has no tokenizer: take a compressor that goes by the weights alone")
-
-    def trial() -> int:
-        ids = torch.tensor([list(range(1, n + 1)) + [0] * (max(_TRIED) - n) for n in _TRIED])
-        with torch.no_grad():
-            _run(loaded.model, ids, torch.tensor([[1] * n + [0] * (max(_TRIED) - n) for n in _TRIED]))
-        return len(_TRIED)
-
-    collector = Collector(loaded.layers, kind, lambda x: None, trial)
-    for ids, mask in batches(reader, texts, max_length, loaded.model):
-        with torch.no_grad(), collector.adding([1.0] * len(ids), mask):
-            _run(loaded.model, ids, mask)
-    sums = {name: total / len(texts) for name, total in collector.take().items()}
-    return {name: Statistic(kind, sums[own]) for name, own in collector.shared.items()}
-
-
-def batches(reader: Any, texts: Sequence[str], max_length: int, model: Any) -> Iterator[tuple[Any, Any]]:
-    """Texts as tokens with their mask, (texts, longest) each, those of like length together."""
-    import torch
-
-    pad = base_model.pad_of(reader, model.get_input_embeddings().num_embeddings)
-    rows = sorted((reader(text, truncation=True, max_length=max_length)["input_ids"] for text in texts), key=len)
-    rows = [row or [base_model.filler(reader)] for row in rows]
-    for start in range(0, len(rows), _TEXTS):
-        part = rows[start : start + _TEXTS]
-        longest = max(map(len, part))
-        yield (
-            torch.tensor([row + [pad] * (longest - len(row)) for row in part]),
-            torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in part]),
-        )
-
-
-def _run(model: Any, ids: Any, mask: Any) -> Any:
-    told = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    return model(input_ids=ids, attention_mask=mask, **told)
-
-
-def _perplexity(loaded: Loaded, reader: Any, texts: Sequence[str], max_length: int) -> float:
-    """`exp` of the mean negative log probability of a token, over all tokens but the first of each text."""
-    import torch
-
-    lost, count = 0.0, 0
-    for ids, mask in batches(reader, texts, max_length, loaded.model):
-        with torch.no_grad():
-            logits = _run(loaded.model, ids, mask).logits[:, :-1].float()
-        scored = mask[:, 1:].bool()
-        each = torch.nn.functional.cross_entropy(logits[scored], ids[:, 1:][scored], reduction="sum")
-        lost, count = lost + float(each), count + int(scored.sum())
-    if not count:
-        raise SettingError("perplexity", "every text is a single token")
-    return math.exp(min(lost / count, 700.0))
-
-
 def summed(told: Mapping[str, Any]) -> dict[str, Any]:
     """What a summary says of a smaller base: how, how small, and the mean error of the layers that were cut."""
     cut = [layer for layer in told["layers"].values() if layer["rank"] is not None]
     error = sum(layer["error"] for layer in cut) / len(cut) if cut else 0.0
     keys = ("use", "keep", "statistic", "parameters", "fingerprint")
-    return {key: told[key] for key in keys} | {"layers": counted(len(cut), "layer"), "error": round(error, 4)}
+    one, became = told.get("part", LOW_RANK)
+    words = {"layers": counted(len(cut), one), "became": became, "error": round(error, 4)}
+    return {key: told[key] for key in keys} | words

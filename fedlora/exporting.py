@@ -102,7 +102,7 @@ class About:
         try:
             found = TypeAdapter(cls).validate_python(json.loads(file.read_bytes()))
             made = folder.resolve().parent / "base"  # by the run, which may have been moved
-            here = located.is_factored(made) and not Path(found.base).is_dir()
+            here = (made / located.MANIFEST).is_file() and not Path(found.base).is_dir()
             return replace(found, base=str(made)) if here else found
         except FileNotFoundError:
             if (folder.parent / "scenario.yaml").is_file():

@@ -53,7 +53,7 @@ def compressed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="a folder, a Hub id, or minilm")
     parser.add_argument("--use", metavar="NAME", required=True, help="a compressor of fedlora list compressors")
     parser.add_argument(
-        "--keep", type=float, default=0.7, metavar="SHARE", help="of the layers' numbers (default: 0.7)"
+        "--keep", type=float, default=0.7, metavar="SHARE", help="of numbers, units or blocks (default: 0.7)"
     )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub id")
     parser.add_argument("--texts", metavar="FILE", help="public texts for the statistic: a txt, or a table")

@@ -64,9 +64,8 @@ def search(score: Score, shape: tuple[int, int], top: int, anchors: int, check: 
     top, chosen = min(top, columns), seeding.generator(seed, "all-pairs")
     across = np.sort(chosen.choice(columns, min(anchors, columns), replace=False))
     down = np.sort(chosen.choice(rows, min(2 * anchors, rows), replace=False))
-    tried = min(max(2 * top, len(across)), columns)
-    every = rows * columns
-    if rows * (len(across) + tried) + len(down) * columns >= every:
+    tried, every = min(max(2 * top, len(across)), columns), rows * columns
+    if asked_for(shape, top, anchors, check) == every:
         whole = score(*(a.ravel() for a in np.indices(shape))).reshape(shape)
         best = _best(whole, top)
         return Found(best, np.take_along_axis(whole, best, 1), every, every, None, 0)
@@ -83,6 +82,14 @@ def search(score: Score, shape: tuple[int, int], top: int, anchors: int, check: 
     asked = c.size + r.size + exact.size + len(some) * columns
     recall = float(np.mean(hits)) if hits else None
     return Found(best, np.take_along_axis(exact, order, 1), asked, every, recall, len(some))
+
+
+def asked_for(shape: tuple[int, int], top: int, anchors: int, check: int) -> int:
+    """How many numbers `search` asks for: all, where its few rows and columns would be as many."""
+    rows, columns = shape
+    across, down = min(anchors, columns), min(2 * anchors, rows)
+    few = rows * (across + min(max(2 * min(top, columns), across), columns)) + down * columns
+    return rows * columns if few >= rows * columns else few + min(check, rows - down) * columns
 
 
 def _grid(score: Score, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> Scores:
@@ -126,6 +133,8 @@ def all_pairs(
     Raises:
         UserError: the model judges no pairs, has no such label, or a number is out of its range.
     """
+    from tqdm import tqdm
+
     about = About.read(folder := adapter_of(run))
     task = task_of(about, folder, own_code)
     if not about.pairs:
@@ -148,9 +157,12 @@ def all_pairs(
         made = np.empty(len(pairs))
         for some in _batches(order):
             made[some] = _scored(model, reader, [pairs[k] for k in some], about.max_length, at)
+            bar.update(len(some))
         return made
 
-    found = search(score, (len(left), len(right)), top, anchors, check, seed)
+    shape = (len(left), len(right))
+    with tqdm(total=asked_for(shape, top, anchors, check), unit="pair", disable=None) as bar:  # on a terminal
+        found = search(score, shape, top, anchors, check, seed)
     low, high = about.scale or (0.0, 1.0)
     shown = low + (high - low) * found.scores if at is None else 1 / (1 + np.exp(-found.scores))
     return replace(found, scores=shown)

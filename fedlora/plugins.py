@@ -45,7 +45,7 @@ _SHELVES: Mapping[Shelf, _About] = {
         "model.adapter.kind", "kind of adapter", ("averages", "contract", "frames", "modules", "targets")
     ),
     "schedules": _About("model.adapter.schedule.kind", "schedule of the adapter", ("contract", "levels")),
-    "compressors": _About("compress.use", "compressor", ("contract", "noised")),
+    "compressors": _About("compress.use", "compressor", ("contract", "noised", "pruner")),
 }
 
 

@@ -238,6 +238,10 @@ class Record:
             said.append(f"This run ended early, {self.summary['ended']}: {done} of {asked} rounds.")
         if (best := self.best_round) is not None:
             said.append(f"Its figures and its adapter are of round {best}, which validation rows chose.")
+        if (cut := self.summary.get("compress")) is not None:
+            numbers = cut["parameters"]
+            sizes = f"{numbers['before']:,} numbers to {numbers['after']:,}"
+            said.append(f"Its base was cut by {cut['use']} from {sizes} before round 1.")
         wrote = self.summary.get("versions", {}).get("fedlora")
         if self.summary and wrote != (here := version("fedlora")):
             said.append(f"Written by fedlora {wrote or 'of an unknown version'}, read by {here}.")

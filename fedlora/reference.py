@@ -5,7 +5,6 @@ any name goes, and `NAME` stands for it. Keys of a site file begin with `site`.
 """
 
 import re
-import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,9 +12,9 @@ import yaml
 
 from fedlora.deploy.site import Site
 from fedlora.errors import UserError, suggestion
+from fedlora.reports.tables import filled
 from fedlora.scenario.schema import described, schema
 
-WIDE = 100  # columns of what is printed
 MANY = 24  # names beyond which a table of values gives their number
 SITE = "site"
 OTHER = "any other"  # kind of a section that takes what the others do not
@@ -255,21 +254,21 @@ def lines(path: str | None) -> Iterator[str]:
 
 def _explained(key: Key, all_keys: Reference) -> Iterator[str]:
     yield key.path + (f" ({SITE} file)" if all_keys.prefix else "") + (f", kind: {key.of}" if key.of else "")
-    yield from _filled(key.told["description"], "  ")
-    yield from _filled(values(key.told), "  values:   ")
-    yield from _filled(key.default, "  default:  ")
-    yield from _filled(key.line, "  example:  ")
+    yield from _under(key.told["description"], "  ")
+    yield from _under(values(key.told), "  values:   ")
+    yield from _under(key.default, "  default:  ")
+    yield from _under(key.line, "  example:  ")
     others = [f"{place}.{key.name}".lstrip(".") for place in all_keys.places[key.section]]
     others = [other for other in others if not re.fullmatch(other.replace("NAME", "[^.]+"), key.path)]
     if others:
-        yield from _filled(", ".join(others), "  also as:  ")
+        yield from _under(", ".join(others), "  also as:  ")
     near = [other.name for other in all_keys.of("", [key.section]) if other.name != key.name]
     if near:
-        yield from _filled(", ".join(near), "  beside:   ")
+        yield from _under(", ".join(near), "  beside:   ")
     for section in within(key.told):
         told = all_keys.sections[section]
         yield ""
-        yield from _filled(told["description"], "  ")
+        yield from _under(told["description"], "  ")
         yield from _table(list(all_keys.of(key.path, [section])))
         if told.get("additionalProperties") is True:
             named = "use" if "use" in told["properties"] else "kind"
@@ -281,13 +280,12 @@ def _table(keys: list[Key]) -> Iterator[str]:
     wide = max(len(key.name) for key in keys)
     for key in keys:
         default = key.default if len(key.default) <= 14 else "..."
-        yield from _filled(key.first, f"  {key.name:<{wide}}  {default:<14}  ")
+        yield from _under(key.first, f"  {key.name:<{wide}}  {default:<14}  ")
 
 
-def _filled(text: str, head: str) -> list[str]:
-    room = max(WIDE - len(head), 40)
-    told = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
-    return [f"{head if not number else ' ' * len(head)}{line}" for number, line in enumerate(told)]
+def _under(text: str, head: str) -> list[str]:
+    """Lines of a text that begin under each other, beside a head."""
+    return filled(text, head, len(head))
 
 
 def page() -> Iterator[str]:

@@ -181,7 +181,7 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
         # What decides the last bits of a result beside the scenario.
         "versions": {**versions(), "precision": found.precision, "device": found.device},
         **begun,
-        **({"start": fingerprint(found.initial)} if scenario.model.start is not None else {}),
+        **({"start": fingerprint(found.initial)} if scenario.model.begins else {}),
     }
     if resume:
         now, record = folders.restore(folder, scenario, strategy, now, origin, stage)

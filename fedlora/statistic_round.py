@@ -77,7 +77,11 @@ def _cut(ready: Prepared, folder: Path, begun: Mapping[str, Any], shown: Callabl
     compressor = contract.load(told.use, {"keep": told.keep, **told.options})
     model = scenario.model
     loaded, reader = compressing.load(model.base, model.revision, told.targets, told.exclude)
+    loaded = compressing.asked_for(compressor, loaded)
     collected = _collector(ready.setup, scenario, loaded) if scenario.statistics is not None else None
+    if collected is not None:
+        _, collector, named = collected
+        compressing.check_known(compressor, loaded, {n for n, m in named.items() if m in collector.shared})
     if not (folder / "scenario.yaml").exists():  # nothing can be wrong with the input from here on
         folders.create(folder, scenario, ready.data, begun)
     known: dict[str, Statistic] = {}
@@ -128,7 +132,7 @@ def words(scenario: Scenario, event: Event | None) -> str:
     told, asked = scenario.compress, scenario.statistics
     if told is None:
         return ""
-    said = f"Before round 1 the base is cut by {told.use} to {told.keep:.0%} of its layers' numbers, "
+    said = f"Before round 1 the base is cut by {told.use} to {told.keep:.0%} of what that cuts, "
     if asked is None:
         return f"{said}by its weights alone: no row is looked at."
     if event is None:

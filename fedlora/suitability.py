@@ -8,6 +8,7 @@ from fedlora.compressors.contract import load as load_compressor
 from fedlora.errors import SettingError
 from fedlora.kinds.contract import Kind, Part
 from fedlora.kinds.contract import load as load_kind
+from fedlora.kinds.lora import Lora
 from fedlora.scenario import Scenario
 from fedlora.schedules import contract as schedules
 from fedlora.schedules.contract import Schedule
@@ -19,8 +20,8 @@ Test = Callable[[type[Strategy]], bool]  # of a strategy
 
 def _of_factors(scenario: Scenario) -> str:
     """The key of a base whose frozen weights are factors; empty of others."""
-    if scenario.compress is not None:
-        return "compress"
+    if (cut := scenario.compress) is not None:
+        return "compress" if load_compressor(cut.use, {"keep": cut.keep, **cut.options}).factors else ""
     base = scenario.model.base
     return "model.base" if base != "minilm" and located.is_factored(base) else ""
 
@@ -38,6 +39,8 @@ def check_sites(strategy: Strategy, scenario: Scenario) -> None:
             "compress",
             "is of simulations: run fedlora compress, and name its folder as model.base at server and sites",
         )
+    if scenario.model.mends:
+        raise SettingError("model.quantize.start", "is of simulations yet: leave it out to run on sites")
     if strategy.tested:
         raise SettingError(
             "strategy.use", f"{scenario.strategy.use} is judged by the test set, which sites have not: simulate it"
@@ -171,8 +174,31 @@ def _check(strategy: Strategy, scenario: Scenario, those: Callable[[Test], str])
     if scenario.model.start is not None and strategy.draw(2) != strategy.draw(1):
         can = those(lambda cls: cls().draw(2) == cls().draw(1))
         raise SettingError("model.start", f"{use} begins each round from new factors; take one of {can}")
+    if scenario.model.mends:
+        _check_mended(strategy, scenario, made, those)
     if width is not None:
         made.check_rank(f"a weight of {scenario.model.base}", width, width)
+
+
+def _check_mended(strategy: Strategy, scenario: Scenario, kind: Kind, those: Callable[[Test], str]) -> None:
+    """Refuse what cannot begin with what rounding lost, or would count that as learnt.
+
+    Raises:
+        SettingError: with the reason, and what goes.
+    """
+    use, model, key = scenario.strategy.use, scenario.model, "model.quantize.start"
+    if type(kind) is not Lora:
+        raise SettingError(key, f"lq begins with a plain LoRA, and this is {type(kind).__name__}: leave it out")
+    if strategy.draw(2) != strategy.draw(1) or strategy.personal:
+        can = those(lambda cls: cls().draw(2) == cls().draw(1) and not cls.personal)
+        raise SettingError(key, f"lq is one beginning for all, which {use} has not: take one of {can}")
+    for other, asked in (
+        ("model.start", model.start is not None),
+        ("model.adapter.schedule", model.adapter.schedule is not None),
+        (f"task: {scenario.task}", plugins.find("tasks", scenario.task).against_base),
+    ):
+        if asked:
+            raise SettingError(key, f"lq goes not with {other}: leave one of them out")
 
 
 def _check_schedule(

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora import public
 from fedlora.cli import main
-from fedlora.compressing import compress, read_texts
+from fedlora.compressing import compress
 from fedlora.errors import SettingError, UserError
 from fedlora.tasks import located, smaller
 
@@ -91,11 +92,11 @@ def test_a_statistic_of_texts_keeps_more_of_what_texts_need(tiny_base, texts, tm
 
 def test_the_statistic_is_that_of_the_inputs(tiny_base, texts):
     """The second moments of a layer's inputs over real tokens, each text at the same length, by hand."""
-    from fedlora.compressing import _of_texts, load
+    from fedlora.compressing import load
 
     loaded, reader = load(tiny_base, None, ["query", "key"], [])
-    read = read_texts(texts, None)[:20]
-    found = _of_texts(loaded, reader, "gram", read, 128)
+    read = public.read(texts, None)[:20]
+    found = public.statistic(loaded.model, loaded.layers, reader, "gram", read, 128)
     name, other = "encoder.layer.0.attention.self.query", "encoder.layer.0.attention.self.key"
     assert np.array_equal(found[name].values, found[other].values)  # of the same inputs
     whole, seen = 0.0, []
@@ -186,12 +187,12 @@ def test_a_folder_that_was_changed_is_refused(tiny_base, tmp_path):
 
 
 def test_texts_are_lines_or_a_column(tmp_path, reviews):
-    assert read_texts(reviews, "text")[0].startswith("note 0 says") and len(read_texts(reviews, None)) == 240
+    assert public.read(reviews, "text")[0].startswith("note 0 says") and len(public.read(reviews, None)) == 240
     with pytest.raises(SettingError, match="no column 'txt'"):
-        read_texts(reviews, "txt")
+        public.read(reviews, "txt")
     (tmp_path / "none.txt").write_text("\n \n")
     with pytest.raises(SettingError, match="holds no text"):
-        read_texts(tmp_path / "none.txt", None)
+        public.read(tmp_path / "none.txt", None)
 
 
 def test_what_adds_to_the_base_is_refused(tiny, tiny_base, tmp_path):

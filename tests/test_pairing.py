@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedlora import predict, simulate
 from fedlora.cli import main
 from fedlora.errors import UserError
-from fedlora.pairing import all_pairs, search
+from fedlora.pairing import all_pairs, asked_for, search
 
 
 def scored(matrix):
@@ -32,7 +32,7 @@ def test_a_matrix_of_low_rank_is_searched_without_loss(seed, rank, top):
     found = search(score, matrix.shape, top, 8, 5, seed)
     true = np.sort(matrix, axis=1)[:, ::-1][:, :top]
     assert found.scores == pytest.approx(true) and found.recall == 1 and found.checked == 5
-    assert found.scored == len(asked) < found.pairs == 4800
+    assert found.scored == len(asked) == asked_for(matrix.shape, top, 8, 5) < found.pairs == 4800
     assert (np.take_along_axis(matrix, found.best, 1) == found.scores).all()
 
 
@@ -40,7 +40,7 @@ def test_what_is_as_dear_as_all_is_all():
     matrix = np.random.default_rng(0).normal(size=(6, 7))
     score, asked = scored(matrix)
     found = search(score, matrix.shape, 3, 50, 10, 0)
-    assert len(asked) == found.scored == 42 and found.recall is None
+    assert len(asked) == found.scored == asked_for((6, 7), 3, 50, 10) == 42 and found.recall is None
     assert (found.best == np.argsort(-matrix, axis=1)[:, :3]).all()
 
 

@@ -73,6 +73,7 @@ def test_what_it_was_cut_by_is_in_the_manifest_the_summary_and_the_card(run):
     cut = run.summary["compress"]
     assert cut["use"] == "lord" and cut["parameters"]["after"] < cut["parameters"]["before"]
     assert 0 < cut["error"] < 1 and cut["layers"] == "13 layers"
+    assert any(said.startswith("Its base was cut by lord from ") for said in run.remarks())
     card = (run.folder / "adapter" / "README.md").read_text()
     assert "cut by `lord`" in card and "a statistic of clients' rows (gram)" in card
 

@@ -16,11 +16,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedlora.compressors.contract import Compressor, Kind, Spectrum, under_budget
+from fedlora.compressors.contract import Kind, LowRank, Spectrum, under_budget
 
 
 @dataclass(kw_only=True)
-class Afm(Compressor):
+class Afm(LowRank):
     """The directions of most energy in each layer's outputs, the same part of it in every layer."""
 
     takes: ClassVar[tuple[Kind, ...]] = ("gram",)

@@ -1,20 +1,21 @@
-"""The Compressor contract: which directions of a layer's outputs are kept, and how many.
+"""The Compressor contract, and that of those which keep directions of a layer's outputs: which, and how many.
 
-A layer y = W x (W is out x in) becomes two thinner ones, `y = U (U^T W) x`, with U (out x k) the first k left
-singular vectors of `W M`. M (in x in) is what a compressor puts its mind to: the identity, or the root of a
+There a layer y = W x (W is out x in) becomes two thinner ones, `y = U (U^T W) x`, with U (out x k) the first k
+left singular vectors of `W M`. M (in x in) is what a compressor puts its mind to: the identity, or the root of a
 statistic of the layer's inputs. Whatever M is, the product of the two is the best of rank k in its norm
 (Eckart and Young, 1936, https://doi.org/10.1007/BF02288367):
 
     U U^T W = argmin { ||(W - Z) M||_F : rank Z <= k },     ||(W - U U^T W) M||_F^2 = sum_{i > k} s_i(W M)^2
 
 Two factors have `k (out + in)` numbers, so k stays below `out in / (out + in)`; a layer that would need more stays
-whole. A compressor is a function of weights and statistics alone: of noised statistics it costs no epsilon.
+whole. Those that leave a model of the same make, of fewer units or blocks, keep the contract of `pruner.py`. A
+compressor is a function of weights and statistics alone: of noised statistics it costs no epsilon.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,9 @@ from fedlora.factors import Matrix
 Kind = Literal["gram", "row_fisher", "mean"]
 """What a statistic is: second moments of a layer's inputs (in x in); their diagonal, (in,); or the squared
 gradient of the weight, summed over outputs, (in,)."""
+
+TEXTS: Literal["texts"] = "texts"
+"""What a compressor takes that has public texts passed, and goes by no sum over examples."""
 
 
 @dataclass(frozen=True)
@@ -110,23 +114,49 @@ class Cut:
 
 @dataclass(kw_only=True)
 class Compressor(ABC):
-    """A way to make the linear layers of a base smaller.
+    """A way to make a base smaller.
 
     Attributes:
-        keep: share of their numbers that is kept, in (0, 1]; at 1 they stay as they are.
+        keep: share of what it cuts that is kept, in (0, 1]; at 1 all stays as it is.
     """
 
-    takes: ClassVar[tuple[Kind, ...]] = ()
+    takes: ClassVar[tuple[Kind | Literal["texts"], ...]] = ()
     """The statistics that it can go by; none: the weights alone."""
 
     needs: ClassVar[bool] = False
     """Whether it cannot go without one."""
+
+    factors: ClassVar[bool]
+    """Whether it leaves frozen weights as products of factors, to which nothing can be added."""
 
     keep: float = 0.7
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep should be above 0 and at most 1, not {self.keep}")
+
+    @abstractmethod
+    def goes_by(self, model: Any, layers: Sequence[str]) -> list[str]:
+        """The layers whose weights or statistics it looks at.
+
+        Args:
+            model: of transformers.
+            layers: names of those that may be cut.
+
+        Raises:
+            SettingError: the model is not made so that it can be cut in this way.
+        """
+
+
+@dataclass(kw_only=True)
+class LowRank(Compressor):
+    """A way to cut linear layers to low rank; `keep` is of their numbers."""
+
+    factors: ClassVar[bool] = True
+
+    def goes_by(self, model: Any, layers: Sequence[str]) -> list[str]:
+        """All that may be cut."""
+        return [*layers]
 
     def spectrum(self, weight: NDArray[np.floating], statistic: Statistic | None) -> Spectrum:
         """A layer as this compressor sees it.
@@ -153,7 +183,7 @@ class Compressor(ABC):
 
 
 def compress(
-    compressor: Compressor,
+    compressor: LowRank,
     weights: Mapping[str, NDArray[np.floating]],
     statistics: Mapping[str, Statistic],
 ) -> dict[str, Cut]:

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedlora.compressors.contract import Compressor, Kind, Spectrum, alike
+from fedlora.compressors.contract import Kind, LowRank, Spectrum, alike
 
 
 @dataclass(kw_only=True)
-class Fwsvd(Compressor):
+class Fwsvd(LowRank):
     """A truncated SVD in which each input counts as much as the loss feels it."""
 
     takes: ClassVar[tuple[Kind, ...]] = ("row_fisher", "mean")

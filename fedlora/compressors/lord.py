@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedlora.compressors.contract import Compressor, Kind, Spectrum, alike
+from fedlora.compressors.contract import Kind, LowRank, Spectrum, alike
 
 
 @dataclass(kw_only=True)
-class Lord(Compressor):
+class Lord(LowRank):
     """The directions in which each layer's outputs vary most; by the weights alone the truncated SVD."""
 
     takes: ClassVar[tuple[Kind, ...]] = ("gram", "mean")

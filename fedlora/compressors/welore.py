@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlora.compressors.contract import Compressor, Spectrum, under_budget
+from fedlora.compressors.contract import LowRank, Spectrum, under_budget
 
 
 @dataclass(kw_only=True)
-class WeLore(Compressor):
+class WeLore(LowRank):
     """Ranks by the tails of singular values under one threshold; by the weights alone."""
 
     def ranks(self, layers: Mapping[str, Spectrum]) -> dict[str, int | None]:

@@ -68,7 +68,7 @@ class Digests:
             machine = (platform.machine(), chip, self.setup.device, self.setup.precision, self.setup.threads)
             codes = [replay.code(of) for of in (self.client, self.strategy, self.task, self.task.kind)]
             told = lasting(self.scenario.model_dump(mode="json"))  # with what was found in the data, as weights
-            first = (fingerprint(self.task.initial),) if self.scenario.model.start is not None else ()
+            first = (fingerprint(self.task.initial),) if self.scenario.model.begins else ()
             parts = (self.task.base_fingerprint(), replay.versions(), machine, codes, told, *first)
             self._based = replay.digest(self.scenario.seed, *parts)
         return self._based

@@ -136,7 +136,7 @@ def _base(scenario: Scenario, summary: Mapping[str, Any]) -> str:
         by = f"a statistic of clients' rows ({told['kind']})"
     return (
         f"`{named_elsewhere(scenario.model.base)}` cut by `{cut['use']}` from {numbers['before']:,} numbers to "
-        f"{numbers['after']:,} before training, by {by}; {cut['layers']} of low rank, relative error "
+        f"{numbers['after']:,} before training, by {by}; {cut['layers']} {cut['became']}, relative error "
         f"{cut['error']:.3f} in the mean"
     )
 

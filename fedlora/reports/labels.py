@@ -1,7 +1,7 @@
 """What runs are called beside each other: by the settings in which they differ."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,21 @@ def _differences(runs: Sequence[Record]) -> dict[Path, str]:
             if len({json.dumps(v, default=str) for v in those.values() if v is not _OFF}) > 1:
                 section = any(v is _ON for v in those.values())
                 for folder, v in those.items():
-                    if v is not _OFF and v is not _ON:
+                    if v is _ON:
+                        found[folder] += _named(flat[folder], key, flat.values())
+                    elif v is not _OFF:
                         found[folder].append(f"no {_last(key)}" if section and v is None else _word(key, v))
     return {folder: ", ".join(words) for folder, words in found.items()}
+
+
+def _named(leaves: Mapping[str, Any], key: str, every: Collection[Mapping[str, Any]]) -> list[str]:
+    """What a section that some runs have and others have not is called, such as `compress lord`.
+
+    Nothing where it has no name, or where the runs that have it differ by it: then its name is told by itself.
+    """
+    at = next((f"{key}.{word}" for word in ("use", "kind") if f"{key}.{word}" in leaves), "")
+    names = {json.dumps(told[at], default=str) for told in every if at in told}
+    return [f"{_last(key)} {str(leaves[at]).rpartition(':')[2]}"] if len(names) == 1 else []
 
 
 def _results(scenario: Mapping[str, Any]) -> dict[str, Any]:

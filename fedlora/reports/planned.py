@@ -1,15 +1,12 @@
 """What `fedlora plan` prints."""
 
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedlora.errors import counted
 from fedlora.privacy.wording import named, neighbours, protected
 from fedlora.reports.console import size, span
-from fedlora.reports.tables import Table
-
-WIDE = 115  # characters of a line that is filled
+from fedlora.reports.tables import Table, filled
 
 
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:
@@ -71,7 +68,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         )
     if plan["stopped"]:
         lines.append(f"  stops     {plan['stopped']}")
-    lines = [part for line in lines for part in _filled(line, 12)]
+    lines = [part for line in lines for part in filled(line, indent=12)]
     if private:
         told = [line for line in rounds if "epsilon" in line]
         told = [told[i] for i in _spread(len(told), 10)]
@@ -127,16 +124,11 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     lines += Table(("kind", "up", "trained", reached), rows).text()
     lines += _refused(plan["kinds"], "kind")
     lines += advice_lines(plan["advice"], what) if plan["advice"] else []
-    return lines + [line for text in plan["warnings"] for line in ("", *_filled(f"warning: {text}"))]
+    return lines + [line for text in plan["warnings"] for line in ("", *filled(f"warning: {text}"))]
 
 
 def _refused(rows: Sequence[Mapping[str, Any]], what: str) -> list[str]:
-    return [line for row in rows if "problem" in row for line in _filled(f"  {row[what]}: {row['problem']}")]
-
-
-def _filled(text: str, indent: int = 4) -> list[str]:
-    further = " " * indent
-    return textwrap.wrap(text, WIDE, subsequent_indent=further, break_long_words=False, break_on_hyphens=False)
+    return [line for row in rows if "problem" in row for line in filled(f"  {row[what]}: {row['problem']}")]
 
 
 def _or_dash(value: Any, write: Callable[[Any], str]) -> str:

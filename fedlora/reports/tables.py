@@ -3,12 +3,35 @@
 import csv
 import io
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
 _LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "±": r"$\pm$", "{": r"\{"}
 _LATEX |= {"}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+
+WIDE = 115  # characters of a line that is filled
+_LEAST = 40  # of its text, however much stands before it
+
+
+def filled(text: str, head: str = "", indent: int = 4) -> list[str]:
+    """A text in lines of a terminal that are filled, none where it is empty.
+
+    Args:
+        text: in one line.
+        head: what stands before the first.
+        indent: spaces before each further one.
+    """
+    wide, further = max(WIDE, len(head) + _LEAST), " " * indent
+    return textwrap.wrap(
+        text,
+        wide,
+        initial_indent=head,
+        subsequent_indent=further,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,10 @@ def _smaller(sections: Mapping[str, Any]) -> Iterator[Problem]:
         return
     takes = tuple(getattr(cls, "takes", ()))
     if told is None:
-        if getattr(cls, "needs", False):
+        if "texts" in takes:
+            what = f"{cut.use} goes by public texts: run fedlora compress, and name its folder as model.base"
+            yield Problem(("compress", "use"), what)
+        elif getattr(cls, "needs", False):
             what = f"statistics: {{kind: {takes[0]}, epsilon: 1}}"
             yield Problem(("compress", "use"), f"{cut.use} goes by a statistic: add {what}, or take welore")
         return

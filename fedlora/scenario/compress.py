@@ -10,13 +10,13 @@ from fedlora.scenario.section import Float, Int, PlugIn, PositiveFloat, Section
 
 
 class Compress(PlugIn):
-    """Cut the linear layers of the base to low rank before anything is trained.
+    """Make the base smaller before anything is trained: layers of low rank, or fewer units in each MLP.
 
     Attributes:
         use: How layers are cut: a name of `fedlora list compressors`, or `module:Class` of your own. Further keys
             of this section are its options. docs/compression.md says when to take which. Example: `welore`.
-        keep: Share of the layers' numbers that is kept; adapters and heads are not counted. Lower it for a smaller
-            base that knows less. 1 cuts nothing.
+        keep: Share that is kept: of the layers' numbers, or of units; adapters and heads are not counted. Lower it
+            for a smaller base that knows less. 1 cuts nothing.
         targets: Layers that are cut, written as `model.adapter.targets` are.
         exclude: Layers or parts of the model that stay whole, likewise. Example: `[pooler]`.
     """

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from fedlora.errors import suggestion
+from fedlora.scenario.bits import QUANTIZE
 from fedlora.scenario.clients import Ranks
 from fedlora.scenario.compression import Packed
 from fedlora.scenario.data import Partition
@@ -26,7 +27,7 @@ def explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
     for part in detail["loc"]:
         if isinstance(here, dict) and part not in here and part == here.get("kind"):
             continue  # pydantic's name for a branch of a union, not a key
-        if part in (*TAGS, *KEPT, *HEADS):
+        if part in (*TAGS, *KEPT, *HEADS, *QUANTIZE):
             continue
         inside = isinstance(here, dict) and part in here
         inside = inside or (isinstance(here, list) and isinstance(part, int) and part < len(here))

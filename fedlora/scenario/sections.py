@@ -15,6 +15,7 @@ from fedlora.errors import SettingError, UserError
 from fedlora.privacy import cohorts
 from fedlora.privacy.graph import sharers
 from fedlora.scenario.baseline import Baseline
+from fedlora.scenario.bits import Bits, Quantize
 from fedlora.scenario.clients import Clients
 from fedlora.scenario.compress import Compress, Statistics
 from fedlora.scenario.compression import Compression, TopK
@@ -104,7 +105,7 @@ class Model(Section):
         revision: Branch, tag or commit of a Hub id. null: the main branch. Set it so that a run can be repeated.
             Example: `main`.
         quantize: Hold the frozen linear layers in 8 or 4 bits, by bitsandbytes. null: in full. Set it where the
-            base does not fit into memory. Example: `4bit`.
+            base does not fit into memory. With bits each layer has 4 or 8. Example: `4bit`.
         checkpointing: Keep only the input of each block, and compute the rest again in the backward pass. Set it
             where memory runs out: it takes more time.
         adapter: Which layers are trained, and how.
@@ -122,13 +123,23 @@ class Model(Section):
 
     base: Annotated[str, Field(min_length=1)] = "minilm"
     revision: str | None = None
-    quantize: Literal["8bit", "4bit"] | None = None
+    quantize: Quantize | None = None
     checkpointing: bool = False
     adapter: Adapter = Adapter()
     start: Annotated[str, Field(min_length=1)] | None = None
     head: Head = "trained"
     pooler: Literal["trained", "frozen"] = "frozen"
     pooling: Literal["cls", "mean"] | None = None
+
+    @property
+    def begins(self) -> bool:
+        """Whether the adapter begins with something else than what the seed stands for."""
+        return self.start is not None or self.mends
+
+    @property
+    def mends(self) -> bool:
+        """Whether the adapter begins with what rounding lost."""
+        return isinstance(self.quantize, Bits) and self.quantize.start is not None
 
     @field_validator("start")
     @classmethod
@@ -261,7 +272,7 @@ class Scenario(Section):
         secure_aggregation: Clients mask their updates, and the server sees only the sum. null: the server sees
             each update. Example: `{range: 1.0}`.
         compression: Fewer bytes for what is sent. null: 4 bytes a number. Example: `{up: {kind: int8}}`.
-        compress: Cut the frozen base to low rank before training. null: it stays as it is. Example:
+        compress: Make the frozen base smaller before training. null: it stays as it is. Example:
             `{use: welore}`.
         statistics: A statistic of the clients' rows by which the base is cut. null: it is cut by its weights
             alone. Example: `{kind: gram, epsilon: 1}`.

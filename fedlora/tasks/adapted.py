@@ -86,6 +86,7 @@ class Adapted:
         from torch.nn.modules.dropout import _DropoutNd
 
         self.kind, self.precision, self.seed, self.private = kind, precision, seed, private
+        self.lost: Change = {}  # what an adapter for the whole weights has beside one for weights in few bits
         held = _kept(model, list(heads), fresh) if torch.device(device).type != "meta" else {}
         self.model = kind.wrap(model, list(heads), self.task_type)
         self.model.requires_grad_(False)
@@ -352,7 +353,7 @@ class Adapted:
         """
         from safetensors.numpy import save_file
 
-        tensors, rank = self.kind.export(self.layout, adapter, merged)
+        tensors, rank = self.kind.export(self.layout, adapter, merged or self.lost or None)
         config = self.kind.saved_as(self.model.peft_config["default"], rank)
         folder.mkdir(parents=True)
         config.save_pretrained(str(folder))

@@ -268,16 +268,20 @@ def quantization(quantize: str, device: str, model: Any, pooler: str) -> dict[st
     """What `from_pretrained` needs to hold frozen linear layers of such a model in 8 or 4 bits."""
     from transformers import BitsAndBytesConfig
 
-    federate = [*heads_of(model), *(["pooler"] if pooler == "trained" else [])]
-    whole = [name for name, _ in model.named_modules() if any(under(f"{name}.", head) for head in federate)]
     told = BitsAndBytesConfig(
         load_in_8bit=quantize == "8bit",
         load_in_4bit=quantize == "4bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=whole,  # of both kinds
+        llm_int8_skip_modules=in_full(model, pooler),  # of both kinds
     )
     return {"quantization_config": told, "device_map": {"": device}}
+
+
+def in_full(model: Any, pooler: str) -> list[str]:
+    """What of a model federates whole, and is held so: its heads, and a pooler that trains."""
+    federate = [*heads_of(model), *(["pooler"] if pooler == "trained" else [])]
+    return [name for name, _ in model.named_modules() if any(under(f"{name}.", head) for head in federate)]
 
 
 @contextlib.contextmanager

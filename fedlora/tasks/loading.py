@@ -3,15 +3,18 @@
 import importlib.util
 import logging
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from fedlora import plugins, seeding
 from fedlora.data.store import Dataset
 from fedlora.errors import SettingError
+from fedlora.factors import Factors
 from fedlora.kinds.contract import Kind, Saved, under
+from fedlora.kinds.targets import choose, linear_layers
 from fedlora.metrics.written import WRITTEN
-from fedlora.passes import alone, pooled
+from fedlora.passes import alone, bits, pooled
 from fedlora.scenario import Scenario
+from fedlora.scenario.bits import Bits, Quantize
 from fedlora.scenario.head import NarrowHead
 from fedlora.tasks import base_model, located, smaller
 from fedlora.tasks.adapted import Precision
@@ -64,7 +67,7 @@ def load(
     pooler: str = "frozen",
     pooling: pooled.Pooling | None = None,
     revision: str | None = None,
-    quantize: Literal["8bit", "4bit"] | None = None,
+    quantize: Quantize | None = None,
     device: str = "cpu",
     precision: Precision = "fp32",
     max_length: int = 128,
@@ -124,7 +127,12 @@ def load(
         base_model.check_room(model, reader, max_length, private)
     if model.config.is_encoder_decoder and cls.headed and cls.pools:
         base_model.check_end(model, reader)
-    return build(
+    lost: dict[str, Factors] = {}
+    if isinstance(quantize, Bits) and device != "meta":
+        lost = _in_bits(model, quantize, kind, pooler, device)
+    if lost:
+        start = bits.begun(lost)
+    made = build(
         cls,
         model,
         kind,
@@ -141,6 +149,16 @@ def load(
         start=start,
         checkpointing=checkpointing,
     )
+    made.lost = bits.change(lost)
+    return made
+
+
+def _in_bits(model: Any, told: Bits, kind: Kind, pooler: str, device: str) -> dict[str, Factors]:
+    """Hold a base in 4 or 8 bits by layer; what the adapter's layers lost, where it is to begin with that."""
+    whole, heads = base_model.in_full(model, pooler), base_model.heads_of(model)
+    names = [name for name in linear_layers(model, heads) if name not in whole]
+    mended = choose(model, heads, kind.targets, kind.exclude, kind.layers) if told.start is not None else []
+    return bits.hold(model, names, mended, told.bits, kind.r, device)
 
 
 def check(task: Task, scenario: Scenario, data: Dataset) -> None:
@@ -173,7 +191,7 @@ def _base(
     seed: int,
     short: bool,
     device: str,
-    quantize: Literal["8bit", "4bit"] | None,
+    quantize: Quantize | None,
     pooler: str,
     pooling: pooled.Pooling | None,
 ) -> tuple[Any, list[str]]:
@@ -204,7 +222,7 @@ def _base(
                 model = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
         if device == "meta":
             return smaller.thinned(model, path), []
-        held = base_model.quantization(quantize, device, model, pooler) if quantize is not None else {}
+        held = base_model.quantization(quantize, device, model, pooler) if isinstance(quantize, str) else {}
         with seeding.ambient(seed, "head"):  # transformers draws what the checkpoint lacks
             model, report = smaller.pretrained(
                 auto,

@@ -1,12 +1,12 @@
-"""A base whose linear layers were cut to low rank, as a folder: written once, and held by every worker.
+"""A base that was made smaller, as a folder: written once, and held by every worker.
 
 `manifest.json` says what was cut, by which statistic and at what cost, with the error of each layer; it is written
 last, so that a folder with one is whole. The weights are in one of two forms:
 
 - `factors.safetensors`: two factors for each layer that was cut (`NAME.left`, `NAME.right`), all else as it was.
   This is the smaller one. transformers knows no such model, and refuses the folder, as it finds no weights there.
-- `model.safetensors`: the factors multiplied out. It is an ordinary folder of transformers, as large as the base
-  was, and the same function.
+- `model.safetensors`: an ordinary folder of transformers. It holds the factors multiplied out, the same function
+  and as large as the base was; or a model of the same make with fewer units or blocks.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 KEY = "model.base"
+WEIGHTS = "model.safetensors"
 
 
 def manifest(folder: Path | str) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def manifest(folder: Path | str) -> dict[str, Any]:
         told = json.loads(file.read_bytes())
         layers, known = dict(told["layers"]), told["fingerprint"]
         fine = all({"shape", "rank", "transposed"} <= layer.keys() for layer in layers.values())
-        weights = Path(folder) / (FACTORS if is_factored(folder) else "model.safetensors")
+        weights = Path(folder) / (FACTORS if is_factored(folder) else WEIGHTS)
         found = fingerprint(weights)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SettingError(KEY, f"{file}: is missing or damaged: make the folder again") from error
@@ -51,7 +52,7 @@ def fingerprint(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 
-def check_whole_bits(path: str, quantize: str | None) -> None:
+def check_whole_bits(path: str, quantize: object) -> None:
     """Refuse to hold a base of factors in few bits.
 
     Raises:
@@ -182,19 +183,29 @@ def write(
             continue  # tied to one that is kept
         seen.add(place)
         kept[name] = tensor.contiguous()
-    model.config.save_pretrained(str(folder))
     if whole:
-        model.save_pretrained(str(folder))
-    else:
-        save_file(kept, folder / FACTORS, metadata={"format": "pt"})
-    weights = folder / ("model.safetensors" if whole else FACTORS)
-    if not weights.is_file():
-        raise SettingError(
-            KEY, "so large a base is written in several files, which --whole does not do: leave it out"
-        )
-    made_of = {**told, "loads_without_fedlora": whole, "fingerprint": fingerprint(weights)}
-    (folder / MANIFEST).write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
-    return made_of
+        return ordinary(folder, model, told)
+    model.config.save_pretrained(str(folder))
+    save_file(kept, folder / FACTORS, metadata={"format": "pt"})
+    return _told(folder, told, FACTORS)
+
+
+def ordinary(folder: Path, model: Any, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a model as transformers does, in one file of weights, and the manifest; what that says.
+
+    Args:
+        folder: that is there.
+        model: of transformers.
+        told: what else the manifest says.
+    """
+    model.save_pretrained(str(folder), max_shard_size="1TB")
+    return _told(folder, told, WEIGHTS)
+
+
+def _told(folder: Path, told: Mapping[str, Any], weights: str) -> dict[str, Any]:
+    made = {**told, "loads_without_fedlora": weights == WEIGHTS, "fingerprint": fingerprint(folder / weights)}
+    (folder / MANIFEST).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    return made
 
 
 def _tensors(path: str) -> dict[str, "torch.Tensor"]:

@@ -88,6 +88,13 @@ def test_runs_without_privacy_are_named_so_and_the_others_by_their_epsilon(folde
     assert (none.label, one.label) == ("no privacy", "ffa_lora")
 
 
+def test_a_run_that_cut_its_base_is_named_so(folder):
+    whole, lord = folder("whole", 0.7, compress=None), folder("lord", 0.6, compress={"use": "lord", "keep": 0.5})
+    assert [g.label for g in Comparison([whole, lord]).groups] == ["no compress", "compress lord"]
+    afm = folder("afm", 0.6, compress={"use": "afm", "keep": 0.5})
+    assert [g.label for g in Comparison([whole, lord, afm]).groups] == ["no compress", "lord", "afm"]
+
+
 def test_epsilons_of_examples_and_of_clients_are_said_to_be_of_two_kinds(folder):
     units = ("example", "client", "example")
     runs = [

@@ -6,13 +6,21 @@ import io
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.reports.tables import Table
+from fedlora.reports.tables import Table, filled
 
 SMALL = Table(("name", "n"), (("a_b|c", "5 %"), ("d", "10")))
 
 
 def test_text_aligns_words_left_and_numbers_right():
     assert SMALL.text() == ["  name     n", "  a_b|c  5 %", "  d       10"]
+
+
+def test_a_text_is_filled_under_its_head():
+    assert filled("word " * 25, "  key  ", 7) == [
+        f"  key  {' '.join(['word'] * 21)}",
+        f"       {' '.join(['word'] * 4)}",
+    ]
+    assert filled("") == [] and filled("a b", " " * 113, 113) == [" " * 113 + "a b"]  # 40 letters have room
 
 
 def test_markdown_and_latex_escape_what_would_break_them():
