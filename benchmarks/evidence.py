@@ -116,7 +116,7 @@ class Study:
 
     Attributes:
         keys: what sets its rows apart.
-        column: what sets its columns apart: epsilon, or the learning rate where there is one epsilon.
+        column: what sets its columns apart: epsilon, or the learning rate where it varies within a row.
         metric: that its runs are judged by.
         cells: its runs.
     """
@@ -145,7 +145,8 @@ def read(name: str) -> Study:
         apart = len({tuple(row[k] for k in [*keys, key]) for row in rows})
         if apart > len({tuple(row[k] for k in keys) for row in rows}):  # else it follows from those before
             keys.append(key)
-    column = "epsilon" if len({row["epsilon"] for row in rows}) > 1 else "lr"
+    once = {(*(row[key] for key in keys), row["epsilon"], row["seed"]) for row in rows}
+    column = "epsilon" if len(once) == len(rows) else "lr"
     cells: dict[Place, dict[str, dict[str, Row]]] = {}
     for row in rows:
         place = tuple(row[key] for key in keys)

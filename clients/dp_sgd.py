@@ -91,7 +91,8 @@ class DPSGD(Stepwise):
             raise ContractError("dp_sgd was given no noise multiplier or clip norm")
         rate, sharers = settings.sample_rate, settings.sharers or 1.0
         batch_size = settings.batch_size if rate is None else rate * num_examples
-        most = None if settings.batch_limit is None else max(int(settings.batch_limit * batch_size), 1)
+        limit = settings.batch_limit
+        most = None if limit is None else max(int(min(limit * batch_size, num_examples) + 1e-9), 1)
         told: dict[str, Any] = dict(
             noise_multiplier=settings.noise_multiplier / math.sqrt(sharers),
             sample_rate=settings.batch_size / num_examples if rate is None else rate,

@@ -36,6 +36,7 @@ from fedlora.returned import finite
 from fedlora.rounds.choice import directions
 from fedlora.run import Run
 from fedlora.scenario import Int, PositiveInt, Scenario, Section
+from fedlora.scenario.baseline import KINDS
 from fedlora.searching import Draw, Select, StopEarly, Values
 from fedlora.simulation import simulate
 from fedlora.tasks.contract import find
@@ -76,6 +77,14 @@ class Sweep(Section):
                 isinstance(given, list) and all(isinstance(v, list) and len(v) == count for v in given)
             ):
                 raise PydanticCustomError("search", f"{key} should be a list of lists, each of {count} values")
+            if _BASELINE in (names := _keys(key)):
+                at = names.index(_BASELINE)
+                told = [given] if isinstance(given, dict) else [v[at] if count > 1 else v for v in given]
+                if wrong := [v for v in told if v is not None and v not in KINDS]:
+                    known = ", ".join(KINDS)
+                    raise PydanticCustomError(
+                        "search", f"baseline should be null or one of {known}, and is {wrong[0]!r}"
+                    )
         return search
 
     @model_validator(mode="after")
@@ -98,7 +107,7 @@ class Sweep(Section):
             return self
         points = [*map(spread_out, self.points())]
         rows = selecting.drawn(points, self.select.mean, folder)
-        first = self.run(points[0])
+        first = self.original(points[0])
         held = {} if first.data.partition.seed is not None else {"data.partition.seed": first.seed}
         search: dict[str, Any] = {", ".join(rows[0]): [[*row.values()] for row in rows]}
         changed = {"search": search, "settings": self.settings | held, "select": None}
@@ -110,12 +119,16 @@ class Sweep(Section):
         Raises:
             ScenarioError: the settings do not describe one.
         """
-        settings = self.settings | spread_out(point)
-        kind = settings.pop(_BASELINE, None)
-        made = scenario.load(
+        kind = spread_out(point).get(_BASELINE)
+        made = self.original(point)
+        return made if kind is None else derive(made, kind)
+
+    def original(self, point: Settings) -> Scenario:
+        """The same, or where the run is a baseline, what it is a baseline of."""
+        settings = {key: value for key, value in (self.settings | spread_out(point)).items() if key != _BASELINE}
+        return scenario.load(
             self.scenario, [*(f"{key}={json.dumps(v)}" for key, v in settings.items()), "engine.kind=inline"]
         )
-        return derive(made, kind) if kind else made
 
 
 def _keys(key: str) -> list[str]:
@@ -189,7 +202,7 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     for point in itertools.islice(made.points(), _CHECKED):
         try:
             made.run(point)
-        except ScenarioError as error:
+        except UserError as error:
             for line in error.lines:
                 for section, key in written:
                     if line.startswith(tuple(f"--set {k}=" for k in _keys(key))):

@@ -56,7 +56,7 @@ def test_a_limit_of_batches_is_for_private_clients_that_keep_to_it(tiny):
         check_private(AnySize(), asked)
     assert raised.value.key == "clients.batch_limit" and not asked.unused
     (line,) = tiny("clients.batch_limit=1.5", private=False).unused
-    assert line.startswith("clients.batch_limit: does nothing without privacy")
+    assert line.startswith("clients.batch_limit: does nothing where no example is private")
     with pytest.raises(UserError, match=r"clients.batch_limit: .*1"):
         tiny("clients.batch_limit=0.9")
 

@@ -219,9 +219,20 @@ def test_baselines_are_points_too_and_never_the_best(file, tiny, tmp_path, monke
     monkeypatch.setattr("fedlora.sweep.explore", lambda *_: [(r.folder, None) for r in (run, pooled)])
     monkeypatch.setattr("fedlora.sweep.final", lambda r: 0.9 if r.folder == pooled.folder else 0.6)
     assert sweep(file, tmp_path / "out").summary["best"] == str(run.folder)
-    file.write_text(file.read_text().replace("[null, pooled]", "[null, poold]"))
-    with pytest.raises(UserError, match="baseline: unknown kind 'poold': did you mean 'pooled'"):
-        load(file)
+    for wrong in ("[null, poold]", "[5]", "[true]", "[0]", "{draw: randint, low: 0, high: 2}"):
+        file.write_text(re.sub("baseline: .*", f"baseline: {wrong}", file.read_text()))
+        with pytest.raises(UserError, match=f"{file}:.*baseline should be null or one of pooled"):
+            load(file)
+
+
+def test_where_the_best_alone_leaves_a_baseline_does_not_choose_the_partition(file, tmp_path):
+    file.write_text(
+        file.read_text()
+        .replace("{clients.lr: 0.25}", "{clients.lr: 0.25, data.partition.seed: 11}")
+        .replace("  seed: [0, 1]\n", "  baseline: [pooled_private, null]\nselect: {mean: 3}\n")
+    )
+    asked = load(file).drawn(tmp_path)
+    assert asked.settings["data.partition.seed"] == 11
 
 
 def select(file, mean=3):

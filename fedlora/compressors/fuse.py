@@ -52,7 +52,7 @@ class Fuse(Pruner):
         config: dict[str, Any] = {depth(model, blocks): len(left)}
         told = model.config.get_text_config()
         for key, value in told.to_dict().items():  # such as what kind of attention each block has
-            if isinstance(value, list) and len(value) == len(blocks):
+            if isinstance(value, list) and len(value) == len(blocks) and not key.endswith("_id"):
                 config[key] = [value[i] for i in left]
         state = {
             new: tensor

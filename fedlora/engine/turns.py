@@ -48,7 +48,7 @@ def in_turn(
 
     Args:
         cohort: client ids.
-        answers: as they come, at most one of each client.
+        answers: as they come; of each client the first counts.
         folder: where replies wait; None: where temporary files are.
     """
     order = {client: turn for turn, client in enumerate(cohort)}
@@ -56,6 +56,8 @@ def in_turn(
     with tempfile.SpooledTemporaryFile(SPOOL, dir=None if folder is None else str(folder)) as file:
         early = _Early(file)
         for client, reply in answers:
+            if order[client] < turn or order[client] in early.places:
+                continue  # it has answered
             if order[client] > turn:
                 early.put(order[client], reply)
                 continue
@@ -73,16 +75,17 @@ class _Early:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        self.places: dict[int, tuple[Reply, int, int]] = {}  # without content, where it begins, and how long it is
+        self.places: dict[int, tuple[Reply, int, int | None]] = {}  # without content, its place, its length if any
 
     def put(self, turn: int, reply: Reply) -> None:
-        text = b"" if reply.content is None else wire.to_bytes(reply.content)
-        self.places[turn] = replace(reply, content=None), self.file.seek(0, io.SEEK_END), len(text)
-        self.file.write(text)
+        text = None if reply.content is None else wire.to_bytes(reply.content)
+        length = None if text is None else len(text)
+        self.places[turn] = replace(reply, content=None), self.file.seek(0, io.SEEK_END), length
+        self.file.write(text or b"")
 
     def take(self, turn: int) -> Reply:
         reply, begins, length = self.places.pop(turn)
-        if not length:
+        if length is None:
             return reply
         self.file.seek(begins)
         return replace(reply, content=wire.from_bytes(self.file.read(length)))

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.errors import ContractError
+from fedlora.errors import ContractError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ class Collector:
             sequences: of an example, one after another.
 
         Raises:
-            ContractError: no layer does.
+            UserError: no layer does.
         """
         self.kind, self.find = kind, find
         self._mask: torch.Tensor | None = None
@@ -73,7 +73,10 @@ class Collector:
             own = name if kind == "row_fisher" else first.setdefault(id(x), name)
             self.shared[name] = own
         if not fine:
-            raise ContractError("no layer sees the tokens of each example by themselves")
+            raise UserError(
+                "no layer here sees each example by itself, as where blocks share their weights: "
+                "take a compressor that goes by the weights alone, such as welore"
+            )
         owners = {own: layers[own] for own in dict.fromkeys(self.shared.values())}
         self._owners, self._bound = owners, (1 - _SLACK) / math.sqrt(len(owners))
         widths = {own: fine[own].shape[-1] for own in owners}

@@ -304,7 +304,9 @@ class Scenario(Section):
                 "clients.sample_rate: null"
             )
         if told.batch_limit is not None and self.example_privacy is None:
-            found.append("clients.batch_limit: does nothing without privacy: batches are of clients.batch_size")
+            found.append(
+                "clients.batch_limit: does nothing where no example is private: batches are of clients.batch_size"
+            )
         if self.strategy.shrink is not None and self.privacy is None:
             found.append("strategy.shrink: does nothing without a privacy section: there is no noise to shrink")
         return found

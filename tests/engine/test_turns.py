@@ -2,7 +2,7 @@ import tempfile
 
 import numpy as np
 import pytest
-from flwr.app import Error, Message
+from flwr.app import Error, Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +33,17 @@ def said(answers, **options):
 def test_replies_are_in_the_order_of_clients_whatever_the_order_they_come_in(order, many):
     came = order[:many]
     assert said((client, reply(client)) for client in came) == [c if c in came else None for c in COHORT]
+
+
+def test_of_two_answers_the_first_counts_wherever_the_second_comes():
+    assert said([(2, reply(2)), (2, reply(7)), (5, reply(5)), (5, reply(3)), (3, reply(3))])[:3] == [2, 3, 5]
+
+
+def test_an_answer_of_nothing_is_one_whenever_it_comes():
+    nothing = Reply(RecordDict(), 1.0)
+    for order in ((2, 3), (3, 2)):
+        first, second, *_ = in_turn(COHORT, ((c, nothing if c == 3 else reply(c)) for c in order))
+        assert first.content is not None and second.content is not None and not second.error
 
 
 def test_a_reply_is_given_at_once_where_it_is_its_turn():

@@ -288,6 +288,11 @@ class BandedGaussian(ExampleGaussian):
         """All steps."""
         return replace(super().event(clip_norm), bands=self.bands)
 
+    @property
+    def most_units(self) -> int:
+        """Those of the largest group."""
+        return math.ceil(self.total / self.bands)
+
     def tossed(self, coins: Stream, step: int) -> NDArray[np.bool_]:
         """Whom the coins take, of the group whose turn it is, (total,)."""
         turn = np.arange(self.total) % self.bands == step % self.bands

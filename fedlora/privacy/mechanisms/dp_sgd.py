@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+_FITS = 0.3  # of draws, at least, are as small as `clients.batch_limit` asks for: no step waits for long
 STABLE = 0.01  # added to an example's norm by automatic clipping: one of no gradient has no direction
 
 
@@ -71,9 +72,24 @@ class ExampleGaussian(Mechanism):
                 f"batches of {self.batch_size:.4g} are too small for a bound that adapts: at noise multiplier "
                 f"{self.noise_multiplier:.3g} they take more than {10 * self.noise_multiplier:.0f}; leave it out",
             )
+        if self.most is not None:
+            self._fits(self.most)
 
-        if self.most is not None and self.most < max(int(self.batch_size), 1):
-            raise ContractError(f"batches of {self.batch_size:.4g} on average are not drawn up to {self.most}")
+    def _fits(self, most: int) -> None:
+        """Refuse a limit that most draws are beyond, before anything is paid."""
+        from scipy.stats import binom
+
+        if binom.cdf(most, self.most_units, self.sample_rate) < _FITS:
+            least = math.ceil(100 * binom.ppf(0.5, self.most_units, self.sample_rate) / self.batch_size) / 100
+            raise SettingError(
+                "clients.batch_limit",
+                f"fewer than {_FITS:.0%} of the batches drawn here are so small: write {least:g} or more",
+            )
+
+    @property
+    def most_units(self) -> int:
+        """Examples, or persons, that a step tosses a coin for, at most."""
+        return self.total
 
     def taken(self, coins: Stream, step: int = 0) -> "NDArray[np.bool_]":
         """Whom a step takes, (total,): coins are tossed until they take no more than `most`."""

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from fedlora.errors import ContractError
+from fedlora.errors import ContractError, SettingError
 from fedlora.privacy.accounting import Event, profile
+from fedlora.privacy.mechanisms.bands import banded, coefficients
 from fedlora.privacy.mechanisms.dp_sgd import ExampleGaussian
 from fedlora.privacy.noise import Stream
 
@@ -154,5 +155,17 @@ def test_no_batch_is_larger_than_is_asked_for_and_all_that_fit_are_as_likely_as_
 
 
 def test_a_limit_below_the_expected_batch_would_draw_for_ever():
-    with pytest.raises(ContractError, match="not drawn up to 1"):
-        made("flat", most=1)
+    """At the mean about half fit. Half of nine rows are a group of five, all of whom are taken."""
+    told = {"noise_multiplier": 1.0, "total": 100, "steps": 1, "clip_norm": 1.0}
+    assert ExampleGaussian(**told, sample_rate=0.3, batch_size=30.0, most=30).taken(Stream(bytes(32))).sum() <= 30
+    with pytest.raises(SettingError, match=r"fewer than 30% .* write 1 or more") as raised:
+        ExampleGaussian(**told, sample_rate=0.3, batch_size=30.0, most=20)
+    assert raised.value.key == "clients.batch_limit"
+    nine = {"noise_multiplier": 1.0, "sample_rate": 0.5, "total": 9, "steps": 2, "clip_norm": 1.0}
+    plain = ExampleGaussian(**nine, batch_size=4.5, most=4)
+    with pytest.raises(SettingError, match=r"write 1.12 or more"):
+        banded(plain, coefficients(2, 10))  # a group of five, of which each is taken
+    assert (
+        banded(ExampleGaussian(**nine, batch_size=4.5, most=5), coefficients(2, 10)).taken(Stream(bytes(32))).sum()
+        == 5
+    )
