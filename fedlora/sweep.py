@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from fedlora import scenario, selecting
 from fedlora.baselines import derive
-from fedlora.engine.cluster import place
+from fedlora.engine.cluster import begin, place
 from fedlora.errors import ScenarioError, SettingError, UserError, suggestion
 from fedlora.privacy.together import total_epsilon
 from fedlora.reports.baselines import kind_of
@@ -80,11 +80,9 @@ class Sweep(Section):
             if _BASELINE in (names := _keys(key)):
                 at = names.index(_BASELINE)
                 told = [given] if isinstance(given, dict) else [v[at] if count > 1 else v for v in given]
-                if wrong := [v for v in told if v is not None and v not in KINDS]:
-                    known = ", ".join(KINDS)
-                    raise PydanticCustomError(
-                        "search", f"baseline should be null or one of {known}, and is {wrong[0]!r}"
-                    )
+                if wrong := [v for v in told if v not in (None, *KINDS)]:
+                    what = f"baseline should be null or one of {', '.join(KINDS)}, and is {wrong[0]!r}"
+                    raise PydanticCustomError("search", what)
         return search
 
     @model_validator(mode="after")
@@ -381,13 +379,11 @@ def explore(asked: Sweep, folder: Path, told: Callable[[str], None]) -> list[tup
         "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # so that the process of a run that was ended early serves on
     }
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    ray.init(
+    begin(
+        "the machine may be busy: start the sweep again, and it goes on",
         address="local",
         num_cpus=cores,
         include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        logging_level=logging.ERROR,
         object_store_memory=256 * 2**20,
         runtime_env={"env_vars": environment},
         **place(),

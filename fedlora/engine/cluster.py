@@ -31,6 +31,26 @@ def place() -> dict[str, str]:
     return {"_temp_dir": f"/tmp/ray-{os.getuid()}"} if len(chosen) > _SHORT else {}
 
 
+def begin(instead: str, **options: Any) -> None:
+    """Start Ray on this machine, or join a cluster at an `address`.
+
+    Args:
+        instead: what to do where it cannot be, for the end of a line.
+        options: of `ray.init`.
+
+    Raises:
+        UserError: Ray did not start in its time, or cannot be reached.
+    """
+    import ray
+
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+    except Exception as error:  # a machine that is too slow is a bare Exception to Ray
+        where = "this machine" if options["address"] == "local" else options["address"]
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot reach Ray at {where}: {why}: {instead}") from error
+
+
 class Cluster:
     """Where actors run: this machine, or the nodes of the cluster at an address.
 
@@ -79,9 +99,10 @@ class Cluster:
                 options |= place()
             before = signal.getsignal(signal.SIGTERM)
             try:
-                ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise UserError(f"cannot reach Ray at {self.address or 'this machine'}: {error}") from error
+                begin(
+                    "start it there" if self.address else "engine.kind: inline needs none, for the same result",
+                    **options,
+                )
             except SystemExit as stop:  # what Ray makes of a SIGTERM while it starts
                 raise KeyboardInterrupt from stop
             finally:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora.engine.cluster import place
+from fedlora.engine.cluster import Cluster, place
 from fedlora.engine.ray import RayEngine
+from fedlora.errors import UserError
 from fedlora.privacy.ledger import read
 from fedlora.simulation import simulate
 from fedlora.strategies.ffa_lora import FFALoRA
@@ -105,3 +106,19 @@ def test_sockets_of_ray_have_room_whatever_the_temporary_folder_is(folder, own, 
     monkeypatch.setenv("RAY_TMPDIR", own) if own else monkeypatch.delenv("RAY_TMPDIR", raising=False)
     told = place()
     assert bool(told) is short and all(len(folder) < 30 for folder in told.values())
+
+
+def test_where_ray_does_not_start_there_is_one_line_with_the_way_out(monkeypatch):
+    import ray
+
+    def slow(**options):
+        raise Exception("The current node timed out during startup.\nMore of it")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", slow)
+    with pytest.raises(UserError) as raised:
+        Cluster(None).connect(1)
+    assert str(raised.value) == (
+        "cannot reach Ray at this machine: The current node timed out during startup.: "
+        "engine.kind: inline needs none, for the same result"
+    )
