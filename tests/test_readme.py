@@ -25,7 +25,7 @@ def test_every_fedlora_command_parses_and_names_real_settings():
 def test_as_many_methods_are_published_as_are_listed():
     """`alone` is a baseline."""
     names = {*plugins.names("strategies")} - {"alone"}
-    assert len(names) == 15 and "Fifteen published methods run by name" in TEXT
+    assert len(names) == 18 and "Eighteen published methods run by name" in TEXT
 
 
 def test_every_command_about_your_own_data_runs(small, tiny_base, tiny_yaml, reviews, capsys):
