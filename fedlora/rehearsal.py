@@ -167,7 +167,8 @@ class _StandIn(Client):
         sent = {}
         for name in settings.send:
             shape = task.kind.shape(task.layout[name], task.rank)
-            sent[name] = self.tensors[name][tuple(slice(size) for size in shape)]
+            whole = self.tensors[name][tuple(slice(size) for size in shape)]
+            sent[name] = np.roll(whole, partition.client, range(whole.ndim))  # clients' directions differ
         return Update(
             adapter=sent, weight=1.0, clients=(partition.client,), metrics=self.metrics, state=settings.state
         )

@@ -45,8 +45,9 @@ def agrees(planned, run: Run) -> None:
 
 @pytest.mark.parametrize("strategy", plugins.names("strategies"))
 def test_each_strategy_runs_as_planned(tiny, tmp_path, strategy):
-    needs = {"fedsa_lora": "data.client_test_share=0.2", "fed_sb": "model.adapter.kind=auto"}
-    scenario = tiny(*SKEWED, *([needs[strategy]] if strategy in needs else ()), f"strategy.use={strategy}")
+    own, free = "data.client_test_share=0.2", "model.adapter.kind=auto"
+    needs = {"fedsa_lora": [own], "dual_lora": [own, free], "fed_sb": [free]}
+    scenario = tiny(*SKEWED, *needs.get(strategy, ()), f"strategy.use={strategy}")
     planned = plan(scenario)
     run = simulate(scenario, out=tmp_path / "run")
     agrees(planned, run)
@@ -118,7 +119,7 @@ def test_nothing_is_trained_or_written(tiny, tmp_path, monkeypatch):
 def test_what_does_not_fit_the_scenario_is_listed_with_its_reason(tiny):
     problems = {a["strategy"]: a.get("problem", "") for a in plan(tiny("model.adapter.kind=lora")).alternatives}
     assert "client_test_share" in problems["fedsa_lora"] and "no core" in problems["fed_sb"]
-    assert [name for name, why in problems.items() if why] == ["fed_sb", "fedsa_lora"]
+    assert [name for name, why in problems.items() if why] == ["dual_lora", "fed_sb", "fedsa_lora"]
 
 
 def test_long_alternatives_are_estimated_from_their_first_rounds(tiny, monkeypatch):

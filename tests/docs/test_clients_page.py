@@ -76,5 +76,5 @@ def test_every_attribute_that_it_names_is_one():
     from fedlora.clients.dp_sgd import DPSGD
 
     told = re.findall(r"^\| `(\w+)[(`]", TEXT, re.M)
-    assert set(told) == {"private", "hooked", "clips", "mechanism", "persons", "spends", "passes", "fit"}
+    assert set(told) == {"private", "hooked", "clips", "limits", "mechanism", "persons", "spends", "passes", "fit"}
     assert all(hasattr(DPSGD, name) for name in told)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.errors import ContractError
+from fedlora.errors import ContractError, UserError
 from fedlora.passes.packing import Segments
 from fedlora.passes.statistic import Collector
 
@@ -169,7 +169,7 @@ def test_a_layer_that_mixes_examples_or_runs_twice_has_no_statistic():
     layers = {name: getattr(odd, name) for name in ("fine", "mixed", "twice")}
     made = Collector(layers, "gram", lambda t: None, lambda: (odd(torch.ones(2, 3, WIDTH)), 2)[1])
     assert made.shared == {"fine": "fine"}
-    with pytest.raises(ContractError, match="no layer sees"):
+    with pytest.raises(UserError, match="no layer here sees each example by itself"):
         Collector({"mixed": odd.mixed}, "gram", lambda t: None, lambda: (odd(torch.ones(2, 3, WIDTH)), 2)[1])
 
 
