@@ -119,7 +119,7 @@ def signal(
         noise_multiplier=noise_multiplier,
         bound=asked.clip_norm,
         bands=bands,
-        share=told.cohort_size / told.total,
+        share=1.0 if whole else told.cohort_size / told.total,
         parts=scenario.noise_parts(scenario.most_members),
     )
 

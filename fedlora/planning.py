@@ -158,7 +158,8 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
     parameters = {"base": stage.base_parameters(), **_trained(real)}
     typical = _typical(ready.data)
     noise_of = real.central.noise_multiplier if real.central else noise[typical] if noise else 0.0
-    signal = advice.signal(scenario, real, noise_of, typical, (setup.bands or {}).get(typical, 1))
+    groups_of = real.central.bands if real.central else (setup.bands or {}).get(typical, 1)
+    signal = advice.signal(scenario, real, noise_of, typical, groups_of)
 
     def seconds(made: Scenario, share: float) -> float | None:
         """Of an alternative's rounds: in proportion to examples and layers."""

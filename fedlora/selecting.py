@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +115,7 @@ def planned(point: Scenario) -> list[list[Event]]:
     assert asked is not None
     rounds = point.rounds + asked.reserve
     if (whole := prepare.central(point, 0, prepare.known)) is not None:
-        event = Event(
-            noise_multiplier=whole.noise_multiplier,
-            sample_rate=whole.sample_rate,
-            steps=rounds,
-            clip_norm=asked.clip_norm,
-        )
-        return [[event]]
+        return [[replace(whole.event(asked.clip_norm), steps=rounds)]]
     setup = prepare.noised(prepare.prepare(point), prepare.known).setup
     assert setup.noise is not None
     bands = setup.bands or dict.fromkeys(setup.noise, 1)

@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -288,8 +288,9 @@ class _Search:
             return example
         whole = prepare.central(told, told.seed)
         assert whole is not None
-        multiplier = whole.noise_multiplier
-        return asked.model_copy(update={"epsilon": None, "noise_multiplier": multiplier, "example": example})
+        bands = None if asked.bands is None else min(whole.bands, rounds)
+        noised = {"epsilon": None, "noise_multiplier": whole.noise_multiplier, "bands": bands}
+        return asked.model_copy(update={**noised, "example": example})
 
     def _for_examples(self, asked: Privacy, rounds: int, noise: float) -> Privacy:
         """Public rows: the noise of the median client. Private rows: what that client spends, for all of them."""
@@ -328,12 +329,7 @@ class _Search:
             events = [[self._event(size, z, short.rounds, asked, bands[size])] for size, z in noise.items()]
             lines.append(_cost(events, asked.delta, "example"))
         if whole is not None and short.client_privacy is not None:
-            event = Event(
-                noise_multiplier=whole.noise_multiplier,
-                sample_rate=whole.sample_rate,
-                steps=short.rounds,
-                clip_norm=short.client_privacy.clip_norm,
-            )
+            event = replace(whole.event(short.client_privacy.clip_norm), steps=short.rounds)
             lines.append(_cost([[event]], short.client_privacy.delta, "client"))
         return lines or ["on the clients' own rows, without privacy: nothing bounds what the runs reveal"]
 

@@ -79,12 +79,21 @@ def test_other_scenarios_run_as_planned(tiny, tmp_path, overrides, private):
     assert planned.stopped == run.summary.get("stopped")
 
 
-def test_clients_as_the_unit_run_as_planned(tiny, tmp_path):
-    whole = ("privacy={unit: client, epsilon: 8, delta: 1.0e-2, clip_norm: 0.5}", "clients.use=sgd")
-    scenario = tiny("clients.per_round=2", "rounds=3", *whole)
+@pytest.mark.parametrize("bands", ["", ", bands: 2"])
+def test_clients_as_the_unit_run_as_planned(tiny, tmp_path, bands):
+    scenario = tiny("clients.per_round=2", "rounds=3", "clients.use=sgd", f"{CLIENTS[:-1]}{bands}}}")
     planned = plan(scenario)
     agrees(planned, simulate(scenario, out=tmp_path / "run"))
     assert "sample_rate" not in planned.groups[0]
+
+
+def test_bands_for_clients_cost_turns_of_a_group(tiny):
+    """Of two bands three rounds are two turns of one group, at twice the rate: half the clients, all of them."""
+    planned = plan(tiny("clients.per_round=2", "rounds=3", "clients.use=sgd", f"{CLIENTS[:-1]}, bands: 2}}"))
+    assert planned.noise_multiplier == accounting.calibrate(8, 1e-2, 1.0, 2)
+    assert planned.epsilon == pytest.approx(8, rel=0.01) and planned.signal["bands"] == 2
+    auto = plan(tiny("clients.per_round=1", "rounds=9", "clients.use=sgd", f"{CLIENTS[:-1]}, bands: auto}}"))
+    assert auto.signal["bands"] in (1, 2, 4) and auto.epsilon <= 8
 
 
 def test_a_causal_model_runs_as_planned(tiny, tiny_lm, tmp_path):

@@ -53,8 +53,7 @@ class KnownNoise:
             reports: of these clients, and perhaps of others.
         """
         if self.central is not None:
-            bound = told.config[CLIP_NORM]
-            return dict.fromkeys(told.send, self.central.sum_noise * bound / self.central.expected)
+            return dict.fromkeys(told.send, self.central.deviation(told.round, told.config[CLIP_NORM]))
         if self.scenario.example_privacy is None:
             return dict.fromkeys(told.send, 0.0)
         events = {report.client: report.event for report in reports}

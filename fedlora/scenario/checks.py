@@ -349,6 +349,8 @@ def _summed(clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:
             ("clients", "retries"),
             "two sums of a round over nearly the same clients show one's change: leave it out, or add privacy",
         )
+    if whole is not None and whole.bands is not None:
+        yield Problem(("privacy", "bands"), "clients take turns then, in cohorts too alike to mask: leave it out")
     if whole is None or not rounds:
         return
     rare, few = cohorts.RARE / 2 * whole.delta, rounds * cohorts.fewer(total, size / total)

@@ -74,9 +74,10 @@ class Privacy(Section):
         unit: What is protected: each example, or all that a client holds.
         clip: How gradients are clipped: a word, or a mapping with options. With `unit: client` flat or quantile.
             Example: `{kind: quantile, quantile: 0.7}`.
-        bands: Number of steps over which noise is correlated, for `unit: example`. Later noise then cancels a part
-            of earlier noise. auto: the number with the least noise, for each client. null: 1, independent noise.
-            It helps where a client passes over its rows few times. Example: `auto`.
+        bands: Number of steps over which noise is correlated, or with `unit: client` of rounds. Later noise then
+            cancels a part of earlier noise. auto: the number with the least noise, for each client. null: 1,
+            independent noise. It helps where a client passes over its rows few times, or is in few rounds.
+            Example: `auto`.
         person: Column that says which person a row is of. All rows of a person are then protected together, and
             not each by itself. null: each row stands for itself. Set it where a person may have several rows.
             Example: `patient_id`.
@@ -130,8 +131,6 @@ class Privacy(Section):
             )
         if self.reserve and (self.epsilon is None or self.noise_multiplier is not None):
             raise PydanticCustomError("target", "reserve is for noise that is calibrated: name epsilon alone")
-        if self.unit == "client" and self.bands is not None:
-            raise PydanticCustomError("target", "bands are for unit: example, or go into privacy.example")
         if self.bands is not None and self.clip.kind == "quantile":
             raise PydanticCustomError("target", "bands take a bound that is fixed, and clip: quantile moves it")
         if self.bands == "auto" and self.noise_multiplier is not None:

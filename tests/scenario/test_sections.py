@@ -121,7 +121,6 @@ def test_defaults_are_filled_in():
             PRIVACY % "person: p, rows_per_person: 0",
             "privacy.rows_per_person: should be greater than or equal to 1",
         ),
-        (PRIVACY % "unit: client, bands: 2", "privacy: bands are for unit: example, or go into privacy.example"),
         (
             PRIVACY % "noise_multiplier: 1.0, bands: auto",
             "privacy: bands: auto is for noise that is calibrated: leave noise_multiplier out, or name a number",

@@ -14,11 +14,15 @@ Where clients share the noise out (`secure_aggregation.noise: shared`), each of 
 change adds N(0, (z C)^2 I / m) to it. Of those h send; the server adds the rest, a part 1 - h / m of the variance,
 so that what a round releases carries z all the same. The server itself sees the sum before that, under the noise
 of the clients alone: `Central.seen` is what that costs.
+
+Under bands (`fedlora.privacy.mechanisms.bands`, where clients have the place of examples and rounds that of steps)
+round t draws from the clients k with k mod b = t mod b alone, each with probability b q, and its noise takes back
+a part of that of the rounds before.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +30,7 @@ import numpy as np
 from fedlora.adapter import Adapter, Tensor, Update
 from fedlora.errors import ContractError, SettingError
 from fedlora.privacy.accounting import Event
+from fedlora.privacy.mechanisms.bands import Coefficients, Noise, Past, inverse
 from fedlora.privacy.mechanisms.contract import Mechanism
 from fedlora.seeding import Root, stream
 
@@ -89,12 +94,17 @@ class Central(Mechanism):
     Attributes:
         root: what cohorts and noise are drawn from: a simulation's seed, or a key of the operating system.
         shared: whether clients share the noise out.
+        coefficients: of the bands of the noise over rounds; one alone: each round's is independent.
     """
 
     root: Root
     shared: bool = False
+    coefficients: Coefficients = (1.0,)
+    _past: Past = field(default_factory=lambda: Past(None), init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.bands > 1 and (self.adapts or self.shared):
+            raise ContractError("bands hold for a bound that is fixed, and for noise of the server's own")
         if self.adapts and not self.adapts.enough:
             raise SettingError(
                 "privacy.clip",
@@ -103,9 +113,14 @@ class Central(Mechanism):
             )
 
     @property
+    def bands(self) -> int:
+        """b, and how many groups of clients take turns."""
+        return len(self.coefficients)
+
+    @property
     def expected(self) -> float:
         """The expected cohort, which sums are divided by."""
-        return self.sample_rate * self.total
+        return self.sample_rate * self.total / self.bands
 
     def words(self, clip_norm: float) -> dict[str, float]:
         """What the clients of a round receive."""
@@ -142,7 +157,8 @@ class Central(Mechanism):
 
     def cohort(self, round: int) -> list[int]:
         """The clients of a round, ascending; may be none."""
-        return [int(c) for c in np.flatnonzero(self.taken(stream(self.root, round, "cohort")))]
+        taken = self.taken(stream(self.root, round, "cohort"))
+        return [int(c) for c in np.flatnonzero(taken) if (c - round) % self.bands == 0]
 
     def event(self, clip_norm: float, draw: int = 0) -> Event:
         """What a round costs every client, taken or not.
@@ -150,8 +166,9 @@ class Central(Mechanism):
         A further draw is over the cohort of the first: its coins hide nobody a second time. (Given the first
         release, the second is a Gaussian on who is in the cohort, at most as telling as one on everybody.)
         """
-        rate = self.sample_rate if draw == 0 else 1.0
-        return Event(noise_multiplier=self.noise_multiplier, sample_rate=rate, steps=1, clip_norm=clip_norm)
+        rate, bands = (self.sample_rate, self.bands) if draw == 0 else (1.0, 1)
+        noise = self.noise_multiplier
+        return Event(noise_multiplier=noise, sample_rate=rate, steps=1, clip_norm=clip_norm, bands=bands)
 
     def seen(self, clip_norm: float, carried: float, rounding: float) -> Event:
         """What a round costs one who is in the sum, from the server that sees it: as if sent without being drawn.
@@ -188,13 +205,14 @@ class Central(Mechanism):
         std = self.sum_noise * clip_norm * rest
         again = ("draw", draw) if draw else ()
         noise = stream(self.root, round, "server noise", repr(std), *again)
+        banded = self._banded(round, received) if self.bands > 1 and draw == 0 else {}
         mean: Adapter = {}
         for name in sorted(received):
             start = received[name]
             change = np.zeros(start.shape)
             for update in updates:
                 change += update.weight * (update.adapter[name].astype(np.float64) - start)
-            change += noise.normal(0.0, std, start.shape)
+            change += std * banded[name] if banded else noise.normal(0.0, std, start.shape)
             mean[name] = (start + change / self.expected).astype(np.float32)
         clients = tuple(c for u in updates for c in u.clients)
         released = Update(adapter=mean, weight=1.0, clients=clients)
@@ -204,3 +222,19 @@ class Central(Mechanism):
         return released, self.adapts.moved(
             clip_norm, count + float(noise.normal(0.0, self.adapts.count_noise * rest)[0])
         )
+
+    def deviation(self, round: int, clip_norm: float) -> float:
+        """The standard deviation of the noise in each number of a round's mean."""
+        return (
+            self.sum_noise * clip_norm * float(np.linalg.norm(inverse(self.coefficients, round))) / self.expected
+        )
+
+    def _banded(self, round: int, received: Mapping[str, Tensor]) -> dict[str, Noise]:
+        """The x of a round, counted from 1, by tensor. Rounds that send other tensors have noise of their own."""
+        names = sorted(received)
+        path = ("server noise", *names)
+        size = sum(received[name].size for name in names)
+        drawn = self._past.noise(path, self.root, 0, self.coefficients, round - 1, size)
+        ends = np.cumsum([received[name].size for name in names])
+        parts = zip(names, np.split(drawn, ends[:-1]), strict=True)
+        return {name: part.reshape(received[name].shape) for name, part in parts}

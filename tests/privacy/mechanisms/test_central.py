@@ -15,6 +15,8 @@ from fedlora.adapter import Update
 from fedlora.engine import Replies
 from fedlora.engine.base import gathered
 from fedlora.errors import ContractError, SettingError
+from fedlora.privacy.accounting import Event
+from fedlora.privacy.mechanisms.bands import coefficients, in_weights
 from fedlora.privacy.mechanisms.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE, WITHIN, Central, check, clip
 
 RECEIVED = {"a": np.array([1.0, 2.0], np.float32), "b": np.array([[0.0]], np.float32)}
@@ -150,3 +152,45 @@ def test_a_change_beyond_the_bound_is_refused_in_words_that_do_not_tell_its_norm
     assert str(told.value) == "a change longer than the bound, 3.5, was sent"
     with pytest.raises(ContractError, match="longer than the bound"):
         check(sent(math.nan, 0, 0, weight=1.0), RECEIVED, 3.5)
+
+
+BANDED = Central(noise_multiplier=2.0, sample_rate=0.4, total=10, root=1, coefficients=coefficients(4, 12))
+
+
+def test_under_bands_clients_take_turns():
+    """Of ten clients in four groups a round takes each of its own group with probability 0.4: one on average."""
+    cohorts = [BANDED.cohort(round) for round in range(1, 2001)]
+    assert all(client % 4 == round % 4 for round, took in enumerate(cohorts, 1) for client in took)
+    assert abs(sum(map(len, cohorts)) / len(cohorts) - BANDED.expected) < 0.1 and BANDED.expected == 1.0
+
+
+def test_bands_take_back_noise_of_the_rounds_before_as_the_formula_says():
+    """C times the noise of successive rounds is independent noise of the stated deviation, and sums as well."""
+    held, size, rounds = {"w": np.zeros((100, 200), np.float32), "v": np.zeros(1, np.float32)}, 20_000, 12
+    xs = [BANDED.release(round, held, [], 0.5)[0].adapter["w"].ravel() / 1.0 for round in range(1, rounds + 1)]
+    c, low, high = BANDED.coefficients, *chi2.ppf([5e-7, 1 - 5e-7], size)
+    zs = [sum(weight * xs[t - j] for j, weight in enumerate(c[: t + 1])).astype(np.float64) for t in range(rounds)]
+    assert all(low < float(z @ z) < high for z in zs)
+    assert all(abs(np.corrcoef(zs[t], zs[t - 1])[0, 1]) < 5 / size**0.5 for t in range(1, rounds))
+    sums, told = np.cumsum(xs, axis=0).std(axis=1), in_weights(c, rounds)
+    assert sums == pytest.approx(told, rel=0.03) and told[-1] < 0.8 * rounds**0.5
+    assert [x.std() for x in xs] == pytest.approx([BANDED.deviation(t + 1, 0.5) for t in range(rounds)], rel=0.03)
+
+
+def test_a_process_that_begins_later_draws_the_same_banded_noise():
+    again = replace(BANDED).release(7, RECEIVED, [], 1.0)[0]
+    for round in range(1, 8):
+        last = BANDED.release(round, RECEIVED, [], 1.0)[0]
+    assert change(again) == change(last)
+    assert change(BANDED.release(7, RECEIVED, [], 1.0, draw=1)[0]) != change(last)
+
+
+def test_a_further_draw_of_a_banded_round_is_a_plain_gaussian_on_who_is_in_it():
+    assert BANDED.event(1.0) == Event(noise_multiplier=2.0, sample_rate=0.4, steps=1, clip_norm=1.0, bands=4)
+    assert BANDED.event(1.0, draw=1) == Event(noise_multiplier=2.0, sample_rate=1.0, steps=1, clip_norm=1.0)
+
+
+@pytest.mark.parametrize("told", [{"quantile": 0.5}, {"shared": True}])
+def test_bands_are_refused_where_a_bound_moves_or_clients_add_the_noise(told):
+    with pytest.raises(ContractError, match="bands hold"):
+        replace(BANDED, noise_multiplier=1e-3, **told)
