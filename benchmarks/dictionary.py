@@ -4,9 +4,9 @@
 
 CoSpaDi (https://arxiv.org/abs/2509.22075) writes a weight W (d x n) as `D S`, with k = 2 s atoms and s numbers in
 each column of S. Here D has orthonormal columns, so that the best codes are the s largest of `D^T W`, and the best
-D for given codes is the polar factor of `W S^T`. The best dictionary of any kind is at least as good. It is compared
-with a product of rank r of as many numbers, `keep d n`; where those of S stand is not counted. The last figure is the
-time of a product and of the gradient of its input, over that of low rank.
+D for given codes is the polar factor of `W S^T`. The best dictionary of any kind is at least as good. It is
+compared with a product of rank r of as many numbers, `keep d n`; where those of S stand is not counted. The last
+figure is the time of a product and of the gradient of its input, over that of low rank.
 """
 
 import argparse
