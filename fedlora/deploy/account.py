@@ -45,10 +45,11 @@ class Account:
         """Of all runs together."""
         return epsilon(self.ledger.events.get(Own(), ()), self.terms.delta, self.terms.accountant)
 
-    def paid(self, run: str) -> bool:
-        """Whether something was paid for under a name."""
+    def paid(self, run: str) -> set[int]:
+        """The rounds that were paid for under a name; 0 is what is no round of a run."""
         file = self.ledger.folder / "privacy.jsonl"
-        return file.exists() and any(line.get("run") == run for line in read(file, torn=True))
+        lines = read(file, torn=True) if file.exists() else []
+        return {line["round"] for line in lines if line.get("run") == run}
 
     def spend(self, run: str, round: int, client: int, event: Event) -> None:
         """Write an event into the ledger.

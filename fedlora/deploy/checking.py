@@ -249,6 +249,12 @@ def rules(site: Site) -> Iterator[str]:
     yield surveyed.rule(site)
     if site.receive is not None:
         yield "leaves its adapter in this site's state when it ends (receive)"
+    if (further := site.personalise) is not None:
+        most = "what the budget has left" if further.epsilon is None else f"epsilon {further.epsilon:g}"
+        yield (
+            f"is followed by {counted(further.steps, 'step')} of training here, for this site alone, which the "
+            f"budget pays for and which may cost {most} (personalise)"
+        )
 
 
 def _asked(site: Site) -> Iterator[str]:

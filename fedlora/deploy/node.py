@@ -18,7 +18,7 @@ from flwr.app import RecordDict
 
 from fedlora import prepare, wire
 from fedlora.adapter import Instruction
-from fedlora.deploy import admission, ending, history, loading, surveyed
+from fedlora.deploy import admission, ending, history, loading, personal, surveyed
 from fedlora.deploy import site as sites
 from fedlora.deploy.account import Account, pay
 from fedlora.deploy.history import History
@@ -65,6 +65,7 @@ class Node:
         self.site: Site | None = None
         self.history: History | None = None
         self._signers: dict[str, str] = {}  # by run
+        self._ended: list[str] = []  # runs whose adapter came, and was not trained further yet
         self.account: Account | None = None
         self._lock: lock.Lock | None = None
         self._runs: dict[str, Serving] = {}  # that a model is loaded for, the last that was asked for last
@@ -172,6 +173,14 @@ class Node:
         seen |= {"seconds": round(time.perf_counter() - began, 3), "epsilon": self.epsilon}
         logger.info("answered", extra=seen)
         return made
+
+    def afterwards(self) -> None:
+        """What the site does for itself alone once its answer has gone, so that nobody waits for it."""
+        while self._ended:
+            key = self._ended.pop()
+            self._runs.pop(key, None)  # its ledger and its memory: it is loaded with the merges of what was kept
+            if self.site is not None and self.account is not None and self.history is not None:
+                personal.at_the_end(self.file, self.site, self.account, self.history, key)
 
     def _tell_spent(self, made: RecordDict, kind: str, words: Words, client: int) -> None:
         """Say beside an answer what the examples lost in the run, so that the server's ledger says no less."""
@@ -385,6 +394,8 @@ class Node:
             logger.error("%s", error, extra={"client": client, "run": run.key})
             raise Refusal("the adapter cannot be written: its log says why", own=str(error)) from error
         run.ended = True
+        if self.site is not None and self.site.personalise is not None and wire.ARRAYS in content.array_records:
+            self._ended.append(run.key)
         self.masks.forget(run.key)
         return made
 

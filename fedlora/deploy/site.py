@@ -30,6 +30,7 @@ from fedlora.scenario import (
 from fedlora.scenario.privacy import unresolved_delta
 from fedlora.tasks.contract import find
 
+MOST_STEPS = 100_000  # of training further
 FLOOR = 20  # rows that a site holds out at least where it judges: a mean over few tells each of them
 
 
@@ -111,6 +112,20 @@ class Surveyed(Section):
     floor: Annotated[Int, Field(ge=0)] = FLOOR
 
 
+class Further(Section):
+    """Training of a run's adapter on the site's own rows alone, once the run has ended; it never leaves.
+
+    Attributes:
+        steps: Steps of training, with the run's client, learning rate and noise; all of them are paid for before
+            the first. Example: `50`.
+        epsilon: Most that they may cost, counted as if nothing else had been spent. A run brings its own noise, so
+            this bounds what it can make the site spend. null: as much as the budget has left. Example: `1`.
+    """
+
+    steps: Annotated[Int, Field(ge=1, le=MOST_STEPS)]
+    epsilon: PositiveFloat | None = None
+
+
 class Accept(Section):
     """What a run must be like for the site to take part.
 
@@ -149,6 +164,9 @@ class Accept(Section):
     submitters: tuple[str, ...] | None = None
 
 
+_SECTIONS = {"data": Held, "privacy": Budget, "accept": Accept, "survey": Surveyed, "personalise": Further}
+
+
 class Site(Section):
     """Everything about a node that the site alone decides.
 
@@ -166,6 +184,8 @@ class Site(Section):
             Example: `{epsilon: 0.5}`.
         receive: What the site gets when a run ends. adapter: the run's adapter, written to `runs/NAME/adapter` in
             `state`, to evaluate and use here. null: the site is only informed of the end.
+        personalise: Training of that adapter on the site's own rows when the run has ended, within the budget. The
+            result stays in `runs/NAME/personalised`. null: none. Example: `{steps: 50}`.
         device: Torch device that trains, such as `cpu` or `cuda`.
         threads: Torch threads of the worker.
         idle_minutes: Minutes without work after which the worker unloads the model.
@@ -181,6 +201,7 @@ class Site(Section):
     accept: Accept = Accept()
     survey: Surveyed | None = None
     receive: Literal["adapter"] | None = None
+    personalise: Further | None = None
     device: str = "cpu"
     threads: PositiveInt = 1
     idle_minutes: PositiveFloat = 30.0
@@ -189,8 +210,12 @@ class Site(Section):
 
     @model_validator(mode="after")
     def _pays(self) -> Self:
-        if self.survey is not None and self.privacy is None:
-            wrong = "survey: is paid for from a budget: set privacy too"
+        for key in ("survey", "personalise"):
+            if getattr(self, key) is not None and self.privacy is None:
+                wrong = f"{key}: is paid for from a budget: set privacy too"
+                raise PydanticCustomError("target", "{wrong}", {"wrong": wrong})
+        if self.personalise is not None and self.receive is None:
+            wrong = "personalise: begins from a run's adapter: set receive: adapter too"
             raise PydanticCustomError("target", "{wrong}", {"wrong": wrong})
         return self
 
@@ -339,6 +364,6 @@ def _message(key: KeyPath, kind: str, text: str) -> str:
     if kind == "extra_forbidden":
         owner: Any = Site
         for part in key[:-1]:
-            owner = {"data": Held, "privacy": Budget, "accept": Accept, "survey": Surveyed}.get(str(part), owner)
+            owner = _SECTIONS.get(str(part), owner)
         return f"unknown key {name!r}: {suggestion(str(key[-1]), owner.model_fields)}"
     return f"{name}: {text.replace('Input should', 'should')}"

@@ -16,7 +16,7 @@ from typing import Any
 from fedlora.deploy import history
 from fedlora.deploy.checking import SiteChecked, Spent, check
 from fedlora.deploy.site import Budget, Site, load
-from fedlora.deploy.state import State
+from fedlora.deploy.state import RUN, State
 from fedlora.deploy.surveyed import SURVEY
 from fedlora.errors import UserError, counted
 from fedlora.privacy import accounting, ledger, wording
@@ -45,6 +45,7 @@ class Ran:
         scenario: its scenario's name, where that is known.
         submitter: who signed it.
         events: what it cost, in the site's account.
+        rounds: how many of these paid for a round of it.
         said: what is known of its end.
     """
 
@@ -52,6 +53,7 @@ class Ran:
     scenario: str
     submitter: str
     events: Sequence[Event]
+    rounds: int
     said: str
 
 
@@ -110,18 +112,21 @@ def runs(site: Site, told: Sequence[Line]) -> Iterator[Ran]:
     Raises:
         UserError: a record is damaged.
     """
-    events: dict[str, list[Event]] = {}
+    paid: dict[str, list[Line]] = {}
     file = site.folder / "ledger" / "privacy.jsonl"
     for line in ledger.read(file, torn=True) if file.exists() else ():
-        events.setdefault(str(line.get("run")), []).append(Event.from_json(line))
+        paid.setdefault(str(line.get("run")), []).append(line)
     answered = [line for line in told if line["outcome"] in _SERVED and line["what"] in _ASKED]
     known: dict[str, Line] = {line["run"]: line for line in answered}  # the last of each
-    for key in dict.fromkeys([*events, *known]):
-        last = known.get(key, {})
-        said = _ended(State(site.folder), key)
+    for key in dict.fromkeys([*paid, *known]):
+        last, own, said = known.get(key, {}), paid.get(key, []), _ended(State(site.folder), key)
+        beside = [line for line in own if not line["round"]]
+        if beside and RUN.fullmatch(key):
+            said += f"; trained further here by {counted(sum(line['steps'] for line in beside), 'step')}"
         whose = last.get("submitter") or _NOBODY
         named = "survey" if key.startswith(SURVEY) else "unknown"
-        yield Ran(key, last.get("scenario") or named, whose, events.get(key, ()), said)
+        events = [Event.from_json(line) for line in own]
+        yield Ran(key, last.get("scenario") or named, whose, events, len(own) - len(beside), said)
 
 
 def _ended(state: State, key: str) -> str:
@@ -211,7 +216,7 @@ def _runs(cap: Budget | None, ran: Sequence[Ran]) -> Iterator[str]:
             run.key,
             run.scenario,
             run.submitter,
-            str(len(run.events)) if run.events else "-",
+            str(run.rounds) if run.rounds else "-",
             "-" if cap is None else _epsilon(cap, run.events),
             run.said,
         ]
