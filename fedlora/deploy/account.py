@@ -43,7 +43,12 @@ class Account:
     @property
     def epsilon(self) -> float:
         """Of all runs together."""
-        return epsilon(self.ledger.events.get(Own(), ()), self.terms.delta, self.terms.accountant)
+        return epsilon(self.events, self.terms.delta, self.terms.accountant)
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """All that was paid for."""
+        return self.ledger.events.get(Own(), ())
 
     def paid(self, run: str) -> set[int]:
         """The rounds that were paid for under a name; 0 is what is no round of a run."""
@@ -68,7 +73,7 @@ class Account:
                 "another round would pass the epsilon that the site allows over all runs",
                 own="its account is closed: it was restored by --lost all, so nobody knows what was spent",
             )
-        spent = epsilon([*self.ledger.events.get(Own(), ()), event], cap.delta, cap.accountant)
+        spent = epsilon([*self.events, event], cap.delta, cap.accountant)
         if spent > cap.max_epsilon * (1 + 1e-9):
             logger.warning("it would come to epsilon %.3f; privacy.max_epsilon: %g", spent, cap.max_epsilon)
             raise Refusal(

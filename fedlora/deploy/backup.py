@@ -141,9 +141,7 @@ def unpack(file: Path, to: Path, secret: Path | None = None) -> dict[str, Any]:
                     digests[member.name] = hashlib.sha256(data).hexdigest()
                     place = to.joinpath(*PurePosixPath(member.name).parts)
                     place.parent.mkdir(parents=True, exist_ok=True)
-                    with open(
-                        os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb"
-                    ) as put:
+                    with open(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as put:
                         put.write(data)
         whole = told["files"] == digests and isinstance(told["site"], str) and isinstance(told["made"], float)
     except (tarfile.TarError, ValueError, KeyError, TypeError) as error:

@@ -18,7 +18,7 @@ from flwr.app import RecordDict
 
 from fedlora import prepare, wire
 from fedlora.adapter import Instruction
-from fedlora.deploy import admission, ending, history, loading, personal, surveyed
+from fedlora.deploy import admission, ending, figures, history, loading, personal, surveyed
 from fedlora.deploy import site as sites
 from fedlora.deploy.account import Account, pay
 from fedlora.deploy.history import History
@@ -151,7 +151,7 @@ class Node:
                 made = (
                     self._train(run, instruction, content, client)
                     if kind == "train"
-                    else self._judge(run, instruction, client)
+                    else figures.judge(self.site, self.account, self.state, run, instruction, client)
                 )
         except Refusal as error:
             self.failed += kind == "train"
@@ -231,6 +231,7 @@ class Node:
                 "num_examples": held,
                 "event": None if event is None else event.to_json(),
                 "receive": self.site.receive if self.site else None,
+                "figures": figures.noise(self.site, run),
             }
         )
 
@@ -281,7 +282,9 @@ class Node:
         while len(self._runs) >= RUNS:
             self._runs.pop(next(iter(self._runs)))  # the one that was asked for longest ago
         told = (self.file, self.app, self.site, self.state, words, client)
-        self._runs[key] = run = loading.load(*told, lambda *spent: self._pay(key, *spent), merged)
+        run = loading.load(*told, lambda *spent: self._pay(key, *spent), merged)
+        figures.admit(self.site, self.account, run)
+        self._runs[key] = run
         return run
 
     def _resumed(self, told: Words, client: int) -> Serving:
@@ -398,28 +401,6 @@ class Node:
             self._ended.append(run.key)
         self.masks.forget(run.key)
         return made
-
-    def _judge(self, run: Serving, instruction: Instruction, client: int) -> RecordDict:
-        """Loss and metric of the client's own model on the examples that it holds out.
-
-        A site answers once a round, about rows that it drew itself; asked again it gives the same answer, whatever
-        adapter it is asked about.
-
-        Raises:
-            Refusal: the scenario holds none out, or the site does not report figures.
-        """
-        if run.worker.scenario.data.client_test_share is None:
-            raise Refusal("the scenario holds no rows out to judge by")
-        if self.site is None:
-            return wire.pack_words(run.worker.judge(instruction, [client])[client])
-        if not self.site.accept.metrics:
-            raise Refusal("it reports no figures of its own rows")
-        worker = run.worker
-        figures = self.state.judged(
-            run.key, instruction.round, lambda: worker.judge(instruction, [client])[client]
-        )
-        asked = {"loss", worker.task.metric, *(metric.name for metric in worker.metrics)}
-        return wire.pack_words({name: value for name, value in figures.items() if name in asked})
 
     def _pay(self, key: str, round: int, client: int, event: Event) -> int:
         """As `fedlora.deploy.account.pay`.

@@ -95,7 +95,7 @@ def at_the_end(file: Path, site: Site, account: Account, history: History, key: 
     """
     if (told := site.personalise) is None:
         return
-    seen = {"run": key, "client": site.client}
+    seen: dict[str, str | float] = {"run": key, "client": site.client}
     try:
         if 0 in (paid := account.paid(key)):
             logger.info("it was trained further here before: fedlora site personalise does so again", extra=seen)
@@ -109,13 +109,11 @@ def at_the_end(file: Path, site: Site, account: Account, history: History, key: 
         logger.warning("it is not trained further here: %s", why, extra=seen)
         history.write(PERSONAL, REFUSED if known else FAILED, run=key, epsilon_site=account.epsilon, why=why)
         return
-    steps = counted(told.steps, "step")
-    logger.info("trained further by %s: epsilon %.3f before", steps, made.before, extra={**seen, "epsilon": made.after})
+    seen["epsilon"] = made.after
+    logger.info("trained further by %s: epsilon %.3f before", counted(told.steps, "step"), made.before, extra=seen)
 
 
-def _further(
-    file: Path, site: Site, account: Account, history: History, key: str, told: Further
-) -> Personalised:
+def _further(file: Path, site: Site, account: Account, history: History, key: str, told: Further) -> Personalised:
     """Train, which pays first, and write what came of it.
 
     Raises:

@@ -15,6 +15,7 @@ from typing import Any
 
 from fedlora.deploy import history
 from fedlora.deploy.checking import SiteChecked, Spent, check
+from fedlora.deploy.figures import FIGURES
 from fedlora.deploy.site import Budget, Site, load
 from fedlora.deploy.state import RUN, State
 from fedlora.deploy.surveyed import SURVEY
@@ -45,7 +46,7 @@ class Ran:
         scenario: its scenario's name, where that is known.
         submitter: who signed it.
         events: what it cost, in the site's account.
-        rounds: how many of these paid for a round of it.
+        rounds: how many of these are of a round.
         said: what is known of its end.
     """
 
@@ -112,7 +113,7 @@ def runs(site: Site, told: Sequence[Line]) -> Iterator[Ran]:
     Raises:
         UserError: a record is damaged.
     """
-    paid: dict[str, list[Line]] = {}
+    paid: dict[str, list[dict[str, Any]]] = {}
     file = site.folder / "ledger" / "privacy.jsonl"
     for line in ledger.read(file, torn=True) if file.exists() else ():
         paid.setdefault(str(line.get("run")), []).append(line)
@@ -124,7 +125,7 @@ def runs(site: Site, told: Sequence[Line]) -> Iterator[Ran]:
         if beside and RUN.fullmatch(key):
             said += f"; trained further here by {counted(sum(line['steps'] for line in beside), 'step')}"
         whose = last.get("submitter") or _NOBODY
-        named = "survey" if key.startswith(SURVEY) else "unknown"
+        named = "unknown" if RUN.fullmatch(key) else key.partition(":")[0]
         events = [Event.from_json(line) for line in own]
         yield Ran(key, last.get("scenario") or named, whose, events, len(own) - len(beside), said)
 
@@ -133,6 +134,8 @@ def _ended(state: State, key: str) -> str:
     """What a site knows of a run's end."""
     if key.startswith(SURVEY):
         return "noised counts of the rows, for whoever may ask"
+    if key.startswith(FIGURES):
+        return "noised figures of the rows that are held out, for that run"
     if state.forgotten(key):
         return "forgotten: its files were removed"
     if state.introduction(key) is None:
@@ -149,7 +152,7 @@ def _key_figures(found: SiteChecked, ran: Sequence[Ran], told: Sequence[Line]) -
             f"{cap.epsilon:.2f}",
             f"of {cap.max_epsilon:g} at delta {cap.delta:g}, for each {_whom(cap)}",
         )
-    yield "Runs", str(sum(not run.key.startswith(SURVEY) for run in ran)), "took part in"
+    yield "Runs", str(sum(RUN.fullmatch(run.key) is not None for run in ran)), "took part in"
     rounds = [line for line in told if (line["what"], line["outcome"]) == (history.ROUND, history.ANSWERED)]
     yield "Rounds", str(len(rounds)), "trained and answered"
     yield "Refused", str(sum(line["outcome"] == history.REFUSED for line in told)), "messages, all in all"

@@ -49,6 +49,7 @@ class Site:
         wants_adapter: whether it is to have the adapter when the run ends.
         clock: seconds by which its clock is before the server's.
         version: of fedlora that it runs.
+        figures: standard deviation of the accuracy that it tells of its own rows; None where it adds no noise.
     """
 
     node: int
@@ -61,6 +62,7 @@ class Site:
     clock: float = 0.0
     wants_adapter: bool = False
     version: str = ""
+    figures: float | None = None
 
     def __str__(self) -> str:
         return f"client {self.client} ({self.name})"
@@ -179,6 +181,8 @@ class Roster:
         self.note(f"{site} joined")
         if site.version != (here := version("fedlora")):
             self.note(f"{site}: it runs fedlora {site.version}, and the server {here}")
+        if site.figures is not None:
+            self.note(f"{site}: its figures are noised: accuracy to {1.96 * site.figures:.2g} either way (95%)")
         if abs(site.clock) > _CLOCK:
             self.note(
                 f"{site}: its clock is {site.clock:+.0f} s from the server's, by which certificates are valid"
@@ -211,6 +215,7 @@ class Roster:
             event=wire.read_event(event),
             wants_adapter=words.get("receive") == "adapter",
             version=shown(words.get("version"), _NAME),
+            figures=None if (told := words.get("figures")) is None else wire.number(told, "figures"),
         )
 
     def forget(self, site: Site, refused: str) -> None:

@@ -247,7 +247,9 @@ def test_without_budget_or_adapter_nothing_is_trained(sites, nodes, deployed, ca
 
 
 def further(file, told):
-    file.write_text(file.read_text().replace("receive: adapter\n", "") + f"receive: adapter\npersonalise: {told}\n")
+    file.write_text(
+        file.read_text().replace("receive: adapter\n", "") + f"receive: adapter\npersonalise: {told}\n"
+    )
 
 
 def paid_further(node):
@@ -275,7 +277,11 @@ def test_a_site_trains_further_by_itself_once_its_answer_to_the_end_has_gone(sit
     ours, theirs = tensors(folder), tensors(part(files[0]) / "adapter")
     assert {n for n in ours if not np.array_equal(ours[n], theirs[n])} == {n for n in ours if "lora_A" not in n}
     told = history.read(made[1].state.folder / history.NAME)[-1]
-    assert (told["what"], told["outcome"], told["epsilon_site"]) == ("trained further", "answered", made[1].epsilon)
+    assert (told["what"], told["outcome"], told["epsilon_site"]) == (
+        "trained further",
+        "answered",
+        made[1].epsilon,
+    )
     # The second does not: the run's noise makes three steps cost more than its file says.
     assert not paid_further(made[2]) and not (part(files[1]) / "personalised").exists()
     told = history.read(made[2].state.folder / history.NAME)[-1]
