@@ -109,6 +109,8 @@ def test_what_stays_with_a_site_is_its_own(sites, nodes, deployed):
     for file in files:
         wants(file)
     run, _ = deployed(scenario, LocalGrid(nodes(files)))
+    kept = [*part(files[0]).glob("personal/*.safetensors")]
+    assert {file.stat().st_mode & 0o777 for file in kept} == {0o600}, "for its owner alone to read"
     folders = (part(files[0]) / "adapter", part(files[1]) / "adapter", run.folder / "adapter")
     one, other, shared = map(tensors, folders)
     assert any("lora_A" in name for name in one)

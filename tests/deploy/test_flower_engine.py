@@ -495,7 +495,7 @@ def test_a_reply_that_flower_cannot_read_costs_its_node_alone(sites, nodes, depl
     scenario, files = sites(*more, private=False)
     run, _ = deployed(scenario, Unreadable(nodes(files)))
     assert [(line["clients"], line["failures"]) for line in run.rounds] == [(3, 1), (3, 1)]
-    errors = {line["error"] for line in lines(run.folder, "clients") if line["error"]}
+    errors = {line["error"] for line in lines(run.folder, "clients.jsonl") if line["error"]}
     assert len(errors) == 1 and "its reply cannot be read" in errors.pop()
 
 
