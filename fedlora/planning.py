@@ -442,3 +442,9 @@ def _warnings(
         yield f"Epsilon {worst:.3g} allows odds to change by a factor of e^{worst:.3g}: little is promised."
     if asked.share_metrics:
         yield "privacy.share_metrics lets training losses and example counts out, which epsilon does not cover."
+    if scenario.data.client_test_share is not None:
+        times = counted(-(-scenario.rounds // scenario.eval_every), "evaluation")
+        yield (
+            f"data.client_test_share lets figures of clients' own rows out, in {times}. Epsilon does not cover them: "
+            "a site refuses, or adds noise and pays for each from its own budget (figures in its file)."
+        )
