@@ -445,6 +445,6 @@ def _warnings(
     if scenario.data.client_test_share is not None:
         times = counted(-(-scenario.rounds // scenario.eval_every), "evaluation")
         yield (
-            f"data.client_test_share lets figures of clients' own rows out, in {times}. Epsilon does not cover them: "
-            "a site refuses, or adds noise and pays for each from its own budget (figures in its file)."
+            f"data.client_test_share lets figures of clients' own rows out, in {times}. Epsilon does not cover "
+            "them: a site refuses, or adds noise and pays for each from its own budget (figures in its file)."
         )
