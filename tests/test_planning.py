@@ -92,6 +92,7 @@ def test_bands_for_clients_cost_turns_of_a_group(tiny):
     planned = plan(tiny("clients.per_round=2", "rounds=3", "clients.use=sgd", f"{CLIENTS[:-1]}, bands: 2}}"))
     assert planned.noise_multiplier == accounting.calibrate(8, 1e-2, 1.0, 2)
     assert planned.epsilon == pytest.approx(8, rel=0.01) and planned.signal["bands"] == 2
+    assert "banded noise, b = 2: clients take turns by round" in "\n".join(plan_lines(planned.to_json()))
     auto = plan(tiny("clients.per_round=1", "rounds=9", "clients.use=sgd", f"{CLIENTS[:-1]}, bands: auto}}"))
     assert auto.signal["bands"] in (1, 2, 4) and auto.epsilon <= 8
 

@@ -592,21 +592,25 @@ def test_a_budget_of_clients_ends_a_run_that_would_pass_it(tiny, tmp_path):
     assert "another would pass" in made.summary["stopped"] and 6 < made.summary["epsilon"] <= 8
 
 
-def test_a_run_that_protects_clients_resumes_bit_for_bit(tiny, tmp_path):
-    adaptive = FOR_CLIENTS.replace("epsilon: 8", "noise_multiplier: 0.09, clip: quantile")
-    whole = simulate(tiny(*WHOLE, adaptive), out=tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("told", "bounds"), [("noise_multiplier: 0.09, clip: quantile", 6), ("epsilon: 8, bands: 2", 1)]
+)
+def test_a_run_that_protects_clients_resumes_bit_for_bit(tiny, tmp_path, told, bounds):
+    asked = FOR_CLIENTS.replace("epsilon: 8", told)
+    whole = simulate(tiny(*WHOLE, asked), out=tmp_path / "whole")
 
     class Stop(Silent):
         def round(self, line):
             if line["round"] == 3:
                 raise KeyboardInterrupt
 
-    simulate(tiny(*WHOLE, adaptive), out=tmp_path / "cut", display=Stop())
-    done = simulate(tiny(*WHOLE, adaptive), out=tmp_path / "cut", resume=True)
+    simulate(tiny(*WHOLE, asked), out=tmp_path / "cut", display=Stop())
+    done = simulate(tiny(*WHOLE, asked), out=tmp_path / "cut", resume=True)
     assert same(adapter(whole), adapter(done))
     lines = ledger.read(whole.folder / "privacy.jsonl")
     assert lines == ledger.read(done.folder / "privacy.jsonl")
-    assert len({line["clip_norm"] for line in lines}) == 6  # the bound moves with every round
+    assert len({line["clip_norm"] for line in lines}) == bounds  # one that adapts moves with every round
+    assert {line.get("bands", 1) for line in lines} == ({2} if "bands" in told else {1})
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,6 @@ PUBLIC = {
 WAYS = [
     (unit, accountant, bands, rate)
     for unit, accountant, bands, rate in itertools.product(WHOM, ("pld", "prv", "rdp"), (1, 4), (0.1, 1.0))
-    if (unit, bands) != ("client", 4)  # refused
 ]
 
 

@@ -30,8 +30,9 @@ WHOLE = "privacy={unit: client, noise_multiplier: 100, delta: 1.0e-2}"
         ("strategy.use=rolora", "strategy.server={kind: momentum, momentum: 0, lr: 0.5}"),
         ("secure_aggregation={range: 100.0}",),
         (WHOLE, "clients.use=sgd", "clients.per_round=2"),
+        (WHOLE, "clients.use=sgd", "clients.per_round=2", "privacy.bands=2"),
     ],
-    ids=["plain", "by-examples", "sample-rate", "by-role", "cohort", "turns", "rolora", "masked", "unit-client"],
+    ids="plain by-examples sample-rate by-role cohort turns rolora masked unit-client bands".split(),
 )
 def test_what_is_said_is_what_is_there(told, tiny, tmp_path, monkeypatch):
     """Noise so large that a mean change is noise alone: over what is said it has a deviation of one."""

@@ -205,7 +205,7 @@ class Central(Mechanism):
         std = self.sum_noise * clip_norm * rest
         again = ("draw", draw) if draw else ()
         noise = stream(self.root, round, "server noise", repr(std), *again)
-        banded = self._banded(round, received) if self.bands > 1 and draw == 0 else {}
+        banded = self._banded(round, received, repr(std)) if self.bands > 1 and draw == 0 else {}
         mean: Adapter = {}
         for name in sorted(received):
             start = received[name]
@@ -229,10 +229,11 @@ class Central(Mechanism):
             self.sum_noise * clip_norm * float(np.linalg.norm(inverse(self.coefficients, round))) / self.expected
         )
 
-    def _banded(self, round: int, received: Mapping[str, Tensor]) -> dict[str, Noise]:
-        """The x of a round, counted from 1, by tensor. Rounds that send other tensors have noise of their own."""
+    def _banded(self, round: int, received: Mapping[str, Tensor], std: str) -> dict[str, Noise]:
+        """The x of a round, counted from 1, by tensor. Rounds on other terms have noise of their own."""
         names = sorted(received)
-        path = ("server noise", *names)
+        terms = (std, self.sample_rate, self.coefficients, self.total)
+        path = ("server noise", repr(terms), *names)
         size = sum(received[name].size for name in names)
         drawn = self._past.noise(path, self.root, 0, self.coefficients, round - 1, size)
         ends = np.cumsum([received[name].size for name in names])

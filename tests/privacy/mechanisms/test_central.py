@@ -185,6 +185,14 @@ def test_a_process_that_begins_later_draws_the_same_banded_noise():
     assert change(BANDED.release(7, RECEIVED, [], 1.0, draw=1)[0]) != change(last)
 
 
+@pytest.mark.parametrize("told", [{"coefficients": coefficients(4, 40)}, {"sample_rate": 0.5}, {"total": 11}])
+def test_banded_noise_on_other_terms_is_another(told):
+    """Two sums under one Z and two matrices would show their difference."""
+    held = {"w": np.zeros(20_000, np.float32)}
+    one, other = (made.release(9, held, [], 1.0)[0].adapter["w"] for made in (BANDED, replace(BANDED, **told)))
+    assert abs(np.corrcoef(one, other)[0, 1]) < 5 / 20_000**0.5
+
+
 def test_a_further_draw_of_a_banded_round_is_a_plain_gaussian_on_who_is_in_it():
     assert BANDED.event(1.0) == Event(noise_multiplier=2.0, sample_rate=0.4, steps=1, clip_norm=1.0, bands=4)
     assert BANDED.event(1.0, draw=1) == Event(noise_multiplier=2.0, sample_rate=1.0, steps=1, clip_norm=1.0)
