@@ -142,8 +142,7 @@ def plan(scenario: Scenario | str | Path, *, overrides: Sequence[str] = (), advi
 def _plan(scenario: Scenario, advise: bool) -> Plan:
     if advise and scenario.privacy is None:
         raise SettingError("privacy", "without this section there is no noise to weigh: leave --advise out")
-    ready = prepare.prepare(scenario)
-    ready = prepare.noised(ready, prepare.known)
+    ready = prepare.noised(prepare.prepare(scenario), prepare.known)
     setup, noise = ready.setup, ready.setup.noise
     cost = _try(setup, ready) if _can_train(scenario) else None
     metrics = cost.metrics if cost else _expected_metrics(scenario)
@@ -158,8 +157,8 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
     parameters = {"base": stage.base_parameters(), **_trained(real)}
     typical = _typical(ready.data)
     noise_of = real.central.noise_multiplier if real.central else noise[typical] if noise else 0.0
-    groups_of = real.central.bands if real.central else (setup.bands or {}).get(typical, 1)
-    signal = advice.signal(scenario, real, noise_of, typical, groups_of)
+    bands = real.central.bands if real.central else (setup.bands or {}).get(typical, 1)
+    signal = advice.signal(scenario, real, noise_of, typical, bands)
 
     def seconds(made: Scenario, share: float) -> float | None:
         """Of an alternative's rounds: in proportion to examples and layers."""
@@ -443,3 +442,9 @@ def _warnings(
         yield f"Epsilon {worst:.3g} allows odds to change by a factor of e^{worst:.3g}: little is promised."
     if asked.share_metrics:
         yield "privacy.share_metrics lets training losses and example counts out, which epsilon does not cover."
+    if scenario.data.client_test_share is not None:
+        times = counted(-(-scenario.rounds // scenario.eval_every), "evaluation")
+        yield (
+            f"data.client_test_share lets figures of clients' own rows out, in {times}. Epsilon does not cover "
+            "them: a site refuses, or adds noise and pays for each from its own budget (figures in its file)."
+        )

@@ -166,7 +166,9 @@ def test_warnings_that_a_reviewer_would_raise(tiny):
     assert not warned(small, "delta") and not warned(small, "head trains") and not warned(small, "share_metrics")
     loose = plan(tiny("privacy.delta=0.5", "privacy.epsilon=20", "privacy.share_metrics=true"))
     assert warned(loose, "not below 1/n for 4 clients") and warned(loose, "allows odds to change by a factor of")
-    assert warned(loose, "share_metrics lets")
+    assert warned(loose, "share_metrics lets") and not warned(loose, "client_test_share")
+    judged = plan(tiny("data.client_test_share=0.2", "rounds=5", "eval_every=2"))
+    assert warned(judged, "figures of clients' own rows out, in 3 evaluations")
     assert warned(
         plan(tiny("model.adapter.r=1", "model.adapter.targets=[query]", private=False)), "The head trains"
     )

@@ -45,12 +45,18 @@ class Account:
     @property
     def epsilon(self) -> float:
         """Of all runs together."""
-        return epsilon(self.ledger.events.get(Own(), ()), self.terms.delta, self.terms.accountant)
+        return epsilon(self.events, self.terms.delta, self.terms.accountant)
 
-    def paid(self, run: str) -> bool:
-        """Whether something was paid for under a name."""
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """All that was paid for."""
+        return self.ledger.events.get(Own(), ())
+
+    def paid(self, run: str) -> set[int]:
+        """The rounds that were paid for under a name; 0 is what is no round, and no statistic."""
         file = self.ledger.folder / "privacy.jsonl"
-        return file.exists() and any(line.get("run") == run for line in read(file, torn=True))
+        lines = read(file, torn=True) if file.exists() else []
+        return {line["round"] for line in lines if line.get("run") == run and STATISTIC not in line}
 
     def spend(self, run: str, round: int, client: int, event: Event, **more: Any) -> None:
         """Write an event into the ledger.
@@ -76,7 +82,7 @@ class Account:
                 "another round would pass the epsilon that the site allows over all runs",
                 own="its account is closed: it was restored by --lost all, so nobody knows what was spent",
             )
-        spent = epsilon([*self.ledger.events.get(Own(), ()), event], cap.delta, cap.accountant)
+        spent = epsilon([*self.events, event], cap.delta, cap.accountant)
         if spent > cap.max_epsilon * (1 + 1e-9):
             logger.warning("it would come to epsilon %.3f; privacy.max_epsilon: %g", spent, cap.max_epsilon)
             raise Refusal(

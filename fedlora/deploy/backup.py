@@ -141,9 +141,7 @@ def unpack(file: Path, to: Path, secret: Path | None = None) -> dict[str, Any]:
                     digests[member.name] = hashlib.sha256(data).hexdigest()
                     place = to.joinpath(*PurePosixPath(member.name).parts)
                     place.parent.mkdir(parents=True, exist_ok=True)
-                    with open(
-                        os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, _mode(member.name)), "wb"
-                    ) as put:
+                    with open(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as put:
                         put.write(data)
         whole = told["files"] == digests and isinstance(told["site"], str) and isinstance(told["made"], float)
     except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
@@ -227,7 +225,3 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, file: Path) -> byte
     if stream is None or member.size > _MOST:
         raise UserError(f"{file}: holds {member.name!r:.100}, which no backup of a site does")
     return stream.read()
-
-
-def _mode(name: str) -> int:
-    return 0o600 if name == KEY else 0o644

@@ -16,8 +16,8 @@ from typing import Any
 
 from fedlora import plugins
 from fedlora.data import names, notes, overview, reading, suggested
+from fedlora.deploy import figures, surveyed
 from fedlora.deploy import site as sites
-from fedlora.deploy import surveyed
 from fedlora.deploy.site import FLOOR, Site, task_of, taught
 from fedlora.errors import SettingError, UserError, counted, cut
 from fedlora.privacy import accounting, ledger
@@ -241,7 +241,7 @@ def rules(site: Site) -> Iterator[str]:
     if told.metrics:
         yield f"may learn exact losses and figures of {FLOOR} rows or more, beside epsilon (accept.metrics)"
     else:
-        yield "may learn no loss and no figure of these rows (accept.metrics)"
+        yield figures.rule(site)
     if told.submitters is None:
         yield "may come from anyone who reaches the SuperLink (accept.submitters)"
     else:
@@ -249,6 +249,12 @@ def rules(site: Site) -> Iterator[str]:
     yield surveyed.rule(site)
     if site.receive is not None:
         yield "leaves its adapter in this site's state when it ends (receive)"
+    if (further := site.personalise) is not None:
+        most = "what the budget has left" if further.epsilon is None else f"epsilon {further.epsilon:g}"
+        yield (
+            f"is followed by {counted(further.steps, 'step')} of training here, for this site alone, which the "
+            f"budget pays for and which may cost {most} (personalise)"
+        )
 
 
 def _asked(site: Site) -> Iterator[str]:
@@ -383,8 +389,9 @@ def _notes(site: Site, told: Understood | None, free: int, folder: str, spent: S
         if lacking := [name for name, count in told.labels.items() if not count]:
             shown = ", ".join(repr(cut(name)) for name in lacking[:_ROWS])
             yield f"{len(lacking)} of {len(told.labels)} labels of data.labels have no row here: {shown}"
-        if site.accept.metrics and told.rows < 2 * FLOOR:
-            yield f"accept.metrics: at least {FLOOR} rows judge, and there are {told.rows}: such runs are refused"
+        key = "accept.metrics" if site.accept.metrics else "figures"
+        if (site.accept.metrics or site.figures is not None) and told.rows < 2 * FLOOR:
+            yield f"{key}: at least {FLOOR} rows judge, and there are {told.rows}: such runs are refused"
         units, whom = (told.rows, "rows") if told.persons is None else (told.persons, "persons")
         if site.privacy is not None and site.privacy.delta * units >= 1:
             yield (

@@ -78,7 +78,8 @@ def add(commands: Any) -> None:
     restore.add_argument("--lost", metavar="WHAT", nargs="+", default=[], help=what)
     steps = "steps of fedlora site personalise after the backup, of all runs; beside RUN=..."
     restore.add_argument("--personalised", metavar="STEPS", type=int, help=steps)
-    restore.add_argument("--surveys", metavar="N", type=int, help="surveys that were answered after the backup")
+    answered = "surveys, and evaluations by the section figures, that were answered after the backup"
+    restore.add_argument("--surveys", metavar="N", type=int, help=answered)
 
 
 def _submit(arguments: argparse.Namespace) -> int:

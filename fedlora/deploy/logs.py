@@ -52,11 +52,12 @@ class File(logging.FileHandler):
 
 
 def start(part: str, *handlers: logging.Handler) -> None:
-    """Write fedlora's log to some handlers, as lines of a part."""
-    logger = logging.getLogger("fedlora")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    logger.handlers = _formatted(part, handlers)
+    """Write fedlora's log to some handlers, as lines of a part; and Flower's own, whose lines have colours."""
+    for name in ("fedlora", "flwr"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.handlers = _formatted(part, handlers)
 
 
 def _formatted(part: str, handlers: Sequence[logging.Handler]) -> list[logging.Handler]:

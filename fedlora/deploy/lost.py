@@ -2,8 +2,8 @@
 
 A round is paid for in the site's account and in its run's ledger. So where one of them is gone the other says what
 it had, whatever the owner says (`level`). What neither has is the owner's to say (`charge`): rounds by run, or the
-submitter's ledger, and steps of `fedlora site personalise` and surveys, which the account alone has. Where nobody
-knows, the account is closed: it counts as all that the site allows, and nothing is paid from it any more.
+submitter's ledger, and steps of training further, surveys and noised figures, which the account alone has. Where
+nobody knows, the account is closed: it counts as all that the site allows, and nothing is paid from it any more.
 """
 
 import math
@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedlora.deploy import surveyed
+from fedlora.deploy import figures, surveyed
 from fedlora.deploy.account import STATISTIC, begun, terms_of
 from fedlora.deploy.backup import ACCOUNT, records
+from fedlora.deploy.figures import FIGURES
 from fedlora.deploy.site import Site
 from fedlora.deploy.state import RUN, State
 from fedlora.deploy.surveyed import SURVEY
@@ -162,7 +163,7 @@ def charge(
         gone: the ledgers that may lack what was spent after the backup.
         words: of --lost.
         personalised: steps of `fedlora site personalise`; None: the owner did not say.
-        surveys: that were answered; None: the owner did not say.
+        surveys: that were answered, and evaluations by `figures`; None: the owner did not say.
 
     Raises:
         UserError: it cannot be known what that cost.
@@ -196,8 +197,8 @@ def charge(
     silent = ACCOUNT in gone and surveys is None and ALL not in words
     if silent and (charged or NONE in words) and _survey(site, new) is not None:
         raise UserError(
-            "--lost: says nothing of surveys that were answered since, which the account alone had: add --surveys "
-            "N (0: none was), or --lost all if nobody knows"
+            "--lost: says nothing of surveys and noised figures that were answered since, which the account alone "
+            "had: add --surveys N (0: none was), or --lost all if nobody knows"
         )
     if ALL in words:
         for run in paid(new):
@@ -320,12 +321,13 @@ def _personalised(site: Site, new: Path, steps: int) -> None:
 
 
 def _survey(site: Site, new: Path) -> Event | None:
-    """What a survey cost at most, by the account and the site file; None where no survey was ever answered."""
+    """What noised counts or figures cost at most, by the account and the site file; None where none were told."""
     if (cap := site.privacy) is None:
         return None
     lines = lines_of(new / ACCOUNT)
-    known = [Event.from_json(line) for line in lines if str(line.get("run")).startswith(SURVEY)]
+    known = [Event.from_json(line) for line in lines if str(line.get("run")).startswith((SURVEY, FIGURES))]
     known += [surveyed.event(site.survey, cap)] if site.survey is not None else []
+    known += [figures.event(site.figures, cap)] if site.figures is not None else []
     return max((replace(e, steps=1) for e in known), key=lambda e: epsilon([e], cap.delta), default=None)
 
 

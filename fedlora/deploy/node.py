@@ -18,7 +18,7 @@ from flwr.app import RecordDict
 
 from fedlora import prepare, wire, wire_base
 from fedlora.adapter import Instruction
-from fedlora.deploy import admission, cutting, ending, history, loading, surveyed
+from fedlora.deploy import admission, cutting, ending, figures, history, loading, personal, surveyed
 from fedlora.deploy import site as sites
 from fedlora.deploy.account import Account, pay
 from fedlora.deploy.history import History
@@ -65,6 +65,7 @@ class Node:
         self.site: Site | None = None
         self.history: History | None = None
         self._signers: dict[str, str] = {}  # by run
+        self._ended: list[str] = []  # runs whose adapter came, and was not trained further yet
         self.account: Account | None = None
         self._lock: lock.Lock | None = None
         self._runs: dict[str, Serving] = {}  # that a model is loaded for, the last that was asked for last
@@ -184,7 +185,15 @@ class Node:
         run = self._caught_up(run, content, merged, client)
         if kind == "train":
             return self._train(run, instruction, content, client)
-        return self._judge(run, instruction, client)
+        return figures.judge(self.site, self.account, self.state, run, instruction, client)
+
+    def afterwards(self) -> None:
+        """What the site does for itself alone once its answer has gone, so that nobody waits for it."""
+        while self._ended:
+            key = self._ended.pop()
+            self._runs.pop(key, None)  # its ledger and its memory: it is loaded with the merges of what was kept
+            if self.site is not None and self.account is not None and self.history is not None:
+                personal.at_the_end(self.file, self.site, self.account, self.history, key)
 
     def _tell_spent(self, made: RecordDict, kind: str, words: Words, client: int) -> None:
         """Say beside an answer what the examples lost in the run, so that the server's ledger says no less."""
@@ -235,6 +244,7 @@ class Node:
                 "num_examples": held,
                 "event": None if event is None else event.to_json(),
                 "receive": self.site.receive if self.site else None,
+                "figures": figures.noise(self.site, run),
             }
         )
 
@@ -288,7 +298,9 @@ class Node:
         while len(self._runs) >= RUNS:
             self._runs.pop(next(iter(self._runs)))  # the one that was asked for longest ago
         told = (self.file, self.app, self.site, self.state, words, client)
-        self._runs[key] = run = loading.load(*told, lambda *spent: self._pay(key, *spent), merged, content)
+        run = loading.load(*told, lambda *spent: self._pay(key, *spent), merged, content)
+        figures.admit(self.site, self.account, run)
+        self._runs[key] = run
         return run
 
     def _resumed(self, told: Words, client: int) -> Serving:
@@ -401,30 +413,10 @@ class Node:
             logger.error("%s", error, extra={"client": client, "run": run.key})
             raise Refusal("the adapter cannot be written: its log says why", own=str(error)) from error
         run.ended = True
+        if self.site is not None and self.site.personalise is not None and wire.ARRAYS in content.array_records:
+            self._ended.append(run.key)
         self.masks.forget(run.key)
         return made
-
-    def _judge(self, run: Serving, instruction: Instruction, client: int) -> RecordDict:
-        """Loss and metric of the client's own model on the examples that it holds out.
-
-        A site answers once a round, about rows that it drew itself; asked again it gives the same answer, whatever
-        adapter it is asked about.
-
-        Raises:
-            Refusal: the scenario holds none out, or the site does not report figures.
-        """
-        if run.worker.scenario.data.client_test_share is None:
-            raise Refusal("the scenario holds no rows out to judge by")
-        if self.site is None:
-            return wire.pack_words(run.worker.judge(instruction, [client])[client])
-        if not self.site.accept.metrics:
-            raise Refusal("it reports no figures of its own rows")
-        worker = run.worker
-        figures = self.state.judged(
-            run.key, instruction.round, lambda: worker.judge(instruction, [client])[client]
-        )
-        asked = {"loss", worker.task.metric, *(metric.name for metric in worker.metrics)}
-        return wire.pack_words({name: value for name, value in figures.items() if name in asked})
 
     def _pay(self, key: str, round: int, client: int, event: Event) -> int:
         """As `fedlora.deploy.account.pay`.

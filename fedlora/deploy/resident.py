@@ -253,6 +253,8 @@ def _answer(node: Any, there: socket.socket) -> bool:
         _send(there, told, reply)
     except ConnectionError:
         logger.warning("who asked is gone; the reply is dropped", extra={"kind": words.get("kind")})
+    there.close()
+    node.afterwards()
     return True
 
 

@@ -104,7 +104,7 @@ def restore(
             the site allows, after which nothing is paid any more.
         merge: whether ledgers get the lines of both, where the state has some that the backup lacks.
         personalised: steps of `fedlora site personalise` after the backup that the state's account does not have.
-        surveys: surveys that were answered after it, likewise.
+        surveys: surveys and noised figures that were answered after it, likewise.
 
     Raises:
         UserError: a worker is up, the backup is not this site's, or epsilon could be counted too low.
@@ -271,7 +271,7 @@ def _asks(site: Site, new: Path, when: str, account: bool) -> list[str]:
     ]
     further = [
         "  --personalised N     steps of fedlora site personalise, beside RUN=...; 0: none were",
-        "  --surveys N          surveys that were answered; 0: none was",
+        "  --surveys N          surveys and noised figures that were answered; 0: none was",
     ]
     return [*asks, *further] if account and site.privacy is not None else asks
 

@@ -30,6 +30,7 @@ from fedlora.scenario import (
 from fedlora.scenario.privacy import unresolved_delta
 from fedlora.tasks.contract import find
 
+MOST_STEPS = 100_000  # of training further
 FLOOR = 20  # rows that a site holds out at least where it judges: a mean over few tells each of them
 
 
@@ -111,6 +112,33 @@ class Surveyed(Section):
     floor: Annotated[Int, Field(ge=0)] = FLOOR
 
 
+class Figures(Section):
+    """Noised figures of the site's own rows, for runs that ask for some by `data.client_test_share`.
+
+    Attributes:
+        epsilon: What an evaluation costs the site's budget. A run asks once in each evaluated round, so
+            `eval_every` of its scenario says how often. Example: `0.2`.
+        most_loss: Most that one row's loss counts for; a larger one is cut. Lower it for less noise in the loss.
+    """
+
+    epsilon: PositiveFloat
+    most_loss: PositiveFloat = 4.0
+
+
+class Further(Section):
+    """Training of a run's adapter on the site's own rows alone, once the run has ended; it never leaves.
+
+    Attributes:
+        steps: Steps of training, with the run's client, learning rate and noise; all of them are paid for before
+            the first. Example: `50`.
+        epsilon: Most that they may cost, counted as if nothing else had been spent. A run brings its own noise, so
+            this bounds what it can make the site spend. null: as much as the budget has left. Example: `1`.
+    """
+
+    steps: Annotated[Int, Field(ge=1, le=MOST_STEPS)]
+    epsilon: PositiveFloat | None = None
+
+
 class Accept(Section):
     """What a run must be like for the site to take part.
 
@@ -149,6 +177,16 @@ class Accept(Section):
     submitters: tuple[str, ...] | None = None
 
 
+_SECTIONS: dict[str, type[Section]] = {
+    "data": Held,
+    "privacy": Budget,
+    "accept": Accept,
+    "survey": Surveyed,
+    "figures": Figures,
+    "personalise": Further,
+}
+
+
 class Site(Section):
     """Everything about a node that the site alone decides.
 
@@ -164,8 +202,12 @@ class Site(Section):
         accept: What a run must be like for the site to take part.
         survey: Noised counts of labels and lengths that `fedlora survey` may learn, from the budget. null: none.
             Example: `{epsilon: 0.5}`.
+        figures: Noised loss and accuracy of the site's own rows, which a run may learn from the budget. null: only
+            `accept.metrics` says whether a run may learn figures. Example: `{epsilon: 0.2}`.
         receive: What the site gets when a run ends. adapter: the run's adapter, written to `runs/NAME/adapter` in
             `state`, to evaluate and use here. null: the site is only informed of the end.
+        personalise: Training of that adapter on the site's own rows when the run has ended, within the budget. The
+            result stays in `runs/NAME/personalised`. null: none. Example: `{steps: 50}`.
         device: Torch device that trains, such as `cpu` or `cuda`.
         threads: Torch threads of the worker.
         idle_minutes: Minutes without work after which the worker unloads the model.
@@ -180,7 +222,9 @@ class Site(Section):
     privacy: Budget | None = None
     accept: Accept = Accept()
     survey: Surveyed | None = None
+    figures: Figures | None = None
     receive: Literal["adapter"] | None = None
+    personalise: Further | None = None
     device: str = "cpu"
     threads: PositiveInt = 1
     idle_minutes: PositiveFloat = 30.0
@@ -189,8 +233,15 @@ class Site(Section):
 
     @model_validator(mode="after")
     def _pays(self) -> Self:
-        if self.survey is not None and self.privacy is None:
-            wrong = "survey: is paid for from a budget: set privacy too"
+        for key in ("survey", "figures", "personalise"):
+            if getattr(self, key) is not None and self.privacy is None:
+                wrong = f"{key}: is paid for from a budget: set privacy too"
+                raise PydanticCustomError("target", "{wrong}", {"wrong": wrong})
+        if self.personalise is not None and self.receive is None:
+            wrong = "personalise: begins from a run's adapter: set receive: adapter too"
+            raise PydanticCustomError("target", "{wrong}", {"wrong": wrong})
+        if self.figures is not None and self.accept.metrics:
+            wrong = "figures: are noised, and accept.metrics has exact ones reported: leave one of the two out"
             raise PydanticCustomError("target", "{wrong}", {"wrong": wrong})
         return self
 
@@ -237,11 +288,11 @@ class Site(Section):
             return "it protects persons, and the scenario asks for less: set privacy.person in it"
         if scenario.person is not None and not named:
             return "its site file names no column of persons (privacy.person), and the scenario protects persons"
-        for key, asked in (
-            ("privacy.share_metrics", scenario.privacy is not None and scenario.privacy.share_metrics),
-            ("data.client_test_share", scenario.data.client_test_share is not None),
+        for key, asked, noised in (
+            ("privacy.share_metrics", scenario.privacy is not None and scenario.privacy.share_metrics, False),
+            ("data.client_test_share", scenario.data.client_test_share is not None, self.figures is not None),
         ):
-            if asked and not rules.metrics:
+            if asked and not (rules.metrics or noised):
                 return f"it reports no figures of its own rows, and the scenario asks for some by {key}"
         return None
 
@@ -341,6 +392,6 @@ def _message(key: KeyPath, kind: str, text: str) -> str:
     if kind == "extra_forbidden":
         owner: Any = Site
         for part in key[:-1]:
-            owner = {"data": Held, "privacy": Budget, "accept": Accept, "survey": Surveyed}.get(str(part), owner)
+            owner = _SECTIONS.get(str(part), owner)
         return f"unknown key {name!r}: {suggestion(str(key[-1]), owner.model_fields)}"
     return f"{name}: {text.replace('Input should', 'should')}"

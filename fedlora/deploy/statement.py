@@ -15,8 +15,9 @@ from typing import Any
 
 from fedlora.deploy import history
 from fedlora.deploy.checking import SiteChecked, Spent, check
+from fedlora.deploy.figures import FIGURES
 from fedlora.deploy.site import Budget, Site, load
-from fedlora.deploy.state import State
+from fedlora.deploy.state import RUN, State
 from fedlora.deploy.surveyed import SURVEY
 from fedlora.errors import UserError, counted
 from fedlora.privacy import accounting, ledger, wording
@@ -45,6 +46,7 @@ class Ran:
         scenario: its scenario's name, where that is known.
         submitter: who signed it.
         events: what it cost, in the site's account.
+        rounds: how many of these are of a round.
         said: what is known of its end.
     """
 
@@ -52,6 +54,7 @@ class Ran:
     scenario: str
     submitter: str
     events: Sequence[Event]
+    rounds: int
     said: str
 
 
@@ -110,24 +113,29 @@ def runs(site: Site, told: Sequence[Line]) -> Iterator[Ran]:
     Raises:
         UserError: a record is damaged.
     """
-    events: dict[str, list[Event]] = {}
+    paid: dict[str, list[dict[str, Any]]] = {}
     file = site.folder / "ledger" / "privacy.jsonl"
     for line in ledger.read(file, torn=True) if file.exists() else ():
-        events.setdefault(str(line.get("run")), []).append(Event.from_json(line))
+        paid.setdefault(str(line.get("run")), []).append(line)
     answered = [line for line in told if line["outcome"] in _SERVED and line["what"] in _ASKED]
     known: dict[str, Line] = {line["run"]: line for line in answered}  # the last of each
-    for key in dict.fromkeys([*events, *known]):
-        last = known.get(key, {})
-        said = _ended(State(site.folder), key)
+    for key in dict.fromkeys([*paid, *known]):
+        last, own, said = known.get(key, {}), paid.get(key, []), _ended(State(site.folder), key)
+        beside = [line for line in own if not line["round"]]
+        if beside and RUN.fullmatch(key):
+            said += f"; trained further here by {counted(sum(line['steps'] for line in beside), 'step')}"
         whose = last.get("submitter") or _NOBODY
-        named = "survey" if key.startswith(SURVEY) else "unknown"
-        yield Ran(key, last.get("scenario") or named, whose, events.get(key, ()), said)
+        named = "unknown" if RUN.fullmatch(key) else key.partition(":")[0]
+        events = [Event.from_json(line) for line in own]
+        yield Ran(key, last.get("scenario") or named, whose, events, len(own) - len(beside), said)
 
 
 def _ended(state: State, key: str) -> str:
     """What a site knows of a run's end."""
     if key.startswith(SURVEY):
         return "noised counts of the rows, for whoever may ask"
+    if key.startswith(FIGURES):
+        return "noised figures of the rows that are held out, for that run"
     if state.forgotten(key):
         return "forgotten: its files were removed"
     if state.introduction(key) is None:
@@ -144,7 +152,7 @@ def _key_figures(found: SiteChecked, ran: Sequence[Ran], told: Sequence[Line]) -
             f"{cap.epsilon:.2f}",
             f"of {cap.max_epsilon:g} at delta {cap.delta:g}, for each {_whom(cap)}",
         )
-    yield "Runs", str(sum(not run.key.startswith(SURVEY) for run in ran)), "took part in"
+    yield "Runs", str(sum(RUN.fullmatch(run.key) is not None for run in ran)), "took part in"
     rounds = [line for line in told if (line["what"], line["outcome"]) == (history.ROUND, history.ANSWERED)]
     yield "Rounds", str(len(rounds)), "trained and answered"
     yield "Refused", str(sum(line["outcome"] == history.REFUSED for line in told)), "messages, all in all"
@@ -211,7 +219,7 @@ def _runs(cap: Budget | None, ran: Sequence[Ran]) -> Iterator[str]:
             run.key,
             run.scenario,
             run.submitter,
-            str(len(run.events)) if run.events else "-",
+            str(run.rounds) if run.rounds else "-",
             "-" if cap is None else _epsilon(cap, run.events),
             run.said,
         ]

@@ -17,6 +17,7 @@ import sysconfig
 import tempfile
 import time
 import tomllib
+import urllib.request
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -56,6 +57,7 @@ clientapp = "fedlora.deploy.client_app:app"
 _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 _PATIENCE = 20  # how often a log that ended too soon is asked for again
 _PAUSE = 3.0  # seconds between
+_AWAY = "the SuperLink does not answer: asked again every {:g} s, {} times more"
 
 
 def submit(
@@ -198,6 +200,11 @@ def start(app: Path, superlink: str) -> str:
     Raises:
         UserError: the SuperLink refused it, or cannot be reached.
     """
+    if not _unknown(superlink) and not _listens(superlink):
+        host = _connection(superlink)["address"]
+        raise UserError(
+            f"--superlink {superlink}: nobody answers at {host}: is the SuperLink up, and its port open?"
+        )
     done = _flwr("run", str(app), superlink, "--format", "json")
     told = _json(done.stdout)
     if done.returncode or not told.get("run-id"):
@@ -219,6 +226,9 @@ def follow(number: str, superlink: str, scenario: Scenario | None, display: Disp
     for attempt in range(_PATIENCE):
         if attempt:
             time.sleep(_PAUSE)
+        if not _listens(superlink):  # Flower would start a process to find that out, and say nothing
+            display.note(_AWAY.format(_PAUSE, _PATIENCE - attempt - 1))
+            continue
         with subprocess.Popen(
             [*_command(), "log", number, superlink, "--stream"],
             stdout=subprocess.PIPE,
@@ -234,8 +244,7 @@ def follow(number: str, superlink: str, scenario: Scenario | None, display: Disp
         if status is not None:
             display.stage("the log broke off; asking for it again")
         else:
-            left = _PATIENCE - attempt - 1
-            display.note(f"the SuperLink does not answer: asked again every {_PAUSE:g} s, {left} times more")
+            display.note(_AWAY.format(_PAUSE, _PATIENCE - attempt - 1))
     return follower
 
 
@@ -257,13 +266,38 @@ def _connections() -> Path:
     return Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"
 
 
+def _held() -> dict[str, Any]:
+    """What Flower's file says of connections, by name; empty where it cannot be read."""
+    try:
+        held = tomllib.loads(_connections().read_text(encoding="utf-8")).get("superlink", {})
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def _connection(superlink: str) -> dict[str, Any]:
+    """What Flower's file says of a connection; empty where it has none of that name."""
+    told = _held().get(superlink)
+    return told if isinstance(told, dict) else {}
+
+
+def _listens(superlink: str) -> bool:
+    """Whether anybody listens where a SuperLink should; behind a proxy, or elsewhere, only Flower can tell."""
+    told = _connection(superlink)
+    host, _, port = str(told.get("address", "")).rpartition(":")
+    proxied = urllib.request.getproxies().keys() & {"all", "http" if told.get("insecure") else "https"}
+    if not host or not port.isdecimal() or (proxied and not urllib.request.proxy_bypass(host)):
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PAUSE).close()
+    except OSError:
+        return False
+    return True
+
+
 def _unknown(superlink: str) -> str:
     """What to write where Flower has no connection of that name; empty if it has one."""
-    file = _connections()
-    try:
-        held = tomllib.loads(file.read_text(encoding="utf-8")).get("superlink", {})
-    except (OSError, ValueError):
-        held = {}
+    file, held = _connections(), _held()
     if superlink in held:
         return ""
     named = [name for name, told in held.items() if isinstance(told, dict)]
@@ -277,7 +311,7 @@ def _unknown(superlink: str) -> str:
 def _certificate(superlink: str) -> str:
     """What is wrong with the certificate that a SuperLink shows, as Flower does not say; empty if nothing is."""
     try:
-        told = tomllib.loads(_connections().read_text())["superlink"][superlink]
+        told = _connection(superlink)
         host, _, port = str(told["address"]).rpartition(":")
         context = ssl.create_default_context(cafile=told["root-certificates"])
         with (

@@ -137,7 +137,8 @@ def _leaves(told: Told) -> Table:
     if (told.get("privacy") or {}).get("share_metrics"):
         rows.append(["its training loss and number of rows", "in each round", "nothing"])
     if told["data"].get("client_test_share") is not None:
-        rows.append(["figures of rows that it holds out", "in evaluated rounds", "nothing; a site can refuse it"])
+        guard = "a site can refuse it, or add noise that its own budget pays for; nothing elsewhere"
+        rows.append(["figures of rows that it holds out", "in evaluated rounds", guard])
     rows.append(
         ["that it failed, without the reason", "when it fails", "the reason stays in the client's own log"]
     )

@@ -161,15 +161,20 @@ def read_tensors(file: Path) -> dict[str, NDArray[Any]]:
         raise ValueError(f"no safetensors file: {error}") from error
 
 
-def write_tensors(file: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+def write_tensors(file: Path, arrays: Mapping[str, NDArray[Any]], mode: int = 0o666) -> None:
     """Write tensors as safetensors, and wait until they are on disk.
+
+    Args:
+        file: to write.
+        arrays: by name.
+        mode: of a new file, less what the process takes from all of its files.
 
     Raises:
         OSError: they could not be written, where `safetensors.numpy.save_file` has an error of its own.
     """
     from safetensors.numpy import save
 
-    _write(file, save(_rows_first(arrays)))
+    _write(file, save(_rows_first(arrays)), mode)
 
 
 def _rows_first(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -177,8 +182,8 @@ def _rows_first(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     return {name: np.asarray(array, order="C") for name, array in arrays.items()}
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as stream:
+def _write(path: Path, data: bytes, mode: int = 0o666) -> None:
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
@@ -221,7 +226,7 @@ class Personal:
 
     The file of a round is written before the round is known to have counted, and a run may go on from the
     checkpoint before the last. So `load` names the round, and three files are kept: a round that is run again
-    starts from what it started from.
+    starts from what it started from. Nobody but their owner can read them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -236,7 +241,8 @@ class Personal:
         """Keep a client's tensors; drops those of three rounds ago."""
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f".{client}.{round}.part"
-        write_tensors(part, tensors)
+        part.unlink(missing_ok=True)  # of an interruption: its mode would stay
+        write_tensors(part, tensors, 0o600)
         part.replace(self._file(client, round))
         for old in [r for r in self._rounds(client) if r < round][:-2]:
             self._file(client, old).unlink()

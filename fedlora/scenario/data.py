@@ -317,7 +317,7 @@ class Data(Source):
         validation_share: Share of the test rows that chooses the best round; the others report. null: no such
             rows. Set it for `keep` and `stop`. Example: `0.3`.
         client_test_share: Share of its own examples on which a client evaluates. null: none. Epsilon does not
-            cover these figures. Example: `0.2`.
+            cover these figures, unless a site noises them. Example: `0.2`.
         labels: Names of the labels, in order. null: those of the data, sorted. Write them where sites keep their
             rows. Example: `[negative, neutral, positive]`.
         score: For regression: the scale of the scores, which is public. It is required there. Example: `{low: 0,

@@ -115,7 +115,8 @@ def test_a_state_that_is_gone_comes_back_but_for_answers_and_what_is_not_its_own
     assert (state / "site.log").read_text() == '{"message": "up"}\n'
     assert [line["what"] for line in history.read(state / history.NAME)] == ["round", "restored"]
     assert done.before == done.after == epsilon([EVENT, EVENT], 1e-5, "rdp") and not done.lost
-    assert (state / "held.key").stat().st_mode & 0o077 == 0
+    for private in ("held.key", "runs/a/personal/0.2.safetensors"):
+        assert (state / private).stat().st_mode & 0o077 == 0
 
 
 def test_a_backup_beside_a_worker_has_whole_lines_that_are_paid_for(site, tmp_path):

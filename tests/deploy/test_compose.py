@@ -6,6 +6,7 @@ The images are built from this tree, or named by $FEDLORA_IMAGE and $FEDLORA_FLO
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -23,7 +24,12 @@ from safetensors.numpy import load_file
 from fedlora.privacy import ledger
 from fedlora.run import Run
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(1200)]
+ENGINE = "DOCKER_HOST" in os.environ or Path("/var/run/docker.sock").exists()
+pytestmark = [
+    pytest.mark.docker,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(not ENGINE or shutil.which("docker") is None, reason="no Docker engine here"),
+]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -326,6 +332,23 @@ def test_nothing_listens_but_what_the_page_lists(stack):
         address = told[f"{PROJECT}_fleet"]["IPAddress"]
         probe = f"import socket; raise SystemExit(socket.socket().connect_ex(('{address}', 9094)) == 0)"
         call("docker", "exec", stack.container("superlink"), "python", "-c", probe)
+
+
+def test_both_images_are_built_from_a_copy_of_the_folder_and_a_wheel(tmp_path):
+    """By the commands of docs/deploy.md, where no checkout is."""
+    there = tmp_path / "docker"
+    shutil.copytree(ROOT / "docker", there, ignore=shutil.ignore_patterns("deployment", ".env"))
+    call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", there, cwd=ROOT)
+    (wheel,) = there.glob("*.whl")
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    commands = re.findall(r"`(docker build [^`]*) docker`", page)
+    assert len(commands) == 2 and f"WHEEL={wheel.name}" in commands[0]
+    for command in commands:
+        tag = command.split("-t ")[1].replace("fedlora", "fedlora-copied", 1)
+        call(*command.split("-t ")[0].split(), "-t", tag, there, env={**os.environ, "DOCKER_BUILDKIT": "0"})
+        runs = ("flower-supernode", "--version") if "flower" in command else ("fedlora", "--version")
+        assert call("docker", "run", "--rm", "--network", "none", tag, *runs).strip()
+        call("docker", "rmi", tag)
 
 
 def test_a_container_is_nobody_and_holds_no_key_of_others(stack):

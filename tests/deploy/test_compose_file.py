@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,21 @@ def test_the_dashboard_asks_for_figures_that_there_are():
     panels = json.loads((DOCKER / "metrics" / "dashboard.json").read_text())["panels"]
     asked = [re.search(r"fedlora_[a-z_]+", t["expr"])[0] for panel in panels for t in panel["targets"]]
     assert set(asked) == exported
+
+
+@pytest.mark.parametrize("root", ["", "docker"])
+def test_an_image_finds_all_that_it_copies_in_a_checkout_and_in_a_copy_of_the_folder(root):
+    """By the files that a build is sent: what `.dockerignore` leaves of them."""
+    there = DOCKER.parent / root
+    kept = [line[1:] for line in (there / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    sent = {path.relative_to(there).as_posix() for pattern in kept for path in there.glob(pattern)}
+    text = (DOCKER / "Dockerfile").read_text()
+    (patterns,) = re.findall(r"^COPY (docker/.*) /src/docker/$", text, re.M)
+    copied = {Path(name).name for name in sent for pattern in patterns.split() if fnmatch(name, pattern)}
+    named = set(re.findall(r"/src/docker/([\w.]+)", text))
+    assert named == {"health.py", "reap.py", "register.py", "flower.txt", "requirements.txt"} <= copied
+    assert ("pyproject.toml" in sent) is (not root), "a copy of the folder has no sources: it takes a wheel"
+    assert root == "" or "*.whl" in kept
 
 
 def test_what_images_install_is_pinned_as_in_the_locked_set():

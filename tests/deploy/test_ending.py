@@ -109,6 +109,8 @@ def test_what_stays_with_a_site_is_its_own(sites, nodes, deployed):
     for file in files:
         wants(file)
     run, _ = deployed(scenario, LocalGrid(nodes(files)))
+    kept = [*part(files[0]).glob("personal/*.safetensors")]
+    assert {file.stat().st_mode & 0o777 for file in kept} == {0o600}, "for its owner alone to read"
     folders = (part(files[0]) / "adapter", part(files[1]) / "adapter", run.folder / "adapter")
     one, other, shared = map(tensors, folders)
     assert any("lora_A" in name for name in one)
@@ -244,6 +246,102 @@ def test_without_budget_or_adapter_nothing_is_trained(sites, nodes, deployed, ca
     )
     files[0].write_text("\n".join(line for line in text.splitlines() if not line.startswith("privacy:")))
     assert "no privacy section" in refused(files[0], "run-1")
+
+
+def further(file, told):
+    file.write_text(
+        file.read_text().replace("receive: adapter\n", "") + f"receive: adapter\npersonalise: {told}\n"
+    )
+
+
+def paid_further(node):
+    return [line for line in ledger.read(node.state.folder / "ledger" / "privacy.jsonl") if line["round"] == 0]
+
+
+def test_a_site_trains_further_by_itself_once_its_answer_to_the_end_has_gone(sites, nodes, deployed, caplog):
+    scenario, files = sites()
+    further(files[0], "{steps: 3}")
+    further(files[1], "{steps: 3, epsilon: 0.1}")
+    wants(files[2])
+    made, grid = nodes(files), None
+    run, _ = deployed(scenario, grid := LocalGrid(made))
+    assert not (part(files[0]) / "personalised").exists(), "the server does not wait for it"
+    before = made[1].epsilon
+    events = ledger.replay(part(files[0]).parents[1] / "ledger" / "privacy.jsonl")[Own()]
+    with caplog.at_level("INFO", logger="fedlora"):
+        for served in made.values():
+            served.afterwards()
+    folder = part(files[0]) / "personalised"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert f"trained further by 3 steps: epsilon {before:.3f} before" in caplog.text and made[1].epsilon > before
+    (line,) = paid_further(made[1])
+    assert (line["run"], line["steps"], line["noise_multiplier"]) == ("run-1", 3, events[0].noise_multiplier)
+    ours, theirs = tensors(folder), tensors(part(files[0]) / "adapter")
+    assert {n for n in ours if not np.array_equal(ours[n], theirs[n])} == {n for n in ours if "lora_A" not in n}
+    told = history.read(made[1].state.folder / history.NAME)[-1]
+    assert (told["what"], told["outcome"], told["epsilon_site"]) == (
+        "trained further",
+        "answered",
+        made[1].epsilon,
+    )
+    # The second does not: the run's noise makes three steps cost more than its file says.
+    assert not paid_further(made[2]) and not (part(files[1]) / "personalised").exists()
+    told = history.read(made[2].state.folder / history.NAME)[-1]
+    assert (told["what"], told["outcome"]) == ("trained further", "refused")
+    assert told["why"].startswith("its noise makes 3 steps cost epsilon")
+    assert told["why"].endswith("and personalise.epsilon is 0.1")
+    assert not paid_further(made[3]), "a site whose file says nothing of it does nothing"
+    # A server that says again that the run has ended makes nobody pay again.
+    deployed(scenario, grid, run.folder, resume=True)
+    with caplog.at_level("INFO", logger="fedlora"):
+        made[1].afterwards()
+    assert "it was trained further here before" in caplog.text and len(paid_further(made[1])) == 1
+    # What a site keeps for itself is its owner's alone, and the page of the site tells of it.
+    for served in made.values():
+        served.close()
+    assert main(["site", "report", str(files[0])]) == 0
+    page = (files[0].parent / "state" / "report.html").read_text()
+    assert "; trained further here by 3 steps" in page and '>2</td><td class="number">' in page
+
+
+@pytest.mark.parametrize("rounds, why", [(0, "no round of it was trained here"), (1, "it would come to epsilon")])
+def test_a_site_pays_for_no_more_than_its_budget_by_itself_nor_for_a_run_that_it_did_not_train(
+    server, node, monkeypatch, rounds, why
+):
+    """A server alone says that a run has ended: it could say so of as many as it likes."""
+    words, files, train = server()
+    further(files[0], "{steps: 2000}")
+    files[0].write_text(files[0].read_text().replace("max_epsilon: 80", "max_epsilon: 8"))
+    meet(made := node(files[0]), words)
+    for round in range(1, rounds + 1):
+        assert refusal(made, train(round)) is None
+    content = wire.pack_words({"run": "tiny-1", "round": 1, "merges": 0, "threshold": None})
+    content[wire.ARRAYS] = wire.to_arrays({})
+    before = made.epsilon
+    assert refusal(made, content, "query.end") is None
+    monkeypatch.setattr(DPSGD, "passes", lambda *_: pytest.fail("it trains"))
+    made.afterwards()
+    assert made.epsilon == before and not (made.state.of_run("tiny-1") / "personalised").exists()
+    assert history.read(made.state.folder / history.NAME)[-1]["why"].startswith(why)
+
+
+def test_a_failure_after_the_end_keeps_the_worker_up_and_says_no_more_than_its_kind(server, node, monkeypatch):
+    words, files, train = server()
+    further(files[0], "{steps: 1}")
+    meet(made := node(files[0]), words)
+    assert refusal(made, train(1)) is None
+    content = wire.pack_words({"run": "tiny-1", "round": 1, "merges": 0, "threshold": None})
+    content[wire.ARRAYS] = wire.to_arrays({})
+    assert refusal(made, content, "query.end") is None
+
+    def fails(*_):
+        raise ValueError("a text of a row")
+
+    monkeypatch.setattr(DPSGD, "fit", fails)
+    made.afterwards()
+    line = history.read(made.state.folder / history.NAME)[-1]
+    assert (line["outcome"], line["why"]) == ("failed", "ValueError") and len(paid_further(made)) == 1
+    assert "training failed" in refusal(made, train(2)), "and it answers"
 
 
 def test_runs_of_two_submitters_at_once_share_a_worker(server, node, monkeypatch):

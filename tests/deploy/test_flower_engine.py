@@ -8,11 +8,13 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
 from fedlora import prepare, simulate, wire
 from fedlora.cli import main
 from fedlora.deploy.node import Node
+from fedlora.engine import roster
 from fedlora.engine.roster import Roster
 from fedlora.errors import ContractError, RoundError, SettingError
 from fedlora.privacy import ledger
@@ -464,6 +466,61 @@ def test_a_site_that_introduces_itself_as_nonsense_is_turned_away(says, words):
     assert roster._introduced(7, good).num_examples == 45
     with pytest.raises(ContractError, match=words):
         roster._introduced(7, {**good, **says})
+
+
+class Unreadable(LocalGrid):
+    """Of some nodes each reply is what Flower's reader trips over, when all of a request are lost."""
+
+    broken, kinds = frozenset({2}), ("train",)
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        ids = super().push_messages(messages)
+        told = zip(ids, messages, strict=True)
+        self.bad = getattr(self, "bad", set()) | {
+            i for i, m in told if m.metadata.dst_node_id in self.broken and m.metadata.message_type in self.kinds
+        }
+        return ids
+
+    def pull_messages(self, message_ids):
+        made = super().pull_messages(message_ids)
+        if {reply.metadata.reply_to_message_id for reply in made} & self.bad:
+            raise ValueError("Invalid object content")
+        return made
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_reply_that_flower_cannot_read_costs_its_node_alone(sites, nodes, deployed, masked):
+    more = ("secure_aggregation={survivors: 0.7}",) if masked else ()
+    scenario, files = sites(*more, private=False)
+    run, _ = deployed(scenario, Unreadable(nodes(files)))
+    assert [(line["clients"], line["failures"]) for line in run.rounds] == [(3, 1), (3, 1)]
+    errors = {line["error"] for line in lines(run.folder, "clients.jsonl") if line["error"]}
+    assert len(errors) == 1 and "its reply cannot be read" in errors.pop()
+
+
+def test_of_many_nodes_it_costs_a_piece_once_and_then_its_node_alone():
+    """Flower lets go of all replies of a request in which one cannot be read; few are asked for one by one."""
+    assert [*roster.batches(["a", "b"])] == [["a"], ["b"]] and [*roster.batches([])] == []
+    many = [str(i) for i in range(1000)]
+    assert [len(piece) for piece in roster.batches(many)] == [50] * 20
+    assert {len(piece) for piece in roster.batches([*many] * 5)} == {100}
+
+    asked = []
+
+    class Grid:
+        def pull_messages(self, ids):
+            asked.append(list(ids))
+            if "7" in ids:
+                raise ValueError("Invalid object content")
+            return [roster._unreadable(i) for i in ids]
+
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
+    made = roster.Roster(Grid(), 10, 1.0, 0.0)
+    assert made._pull(["6", "7", "8"]) == []
+    said = made._pull(["5", "7", "9"])
+    assert [one.metadata.reply_to_message_id for one in said] == ["5", "7", "9"]
+    assert asked == [["6", "7", "8"], ["5"], ["7"], ["9"]]
 
 
 def test_nobody_is_an_error_that_says_why(sites, nodes, deployed, tmp_path):

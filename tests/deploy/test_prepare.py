@@ -220,6 +220,7 @@ def test_what_is_packed_for_a_site_is_its_own_and_has_no_rows(docker, tmp_path):
         certs = {f"site-1/certs/{name}" for name in ("ca.crt", "executor.secret", "node.key", "node.key.pub")}
         folders = {"site-1/certs", "site-1/site", "site-1/site/state", "site-1/state"}
         assert set(packed.getnames()) == {"site-1/compose.yaml", *certs, *folders}
+        assert {(member.uid, member.gid) for member in packed} == {(10001, 10001)}, "whoever packs it"
     version = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]["version"]
     images = gzip.decompress((deployment / "images.tar.gz").read_bytes()).decode().split()
     assert images == ["save", f"fedlora:{version}", f"fedlora-flower:{version}"]

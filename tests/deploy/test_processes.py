@@ -6,11 +6,14 @@ Minutes of process starts: marked slow. In containers, over TLS and with faults:
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -23,10 +26,13 @@ from fedlora.privacy import ledger
 from fedlora.record import Record
 from fedlora.run import Run
 
+from .test_submit import certificates
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+TLS = (("ca-certfile", "ca.crt"), ("certfile", "server.crt"), ("keyfile", "server.key"))
 
 
 def free_port():
@@ -55,18 +61,18 @@ def federation(environment, tmp_path):
         log.close()
         return running[-1]
 
-    def node(port, k, file):
+    def node(port, k, file, *trust, **more):
         home = {"FLWR_HOME": str(tmp_path / f"flwr-{k}"), "FEDLORA_SITE": str(file)}
         link = ("--superlink", f"127.0.0.1:{port}", "--port", str(free_port()))
-        return start(f"node-{k}", "flower-supernode", "--insecure", *link, **home)
+        return start(f"node-{k}", "flower-supernode", *(trust or ("--insecure",)), *link, **home, **more)
 
-    def up(files):
+    def up(files, trust="insecure = true", *keys):
         port = free_port()
         (tmp_path / "flwr").mkdir()
         (tmp_path / "flwr" / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\n{trust}\n'
         )
-        start("link", "flower-superlink", "--insecure", "--port", str(port))
+        start("link", "flower-superlink", *(keys or ("--insecure",)), "--port", str(port))
         end = time.monotonic() + 60
         while not listening(port) and time.monotonic() < end:
             time.sleep(0.2)
@@ -170,6 +176,49 @@ def test_sites_that_ask_who_submits_take_a_signed_run_with_its_code(environment,
 def survey(environment, *more):
     command = [str(BIN / "fedlora"), "survey", "--superlink", "here", "--json", *more]
     return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True).stdout)
+
+
+class Tunnel(socketserver.BaseRequestHandler):
+    """A proxy that knows `CONNECT` alone, and notes where to."""
+
+    def handle(self):
+        head = b""
+        while b"\r\n\r\n" not in head and (more := self.request.recv(4096)):
+            head += more
+        method, place, *_ = head.decode().split()
+        self.server.asked.append((method, place))
+        if method != "CONNECT":
+            self.request.sendall(b"HTTP/1.1 405 No\r\n\r\n")
+            return
+        host, port = place.rsplit(":", 1)
+        with socket.create_connection((host, int(port))) as there:
+            self.request.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            ways = {self.request: there, there: self.request}
+            while True:
+                for one in select.select(list(ways), [], [])[0]:
+                    if not (data := one.recv(2**16)):
+                        return
+                    ways[one].sendall(data)
+
+
+def test_a_site_behind_a_proxy_answers_through_its_tunnel(environment, scenario, federation, tmp_path):
+    """Its node opens connections and accepts none; the worker, which calls the node, takes no proxy."""
+    certificates(tmp_path, 9)
+    _, _, sites = scenario()
+    sites[0].write_text(sites[0].read_text() + "survey: {epsilon: 0.5}\n")
+    keys = [f"--ssl-{name}={tmp_path / file}" for name, file in TLS]
+    port, _ = federation[0]((), f'root-certificates = "{tmp_path / "ca.crt"}"', *keys)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Tunnel) as proxy:
+        proxy.asked, proxy.daemon_threads = [], True
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        way = {"https_proxy": f"http://127.0.0.1:{proxy.server_address[1]}", "no_proxy": ""}
+        federation[1](port, 0, sites[0], "--root-certificates", str(tmp_path / "ca.crt"), **way)
+        end = time.monotonic() + 120
+        while not proxy.asked and time.monotonic() < end:
+            time.sleep(0.5)
+        (told,) = survey(environment, "--wait", "120")
+        proxy.shutdown()
+    assert told["name"] == "site-0" and set(proxy.asked) == {("CONNECT", f"127.0.0.1:{port}")}
 
 
 def test_a_site_killed_in_mid_round_costs_that_round_one_reply(environment, scenario, federation, tmp_path):

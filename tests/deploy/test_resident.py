@@ -143,3 +143,25 @@ def test_sockets_lie_where_their_paths_are_short(monkeypatch, tmp_path):
         monkeypatch.setattr(resident.tempfile, "gettempdir", lambda n=length: "/" + "x" * n)
         assert len(f"{resident.home()}/0123456789abcdef.sock") <= 107
     assert made == [f"{folder}/fedlora-{os.getuid()}" for folder in ("/" + "x" * 60, "/" + "x" * 70, "/tmp")]
+
+
+def test_what_a_site_does_for_itself_begins_once_its_answer_has_gone(tmp_path):
+    here, there = socket.socketpair()
+    seen = []
+
+    class Node:
+        site, app = None, tmp_path
+
+        def answer(self, kind, content, partition):
+            return wire.pack_words({"ended": 2})
+
+        def afterwards(self):
+            assert here.recv(1) == b"!"
+            seen.append(wire.unpack_words(wire.from_bytes(resident._receive(here)[1])))
+            assert here.recv(1) == b"", "whoever asked is not kept waiting"
+
+    with here, there:
+        words = {"kind": "query.end", "partition": 0, "app": str(tmp_path)}
+        resident._send(here, words, wire.to_bytes(wire.pack_words({})))
+        assert resident._answer(Node(), there)
+    assert seen == [{"ended": 2}]

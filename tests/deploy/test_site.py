@@ -63,8 +63,10 @@ def test_what_is_wrong_is_told_with_its_line(read, text, line):
 
 def test_the_site_file_of_the_page_can_be_read(read):
     page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
-    (text,) = re.findall(r"^```yaml\n(name: .*?)^```", page, re.S | re.M)
+    least, text = re.findall(r"^```yaml\n(name: .*?)^```", page, re.S | re.M)
+    assert read(least).model_dump(exclude_defaults=True).keys() == {"name", "client", "data", "state", "privacy"}
     made = read(text)
+    assert made.personalise.steps == 50 and made.figures.epsilon == 0.2 and read(least).figures is None
     assert made.data.labels == ("surgery", "other") and made.accept.metrics is False
     assert made.metrics_address == "127.0.0.1" == read(GOOD).metrics_address
 

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import ipaddress
 import json
+import socket
 import socketserver
 import ssl
 import sys
@@ -171,6 +172,74 @@ def test_an_expired_certificate_is_told_as_such(tiny, tmp_path, monkeypatch, day
         server.shutdown()
     assert "\n" not in str(told.value) and ("certificate" in str(told.value)) == (words is not None)
     assert words is None or words in str(told.value)
+
+
+def connection(folder, port):
+    told = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    (folder / "config.toml").write_text(told)
+
+
+@pytest.fixture
+def closed():
+    """A port where nobody listens."""
+    with contextlib.closing(socket.socket()) as there:
+        there.bind(("127.0.0.1", 0))
+        yield there.getsockname()[1]
+
+
+def test_a_superlink_that_is_down_is_told_at_once(tiny, tmp_path, monkeypatch, closed):
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    monkeypatch.setattr(module.urllib.request, "getproxies", dict)
+    connection(tmp_path, closed)
+    monkeypatch.setattr(module, "_flwr", lambda *_: pytest.fail("a process is started to find it out"))
+    with pytest.raises(UserError) as told:
+        submit(tiny(), "here", display=Silent())
+    where = f"127.0.0.1:{closed}"
+    assert (
+        str(told.value) == f"--superlink here: nobody answers at {where}: is the SuperLink up, and its port open?"
+    )
+
+
+def test_a_superlink_that_goes_away_costs_no_process_until_it_is_back(tmp_path, monkeypatch, closed):
+    """It is asked for by a connection, and each time that it does not answer is a line."""
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    monkeypatch.setattr(module.urllib.request, "getproxies", dict)
+    connection(tmp_path, closed)
+    notes, slept = [], []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 3:  # it is back, on a port of its own
+            server.listen()
+            connection(tmp_path, server.getsockname()[1])
+
+    class Told(Silent):
+        def note(self, what):
+            notes.append(what)
+
+    asked = []
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    monkeypatch.setattr(module, "_status", lambda *_: asked.append("status") or "finished")
+    monkeypatch.setattr(module, "_command", lambda: [sys.executable, "-c", "pass"])
+    with contextlib.closing(socket.socket()) as server:
+        server.bind(("127.0.0.1", 0))
+        follower = module.follow("17", "here", None, Told())
+    assert not follower.ended and asked == ["status"] and slept == [3.0] * 3
+    said = "the SuperLink does not answer: asked again every 3 s, {} times more"
+    assert notes == [said.format(n) for n in (19, 18, 17)]
+
+
+def test_behind_a_proxy_only_flower_can_tell_whether_a_superlink_is_up(tmp_path, monkeypatch, closed):
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    connection(tmp_path, closed)
+    monkeypatch.setattr(module.urllib.request, "getproxies", dict)
+    assert not module._listens("here") and module._listens("nowhere")
+    monkeypatch.setattr(module.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
+    assert not module._listens("here"), "a connection without TLS takes http_proxy"
+    (tmp_path / "config.toml").write_text((tmp_path / "config.toml").read_text().replace("insecure = true", ""))
+    assert module._listens("here")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert not module._listens("here")
 
 
 def test_a_folder_that_is_not_empty_is_not_written_over(tiny, tmp_path):
