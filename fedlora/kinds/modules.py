@@ -123,6 +123,8 @@ class Mapped(torch.nn.Module):
         """Gradients of the values (k, *shape) of gradients of the weight, k of (out x in)."""
         values = self.values.detach().requires_grad_()
         weight = self.made(values)
+        if weight.shape == values.shape:  # so that those of all examples are no more than what is asked for
+            return torch.autograd.grad(weight, values, torch.stack([*gradients]), is_grads_batched=True)[0]
         return torch.stack([torch.autograd.grad(weight, values, g, retain_graph=True)[0] for g in gradients])
 
 
