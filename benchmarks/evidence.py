@@ -29,7 +29,7 @@ from fedlora.run import Run
 from fedlora.scenario import Scenario
 
 DOCS = Path(__file__).parents[1] / "docs"
-WHAT = ("baseline", "strategy", "kind", "r", "noise")  # what sets rows of a table apart
+WHAT = ("baseline", "strategy", "kind", "r", "alpha", "local steps", "partition", "noise")  # what sets rows apart
 REFERENCE = {"baseline": "none", "strategy": "ffa_lora", "kind": "lora", "r": "14", "noise": "independent"}
 NAMES = {
     "fedavg_lora": "LoRA",
@@ -81,6 +81,9 @@ def asked(made: Scenario) -> dict[str, str]:
         "strategy": made.strategy.use,
         "kind": kind if isinstance(kind, str) else getattr(kind, "config", kind.use),
         "r": made.model.adapter.r,
+        "alpha": made.model.adapter.alpha,
+        "local steps": made.clients.local_steps,
+        "partition": made.data.partition.kind,
         "noise": "bands" if guarded and guarded.bands not in (None, 1) else "independent",
         "lr": made.clients.lr if server is None else server.lr,
         "epsilon": made.privacy and made.privacy.epsilon,
@@ -141,7 +144,7 @@ def read(name: str) -> Study:
     with (DOCS / "evidence" / f"{name}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     keys: list[str] = []
-    for key in WHAT:
+    for key in (key for key in WHAT if key in rows[0]):
         apart = len({tuple(row[k] for k in [*keys, key]) for row in rows})
         if apart > len({tuple(row[k] for k in keys) for row in rows}):  # else it follows from those before
             keys.append(key)

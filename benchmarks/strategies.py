@@ -1,6 +1,6 @@
 """All strategies on one scenario, with and without privacy: the table of docs/strategies.md.
 
-    python benchmarks/strategies.py [--out DIR] [--rounds N] [--flower]
+    python benchmarks/strategies.py [STRATEGY ...] [--out DIR] [--rounds N] [--flower]
 
 Each strategy runs `scenarios/strategies.yaml` once with DP-SGD and once with plain SGD, everything else
 equal, the learning rate too; a run that is already in the folder is not run again. Accuracy is on the
@@ -35,6 +35,7 @@ PLAIN = ["privacy=null", "clients.use=sgd"]
 def main() -> None:
     """Run what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="STRATEGY", help="these alone")
     parser.add_argument("--out", type=Path, default=Path("runs/strategies"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--flower", action="store_true", help="Flower's own strategies too")
@@ -42,6 +43,7 @@ def main() -> None:
     uses = {name: (name, {}) for name in plugins.names("strategies")}
     if told.flower:
         uses |= {name: (f"flwr.serverapp.strategy:{name}", options) for name, options in FLOWER.items()}
+    uses = {name: how for name, how in uses.items() if not told.names or name in told.names}
     rows = []
     for name, (use, options) in uses.items():
         settings = [f"strategy.use={use}", *(f"strategy.{k}={v}" for k, v in options.items())]

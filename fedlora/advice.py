@@ -60,6 +60,7 @@ class Signal:
         bands: of the noise; 1: each step's is independent.
         share: of the rounds that a client takes part in.
         parts: that clients divide the noise's variance into, where they share it out.
+        reserve: steps beyond T that epsilon has room for, and bands are fitted to.
     """
 
     numbers: int
@@ -71,6 +72,7 @@ class Signal:
     bands: int = 1
     share: float = 1.0
     parts: float = 1.0
+    reserve: int = 0
 
     @property
     def noise(self) -> float:
@@ -93,7 +95,7 @@ class Signal:
         """The same over all steps together; banded noise cancels over the steps of one client."""
         if self.bands == 1:
             return math.sqrt(self.steps) * self.ratio
-        c = coefficients(self.bands, self.steps)
+        c = coefficients(self.bands, self.steps + self.reserve)
         own = float(in_weights(c, max(round(self.steps * self.share), 1))[-1])
         return self.steps * self.ratio / (own / math.sqrt(self.share))
 
@@ -121,6 +123,7 @@ def signal(
         bands=bands,
         share=1.0 if whole else told.cohort_size / told.total,
         parts=scenario.noise_parts(scenario.most_members),
+        reserve=asked.reserve * (1 if whole else told.local_steps),
     )
 
 
@@ -178,7 +181,8 @@ def advise(
         for schedule in _schedules(scenario, min(size for size in sizes if size)):
             made = _with(shaped, schedule)
             same = not (shape or schedule)
-            steps = made.rounds if now.batch_size is None else made.rounds * made.clients.local_steps
+            local = 1 if now.batch_size is None else made.clients.local_steps
+            steps = (made.rounds + asked.reserve) * local
             sigma, b = now.noise_multiplier, now.bands
             if schedule:
                 rate = _rate(made, typical)

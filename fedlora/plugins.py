@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -146,11 +147,29 @@ def build(cls: type[Any], options: Mapping[str, Any], section: str) -> Any:
         if name not in known and len(known) == len(parameters):
             hint = suggestion(name, known) if known else "it takes none"
             raise SettingError(f"{section}.{name}", f"{cls.__name__} has no option {name!r}: {hint}")
+        if wrong := _misfit(cls, name, options[name]):
+            raise SettingError(f"{section}.{name}", f"{wrong}, not {options[name]!r}")
     try:
         return cls(**options)
     except (TypeError, ValueError) as error:
         at = next((f"{section}.{name}" for name in options if name in str(error)), f"{section}.use")
         raise SettingError(at, f"{cls.__name__} refuses {dict(options)}: {error}") from error
+
+
+def _misfit(cls: type[Any], name: str, value: object) -> str | None:
+    """What an option should be, by its annotation; None where it is, or nothing is said that can be checked."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic.errors import PydanticUserError
+
+    try:
+        hints = typing.get_type_hints(cls) | typing.get_type_hints(cls.__init__)
+        of = TypeAdapter(hints.get(name, Any), config=ConfigDict(arbitrary_types_allowed=True))
+        of.validate_python(value)
+    except ValidationError as error:
+        return error.errors()[0]["msg"].replace("Input should", "should").partition(",")[0]
+    except (NameError, TypeError, PydanticUserError):
+        return None  # names of types that are not imported, or types that pydantic does not know
+    return None
 
 
 def _classes(module: Any) -> Iterator[type[Any]]:

@@ -123,7 +123,7 @@ def test_build_passes_the_options():
         (Plain, {"momentun": 1}, "strategy.momentun", "did you mean 'momentum'?"),
         (Bare, {"x": 1}, "strategy.x", "Bare has no option 'x': it takes none"),
         (Trimmed, {"trim": 0.5}, "strategy.trim", "trim should be in [0, 0.5), not 0.5"),
-        (Trimmed, {"trim": "a"}, "strategy.use", "Trimmed refuses {'trim': 'a'}"),
+        (Trimmed, {"trim": "a"}, "strategy.trim", "should be a valid number, not 'a'"),
     ],
 )
 def test_build_refuses_what_the_class_does_not_take(cls, options, key, message):

@@ -196,7 +196,7 @@ def test_a_private_round_of_several_labels(stack):
     labels = ("cold", "fever", "cold;fever", "")
     rows.write_text("text,labels\n" + "".join(f"patient {i} has it,{labels[i % 4]}\n" for i in range(240)))
     file.write_text(SEVERAL.replace("ROWS", str(rows)))
-    split = stack.out / "several"
+    split = stack.out / "several-sites"
     call(BIN / "fedlora", "split", file, "--out", split, "--as", "/site", env=stack.environment)
     deployed = stack.docker / "deployment"
     shutil.copy(split / "test.csv", deployed / "server" / "data" / "several.csv")
