@@ -30,7 +30,8 @@ from fedlora.scenario import Scenario
 
 DOCS = Path(__file__).parents[1] / "docs"
 WHAT = ("baseline", "strategy", "kind", "r", "alpha", "local steps", "partition", "noise")  # what sets rows apart
-REFERENCE = {"baseline": "none", "strategy": "ffa_lora", "kind": "lora", "r": "14", "noise": "independent"}
+REFERENCE = {"baseline": "none", "strategy": "ffa_lora", "kind": "lora", "r": "14"}
+WITHIN = {"r": "8", "alpha": "8", "local steps": "1", "partition": "label_shares", "noise": "independent"}  # one
 NAMES = {
     "fedavg_lora": "LoRA",
     "ffa_lora": "FFA-LoRA",
@@ -185,7 +186,8 @@ def _figure(study: Study, runs: Mapping[str, Row]) -> str:
 def differences(name: str) -> Table:
     """Of each row from its reference, paired over private epsilons and seeds.
 
-    Noise that cancels is compared with independent noise, and all else with FFA-LoRA.
+    Noise that cancels is compared with independent noise, a method at another alpha, rank, skew or number of local
+    steps with itself, and all else with FFA-LoRA.
     """
     study, found = read(name), []
     for place in study.cells if study.column == "epsilon" else ():
@@ -206,8 +208,8 @@ def differences(name: str) -> Table:
 
 def _reference(keys: Sequence[str], place: Place) -> Place:
     """What a row of a table is compared with."""
-    if "noise" in keys:
-        return tuple("independent" if key == "noise" else word for key, word in zip(keys, place, strict=True))
+    if {"noise", "alpha"} & set(keys):  # each method with its own
+        return tuple(WITHIN.get(key, word) for key, word in zip(keys, place, strict=True))
     return tuple(REFERENCE[key] for key in keys)
 
 

@@ -6,7 +6,7 @@ takes the statistic of its clients' rows (`fedlora.statistic_round`), and cuts b
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -134,6 +134,9 @@ def compress(
         raise UserError(f"{out}: is there already; name another folder with --out")
     with _named():
         made = contract.load(use, {"keep": keep})
+        for key, asked in (("targets", tuple(targets) != (ALL,)), ("exclude", bool(exclude))):
+            if asked and not made.layered:
+                raise SettingError(key, f"{use} leaves whole blocks out, whatever their layers: leave it out")
         kind = _kind(made, use, statistic, texts is not None)
         read = [public.read(Path(file), column) if file is not None else [] for file in (texts, perplexity)]
         loaded, reader = load(base, revision, targets, exclude)
@@ -189,83 +192,100 @@ def write(
         passes: of public texts, for a compressor that takes them.
         judge: gives the perplexity of a model, before and after.
     """
-    before = sum(p.numel() for p in loaded.model.parameters())
-    judged = {} if judge is None else {"before": judge(loaded.model)}
-    told = {"use": use, "keep": compressor.keep, **about, "parameters": {"before": before}}
+    job = _Job(loaded, {"use": use, "keep": compressor.keep, **about}, known, whole, passes, judge)
     with whole_folder(out) as new, base_model.quietly():
         if reader is not None:
             reader.save_pretrained(str(new))
         if isinstance(compressor, Pruner):
-            manifest = _fewer(new, loaded, compressor, known, told, passes, judge, judged)
+            manifest = job.pruned(new, compressor)
         else:
             assert isinstance(compressor, LowRank)
-            manifest = _thinner(new, loaded, compressor, known, told, whole, judge, judged)
+            manifest = job.thinned(new, contract.compress(compressor, loaded.weights(), known))
     return Compressed(out, manifest)
 
 
-def _thinner(
-    new: Path,
-    loaded: Loaded,
-    compressor: LowRank,
-    known: Mapping[str, Statistic],
-    told: dict[str, Any],
-    whole: bool,
-    judge: Judge | None,
-    judged: dict[str, float],
-) -> dict[str, Any]:
-    """Write a base with layers of low rank; the manifest."""
-    weights = loaded.weights()
-    cuts = contract.compress(compressor, weights, known)
-    saved = sum(weights[name].size - cut.numbers for name, cut in cuts.items())
-    told["parameters"] |= {"after": told["parameters"]["before"] - saved}
-    told["part"] = LOW_RANK
-    told["layers"] = {
-        name: {
-            "shape": list(cut.shape),
-            "rank": cut.rank,
-            "error": cut.error,
-            "weighted": cut.weighted if name in known else None,
-            "transposed": turned(loaded.layers[name]),
-        }
-        for name, cut in cuts.items()
-    }
-    if judge is not None:
-        uncut = {name: weight.copy() for name, weight in weights.items()}
-        loaded.become(cuts)
-        told["perplexity"] = judged | {"after": judge(loaded.model)}
-        loaded.become({n: Cut(c.shape, uncut[n], np.eye(c.shape[1], dtype=np.float32)) for n, c in cuts.items()})
-    return smaller.write(new, loaded.model, cuts, told, whole)
+def assemble(out: Path, loaded: Loaded, reader: Any, cuts: Mapping[str, Cut], about: Mapping[str, Any]) -> None:
+    """Write a base whose layers were cut elsewhere; the arguments are those of `write`.
+
+    Args:
+        out: the folder.
+        loaded: the base.
+        reader: its tokenizer or image processor, or None.
+        cuts: of all of its layers.
+        about: what the manifest says of where they come from.
+    """
+    with whole_folder(out) as new, base_model.quietly():
+        if reader is not None:
+            reader.save_pretrained(str(new))
+        _Job(loaded, about).thinned(new, cuts)
 
 
-def _fewer(
-    new: Path,
-    loaded: Loaded,
-    compressor: Pruner,
-    known: Mapping[str, Statistic],
-    told: dict[str, Any],
-    passes: Sequence[Pass],
-    judge: Judge | None,
-    judged: dict[str, float],
-) -> dict[str, Any]:
-    """Write a base of fewer parts; the manifest."""
-    pruned = compressor.prune(loaded.model, known, passes)
-    with seeding.ambient(0, "pruned"):  # what transformers draws is overwritten
-        model = remade(loaded.model, pruned.config, pruned.state)
-    told["parameters"] |= {"after": sum(p.numel() for p in model.parameters())}
-    told["part"] = list(compressor.part)
-    told["layers"] = {
-        name: {
-            "shape": list(part.shape),
-            "rank": part.kept,
-            "error": part.error,
-            "weighted": None,
-            "transposed": False,
+@dataclass(frozen=True)
+class _Job:
+    """A base to be written smaller, whichever way; the attributes are arguments of `write`."""
+
+    loaded: Loaded
+    about: Mapping[str, Any]
+    known: Mapping[str, Statistic] = field(default_factory=dict)
+    whole: bool = False
+    passes: Sequence[Pass] = ()
+    judge: Judge | None = None
+
+    def thinned(self, new: Path, cuts: Mapping[str, Cut]) -> dict[str, Any]:
+        """Write a base with layers of low rank; the manifest."""
+        loaded, before = self.loaded, self._before()
+        saved = sum(cut.shape[0] * cut.shape[1] - cut.numbers for cut in cuts.values())
+        layers = {
+            name: {
+                "shape": list(cut.shape),
+                "rank": cut.rank,
+                "error": cut.error,
+                "weighted": cut.weighted if name in self.known else None,
+                "transposed": turned(loaded.layers[name]),
+            }
+            for name, cut in cuts.items()
         }
-        for name, part in pruned.parts.items()
-    }
-    if judge is not None:
-        told["perplexity"] = judged | {"after": judge(model)}
-    return smaller.ordinary(new, model, told)
+        told = self._told(before, before["numbers"] - saved, LOW_RANK, layers)
+        if self.judge is not None:
+            uncut = {name: weight.copy() for name, weight in loaded.weights().items()}
+            loaded.become(cuts)
+            told["perplexity"] = {"before": before["perplexity"], "after": self.judge(loaded.model)}
+            loaded.become(
+                {n: Cut(c.shape, uncut[n], np.eye(c.shape[1], dtype=np.float32)) for n, c in cuts.items()}
+            )
+        return smaller.write(new, loaded.model, cuts, told, self.whole)
+
+    def pruned(self, new: Path, compressor: Pruner) -> dict[str, Any]:
+        """Write a base of fewer parts; the manifest."""
+        before, pruned = self._before(), compressor.prune(self.loaded.model, self.known, self.passes)
+        with seeding.ambient(0, "pruned"):  # what transformers draws is overwritten
+            model = remade(self.loaded.model, pruned.config, pruned.state)
+        layers = {
+            name: {
+                "shape": list(part.shape),
+                "rank": part.kept,
+                "error": part.error,
+                "weighted": None,
+                "transposed": False,
+            }
+            for name, part in pruned.parts.items()
+        }
+        after = sum(p.numel() for p in model.parameters())
+        told = self._told(before, after, list(compressor.part), layers)
+        if self.judge is not None:
+            told["perplexity"] = {"before": before["perplexity"], "after": self.judge(model)}
+        return smaller.ordinary(new, model, told)
+
+    def _before(self) -> dict[str, Any]:
+        """What the base is as it stands."""
+        model = self.loaded.model
+        numbers = sum(p.numel() for p in model.parameters())
+        return {"numbers": numbers, "perplexity": None if self.judge is None else self.judge(model)}
+
+    def _told(self, before: Mapping[str, Any], after: int, part: list[str], layers: Any) -> dict[str, Any]:
+        """The manifest but for what its writer adds."""
+        numbers = {"before": before["numbers"], "after": after}
+        return {**self.about, "parameters": numbers, "part": part, "layers": layers}
 
 
 def load(base: str, revision: str | None, targets: Sequence[str], exclude: Sequence[str]) -> tuple[Loaded, Any]:

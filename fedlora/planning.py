@@ -77,7 +77,7 @@ class Plan:
         stopped: why it will end before its last round; None if it will not.
         signal: signal and noise in the mean of a step (`fedlora.advice.Signal`); None without privacy.
         advice: with `advise` alternatives at the same examples and epsilon, the best ratio first.
-        statistics: the statistic by which the base is cut, its epsilon and its noise; None where there is none.
+        statistics: by which the base is cut, with its epsilon, noise and bytes; None where there is none.
         frozen_bytes: on disk, of what the layers below all factors make of examples; None where that is not kept.
         warnings: what a privacy reviewer would ask.
     """
@@ -178,13 +178,15 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
     def rehearse(made: Scenario) -> Rehearsal:
         return Stage(made, setup, ready, metrics).rehearse(made.strategy.use, made.strategy.options, 2)
 
+    spent = prepare.statistic(scenario, prepare.known)
+    told = statistic_round.planned(ready, spent)
     return Plan(
         scenario=scenario.name,
         hash=scenario.hash,
         strategy=scenario.strategy.use,
         clients_total=scenario.clients.total,
         rounds=lines,
-        bytes_up_total=sum(line["bytes_up"] for line in lines),
+        bytes_up_total=sum(line["bytes_up"] for line in lines) + (told["bytes_up"] if told else 0),
         bytes_down_total=sum(line["bytes_down"] for line in lines),
         parameters=parameters,
         epsilon=lines[-1]["epsilon"] if epsilons else None,
@@ -209,7 +211,7 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
         if signal and advise
         else [],
         frozen_bytes=cost.frozen_bytes if cost else None,
-        statistics=statistic_round.planned(scenario, spent := prepare.statistic(scenario, prepare.known)),
+        statistics=told,
         warnings=[
             *filter(None, [statistic_round.words(scenario, spent)]),
             *_warnings(scenario, groups, parameters, labels),
@@ -335,7 +337,6 @@ class _Cost:
         evaluation_seconds: of the test set.
         memory_bytes: the most that this process held.
         metrics: what its update reported.
-        statistics: the statistic by which the base is cut, its epsilon and its noise; None where there is none.
         frozen_bytes: on disk, of what the frozen layers make of the examples; None where that is not kept.
     """
 

@@ -164,7 +164,7 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
         folders.check_beginning(folder, begun)
     if scenario.compress is not None:
         _bound(ready, statistic_round.tried(setup))
-        ready = statistic_round.cut(ready, folder, begun, shown.stage)
+        ready = statistic_round.cut(ready, engine, folder, begun, shown.stage)
         setup = replace(setup, base=ready.setup.base)
     shown.stage("loading the model")
     found = engine.start(setup)
@@ -175,7 +175,7 @@ def start(ready: Prepared, engine: engines.Engine, folder: Path, resume: bool, s
         turning = Turning(schedule=scheduled, scenario=scenario)
     asked = scenario.strategy.shrink
     shrinker = None if asked is None else Shrinker(strength=asked.strength, layout=found.layout)
-    now = Progress(round=0, adapter=dict(found.initial))
+    now = Progress(round=0, adapter=dict(found.initial), bytes_up=statistic_round.bytes_up(setup.base))
     origin = {
         "scenario": scenario.model_dump(mode="json"),
         # What decides the last bits of a result beside the scenario.

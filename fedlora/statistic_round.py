@@ -3,7 +3,8 @@
 Each client adds up what its examples say of the layers (`fedlora.passes.statistic`), bounded one by one, and
 noises the sum once. It pays before it looks at a row, in the same ledger that training pays in. The sums of all
 are one statistic; cutting the base by it is a function of what was released. The smaller base is in the run's
-folder, `base/`, from which every worker loads it, and a run that goes on takes it as it is.
+folder, `base/`, from which every worker loads it, and a run that goes on takes it as it is. Sites do the same with
+their own rows and ledgers, and are sent the factors (`fedlora.deploy.cutting`).
 """
 
 import hashlib
@@ -11,58 +12,52 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from fedlora import compressing, prepare
+from fedlora import compressing, prepare, traffic
 from fedlora.compressors import contract
-from fedlora.compressors.contract import Statistic
-from fedlora.data.store import Partition
-from fedlora.engine import Setup
-from fedlora.engine.setup import Description
+from fedlora.compressors.contract import Compressor, Statistic
+from fedlora.engine import Description, Engine, Setup
+from fedlora.engine.replies import Said, Sums
+from fedlora.engine.statistic import Taker, mechanism
 from fedlora.engine.worker import Worker
-from fedlora.errors import ContractError, SettingError
-from fedlora.kinds.contract import under
-from fedlora.passes.statistic import Collector
+from fedlora.errors import RoundError, SettingError
 from fedlora.prepare import Prepared
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.ledger import Holder, Ledger
-from fedlora.privacy.mechanisms.statistic import StatisticGaussian
 from fedlora.rounds import folder as folders
 from fedlora.scenario import Scenario
+from fedlora.scenario.compress import Compress
 from fedlora.scenario.keys import lasting
 from fedlora.seeding import stream
 from fedlora.tasks import located, smaller
 
-if TYPE_CHECKING:
-    from fedlora.tasks.contract import Batch, Task
-
 BASE = "base"  # of a run's folder
 OF = "base.of"  # beside it: differs where the base would be cut in another way, or by other rows
 
-Sums = dict[str, NDArray[np.float64]]
 
-
-def cut(ready: Prepared, folder: Path, begun: Mapping[str, Any], shown: Callable[[str], None]) -> Prepared:
+def cut(
+    ready: Prepared, engine: Engine, folder: Path, begun: Mapping[str, Any], shown: Callable[[str], None]
+) -> Prepared:
     """What was prepared, with the base that the scenario asks for; as it was where it asks for none.
 
     Args:
         ready: with calibrated noise.
+        engine: where the clients are.
         folder: of the run; it is made where it is not there.
         begun: what the run begins with.
         shown: told what is being done.
 
     Raises:
         UserError: the base cannot be had or cut, or the ledger cannot be written.
+        RoundError: no client gave its statistic.
     """
     scenario, base = ready.scenario, folder.absolute() / BASE
     if scenario.compress is None:
         return ready
     of = folder / OF
     if not (base / located.MANIFEST).is_file() or not of.is_file():
-        _cut(ready, folder, begun, shown)
+        _cut(ready, engine, folder, begun, shown)
     elif of.read_text() != _of(ready, begun):
         raise SettingError(
             "compress", f"{base} was cut in another way, or of other rows: start again in another folder"
@@ -70,30 +65,42 @@ def cut(ready: Prepared, folder: Path, begun: Mapping[str, Any], shown: Callable
     return replace(ready, setup=replace(ready.setup, base=base))
 
 
-def _cut(ready: Prepared, folder: Path, begun: Mapping[str, Any], shown: Callable[[str], None]) -> None:
+def _cut(
+    ready: Prepared, engine: Engine, folder: Path, begun: Mapping[str, Any], shown: Callable[[str], None]
+) -> None:
     scenario, told = ready.scenario, ready.scenario.compress
     assert told is not None
     shown("cutting the base")
-    compressor = contract.load(told.use, {"keep": told.keep, **told.options})
+    compressor, loaded, reader, taker = _asked(ready, told)
     model = scenario.model
-    loaded, reader = compressing.load(model.base, model.revision, told.targets, told.exclude)
-    loaded = compressing.asked_for(compressor, loaded)
-    collected = _collector(ready.setup, scenario, loaded) if scenario.statistics is not None else None
-    if collected is not None:
-        _, collector, named = collected
-        compressing.check_known(compressor, loaded, {n for n, m in named.items() if m in collector.shared})
     if not (folder / "scenario.yaml").exists():  # nothing can be wrong with the input from here on
         folders.create(folder, scenario, ready.data, begun)
     known: dict[str, Statistic] = {}
     about: dict[str, Any] = {"base": model.base, "revision": model.revision, "base_fingerprint": begun["base"]}
     about["statistic"] = None
-    (folder / OF).write_text(
-        of := _of(ready, begun)
-    )  # not in the base, which is to be a function of the noised sum
-    if collected is not None:
+    # Not in the base, which is to be a function of the noised sum.
+    (folder / OF).write_text(of := _of(ready, begun))
+    if taker is not None:
         shown("taking the statistic")
-        known = _statistic(ready, folder, of, *collected, about)
+        known = _statistic(ready, engine, folder, of, taker, about)
     compressing.write(folder.absolute() / BASE, loaded, reader, compressor, told.use, known, about)
+
+
+def _asked(ready: Prepared, told: Compress) -> tuple[Compressor, compressing.Loaded, Any, Taker | None]:
+    """The compressor, the whole base, what reads for it, and what takes the statistic, if one is asked for.
+
+    Raises:
+        SettingError: they do not go together.
+    """
+    scenario, model = ready.scenario, ready.scenario.model
+    compressor = contract.load(told.use, {"keep": told.keep, **told.options})
+    loaded, reader = compressing.load(model.base, model.revision, told.targets, told.exclude)
+    loaded = compressing.asked_for(compressor, loaded)
+    if scenario.statistics is None:
+        return compressor, loaded, reader, None
+    taker = Taker(Worker(ready.setup), loaded.layers)
+    compressing.check_known(compressor, loaded, taker.own)
+    return compressor, loaded, reader, taker
 
 
 def _of(ready: Prepared, begun: Mapping[str, Any]) -> str:
@@ -115,11 +122,28 @@ def _settings(scenario: Scenario) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def planned(scenario: Scenario, event: Event | None) -> dict[str, Any] | None:
-    """The statistic as a plan has it; None where there is none. Arguments are those of `words`."""
-    if (asked := scenario.statistics) is None:
+def planned(ready: Prepared, event: Event | None) -> dict[str, Any] | None:
+    """The statistic as a plan has it; None where there is none.
+
+    Args:
+        ready: of the run.
+        event: as in `words`.
+    """
+    asked, told = ready.scenario.statistics, ready.scenario.compress
+    if asked is None or told is None:
         return None
-    return {**asked.model_dump(), "noise_multiplier": None if event is None else event.noise_multiplier}
+    _, _, _, taker = _asked(ready, told)
+    assert taker is not None
+    clients = sum(ready.data.units(c) > 0 for c in range(ready.data.num_clients))
+    noise = None if event is None else event.noise_multiplier
+    bytes_up = clients * traffic.statistic_bytes(taker.shapes, event)
+    return {**asked.model_dump(), "noise_multiplier": noise, "bytes_up": bytes_up}
+
+
+def bytes_up(base: Path | None) -> int:
+    """Bytes that clients sent of the statistic by which a base was cut; 0 where there was none."""
+    told = None if base is None else smaller.manifest(base).get("statistic")
+    return 0 if told is None else int(told["bytes_up"])
 
 
 def words(scenario: Scenario, event: Event | None) -> str:
@@ -146,158 +170,54 @@ def words(scenario: Scenario, event: Event | None) -> str:
     )
 
 
-def _collector(
-    setup: Setup, scenario: Scenario, loaded: compressing.Loaded
-) -> tuple["Task", Collector, dict[str, str]]:
-    """The task of the whole base, what collects in it, and the layer of it that each one to cut is.
-
-    Raises:
-        SettingError: no layer has a statistic, or there is no such block.
-    """
-    asked = scenario.statistics
-    assert asked is not None
-    worker = Worker(setup)
-    task = worker.task
-    if worker.kept is not None and task.prefix is not None:
-        task.prefix.kept = lambda examples: None  # all blocks are passed
-    held = dict(task.model.get_base_model().named_modules())
-    named = smaller.paired([*loaded.layers], [name for name, module in held.items() if _linear(module)])
-    for block in asked.layers or ():
-        if not any(under(f"{name}.", str(block)) for name in named):
-            raise SettingError("statistics.layers", f"no layer {block} is cut; the first is 0")
-    if asked.layers is not None:
-        named = {n: m for n, m in named.items() if any(under(f"{n}.", str(block)) for block in asked.layers)}
-    modules = {name: held[name] for name in named.values()}
-    trial = task.batch(task.trial, np.arange(len(task.trial)))
-    count = len(trial["targets"])
-
-    def tried() -> int:
-        _pass(task, asked.kind, trial)
-        return count
-
-    sequences = len(trial["input_ids"]) // count if "input_ids" in trial else 1
-    task.begin(task.initial, ())
-    task.model.eval()
-    try:
-        with task.precisely(False):
-            return task, Collector(modules, asked.kind, task.low_rank.find, tried, sequences), named
-    except ContractError as error:
-        raise SettingError("statistics.kind", f"{asked.kind} cannot be taken of this base: {error}") from error
-
-
-def _linear(module: Any) -> bool:
-    """Whether a module of a wrapped model stands for one linear layer of the base: itself, or one with factors."""
-    from fedlora.kinds.targets import is_linear
-
-    return is_linear(module) or (hasattr(module, "get_base_layer") and is_linear(module.get_base_layer()))
-
-
 def _statistic(
-    ready: Prepared,
-    folder: Path,
-    of: str,
-    task: "Task",
-    collector: Collector,
-    named: Mapping[str, str],
-    about: dict[str, Any],
+    ready: Prepared, engine: Engine, folder: Path, of: str, taker: Taker, about: dict[str, Any]
 ) -> dict[str, Statistic]:
-    """Pay, then take the statistic of every client; what is known of each layer that is to be cut."""
-    scenario, asked = ready.scenario, ready.scenario.statistics
-    assert asked is not None
-    event, kind = prepare.statistic(scenario, prepare.known), asked.kind
-    clients = [c for c in range(ready.data.num_clients) if ready.data.units(c)]
-    if event is not None:
-        ledger = Ledger(folder)  # what is there was paid for a base that nobody saw: its noise is drawn again
-        owed: dict[Holder, Any] = {c: event for c in clients if not ledger.paid(c, event)}
-        ledger.spend(0, owed, statistic=kind, **scenario.example_terms)
+    """The statistic of all clients' rows, each paid for before it is used: of each layer that is to be cut."""
+    asked, event = taker.asked, prepare.statistic(ready.scenario, prepare.known)
+    ledger = Ledger(folder)
+    said = engine.statistic(ready.setup, event, taker.shapes) or _here(ready, of, taker, event, ledger)
     total: Sums = {}
+    units, clients, bytes_up = 0, 0, 0
+    for one in said:
+        if one.event is not None and not (one.again and ledger.paid(one.client, one.event)):
+            ledger.spend(0, {one.client: one.event}, statistic=asked.kind, **ready.scenario.example_terms)
+        bytes_up += one.bytes_up
+        if one.sums is None:
+            continue
+        total = {name: total[name] + values if total else values for name, values in one.sums.items()}
+        units, clients = units + one.units, clients + 1
+    if not clients:
+        raise RoundError("no client gave the statistic by which the base is to be cut")
+    multiplier = 0.0 if event is None else event.noise_multiplier
+    expected = asked.share * units
+    deviation = multiplier * clients**0.5 / expected
+    about["statistic"] = {"kind": asked.kind, "of": "clients", "share": asked.share, "layers": asked.layers}
+    about["statistic"] |= {"clients": clients, "bytes_up": bytes_up}
+    if event is not None:
+        terms = {key: ready.scenario.example_terms[key] for key in ("delta", "unit")}
+        about["statistic"] |= {"epsilon": asked.epsilon, **terms, "noise_multiplier": multiplier}
+    return {name: Statistic(asked.kind, total[own] / expected, deviation) for name, own in taker.own.items()}
+
+
+def _here(ready: Prepared, of: str, taker: Taker, event: Event | None, ledger: Ledger) -> Iterator[Said]:
+    """What clients say whose rows are on this machine; all pay before one looks at a row."""
+    scenario, share = ready.scenario, taker.asked.share
+    clients = [c for c in range(ready.data.num_clients) if ready.data.units(c)]
+    if event is not None:  # what is there was paid for a base that nobody saw: its noise is drawn again
+        owed: dict[Holder, Event] = {c: event for c in clients if not ledger.paid(c, event)}
+        ledger.spend(0, owed, statistic=taker.asked.kind, **scenario.example_terms)
     for client in clients:
-        sums, mechanism = _sum(task, collector, ready, client, event.noise_multiplier if event else None)
+        units = ready.data.units(client)
+        sums = taker.sums(client, stream(scenario.seed, 0, client, "statistic batch"))
         if event is not None:
             # Noise that hides one sum must not hide another: whatever may change a sum changes the noise too.
             noise = stream(scenario.seed, 0, client, "statistic noise", of, _settings(scenario))
-            sums = mechanism.noised(sums, noise)
-        total = {name: total[name] + values if total else values for name, values in sums.items()}
-    expected = asked.share * sum(ready.data.units(c) for c in clients)
-    multiplier = 0.0 if event is None else event.noise_multiplier
-    deviation = multiplier * len(clients) ** 0.5 / expected
-    about["statistic"] = {"kind": kind, "of": "clients", "share": asked.share, "layers": asked.layers}
-    about["statistic"]["bytes_up"] = len(clients) * sum(4 * _numbers(values) for values in total.values())
-    if event is not None:
-        terms = scenario.example_terms
-        told = {
-            "epsilon": asked.epsilon,
-            "delta": terms["delta"],
-            "unit": terms["unit"],
-            "noise_multiplier": multiplier,
-        }
-        about["statistic"] |= told
-    shared = {name: collector.shared[module] for name, module in named.items() if module in collector.shared}
-    return {name: Statistic(kind, total[own] / expected, deviation) for name, own in shared.items()}
-
-
-def _numbers(values: NDArray[np.float64]) -> int:
-    """How many numbers a sum is: of a symmetric matrix half of it, with the diagonal."""
-    return len(values) * (len(values) + 1) // 2 if values.ndim == 2 else len(values)
+            sums = mechanism(share, units, event.noise_multiplier).noised(sums, noise)
+        sent = traffic.statistic_bytes(taker.shapes, event)
+        yield Said(client=client, units=units, sums=sums, bytes_up=sent)
 
 
 def tried(setup: Setup) -> Description:
     """What workers will build, of shapes alone: so that mistakes show before anybody pays."""
     return Worker(replace(setup, device="meta")).describe()
-
-
-def _sum(
-    task: "Task", collector: Collector, ready: Prepared, client: int, noise: float | None
-) -> tuple[Sums, StatisticGaussian]:
-    """What the examples of a client add up to, without noise, and the mechanism that it is a sum of."""
-    scenario, asked = ready.scenario, ready.scenario.statistics
-    assert asked is not None
-    partition = ready.data.partition(client)
-    mechanism = StatisticGaussian(
-        noise_multiplier=noise or 1.0, sample_rate=asked.share, total=ready.data.units(client)
-    )
-    taken = mechanism.taken(stream(scenario.seed, 0, client, "statistic batch"))
-    weights = dict(weighed(partition, taken))
-    rows = np.array(sorted(weights), np.int64)
-    task.begin(task.initial, ())
-    task.model.eval()
-    with task.precisely(False):
-        if not len(rows):  # coins took none
-            return collector.take(), mechanism
-        for batch, part in task.micro_batches(partition.examples, rows, scenario.clients.micro_batch_size):
-            mask = batch["attention_mask"] if task.packing is None and "attention_mask" in batch else None
-            with collector.adding([weights[int(row)] for row in part], mask):
-                _pass(task, asked.kind, batch)
-    return collector.take(), mechanism
-
-
-def weighed(partition: Partition, taken: NDArray[np.bool_]) -> Iterator[tuple[int, float]]:
-    """The rows that are taken, each with its weight: those of a person together weigh 1.
-
-    Args:
-        partition: of a client.
-        taken: which of its persons, or examples, (units,).
-    """
-    if partition.persons is None:
-        yield from ((int(row), 1.0) for row in partition.rows[taken])
-        return
-    _, places, counts = np.unique(partition.persons, return_inverse=True, return_counts=True)
-    for row, place in zip(partition.rows, places, strict=True):
-        if taken[place]:
-            yield int(row), 1.0 / int(counts[place])
-
-
-def _pass(task: "Task", kind: str, batch: "Batch") -> None:
-    """Forward, and for gradients back, with the adapter that the seed stands for, which changes nothing."""
-    import torch
-
-    if kind != "row_fisher":
-        with torch.no_grad():
-            task.logits(batch)
-        return
-    table = task.model.get_base_model().get_input_embeddings()
-    handle = table.register_forward_hook(lambda module, given, out: out.requires_grad_(True))
-    try:
-        task.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
-    finally:
-        handle.remove()

@@ -34,11 +34,14 @@ def check_sites(strategy: Strategy, scenario: Scenario) -> None:
     """
     if scenario.world is not None:
         raise SettingError("world", "is of simulated devices: leave it out to run on sites")
-    if scenario.compress is not None:
-        raise SettingError(
-            "compress",
-            "is of simulations: run fedlora compress, and name its folder as model.base at server and sites",
-        )
+    if (cut := scenario.compress) is not None:
+        if not load_compressor(cut.use, {"keep": cut.keep, **cut.options}).factors:
+            what = f"{cut.use} leaves parts out, and sites are sent factors alone: run fedlora compress, and name "
+            raise SettingError("compress.use", f"{what}its folder as model.base at server and sites, or take lord")
+        if scenario.statistics is not None and scenario.statistics.epsilon is None:
+            raise SettingError(
+                "statistics.epsilon", "the server would see each site's sum without noise: set privacy and this"
+            )
     if scenario.model.mends:
         raise SettingError("model.quantize.start", "is of simulations yet: leave it out to run on sites")
     if strategy.tested:

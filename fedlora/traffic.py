@@ -8,10 +8,11 @@ import numpy as np
 from flwr.app import ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
-from fedlora import wire
+from fedlora import wire, wire_base
 from fedlora.adapter import Instruction, Layout, Tensor, Update
 from fedlora.compression import Codec
 from fedlora.privacy.accounting import Event
+from fedlora.privacy.mechanisms.statistic import numbers
 from fedlora.seeding import generator
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -43,6 +44,12 @@ def tensor_bytes(names: Iterable[str], layout: Layout, codec: Codec | None = Non
 def arrays_bytes(shapes: Mapping[str, tuple[int, ...]], codec: Codec | None = None) -> int:
     """Bytes that tensors of these shapes add to a message."""
     return _arrays_bytes(tuple(shapes.items()), codec)
+
+
+def statistic_bytes(shapes: Mapping[str, tuple[int, ...]], event: Event | None) -> int:
+    """Bytes of a client's statistic, whose sums have these shapes: of a symmetric one half is sent."""
+    sums = {name: (numbers(shape),) for name, shape in shapes.items()}
+    return _size(wire_base.pack_statistic({}, event)) + arrays_bytes(sums)
 
 
 def _shapes(adapter: Mapping[str, Tensor]) -> Shapes:

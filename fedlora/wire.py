@@ -305,8 +305,7 @@ def unpack_words(content: RecordDict) -> dict[str, Any]:
 def pack_merges(content: RecordDict, first: int, changes: Sequence[Change]) -> None:
     """Put merges beside an instruction, for a site that lacks them: those from number `first` on."""
     for number, change in enumerate(changes, first):
-        sides = {f"{m}/{i}": side for m, pair in change.items() for i, side in enumerate(pair)}
-        content[f"{MERGE}-{number}"] = to_arrays(sides)
+        content[f"{MERGE}-{number}"] = pairs(change)
 
 
 def unpack_merges(content: RecordDict, weights: Mapping[str, tuple[int, ...]]) -> dict[int, Change]:
@@ -324,17 +323,31 @@ def unpack_merges(content: RecordDict, weights: Mapping[str, tuple[int, ...]]) -
         prefix, _, digits = key.partition("-")
         if prefix != MERGE:
             continue
-        sides, change = from_arrays(arrays), {}
-        for module in {name.rpartition("/")[0] for name in sides}:
-            left, right = (sides.pop(f"{module}/{i}", np.empty(0, np.float32)) for i in range(2))
-            fits = left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0]
-            if not fits or (left.shape[0], right.shape[1]) != weights.get(module):
-                raise ContractError(f"{key:.40} in a message is no merge into this model")
-            change[module] = (left, right)
-        if sides:
-            raise ContractError(f"{key:.40} in a message is no merge into this model")
-        found[_digits(digits, f"the number of {MERGE}")] = dict(sorted(change.items()))
+        found[_digits(digits, f"the number of {MERGE}")] = unpaired(key, arrays, weights)
     return found
+
+
+def pairs(change: Change) -> ArrayRecord:
+    """Pairs of factors by the name of a layer, as an ArrayRecord."""
+    return to_arrays({f"{m}/{i}": side for m, pair in change.items() for i, side in enumerate(pair)})
+
+
+def unpaired(key: str, arrays: ArrayRecord, weights: Mapping[str, tuple[int, ...]]) -> Change:
+    """What `pairs` made, for layers of these shapes, (out, in).
+
+    Raises:
+        ContractError: it is of other layers.
+    """
+    sides, change = from_arrays(arrays), {}
+    for module in {name.rpartition("/")[0] for name in sides}:
+        left, right = (sides.pop(f"{module}/{i}", np.empty(0, np.float32)) for i in range(2))
+        fits = left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0]
+        if not fits or (left.shape[0], right.shape[1]) != weights.get(module):
+            raise ContractError(f"{key:.40} in a message is of another model")
+        change[module] = (left, right)
+    if sides:
+        raise ContractError(f"{key:.40} in a message is of another model")
+    return dict(sorted(change.items()))
 
 
 def pack_parts(parts: Parts) -> RecordDict:

@@ -16,7 +16,7 @@ Scenario Settings Slot Stepwise Strategy Task Update UserError aggregation_error
 generate load load_adapter plan predict report simulate weighted_mean""".split()
 
 HEAVY = {
-    "flwr": {"deploy", "engine", "privacy", "wire", "strategy", "traffic"},
+    "flwr": {"deploy", "engine", "privacy", "wire", "wire_base", "strategy", "traffic"},
     "cryptography": {"deploy", "privacy"},
     "opacus": {"audit", "passes", "privacy"},
     "ray": {"engine", "sweep"},

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ from safetensors.numpy import load_file
 
 from fedlora import planning, prepare, simulate
 from fedlora.data.examples import Examples, Partition
+from fedlora.engine.statistic import Taker, weighed
+from fedlora.engine.worker import Worker
 from fedlora.errors import SettingError, UserError
 from fedlora.privacy import accounting, ledger
-from fedlora.statistic_round import weighed
+from fedlora.seeding import stream
 
 CUT = "compress={use: lord, keep: 0.5}"
 GRAM = (CUT, "statistics={kind: gram, epsilon: 2}")
@@ -76,6 +80,14 @@ def test_what_it_was_cut_by_is_in_the_manifest_the_summary_and_the_card(run):
     assert any(said.startswith("Its base was cut by lord from ") for said in run.remarks())
     card = (run.folder / "adapter" / "README.md").read_text()
     assert "cut by `lord`" in card and "a statistic of clients' rows (gram)" in card
+
+
+def test_its_bytes_are_those_of_the_plan_and_count_in_the_total(run, tiny):
+    told = planning.plan(tiny(*GRAM))
+    assert manifest(run)["statistic"]["bytes_up"] == told.statistics["bytes_up"]
+    assert run.summary["bytes_up_total"] == told.bytes_up_total
+    rounds = sum(line["bytes_up"] for line in run.rounds)
+    assert run.summary["bytes_up_total"] - rounds == told.statistics["bytes_up"]
 
 
 def test_it_repeats_bit_by_bit_and_other_rows_have_other_noise(run, tiny, tmp_path):
@@ -201,6 +213,8 @@ def test_a_plan_counts_the_statistic_and_says_so(tiny):
     told = planning.plan(tiny(*GRAM)).to_json()
     assert 7.9 < told["epsilon"] <= 8 and told["rounds"][0]["epsilon"] > 2
     assert told["statistics"]["kind"] == "gram" and told["statistics"]["noise_multiplier"] > 0.5
+    sent = told["statistics"]["bytes_up"]
+    assert told["bytes_up_total"] == sum(line["bytes_up"] for line in told["rounds"]) + sent
     said = told["warnings"][0]
     assert "Each spends epsilon 2 of its 8 on its sum" in said and "cut by lord to 50%" in said
     assert planning.plan(tiny()).to_json()["statistics"] is None
@@ -254,9 +268,16 @@ def test_what_the_base_has_not_is_refused_before_anything_is_written(tiny, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_sites_refuse_it(tiny, reviews):
-    with pytest.raises(SettingError, match=r"compress.*is of simulations"):
-        prepare.prepare_server(tiny(CUT))
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        (("compress={use: modegpt}", "statistics={kind: gram, epsilon: 2}"), "modegpt leaves parts out"),
+        ((CUT, "statistics={kind: gram}"), "see each site's sum without noise"),
+    ],
+)
+def test_sites_refuse_what_they_cannot_do(tiny, reviews, told, why):
+    with pytest.raises(SettingError, match=why):
+        prepare.prepare_server(tiny(*told, private="epsilon" in told[1]))
 
 
 def test_a_pooled_baseline_takes_the_statistic_without_noise(tiny):
@@ -269,7 +290,7 @@ def test_a_pooled_baseline_takes_the_statistic_without_noise(tiny):
 @pytest.fixture(scope="module", params=["gram", "row_fisher"])
 def collected(request, tiny):
     """What takes a statistic of the tiny base, with the rows of two clients."""
-    from fedlora import compressing, statistic_round
+    from fedlora import compressing
 
     uses = "lord" if request.param == "gram" else "fwsvd"
     scenario = tiny(
@@ -277,23 +298,18 @@ def collected(request, tiny):
     )
     ready = prepare.prepare(scenario)
     loaded, _ = compressing.load(scenario.model.base, None, ["all-linear"], [])
-    return ready, *statistic_round._collector(ready.setup, scenario, loaded)[:2]
+    return Taker(Worker(ready.setup), loaded.layers)
 
 
-def taken(collected, rows, persons=None):
+def taken(taker, rows, persons=None):
     """The sums of a client that holds such rows, without noise."""
-    from dataclasses import replace
-    from types import SimpleNamespace
-
-    from fedlora import statistic_round
-
-    ready, task, collector = collected
-    part = replace(
-        ready.data.partition(0), rows=np.array(rows), persons=None if persons is None else np.array(persons)
-    )
-    data = SimpleNamespace(partition=lambda client: part, units=lambda client: part.units)
-    told = SimpleNamespace(scenario=ready.scenario, data=data)
-    return statistic_round._sum(task, collector, told, 0, 1.0)[0]
+    whole = taker.worker.dataset
+    part = replace(whole.partition(0), rows=np.array(rows), persons=None if persons is None else np.array(persons))
+    taker.worker.dataset = SimpleNamespace(partition=lambda client: part)
+    try:
+        return taker.sums(0, stream(1, "coins"))
+    finally:
+        taker.worker.dataset = whole
 
 
 def length(one, other):

@@ -126,6 +126,9 @@ class Compressor(ABC):
     needs: ClassVar[bool] = False
     """Whether it cannot go without one."""
 
+    layered: ClassVar[bool] = True
+    """Whether it goes by linear layers, of which some can be named or left out."""
+
     factors: ClassVar[bool]
     """Whether it leaves frozen weights as products of factors, to which nothing can be added."""
 

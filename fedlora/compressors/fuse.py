@@ -28,6 +28,7 @@ class Fuse(Pruner):
 
     takes: ClassVar[tuple[Literal["texts"], ...]] = (TEXTS,)
     needs: ClassVar[bool] = True
+    layered: ClassVar[bool] = False
     part: ClassVar[tuple[str, str]] = ("block", "left out")
 
     def goes_by(self, model: Any, layers: Sequence[str]) -> list[str]:

@@ -12,6 +12,8 @@ from fedlora.privacy.ledger import Ledger, Own, read
 from fedlora.privacy.noise import fresh_key
 from fedlora.privacy.wording import protected
 
+STATISTIC = "statistic"  # word of a line that a statistic cost: of which kind it was
+
 logger = logging.getLogger(__name__)
 
 
@@ -50,11 +52,18 @@ class Account:
         file = self.ledger.folder / "privacy.jsonl"
         return file.exists() and any(line.get("run") == run for line in read(file, torn=True))
 
-    def spend(self, run: str, round: int, client: int, event: Event) -> None:
+    def spend(self, run: str, round: int, client: int, event: Event, **more: Any) -> None:
         """Write an event into the ledger.
 
         Where noise is shared out it counts the site's own part alone, which holds whatever the server and all
         others do. A server that lies can have the others add none.
+
+        Args:
+            run: what it is paid for.
+            round: of it.
+            client: which one the site is.
+            event: that is paid.
+            more: words of the line.
 
         Raises:
             Refusal: it would pass what the site allows.
@@ -74,7 +83,7 @@ class Account:
                 "another round would pass the epsilon that the site allows over all runs",
                 own=f"it would come to epsilon {spent:.3f}, and privacy.max_epsilon is {cap.max_epsilon:g}",
             )
-        self.ledger.spend(round, {client: event}, **terms_of(cap, run), **begun(self.ledger))
+        self.ledger.spend(round, {client: event}, **terms_of(cap, run), **more, **begun(self.ledger))
 
 
 def terms_of(cap: Budget, run: str) -> dict[str, Any]:
@@ -110,16 +119,20 @@ def pay(run: Serving, account: Account | None, round: int, client: int, event: E
     Raises:
         Refusal: it would, or cannot be written.
     """
-    asked = run.worker.scenario.example_privacy
+    scenario = run.worker.scenario
+    asked = scenario.example_privacy
+    more: dict[str, Any] = {}
     assert asked is not None
+    if not round and scenario.statistics is not None:  # before the first
+        more = {STATISTIC: scenario.statistics.kind}
     before = run.spent(client)
     paid = epsilon(in_sums([*before, event]), asked.delta, asked.accountant)
     if asked.epsilon is not None and paid > asked.epsilon * (1 + 1e-9):
         raise Refusal(f"another round would make epsilon {paid:.3f}, and {asked.epsilon:g} was promised")
     try:
         if account is not None:
-            account.spend(run.key, round, client, adds(before, event))
-        run.ledger.spend(round, {client: event}, **run.worker.scenario.example_terms, **begun(run.ledger))
+            account.spend(run.key, round, client, adds(before, event), **more)
+        run.ledger.spend(round, {client: event}, **scenario.example_terms, **more, **begun(run.ledger))
     except (OSError, UserError) as error:
         logger.error("%s", error, extra={"client": client, "round": round, "run": run.key})
         raise Refusal("its ledger cannot be written: its log says why", own=str(error)) from error

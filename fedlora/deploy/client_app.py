@@ -7,7 +7,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedlora import wire
+from fedlora import wire, wire_base
 from fedlora.deploy import resident
 from fedlora.privacy import secure
 
@@ -50,5 +50,6 @@ for exchange in (
     secure.REVEAL,
     wire.END,
     wire.SURVEY,
+    wire_base.STATISTIC,
 ):  # `MASKED` comes with a training
     app.query(exchange)(_answer)

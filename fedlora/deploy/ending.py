@@ -48,7 +48,7 @@ def end(run: Serving, site: Site | None, folder: Path, content: RecordDict, clie
     if site is not None and came:
         adapter = _adapter(run, wire.from_arrays(content.array_records[wire.ARRAYS]), client, round)
         write_tensors(folder / FINAL, adapter)
-        about = About.of(run.worker.scenario, run.worker.dataset.labels, {"threshold": threshold})
+        about = run.about(threshold)
         whose = f"after round {round}, as its server sent it to {site.name}"
         export(run, adapter, merges, about, folder / "adapter", whose)
     told = {"round": round, "merges": merges, "threshold": threshold, "adapter": came}

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedlora import wire
+from fedlora import wire, wire_base
 from fedlora.deploy.serving import Serving, Words
 from fedlora.deploy.state import State
 from fedlora.errors import UserError
@@ -28,12 +28,14 @@ from fedlora.returned import finite
 NAME = "history.jsonl"
 INTRODUCTION, ROUND, FIGURES, FORGOTTEN = "introduction", "round", "figures", "forgotten"
 RESTORED, FINISHED, PERSONAL, SURVEY = "restored", "finished", "trained further", "survey"
+STATISTIC = "statistic"
 WHAT = {  # by kind
     "query": INTRODUCTION,
     "train": ROUND,
     "evaluate": FIGURES,
     f"query.{wire.END}": FINISHED,
     f"query.{wire.SURVEY}": SURVEY,
+    f"query.{wire_base.STATISTIC}": STATISTIC,
 }
 ANSWERED, AGAIN, REFUSED, FAILED = "answered", "answered again", "refused", "failed"
 KEYS = (  # of a line, beside `time`, `what` and `outcome`

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from flwr.app import RecordDict
+
 from fedlora import prepare, seeding
 from fedlora.data import reading
 from fedlora.data.cells import Taught
+from fedlora.deploy import cutting, sources
 from fedlora.deploy import site as sites
-from fedlora.deploy import sources
 from fedlora.deploy.answers import Answers
 from fedlora.deploy.serving import Serving, Words
 from fedlora.deploy.site import FLOOR, Site
@@ -35,6 +37,7 @@ def load(
     client: int,
     pay: Callable[[int, int, Event], int],
     merged: int | None = None,
+    content: RecordDict | None = None,
 ) -> Serving:
     """Be a worker of a run, with its ledger, and with the merges that are kept here.
 
@@ -47,9 +50,10 @@ def load(
         client: which client this is.
         pay: as `Worker.pay`.
         merged: how many merges to keep; by default all.
+        content: of the message that the introduction came in; None: it is kept here.
 
     Raises:
-        Refusal: the data do not fit; the log says how.
+        Refusal: the data do not fit, and the log says how; or the base that the server cut does not.
     """
     scenario, key = Scenario.model_validate(words["scenario"]), str(words["run"])
     folder = state.of_run(key)
@@ -58,7 +62,8 @@ def load(
         sources.only(app)
     try:
         setup = _simulated(scenario) if site is None else _own(scenario, site, state, words, client)
-        worker = Worker(replace(setup, personal=folder / "personal"))
+        made = cutting.base(scenario, words, content, folder)
+        worker = Worker(replace(setup, personal=folder / "personal", base=made))
     except SettingError as error:
         shown = scenario.located(error)
         if site is not None and error.key.startswith(("data", "privacy.person")):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.deploy import surveyed
-from fedlora.deploy.account import begun, terms_of
+from fedlora.deploy.account import STATISTIC, begun, terms_of
 from fedlora.deploy.backup import ACCOUNT, records
 from fedlora.deploy.site import Site
 from fedlora.deploy.state import RUN, State
@@ -80,7 +80,7 @@ def level(site: Site, new: Path, gone: Gone, ahead: Mapping[str, Sequence[Line]]
         lines, last = example_lines(new, run), ahead.get(_ledger(run), ())
         came = len(lines) - sum(line["unit"] in ("example", "person") for line in last)
         own = [
-            [line for line in part if line.get("run") == run and line["round"]]
+            [line for line in part if line.get("run") == run and (line["round"] or STATISTIC in line)]
             for part in (account[:then], account[then:])
         ]
         owed, left = _compared(lines[:came], own[0])
@@ -292,8 +292,9 @@ def _most(site: Site, new: Path, gone: Gone, run: str) -> int:
 
 
 def _dearest(lines: Sequence[Line]) -> Event:
-    """The event of some lines that costs most by itself."""
-    events = list(dict.fromkeys(Event.from_json(line) for line in lines))
+    """The event of a round that costs most by itself, of some lines."""
+    rounds = [line for line in lines if STATISTIC not in line] or lines
+    events = list(dict.fromkeys(Event.from_json(line) for line in rounds))
     delta, accountant = lines[-1]["delta"], lines[-1]["accountant"]
     return events[0] if len(events) == 1 else max(events, key=lambda e: epsilon([e], delta, accountant))
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from fedlora import prepare, wire
+from fedlora import prepare, wire, wire_base
 from fedlora.adapter import Instruction
-from fedlora.deploy import admission, ending, history, loading, surveyed
+from fedlora.deploy import admission, cutting, ending, history, loading, surveyed
 from fedlora.deploy import site as sites
 from fedlora.deploy.account import Account, pay
 from fedlora.deploy.history import History
@@ -126,7 +126,7 @@ class Node:
             with _understood():
                 words = wire.unpack_words(content)
             if kind == "query":
-                made = self._introduce(words, client)
+                made = self._introduce(words, client, content)
             elif survey:
                 made = self._survey(words, client)
             else:
@@ -136,22 +136,15 @@ class Node:
                     made = self._end(run, words, content, client)
                     self._record(kind, words, seen, history.ANSWERED)
                     return made
-                if kind.startswith("query."):
+                if kind.startswith("query.") and kind != f"query.{wire_base.STATISTIC}":
                     with _understood():
                         wire.unpack_parts(content)
                         seen["round"] = wire.whole(words.get("round"), "round", 1, rounds)
                     return self.masks.exchange(run, kind.partition(".")[2], content, client)
-                with _understood():
-                    layout, trips = run.worker.task.layout, run.worker.strategy.trips
-                    instruction = wire.unpack_instruction(content, layout, rounds, trips)
-                    merged = wire.whole(words.get("merged", 0), "merged", 0, rounds)
-                seen["round"] = instruction.round
-                run = self._caught_up(run, content, merged, client)
-                made = (
-                    self._train(run, instruction, content, client)
-                    if kind == "train"
-                    else self._judge(run, instruction, client)
-                )
+                if kind.startswith("query."):
+                    made = cutting.answer(run, client)
+                else:
+                    made = self._asked(kind, run, words, content, client, seen)
         except Refusal as error:
             self.failed += kind == "train"
             logger.warning("refused: %s", error, extra=seen)
@@ -173,6 +166,26 @@ class Node:
         logger.info("answered", extra=seen)
         return made
 
+    def _asked(
+        self, kind: str, run: Serving, words: Words, content: RecordDict, client: int, seen: dict[str, Any]
+    ) -> RecordDict:
+        """Train, or judge, as an instruction says.
+
+        Raises:
+            Refusal: the message is wrong, or what it asks for cannot be.
+        """
+        worker = run.worker
+        with _understood():
+            instruction = wire.unpack_instruction(
+                content, worker.task.layout, worker.scenario.rounds, worker.strategy.trips
+            )
+            merged = wire.whole(words.get("merged", 0), "merged", 0, worker.scenario.rounds)
+        seen["round"] = instruction.round
+        run = self._caught_up(run, content, merged, client)
+        if kind == "train":
+            return self._train(run, instruction, content, client)
+        return self._judge(run, instruction, client)
+
     def _tell_spent(self, made: RecordDict, kind: str, words: Words, client: int) -> None:
         """Say beside an answer what the examples lost in the run, so that the server's ledger says no less."""
         run = self._serving(str(words.get("run")))
@@ -190,7 +203,7 @@ class Node:
 
     # Introductions.
 
-    def _introduce(self, words: Words, client: int) -> RecordDict:
+    def _introduce(self, words: Words, client: int, content: RecordDict) -> RecordDict:
         """Say who this is, when everything is ready to train.
 
         Raises:
@@ -199,7 +212,7 @@ class Node:
         scenario = self._acceptable(words, client)
         run = self._serving(str(words["run"]))
         if run is None or {**run.words, "signature": None} != {**words, "signature": None}:
-            run = self._load(words, client)
+            run = self._load(words, client, content=content)
         for what, mine, theirs in (
             ("base model", run.worker.base_fingerprint(), words["base"]),
             ("first adapter", run.worker.describe().fingerprint, words["adapter"]),
@@ -255,13 +268,16 @@ class Node:
             logger.error("%s", shown, extra={"client": client})
             raise Refusal("its rows or its ledger cannot be read: its log says why", own=str(shown)) from error
 
-    def _load(self, words: Words, client: int, merged: int | None = None) -> Serving:
+    def _load(
+        self, words: Words, client: int, merged: int | None = None, content: RecordDict | None = None
+    ) -> Serving:
         """Be a worker of a run, with its ledger, and with the merges that are kept here.
 
         Args:
             words: of the introduction.
             client: which client this is.
             merged: how many merges to keep; by default all.
+            content: of the message that it came in; None: it is kept here.
 
         Raises:
             Refusal: the data do not fit; the log says how.
@@ -272,7 +288,7 @@ class Node:
         while len(self._runs) >= RUNS:
             self._runs.pop(next(iter(self._runs)))  # the one that was asked for longest ago
         told = (self.file, self.app, self.site, self.state, words, client)
-        self._runs[key] = run = loading.load(*told, lambda *spent: self._pay(key, *spent), merged)
+        self._runs[key] = run = loading.load(*told, lambda *spent: self._pay(key, *spent), merged, content)
         return run
 
     def _resumed(self, told: Words, client: int) -> Serving:

@@ -18,7 +18,6 @@ from fedlora.deploy.serving import Serving
 from fedlora.deploy.site import Site, load
 from fedlora.deploy.state import RUN, State
 from fedlora.errors import Refusal, UserError, suggestion
-from fedlora.exporting import About
 from fedlora.passes import alone
 from fedlora.privacy import lock
 from fedlora.privacy.accounting import Event
@@ -84,7 +83,7 @@ def personalise(file: Path, key: str, steps: int = 50) -> Personalised:
         made = {**adapter, **_trained(run, site, account, adapter, steps)}
     except Refusal as error:
         raise UserError(f"{key}: {error.own}") from error
-    about = About.of(scenario, run.worker.dataset.labels, {"threshold": told.get("threshold")})
+    about = run.about(told.get("threshold"))
     ending.export(run, made, int(told["merges"]), about, folder / FOLDER, f"trained further at {site.name}")
     History(site.folder).write(PERSONAL, ANSWERED, run=key, scenario=scenario.name, epsilon_site=account.epsilon)
     del held  # not before

@@ -1,7 +1,7 @@
 """A run at a site: the worker that trains for it, what was paid and merged, and its part in secure aggregation."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedlora.adapter import Instruction
@@ -9,6 +9,7 @@ from fedlora.deploy.answers import Answers
 from fedlora.engine.replies import Report
 from fedlora.engine.worker import Worker
 from fedlora.errors import ContractError
+from fedlora.exporting import About
 from fedlora.privacy.accounting import Event, epsilon, in_sums
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanisms.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE
@@ -48,6 +49,8 @@ class Serving:
     def check(self, instruction: Instruction) -> None:
         """Make sure that the server asks for nothing that would take noise out of a sum, before it is paid for.
 
+        Nor for training on a base that is not the run's yet.
+
         No word about whole clients is heeded where there is no promise to them. Where the noise of examples is
         shared out, the tensors and the words are those of the strategy that the site has too.
 
@@ -55,6 +58,8 @@ class Serving:
             ContractError: it asks for something else.
         """
         worker, told = self.worker, self.worker.scenario
+        if told.compress is not None and worker.setup.base is None:
+            raise ContractError("the base of the run is to be cut before anybody trains")
         strange = set() if told.client_privacy else {CLIP_NORM, SUM_NOISE, COUNT_NOISE} & set(instruction.config)
         if told.shares_example_noise is not None:
             own = worker.strategy.instruct(instruction.round, worker.task.initial)
@@ -72,6 +77,12 @@ class Serving:
         """The same as epsilon, as the scenario counts it; None without privacy."""
         asked = self.worker.scenario.example_privacy
         return None if asked is None else epsilon(in_sums(self.spent(client)), asked.delta, asked.accountant)
+
+    def about(self, threshold: float | None) -> About:
+        """What an adapter of the run was trained on; `threshold` is from which probability on it gives a label."""
+        made = About.of(self.worker.scenario, self.worker.dataset.labels, {"threshold": threshold})
+        cut = self.worker.setup.base
+        return made if cut is None else replace(made, base=str(cut.absolute()), revision=None)
 
     def line(self, report: Report, round: int, client: int) -> dict[str, Any]:
         """A round as a site saw it, which `fedlora watch` shows; only the server knows the metric."""

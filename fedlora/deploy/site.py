@@ -224,6 +224,8 @@ class Site(Section):
                 return f"it runs no code that comes with a run, such as the {what} {use!r}"
         if not rules.own_code and (own := next((use for use in scenario.metrics if ":" in use), None)):
             return f"it runs no code that comes with a run, such as the metric {own!r}"
+        if not rules.own_code and scenario.compress is not None and ":" in scenario.compress.use:
+            return f"it runs no code that comes with a run, such as the compressor {scenario.compress.use!r}"
         if rules.masked_only and scenario.secure_aggregation is None:
             return "it sends masked updates only, and the scenario has no secure_aggregation"
         if self.client >= scenario.clients.total:

@@ -5,7 +5,7 @@ The round loop calls `train`. Flower's own `Strategy.start` works on an engine t
 
 import uuid
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora import wire
 from fedlora.adapter import Adapter, Change, Instruction, Sum
-from fedlora.engine.replies import Replies
+from fedlora.engine.replies import Replies, Said
 from fedlora.engine.setup import Description, Half, Setup
 from fedlora.metrics.contract import Evaluation
 from fedlora.passes.kept import Piece
+from fedlora.privacy.accounting import Event
 
 Figures = dict[str, Any]
 """Figures by name: a number, or None where it says nothing of its rows; `CONFUSION` is a table of counts."""
@@ -93,6 +94,21 @@ class Engine(Grid):
     @abstractmethod
     def start(self, setup: Setup) -> Description:
         """Build the workers, and say what they built."""
+
+    def statistic(
+        self, setup: Setup, event: Event | None, shapes: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[Said] | None:
+        """What clients say whose rows are elsewhere, asked for the statistic by which the base is to be cut.
+
+        Args:
+            setup: of the whole base.
+            event: that it costs each of them.
+            shapes: of the sums, by name.
+
+        Returns:
+            None where the rows are here.
+        """
+        return None
 
     def keep(self, work: Callable[[Path, Sequence[Piece]], None]) -> None:
         """Have on disk what the layers below all factors make of the examples, where that is wanted.

@@ -18,19 +18,22 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedlora import traffic, wire
+from fedlora import traffic, wire, wire_base
 from fedlora.adapter import Adapter, Change, Instruction, Sum, Update
 from fedlora.engine import secure as masking
+from fedlora.engine.asked import Asked
 from fedlora.engine.base import Engine, Figures, chunks, gathered
 from fedlora.engine.inline import InlineEngine
-from fedlora.engine.replies import Replies, Report
+from fedlora.engine.replies import Replies, Report, Said
 from fedlora.engine.roster import Roster, Site, shown
 from fedlora.engine.setup import Description, Setup
 from fedlora.engine.turns import Reply, in_turn
 from fedlora.errors import ContractError, FedloraError, RoundError
 from fedlora.privacy import accounting, affordable, collector, secure
+from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms import central, shared
 from fedlora.privacy.noise import Stream
+from fedlora.tasks import smaller
 
 DEADLINE = 600.0  # seconds that a round waits for its sites, unless the scenario says
 LAST = 60.0  # seconds that a run waits at its end for its sites to take the adapter
@@ -91,8 +94,12 @@ class FlowerEngine(Engine):
                 "base": self.worker.base_fingerprint(),
                 "adapter": self.description.fingerprint,
                 "signature": self.signature,
+                wire_base.CUT: None if setup.base is None else smaller.manifest(setup.base)["fingerprint"],
             }
         )
+        if setup.base is not None:
+            wire_base.pack_cut(self._hello, smaller.factors(setup.base))
+        self.roster.begin_anew()
         sites, away = self.roster.sites, self.roster.turned_away
         self.roster.note(f"waiting for {self.num_clients} sites to join: {self.join:g} s at most")
         self.roster.gather(self._hello, self.join, lambda: len(sites) + len(away) >= self.num_clients)
@@ -105,6 +112,23 @@ class FlowerEngine(Engine):
                 said = self.roster.absent.get(client, f"no site came as this client within {self.join:g} s")
                 self.roster.note(f"the run begins without client {client}: {said}")
         return self.description
+
+    def statistic(
+        self, setup: Setup, event: Event | None, shapes: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[Said]:
+        """What sites say of their own rows, as their answers come; they join for this alone, and then once more.
+
+        Raises:
+            RoundError: none joined.
+        """
+        self.start(setup)
+        units = {client: site.num_examples for client, site in self.roster.sites.items()}
+        contents = dict.fromkeys(units, wire.pack_words({"run": self.key}))
+        told = Asked(event, shapes, self.roster)
+        for client, reply, _ in self.roster.answers(f"query.{wire_base.STATISTIC}", contents):
+            yield told.said(client, units.pop(client), reply)
+        for client in units:  # it may have paid all the same
+            yield told.failed(client, f"no reply within {self.deadline:g} s", event)
 
     def train(self, instruction: Instruction, cohort: Sequence[int], partial_sums: bool) -> Replies:
         """Ask the sites of a round, and wait for them until its deadline."""
@@ -209,7 +233,8 @@ class FlowerEngine(Engine):
     def conclude(self, round: int, adapter: Adapter, merges: int, threshold: float | None) -> int:
         """Say to sites that the run has ended, and send the adapter to those that asked for it.
 
-        What the seed gives them is not sent. Nothing of this makes a finished run fail.
+        What the seed gives them is not sent. Nothing of this makes a finished run fail. With the bytes are those
+        of the factors of a base that was cut, which went beside introductions.
         """
         try:
             self.roster.gather(self._hello, 0.0, lambda: True)
@@ -226,7 +251,9 @@ class FlowerEngine(Engine):
                 refused = None if reply.has_error() else wire.unpack_words(reply.content).get("refused")
                 if why := reply.error.reason if reply.has_error() else refused:
                     self.roster.note(shown(f"{self.roster.sites[client]} did not take the run's end: {why}"))
-            return sum(map(traffic.content_bytes, contents.values()))
+            factors = self._hello.array_records.get(wire_base.CUT)
+            sent = 0 if factors is None else self.roster.greeted * traffic.content_bytes(RecordDict({"": factors}))
+            return sent + sum(map(traffic.content_bytes, contents.values()))
         except Exception as error:  # the SuperLink may be gone, or a site may answer anything
             logger.warning("sites may not know that the run has ended: %s", type(error).__name__)
             return 0

@@ -3,8 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedlora.adapter import Update
 from fedlora.privacy.accounting import Event
+
+Sums = dict[str, NDArray[np.float64]]  # of a statistic: symmetric (in, in), or (in,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,3 +104,24 @@ class Deed:
     steps: int = 0
     digest: str = ""
     draw: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What became of a client that was asked for its statistic.
+
+    Attributes:
+        client: its id.
+        units: examples, or persons, that it holds.
+        sums: with noise, by name; None where it gave none.
+        event: that it spent, if the server's ledger is to say so.
+        again: whether it answered as before, and spent it then.
+        bytes_up: of its answer.
+    """
+
+    client: int
+    units: int = 0
+    sums: Sums | None = None
+    event: Event | None = None
+    again: bool = False
+    bytes_up: int = 0

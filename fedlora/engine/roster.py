@@ -95,6 +95,7 @@ class Roster:
         turned_away: nodes that would not serve: since when, and who and why in a sentence.
         absent: of clients without a site that joined, what is known of it.
         late: replies that came after nobody waited for them any more.
+        greeted: introductions that were sent, since all began anew.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Roster:
         self.deadline, self.join = deadline, join
         self.sites: dict[int, Site] = {}
         self.turned_away: dict[int, tuple[float, str]] = {}
-        self.late = 0
+        self.late, self.greeted = 0, 0
         self._asked: dict[str, int] = {}  # introductions under way: the node by message
         self._overdue: set[str] = set()
 
@@ -144,13 +145,21 @@ class Roster:
             now = time.monotonic()
             away = {node for node, (since, _) in self.turned_away.items() if now - since < AGAIN}
             busy = {*self._asked.values(), *(site.node for site in self.sites.values()), *away}
-            self._asked |= self._send({node: ("query", hello) for node in sorted(here - busy)})
+            sent = self._send({node: ("query", hello) for node in sorted(here - busy)})
+            self._asked, self.greeted = self._asked | sent, self.greeted + len(sent)
             for some in batches(list(self._asked)):
                 for reply in self._pull(some):
                     self._meet(self._asked.pop(reply.metadata.reply_to_message_id), reply)
             if enough() or time.monotonic() >= end:
                 return
             time.sleep(_PAUSE)
+
+    def begin_anew(self) -> None:
+        """Forget who joined: what nodes are greeted with is about to change."""
+        self._overdue.update(self._asked)
+        for known in (self._asked, self.sites, self.turned_away, self.absent):
+            known.clear()
+        self.greeted = 0
 
     def _meet(self, node: int, reply: Message) -> None:
         """Take a site in, or note why not."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from fedlora.errors import SettingError
 from fedlora.privacy.accounting import Event, epsilon, in_sums
@@ -50,9 +51,22 @@ def could_be(events: Iterable[Event], scenario: Scenario) -> bool:
     most = scenario.rounds * told.local_steps * _LIVES
     shares = 1 if scenario.shares_example_noise is None else scenario.most_members
     for event in events:
+        if _of_statistic(event, scenario, asked):
+            continue
         fits = 0 < event.steps <= most and (event.bands == 1 or asked.bands is not None)
         whole = event.noise_multiplier * math.sqrt(event.sharers)
         if not fits or event.sharers > shares or abs((asked.noise_multiplier or whole) / whole - 1) > 1e-12:
             return False
     limit = math.inf if asked.epsilon is None else asked.epsilon * (1 + 1e-6)
     return not events or epsilon(in_sums(events), asked.delta, asked.accountant) <= limit
+
+
+def _of_statistic(event: Event, scenario: Scenario, asked: Privacy) -> bool:
+    """Whether that is what a statistic costs before the first round, however often it was begun."""
+    told = scenario.statistics
+    if told is None or told.epsilon is None or not 0 < event.steps <= _LIVES:
+        return False
+    once = replace(event, steps=1)
+    if once != replace(once, sample_rate=told.share, clip_norm=1.0, bands=1, sharers=1.0):
+        return False
+    return epsilon([once], asked.delta, asked.accountant) <= told.epsilon * (1 + 1e-6)

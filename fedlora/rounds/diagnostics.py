@@ -10,18 +10,19 @@ noise, so of noise alone the ratio is about 1, and far below it where a round le
 `nuclear_norm` of an evaluation (`fedlora.engine.representations`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora import factors
-from fedlora.adapter import Change, Layout, Tensor
+from fedlora.adapter import Change, Layout, Tensor, Update
 from fedlora.kinds.contract import Kind
+from fedlora.rounds import likeness
 from fedlora.rounds.progress import Line
 
-LAYERS = "layers"
+LAYERS, GROUPS = "layers", "groups"
 FIGURES = ("effective_rank", "noise_to_signal", "nuclear_norm")
 """Of a round, over all layers."""
 
@@ -83,6 +84,16 @@ class Diagnostics:
             "noise_to_signal": _ratio(sum(squares.values(), np.zeros(2))) if squares else None,
             LAYERS: layers,
         }
+
+    def alike(self, before: Mapping[str, Tensor], updates: Sequence[Update]) -> Line:
+        """Under `groups` the clients that changed the same directions, where each update is of one client.
+
+        Args:
+            before: every tensor that clients started from.
+            updates: of the round.
+        """
+        found = likeness.groups(self.kind, self.layout, before, updates)
+        return {GROUPS: found} if found else {}
 
 
 def _ratio(squares: NDArray[np.float64]) -> float | None:

@@ -141,6 +141,8 @@ class Loop:
                 figures |= returned.figures(returned.who(self.strategy, "diagnose"), told)
             if self.diagnostics is not None:
                 figures |= self.diagnostics.of(before, mean, adapter, noise, self.merges.total())
+                if not self._summed:
+                    figures |= self.diagnostics.alike({**now.adapter, **drawn, **before}, updates)
             watch.lap("diagnose")
             self._record(round, adapter, replies, figures | noted, now, watch)
 

@@ -15,6 +15,9 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedlora.errors import SettingError
 from fedlora.kinds.targets import linear_layers
 from fedlora.tasks.located import FACTORS, MANIFEST, is_factored
@@ -129,6 +132,17 @@ def thinned(model: Any, path: str) -> Any:
         bias = None if layer.bias is None else layer.bias.detach()
         setattr(model.get_submodule(parent), last, FactoredLinear(sides[0], sides[1], bias))
     return model
+
+
+def factors(folder: Path | str) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """The factors of a base that was cut, by the name of its layers: (out, k) and (k, in).
+
+    Raises:
+        SettingError: the folder is damaged.
+    """
+    held, layers = _tensors(str(folder)), manifest(folder)["layers"]
+    cut = [name for name, layer in layers.items() if layer["rank"] is not None]
+    return {n: (held[f"{n}.left"].float().numpy(), held[f"{n}.right"].float().numpy()) for n in cut}
 
 
 def paired(saved: Collection[str], names: Collection[str]) -> dict[str, str]:

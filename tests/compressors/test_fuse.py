@@ -106,3 +106,11 @@ def test_a_run_takes_such_a_folder_and_no_such_section(deep, tiny, tiny_base, tm
     assert run.summary["epsilon"] <= 8
     with pytest.raises(UserError, match="fuse goes by public texts: run fedlora compress"):
         tiny("compress={use: fuse}")
+
+
+@pytest.mark.parametrize("named", [["--targets", "query"], ["--exclude", "pooler"]])
+def test_layers_cannot_be_named(deep, tmp_path, capsys, named):
+    told = ["--use", "fuse", "--texts", str(deep / "texts.txt"), "--out", str(tmp_path / "cut"), *named]
+    assert main(["compress", str(deep), *told]) == 2
+    assert f"{named[0]}: fuse leaves whole blocks out, whatever their layers" in capsys.readouterr().err
+    assert not (tmp_path / "cut").exists()

@@ -112,7 +112,8 @@ def test_a_private_run_narrows_its_base_and_anything_may_be_added_to_it(tiny, tm
     cut = run.summary["compress"]
     assert (cut["layers"], cut["became"]) == ("2 MLPs", "narrower") and run.summary["epsilon"] <= 8
     assert cut["parameters"]["before"] - cut["parameters"]["after"] == 2 * 32 * (33 + 32)
-    assert cut["statistic"]["bytes_up"] == 4 * 4 * 2 * (64 * 65 // 2)  # of 4 clients and 2 layers, half of 64 x 64
+    half = 4 * 2 * (64 * 65 // 2)  # bytes of 2 layers, half of 64 x 64 each
+    assert 4 * half < cut["statistic"]["bytes_up"] < 4 * (half + 1000)  # of 4 clients, with what says what it is
     assert "2 MLPs narrower" in (run.folder / "adapter" / "README.md").read_text()
 
 

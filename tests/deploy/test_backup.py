@@ -508,3 +508,18 @@ def test_a_damaged_ledger_is_not_kept_and_not_written_over(kept, tmp_path):
     with pytest.raises(UserError, match=r"move privacy\.jsonl and privacy\.head elsewhere"):
         restore(file, made, lost=["none"], merge=True)
     assert '"steps": 4' in book.read_text() and not (tmp_path / "new").exists()
+
+
+def test_a_statistic_is_counted_once_and_is_no_round_s_price(site, tmp_path):
+    """Both ledgers have it under round 0; a lost round costs what rounds cost, though the statistic cost more."""
+    file, state = site
+    dear = Event(noise_multiplier=0.6, sample_rate=1.0, steps=1, clip_norm=1.0)
+    for folder, terms in ((state / "ledger", {**TERMS, "run": "b"}), (state / "runs" / "b", TERMS)):
+        folder.mkdir(parents=True, exist_ok=True)
+        book = Ledger(folder)
+        book.spend(0, {0: dear}, **terms, statistic="gram", **begun(book))
+    pay(state, "b", 1)
+    backup(file, made := tmp_path / "kept")
+    shutil.rmtree(state)
+    restore(file, made, lost=["b=1"], personalised=0)
+    assert spent(state, "b") == 1 + 2 * EVENT.steps and spent(state) == 1 + 4 * EVENT.steps

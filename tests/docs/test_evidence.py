@@ -65,6 +65,8 @@ def test_noise_that_cancels_is_compared_with_the_same_method(evidence):
     keys = ["strategy", "noise"]
     assert evidence._reference(keys, ("rolora", "bands")) == ("rolora", "independent")
     assert evidence._reference(["kind", "r"], ("core", "9")) == ("lora", "14")
+    keys = ["strategy", "r", "alpha", "local steps", "partition"]
+    assert evidence._reference(keys, ("rolora", "2", "2", "4", "iid")) == ("rolora", "8", "8", "1", "label_shares")
 
 
 def test_p_values_are_corrected_as_holm_does(evidence):

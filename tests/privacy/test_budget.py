@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from fedlora import prepare
 from fedlora.engine.replies import Report
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.affordable import could_be
@@ -65,6 +66,19 @@ def test_what_is_owed(tmp_path, known, event, spent, again, owed):
 )
 def test_what_an_honest_site_may_have_paid(tiny, privacy, spent, fine):
     assert could_be(spent, tiny(f"privacy={privacy}", "rounds=9")) is fine
+
+
+@pytest.mark.parametrize(
+    ("change", "fine"),
+    [({}, True), ({"steps": 100}, True), ({"steps": 101}, False), ({"sample_rate": 0.5}, False)],
+)
+def test_a_statistic_has_noise_of_its_own_beside_noise_that_is_fixed(tiny, change, fine):
+    """Of noise that makes epsilon 2, where training has 3; with half of it, epsilon is more."""
+    told = ("compress={use: lord}", "statistics={kind: gram, epsilon: 2}", "privacy={noise_multiplier: 3}")
+    scenario = tiny(*told, "rounds=9")
+    event = prepare.statistic(scenario)
+    assert could_be((dataclasses.replace(event, **change),), scenario) is fine
+    assert not could_be((dataclasses.replace(event, noise_multiplier=event.noise_multiplier / 2),), scenario)
 
 
 def test_without_privacy_nothing_is_paid(tiny):

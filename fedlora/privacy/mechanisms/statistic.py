@@ -62,3 +62,29 @@ def drawn(shape: tuple[int, ...], noise: Stream) -> NDArray[np.float64]:
     made[rows, columns] = noise.standard_normal(len(rows)) * np.where(rows == columns, 1.0, math.sqrt(0.5))
     whole: NDArray[np.float64] = made + np.triu(made, 1).T
     return whole
+
+
+def numbers(shape: tuple[int, ...]) -> int:
+    """How many a sum is as it is sent: of a symmetric matrix half of them, with the diagonal."""
+    return shape[0] if len(shape) == 1 else shape[0] * (shape[0] + 1) // 2
+
+
+def flat(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """A sum as it is sent: of a symmetric matrix the upper half, row by row."""
+    half = values if values.ndim == 1 else values[np.triu_indices(len(values))]
+    return half.astype(np.float32)
+
+
+def unflat(sent: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """The sum of a shape that `flat` made this of.
+
+    Raises:
+        ContractError: it has another size, or a number that is none.
+    """
+    if sent.shape != (numbers(shape),) or not np.isfinite(sent).all():
+        raise ContractError(f"a statistic in a message has shape {sent.shape}, or numbers that are not finite")
+    if len(shape) == 1:
+        return sent.astype(np.float64)
+    made = np.zeros(shape)
+    made[np.triu_indices(shape[0])] = sent
+    return made + np.triu(made, 1).T

@@ -1,0 +1,144 @@
+"""A site's part in making the base smaller: the statistic of its rows, and the base that its server cut.
+
+A site takes the statistic of its own rows alone, noises it from the operating system's entropy, and pays its own
+ledgers before a row is passed. What comes back are two factors for each layer that was cut. The site makes the
+smaller base of them and of its own copy of the whole one, and only if they are that copy on fewer directions:
+`U` has orthonormal columns, and the other factor is `U^T W` of the site's own W. So whoever sends them chooses
+directions and nothing else, and `accept.bases` still says which weights see the rows.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from flwr.app import RecordDict
+from numpy.typing import NDArray
+
+from fedlora import compressing, prepare, wire, wire_base
+from fedlora.adapter import Change, Instruction
+from fedlora.compressors import contract
+from fedlora.compressors.contract import Cut
+from fedlora.deploy.serving import Serving, Words
+from fedlora.engine.roster import STRANGER
+from fedlora.engine.statistic import Taker, mechanism
+from fedlora.errors import ContractError, Refusal, SettingError
+from fedlora.privacy.noise import Stream
+from fedlora.scenario import Scenario
+from fedlora.tasks import located, smaller
+
+BASE = "base"  # of a run's folder
+_EXACT, _ROUNDED = 1e-3, 3e-2  # how far factors may be from a cut of weights in 32 bits, and in fewer
+
+logger = logging.getLogger(__name__)
+
+
+def answer(run: Serving, client: int) -> RecordDict:
+    """The noised statistic of the site's own rows; asked again, it is the same, for nothing.
+
+    Args:
+        run: whose worker has the whole base; it trains nobody afterwards.
+        client: which one the site is.
+
+    Raises:
+        Refusal: the run takes none that noise hides, the budget is not enough, or the statistic cannot be taken.
+    """
+    worker, scenario = run.worker, run.worker.scenario
+    event, told, asked = prepare.statistic(scenario), scenario.compress, scenario.statistics
+    if event is None or told is None or asked is None:
+        raise Refusal("the run has no statistic that noise hides")
+    if worker.setup.base is not None:
+        raise Refusal("the base of the run is cut already")
+    question = run.answers.question(
+        Instruction(round=0, adapter={}, train=(), send=()), client, event, worker.dataset.fingerprint
+    )
+    if (before := run.answers.find(0, question)) is not None:
+        logger.info("asked again: answered as before", extra={"client": client, "run": run.key})
+        made = wire.from_bytes(before)
+        wire.add_words(made, {"again": True})
+        return made
+    try:
+        compressor = contract.load(told.use, {"keep": told.keep, **told.options})
+        loaded, _ = compressing.load(scenario.model.base, scenario.model.revision, told.targets, told.exclude)
+        taker = Taker(worker, compressing.asked_for(compressor, loaded).layers)
+    except SettingError as error:
+        raise Refusal(
+            f"no statistic can be taken of its base ({error.key}): its log says why", own=str(error)
+        ) from error
+    del loaded
+    assert worker.pay is not None
+    worker.pay(0, client, event)
+    try:
+        units = worker.dataset.units(client)
+        sums = taker.sums(client, Stream.fresh())
+        noised = mechanism(asked.share, units, event.noise_multiplier).noised(sums, Stream.fresh())
+    except Exception as error:  # whatever is wrong with its rows
+        logger.exception("the statistic failed", extra={"client": client, "run": run.key})
+        why = f"the statistic failed ({type(error).__name__}): site.log says more"
+        raise Refusal("its statistic failed: its log says why", event, why) from error
+    made = wire_base.pack_statistic(noised, event)
+    try:
+        run.answers.keep(0, question, wire.to_bytes(made))
+    except OSError as error:
+        logger.warning("its answer cannot be kept, in case it is lost: %s", error.strerror or error)
+    return made
+
+
+def base(scenario: Scenario, words: Words, content: RecordDict | None, folder: Path) -> Path | None:
+    """The folder of the base that the server cut; None where the run's base is whole, or not cut yet.
+
+    Args:
+        scenario: that the server sent.
+        words: of the introduction.
+        content: of the message that it came in; None: it is one that is kept here.
+        folder: of the run.
+
+    Raises:
+        Refusal: the factors did not come, or are no cut of the site's own copy.
+        SettingError: the site has no such base.
+    """
+    mark, told = words.get(wire_base.CUT), scenario.compress
+    if mark is None or told is None:
+        return None
+    made = folder / BASE
+    if (made / located.MANIFEST).is_file() and smaller.manifest(made).get("mark") == mark:
+        return made
+    if content is None or wire_base.CUT not in content.array_records:
+        raise Refusal(f"{STRANGER}: the smaller base of the run is not here")
+    loaded, reader = compressing.load(scenario.model.base, scenario.model.revision, told.targets, told.exclude)
+    weights = loaded.weights()
+    try:
+        came = wire_base.unpack_cut(content, {name: weight.shape for name, weight in weights.items()})
+    except ContractError as error:
+        raise Refusal(str(error)) from error
+    exact = all(layer.weight.dtype.itemsize >= 4 for layer in loaded.layers.values())
+    cuts = checked(came or {}, weights, _EXACT if exact else _ROUNDED)
+    if made.exists():
+        shutil.rmtree(made)
+    about = {"use": told.use, "keep": told.keep, "base": scenario.model.base, "mark": str(mark)[:100]}
+    compressing.assemble(made, loaded, reader, cuts, {**about, "statistic": None})
+    return made
+
+
+def checked(came: Change, weights: Mapping[str, NDArray[np.float32]], slack: float) -> dict[str, Cut]:
+    """The cuts of layers, if they are of these weights.
+
+    Args:
+        came: of layers that were cut, the factors (out, k) and (k, in).
+        weights: of all layers that may be cut, (out, in).
+        slack: how far the factors may be off, relative to their length.
+
+    Raises:
+        Refusal: `left` has no orthonormal columns, or `right` is not `left^T W`.
+    """
+    cuts = {name: Cut((weight.shape[0], weight.shape[1])) for name, weight in weights.items()}
+    for name, sides in came.items():
+        weight, (left, right) = weights[name], map(np.array, sides)  # torch takes none that cannot be written
+        far = np.abs(left.T @ left - np.eye(left.shape[1], dtype=np.float32)).max()
+        off = np.linalg.norm(left.T @ weight - right)
+        if not (far <= slack and off <= slack * np.linalg.norm(weight)):  # of what is no number too
+            raise Refusal(f"the factors that came for {name:.100} are no cut of its own copy of the base")
+        lost = np.linalg.norm(weight - left @ right) / max(np.linalg.norm(weight), np.finfo(np.float32).tiny)
+        cuts[name] = Cut(cuts[name].shape, left, right, error=float(lost))
+    return cuts
