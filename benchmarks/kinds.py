@@ -58,8 +58,7 @@ def main() -> None:
 
 def _step(task: Any, partition: Any, use: str, size: int) -> None:
     """One local step of a client that trains what can train, but for a seeded A."""
-    still = {role for role, part in task.kind.parts.items() if part.origin != "zero"}
-    names = tuple(n for n, slot in sorted(task.layout.items()) if slot.trainable and slot.role not in still)
+    names = tuple(n for n, slot in sorted(task.layout.items()) if slot.trainable and slot.role != "A")
     settings = Settings(
         round=1,
         train=names,

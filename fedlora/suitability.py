@@ -310,9 +310,15 @@ def means() -> str:
 
 def refuses(strategy: Strategy | type[Strategy], kind: str) -> str | None:
     """Why a strategy does not work on a kind of adapter; None where it does."""
-    parts: Mapping[str, Part] = plugins.find_of("kinds", kind, Kind).parts  # type: ignore[type-abstract]
+    found = plugins.find_of("kinds", kind, Kind)  # type: ignore[type-abstract]
+    parts: Mapping[str, Part] = found.parts
     if missing := [role for role in strategy.moves if role not in parts or not parts[role].trains]:
         return f"moves {' and '.join(strategy.moves)}, and {kind} has no {' or '.join(missing)} that can train"
+    if strategy.linear and strategy.facts.exact:
+        made = strategy() if isinstance(strategy, type) else strategy
+        layout = {role: Slot(role, (1, 1), role, "x") for role, part in parts.items() if part.trains}
+        if not found(1, 1.0, ()).exact([*made.trains(1, layout)]):
+            return f"averages what it trains, and the change of {kind} is not linear in that"
     return None
 
 

@@ -332,6 +332,7 @@ def test_each_kind_of_adapter_has_its_bytes_and_its_noise(tiny):
     """Four layers of 32 x 32 at r = 4 and s = 2, and a head of 66: by hand."""
     planned = plan(tiny())
     told = {k["kind"]: k for k in planned.kinds}
+    assert "not linear in that" in told.pop("householder")["problem"]
     numbers = {
         "lora": 512,
         "very_sparse": 512,
@@ -341,10 +342,10 @@ def test_each_kind_of_adapter_has_its_bytes_and_its_noise(tiny):
         "lora_xs": 64,
         "dual": 1024,
     }
-    numbers |= {"singular": 16, "ldu": 16, "dct": 512, "sparse": 512 + 4 * 10, "peft": 512}
+    numbers |= {"tensor": 16, "singular": 16, "ldu": 16, "dct": 512, "sparse": 512 + 4 * 10, "peft": 512}
     assert {name: k["adapter"] for name, k in told.items()} == numbers
     assert all(k["head"] == 66 and k["bytes_up"] == 4 * (k["adapter"] + 66) for k in told.values())
-    assert told["core"]["gain"] == told["lora_xs"]["gain"] == 16.0  # s r sqrt(4 layers)
+    assert told["core"]["gain"] == told["lora_xs"]["gain"] == told["tensor"]["gain"] == 16.0  # s r sqrt(4 layers)
     assert told["ldu"]["gain"] == told["singular"]["gain"] == 8.0
     assert told["lora"]["gain"] == pytest.approx(4 * math.sqrt(32 * 4 / 3))
     assert told["core"]["noise"] == pytest.approx(16 * planned.signal["noise"])
@@ -352,3 +353,5 @@ def test_each_kind_of_adapter_has_its_bytes_and_its_noise(tiny):
     assert next(line for line in lines if line.split()[:1] == ["core"]).endswith(f"{told['core']['noise']:.3g}")
     refused = {k["kind"]: k.get("problem", "") for k in plan(tiny("strategy.use=flexlora", private=False)).kinds}
     assert "no A or B that can train" in refused["core"] and not refused["lora"]
+    both = {k["kind"]: k for k in plan(tiny("strategy.use=fedavg_lora", private=False)).kinds}["householder"]
+    assert (both["adapter"], both["gain"]) == (4 * 4 * 65, 8.0)

@@ -156,6 +156,10 @@ class Kind(ABC):
     def initial(self, slot: Slot, rng: np.random.Generator, weights: Weights | None) -> Tensor:
         """The first value of a tensor, from `rng` and the frozen weights alone."""
 
+    def stream(self, slot: Slot) -> str:
+        """What a first value is drawn by beside the seed: its tensor's name; what is shared has one word."""
+        return slot.name
+
     @abstractmethod
     def change(self, layout: Layout, adapter: Mapping[str, Tensor]) -> Change:
         """Factors (out x m, m x in) of each layer's change, without the scaling: as thin as it has them."""
@@ -351,7 +355,8 @@ def initial(
             continue
         part = kind.parts.get(layout[name].role)
         again = (draw,) if draw and part is not None and part.origin == "seeded" else ()
-        adapter[name] = kind.initial(layout[name], generator(seed, "adapter", name, *again), weights)
+        drawn_by = generator(seed, "adapter", kind.stream(layout[name]), *again)
+        adapter[name] = kind.initial(layout[name], drawn_by, weights)
     return adapter
 
 

@@ -3,21 +3,32 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 Places = tuple[torch.Tensor, torch.Tensor]
 
 
 class Scales(torch.nn.Module):
-    """Each of r numbers times one of its own: `y = x * weight`."""
+    """Each number times one of r factors: `y_i = x_i * weight[which_i]`, by default its own."""
 
-    def __init__(self, r: int) -> None:
+    which: torch.Tensor
+
+    def __init__(self, r: int, which: NDArray[np.int64] | None = None) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(r))
+        whose = torch.arange(r) if which is None else torch.from_numpy(which)
+        self.register_buffer("which", whose, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Of (..., r)."""
-        return x * self.weight
+        """Of (..., m), with as many of the first factors as there are at a lower rank."""
+        return x * self.weight[self.which[: x.shape[-1]]]
+
+    def pull(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Gradients of the factors (k, r) of gradients of the products' factors (k, m)."""
+        made = gradients.new_zeros(len(gradients), len(self.weight))
+        return made.index_add(1, self.which[: gradients.shape[1]], gradients)
 
 
 class Copies(torch.nn.Module):
@@ -73,32 +84,47 @@ class _Fixed(torch.autograd.Function):
 
 
 class Mapped(torch.nn.Module):
-    """A linear layer whose weight (out x in) is a linear function of other numbers.
+    """A linear layer whose weight (out x in) is a function of other numbers.
 
     Attributes:
         change: gives the weight of the values, with their graph.
         apart: says whether a pass takes gradients for each example, by a hook, and not for all of them.
     """
 
-    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], frame: int) -> None:
+    def __init__(
+        self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], frame: int | None = None
+    ) -> None:
         super().__init__()
         self.change = change
         self.apart: Callable[[], bool] = lambda: False
-        self.frame = torch.nn.Parameter(torch.zeros(frame), requires_grad=False)
+        if frame is not None:
+            self.frame = torch.nn.Parameter(torch.zeros(frame), requires_grad=False)
         self.values = torch.nn.Parameter(torch.zeros(shape))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What peft asks for the precision of."""
+        return self.values
+
+    def made(self, values: torch.Tensor) -> torch.Tensor:
+        """The weight (out x in), in float32 whatever the precision of training."""
+        with torch.autocast(values.device.type, enabled=False):
+            return self.change(values)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
         if not self.apart():
-            return torch.nn.functional.linear(x, self.change(self.values))
-        y: torch.Tensor = _Fixed.apply(x, self.values, self.change(self.values.detach()))  # type: ignore[no-untyped-call]
+            return torch.nn.functional.linear(x, self.made(self.values))
+        y: torch.Tensor = _Fixed.apply(x, self.values, self.made(self.values.detach()))  # type: ignore[no-untyped-call]
         return y
 
     @torch.enable_grad()
     def pull(self, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
         """Gradients of the values (k, *shape) of gradients of the weight, k of (out x in)."""
         values = self.values.detach().requires_grad_()
-        weight = self.change(values)
+        weight = self.made(values)
+        if weight.shape == values.shape:  # so that those of all examples are no more than what is asked for
+            return torch.autograd.grad(weight, values, torch.stack([*gradients]), is_grads_batched=True)[0]
         return torch.stack([torch.autograd.grad(weight, values, g, retain_graph=True)[0] for g in gradients])
 
 

@@ -323,7 +323,7 @@ class _Layer:
         called = torch.nn.Module()
         called.add_module("layer", self.layer)
         called.forward = self._made
-        with warnings.catch_warnings(), torch.autocast(theta.device.type, enabled=False):
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse invariant checks", UserWarning)  # of SHiRA
             return torch.func.functional_call(called, {f"layer.{self.name}.default": theta.float()}, ())
 

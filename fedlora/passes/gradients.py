@@ -111,9 +111,10 @@ def _hooks(task: "Task") -> None:
     def scales(
         layer: Scales, activations: list[torch.Tensor], backprops: torch.Tensor
     ) -> dict[torch.Tensor, torch.Tensor]:
-        """For each example `sum_t g_t * x_t`."""
+        """For each example `sum_t g_t * x_t`, summed over what has one factor."""
         x = activations[0]
-        return {layer.weight: (x.float() * backprops.float()).reshape(len(x), -1, x.shape[-1]).sum(1)}
+        each = (x.float() * backprops.float()).reshape(len(x), -1, x.shape[-1]).sum(1)
+        return {layer.weight: layer.pull(each)}
 
     def entries(
         layer: Scatter, activations: list[torch.Tensor], backprops: torch.Tensor

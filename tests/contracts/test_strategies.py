@@ -385,9 +385,13 @@ def test_its_state_outlives_a_restart(world, tmp_path):
     assert all(np.array_equal(x, y) for m in one.base for x, y in zip(one.base[m], other.base[m], strict=True))
 
 
-def test_every_kind_that_it_takes_works(world):
+def test_every_kind_that_it_takes_works(world, monkeypatch):
+    """On layers whose modes are large enough for a tensor network of this rank."""
+    monkeypatch.setattr(sys.modules[__name__], "WEIGHTS", {"q": (16, 20), "v": (20, 16)})
     taken = [kind for kind in plugins.names("kinds") if not suitability.refuses(world.made, kind)]
-    assert world.made.builds in taken and (world.made.moves or taken == plugins.names("kinds"))
+    refused = ["householder"] if world.made.linear and world.made.facts.exact else []
+    every = [kind for kind in plugins.names("kinds") if kind not in refused]
+    assert world.made.builds in taken and (world.made.moves or taken == every)
     for kind in taken:
         other = World(world.name, kind)
         done = other.play(other.members())

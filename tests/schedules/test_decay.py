@@ -46,8 +46,8 @@ def test_between_its_rounds_it_does_nothing_and_of_nothing_it_makes_nothing():
 @pytest.mark.parametrize("kind", plugins.names("kinds"))
 def test_it_takes_kinds_in_which_a_matrix_trains(kind, tiny):
     scenario = tiny(f"model.adapter.kind={kind}", "model.adapter.schedule={kind: decay}")
-    made = strategy.load("ffa_lora", {})
-    if kind in ("singular", "ldu", "sparse", "block", "dual", "peft"):
+    made = strategy.load("fedavg_lora" if kind == "householder" else "ffa_lora", {})
+    if kind in ("singular", "ldu", "tensor", "householder", "sparse", "block", "dual", "peft"):
         with pytest.raises(SettingError, match=r"decay: .*(trains no matrix|share a row of A|more than one)"):
             suitability.check(made, scenario)
     else:

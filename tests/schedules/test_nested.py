@@ -40,6 +40,33 @@ def test_a_column_is_the_mean_of_those_who_trained_it():
     np.testing.assert_allclose(made["h"], [0.25])  # a head has no scaling
 
 
+@pytest.mark.parametrize("ranks, nested", [((1, 2, 3), True), ((3, 3, 3), False)])
+def test_each_prefix_of_a_linear_map_becomes_its_best_of_that_rank(ranks, nested):
+    """Maestro's claim: clients that step down `|| B_k A_k - W ||^2` meet in the SVD of W, column by column.
+
+    Of equal ranks the whole is found as well, and its prefixes are not.
+    """
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((size, 3)))[0] for size in (6, 5))
+    weight = u * [4.0, 2.0, 1.0] @ v.T
+    kind, pace = Lora(3, 3.0, ()), 0.05
+    layout = {"b": Slot("b", (6, 3), "B", "q"), "a": Slot("a", (3, 5), "A", "q")}
+    at = {name: (0.3 * rng.standard_normal(slot.shape)).astype(np.float32) for name, slot in layout.items()}
+    for _ in range(800):
+        updates = []
+        for client, rank in enumerate(ranks):
+            b, a = at["b"][:, :rank], at["a"][:rank]
+            off, s = b @ a - weight, kind.scaling(rank)  # the server's is 1, so that the change is b a
+            stepped = {"b": (b - pace * off @ a.T) / s, "a": a - pace * b.T @ off}
+            sent = {name: tensor.astype(np.float32) for name, tensor in stepped.items()}
+            updates.append(Update(adapter=sent, weight=1.0, clients=(client,)))
+        at = mean(kind, layout, at, updates, dict(enumerate(ranks)))
+    for rank in (1, 2, 3):
+        best = u[:, :rank] * [4.0, 2.0, 1.0][:rank] @ v[:, :rank].T
+        away = np.linalg.norm(at["b"][:, :rank] @ at["a"][:rank] - best) / np.linalg.norm(best)
+        assert away < 1e-3 if nested or rank == 3 else away > 0.1
+
+
 def test_of_a_core_rows_and_columns_are_held():
     kind, layout = Core(2, 2.0, ()), {"g": Slot("g", (2, 2), "core", "q")}
     before = {"g": np.zeros((2, 2), np.float32)}

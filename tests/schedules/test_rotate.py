@@ -36,14 +36,22 @@ def test_after_every_second_round_all_is_merged_and_drawn_anew():
     assert not np.array_equal(drawn["a"], contract.redrawn(kind, layout, 7, {"q": (2, 2)}, 2)["a"])
 
 
-@pytest.mark.parametrize("told", [("model.adapter.kind=core",), ("model.adapter.kind=very_sparse",), ()])
-def test_workers_begin_from_the_draw_that_the_server_has(told, tiny, tmp_path):
+@pytest.mark.parametrize(
+    "told, rank",
+    [
+        (("model.adapter.kind=core",), 4),
+        (("model.adapter.kind=tensor",), 16),
+        (("model.adapter.kind=very_sparse",), 4),
+        ((), 4),
+    ],
+)
+def test_workers_begin_from_the_draw_that_the_server_has(told, rank, tiny, tmp_path):
     """A client whose frozen parts differ refuses to train; the rank of what was learnt grows by each merge."""
     run = simulate(tiny("rounds=4", ROTATE, *told), out=tmp_path / "run")
     assert run.summary["failures"] == 0 and len([*(run.folder / "merges").iterdir()]) == 2
     made = read_tensors(run.folder / "adapter" / "adapter_model.safetensors")
     ranks = {t.shape[0] for name, t in made.items() if name.endswith("lora_A.weight")}
-    assert ranks == {8}  # two merges of rank 4, and zeros
+    assert ranks == {2 * rank}  # two merges, and zeros
     planned = plan(tiny("rounds=4", ROTATE, *told))
     assert planned.bytes_down_total == run.summary["bytes_down_total"]  # the last merge goes to nobody
     without = simulate(tiny("rounds=4", *told), out=tmp_path / "without")
