@@ -29,7 +29,7 @@ from fedlora.run import Run
 from fedlora.scenario import Scenario
 
 DOCS = Path(__file__).parents[1] / "docs"
-WHAT = ("baseline", "strategy", "kind", "r", "alpha", "local steps", "partition", "noise")  # what sets rows apart
+WHAT = ("baseline", "strategy", "kind", "r", "alpha", "local steps", "rounds", "partition", "noise")  # of rows
 REFERENCE = {"baseline": "none", "strategy": "ffa_lora", "kind": "lora", "r": "14"}
 WITHIN = {"r": "8", "alpha": "8", "local steps": "1", "partition": "label_shares", "noise": "independent"}  # one
 NAMES = {
@@ -84,6 +84,7 @@ def asked(made: Scenario) -> dict[str, str]:
         "r": made.model.adapter.r,
         "alpha": made.model.adapter.alpha,
         "local steps": made.clients.local_steps,
+        "rounds": made.rounds,
         "partition": made.data.partition.kind,
         "noise": "bands" if guarded and guarded.bands not in (None, 1) else "independent",
         "lr": made.clients.lr if server is None else server.lr,

@@ -22,7 +22,8 @@ a part of that of the rounds before.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,6 @@ class Central(Mechanism):
     root: Root
     shared: bool = False
     coefficients: Coefficients = (1.0,)
-    _past: Past = field(default_factory=lambda: Past(None), init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.bands > 1 and (self.adapts or self.shared):
@@ -228,6 +228,10 @@ class Central(Mechanism):
         return (
             self.sum_noise * clip_norm * float(np.linalg.norm(inverse(self.coefficients, round))) / self.expected
         )
+
+    @cached_property
+    def _past(self) -> Past:
+        return Past(self.root)
 
     def _banded(self, round: int, received: Mapping[str, Tensor], std: str) -> dict[str, Noise]:
         """The x of a round, counted from 1, by tensor. Rounds on other terms have noise of their own."""
