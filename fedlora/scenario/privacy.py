@@ -56,7 +56,7 @@ def _bands(value: object) -> object:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if value is None or value == "auto" or (whole and 1 <= value <= MOST_BANDS):  # type: ignore[operator]
         return value
-    raise PydanticCustomError("bands", f"should be auto, or a whole number from 1 to {MOST_BANDS}, not {value!r}")
+    raise PydanticCustomError("bands", f"should be auto, or a whole number from 1 to {MOST_BANDS}")
 
 
 class Privacy(Section):
