@@ -81,6 +81,8 @@ def admitted(site: Site | None, state: State, app: Path, words: Words, client: i
     key = named(words)
     if state.forgotten(key):
         raise Refusal("its owner had it forget the run of this name: submit it under another")
+    if site is not None and (why := site.refuses_code(words.get("scenario"))):
+        raise Refusal(f"its rules refuse the run: {why}")
     try:
         scenario = Scenario.model_validate(words["scenario"])
     except (KeyError, ValueError) as error:

@@ -1,6 +1,6 @@
 """The site file: what a node brings to a run, and what it allows. No server can override it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora.data.cells import Taught
-from fedlora.errors import SettingError, UserError, suggestion
+from fedlora.errors import SettingError, UserError, cut, suggestion
 from fedlora.privacy.accounting import Accountant
 from fedlora.scenario import (
     COLUMNS_OF,
@@ -30,6 +30,8 @@ from fedlora.scenario import (
 from fedlora.scenario.privacy import unresolved_delta
 from fedlora.tasks.contract import find
 
+_PROGRAMS = ("strategy", "clients", "task", "metrics", "compress")  # sections that may name `module:Class`
+_FLOWERS = "flwr.serverapp.strategy:"  # runs at the server alone
 MOST_STEPS = 100_000  # of training further
 FLOOR = 20  # rows that a site holds out at least where it judges: a mean over few tells each of them
 
@@ -250,6 +252,21 @@ class Site(Section):
         """Where the site keeps what must outlast a restart."""
         return Path(self.state)
 
+    def refuses_code(self, told: object) -> str | None:
+        """Why the site does not so much as read a scenario: it names programs, which reading would import.
+
+        Args:
+            told: a scenario as it was sent, of any form.
+        """
+        if self.accept.own_code or not isinstance(told, Mapping):
+            return None
+        model = told.get("model")
+        parts = [("model.adapter", model.get("adapter") if isinstance(model, Mapping) else None)]
+        for key, part in [*parts, *((key, told.get(key)) for key in _PROGRAMS)]:
+            if own := next((text for text in _texts(part) if ":" in text and not text.startswith(_FLOWERS)), None):
+                return f"it runs no code that comes with a run, such as {cut(own)!r} ({key})"
+        return None
+
     def refuses(self, scenario: Scenario) -> str | None:
         """Why the site does not take part in a scenario; None if it does."""
         rules = self.accept
@@ -267,16 +284,8 @@ class Site(Section):
         ):
             if known is not None and use not in known:
                 return f"it does not accept the {what} {use!r}"
-            if what == "strategy" and use.startswith("flwr.serverapp.strategy:"):
-                continue
             if ":" in use and known is None and what not in ("strategy", "client"):
                 return f"it does not accept the {what} {use!r}"
-            if ":" in use and not rules.own_code:
-                return f"it runs no code that comes with a run, such as the {what} {use!r}"
-        if not rules.own_code and (own := next((use for use in scenario.metrics if ":" in use), None)):
-            return f"it runs no code that comes with a run, such as the metric {own!r}"
-        if not rules.own_code and scenario.compress is not None and ":" in scenario.compress.use:
-            return f"it runs no code that comes with a run, such as the compressor {scenario.compress.use!r}"
         if rules.masked_only and scenario.secure_aggregation is None:
             return "it sends masked updates only, and the scenario has no secure_aggregation"
         if self.client >= scenario.clients.total:
@@ -326,6 +335,15 @@ class Site(Section):
         if set(labels) != set(self.data.labels) or len(labels) != len(self.data.labels):
             return "the labels of the run are not those of its site file (data.labels)"
         return None
+
+
+def _texts(told: object) -> Iterator[str]:
+    """All strings of a nested value, keys apart."""
+    if isinstance(told, str):
+        yield told
+    elif isinstance(told, Mapping | list | tuple):
+        for value in told.values() if isinstance(told, Mapping) else told:
+            yield from _texts(value)
 
 
 def task_of(site: Site) -> str:

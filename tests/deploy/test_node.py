@@ -46,6 +46,16 @@ def test_refuses_what_does_not_go_together(server, node, caplog, change, why):
     assert made.run is None or "labels" not in change
 
 
+def test_a_program_that_a_run_names_is_not_so_much_as_imported(server, node, tmp_path, monkeypatch):
+    (tmp_path / "installed.py").write_text("class Mine: ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    words, files, _ = server()
+    for change in ({"task": "installed:Mine"}, {"compress": {"use": "installed:Mine"}}):
+        told = meet(node(files[0]), {**words, "scenario": {**words["scenario"], **change}})["refused"]
+        assert "runs no code that comes with a run, such as 'installed:Mine'" in told
+    assert "installed" not in sys.modules
+
+
 def test_what_is_wrong_with_its_data_stands_in_its_log_alone(server, node, caplog):
     words, files, _ = server()
     secret = files[0].parent / "train.csv"
