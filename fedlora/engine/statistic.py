@@ -14,6 +14,7 @@ from fedlora.engine.replies import Sums
 from fedlora.engine.worker import Worker
 from fedlora.errors import ContractError, SettingError
 from fedlora.kinds.contract import under
+from fedlora.passes import alone
 from fedlora.passes.statistic import Collector
 from fedlora.privacy.mechanisms.statistic import StatisticGaussian
 from fedlora.privacy.noise import Stream
@@ -39,12 +40,12 @@ class Taker:
             layers: names of those that are to be cut, as the base alone has them.
 
         Raises:
-            SettingError: no layer has a statistic, or there is no such block.
+            SettingError: no layer has a statistic, there is no such block, or examples of a pass move each other.
         """
         assert worker.scenario.statistics is not None
         self.worker, self.asked, task = worker, worker.scenario.statistics, worker.task
-        if worker.kept is not None and task.prefix is not None:
-            task.prefix.kept = lambda examples: None  # all blocks are passed
+        if task.prefix is not None:
+            task.prefix.forget()  # all blocks are passed
         held = dict(task.model.get_base_model().named_modules())
         named = smaller.paired([*layers], [name for name, module in held.items() if _linear(module)])
         for block in self.asked.layers or ():
@@ -69,6 +70,8 @@ class Taker:
         except ContractError as error:
             what = f"{self.asked.kind} cannot be taken of this base: {error}"
             raise SettingError("statistics.kind", what) from error
+        if task.private and (unfit := alone.mingle(task, task.initial)):
+            raise SettingError("statistics", f"examples would not be bounded one by one: {unfit}")
         shared = self.collector.shared
         self.own = {name: shared[module] for name, module in named.items() if module in shared}
 

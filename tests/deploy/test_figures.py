@@ -83,6 +83,14 @@ def test_the_account_pays_before_a_row_is_read_and_once_for_each_round(asked, mo
     assert check(file).privacy.runs == {"figures:tiny-1": 3}
 
 
+def test_a_row_passes_all_layers_by_itself(asked):
+    """What is kept of it came of a pass with others, whose lengths decide its last bits."""
+    made, _, ask = asked("model.adapter.layers=[1]")
+    prefix = made.run.worker.task.prefix
+    prefix.kept = kept = lambda examples: pytest.fail("what is kept is used")
+    assert 0 <= ask(1)["accuracy"] <= 1 and prefix.kept is kept
+
+
 def test_noise_is_of_the_system_and_differs_for_the_same_question(asked, monkeypatch):
     keys, real = [], Stream.fresh.__func__
     monkeypatch.setattr(Stream, "fresh", classmethod(lambda cls: keys.append(real(cls)) or keys[-1]))
@@ -120,6 +128,19 @@ def test_a_budget_that_ends_before_the_run_is_told_before_anything_is_paid(serve
     assert epsilon([cost], told.privacy.delta) == pytest.approx(0.5, rel=0.02)
     files[0].write_text(files[0].read_text().replace("max_epsilon: 8.05", "max_epsilon: 12"))
     assert meet(made, less)["figures"] == pytest.approx(cost.noise_multiplier * 2**0.5 / 20, rel=0.5)
+
+
+def test_the_statistic_of_a_smaller_base_counts_beside_the_figures(server, node, monkeypatch):
+    """Epsilon 8 is for the statistic and the rounds together: 8.02 leaves too little for two figures."""
+    cut = ("compress={use: afm, keep: 0.5}", "statistics={kind: gram, epsilon: 4}")
+    words, files, _ = server(HELD, *cut)
+    tells(files[0])
+    files[0].write_text(files[0].read_text().replace("max_epsilon: 80", "max_epsilon: 8.02"))
+    made = node(files[0])
+    assert "is not enough for 2 noised evaluations" in meet(made, words)["refused"]
+    made.close()
+    monkeypatch.setattr("fedlora.deploy.account.Account.measured", lambda *_: True)  # it is in the account
+    assert meet(node(files[0]), words)["client"] == 0
 
 
 def test_where_the_budget_is_spent_meanwhile_nothing_is_read(asked, monkeypatch):

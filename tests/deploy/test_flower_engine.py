@@ -17,7 +17,8 @@ from fedlora.deploy.node import Node
 from fedlora.engine import roster
 from fedlora.engine.roster import Roster
 from fedlora.errors import ContractError, RoundError, SettingError
-from fedlora.privacy import ledger
+from fedlora.privacy import accounting, ledger
+from fedlora.privacy.accounting import Event
 from fedlora.privacy.budget import Budget
 from fedlora.rounds.loop import Loop
 from tests.deploy.federation import LocalGrid
@@ -180,6 +181,34 @@ def test_an_interrupted_run_ends_within_its_epsilon_and_all_ledgers_agree(
         here = ledger.replay(node.state.folder / "runs" / "run-1" / "privacy.jsonl")
         there = ledger.replay(run.folder / "privacy.jsonl")[client]
         assert len(here[client]) == scenario.rounds and here[client] == there
+
+
+def test_a_banded_release_that_is_made_again_under_another_key_pays_a_turn_of_its_own(
+    sites, nodes, deployed, tmp_path, monkeypatch
+):
+    """The server died three times in the second of two rounds: its group had four turns, the other one."""
+    asked = (
+        "privacy={unit: client, noise_multiplier: 3.0, delta: 1.0e-3, clip_norm: 0.01, bands: 2, epsilon: null}"
+    )
+    scenario, files = sites(asked, "clients.per_round=2", "clients.use=sgd", "rounds=2", private=True)
+    grid, folder, deaths = LocalGrid(nodes(files)), tmp_path / "runs" / "run-1", []
+    original = Loop._record
+
+    def killed(self, round, *rest):
+        if round == 2 and len(deaths) < 3:
+            deaths.append(round)
+            raise RuntimeError("killed")
+        return original(self, round, *rest)
+
+    monkeypatch.setattr(Loop, "_record", killed)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="killed"):
+            deployed(scenario, grid, folder, resume=folder.exists())
+    run, _ = deployed(scenario, grid, folder, resume=True)
+    told = lines(folder, "privacy.jsonl")
+    assert [(line["round"], line.get("bands", 1)) for line in told] == [(1, 2), (2, 2), (2, 1), (2, 1), (2, 1)]
+    turn = Event(noise_multiplier=3.0, sample_rate=told[0]["sample_rate"], steps=4, clip_norm=0.01)
+    assert run.summary["epsilon"] == pytest.approx(accounting.epsilon([turn], 1e-3), rel=1e-9)
 
 
 @pytest.mark.parametrize("opened", [True, False])
