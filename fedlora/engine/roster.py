@@ -107,7 +107,7 @@ class Roster:
         turned_away: nodes that would not serve: since when, and who and why in a sentence.
         absent: of clients without a site that joined, what is known of it.
         late: replies that came after nobody waited for them any more.
-        greeted: introductions that were sent, since all began anew.
+        greeted: introductions that were sent, since somebody counted them or all began anew.
     """
 
     def __init__(
