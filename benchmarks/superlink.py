@@ -131,7 +131,7 @@ def main() -> None:
         finally:
             for pid, what in _processes(link.pid):
                 if what == "server":  # outlives the SuperLink
-                    os.kill(pid, signal.SIGTERM)
+                    os.kill(pid, signal.SIGKILL)
             link.terminate()
             link.wait()
             if nodes.pid:
