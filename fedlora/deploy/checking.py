@@ -18,6 +18,7 @@ from fedlora import plugins
 from fedlora.data import names, notes, overview, reading, suggested
 from fedlora.deploy import figures, surveyed
 from fedlora.deploy import site as sites
+from fedlora.deploy.account import STATISTIC
 from fedlora.deploy.site import FLOOR, Site, task_of, taught
 from fedlora.errors import SettingError, UserError, counted, cut
 from fedlora.privacy import accounting, ledger
@@ -43,7 +44,7 @@ class Spent:
         delta: of it.
         accountant: that counts.
         epsilon: what they have lost, by the ledger in `state`.
-        runs: names of the runs that it went to, with the rounds of each.
+        runs: names of the runs that it went to, with the lines of each but a statistic's.
         person: the column that says who is who; None where each row stands for itself.
     """
 
@@ -339,7 +340,8 @@ def _spent(site: Site) -> Spent | None:
     file, events, runs = site.folder / "ledger" / "privacy.jsonl", [], Counter[str]()
     if file.exists():
         events = ledger.replay(file).get(Own(), [])
-        runs.update(cut(line.get("run", ""), 100) for line in ledger.read(file, torn=True))
+        for line in ledger.read(file, torn=True):
+            runs[cut(line.get("run", ""), 100)] += STATISTIC not in line
     spent = accounting.epsilon(events, cap.delta, cap.accountant)
     return Spent(
         max_epsilon=cap.max_epsilon,

@@ -41,7 +41,18 @@ def test_sites_cut_by_weights_give_what_a_simulation_gives_bit_for_bit(sites, no
     sent = sum(t.nbytes for n, t in mine.items() if n.endswith((".left", ".right")))
     rounds = sum(line["bytes_down"] for line in run.rounds)
     assert 4 * sent < run.summary["bytes_down_total"] - rounds < 4 * (1.1 * sent + 20_000)
-    assert engine.roster.greeted == 4
+    assert engine.roster.greeted == 0, "all are counted"
+
+
+def test_factors_that_an_earlier_process_of_the_server_sent_count_after_a_resume(sites, nodes, deployed):
+    """The second process introduces itself to all four sites again, with the same factors."""
+    scenario, files = sites(CUT, "rounds=1", private=False)
+    run, _ = deployed(scenario, grid := LocalGrid(nodes(files)))
+    told = [run.summary["bytes_down_total"] - sum(line["bytes_down"] for line in run.rounds)]
+    more, _ = deployed(scenario.model_copy(update={"rounds": 2}), grid, run.folder, resume=True)
+    told.append(more.summary["bytes_down_total"] - sum(line["bytes_down"] for line in more.rounds))
+    sent = sum(t.nbytes for n, t in factors(run.folder).items() if n.endswith((".left", ".right")))
+    assert told[0] > 4 * sent and told[1] > 8 * sent
 
 
 @pytest.fixture

@@ -181,6 +181,22 @@ def test_a_private_run_of_personal_models_is_judged_by_noised_figures(sites, nod
     assert own <= scenario.privacy.epsilon * (1 + 1e-9) and made[1].epsilon > own
 
 
+@pytest.mark.parametrize("strategy", ["ffa_lora", "fedsa_lora"])
+def test_a_run_ends_where_no_site_judges_and_says_so(sites, nodes, deployed, strategy):
+    """Of personal models nothing is measured then, of a shared one the test set is."""
+    scenario, files = sites(f"strategy.use={strategy}", "data.client_test_share=0.5", private=False)
+
+    def silent(content):
+        words = wire.unpack_words(content)
+        return wire.pack_words({"refused": "its disk is full"}) if "accuracy" in words else content
+
+    made, notes = nodes(files), []
+    run, _ = deployed(scenario, LocalGrid(made, altered=dict.fromkeys(made, silent)), note=notes.append)
+    assert run.state == "finished" and [line["local_loss"] for line in run.rounds] == [None, None]
+    assert (run.summary["accuracy"] is None) == (strategy == "fedsa_lora")
+    assert sum("no site judged its own model" in note for note in notes) == scenario.rounds
+
+
 def test_a_restore_asks_how_many_figures_were_told(asked, tmp_path):
     made, file, ask = asked()
     ask(1)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from importlib.metadata import version
 
 import numpy as np
@@ -606,6 +607,10 @@ def test_what_a_node_says_of_itself_is_bounded_and_takes_no_other_s_place():
     roster = Roster(LocalGrid({}), 4, deadline=60.0, join=0.0, note=told.append)
     good = {"client": 1, "name": "site-1", "num_examples": 45, "event": None}
     roster.sites[1] = roster._introduced(7, {**good, "time": 1000.0})
+    assert roster._introduced(7, {**good, "time": time.time() + 90}).clock == pytest.approx(90, abs=5)
+    roster._since -= 200  # its reply waited at the SuperLink, or here
+    assert roster._introduced(7, {**good, "time": time.time() - 150}).clock == 0
+    assert roster._introduced(7, {**good, "time": time.time() - 300}).clock == pytest.approx(-100, abs=5)
     assert roster.sites[1].clock < -1e9 and roster._introduced(7, {**good, "time": "?"}).clock == 0
     wrong = {"refused": "x" * 999, "name": "\x1b[2J" + "y" * 99}
     assert roster._who(8, {**wrong, "client": 1}) == "client 1 (?[2J" + "y" * 60 + ")" and not roster.absent
