@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import plugins, scenario
+from fedlora import planning, plugins, scenario
 from fedlora.cli import main
 from fedlora.engine.secure import exchanged
 from fedlora.errors import UserError
@@ -21,6 +21,7 @@ from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms.bands import error
 from fedlora.reports.planned import plan_lines
 from fedlora.run import Run
+from fedlora.scenario import Privacy
 from fedlora.simulation import simulate
 
 SKEWED = ("data.partition={kind: dirichlet, alpha: 1.0, min_examples: 12}", "rounds=3", "seed=5")
@@ -97,6 +98,26 @@ def test_bands_for_clients_cost_turns_of_a_group(tiny):
     assert auto.signal["bands"] in (1, 2, 4) and auto.epsilon <= 8
 
 
+@pytest.mark.parametrize("epsilon, bands, left", [(2, 4, 0.93), (8, 8, 0.71)])
+def test_what_bands_leave_of_the_noise_for_clients_is_that_of_the_docs(epsilon, bands, left):
+    """1,000 clients, of which a round takes 50, 100 rounds, delta 1e-4: the table of docs/privacy.md."""
+    asked = Privacy(epsilon=epsilon, delta=1e-4, unit="client")
+    sigma = accounting.calibrate(epsilon, 1e-4, bands * 0.05, -(-100 // bands))
+    assert planning._in_weights(asked, bands, sigma, 0.05, 100) == pytest.approx(left, abs=0.005)
+
+
+def test_a_plan_says_what_bands_leave_of_the_noise_for_clients(tiny):
+    told = "clients.per_round=2", "rounds=4", "clients.use=sgd"
+    planned = plan(tiny(*told, f"{CLIENTS[:-1]}, bands: 2}}"))
+    plain = accounting.calibrate(8, 1e-2, 0.5, 4)
+    assert planned.in_weights == pytest.approx(
+        planned.noise_multiplier * error(2, 4) / (plain * error(1, 4)), 0.01
+    )
+    text = " ".join("\n".join(plan_lines(planned.to_json())).split())
+    assert f"{planned.in_weights:.2f} of the noise of independent rounds is left in the weights" in text
+    assert plan(tiny(*told, CLIENTS)).in_weights is None
+
+
 def test_a_causal_model_runs_as_planned(tiny, tiny_lm, tmp_path):
     scenario = tiny("task=causal_lm", f"model.base={tiny_lm}", "model.adapter.targets=[q_proj, v_proj]")
     agrees(plan(scenario), simulate(scenario, out=tmp_path / "run"))
@@ -160,6 +181,10 @@ def warned(planned, words: str) -> bool:
 def test_warnings_that_a_reviewer_would_raise(tiny):
     small = plan(tiny())
     assert warned(small, "4 clients hold fewer than 100 examples")
+    drowned = "noise outweighs the signal"
+    assert small.signal["run_ratio"] > 1 and not warned(small, drowned)
+    loud = plan(tiny("privacy={noise_multiplier: 8, delta: 1.0e-3}"))
+    assert loud.signal["run_ratio"] < 1 and warned(loud, drowned)
     assert warned(small, "of the median client takes 4 examples for each of 2 labels: noise hides what is")
     for enough in ("clients.batch_size=20", "clients.sample_rate=1.0"):  # ten of each, and all that there are
         assert not warned(plan(tiny(enough)), "for each of")

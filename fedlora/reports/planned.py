@@ -33,7 +33,8 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         if turns := named(g.get("bands", 1) for g in plan["groups"]):
             lines.append(f"            {turns}, by the {what}s that a client holds")
         elif plan["unit"] == "client" and (turns := named([plan["signal"]["bands"]])):
-            lines.append(f"            {turns}: clients take turns by round")
+            left = f"{plan['in_weights']:.2f} of the noise of independent rounds is left in the weights"
+            lines.append(f"            {turns}: clients take turns by round, and {left}")
         lines.append(f"            {neighbours(plan['unit'])}")
     if plan["own_epsilon"] is not None:
         lines.append(
