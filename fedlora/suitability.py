@@ -170,7 +170,7 @@ def _check(strategy: Strategy, scenario: Scenario, those: Callable[[Test], str])
         if {*strategy.parts} - {"head"} and not {*strategy.parts} & {*own}:
             raise SettingError(
                 "strategy.parts",
-                f"names nothing that trains of {type(made).__name__}: write [{', '.join(own)}, head]",
+                f"names nothing that trains of {plugins.called(type(made))}: write [{', '.join(own)}, head]",
             )
     if schedule is not None:
         _check_schedule(schedule, strategy, made, scenario, those)
@@ -191,7 +191,9 @@ def _check_mended(strategy: Strategy, scenario: Scenario, kind: Kind, those: Cal
     """
     use, model, key = scenario.strategy.use, scenario.model, "model.quantize.start"
     if type(kind) is not Lora:
-        raise SettingError(key, f"lq begins with a plain LoRA, and this is {type(kind).__name__}: leave it out")
+        raise SettingError(
+            key, f"lq begins with a plain LoRA, and this is {plugins.called(type(kind))}: leave it out"
+        )
     if strategy.draw(2) != strategy.draw(1) or strategy.personal:
         can = those(lambda cls: cls().draw(2) == cls().draw(1) and not cls.personal)
         raise SettingError(key, f"lq is one beginning for all, which {use} has not: take one of {can}")
