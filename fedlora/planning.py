@@ -73,9 +73,10 @@ class Plan:
         workers: processes that train side by side.
         stopped: why it will end before its last round; None if it will not.
         signal: signal and noise in the mean of a step (`fedlora.advice.Signal`); None without privacy.
-        in_weights: noise in the weights over that of independent rounds, where the server's is banded; else None.
+        in_weights: noise in the weights over that of independent rounds; None where the server bands none.
         advice: with `advise` alternatives at the same examples and epsilon, the best ratio first.
-        statistics: by which the base is cut, with its epsilon, noise and bytes; None where there is none.
+        statistics: by which the base is cut, with its epsilon, noise and bytes, and the `seconds` that it and the
+            cut take before the first round, estimated; None where there is none.
         frozen_bytes: on disk, of what the layers below all factors make of examples; None where that is not kept.
         warnings: what a privacy reviewer would ask.
     """

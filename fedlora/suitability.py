@@ -163,7 +163,8 @@ def _check(strategy: Strategy, scenario: Scenario, those: Callable[[Test], str])
     kind = scenario.model.adapter.named
     if kind != "auto" and (wrong := refuses(strategy, kind)):
         can = those(lambda cls: not refuses(cls, kind))
-        raise SettingError("model.adapter.kind", f"{use} {wrong}: leave kind out; with {kind} go {can}")
+        what = f"{use} {wrong}: leave model.adapter.kind out, or take a strategy that goes with {kind}: {can}"
+        raise SettingError("model.adapter.kind", what)
     made, width = kind_of(strategy, scenario), located.width(scenario.model.base)
     if isinstance(strategy, Stock):
         own = [role for role, part in made.parts.items() if part.trains]
@@ -320,7 +321,7 @@ def refuses(strategy: Strategy | type[Strategy], kind: str) -> str | None:
         made = strategy() if isinstance(strategy, type) else strategy
         layout = {role: Slot(role, (1, 1), role, "x") for role, part in parts.items() if part.trains}
         if not found(1, 1.0, ()).exact([*made.trains(1, layout)]):
-            return f"averages what it trains, and the change of {kind} is not linear in that"
+            return f"promises exact averages, and the change of {kind} is not linear in what it trains"
     return None
 
 

@@ -170,7 +170,7 @@ def test_check_says_where_bands_are_not_what_cancels_best(scenario, capsys, told
 def test_check_finds_options_that_the_strategy_lacks(scenario, capsys):
     assert main(["check", str(scenario)]) == 0
     assert main(["check", str(scenario), "--set", "strategy.trim=1"]) == 2
-    assert "FFALoRA has no option 'trim'" in capsys.readouterr().err
+    assert "ffa_lora has no option 'trim'" in capsys.readouterr().err
 
 
 def test_check_reads_the_data_and_says_all_that_is_wrong(scenario, capsys):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import planning, plugins, scenario
+from fedlora import planning, plugins, scenario, suitability
 from fedlora.cli import main
 from fedlora.engine.secure import exchanged
-from fedlora.errors import UserError
+from fedlora.errors import SettingError, UserError
 from fedlora.planning import plan
 from fedlora.prepare import calibrate, prepare
 from fedlora.privacy import accounting, ledger
@@ -23,6 +23,7 @@ from fedlora.reports.planned import plan_lines
 from fedlora.run import Run
 from fedlora.scenario import Privacy
 from fedlora.simulation import simulate
+from fedlora.strategies.ffa_lora import FFALoRA
 
 SKEWED = ("data.partition={kind: dirichlet, alpha: 1.0, min_examples: 12}", "rounds=3", "seed=5")
 CLIENTS = "privacy={unit: client, epsilon: 8, delta: 1.0e-2, clip_norm: 0.5}"
@@ -151,6 +152,31 @@ def test_what_does_not_fit_the_scenario_is_listed_with_its_reason(tiny):
     problems = {a["strategy"]: a.get("problem", "") for a in plan(tiny("model.adapter.kind=lora")).alternatives}
     assert "client_test_share" in problems["fedsa_lora"] and "no core" in problems["fed_sb"]
     assert [name for name, why in problems.items() if why] == ["dual_lora", "fed_sb", "fedsa_lora"]
+
+
+def test_a_strategy_that_check_refuses_has_no_price_and_one_line_tells_of_all_that_one_reason_refuses(tiny):
+    """Adam at the server steps along a mean, which those that merge or keep have not."""
+    planned = plan(tiny("strategy.server={kind: adam}"))
+    problems = {a["strategy"]: a["problem"] for a in planned.alternatives if "problem" in a}
+    refused = {
+        name for name, why in problems.items() if why.startswith("strategy.server: adam steps along a mean")
+    }
+    assert {"alone", "fedex_lora", "flora"} <= refused and "ffa_lora" not in problems
+    told = plan_lines(planned.to_json())
+    (line,) = [one for one in told if one.startswith(f"  {sorted(refused)[0]}, ")]
+    text = " ".join(" ".join(told).split())
+    assert line and text.count("adam steps along a mean") == 1
+    assert f"{', '.join(sorted(refused))}: strategy.server: adam steps along a mean" in text
+    assert "and what it makes is none: write strategy.server: null" in text
+
+
+def test_the_strategies_that_go_with_a_kind_are_the_same_wherever_they_are_told(tiny):
+    for server, more in (("null", "fedex_lora"), ("{kind: adam}", "")):
+        planned = plan(tiny(f"strategy.server={server}"))
+        (why,) = [k["problem"] for k in planned.kinds if k["kind"] == "householder"]
+        with pytest.raises(SettingError) as raised:
+            suitability.check(FFALoRA(), tiny(f"strategy.server={server}", "model.adapter.kind=householder"))
+        assert why == str(raised.value) and ("fedex_lora" in why.rpartition(":")[2]) is bool(more)
 
 
 def test_long_alternatives_are_estimated_from_their_first_rounds(tiny, monkeypatch):
@@ -357,7 +383,7 @@ def test_each_kind_of_adapter_has_its_bytes_and_its_noise(tiny):
     """Four layers of 32 x 32 at r = 4 and s = 2, and a head of 66: by hand."""
     planned = plan(tiny())
     told = {k["kind"]: k for k in planned.kinds}
-    assert "not linear in that" in told.pop("householder")["problem"]
+    assert "not linear in what it trains" in told.pop("householder")["problem"]
     numbers = {
         "lora": 512,
         "very_sparse": 512,
