@@ -9,6 +9,7 @@ from fedlora.data import reading
 from fedlora.data.cells import Taught
 from fedlora.deploy import site
 from fedlora.errors import SettingError, UserError
+from fedlora.reference import sites
 
 GOOD = """\
 name: st-mary
@@ -87,6 +88,8 @@ def test_the_site_file_of_the_page_can_be_read(read):
     least, text = re.findall(r"^```yaml\n(name: .*?)^```", page, re.S | re.M)
     assert read(least).model_dump(exclude_defaults=True).keys() == {"name", "client", "data", "state", "privacy"}
     made = read(text)
+    unsaid = {key.path for key in sites().keys if not re.search(rf"\b{key.name}:", text)}
+    assert unsaid == {"site.data.test", "site.data.validation"}, "which a site does not use"
     assert made.personalise.steps == 50 and made.figures.epsilon == 0.2 and read(least).figures is None
     assert made.data.labels == ("surgery", "other") and made.accept.metrics is False
     assert made.metrics_address == "127.0.0.1" == read(GOOD).metrics_address
