@@ -14,7 +14,7 @@ from fedlora.privacy import cohorts
 from fedlora.scenario.clients import Clients
 from fedlora.scenario.data import TASK_OF, Data, LabelShares, Public, Sampled
 from fedlora.scenario.defaults import completed
-from fedlora.scenario.explain import explain
+from fedlora.scenario.explain import explain, meant
 from fedlora.scenario.head import NarrowHead
 from fedlora.scenario.keys import Problem
 from fedlora.scenario.privacy import Privacy
@@ -43,7 +43,7 @@ def validate(raw: dict[str, Any]) -> tuple[Scenario | None, list[Problem]]:
                 problems += [explain((name,), detail, raw[name]) for detail in error.errors()]
     for key in raw:
         if key not in Scenario.model_fields:
-            problems.append(Problem((key,), f"unknown key {key!r}: {suggestion(key, Scenario.model_fields)}"))
+            problems.append(Problem((key,), f"unknown key {key!r}: {meant((key,), Scenario.model_fields)}"))
     for name, cls in (("clients", Clients), ("strategy", Strategy)):
         problems += _slips(name, raw.get(name), cls)
     problems += _across(sections)

@@ -1,9 +1,10 @@
 """How a mistake that pydantic found is told: the key as it is written, what is wrong, what to write instead."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from fedlora import plain
@@ -45,9 +46,9 @@ def explain(at: KeyPath, detail: ErrorDetails, raw: object, root: type[BaseModel
         here = here[part] if inside else None
     key, kind = dotted(path), detail["type"]
     if kind == "extra_forbidden":
-        known = _fields(path[:-1], {at[0]: raw} if at else raw, root)
+        fields = _fields(path[:-1], {at[0]: raw} if at else raw, root)
         place = f" in {dotted(path[:-1])}" if path[:-1] else ""
-        return Problem(tuple(path), f"unknown key {path[-1]!r}{place}: {suggestion(str(path[-1]), known)}")
+        return Problem(tuple(path), f"unknown key {path[-1]!r}{place}: {meant(path, fields)}")
     if kind == "missing":
         return Problem(tuple(path[:-1]), f"{key} is missing")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -59,10 +60,21 @@ def explain(at: KeyPath, detail: ErrorDetails, raw: object, root: type[BaseModel
         return Problem((*path, "kind"), f"{key}: {what}")
     if kind == "model_attributes_type" and path[-1] in _UNIONS:
         known = _kinds(_UNIONS[str(path[-1])])
-        meant = here if here in known else known[0]
-        return Problem(tuple(path), f"{key}: should be a mapping with a kind, such as {{kind: {meant}}}")
+        one = here if here in known else known[0]
+        return Problem(tuple(path), f"{key}: should be a mapping with a kind, such as {{kind: {one}}}")
     own = kind in ("unknown", "source", "cohort", "target", "shares", "pattern") or isinstance(here, dict)
     return Problem(tuple(path), f"{key}: {plain.words(detail)}{'' if own else f', not {plain.shown(here)}'}")
+
+
+def meant(path: Sequence[str | int], known: Mapping[str, FieldInfo]) -> str:
+    """What to write instead of an unknown key: one of that name a section deeper, else the nearest."""
+    *place, name = path
+    deeper = [
+        repr(dotted((*place, key, name)))
+        for key, field in known.items()
+        if any(name in section.model_fields for section in sections(field.annotation))
+    ]
+    return f"did you mean {' or '.join(deeper)}?" if deeper else suggestion(str(name), known)
 
 
 _UNIONS = {"ranks": Ranks, "partition": Partition, "up": Packed, "availability": Availability}
@@ -72,7 +84,7 @@ def _kinds(union: Any) -> list[str]:
     return [str(k) for c in get_args(get_args(union)[0]) for k in get_args(c.model_fields["kind"].annotation)]
 
 
-def _fields(path: Sequence[str | int], raw: object, root: type[BaseModel]) -> Iterable[str]:
+def _fields(path: Sequence[str | int], raw: object, root: type[BaseModel]) -> Mapping[str, FieldInfo]:
     """The keys that the section at `path` knows."""
     cls, here = root, raw
     for part in path:

@@ -217,6 +217,15 @@ def test_every_mistake_is_reported_at_once():
         (["data.dataset=tweet"], "--set data.dataset=tweet: data.dataset: unknown dataset 'tweet': did you mean"),
         (["data={dataset: tweet}"], "--set data={dataset: tweet}: data.dataset: unknown dataset"),
         (["data.max_len=3"], "--set data.max_len=3: unknown key 'max_len' in data: did you mean 'max_length'?"),
+        (
+            ["data.label=triag"],
+            "unknown key 'label' in data: did you mean 'data.hub.label' or 'data.files.label'?",
+        ),
+        (["alpha=3"], "--set alpha=3: unknown key 'alpha': known: "),
+        (
+            ["epsilon=3"],
+            "--set epsilon=3: unknown key 'epsilon': did you mean 'privacy.epsilon' or 'statistics.epsilon'?",
+        ),
         (["model.partition.kind=iid"], "--set model.partition.kind=iid: unknown key 'partition' in model"),
         (["privacy.clip_norm=1"], "--set privacy.clip_norm=1: privacy: needs epsilon (a budget) or noise"),
         (
