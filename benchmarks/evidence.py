@@ -30,11 +30,12 @@ from fedlora.scenario import Scenario
 
 DOCS = Path(__file__).parents[1] / "docs"
 WHAT = ("baseline", "strategy", "kind", "r", "alpha", "local steps", "rounds", "partition", "noise")  # of rows
-REFERENCE = {"baseline": "none", "strategy": "ffa_lora", "kind": "lora", "r": "14"}
+REFERENCE = {"baseline": "none", "strategy": "ffa_lora", "kind": "lora", "r": "8"}
 WITHIN = {"r": "8", "alpha": "8", "local steps": "1", "partition": "label_shares", "noise": "independent"}  # one
 NAMES = {
     "fedavg_lora": "LoRA",
     "ffa_lora": "FFA-LoRA",
+    "ffa_lora, shrunk": "FFA-LoRA, shrunk",
     "fedsvd": "FedSVD",
     "rolora": "RoLoRA",
     "fed_sb": "Fed-SB",
@@ -79,7 +80,7 @@ def asked(made: Scenario) -> dict[str, str]:
     server, guarded, kind = made.strategy.server, made.example_privacy, made.model.adapter.kind
     told = {
         "baseline": made.baseline and made.baseline.kind,
-        "strategy": made.strategy.use,
+        "strategy": made.strategy.use + (", shrunk" if made.strategy.shrink else ""),
         "kind": kind if isinstance(kind, str) else getattr(kind, "config", kind.use),
         "r": made.model.adapter.r,
         "alpha": made.model.adapter.alpha,

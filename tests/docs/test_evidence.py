@@ -64,7 +64,7 @@ def test_where_the_learning_rate_varies_the_columns_are_its_values(study, tmp_pa
 def test_noise_that_cancels_is_compared_with_the_same_method(evidence):
     keys = ["strategy", "noise"]
     assert evidence._reference(keys, ("rolora", "bands")) == ("rolora", "independent")
-    assert evidence._reference(["kind", "r"], ("core", "9")) == ("lora", "14")
+    assert evidence._reference(["kind", "r"], ("core", "9")) == ("lora", "8")
     keys = ["strategy", "r", "alpha", "local steps", "partition"]
     assert evidence._reference(keys, ("rolora", "2", "2", "4", "iid")) == ("rolora", "8", "8", "1", "label_shares")
 
