@@ -177,7 +177,8 @@ def rule(site: Site) -> str:
         std = event(site.figures, site.privacy).noise_multiplier * NORM
     except SettingError as error:
         return f"may learn no figure of these rows: {error.message}"
+    units = "rows" if site.privacy.person is None else "persons"
     return (
-        f"may learn the loss and the accuracy of rows that are held out, noised: of 100 rows to {1.96 * std:,.0f} "
-        f"either way; each evaluation costs epsilon {site.figures.epsilon:g} (figures)"
+        f"may learn loss and accuracy of {units} that are held out, noised: of 100 {units} an accuracy to "
+        f"{1.96 * std / 100:.2g} either way; each evaluation costs epsilon {site.figures.epsilon:g} (figures)"
     )

@@ -3,7 +3,8 @@
 The same code runs in a simulation, where the server pays for its clients, and at a site, which pays for itself.
 """
 
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,9 +88,25 @@ class Taker:
             client: whose.
             coins: to toss for each example, or person.
         """
-        task, partition = self.worker.task, self.worker.dataset.partition(client)
-        weights = dict(weighed(partition, mechanism(self.asked.share, partition.units).taken(coins)))
-        rows = np.array(sorted(weights), np.int64)
+        partition = self.worker.dataset.partition(client)
+        return self._added(
+            partition, dict(weighed(partition, mechanism(self.asked.share, partition.units).taken(coins)))
+        )
+
+    def row_seconds(self, client: int) -> float:
+        """Of a row, by a few of a client's; the first pass is slower, and not counted."""
+        partition = self.worker.dataset.partition(client)
+        few = [int(row) for row in partition.rows[: self.worker.scenario.clients.micro_batch_size]]
+        took = 0.0
+        for _ in range(2):
+            began = time.perf_counter()
+            self._added(partition, dict.fromkeys(few, 1.0))
+            took = time.perf_counter() - began
+        return took / len(few)
+
+    def _added(self, partition: Partition, weights: Mapping[int, float]) -> Sums:
+        """What rows of a client add up to, each times its weight."""
+        task, rows = self.worker.task, np.array(sorted(weights), np.int64)
         task.begin(task.initial, ())
         task.model.eval()
         with task.precisely(False):

@@ -159,7 +159,7 @@ def test_a_site_without_the_section_or_with_exact_figures_beside_it(server, node
         ("own_code: false", "own_code: false, metrics: true", "figures: are noised, and accept.metrics has exact"),
         ("privacy:", "# privacy:", "figures: is paid for from a budget: set privacy too"),
         ("{epsilon: 0.5}", "{epsilon: 0}", "figures.epsilon: should be greater than 0"),
-        ("{epsilon: 0.5}", "{epsilon: 1, most: 2}", "unknown key 'figures.most'"),
+        ("{epsilon: 0.5}", "{epsilon: 1, most: 2}", "unknown key 'most' in figures"),
     ):
         files[0].write_text(text.replace(old, new))
         with pytest.raises(UserError, match=why):

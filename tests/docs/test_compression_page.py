@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 
 from fedlora import plugins
 from fedlora.compressors.contract import compress, load
 from fedlora.scenario.checks import validate
+from fedlora.traffic import statistic_bytes
 
 TEXT = (Path(__file__).parents[2] / "docs" / "compression.md").read_text()
 
@@ -49,3 +51,19 @@ def test_the_compressor_on_the_page_runs(tmp_path, monkeypatch):
     }
     cuts = compress(load("mine:Mine", {}), weights, {})
     assert {name: cut.rank for name, cut in cuts.items()} == {"a": 8, "b": 3, "c": None}
+
+
+def test_the_bytes_of_a_statistic_are_those_of_the_page():
+    (inputs, width, others, more, gram, mean) = map(
+        lambda told: int(told.replace(",", "")),
+        re.findall(
+            r"(\d+) inputs of (\d+) and (\d+) of ([\d,]+), so a gram is (\d+) MB a client, once, and a "
+            r"mean (\d+) kB",
+            TEXT,
+        )[0],
+    )
+    sizes = [width] * inputs + [more] * others
+    square = {str(i): (d, d) for i, d in enumerate(sizes)}
+    flat = {str(i): (d,) for i, d in enumerate(sizes)}
+    assert round(statistic_bytes(square, None) / 1e6) == gram == round(sum(2 * d * (d + 1) for d in sizes) / 1e6)
+    assert statistic_bytes(flat, None) / 1e3 == pytest.approx(mean, rel=0.1)
