@@ -207,7 +207,7 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
         stopped=real.stopped,
         signal=signal.to_json() if signal else None,
         in_weights=_in_weights(
-            asked, bands, noise_of, told.cohort_size / told.total, scenario.rounds + asked.reserve
+            asked, bands, noise_of, told.cohort_size / told.total, scenario.rounds, asked.reserve
         )
         if asked and real.central and bands > 1
         else None,
@@ -313,7 +313,7 @@ def _groups(scenario: Scenario, data: Dataset, setup: Setup, loop: Rehearsal) ->
     return groups
 
 
-def _in_weights(asked: scenarios.Privacy, b: int, sigma: float, rate: float, steps: int) -> float:
+def _in_weights(asked: scenarios.Privacy, b: int, sigma: float, rate: float, steps: int, spare: int = 0) -> float:
     """Noise in the weights of b bands over that of independent steps at the same epsilon.
 
     Args:
@@ -321,7 +321,8 @@ def _in_weights(asked: scenarios.Privacy, b: int, sigma: float, rate: float, ste
         b: of the noise.
         sigma: noise multiplier at these bands.
         rate: with which independent steps, or rounds, take an example, or a client.
-        steps: of the run, with those in reserve.
+        steps: of the run; of a client, with those in reserve.
+        spare: rounds in reserve, where the noise is the server's.
     """
     if b == 1:
         return 1.0
@@ -330,7 +331,7 @@ def _in_weights(asked: scenarios.Privacy, b: int, sigma: float, rate: float, ste
             noise_multiplier=sigma, sample_rate=min(b * rate, 1.0), steps=steps, clip_norm=asked.clip_norm, bands=b
         )
         target = accounting.epsilon([event], asked.delta, asked.accountant)
-    (plain,) = prepare.known(target, asked.delta, [min(rate, 1.0)], steps, asked.accountant)
+    (plain,) = prepare.known(target, asked.delta, [min(rate, 1.0)], steps + spare, asked.accountant)
     return sigma * error(b, steps) / (plain * error(1, steps))
 
 
