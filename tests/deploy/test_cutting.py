@@ -182,7 +182,7 @@ def test_a_restarted_site_that_lost_its_base_is_greeted_again(sites, nodes, depl
 def test_a_site_runs_no_compressor_that_comes_with_a_run(server, node):
     words, files, _ = server()
     words["scenario"]["compress"] = {"use": "os:path", "keep": 0.5}
-    assert "such as the compressor 'os:path'" in meet(node(files[0]), words)["refused"]
+    assert "such as 'os:path' (compress)" in meet(node(files[0]), words)["refused"]
 
 
 EVENT = Event(noise_multiplier=2.0, sample_rate=1.0, steps=1, clip_norm=1.0)
