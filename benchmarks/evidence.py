@@ -134,8 +134,9 @@ class Study:
 
     @property
     def columns(self) -> list[str]:
-        """In the order in which they were run."""
-        return list(dict.fromkeys(column for runs in self.cells.values() for column in runs))
+        """Epsilons in the order in which they were run, learning rates from the smallest."""
+        found = list(dict.fromkeys(column for runs in self.cells.values() for column in runs))
+        return sorted(found, key=float) if self.column == "lr" else found
 
     def values(self, runs: Mapping[str, Row]) -> list[float]:
         """The metric of each run."""

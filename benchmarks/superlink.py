@@ -1,17 +1,19 @@
 """Many nodes that train nothing against a real SuperLink and fedlora's server: seconds, bytes, memory and CPU.
 
-Each node is a thread that speaks to the SuperLink as a SuperNode does, introduces itself as a site, and sends back
-the tensors that it gets, with its number added, for the SuperLink stores equal tensors once. The scenario is
-`sites` without privacy, with as many clients. Memory is the peak of a process.
+The nodes are connections of one process: each has keys, a heartbeat and requests of its own, as a SuperNode has,
+and a few threads serve whichever is due. A node introduces itself as a site, and sends back the tensors that it
+gets, with its number added, for the SuperLink stores equal tensors once. The scenario is `sites` without privacy,
+with as many clients. Memory is the peak of a process.
 
     python benchmarks/superlink.py [--nodes 50] [--per-round 50] [--rounds 3] [--pause 3] [--in-memory]
 """
 
 import argparse
-import contextlib
 import functools
+import heapq
 import multiprocessing
 import os
+import signal
 import socket
 import ssl
 import statistics
@@ -20,23 +22,44 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    RegisterNodeFleetRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.node_pb2 import Node as Number
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
     iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
     inflate_object_from_contents,
     pull_objects,
     push_object_contents_from_iterable,
 )
-from flwr.supernode.fleet_http_connection import http_request_response
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedlora import wire
 from fedlora.adapter import Update
@@ -44,7 +67,9 @@ from fedlora.run import Run
 
 PAUSE = 3.0  # seconds after which a SuperNode asks again
 EXAMPLES = 100
-PROCESSES = 2  # that the nodes are threads of
+THREADS = 8  # that serve all nodes, and as many their heartbeats
+TRIES = 5  # of a request that does not arrive
+BEAT = 0.8 * (HEARTBEAT_DEFAULT_INTERVAL - 5)  # seconds after which a SuperNode says that it is there
 TICK = os.sysconf("SC_CLK_TCK")  # of /proc, a second
 
 
@@ -58,8 +83,10 @@ def main() -> None:
         "--quiet", type=float, default=20.0, help="seconds for which nothing but asking is measured"
     )
     parser.add_argument("--pause", type=float, default=PAUSE, help="seconds after which a node asks again")
+    parser.add_argument("--within", type=float, default=600.0, help="seconds in which all nodes must connect")
     parser.add_argument("--in-memory", action="store_true", help="the SuperLink's database, not on disk")
     told = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # what was started is ended below
     cohort = told.per_round or told.nodes
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -69,34 +96,46 @@ def main() -> None:
             command = ["flower-superlink", "--insecure", "--port", str(port), "--database", database]
             link = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         there = multiprocessing.get_context("spawn")
-        joined = there.Value("i", 0)
-        nodes = [
-            there.Process(
-                target=_nodes, args=(f"127.0.0.1:{port}", part, told.nodes, told.pause, joined), daemon=True
-            )
-            for part in range(PROCESSES)
-        ]
+        counts = [there.Value("i", 0) for _ in range(3)]
+        joined, lost, requests = counts
+        nodes = there.Process(
+            target=_nodes, args=(f"127.0.0.1:{port}", told.nodes, told.pause, *counts), daemon=True
+        )
+
+        def alive() -> None:
+            """End where what all wait for is gone."""
+            for name, code in (("SuperLink", link.poll()), ("nodes' process", nodes.exitcode)):
+                if code is not None:
+                    sys.exit(f"the {name} ended with {code}\n{(folder / 'link.log').read_text()[-3000:]}")
+
         try:
             while not _listens(port):
+                alive()
                 time.sleep(0.2)
             began = time.monotonic()
-            for process in nodes:
-                process.start()
+            nodes.start()
             while joined.value < told.nodes:
+                alive()
+                if time.monotonic() - began > told.within:
+                    sys.exit(f"{joined.value} of {told.nodes} nodes connected within {told.within:.0f} s")
                 time.sleep(0.2)
             print(f"{told.nodes} nodes connected after {time.monotonic() - began:.0f} s", flush=True)
-            before = _cpu(link.pid)
+            before, asked = _cpu(link.pid), requests.value
             time.sleep(told.quiet)
+            idle_asked, asked = (requests.value - asked) / told.quiet, requests.value
             idle = (_cpu(link.pid) - before) / told.quiet
             print(
                 f"while they only ask: {idle:.2f} cores of the SuperLink, {1e3 * idle / told.nodes:.2f} ms/s each"
             )
-            run, seen, seconds = _run(folder, link.pid, told.nodes, cohort, told.rounds)
+            run, seen, seconds = _run(folder, link.pid, told.nodes, cohort, told.rounds, alive)
         finally:
+            for pid, what in _processes(link.pid):
+                if what == "server":  # outlives the SuperLink
+                    os.kill(pid, signal.SIGKILL)
             link.terminate()
             link.wait()
-            for process in nodes:
-                process.kill()
+            if nodes.pid:
+                nodes.kill()
         rounds = [line["seconds"] for line in run.rounds]
         up, down = (sum(line[f"bytes_{way}"] for line in run.rounds) for way in ("up", "down"))
         each = cohort * told.rounds
@@ -111,7 +150,8 @@ def main() -> None:
                 else f"{spent - idle * seconds:.0f} s of CPU beside asking"
             )
             print(f"{what}: {last:.0f} MB at most, {first:.0f} MB after the first round; {of}")
-        print(f"nodes that the SuperLink failed, and that came back: {joined.value - told.nodes}")
+        print(f"nodes that the SuperLink failed: {lost.value}")
+        print(f"requests of nodes: {requests.value - asked}, of which {idle_asked:.0f} a second only ask")
         if not told.in_memory:
             print(f"database: {(folder / 'state.db').stat().st_size / 1e6:.1f} MB")
 
@@ -136,7 +176,7 @@ def _environment(folder: Path) -> int:
 
 
 def _run(
-    folder: Path, link: int, nodes: int, cohort: int, rounds: int
+    folder: Path, link: int, nodes: int, cohort: int, rounds: int, alive: Callable[[], None]
 ) -> tuple[Run, dict[str, tuple[float, float, float]], float]:
     """Submit a run; gives it, of each process MB after the first round, at most and CPU, and the seconds."""
     asked = {
@@ -154,12 +194,16 @@ def _run(
     began, before = time.monotonic(), _cpu(link)
     submitted = subprocess.Popen([*command, "--out", str(folder / "run")])
     seen = dict.fromkeys(("SuperLink", "server"), (0.0, 0.0, 0.0))
-    while submitted.poll() is None:
-        first = not any(file.stat().st_size for file in (folder / "server").glob("*/metrics.jsonl"))
-        for pid, what in _processes(link):
-            peak, spent = max(seen[what][1], _peak(pid)), max(seen[what][2], _cpu(pid))
-            seen[what] = (peak if first else seen[what][0], peak, spent)
-        time.sleep(1)
+    try:
+        while submitted.poll() is None:
+            alive()
+            first = not any(file.stat().st_size for file in (folder / "server").glob("*/metrics.jsonl"))
+            for pid, what in _processes(link):
+                peak, spent = max(seen[what][1], _peak(pid)), max(seen[what][2], _cpu(pid))
+                seen[what] = (peak if first else seen[what][0], peak, spent)
+            time.sleep(1)
+    finally:
+        submitted.terminate()
     if submitted.returncode:
         sys.exit((folder / "link.log").read_text()[-3000:])
     peak_first, peak, spent = seen["SuperLink"]
@@ -167,46 +211,129 @@ def _run(
     return Run.open(folder / "run"), seen, time.monotonic() - began
 
 
-def _nodes(address: str, part: int, total: int, pause: float, joined: Any) -> None:
-    """Be every PROCESSES-th node, until the process is killed."""
-    threading.stack_size(256 * 1024)
+class Node:
+    """A connection to the SuperLink, as a SuperNode has one; where the SuperLink fails it, it begins again.
+
+    Args:
+        address: of the SuperLink.
+        client: its number in the scenario.
+        pause: seconds after which it asks again.
+        joined: counts nodes that connected, and those that came back.
+        lost: counts nodes that the SuperLink failed.
+        requests: counts what was asked.
+    """
+
+    def __init__(self, address: str, client: int, pause: float, joined: Any, lost: Any, requests: Any) -> None:
+        self.address, self.client, self.pause = address, client, pause
+        self.joined, self.lost, self.requests = joined, lost, requests
+        self.link: FleetHttpClient | None = None
+        self.number = Number()
+
+    def turn(self) -> float:
+        """Do what is due; gives the seconds until the next turn."""
+        try:
+            if self.link is None:
+                self._connect()
+            told = self._ask("PullMessages", PullMessagesRequest(node=self.number))
+            if told.messages_list:
+                self._serve(message_from_proto(told.messages_list[0]), told.message_object_trees[0])
+                return 0.0
+        except Exception as error:  # it comes back, as a container does
+            print(f"node {self.client}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            self.link = None
+            _count(self.lost)
+        return self.pause
+
+    def beat(self) -> float:
+        """Say that it is there; gives the seconds until it says so again."""
+        if self.number.node_id and (link := self.link) is not None:
+            try:
+                link.SendNodeHeartbeat(
+                    SendNodeHeartbeatRequest(node=self.number, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+                )
+            except httpx.HTTPError:
+                return 1.0
+        return BEAT
+
+    def _connect(self) -> None:
+        private, public = generate_key_pairs()
+        interceptors = [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(private, public)]
+        self.link = FleetHttpClient.from_server_address(self.address, True, None, interceptors)
+        key = public_key_to_bytes(public)
+        self._ask("RegisterNode", RegisterNodeFleetRequest(public_key=key))
+        asked = ActivateNodeRequest(public_key=key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        self.number = Number(node_id=self._ask("ActivateNode", asked).node_id)
+        _count(self.joined)
+
+    def _ask(self, what: str, request: Any) -> Any:
+        """The answer to a request, which is sent again where it did not arrive, as a SuperNode does."""
+        for left in reversed(range(TRIES)):
+            _count(self.requests)
+            try:
+                return getattr(self.link, what)(request)
+            except httpx.TransportError:
+                if not left:
+                    raise
+                time.sleep(1)
+        raise AssertionError(TRIES)
+
+    def _serve(self, asked: Message, tree: Any) -> None:
+        """Fetch a message, piece by piece, and send the answer so."""
+        run, number = asked.metadata.run_id, asked.metadata.message_id
+        ids = [one.object_id for one in iterate_object_tree(tree)]
+        pull = make_pull_object_fn_protobuf(functools.partial(self._ask, "PullObject"), self.number, run)
+        message = inflate_object_from_contents(tree.object_id, pull_objects(ids, pull_object_fn=pull))
+        assert isinstance(message, Message)
+        message.metadata.__dict__["_message_id"] = number
+        confirm = functools.partial(self._ask, "ConfirmMessageReceived")
+        make_confirm_message_received_fn_protobuf(confirm, self.number, run)(number)
+        reply = Message(_answer(message, self.client), reply_to=message)
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        objects: dict[str, Any] = get_all_nested_objects(reply)
+        pushed = self._ask(
+            "PushMessages",
+            PushMessagesRequest(
+                node=self.number,
+                messages_list=[message_to_proto(remove_content_from_message(reply))],
+                message_object_trees=[get_object_tree(reply)],
+                clientapp_runtime_list=[0.0],
+            ),
+        )
+        push = make_push_object_fn_protobuf(
+            functools.partial(self._ask, "PushObject"), self.number, run, pushed.session_id
+        )
+        missing = set(pushed.objects_to_push)
+        push_object_contents_from_iterable(((one, objects[one].deflate()) for one in missing), push_object_fn=push)
+
+
+def _count(of: Any) -> None:
+    with of.get_lock():
+        of.value += 1
+
+
+def _nodes(address: str, total: int, pause: float, *counts: Any) -> None:
+    """Be all nodes, until the process is killed."""
     vars(ssl)["create_default_context"] = functools.cache(ssl.create_default_context)  # 1 MB each, and not used
-    door = threading.Semaphore(4)
-    for client in range(part, total, PROCESSES):
-        threading.Thread(target=_node, args=(address, client, pause, door, joined), daemon=True).start()
+    nodes = [Node(address, client, pause, *counts) for client in range(total)]
+    for what in ([node.turn for node in nodes], [node.beat for node in nodes]):
+        due = [(time.monotonic(), number) for number in range(total)]
+        change = threading.Condition()
+        for _ in range(THREADS):
+            threading.Thread(target=_turns, args=(due, change, what), daemon=True).start()
     threading.Event().wait()
 
 
-def _node(address: str, client: int, pause: float, door: threading.Semaphore, joined: Any) -> None:
-    """Be a node, until the process ends; one that the SuperLink fails comes back, as a container does."""
+def _turns(due: list[tuple[float, int]], change: threading.Condition, what: list[Callable[[], float]]) -> None:
+    """Do whatever is due first, for ever; `due` is a heap of times and places in `what`."""
     while True:
-        with contextlib.ExitStack() as stack:
-            with door:  # a few at a time
-                connected = stack.enter_context(http_request_response(address, True))
-            _, receive, send, _, _, pull, push, confirm = connected
-            with joined.get_lock():
-                joined.value += 1
-            while True:
-                if (got := receive()) is None:
-                    time.sleep(pause)
-                    continue
-                asked, tree = got
-                run, number = asked.metadata.run_id, asked.metadata.message_id
-                ids = [one.object_id for one in iterate_object_tree(tree)]
-                contents = pull_objects(ids, pull_object_fn=functools.partial(pull, run))
-                message = inflate_object_from_contents(tree.object_id, contents)
-                assert isinstance(message, Message)
-                message.metadata.__dict__["_message_id"] = number
-                confirm(run, number)
-                reply = Message(_answer(message, client), reply_to=message)
-                reply.metadata.__dict__["_message_id"] = reply.object_id
-                objects: dict[str, Any] = get_all_nested_objects(reply)
-                missing, session = send(reply, get_object_tree(reply), 0.0)
-                push_object_contents_from_iterable(
-                    ((one, objects[one].deflate()) for one in missing),
-                    push_object_fn=functools.partial(push, run, session),
-                )
-        time.sleep(pause)
+        with change:
+            while not due or due[0][0] > time.monotonic():
+                change.wait(due[0][0] - time.monotonic() if due else None)
+            _, number = heapq.heappop(due)
+        wait = what[number]()
+        with change:
+            heapq.heappush(due, (time.monotonic() + wait, number))
+            change.notify()
 
 
 def _answer(message: Message, client: int) -> Any:

@@ -123,7 +123,7 @@ def signal(
         bands=bands,
         share=1.0 if whole else told.cohort_size / told.total,
         parts=scenario.noise_parts(scenario.most_members),
-        reserve=asked.reserve * (1 if whole else told.local_steps),
+        reserve=0 if whole else asked.reserve * told.local_steps,
     )
 
 
@@ -182,12 +182,13 @@ def advise(
             made = _with(shaped, schedule)
             same = not (shape or schedule)
             local = 1 if now.batch_size is None else made.clients.local_steps
-            steps = (made.rounds + asked.reserve) * local
+            spare = asked.reserve if now.batch_size is None else 0
+            steps = (made.rounds + asked.reserve - spare) * local
             sigma, b = now.noise_multiplier, now.bands
             if schedule:
                 rate = _rate(made, typical)
-                b = _bands(asked, target, rate, steps)
-                rate, turns = min(b * rate, 1.0), -(-steps // b)
+                b = _bands(asked, target, rate, steps, spare)
+                rate, turns = min(b * rate, 1.0), -(-steps // b) + spare
                 sigma = accounting.calibrate(target, asked.delta, rate, turns, asked.accountant)
             figures = signal(made, first, sigma, typical, b)
             assert figures is not None
@@ -222,7 +223,7 @@ def _rate(scenario: Scenario, typical: int) -> float:
     return min(told.rate(typical), 1.0)
 
 
-def _bands(asked: Privacy, target: float, rate: float, steps: int) -> int:
+def _bands(asked: Privacy, target: float, rate: float, steps: int, spare: int) -> int:
     """Of the noise of an alternative."""
     if asked.bands != "auto":
         return asked.bands or 1
@@ -230,7 +231,7 @@ def _bands(asked: Privacy, target: float, rate: float, steps: int) -> int:
     def noise(rate: float, turns: int) -> float:
         return accounting.calibrate(target, asked.delta, rate, turns, asked.accountant)
 
-    return choose(target, asked.delta, rate, steps, noise)
+    return choose(target, asked.delta, rate, steps, noise, spare)
 
 
 def _shapes(scenario: Scenario, loop: Rehearsal) -> Iterator[Mapping[str, Any]]:

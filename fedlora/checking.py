@@ -23,10 +23,14 @@ _CLIENTS = 8
 def remarks(scenario: Scenario) -> list[str]:
     """What is no mistake, and good to know of a scenario, a sentence each."""
     found = [*scenario.unused]
-    asked, server, told = scenario.example_privacy, scenario.strategy.server, scenario.clients.optimizer
-    others = [] if told is None or told.kind == "sgd" else [f"clients.optimizer: {told.kind}"]
-    others += [] if server is None else [f"strategy.server: {server.kind}"]
-    if asked is not None and asked.bands not in (None, 1) and others:
+    server, told = scenario.strategy.server, scenario.clients.optimizer
+    whole, example = (
+        asked is not None and asked.bands not in (None, 1)
+        for asked in (scenario.client_privacy, scenario.example_privacy)
+    )
+    others = [f"clients.optimizer: {told.kind}"] if example and told is not None and told.kind != "sgd" else []
+    others += [f"strategy.server: {server.kind}"] if (whole or example) and server is not None else []
+    if others:
         found.append(
             f"privacy.bands: noise cancels best in plain steps of SGD; under {' and '.join(others)} it protects "
             "as much, and may help less: measure it"

@@ -210,7 +210,9 @@ class Client(ABC):
         Raises:
             SettingError: it is not known, or not of that kind.
         """
-        raise SettingError("clients.use", f"{type(self).__name__} does not say how much noise its changes carry")
+        raise SettingError(
+            "clients.use", f"{plugins.called(type(self))} does not say how much noise its changes carry"
+        )
 
     def optimizer(self, parameters: Any, settings: Settings) -> "torch.optim.Optimizer":
         """The optimiser of a round; by default the one that the scenario names.
@@ -297,8 +299,8 @@ def check_fused(client: Client, fused: int) -> None:
     if fused > 1 and not (isinstance(client, Stepwise) and type(client).fit is Stepwise.fit):
         raise SettingError(
             "engine.fused",
-            f"{type(client).__name__} trains by a fit of its own, and so one client after another: leave this "
-            "out, or give it `passes` as fedlora.client.Stepwise has them",
+            f"{plugins.called(type(client))} trains by a fit of its own, and so one client after another: "
+            "leave this out, or give it `passes` as fedlora.client.Stepwise has them",
         )
 
 
@@ -378,8 +380,8 @@ def check_kept(client: Client) -> None:
     for name, value in vars(client).items():
         if isinstance(value, Optimizer) and value.state:
             raise ContractError(
-                f"{type(client).__name__} keeps an optimiser in {name!r}, whose state carries what one client's "
-                "examples taught it to the next: make a new one in fit"
+                f"{plugins.called(type(client))} keeps an optimiser in {name!r}, whose state carries what one "
+                "client's examples taught it to the next: make a new one in fit"
             )
 
 

@@ -80,7 +80,8 @@ def cut(word: object, most: int = 40) -> str:
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """What to write instead of `word`: the nearest known name, else a list of those that are known."""
-    names = sorted(known)
+    if not (names := sorted(known)):
+        return "there is none"
     near = get_close_matches(word, names, n=1, cutoff=0.6)
     if near:
         return f"did you mean {cut(near[0])!r}?"

@@ -4,12 +4,20 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from fedlora.errors import suggestion
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that takes no abbreviation for an option, and whose commands take none either."""
 
     def __init__(self, **told: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **told})
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """One line for a command that there is not."""
+        if action.dest == argparse.SUPPRESS and action.choices is not None and value not in action.choices:
+            self.exit(2, f"{self.prog}: unknown command {value!r}: {suggestion(value, action.choices)}\n")
+        super()._check_value(action, value)
 
 
 def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -8,14 +8,14 @@ ranks by what was learnt (FLoRIST), bytes are those of full ranks: the most that
 import resource
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedlora import advice, checking, plugins, prepare, statistic_round
+from fedlora import advice, checking, plugins, prepare, reviewing, statistic_round
 from fedlora import engine as engines
 from fedlora import scenario as scenarios
 from fedlora.client import Setter
@@ -23,7 +23,7 @@ from fedlora.compared import compare
 from fedlora.data.store import Dataset
 from fedlora.engine import Setup
 from fedlora.engine.worker import Worker
-from fedlora.errors import FedloraError, SettingError, counted
+from fedlora.errors import FedloraError, SettingError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import Event, in_sums
 from fedlora.privacy.ledger import Holder, neighbours
@@ -36,9 +36,6 @@ from fedlora.scenario import Scenario
 from fedlora.tasks.contract import find
 from fedlora.tasks.located import at_hand
 
-FEW_EXAMPLES = 100  # of a client: below it the noise of a useful epsilon outweighs what they say
-RARE = 10  # examples of a label in one step, from which on noise need not hide it
-WEAK = 10.0  # epsilon from which reviewers ask what it still protects
 _EPSILONS = 100  # evaluations of epsilon in a table by round, some 50 ms each
 _STEPS = 3  # that are timed
 _LOOKED_AT = 10_000  # clients among which the median one is tried
@@ -76,8 +73,10 @@ class Plan:
         workers: processes that train side by side.
         stopped: why it will end before its last round; None if it will not.
         signal: signal and noise in the mean of a step (`fedlora.advice.Signal`); None without privacy.
+        in_weights: noise in the weights over that of independent rounds; None where the server bands none.
         advice: with `advise` alternatives at the same examples and epsilon, the best ratio first.
-        statistics: by which the base is cut, with its epsilon, noise and bytes; None where there is none.
+        statistics: by which the base is cut, with its epsilon, noise and bytes, and the `seconds` that it and the
+            cut take before the first round, estimated; None where there is none.
         frozen_bytes: on disk, of what the layers below all factors make of examples; None where that is not kept.
         warnings: what a privacy reviewer would ask.
     """
@@ -108,6 +107,7 @@ class Plan:
     workers: int
     stopped: str | None
     signal: Line | None
+    in_weights: float | None
     advice: Sequence[Line]
     statistics: Line | None
     frozen_bytes: int | None
@@ -178,14 +178,14 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
         return Stage(made, setup, ready, metrics).rehearse(made.strategy.use, made.strategy.options, 2)
 
     spent = prepare.statistic(scenario, prepare.known)
-    told = statistic_round.planned(ready, spent)
+    statistic, told = statistic_round.planned(ready, spent), scenario.clients
     return Plan(
         scenario=scenario.name,
         hash=scenario.hash,
         strategy=scenario.strategy.use,
         clients_total=scenario.clients.total,
         rounds=lines,
-        bytes_up_total=sum(line["bytes_up"] for line in lines) + (told["bytes_up"] if told else 0),
+        bytes_up_total=sum(line["bytes_up"] for line in lines) + (statistic["bytes_up"] if statistic else 0),
         bytes_down_total=sum(line["bytes_down"] for line in lines),
         parameters=parameters,
         epsilon=lines[-1]["epsilon"] if epsilons else None,
@@ -206,14 +206,19 @@ def _plan(scenario: Scenario, advise: bool) -> Plan:
         workers=workers,
         stopped=real.stopped,
         signal=signal.to_json() if signal else None,
+        in_weights=_in_weights(
+            asked, bands, noise_of, told.cohort_size / told.total, scenario.rounds, asked.reserve
+        )
+        if asked and real.central and bands > 1
+        else None,
         advice=advice.advise(scenario, signal, real, ready.data.unit_sizes(), typical, rehearse, seconds)
         if signal and advise
         else [],
         frozen_bytes=cost.frozen_bytes if cost else None,
-        statistics=told,
+        statistics=statistic,
         warnings=[
             *filter(None, [statistic_round.words(scenario, spent)]),
-            *_warnings(scenario, groups, parameters, labels),
+            *reviewing.warnings(scenario, groups, parameters, labels, signal),
             *checking.remarks(scenario),
         ],
     )
@@ -301,21 +306,24 @@ def _groups(scenario: Scenario, data: Dataset, setup: Setup, loop: Rehearsal) ->
                 "epsilon": most.get(size, 0.0),
             }
             if setup.bands is not None:
-                line |= {"bands": setup.bands[size], "in_weights": _in_weights(scenario, setup, size)}
+                b, rate = setup.bands[size], scenario.clients.rate(size)
+                steps = (scenario.rounds + asked.reserve) * scenario.clients.local_steps
+                line |= {"bands": b, "in_weights": _in_weights(asked, b, noise[size], rate, steps)}
         groups.append(line)
     return groups
 
 
-def _in_weights(scenario: Scenario, setup: Setup, size: int) -> float:
-    """Banded noise in the weights over that of DP-SGD at the same epsilon, for clients of so many examples."""
-    told, asked = scenario.clients, scenario.example_privacy
-    assert asked is not None and setup.noise is not None and setup.bands is not None
-    b, sigma, steps, rate = (
-        setup.bands[size],
-        setup.noise[size],
-        scenario.rounds * told.local_steps,
-        told.rate(size),
-    )
+def _in_weights(asked: scenarios.Privacy, b: int, sigma: float, rate: float, steps: int, spare: int = 0) -> float:
+    """Noise in the weights of b bands over that of independent steps at the same epsilon.
+
+    Args:
+        asked: what is promised.
+        b: of the noise.
+        sigma: noise multiplier at these bands.
+        rate: with which independent steps, or rounds, take an example, or a client.
+        steps: of the run; of a client, with those in reserve.
+        spare: rounds in reserve, where the noise is the server's.
+    """
     if b == 1:
         return 1.0
     if (target := asked.epsilon) is None or asked.noise_multiplier is not None:
@@ -323,7 +331,7 @@ def _in_weights(scenario: Scenario, setup: Setup, size: int) -> float:
             noise_multiplier=sigma, sample_rate=min(b * rate, 1.0), steps=steps, clip_norm=asked.clip_norm, bands=b
         )
         target = accounting.epsilon([event], asked.delta, asked.accountant)
-    (plain,) = prepare.known(target, asked.delta, [min(rate, 1.0)], steps, asked.accountant)
+    (plain,) = prepare.known(target, asked.delta, [min(rate, 1.0)], steps + spare, asked.accountant)
     return sigma * error(b, steps) / (plain * error(1, steps))
 
 
@@ -385,66 +393,3 @@ def _try(setup: Setup, ready: prepare.Prepared) -> _Cost:
 def _typical(data: Dataset) -> int:
     """Examples of the median client, or persons where they are protected."""
     return statistics.median_high([data.units(c) for c in range(min(data.num_clients, _LOOKED_AT))])
-
-
-def _warnings(
-    scenario: Scenario, groups: Sequence[Line], parameters: Mapping[str, int], labels: int
-) -> Iterable[str]:
-    """What a privacy reviewer would ask, a sentence each."""
-    asked = scenario.example_privacy
-    sizes = [next(g[key] for key in ("num_examples", "num_persons") if key in g) for g in groups]
-    if parameters["head"] > parameters["adapter"]:
-        yield (
-            f"The head trains {parameters['head']:,} numbers, more than the adapter's {parameters['adapter']:,}: "
-            "most of the bytes and of the noise are the head's. See model.head, as {rank: 16}."
-        )
-    if (whole := scenario.client_privacy) is not None and whole.delta * scenario.clients.total >= 1:
-        yield (
-            f"delta {whole.delta:g} is not below one over the {scenario.clients.total} clients: such a delta lets "
-            "a whole client leak. Lower privacy.delta."
-        )
-    if whole is not None and scenario.secure_aggregation is not None:
-        yield "Clients learn how many clients are in their round: sampling does not hide anyone from them there."
-    if asked is None:
-        if whole is None:
-            yield "There is no privacy section: updates can reveal what clients hold."
-        elif scenario.shares_noise:
-            yield "From the server, which knows who is in a sum, clients have the epsilon of server_epsilon alone."
-        elif scenario.secure_aggregation is not None:
-            yield "The server sees each round's sum without noise: the guarantee is from all others."
-        else:
-            yield "The server sees each client's update without noise: the guarantee is from all others."
-        return
-    what = asked.protects
-    loose = sum(g["clients"] for g, size in zip(groups, sizes, strict=True) if asked.delta * size >= 1)
-    if loose:
-        largest = max(sizes)
-        yield (
-            f"delta {asked.delta:g} is not below 1/n for {counted(loose, 'client')}: such a delta lets a whole "
-            f"{what} leak. Set privacy.delta below {0.9 / largest:.0e}."
-        )
-    few = sum(g["clients"] for g, size in zip(groups, sizes, strict=True) if size < FEW_EXAMPLES)
-    if few:
-        yield (
-            f"{counted(few, 'client')} {'holds' if few == 1 else 'hold'} fewer than {FEW_EXAMPLES} {what}s, "
-            f"the smallest {sizes[0]}: they add more noise than signal, and sampling them often costs epsilon."
-        )
-    rate = statistics.median(g["sample_rate"] for g in groups for _ in range(g["clients"]))
-    each = rate * statistics.median(
-        size for g, size in zip(groups, sizes, strict=True) for _ in range(g["clients"])
-    )
-    if labels > 1 and each < RARE * labels and rate < 1:
-        yield (
-            f"A step of the median client takes {each / labels:.2g} {what}s for each of {labels} labels: noise "
-            "hides what is so rare. Raise clients.sample_rate, up to 1.0 (see --advise), then run fedlora tune."
-        )
-    if (worst := max(g["epsilon"] for g in groups)) > WEAK:
-        yield f"Epsilon {worst:.3g} allows odds to change by a factor of e^{worst:.3g}: little is promised."
-    if asked.share_metrics:
-        yield "privacy.share_metrics lets training losses and example counts out, which epsilon does not cover."
-    if scenario.data.client_test_share is not None:
-        times = counted(-(-scenario.rounds // scenario.eval_every), "evaluation")
-        yield (
-            f"data.client_test_share lets figures of clients' own rows out, in {times}. Epsilon does not cover "
-            "them: a site refuses, or adds noise and pays for each from its own budget (figures in its file)."
-        )

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from fedlora import plain
 from fedlora.errors import SettingError, suggestion
 
 T = TypeVar("T")
@@ -145,15 +146,28 @@ def build(cls: type[Any], options: Mapping[str, Any], section: str) -> Any:
     known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     for name in options:
         if name not in known and len(known) == len(parameters):
-            hint = suggestion(name, known) if known else "it takes none"
-            raise SettingError(f"{section}.{name}", f"{cls.__name__} has no option {name!r}: {hint}")
+            hint = _of_others(section, name) or (suggestion(name, known) if known else "it takes none")
+            raise SettingError(f"{section}.{name}", f"{called(cls)} has no option {name!r}: {hint}")
         if wrong := _misfit(cls, name, options[name]):
-            raise SettingError(f"{section}.{name}", f"{wrong}, not {options[name]!r}")
+            raise SettingError(f"{section}.{name}", f"{wrong}, not {plain.shown(options[name])}")
     try:
         return cls(**options)
     except (TypeError, ValueError) as error:
         at = next((f"{section}.{name}" for name in options if name in str(error)), f"{section}.use")
-        raise SettingError(at, f"{cls.__name__} refuses {dict(options)}: {error}") from error
+        raise SettingError(at, f"{called(cls)}: {error}") from error
+
+
+def called(cls: type[Any]) -> str:
+    """A plug-in's class as a scenario names it: `ffa_lora`, or `module:Class`."""
+    path, _, name = cls.__module__.rpartition(".")
+    return name if path in {f"fedlora.{shelf}" for shelf in _SHELVES} else f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _of_others(section: str, option: str) -> str:
+    """Which built-ins of a section have an option; empty where none has it."""
+    shelf = next((shelf for shelf, about in _SHELVES.items() if about.key == f"{section}.use"), None)
+    have = [n for n in names(shelf) if option in inspect.signature(find(shelf, n)).parameters] if shelf else []
+    return f"{' and '.join(have)} {'has' if len(have) == 1 else 'have'} it" if have else ""
 
 
 def _misfit(cls: type[Any], name: str, value: object) -> str | None:
@@ -164,11 +178,13 @@ def _misfit(cls: type[Any], name: str, value: object) -> str | None:
     try:
         hints = typing.get_type_hints(cls) | typing.get_type_hints(cls.__init__)
         of = TypeAdapter(hints.get(name, Any), config=ConfigDict(arbitrary_types_allowed=True))
-        of.validate_python(value)
+        made = of.validate_python(value)
     except ValidationError as error:
-        return error.errors()[0]["msg"].replace("Input should", "should").partition(",")[0]
+        return plain.words(error.errors()[0]).partition(",")[0]
     except (NameError, TypeError, PydanticUserError):
         return None  # names of types that are not imported, or types that pydantic does not know
+    if isinstance(value, str | bool) and isinstance(made, int | float) and type(made) is not type(value):
+        return plain.words({"type": f"{type(made).__name__}_type"})  # "0.5" is read as 0.5, and stays text
     return None
 
 

@@ -396,7 +396,7 @@ def central(scenario: Scenario, root: Root, search: calibrated.Search = accounti
             *(asked.delta, told.total, 0.1 / told.total),
         )
     affordable.check(scenario, ())
-    rate, rounds, noise = told.cohort_size / told.total, scenario.rounds + asked.reserve, asked.noise_multiplier
+    rate, rounds, noise = told.cohort_size / told.total, scenario.rounds, asked.noise_multiplier
 
     def found(rate: float, turns: int) -> float:
         assert asked is not None and asked.epsilon is not None
@@ -404,14 +404,14 @@ def central(scenario: Scenario, root: Root, search: calibrated.Search = accounti
 
     if asked.bands == "auto":
         assert asked.epsilon is not None
-        b = bands.choose(asked.epsilon, asked.delta, rate, rounds, found)
+        b = bands.choose(asked.epsilon, asked.delta, rate, rounds, found, asked.reserve)
     elif (b := asked.bands or 1) > (most := min(rounds, int(1 / rate + 1e-9))):
         why = f"a round takes {told.cohort_size} of {told.total} clients, from one in {b} of them"
         why = why if most < rounds else f"{b} bands are more than the run's {rounds} rounds"
         raise SettingError("privacy.bands", f"{why}: name {most} at most, or auto")
     rate = min(b * rate, 1.0)
     return Central(
-        noise_multiplier=found(rate, -(-rounds // b)) if noise is None else noise,
+        noise_multiplier=found(rate, -(-rounds // b) + asked.reserve) if noise is None else noise,
         sample_rate=rate,
         total=told.total,
         root=root,

@@ -242,7 +242,7 @@ def lines(path: str | None) -> Iterator[str]:
         yield f"Keys of a site file: `fedlora explain {SITE}`"
         return
     path = path.partition("=")[0].strip()
-    all_keys = sites() if path.split(".")[0] == SITE else scenarios()
+    path, all_keys = _holder(path)
     if path == all_keys.prefix:
         yield all_keys.sections[all_keys.root]["description"]
         yield from _table(list(all_keys.of(path, [all_keys.root])))
@@ -250,6 +250,25 @@ def lines(path: str | None) -> Iterator[str]:
     for number, key in enumerate(all_keys.find(path)):
         yield from ([""] if number else [])
         yield from _explained(key, all_keys)
+
+
+def _holder(path: str) -> tuple[str, Reference]:
+    """A key's path, and the keys that it is of: a site file's, where a scenario has none of that name.
+
+    Raises:
+        UserError: neither has one, or a section of site files has it.
+    """
+    ours, theirs = scenarios(), sites()
+    if path.split(".")[0] == SITE:
+        return path, theirs
+    try:
+        ours.find(path)
+    except UserError:
+        if any(key.path == f"{SITE}.{path}" or key.name == path for key in theirs.keys):
+            theirs.find(f"{SITE}.{path}")
+            return f"{SITE}.{path}", theirs
+        raise
+    return path, ours
 
 
 def _explained(key: Key, all_keys: Reference) -> Iterator[str]:

@@ -57,10 +57,11 @@ class Stage:
             FedloraError: it cannot do what the scenario asks for.
         """
         part = scenarios.Strategy(use=use, **options)
+        asked = self.scenario.strategy.model_copy(update={"use": use})  # with its server
         told = self.scenario.clients.model_copy(update={"max_norm": None})  # what a stand-in sends is no change
         scenario = self.scenario.model_copy(update={"strategy": part, "rounds": rounds, "clients": told})
         strategy = strategies.load(use, options)
-        suitability.check(strategy, scenario)
+        suitability.check(strategy, self.scenario.model_copy(update={"strategy": asked}))
         engine = self._engine(scenario, strategy)
         found, worker, real = engine.description, engine.worker, self.ready.client
         strategy.bind(found.layout, found.kind, found.initial, real.private)

@@ -113,9 +113,9 @@ def planned(point: Scenario) -> list[list[Event]]:
     """What every holder of a budget may spend in a run, by the noise and the steps that the scenario allows."""
     told, asked = point.clients, point.privacy
     assert asked is not None
-    rounds = point.rounds + asked.reserve
     if (whole := prepare.central(point, 0, prepare.known)) is not None:
-        return [[replace(whole.event(asked.clip_norm), steps=rounds)]]
+        once, more = (whole.event(asked.clip_norm, again=again) for again in (False, True))
+        return [[replace(once, steps=point.rounds), replace(more, steps=asked.reserve)]]
     setup = prepare.noised(prepare.prepare(point), prepare.known).setup
     assert setup.noise is not None
     bands = setup.bands or dict.fromkeys(setup.noise, 1)
@@ -124,7 +124,7 @@ def planned(point: Scenario) -> list[list[Event]]:
             Event(
                 noise_multiplier=noise,
                 sample_rate=min(told.rate(size) * bands[size], 1.0),
-                steps=rounds * told.local_steps,
+                steps=(point.rounds + asked.reserve) * told.local_steps,
                 clip_norm=asked.clip_norm,
                 bands=bands[size],
             )

@@ -10,14 +10,17 @@ factors (`fedlora.deploy.cutting`).
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedlora import compressing, prepare, traffic
 from fedlora.compressors import contract
-from fedlora.compressors.contract import Compressor, Statistic
+from fedlora.compressors.contract import Compressor, LowRank, Statistic
 from fedlora.engine import Description, Engine, Setup, secure, summed
 from fedlora.engine.replies import Report, Said, Sums
 from fedlora.engine.statistic import Taker, mechanism
@@ -135,15 +138,46 @@ def planned(ready: Prepared, event: Event | None) -> dict[str, Any] | None:
     asked, told = ready.scenario.statistics, ready.scenario.compress
     if asked is None or told is None:
         return None
-    _, _, _, taker = _asked(ready, told)
+    compressor, loaded, _, taker = _asked(ready, told)
     assert taker is not None
     span = _span(ready, taker, event)
-    clients = sum(ready.data.units(c) > 0 for c in range(ready.data.num_clients))
+    clients = [c for c in range(ready.data.num_clients) if ready.data.units(c)]
     each: float = traffic.statistic_bytes(taker.shapes, event)
     if ready.scenario.secure_aggregation is not None:
-        each = secure.exchanged(clients)[0] + 4 * (summed.size(span.shapes) - 1)
+        each = secure.exchanged(len(clients))[0] + 4 * (summed.size(span.shapes) - 1)
     noise = None if event is None else _in_sum(event)
-    return {**asked.model_dump(), "noise_multiplier": noise, "bytes_up": round(clients * each)}
+    seconds = _seconds(ready, taker, clients, noise) + _cut_seconds(compressor, loaded, taker)
+    bytes_up = round(len(clients) * each)
+    return {**asked.model_dump(), "noise_multiplier": noise, "bytes_up": bytes_up, "seconds": seconds}
+
+
+def _seconds(ready: Prepared, taker: Taker, clients: Sequence[int], noise: float | None) -> float:
+    """Of the sums of these clients and their noise, by a few rows and one draw."""
+    rows = sum(len(ready.data.partition(c).rows) for c in clients) * taker.asked.share
+    passes = taker.row_seconds(clients[0]) * rows
+    if noise is None:
+        return passes
+    began = time.perf_counter()
+    mechanism(1.0, 1, noise).noised(
+        {name: np.zeros(shape) for name, shape in taker.shapes.items()}, stream(0, "a draw that is timed")
+    )
+    return passes + (time.perf_counter() - began) * len(clients)
+
+
+def _cut_seconds(compressor: Compressor, loaded: compressing.Loaded, taker: Taker) -> float:
+    """Of cutting all layers to low rank, by one of each shape; that of leaving parts out is not tried."""
+    if not isinstance(compressor, LowRank):
+        return 0.0
+    weights, alike, total = loaded.weights(), dict[tuple[int, ...], list[str]](), 0.0
+    for name in taker.own:
+        alike.setdefault(weights[name].shape, []).append(name)
+    for name, *others in alike.values():
+        shape = taker.shapes[taker.own[name]]
+        values = np.eye(shape[0]) if len(shape) == 2 else np.ones(shape)
+        began = time.perf_counter()
+        contract.compress(compressor, {name: weights[name]}, {name: Statistic(taker.asked.kind, values, 0.0)})
+        total += (time.perf_counter() - began) * (1 + len(others))
+    return total
 
 
 def bytes_up(base: Path | None) -> int:

@@ -163,14 +163,15 @@ def _check(strategy: Strategy, scenario: Scenario, those: Callable[[Test], str])
     kind = scenario.model.adapter.named
     if kind != "auto" and (wrong := refuses(strategy, kind)):
         can = those(lambda cls: not refuses(cls, kind))
-        raise SettingError("model.adapter.kind", f"{use} {wrong}: leave kind out; with {kind} go {can}")
+        what = f"{use} {wrong}: leave model.adapter.kind out, or take a strategy that goes with {kind}: {can}"
+        raise SettingError("model.adapter.kind", what)
     made, width = kind_of(strategy, scenario), located.width(scenario.model.base)
     if isinstance(strategy, Stock):
         own = [role for role, part in made.parts.items() if part.trains]
         if {*strategy.parts} - {"head"} and not {*strategy.parts} & {*own}:
             raise SettingError(
                 "strategy.parts",
-                f"names nothing that trains of {type(made).__name__}: write [{', '.join(own)}, head]",
+                f"names nothing that trains of {plugins.called(type(made))}: write [{', '.join(own)}, head]",
             )
     if schedule is not None:
         _check_schedule(schedule, strategy, made, scenario, those)
@@ -191,7 +192,9 @@ def _check_mended(strategy: Strategy, scenario: Scenario, kind: Kind, those: Cal
     """
     use, model, key = scenario.strategy.use, scenario.model, "model.quantize.start"
     if type(kind) is not Lora:
-        raise SettingError(key, f"lq begins with a plain LoRA, and this is {type(kind).__name__}: leave it out")
+        raise SettingError(
+            key, f"lq begins with a plain LoRA, and this is {plugins.called(type(kind))}: leave it out"
+        )
     if strategy.draw(2) != strategy.draw(1) or strategy.personal:
         can = those(lambda cls: cls().draw(2) == cls().draw(1) and not cls.personal)
         raise SettingError(key, f"lq is one beginning for all, which {use} has not: take one of {can}")
@@ -318,7 +321,7 @@ def refuses(strategy: Strategy | type[Strategy], kind: str) -> str | None:
         made = strategy() if isinstance(strategy, type) else strategy
         layout = {role: Slot(role, (1, 1), role, "x") for role, part in parts.items() if part.trains}
         if not found(1, 1.0, ()).exact([*made.trains(1, layout)]):
-            return f"averages what it trains, and the change of {kind} is not linear in that"
+            return f"promises exact averages, and the change of {kind} is not linear in what it trains"
     return None
 
 

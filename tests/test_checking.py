@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fedlora.checking import check
+from fedlora.checking import check, remarks
 from fedlora.cli import main
 from fedlora.scenario import load, parse, shipped
 from fedlora.tasks.located import blocks, places
@@ -212,3 +212,18 @@ def test_a_batch_size_that_a_rate_replaces_is_told(made, more, count):
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_no_scenario_that_ships_says_what_it_does_not_use(name):
     assert load(name).unused == []
+
+
+@pytest.mark.parametrize(
+    "privacy, server, told",
+    [
+        ("{epsilon: 8, delta: 1.0e-3, bands: 2}", "{kind: adam}", True),
+        ("{epsilon: 8, delta: 1.0e-3, unit: client, bands: 2}", "{kind: adam}", True),
+        ("{epsilon: 8, delta: 1.0e-3, unit: client, bands: 2}", "null", False),
+        ("{epsilon: 8, delta: 1.0e-3, unit: client, bands: 1}", "{kind: adam}", False),
+    ],
+)
+def test_bands_beside_a_server_that_rescales_are_remarked_for_clients_too(tiny, privacy, server, told):
+    use = "sgd" if "client" in privacy else "dp_sgd"
+    made = tiny(f"privacy={privacy}", f"strategy.server={server}", f"clients.use={use}")
+    assert any("privacy.bands" in one and "strategy.server: adam" in one for one in remarks(made)) is told

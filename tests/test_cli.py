@@ -170,7 +170,7 @@ def test_check_says_where_bands_are_not_what_cancels_best(scenario, capsys, told
 def test_check_finds_options_that_the_strategy_lacks(scenario, capsys):
     assert main(["check", str(scenario)]) == 0
     assert main(["check", str(scenario), "--set", "strategy.trim=1"]) == 2
-    assert "FFALoRA has no option 'trim'" in capsys.readouterr().err
+    assert "ffa_lora has no option 'trim'" in capsys.readouterr().err
 
 
 def test_check_reads_the_data_and_says_all_that_is_wrong(scenario, capsys):
@@ -239,3 +239,14 @@ def test_without_a_terminal_too_and_rows_fit_80_columns(tiny, tmp_path):
         r"end \d+:\d\d \(adapter, card\)",
         display.time_line(),
     )
+
+
+def test_a_command_that_there_is_not_is_one_line(capsys):
+    for words, told in (
+        (["plann"], "fedlora: unknown command 'plann': did you mean 'plan'?\n"),
+        (["site", "chek"], None),
+    ):
+        with pytest.raises(SystemExit) as raised:
+            main(words)
+        said = capsys.readouterr().err
+        assert raised.value.code == 2 and said.count("\n") == 1 and "did you mean" in said and told in (None, said)

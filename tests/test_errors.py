@@ -58,3 +58,7 @@ def test_a_count_agrees_with_its_noun():
         "2 clients",
         "1,000 clients",
     ]
+
+
+def test_where_nothing_is_known_that_is_said():
+    assert suggestion("nosuch", []) == "there is none"

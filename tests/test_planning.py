@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import plugins, scenario
+from fedlora import planning, plugins, scenario, suitability
 from fedlora.cli import main
 from fedlora.engine.secure import exchanged
-from fedlora.errors import UserError
+from fedlora.errors import SettingError, UserError
 from fedlora.planning import plan
 from fedlora.prepare import calibrate, prepare
 from fedlora.privacy import accounting, ledger
@@ -21,7 +21,9 @@ from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms.bands import error
 from fedlora.reports.planned import plan_lines
 from fedlora.run import Run
+from fedlora.scenario import Privacy
 from fedlora.simulation import simulate
+from fedlora.strategies.ffa_lora import FFALoRA
 
 SKEWED = ("data.partition={kind: dirichlet, alpha: 1.0, min_examples: 12}", "rounds=3", "seed=5")
 CLIENTS = "privacy={unit: client, epsilon: 8, delta: 1.0e-2, clip_norm: 0.5}"
@@ -97,6 +99,26 @@ def test_bands_for_clients_cost_turns_of_a_group(tiny):
     assert auto.signal["bands"] in (1, 2, 4) and auto.epsilon <= 8
 
 
+@pytest.mark.parametrize("epsilon, bands, left", [(2, 4, 0.93), (8, 8, 0.71)])
+def test_what_bands_leave_of_the_noise_for_clients_is_that_of_the_docs(epsilon, bands, left):
+    """1,000 clients, of which a round takes 50, 100 rounds, delta 1e-4: the table of docs/privacy.md."""
+    asked = Privacy(epsilon=epsilon, delta=1e-4, unit="client")
+    sigma = accounting.calibrate(epsilon, 1e-4, bands * 0.05, -(-100 // bands))
+    assert planning._in_weights(asked, bands, sigma, 0.05, 100) == pytest.approx(left, abs=0.005)
+
+
+def test_a_plan_says_what_bands_leave_of_the_noise_for_clients(tiny):
+    told = "clients.per_round=2", "rounds=4", "clients.use=sgd"
+    planned = plan(tiny(*told, f"{CLIENTS[:-1]}, bands: 2}}"))
+    plain = accounting.calibrate(8, 1e-2, 0.5, 4)
+    assert planned.in_weights == pytest.approx(
+        planned.noise_multiplier * error(2, 4) / (plain * error(1, 4)), 0.01
+    )
+    text = " ".join("\n".join(plan_lines(planned.to_json())).split())
+    assert f"{planned.in_weights:.2f} of the noise of independent rounds is left in the weights" in text
+    assert plan(tiny(*told, CLIENTS)).in_weights is None
+
+
 def test_a_causal_model_runs_as_planned(tiny, tiny_lm, tmp_path):
     scenario = tiny("task=causal_lm", f"model.base={tiny_lm}", "model.adapter.targets=[q_proj, v_proj]")
     agrees(plan(scenario), simulate(scenario, out=tmp_path / "run"))
@@ -132,6 +154,31 @@ def test_what_does_not_fit_the_scenario_is_listed_with_its_reason(tiny):
     assert [name for name, why in problems.items() if why] == ["dual_lora", "fed_sb", "fedsa_lora"]
 
 
+def test_a_strategy_that_check_refuses_has_no_price_and_one_line_tells_of_all_that_one_reason_refuses(tiny):
+    """Adam at the server steps along a mean, which those that merge or keep have not."""
+    planned = plan(tiny("strategy.server={kind: adam}"))
+    problems = {a["strategy"]: a["problem"] for a in planned.alternatives if "problem" in a}
+    refused = {
+        name for name, why in problems.items() if why.startswith("strategy.server: adam steps along a mean")
+    }
+    assert {"alone", "fedex_lora", "flora"} <= refused and "ffa_lora" not in problems
+    told = plan_lines(planned.to_json())
+    (line,) = [one for one in told if one.startswith(f"  {sorted(refused)[0]}, ")]
+    text = " ".join(" ".join(told).split())
+    assert line and text.count("adam steps along a mean") == 1
+    assert f"{', '.join(sorted(refused))}: strategy.server: adam steps along a mean" in text
+    assert "and what it makes is none: write strategy.server: null" in text
+
+
+def test_the_strategies_that_go_with_a_kind_are_the_same_wherever_they_are_told(tiny):
+    for server, more in (("null", "fedex_lora"), ("{kind: adam}", "")):
+        planned = plan(tiny(f"strategy.server={server}"))
+        (why,) = [k["problem"] for k in planned.kinds if k["kind"] == "householder"]
+        with pytest.raises(SettingError) as raised:
+            suitability.check(FFALoRA(), tiny(f"strategy.server={server}", "model.adapter.kind=householder"))
+        assert why == str(raised.value) and ("fedex_lora" in why.rpartition(":")[2]) is bool(more)
+
+
 def test_long_alternatives_are_estimated_from_their_first_rounds(tiny, monkeypatch):
     scenario = tiny("rounds=9", private=False)
     whole = {a["strategy"]: a for a in plan(scenario).alternatives}
@@ -160,6 +207,10 @@ def warned(planned, words: str) -> bool:
 def test_warnings_that_a_reviewer_would_raise(tiny):
     small = plan(tiny())
     assert warned(small, "4 clients hold fewer than 100 examples")
+    drowned = "noise outweighs the signal"
+    assert small.signal["run_ratio"] > 1 and not warned(small, drowned)
+    loud = plan(tiny("privacy={noise_multiplier: 8, delta: 1.0e-3}"))
+    assert loud.signal["run_ratio"] < 1 and warned(loud, drowned)
     assert warned(small, "of the median client takes 4 examples for each of 2 labels: noise hides what is")
     for enough in ("clients.batch_size=20", "clients.sample_rate=1.0"):  # ten of each, and all that there are
         assert not warned(plan(tiny(enough)), "for each of")
@@ -332,7 +383,7 @@ def test_each_kind_of_adapter_has_its_bytes_and_its_noise(tiny):
     """Four layers of 32 x 32 at r = 4 and s = 2, and a head of 66: by hand."""
     planned = plan(tiny())
     told = {k["kind"]: k for k in planned.kinds}
-    assert "not linear in that" in told.pop("householder")["problem"]
+    assert "not linear in what it trains" in told.pop("householder")["problem"]
     numbers = {
         "lora": 512,
         "very_sparse": 512,

@@ -6,6 +6,7 @@ import pytest
 from fedlora import plugins
 from fedlora.errors import SettingError
 from fedlora.strategies.ffa_lora import FFALoRA
+from fedlora.strategies.florist import FLoRIST
 
 
 @dataclass(kw_only=True)
@@ -118,12 +119,22 @@ def test_build_passes_the_options():
 @pytest.mark.parametrize(
     ("cls", "options", "key", "message"),
     [
-        (Trimmed, {"trin": 0.2}, "strategy.trin", "Trimmed has no option 'trin': did you mean 'trim'?"),
-        (Trimmed, {"made": 4}, "strategy.made", "Trimmed has no option 'made': known: trim"),
+        (
+            Trimmed,
+            {"trin": 0.2},
+            "strategy.trin",
+            ":Trimmed has no option 'trin': did you mean 'trim'?",
+        ),
+        (Trimmed, {"made": 4}, "strategy.made", ":Trimmed has no option 'made': known: trim"),
         (Plain, {"momentun": 1}, "strategy.momentun", "did you mean 'momentum'?"),
-        (Bare, {"x": 1}, "strategy.x", "Bare has no option 'x': it takes none"),
+        (Bare, {"x": 1}, "strategy.x", ":Bare has no option 'x': it takes none"),
         (Trimmed, {"trim": 0.5}, "strategy.trim", "trim should be in [0, 0.5), not 0.5"),
-        (Trimmed, {"trim": "a"}, "strategy.trim", "should be a valid number, not 'a'"),
+        (Trimmed, {"trim": "a"}, "strategy.trim", "should be a number, not 'a'"),
+        (Trimmed, {"trim": "0.2"}, "strategy.trim", "should be a number, not '0.2'"),
+        (Trimmed, {"trim": True}, "strategy.trim", "should be a number, not true"),
+        (Trimmed, {"trim": None}, "strategy.trim", "should be a number, not null"),
+        (FLoRIST, {"tau": "0.5"}, "strategy.tau", "should be a number, not '0.5'"),
+        (FFALoRA, {"tau": 0.5}, "strategy.tau", "ffa_lora has no option 'tau': fedmomentum and florist have it"),
     ],
 )
 def test_build_refuses_what_the_class_does_not_take(cls, options, key, message):

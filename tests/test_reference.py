@@ -53,6 +53,7 @@ def test_without_a_key_it_lists_those_at_the_top():
         ("lr", "unknown key 'lr': did you mean 'clients.lr' or 'strategy.server.lr'?"),
         ("clients.use.x", "unknown key 'x' in clients.use: it has no keys of its own"),
         ("site.acept", "unknown key 'acept' in site: did you mean 'accept'?"),
+        ("max_epsilon", "unknown key 'max_epsilon' in site: did you mean 'site.privacy.max_epsilon'?"),
         ("names", "unknown key 'names': did you mean 'name'?"),
     ],
 )
@@ -60,6 +61,13 @@ def test_an_unknown_key_is_one_line(key, line, capsys):
     assert main(["explain", key]) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err.startswith(line) and told.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["figures", "personalise.steps"])
+def test_a_key_of_site_files_alone_is_found_without_their_name(key, capsys):
+    assert main(["explain", key]) == 0
+    assert capsys.readouterr().out.startswith(f"site.{key} (site file)\n")
+    assert main(["explain", f"site.{key}"]) == 0
 
 
 def test_every_key_is_explained_with_an_example_in_yaml():

@@ -613,6 +613,25 @@ def test_a_run_that_protects_clients_resumes_bit_for_bit(tiny, tmp_path, told, b
     assert {line.get("bands", 1) for line in lines} == ({2} if "bands" in told else {1})
 
 
+def test_a_release_on_other_terms_is_another_draw_and_is_paid_for(tiny, tmp_path, monkeypatch):
+    """Bands are fitted to the rounds: with more of these a round that runs again has other noise over one sum."""
+    asked = FOR_CLIENTS.replace("epsilon: 8", "noise_multiplier: 2.0, bands: 2")
+
+    def killed(self, round, *rest):
+        if round == 3:
+            raise RuntimeError("killed")
+        return record(self, round, *rest)
+
+    record = Loop._record
+    monkeypatch.setattr(Loop, "_record", killed)
+    for count, rounds in enumerate((5, 6, 7, 5)):
+        with pytest.raises(RuntimeError, match="killed"):
+            simulate(tiny(*WHOLE, asked, f"rounds={rounds}"), out=tmp_path / "run", resume=count > 0)
+    again = [line for line in ledger.read(tmp_path / "run" / "privacy.jsonl") if line["round"] == 3]
+    assert [(line["draw"], line.get("bands", 1)) for line in again] == [(0, 2), (1, 1), (2, 1)]
+    assert [line["sample_rate"] for line in again[1:]] == [1.0, 1.0]  # one cohort: its coins hide nobody again
+
+
 @pytest.mark.parametrize(
     ("override", "where"),
     [

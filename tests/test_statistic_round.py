@@ -1,5 +1,6 @@
 """A base cut before the first round: what is paid, by whom, what goes on, and what is refused."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora import planning, prepare, simulate
+from fedlora import planning, prepare, simulate, statistic_round
 from fedlora.data.examples import Examples, Partition
 from fedlora.engine.statistic import Taker, weighed
 from fedlora.engine.worker import Worker
 from fedlora.errors import SettingError, UserError
 from fedlora.privacy import accounting, ledger
+from fedlora.reports.console import size
+from fedlora.reports.planned import plan_lines
 from fedlora.seeding import stream
 
 CUT = "compress={use: lord, keep: 0.5}"
@@ -276,12 +279,27 @@ def test_a_moved_run_still_answers(run, tmp_path):
     assert predict(folder, ["the film was fine"])[0].answer in ("good", "bad")
 
 
+def test_the_time_of_a_statistic_grows_with_rows_noise_and_layers(tiny, monkeypatch):
+    """4 clients of 48 rows of a second each, and draws and layers by a clock that goes on a second a look."""
+    ticks = itertools.count()
+    monkeypatch.setattr(statistic_round, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(Taker, "row_seconds", lambda self, client: 1.0)
+    ready = prepare.noised(prepare.prepare(tiny(*GRAM)), prepare.known)
+    clients, rows = ready.data.num_clients, sum(len(ready.data.partition(c).rows) for c in range(4))
+    _, _, _, taker = statistic_round._asked(ready, ready.scenario.compress)
+    told = statistic_round.planned(ready, prepare.statistic(ready.scenario, prepare.known))
+    assert (clients, len(taker.own)) == (4, 12) and told["seconds"] == rows + 4 + 12
+
+
 def test_a_plan_counts_the_statistic_and_says_so(tiny):
     told = planning.plan(tiny(*GRAM)).to_json()
     assert 7.9 < told["epsilon"] <= 8 and told["rounds"][0]["epsilon"] > 2
     assert told["statistics"]["kind"] == "gram" and told["statistics"]["noise_multiplier"] > 0.5
     sent = told["statistics"]["bytes_up"]
     assert told["bytes_up_total"] == sum(line["bytes_up"] for line in told["rounds"]) + sent
+    printed = " ".join("\n".join(plan_lines(told)).split())
+    assert f"{size(sent)} of these go up before round 1" in printed
+    assert told["statistics"]["seconds"] > 0 and "before, for the statistic and the cut" in printed
     said = told["warnings"][0]
     assert "Each spends epsilon 2 of its 8 on its sum" in said and "cut by lord to 50%" in said
     assert planning.plan(tiny()).to_json()["statistics"] is None
@@ -329,7 +347,7 @@ def test_what_does_not_go_together_is_refused_in_a_line(tiny, told, why):
     [
         ((CUT, "statistics={kind: gram, epsilon: 1, layers: [7]}"), r"statistics\.layers: no layer 7 is cut"),
         (("compress={use: lord, targets: [nothing]}",), r"compress\.targets: 'nothing' matches no linear layer"),
-        (("compress={use: lord, rank: 3}",), r"compress\.rank: Lord has no option 'rank'"),
+        (("compress={use: lord, rank: 3}",), r"compress\.rank: lord has no option 'rank'"),
     ],
 )
 def test_what_the_base_has_not_is_refused_before_anything_is_written(tiny, tmp_path, told, why):

@@ -65,8 +65,8 @@ def hold_out(
         )
     elif held and off:
         logger.warning(
-            "%s asks for %.0f of %d rows, and %d are held out: a hash of each decides, and each label and client "
-            "keeps one to train on",
+            "%s asks for %.0f of %d rows, and %d are held out: a hash of each row decides, as a coin would, and "
+            "of few rows the number is off by chance; name a file of test rows for a fixed number",
             *(what, asked, len(texts), held),
         )
     return [text in chosen for text in texts]

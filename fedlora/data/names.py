@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 
 from fedlora.data.rows import Rows
 from fedlora.errors import SettingError, cut
@@ -30,6 +31,13 @@ def bare(name: str) -> str:
     """A name without what a reader hardly sees: blanks, case, invisible marks, and how letters are composed."""
     seen = "".join(c for c in name if c.isspace() or not (_HIDDEN.match(c) or unicodedata.category(c) in _UNSEEN))
     return unicodedata.normalize("NFC", " ".join(seen.split()).casefold())
+
+
+def meant(name: str, known: Sequence[str]) -> str | None:
+    """Which of the labels a name is likely a slip of: one that differs by a letter or two, and in no digit."""
+    plain = {bare(label): label for label in known}
+    near = get_close_matches(own := bare(name), plain, n=1, cutoff=0.8)
+    return plain[near[0]] if near and re.sub(r"\D", "", near[0]) == re.sub(r"\D", "", own) else None
 
 
 def _seen(name: str) -> bool:

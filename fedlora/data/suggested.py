@@ -39,8 +39,8 @@ def persons(columns: Mapping[str, Sequence[Any]], used: Iterable[str]) -> list[s
 def sentence(name: str, values: int, rows: int) -> str:
     """What to say of such a column."""
     return (
-        f"{rows:,} rows have {values:,} values of {cut(name)!r}: rows of one value may be of one person, and "
-        f"epsilon is for single rows; privacy.person: {cut(name)} protects persons"
+        f"column {cut(name)!r} has {values:,} values in {rows:,} rows: if each value is a person, epsilon covers "
+        f"one row of theirs and not all; write privacy.person: {cut(name)} to protect persons"
     )
 
 

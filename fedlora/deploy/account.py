@@ -54,9 +54,15 @@ class Account:
 
     def paid(self, run: str) -> set[int]:
         """The rounds that were paid for under a name; 0 is what is no round, and no statistic."""
+        return {line["round"] for line in self._lines(run) if STATISTIC not in line}
+
+    def measured(self, run: str) -> bool:
+        """Whether a statistic of the rows was paid for under a name."""
+        return any(STATISTIC in line for line in self._lines(run))
+
+    def _lines(self, run: str) -> list[dict[str, Any]]:
         file = self.ledger.folder / "privacy.jsonl"
-        lines = read(file, torn=True) if file.exists() else []
-        return {line["round"] for line in lines if line.get("run") == run and STATISTIC not in line}
+        return [line for line in (read(file, torn=True) if file.exists() else []) if line.get("run") == run]
 
     def spend(self, run: str, round: int, client: int, event: Event, **more: Any) -> None:
         """Write an event into the ledger.

@@ -18,6 +18,7 @@ from fedlora import plugins
 from fedlora.data import names, notes, overview, reading, suggested
 from fedlora.deploy import figures, surveyed
 from fedlora.deploy import site as sites
+from fedlora.deploy.account import STATISTIC
 from fedlora.deploy.site import FLOOR, Site, task_of, taught
 from fedlora.errors import SettingError, UserError, counted, cut
 from fedlora.privacy import accounting, ledger
@@ -43,7 +44,7 @@ class Spent:
         delta: of it.
         accountant: that counts.
         epsilon: what they have lost, by the ledger in `state`.
-        runs: names of the runs that it went to, with the rounds of each.
+        runs: names of the runs that it went to, with the lines of each but a statistic's.
         person: the column that says who is who; None where each row stands for itself.
     """
 
@@ -64,7 +65,7 @@ class Understood:
         rows: that a run may train on.
         labels: of each label of `data.labels`, how many of these have it.
         left_out: numbers of the other rows, from 1: their label is not in `data.labels`.
-        nearly: how many of those have one that differs from a label by blanks, case or hidden signs.
+        nearly: of a label of `data.labels` how many of those have one that is likely meant as the same.
         empty: numbers of rows without a word, from 1.
         lengths: of the rows, in words; None of images.
         repeated: rows whose text stood before.
@@ -75,7 +76,7 @@ class Understood:
     rows: int
     labels: dict[str, int]
     left_out: Sequence[int]
-    nearly: int
+    nearly: dict[str, int]
     empty: Sequence[int]
     lengths: overview.Lengths | None
     repeated: int
@@ -98,6 +99,7 @@ class SiteChecked:
         state: the folder of the ledger.
         free: bytes of disk that are left for it.
         clock: the time that this machine has, in UTC.
+        warnings: what is likely a mistake, and costs rows, a sentence each.
         notes: what is no mistake, and good to know, a sentence each.
         folder: from which relative paths are read.
     """
@@ -113,6 +115,7 @@ class SiteChecked:
     state: str = ""
     free: int = 0
     clock: str = ""
+    warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
     folder: str
 
@@ -138,6 +141,7 @@ class SiteChecked:
         """What a terminal shows, where there is no problem."""
         told = self.understood
         said = [["site", f"{self.name}, client {self.client} of a scenario"]]
+        said += [["warning", one] for one in self.warnings]
         if told is not None:
             said += [*self._rows(told)]
         said += [["budget", line] for line in _budget(self.privacy)]
@@ -146,7 +150,8 @@ class SiteChecked:
         said.append(["state", f"{self.state}, with {self.free / 2**30:.1f} GiB of disk left"])
         said.append(["clock", f"{self.clock}; certificates are valid by it"])
         said += [["note", note] for note in self.notes]
-        return [f"{self.site}: fine", *Table(("what", "understood"), said, left=frozenset({0, 1})).text()]
+        fine = f"fine, but for {counted(len(self.warnings), 'warning')}" if self.warnings else "fine"
+        return [f"{self.site}: {fine}", *Table(("what", "understood"), said, left=frozenset({0, 1})).text()]
 
     def _rows(self, told: Understood) -> Iterator[list[str]]:
         yield ["rows", f"{told.rows:,} to train on, read for task: {told.task}"]
@@ -205,6 +210,7 @@ def check(file: Path) -> SiteChecked:
         state=str(site.folder),
         free=free,
         clock=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        warnings=[*_slips(understood)],
         notes=[*_notes(site, understood, free, folder, spent)],
         folder=folder,
     )
@@ -308,9 +314,7 @@ def _understood(site: Site) -> Understood:
     kept = [i for i in range(len(rows.texts)) if i not in gone]
     mine = reading.Rows([rows.texts[i] for i in kept], rows.labels and [rows.labels[i] for i in kept])
     persons = None if rows.persons is None else len({rows.persons[i] for i in kept})
-    near = {names.bare(label) for label in labels or ()}
-    strange = [rows.labels[i] for i in out] if rows.labels is not None else []
-    nearly = sum(all(names.bare(str(part)) in near for part in _parts(one)) for one in strange)
+    nearly = _nearly([rows.labels[i] for i in out] if rows.labels else [], labels or ())
     return Understood(
         task=name,
         rows=len(kept),
@@ -324,8 +328,14 @@ def _understood(site: Site) -> Understood:
     )
 
 
-def _parts(label: Any) -> Sequence[Any]:
-    return (label,) if isinstance(label, str) else label
+def _nearly(left_out: Sequence[Any], labels: Sequence[str]) -> dict[str, int]:
+    """Of labels how many of the rows that are left out have one that is likely meant so."""
+    strange = Counter(str(part) for one in left_out for part in {*((one,) if isinstance(one, str) else one)})
+    found = Counter[str]()
+    for name in strange.keys() - {*labels}:
+        if (label := names.meant(name, labels)) is not None:
+            found[label] += strange[name]
+    return dict(found)
 
 
 def _spent(site: Site) -> Spent | None:
@@ -339,7 +349,8 @@ def _spent(site: Site) -> Spent | None:
     file, events, runs = site.folder / "ledger" / "privacy.jsonl", [], Counter[str]()
     if file.exists():
         events = ledger.replay(file).get(Own(), [])
-        runs.update(cut(line.get("run", ""), 100) for line in ledger.read(file, torn=True))
+        for line in ledger.read(file, torn=True):
+            runs[cut(line.get("run", ""), 100)] += STATISTIC not in line
     spent = accounting.epsilon(events, cap.delta, cap.accountant)
     return Spent(
         max_epsilon=cap.max_epsilon,
@@ -359,6 +370,14 @@ def _budget(told: Spent | None) -> Iterator[str]:
     share = f", {told.epsilon / told.max_epsilon:.0%} of it" if told.epsilon else ""
     each = "".join(f"; {name} {counted(rounds, 'round')}" for name, rounds in told.runs.items())
     yield f"epsilon {told.epsilon:.3g} is spent{share}{each}"
+
+
+def _slips(told: Understood | None) -> Iterator[str]:
+    for label, count in (told.nearly if told is not None else {}).items():
+        yield (
+            f"{counted(count, 'row')} left out, with a label that is nearly {cut(label)!r} of data.labels: write "
+            "both alike, if they are meant alike"
+        )
 
 
 def _notes(site: Site, told: Understood | None, free: int, folder: str, spent: Spent | None) -> Iterator[str]:
@@ -381,11 +400,6 @@ def _notes(site: Site, told: Understood | None, free: int, folder: str, spent: S
         yield from suggested.of_file(held, held.encoding, (held.messages, *templates.columns(held.prompt or "")))
     if told is not None:
         yield from names.alike(held.labels or ())
-        if told.nearly:
-            yield (
-                f"{told.nearly} of the rows that are left out have a label that differs from one of data.labels "
-                "by blanks, case or hidden signs: write them alike"
-            )
         if lacking := [name for name, count in told.labels.items() if not count]:
             shown = ", ".join(repr(cut(name)) for name in lacking[:_ROWS])
             yield f"{len(lacking)} of {len(told.labels)} labels of data.labels have no row here: {shown}"

@@ -38,6 +38,8 @@ from fedlora.tasks import located, smaller
 BASE = "base"  # of a run's folder
 _EXACT, _ROUNDED = 1e-3, 3e-2  # how far factors may be from a cut of weights in 32 bits, and in fewer
 
+Array = NDArray[np.float32]
+
 logger = logging.getLogger(__name__)
 
 
@@ -212,7 +214,7 @@ def base(scenario: Scenario, words: Words, content: RecordDict | None, folder: P
     return made
 
 
-def checked(came: Change, weights: Mapping[str, NDArray[np.float32]], slack: float) -> dict[str, Cut]:
+def checked(came: Change, weights: Mapping[str, Array], slack: float) -> dict[str, Cut]:
     """The cuts of layers, if they are of these weights.
 
     Args:
@@ -221,15 +223,22 @@ def checked(came: Change, weights: Mapping[str, NDArray[np.float32]], slack: flo
         slack: how far the factors may be off, relative to their length.
 
     Raises:
-        Refusal: `left` has no orthonormal columns, or `right` is not `left^T W`.
+        Refusal: `left` has no orthonormal columns, or `right` is not `left^T W`, in the spectral norm: no
+            direction of an input may come out longer than the slack allows.
     """
     cuts = {name: Cut((weight.shape[0], weight.shape[1])) for name, weight in weights.items()}
     for name, sides in came.items():
         weight, (left, right) = weights[name], map(np.array, sides)  # torch takes none that cannot be written
-        far = np.abs(left.T @ left - np.eye(left.shape[1], dtype=np.float32)).max()
-        off = np.linalg.norm(left.T @ weight - right)
-        if not (far <= slack and off <= slack * np.linalg.norm(weight)):  # of what is no number too
+        if not _is_cut(left, right, weight, slack):
             raise Refusal(f"the factors that came for {name:.100} are no cut of its own copy of the base")
         lost = np.linalg.norm(weight - left @ right) / max(np.linalg.norm(weight), np.finfo(np.float32).tiny)
         cuts[name] = Cut(cuts[name].shape, left, right, error=float(lost))
     return cuts
+
+
+def _is_cut(left: Array, right: Array, weight: Array, slack: float) -> bool:
+    if not (left.shape[1] and np.isfinite(left).all() and np.isfinite(right).all()):
+        return False
+    far = np.linalg.norm(left.T @ left - np.eye(left.shape[1], dtype=np.float32), 2)
+    off = np.linalg.norm(left.T @ weight - right, 2)
+    return bool(far <= slack and off <= slack * np.linalg.norm(weight, 2))

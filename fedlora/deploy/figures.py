@@ -15,13 +15,14 @@ The account pays before a row is read, once for each round of a run. The noise i
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 from flwr.app import RecordDict
 from numpy.typing import NDArray
 
-from fedlora import wire
+from fedlora import prepare, wire
 from fedlora.adapter import Instruction
 from fedlora.deploy.account import Account
 from fedlora.deploy.serving import Serving
@@ -74,6 +75,8 @@ def admit(site: Site | None, account: Account | None, run: Serving) -> None:
     times = -(-scenario.rounds // scenario.eval_every)
     each = run.event(Instruction(round=1, adapter={}, train=(), send=()), site.client)
     events, before = [*account.events, *[event(*told)] * times], tuple[Event, ...]()
+    if (first := prepare.statistic(scenario)) is not None and not account.measured(run.key):
+        events.append(first)
     for one in [each] * scenario.rounds if each is not None else ():
         events.append(alone(adds(before, one)))
         before = added(before, one)
@@ -149,9 +152,12 @@ def _sums(run: Serving, instruction: Instruction, client: int, most: float) -> t
     rank = worker.scenario.rank(client, instruction.round)
     adapter = worker.received(instruction.at(rank), client, instruction.round + 1)
     task.become(rank, instruction.draw)
-    for row, unit in zip(held.rows, whose, strict=True):
-        found = task.figures(task.evaluation(adapter, held.examples, np.array([row])).sums)
-        means.setdefault(int(unit), []).append(_added(found, most))
+    with ExitStack() as after:
+        if task.prefix is not None:
+            after.callback(task.prefix.forget())
+        for row, unit in zip(held.rows, whose, strict=True):
+            found = task.figures(task.evaluation(adapter, held.examples, np.array([row])).sums)
+            means.setdefault(int(unit), []).append(_added(found, most))
     parts = [np.floor(np.mean(each, axis=0) * _FINE).astype(np.int64) for each in means.values()]
     return np.sum(parts, axis=0, dtype=np.int64), len(parts)
 
@@ -171,7 +177,8 @@ def rule(site: Site) -> str:
         std = event(site.figures, site.privacy).noise_multiplier * NORM
     except SettingError as error:
         return f"may learn no figure of these rows: {error.message}"
+    units = "rows" if site.privacy.person is None else "persons"
     return (
-        f"may learn the loss and the accuracy of rows that are held out, noised: of 100 rows to {1.96 * std:,.0f} "
-        f"either way; each evaluation costs epsilon {site.figures.epsilon:g} (figures)"
+        f"may learn loss and accuracy of {units} that are held out, noised: of 100 {units} an accuracy to "
+        f"{1.96 * std / 100:.2g} either way; each evaluation costs epsilon {site.figures.epsilon:g} (figures)"
     )

@@ -90,7 +90,8 @@ def level(site: Site, new: Path, gone: Gone, ahead: Mapping[str, Sequence[Line]]
         for form in left if ACCOUNT in gone else ():
             left_then[form] = left_then.get(form, 0) + left[form]
         owed += more
-        _into_account(site, new, run, owed)
+        kind = _statistic(lines)
+        _into_account(site, new, run, owed, kind)
         lacks = []
         if _ledger(run) in gone:
             every = [line for part in own for line in part]
@@ -99,9 +100,10 @@ def level(site: Site, new: Path, gone: Gone, ahead: Mapping[str, Sequence[Line]]
                 if steps and form in likes:
                     event = Event.from_json(likes[form])
                     most = min(steps * event.bands, accounting.MAX_STEPS)
-                    lacks.append((max(line["round"] for line in every), replace(event, steps=most)))
+                    round = 0 if STATISTIC in likes[form] else max(line["round"] for line in every)
+                    lacks.append((round, replace(event, steps=most)))
         if lacks:
-            _into_run(site, new, run, lacks, lines[-1])
+            _into_run(site, new, run, lacks, lines[-1], kind)
         charged += sum(event.steps for _, event in (*owed, *lacks))
     return charged
 
@@ -250,7 +252,7 @@ def _as_submitted(site: Site, new: Path, run: str, file: Path) -> int:
     heard = max(map(_turn, told))
     unheard = 1 + len({turn for turn in map(_turn, every) if turn > heard})
     more = [(heard[0] + turn, _dearest(told)) for turn in range(1, unheard + 1)]
-    _spend(site, new, run, [*reversed(owed), *more], told[-1])
+    _spend(site, new, run, [*reversed(owed), *more], told[-1], _statistic(told))
     return len(owed) + unheard
 
 
@@ -362,7 +364,7 @@ def _close(site: Site, new: Path) -> None:
     _into_account(site, new, _UNKNOWN, [(0, event(low))], closed=True)
 
 
-def _spend(site: Site, new: Path, run: str, owed: Owed, like: Line) -> None:
+def _spend(site: Site, new: Path, run: str, owed: Owed, like: Line, kind: str | None = None) -> None:
     """Put lines into a run's ledger and the account, whatever they come to."""
     owed = list(owed)
     before: tuple[Event, ...] = ()  # turns of banded noise are counted from here: never fewer than they were
@@ -370,24 +372,42 @@ def _spend(site: Site, new: Path, run: str, owed: Owed, like: Line) -> None:
     for round, event in owed:
         counted.append((round, replace(_alone(event), steps=adds(before, event).steps)))
         before = added(before, event)
-    _into_account(site, new, run, counted)
-    _into_run(site, new, run, owed, like)
+    _into_account(site, new, run, counted, kind)
+    _into_run(site, new, run, owed, like, kind)
 
 
-def _into_account(site: Site, new: Path, run: str, owed: Owed, **more: Any) -> None:
+def _statistic(lines: Iterable[Line]) -> str | None:
+    """The kind of the statistic that a run asked for before its first round; None where it asked for none."""
+    return next((str(line[STATISTIC]) for line in lines if STATISTIC in line), None)
+
+
+def _marked(round: int, kind: str | None) -> dict[str, Any]:
+    """The word of a statistic's line, by which a later restore knows it for what it is."""
+    return {} if round or kind is None else {STATISTIC: kind}
+
+
+def _into_account(site: Site, new: Path, run: str, owed: Owed, kind: str | None = None, **more: Any) -> None:
     if (cap := site.privacy) is None:
         return
     book = _account(new)
     for round, event in owed:
-        book.spend(round, {site.client: event}, **terms_of(cap, run), lost=True, **more, **begun(book))
+        book.spend(
+            round,
+            {site.client: event},
+            **terms_of(cap, run),
+            lost=True,
+            **_marked(round, kind),
+            **more,
+            **begun(book),
+        )
 
 
-def _into_run(site: Site, new: Path, run: str, owed: Owed, like: Line) -> None:
+def _into_run(site: Site, new: Path, run: str, owed: Owed, like: Line, kind: str | None) -> None:
     (folder := new / "runs" / run).mkdir(parents=True, exist_ok=True)
     book = Ledger(folder)
     terms = {key: like[key] for key in ("delta", "unit", "accountant", "person", "honest") if key in like}
     for round, event in owed:
-        book.spend(round, {site.client: event}, **terms, lost=True, **begun(book))
+        book.spend(round, {site.client: event}, **terms, lost=True, **_marked(round, kind), **begun(book))
 
 
 def _account(new: Path) -> Ledger:

@@ -324,10 +324,12 @@ class Node:
         """The run with the merges that its server has: those that came with the message, and none beyond.
 
         Raises:
-            Refusal: some in between are missing.
+            Refusal: some in between are missing, or the run merges nothing.
         """
         with _understood():
             came = wire.unpack_merges(content, run.worker.task.weights)
+        if (came or count) and not run.merges_now:
+            raise Refusal("the server sends what is merged into the base, and the run has no such thing")
         if len(run.merges) > count:  # the server fell behind: it lost a round
             run = self._load(run.words, client, merged=count)
         for number, change in sorted(came.items()):

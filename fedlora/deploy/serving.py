@@ -15,6 +15,7 @@ from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.mechanisms.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE
 from fedlora.privacy.mechanisms.shared import EXAMPLE_NOISE, MEMBERS
 from fedlora.rounds.checkpoint import Merges
+from fedlora.schedules import contract as schedules
 
 Words = Mapping[str, Any]
 
@@ -40,6 +41,14 @@ class Serving:
         """Whether an answer is kept to be given again; never where its part of the noise would enter two sums."""
         told = self.worker.scenario
         return told.example_privacy is not None and told.shares_example_noise is None
+
+    @property
+    def merges_now(self) -> bool:
+        """Whether anything is merged into the base of the run: not before it is cut, nor by most strategies."""
+        worker, told = self.worker, self.worker.scenario
+        schedule = schedules.load(told.model.adapter.schedule)
+        whole = told.compress is not None and worker.setup.base is None
+        return not whole and (worker.strategy.merges or (schedule is not None and schedule.merges))
 
     def event(self, instruction: Instruction, client: int) -> Event | None:
         """What an instruction costs the client's examples; None without privacy."""

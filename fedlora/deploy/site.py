@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedlora.data.cells import Taught
-from fedlora.errors import SettingError, UserError, cut, suggestion
+from fedlora.errors import SettingError, UserError, cut
 from fedlora.privacy.accounting import Accountant
 from fedlora.scenario import (
     COLUMNS_OF,
@@ -27,6 +27,8 @@ from fedlora.scenario import (
     looks_like_scenario,
     read,
 )
+from fedlora.scenario.explain import explain
+from fedlora.scenario.keys import Problem
 from fedlora.scenario.privacy import unresolved_delta
 from fedlora.tasks.contract import find
 
@@ -179,16 +181,6 @@ class Accept(Section):
     submitters: tuple[str, ...] | None = None
 
 
-_SECTIONS: dict[str, type[Section]] = {
-    "data": Held,
-    "privacy": Budget,
-    "accept": Accept,
-    "survey": Surveyed,
-    "figures": Figures,
-    "personalise": Further,
-}
-
-
 class Site(Section):
     """Everything about a node that the site alone decides.
 
@@ -232,20 +224,6 @@ class Site(Section):
     idle_minutes: PositiveFloat = 30.0
     metrics_port: Annotated[Int, Field(ge=1, le=65535)] | None = None
     metrics_address: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-
-    @model_validator(mode="after")
-    def _pays(self) -> Self:
-        for key in ("survey", "figures", "personalise"):
-            if getattr(self, key) is not None and self.privacy is None:
-                wrong = f"{key}: is paid for from a budget: set privacy too"
-                raise PydanticCustomError("target", "{wrong}", {"wrong": wrong})
-        if self.personalise is not None and self.receive is None:
-            wrong = "personalise: begins from a run's adapter: set receive: adapter too"
-            raise PydanticCustomError("target", "{wrong}", {"wrong": wrong})
-        if self.figures is not None and self.accept.metrics:
-            wrong = "figures: are noised, and accept.metrics has exact ones reported: leave one of the two out"
-            raise PydanticCustomError("target", "{wrong}", {"wrong": wrong})
-        return self
 
     @property
     def folder(self) -> Path:
@@ -383,16 +361,33 @@ def load(path: str | Path) -> Site:
     if looks_like_scenario(raw):
         raise UserError(f"{path}:1: this is a scenario, and no site's file: fedlora check {path}")
     source = Source(str(path), lines, {})
-    told = [f"{source.where(p.path)}: {p.message}" for p in problems]
     try:
         site = Site.model_validate(raw)
     except ValidationError as error:
-        for detail in error.errors():
-            key = tuple(part for part in detail["loc"])
-            told.append(f"{source.where(key)}: {_message(key, detail['type'], detail['msg'])}")
-    if told:
-        raise UserError(*dict.fromkeys(told))
+        problems += [explain((), detail, raw, Site) for detail in error.errors()]
+    else:
+        problems += _across(site)
+    if problems:
+        raise UserError(*dict.fromkeys(f"{source.where(p.path)}: {p.message}" for p in problems))
     return site
+
+
+def _across(site: Site) -> Iterator[Problem]:
+    """What only shows when two keys are read together."""
+    most = None if site.privacy is None else site.privacy.max_epsilon
+    for key in ("survey", "figures", "personalise"):
+        if (told := getattr(site, key)) is None:
+            continue
+        if most is None:
+            yield Problem((key,), f"{key}: is paid for from a budget: set privacy too")
+        elif told.epsilon is not None and told.epsilon > most:
+            what = f"{told.epsilon:g} is more than all runs together may spend (privacy.max_epsilon: {most:g})"
+            yield Problem((key, "epsilon"), f"{key}.epsilon: {what}: lower it")
+    if site.personalise is not None and site.receive is None:
+        yield Problem(("personalise",), "personalise: begins from a run's adapter: set receive: adapter too")
+    if site.figures is not None and site.accept.metrics:
+        what = "figures: are noised, and accept.metrics has exact ones reported: leave one of the two out"
+        yield Problem(("figures",), what)
 
 
 def located(path: str | Path, error: SettingError) -> UserError:
@@ -401,15 +396,3 @@ def located(path: str | Path, error: SettingError) -> UserError:
     _, lines, _ = read(Path(path).read_text(encoding="utf-8"), str(path))
     place: KeyPath = tuple(key.split("."))
     return UserError(f"{Source(str(path), lines, {}).where(place)}: {key}: {error.message}")
-
-
-def _message(key: KeyPath, kind: str, text: str) -> str:
-    name = ".".join(map(str, key))
-    if kind == "missing":
-        return f"{name} is missing"
-    if kind == "extra_forbidden":
-        owner: Any = Site
-        for part in key[:-1]:
-            owner = _SECTIONS.get(str(part), owner)
-        return f"unknown key {name!r}: {suggestion(str(key[-1]), owner.model_fields)}"
-    return f"{name}: {text.replace('Input should', 'should')}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.deploy import history
+from fedlora.deploy.account import STATISTIC
 from fedlora.deploy.checking import SiteChecked, Spent, check
 from fedlora.deploy.figures import FIGURES
 from fedlora.deploy.site import Budget, Site, load
@@ -121,13 +122,15 @@ def runs(site: Site, told: Sequence[Line]) -> Iterator[Ran]:
     known: dict[str, Line] = {line["run"]: line for line in answered}  # the last of each
     for key in dict.fromkeys([*paid, *known]):
         last, own, said = known.get(key, {}), paid.get(key, []), _ended(State(site.folder), key)
-        beside = [line for line in own if not line["round"]]
+        taken = [line for line in own if STATISTIC in line]
+        beside = [line for line in own if not line["round"] and line not in taken]
+        said += "; gave a statistic of the rows before its first round" if taken else ""
         if beside and RUN.fullmatch(key):
             said += f"; trained further here by {counted(sum(line['steps'] for line in beside), 'step')}"
         whose = last.get("submitter") or _NOBODY
         named = "unknown" if RUN.fullmatch(key) else key.partition(":")[0]
         events = [Event.from_json(line) for line in own]
-        yield Ran(key, last.get("scenario") or named, whose, events, len(own) - len(beside), said)
+        yield Ran(key, last.get("scenario") or named, whose, events, len(own) - len(beside) - len(taken), said)
 
 
 def _ended(state: State, key: str) -> str:

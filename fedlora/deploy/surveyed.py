@@ -196,8 +196,9 @@ def rule(site: Site) -> str:
         std = event(site.survey, site.privacy).noise_multiplier * NORM
     except SettingError as error:
         return f"may learn nothing by a survey: {error.message}"
+    units = "rows" if site.privacy.person is None else "persons"
     return (
-        f"may learn by a survey how many rows have each label and length, to {1.96 * std:,.0f} either way; it "
+        f"may learn by a survey how many {units} have each label and length, to {1.96 * std:,.0f} either way; it "
         f"costs epsilon {site.survey.epsilon:g}, and again where the rows have changed; counts below "
         f"{site.survey.floor} are not told (survey)"
     )

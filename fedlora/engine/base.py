@@ -155,6 +155,9 @@ class Engine(Grid):
             instruction: with the tensors that the server holds after a round.
             cohort: client ids.
             test: judge by the test set and not by the client's own examples; sites cannot.
+
+        Returns:
+            The figures of each client that has them; of nobody, where no site gives any.
         """
 
     @abstractmethod
@@ -177,6 +180,10 @@ class Engine(Grid):
         Returns:
             Bytes that were sent.
         """
+        return 0
+
+    def greeted(self) -> int:
+        """Bytes that went beside introductions since this was asked last; none in a simulation."""
         return 0
 
     @abstractmethod

@@ -195,11 +195,7 @@ class FlowerEngine(Engine):
         return self._evaluations.submit(self.here.evaluate, adapter).result
 
     def judge(self, instruction: Instruction, cohort: Sequence[int], test: bool = False) -> dict[int, Figures]:
-        """The figures of each site that answers, of its own model.
-
-        Raises:
-            RoundError: none does.
-        """
+        """The figures of each site that answers, of its own model; where none does the submitter is told."""
         contents = {
             c: self._content(instruction.at(self.worker.scenario.rank(c, instruction.round)), self.roster.sites[c])
             for c in cohort
@@ -223,7 +219,7 @@ class FlowerEngine(Engine):
             except ContractError as error:
                 logger.warning("%s did not judge: %s", self.roster.sites[client], error)
         if not figures:
-            raise RoundError("no site judged its own model")
+            self.roster.note(f"round {instruction.round}: no site judged its own model, so it has no such figures")
         return figures
 
     def merge(self, change: Change) -> None:
@@ -238,8 +234,7 @@ class FlowerEngine(Engine):
     def conclude(self, round: int, adapter: Adapter, merges: int, threshold: float | None) -> int:
         """Say to sites that the run has ended, and send the adapter to those that asked for it.
 
-        What the seed gives them is not sent. Nothing of this makes a finished run fail. With the bytes are those
-        of the factors of a base that was cut, which went beside introductions.
+        What the seed gives them is not sent. Nothing of this makes a finished run fail.
         """
         try:
             self.roster.gather(self._hello, 0.0, lambda: True)
@@ -256,12 +251,16 @@ class FlowerEngine(Engine):
                 refused = None if reply.has_error() else wire.unpack_words(reply.content).get("refused")
                 if why := reply.error.reason if reply.has_error() else refused:
                     self.roster.note(shown(f"{self.roster.sites[client]} did not take the run's end: {why}"))
-            factors = self._hello.array_records.get(wire_base.CUT)
-            sent = 0 if factors is None else self.roster.greeted * traffic.content_bytes(RecordDict({"": factors}))
-            return sent + sum(map(traffic.content_bytes, contents.values()))
+            return self.greeted() + sum(map(traffic.content_bytes, contents.values()))
         except Exception as error:  # the SuperLink may be gone, or a site may answer anything
             logger.warning("sites may not know that the run has ended: %s", type(error).__name__)
             return 0
+
+    def greeted(self) -> int:
+        """Bytes of the factors of a base that was cut, which go beside introductions."""
+        sent, self.roster.greeted = self.roster.greeted, 0
+        factors = self._hello.array_records.get(wire_base.CUT)
+        return 0 if factors is None else sent * traffic.content_bytes(RecordDict({"": factors}))
 
     def close(self) -> None:
         """Let an evaluation end; sites drop an idle run by themselves."""

@@ -95,8 +95,11 @@ def _some(sites: Iterable[Site]) -> str:
     return ", ".join(told[:_NAMED]) + more
 
 
-def _ahead(told: object) -> float:
-    return told - time.time() if isinstance(told, float) and 0 < told < _LATEST else 0.0
+def _ahead(told: object, asked: float) -> float:
+    """Seconds by which what a clock told lies outside of the time since it was asked: a reply may have waited."""
+    if not isinstance(told, float) or not 0 < told < _LATEST:
+        return 0.0
+    return told - min(max(told, asked), time.time())
 
 
 class Roster:
@@ -107,7 +110,7 @@ class Roster:
         turned_away: nodes that would not serve: since when, and who and why in a sentence.
         absent: of clients without a site that joined, what is known of it.
         late: replies that came after nobody waited for them any more.
-        greeted: introductions that were sent, since all began anew.
+        greeted: introductions that were sent, since somebody counted them or all began anew.
     """
 
     def __init__(
@@ -134,6 +137,7 @@ class Roster:
         self.sites: dict[int, Site] = {}
         self.turned_away: dict[int, tuple[float, str]] = {}
         self.late, self.greeted = 0, 0
+        self._since = time.time()  # when the first of those under way was sent
         self._asked: dict[str, int] = {}  # introductions under way: the node by message
         self._overdue: set[str] = set()
         self._wary = False  # whether a reply could not be read
@@ -158,6 +162,7 @@ class Roster:
             now = time.monotonic()
             away = {node for node, (since, _) in self.turned_away.items() if now - since < AGAIN}
             busy = {*self._asked.values(), *(site.node for site in self.sites.values()), *away}
+            self._since = self._since if self._asked else time.time()
             sent = self._send({node: ("query", hello) for node in sorted(here - busy)})
             self._asked, self.greeted = self._asked | sent, self.greeted + len(sent)
             for some in batches(list(self._asked)):
@@ -230,7 +235,7 @@ class Roster:
             node=node,
             client=wire.whole(client, "client", 0, self.num_clients - 1),
             name=shown(words.get("name"), _NAME),
-            clock=_ahead(words.get("time")),
+            clock=_ahead(words.get("time"), self._since),
             num_examples=wire.whole(held, "num_examples", 1, wire.MOST),
             event=wire.read_event(event),
             wants_adapter=words.get("receive") == "adapter",

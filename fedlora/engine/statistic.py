@@ -3,7 +3,8 @@
 The same code runs in a simulation, where the server pays for its clients, and at a site, which pays for itself.
 """
 
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from fedlora.engine.replies import Sums
 from fedlora.engine.worker import Worker
 from fedlora.errors import ContractError, SettingError
 from fedlora.kinds.contract import under
+from fedlora.passes import alone
 from fedlora.passes.statistic import Collector
 from fedlora.privacy.mechanisms.statistic import StatisticGaussian
 from fedlora.privacy.noise import Stream
@@ -39,12 +41,12 @@ class Taker:
             layers: names of those that are to be cut, as the base alone has them.
 
         Raises:
-            SettingError: no layer has a statistic, or there is no such block.
+            SettingError: no layer has a statistic, there is no such block, or examples of a pass move each other.
         """
         assert worker.scenario.statistics is not None
         self.worker, self.asked, task = worker, worker.scenario.statistics, worker.task
-        if worker.kept is not None and task.prefix is not None:
-            task.prefix.kept = lambda examples: None  # all blocks are passed
+        if task.prefix is not None:
+            task.prefix.forget()  # all blocks are passed
         held = dict(task.model.get_base_model().named_modules())
         named = smaller.paired([*layers], [name for name, module in held.items() if _linear(module)])
         for block in self.asked.layers or ():
@@ -69,6 +71,8 @@ class Taker:
         except ContractError as error:
             what = f"{self.asked.kind} cannot be taken of this base: {error}"
             raise SettingError("statistics.kind", what) from error
+        if task.private and (unfit := alone.mingle(task, task.initial)):
+            raise SettingError("statistics", f"examples would not be bounded one by one: {unfit}")
         shared = self.collector.shared
         self.own = {name: shared[module] for name, module in named.items() if module in shared}
 
@@ -84,9 +88,25 @@ class Taker:
             client: whose.
             coins: to toss for each example, or person.
         """
-        task, partition = self.worker.task, self.worker.dataset.partition(client)
-        weights = dict(weighed(partition, mechanism(self.asked.share, partition.units).taken(coins)))
-        rows = np.array(sorted(weights), np.int64)
+        partition = self.worker.dataset.partition(client)
+        return self._added(
+            partition, dict(weighed(partition, mechanism(self.asked.share, partition.units).taken(coins)))
+        )
+
+    def row_seconds(self, client: int) -> float:
+        """Of a row, by a few of a client's; the first pass is slower, and not counted."""
+        partition = self.worker.dataset.partition(client)
+        few = [int(row) for row in partition.rows[: self.worker.scenario.clients.micro_batch_size]]
+        took = 0.0
+        for _ in range(2):
+            began = time.perf_counter()
+            self._added(partition, dict.fromkeys(few, 1.0))
+            took = time.perf_counter() - began
+        return took / len(few)
+
+    def _added(self, partition: Partition, weights: Mapping[int, float]) -> Sums:
+        """What rows of a client add up to, each times its weight."""
+        task, rows = self.worker.task, np.array(sorted(weights), np.int64)
         task.begin(task.initial, ())
         task.model.eval()
         with task.precisely(False):

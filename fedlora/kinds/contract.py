@@ -218,7 +218,8 @@ class Kind(ABC):
         if (most := self.most(out, into)) is not None and self.r > most:
             raise SettingError(
                 "model.adapter.r",
-                f"{name} is {out} x {into}, and {type(self).__name__} has r of at most {most} there: lower it",
+                f"{name} is {out} x {into}, and {plugins.called(type(self))} has r of at most {most} there: "
+                "lower it",
             )
 
     def adopt(self, layout: Layout, drawn: Mapping[str, Tensor], saved: Saved) -> Adapter:
@@ -232,7 +233,9 @@ class Kind(ABC):
         Raises:
             SettingError: it is of other layers or another rank, or the kind cannot.
         """
-        raise SettingError("model.start", f"adapters of kind {type(self).__name__} begin from the seed alone")
+        raise SettingError(
+            "model.start", f"adapters of kind {plugins.called(type(self))} begin from the seed alone"
+        )
 
     def owner(self, name: str) -> str | None:
         """The layer that a tensor of a saved adapter is of; empty: all of them; None: a head's."""

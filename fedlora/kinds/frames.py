@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora import plugins
 from fedlora.adapter import Adapter, Change, Layout, Slot, Tensor
 from fedlora.errors import SettingError
 from fedlora.factors import Matrix
@@ -153,7 +154,7 @@ class Still(Lora):
         for module, name in factors.items():
             a, (left, right) = made[module][1], saved_sides(saved, module, *made[module])
             low = right @ np.linalg.pinv(a.astype(np.float64))  # (m, r)
-            made_by = f"made by the A that the seed draws for {type(self).__name__}"
+            made_by = f"made by the A that the seed draws for {plugins.called(type(self))}"
             check_rest(module, Thin(left, right), Thin(left, low @ a), made_by)
             taken[name] = self.spread((saved.scaling / self.scaling() * (left @ low)).astype(np.float32))
         return taken

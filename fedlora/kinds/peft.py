@@ -23,6 +23,7 @@ import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from functools import lru_cache, partial
 from typing import Any, ClassVar
 
@@ -90,6 +91,8 @@ class Peft(Lora):
             ValueError: it is none of `LINEAR`.
         """
         if not isinstance(self.config, str) or self.config not in LINEAR:
+            if near := get_close_matches(str(self.config), LINEAR, n=1, cutoff=0.9):
+                raise ValueError(f"unknown configuration {self.config!r}: did you mean {near[0]!r}?")
             raise ValueError(
                 f"config {self.config!r} is not one of those that average exactly: {', '.join(LINEAR)}"
             )

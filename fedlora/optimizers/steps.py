@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fedlora import plugins
 from fedlora.adapter import Layout
 from fedlora.client import Client, Setter, Settings
 from fedlora.errors import ContractError, SettingError, suggestion
@@ -25,14 +26,14 @@ def check(client: Client, scenario: Scenario) -> None:
         if value is not None and not client.hooked:
             raise SettingError(
                 f"clients.{key}",
-                f"{type(client).__name__} does not step by `self.optimizer`, which makes what is asked for here: "
-                "leave it out, or see fedlora.client.Client.hooked",
+                f"{plugins.called(type(client))} does not step by `self.optimizer`, which makes what is asked for "
+                "here: leave it out, or see fedlora.client.Client.hooked",
             )
     if told.optimizer is None:
         return
     if type(client).optimizer is not Client.optimizer:
         raise SettingError(
-            "clients.optimizer", f"{type(client).__name__} makes an optimiser of its own: leave it out"
+            "clients.optimizer", f"{plugins.called(type(client))} makes an optimiser of its own: leave it out"
         )
     if "lr" in (told.optimizer.model_extra or {}):
         raise SettingError("clients.optimizer.lr", "the learning rate is clients.lr")
@@ -41,7 +42,8 @@ def check(client: Client, scenario: Scenario) -> None:
     for name in told.optimizer.model_extra or {}:
         if name not in known:
             raise SettingError(
-                f"clients.optimizer.{name}", f"{cls.__name__} has no option {name!r}: {suggestion(name, known)}"
+                f"clients.optimizer.{name}",
+                f"{told.optimizer.kind} has no option {name!r}: {suggestion(name, known)}",
             )
 
 

@@ -44,6 +44,14 @@ class Prefix:
         ends = examples.offsets
         return np.concatenate([whole[ends[row] : ends[row + 1]] for row in rows])
 
+    def forget(self) -> Callable[[], None]:
+        """Compute these layers too from now on, for each example in its own pass; gives how to end that.
+
+        What is kept came of passes of many examples, whose last bits depend on all that were in them.
+        """
+        before, self.kept = self.kept, lambda examples: None
+        return lambda: setattr(self, "kept", before)
+
     def come(self, run: Callable[[], Any]) -> "torch.Tensor":
         """What comes out of those layers in a pass, (1, tokens, width); it goes no further."""
         self._ends = True

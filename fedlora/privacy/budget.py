@@ -43,7 +43,7 @@ class Budget:
         paid = self._paid(round, attempt)
         whole, privacy = self.scenario.client_privacy, self.scenario.example_privacy
         if self.central is not None and whole is not None and whole.epsilon is not None:
-            event = self.central.event(instruction.config[CLIP_NORM])
+            event = self._released(self.central, instruction)
             if self._would_pass(None, event, paid, whole):
                 return [], self.scenario.clients.total
         if privacy is None or privacy.epsilon is None:
@@ -172,15 +172,29 @@ class Budget:
         if holder is not None:
             return self.event(instruction, holder)
         assert self.central is not None
-        return self.central.event(instruction.config[CLIP_NORM], draw=1)
+        return self._released(self.central, instruction, draw=1)
+
+    def _released(self, central: Central, instruction: Instruction, draw: int = 0) -> Event:
+        """What the server's release in this round costs.
+
+        Groups take turns from one round to the next, on the same terms: then T rounds are ceil(T / b) turns of any
+        group. A round that goes on from another, or from rounds on other terms in between, is a turn by itself.
+        """
+        event, last = central.event(instruction.config[CLIP_NORM], draw), self.ledger.released
+        if event.bands == 1 or last is None:
+            return event
+        if instruction.round <= last[0]:  # over again: of a repeatable one the noise is the same
+            return event if self.repeatable else central.event(instruction.config[CLIP_NORM], again=True)
+        gap = last[1] != event and self.ledger.paid(None, event) > 0
+        return central.event(instruction.config[CLIP_NORM], again=gap)
 
     def _server_draw(self, instruction: Instruction, replies: Replies) -> tuple[str, int]:
         """The digest of what the server's noise hides, and which draw of it that takes."""
         if self.central is None or not self.repeatable:
             return "", 0
         told = (instruction.round, dict(instruction.adapter), instruction.send, dict(instruction.config))
-        sums = [(u.adapter, u.weight, u.clients, dict(u.metrics)) for u in replies.updates]
-        made = replies.digest or digest(self.scenario.seed, "sum", versions(), told, sums)
+        sums = replies.digest or [(u.adapter, u.weight, u.clients, dict(u.metrics)) for u in replies.updates]
+        made = digest(self.scenario.seed, "sum", versions(), self.central.terms, told, sums)
         return made, instruction.drawn.get(None, Drawn()).draw(made)
 
     def _costs(
@@ -197,7 +211,7 @@ class Budget:
         if self.central is None or (whole := self.scenario.client_privacy) is None:
             return
         bound = instruction.config[CLIP_NORM]
-        yield whole.terms, {None: self.central.event(bound, draw)}
+        yield whole.terms, {None: self._released(self.central, instruction, draw)}
         asked = self.scenario.secure_aggregation
         if asked is not None and asked.noise == "shared":
             longer = grid.rounding(sum(instruction.adapter[n].size for n in instruction.send), asked.range)

@@ -73,6 +73,7 @@ class Ledger:
         events: the privacy events so far, by client; under None those that protect whole clients, under `Own`
             those of a site's own account. Those on equal terms stand together, so that memory does not grow with
             the rounds.
+        released: the last round that the server's noise was paid for, and what that cost; None before any.
     """
 
     def __init__(self, folder: Path, known: tuple[int, str] = (0, ""), round: int = 0) -> None:
@@ -90,6 +91,7 @@ class Ledger:
         """
         self.folder = folder
         self.events: dict[Holder, Events] = {}
+        self.released: tuple[int, Event] | None = None
         self._unseen: dict[tuple[int, int], dict[Holder, set[Paid]]] = {}
         # By round, of each draw its digest, and the steps on its terms that were paid before.
         self._drawn: dict[int, dict[Holder, dict[int, tuple[str, int]]]] = {}
@@ -109,7 +111,7 @@ class Ledger:
                 again = self._unseen.setdefault((line["round"], line.get("attempt", 0)), {})
                 again.setdefault(holder, set()).add((event, digest, draw))
                 self._note_draw(line["round"], holder, event, digest, draw)
-            self._note(holder, event)
+            self._note(line["round"], holder, event)
         self._lines, self._chain = len(lines), lines[-1]["chain"] if lines else ""
         self._size = file.read_bytes().rfind(b"\n") + 1 if file.exists() else 0
 
@@ -164,7 +166,7 @@ class Ledger:
         self._drawn = {r: of for r, of in self._drawn.items() if r >= round}  # none of those before runs again
         for holder, event in spent:  # on disk, and not before: a full disk may have room again
             self._note_draw(round, holder, event, *(drawn or {}).get(holder, ("", 0)))
-            self._note(holder, event)
+            self._note(round, holder, event)
         self._size, self._lines, self._chain = self._size + len(text.encode()), self._lines + len(events), last
         self._put_head(file, self._lines, self._chain)
 
@@ -184,8 +186,10 @@ class Ledger:
         chain.write_head(file, lines, last)
         self._head = lines, last
 
-    def _note(self, client: Holder, event: Event) -> None:
-        self.events[client] = added(self.events.get(client, ()), event)
+    def _note(self, round: int, holder: Holder, event: Event) -> None:
+        self.events[holder] = added(self.events.get(holder, ()), event)
+        if holder is None:
+            self.released = round, event
 
     def _note_draw(self, round: int, holder: Holder, event: Event, digest: str, draw: int) -> None:
         """Before the event is noted: what was paid for before it is where its noise begins."""

@@ -1,5 +1,6 @@
 """What `fedlora plan` prints."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,11 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         f"  bytes     up {size(plan['bytes_up_total'])}, down {size(plan['bytes_down_total'])}; in round 1 "
         f"up {size(rounds[0]['bytes_up'])}, down {size(rounds[0]['bytes_down'])}; all clients together",
     ]
+    if (statistic := plan["statistics"]) is not None:
+        lines.append(
+            f"            {size(statistic['bytes_up'])} of these go up before round 1, for the statistic "
+            "that cuts the base"
+        )
     if plan["virtual_seconds"] is not None:
         late = counted(sum(line["late"] for line in rounds), "client")
         lines.append(f"  devices   {plan['virtual_seconds'] / 3600:.2f} virtual hours; {late} late or gone")
@@ -33,7 +39,8 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         if turns := named(g.get("bands", 1) for g in plan["groups"]):
             lines.append(f"            {turns}, by the {what}s that a client holds")
         elif plan["unit"] == "client" and (turns := named([plan["signal"]["bands"]])):
-            lines.append(f"            {turns}: clients take turns by round")
+            left = f"{plan['in_weights']:.2f} of the noise of independent rounds is left in the weights"
+            lines.append(f"            {turns}: clients take turns by round, and {left}")
         lines.append(f"            {neighbours(plan['unit'])}")
     if plan["own_epsilon"] is not None:
         lines.append(
@@ -63,6 +70,8 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
             f"  estimate  {span(plan['seconds'])} for the rounds on this machine, {plan['workers']} training at "
             f"once with {size(plan['memory_bytes'])} of memory each; from a few steps just taken"
         )
+        if statistic is not None:
+            lines.append(f"            about {span(statistic['seconds'])} before, for the statistic and the cut")
         lines.append("            the start (rows, noise, model) and the end (adapter, card) come on top")
     if plan["frozen_bytes"] is not None:
         lines.append(
@@ -130,7 +139,16 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
 
 
 def _refused(rows: Sequence[Mapping[str, Any]], what: str) -> list[str]:
-    return [line for row in rows if "problem" in row for line in filled(f"  {row[what]}: {row['problem']}")]
+    """What has no line in a table, and why: names that have one reason together."""
+    why: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if "problem" in row:
+            why.setdefault(re.sub(rf"\b{re.escape(row[what])}\b", "it", row["problem"]), []).append(row)
+    told = [
+        f"  {', '.join(row[what] for row in alike)}: {reason if len(alike) > 1 else alike[0]['problem']}"
+        for reason, alike in why.items()
+    ]
+    return [line for one in told for line in filled(one)]
 
 
 def _or_dash(value: Any, write: Callable[[Any], str]) -> str:

@@ -275,7 +275,7 @@ class Loop:
         if judges:
             told = self._instruct(round, adapter, after=True)
             each = self.engine.judge(told, self._judged)
-            local = means([*each.values()])
+            local = means([*each.values()]) or {"loss": None, metric: None}
             figures |= {f"local_{key}": value for key, value in local.items()}
             if (asked := self.scenario.privacy) is None or asked.share_metrics:
                 self._own = {c: {f"local_{key}": v for key, v in own.items()} for c, own in each.items()}
@@ -376,6 +376,7 @@ class Loop:
         now.round, now.adapter, now.merges = round, adapter, len(self.merges)
         now.failures, now.trained = now.failures + told.failed, now.trained + told.trained
         now.bytes_up, now.bytes_down = now.bytes_up + told.bytes_up, now.bytes_down + told.bytes_down
+        now.bytes_down += self.engine.greeted()
         now.bytes_up_head += told.trained * self._head_bytes(round)
         watch.lap("account")
         now.seconds += sum(watch.phases.values())

@@ -14,7 +14,7 @@ from fedlora.privacy import cohorts
 from fedlora.scenario.clients import Clients
 from fedlora.scenario.data import TASK_OF, Data, LabelShares, Public, Sampled
 from fedlora.scenario.defaults import completed
-from fedlora.scenario.explain import explain
+from fedlora.scenario.explain import explain, meant
 from fedlora.scenario.head import NarrowHead
 from fedlora.scenario.keys import Problem
 from fedlora.scenario.privacy import Privacy
@@ -40,10 +40,10 @@ def validate(raw: dict[str, Any]) -> tuple[Scenario | None, list[Problem]]:
             try:
                 sections[name] = TypeAdapter[Any](annotation).validate_python(raw[name])
             except ValidationError as error:
-                problems += [explain(name, detail, raw[name]) for detail in error.errors()]
+                problems += [explain((name,), detail, raw[name]) for detail in error.errors()]
     for key in raw:
         if key not in Scenario.model_fields:
-            problems.append(Problem((key,), f"unknown key {key!r}: {suggestion(key, Scenario.model_fields)}"))
+            problems.append(Problem((key,), f"unknown key {key!r}: {meant((key,), Scenario.model_fields)}"))
     for name, cls in (("clients", Clients), ("strategy", Strategy)):
         problems += _slips(name, raw.get(name), cls)
     problems += _across(sections)
@@ -94,14 +94,15 @@ def _across(sections: Mapping[str, Any]) -> Iterator[Problem]:
         if example is None and clients.use == "dp_sgd":
             yield Problem(
                 ("clients", "use"),
-                "dp_sgd needs a privacy section, such as 'privacy: {epsilon: 6, delta: 1.0e-5}', or use: sgd"
+                "dp_sgd needs a privacy section, such as {epsilon: 6, delta: 1.0e-5}, or write clients.use: sgd"
                 if privacy is None
-                else "dp_sgd protects examples, and privacy has unit: client: add privacy.example, or use: sgd",
+                else "dp_sgd protects examples, and privacy has unit: client: add privacy.example, or write "
+                "clients.use: sgd",
             )
         if example is not None and clients.use == "sgd":
             yield Problem(
                 ("clients", "use"),
-                "sgd adds no noise, and a privacy section is given for each example: use dp_sgd, or drop it",
+                "sgd adds no noise, and privacy is promised for each example: write clients.use: dp_sgd",
             )
     if data and (privacy := sections.get("privacy")) and isinstance(data.partition, Sampled):
         for path, asked in ((("privacy", "person"), privacy), (("privacy", "example", "person"), privacy.example)):
@@ -350,7 +351,11 @@ def _summed(clients: Clients, sections: Mapping[str, Any]) -> Iterator[Problem]:
             "two sums of a round over nearly the same clients show one's change: leave it out, or add privacy",
         )
     if whole is not None and whole.bands is not None:
-        yield Problem(("privacy", "bands"), "clients take turns then, in cohorts too alike to mask: leave it out")
+        yield Problem(
+            ("privacy", "bands"),
+            "bands have clients take turns, in cohorts too alike to mask: leave privacy.bands or "
+            "secure_aggregation out",
+        )
     if whole is None or not rounds:
         return
     rare, few = cohorts.RARE / 2 * whole.delta, rounds * cohorts.fewer(total, size / total)

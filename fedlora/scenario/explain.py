@@ -1,11 +1,13 @@
 """How a mistake that pydantic found is told: the key as it is written, what is wrong, what to write instead."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from fedlora import plain
 from fedlora.errors import suggestion
 from fedlora.scenario.bits import QUANTIZE
 from fedlora.scenario.clients import Ranks
@@ -13,16 +15,23 @@ from fedlora.scenario.compression import Packed
 from fedlora.scenario.data import Partition
 from fedlora.scenario.head import HEADS
 from fedlora.scenario.keeping import KEPT
-from fedlora.scenario.keys import Problem, dotted
+from fedlora.scenario.keys import KeyPath, Problem, dotted
 from fedlora.scenario.learning import TAGS
 from fedlora.scenario.section import sections
 from fedlora.scenario.sections import Scenario
 from fedlora.scenario.world import Availability
 
 
-def explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
-    """One pydantic error as a line that names the key as it is written in the file."""
-    path: list[str | int] = [section]
+def explain(at: KeyPath, detail: ErrorDetails, raw: object, root: type[BaseModel] = Scenario) -> Problem:
+    """One pydantic error as a line that names the key as it is written in the file.
+
+    Args:
+        at: the section that was checked; empty: the whole file.
+        detail: the error.
+        raw: what is written there.
+        root: what the file is of.
+    """
+    path: list[str | int] = [*at]
     here: Any = raw
     for part in detail["loc"]:
         if isinstance(here, dict) and part not in here and part == here.get("kind"):
@@ -37,11 +46,9 @@ def explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
         here = here[part] if inside else None
     key, kind = dotted(path), detail["type"]
     if kind == "extra_forbidden":
-        known = _fields(path[:-1], raw)
-        return Problem(
-            tuple(path),
-            f"unknown key {path[-1]!r} in {dotted(path[:-1])}: {suggestion(str(path[-1]), known)}",
-        )
+        fields = _fields(path[:-1], {at[0]: raw} if at else raw, root)
+        place = f" in {dotted(path[:-1])}" if path[:-1] else ""
+        return Problem(tuple(path), f"unknown key {path[-1]!r}{place}: {meant(path, fields)}")
     if kind == "missing":
         return Problem(tuple(path[:-1]), f"{key} is missing")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -53,39 +60,33 @@ def explain(section: str, detail: ErrorDetails, raw: object) -> Problem:
         return Problem((*path, "kind"), f"{key}: {what}")
     if kind == "model_attributes_type" and path[-1] in _UNIONS:
         known = _kinds(_UNIONS[str(path[-1])])
-        meant = here if here in known else known[0]
-        return Problem(tuple(path), f"{key}: should be a mapping with a kind, such as {{kind: {meant}}}")
-    if kind == "value_error":
-        message = str(detail["ctx"]["error"])
-    else:
-        message = _PLAINER.get(kind, detail["msg"].replace("Input should", "should"))
-    name, word = _BOUNDS.get(kind, ("", ""))
-    bound = detail.get("ctx", {}).get(name)
-    if isinstance(bound, float) and (bound < _SMALL or bound > 1 / _SMALL):
-        message = f"should be {word} {bound:g}"
-    shown = "" if isinstance(here, dict) else f", not {here!r}"
-    own = kind in ("unknown", "source", "cohort", "target", "shares", "pattern")
-    return Problem(tuple(path), f"{key}: {message}{'' if own else shown}")
+        one = here if here in known else known[0]
+        return Problem(tuple(path), f"{key}: should be a mapping with a kind, such as {{kind: {one}}}")
+    own = kind in ("unknown", "source", "cohort", "target", "shares", "pattern") or isinstance(here, dict)
+    return Problem(tuple(path), f"{key}: {plain.words(detail)}{'' if own else f', not {plain.shown(here)}'}")
+
+
+def meant(path: Sequence[str | int], known: Mapping[str, FieldInfo]) -> str:
+    """What to write instead of an unknown key: one of that name a section deeper, else the nearest."""
+    *place, name = path
+    deeper = [
+        repr(dotted((*place, key, name)))
+        for key, field in known.items()
+        if any(name in section.model_fields for section in sections(field.annotation))
+    ]
+    return f"did you mean {' or '.join(deeper)}?" if deeper else suggestion(str(name), known)
 
 
 _UNIONS = {"ranks": Ranks, "partition": Partition, "up": Packed, "availability": Availability}
-_SMALL = 1e-5  # bounds below it, and above its inverse, are written with an exponent
-_BOUNDS = {"greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
-_PLAINER = {
-    "model_type": "should be a mapping of keys to values",
-    "model_attributes_type": "should be a mapping of keys to values",
-    "tuple_type": "should be a list",
-}
 
 
 def _kinds(union: Any) -> list[str]:
     return [str(k) for c in get_args(get_args(union)[0]) for k in get_args(c.model_fields["kind"].annotation)]
 
 
-def _fields(path: Sequence[str | int], raw: object) -> Iterable[str]:
+def _fields(path: Sequence[str | int], raw: object, root: type[BaseModel]) -> Mapping[str, FieldInfo]:
     """The keys that the section at `path` knows."""
-    cls: type[BaseModel] = Scenario
-    here: Any = {path[0]: raw}
+    cls, here = root, raw
     for part in path:
         here = here.get(part, {}) if isinstance(here, dict) else {}
         field = cls.model_fields.get(str(part))

@@ -132,7 +132,10 @@ class Privacy(Section):
         if self.reserve and (self.epsilon is None or self.noise_multiplier is not None):
             raise PydanticCustomError("target", "reserve is for noise that is calibrated: name epsilon alone")
         if self.bands is not None and self.clip.kind == "quantile":
-            raise PydanticCustomError("target", "bands take a bound that is fixed, and clip: quantile moves it")
+            raise PydanticCustomError(
+                "target",
+                "bands take a fixed bound, and clip: quantile moves it: write clip: flat, or leave bands out",
+            )
         if self.bands == "auto" and self.noise_multiplier is not None:
             raise PydanticCustomError(
                 "target",

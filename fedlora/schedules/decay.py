@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedlora import plugins
 from fedlora.adapter import Tensor
 from fedlora.factors import Matrix, energy_rank, single
 from fedlora.kinds.contract import Kind, modules_of
@@ -31,7 +32,7 @@ class Decay(Schedule):
 
     def refuses(self, kind: Kind, trained: Collection[str]) -> str | None:
         """A matrix must train: one between orthonormal frames, or B before as many rows of A."""
-        name, role = type(kind).__name__, _role(kind)
+        name, role = plugins.called(type(kind)), _role(kind)
         if role is None or not kind.thin:
             return f"{name} trains no matrix whose directions could fade"
         if {each for each in kind.parts if kind.trains(each)} - {"A", role}:

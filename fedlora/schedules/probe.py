@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedlora import plugins
 from fedlora.adapter import Tensor
 from fedlora.kinds.contract import Kind
 from fedlora.schedules.contract import Schedule, Turned
@@ -38,7 +39,7 @@ class Probe(Schedule):
         """Something that trains must be zero at first, or there is no change to measure."""
         if any(kind.counts(role) for role in trained):
             return None
-        return f"{type(kind).__name__} trains nothing under this strategy that is zero at first"
+        return f"{plugins.called(type(kind))} trains nothing under this strategy that is zero at first"
 
     def measures(self, round: int) -> bool:
         """The first."""

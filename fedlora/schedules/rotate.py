@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from fedlora import plugins
 from fedlora.adapter import Tensor
 from fedlora.kinds.contract import Kind
 from fedlora.schedules.contract import Schedule, Turned, redrawn
@@ -33,7 +34,7 @@ class Rotate(Schedule):
     def refuses(self, kind: Kind, trained: Collection[str]) -> str | None:
         """Frozen parts must be there, and come from the seed alone; the change must be thin, as a merge is."""
         still = {role: part for role, part in kind.parts.items() if role not in trained}
-        name = type(kind).__name__
+        name = plugins.called(type(kind))
         if not kind.thin:
             return f"{name} has a change that is no product of thin factors, and a merge is one"
         if not still:

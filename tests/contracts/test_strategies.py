@@ -428,10 +428,13 @@ def test_what_a_strategy_cannot_do_is_refused_with_the_reason_and_with_those_tha
     said = refusal(**{"strategy.use": "fedsa_lora"})
     assert said.startswith("strategy.use: fedsa_lora gives each client a model of its own")
     said = refusal(**{"strategy.use": "fed_sb", "model.adapter.kind": "lora"})
-    assert "fed_sb moves core, and lora has no core that can train: leave kind out" in said and "ffa_lora" in said
+    assert (
+        "fed_sb moves core, and lora has no core that can train: leave model.adapter.kind out" in said
+        and "ffa_lora" in said
+    )
     said = refusal(**{"strategy.use": "fed_sb", "model.adapter.r": 512})
     assert said.startswith("model.adapter.r: a weight of minilm is 384 x 384") and "r of at most 384" in said
     flower = {"strategy.use": "flwr.serverapp.strategy:FedAvg", "model.adapter.kind": "core"}
-    assert refusal(**flower) == "strategy.parts: names nothing that trains of Core: write [core, head]"
+    assert refusal(**flower) == "strategy.parts: names nothing that trains of core: write [core, head]"
     said = refusal(**{"strategy.use": "flexlora", "model.adapter.kind": "lora_xs"})
     assert "flexlora moves A and B, and lora_xs has no A or B that can train" in said and "fed_sb" in said

@@ -23,6 +23,7 @@ from fedlora.privacy.accounting import Event, epsilon, in_sums
 from fedlora.privacy.ledger import Ledger
 
 EVENT = Event(noise_multiplier=1.0, sample_rate=0.1, steps=5, clip_norm=1.0)
+STATISTIC = Event(noise_multiplier=0.6, sample_rate=1.0, steps=1, clip_norm=1.0)
 TERMS = {"delta": 1e-5, "unit": "example", "accountant": "rdp"}
 
 
@@ -514,13 +515,39 @@ def test_a_damaged_ledger_is_not_kept_and_not_written_over(kept, tmp_path):
 def test_a_statistic_is_counted_once_and_is_no_round_s_price(site, tmp_path):
     """Both ledgers have it under round 0; a lost round costs what rounds cost, though the statistic cost more."""
     file, state = site
-    dear = Event(noise_multiplier=0.6, sample_rate=1.0, steps=1, clip_norm=1.0)
     for folder, terms in ((state / "ledger", {**TERMS, "run": "b"}), (state / "runs" / "b", TERMS)):
         folder.mkdir(parents=True, exist_ok=True)
         book = Ledger(folder)
-        book.spend(0, {0: dear}, **terms, statistic="gram", **begun(book))
+        book.spend(0, {0: STATISTIC}, **terms, statistic="gram", **begun(book))
     pay(state, "b", 1)
     backup(file, made := tmp_path / "kept")
     shutil.rmtree(state)
     restore(file, made, lost=["b=1"], personalised=0)
     assert spent(state, "b") == 1 + 2 * EVENT.steps and spent(state) == 1 + 4 * EVENT.steps
+
+
+@pytest.mark.parametrize("heard", [False, True], ids=["from the run's ledger", "from the submitter's"])
+def test_a_statistic_that_a_restore_charged_is_not_charged_by_the_next(site, tmp_path, heard):
+    file, state = site
+    backup(file, made := tmp_path / "first")
+    theirs = tmp_path / "submitted"
+    for folder, terms in (
+        (theirs, TERMS),
+        (state / "ledger", {**TERMS, "run": "b"}),
+        (state / "runs" / "b", TERMS),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        book = Ledger(folder)
+        book.spend(0, {0: STATISTIC}, **terms, statistic="gram", **begun(book))
+        book.spend(1, {0: EVENT}, **terms)
+    if heard:
+        shutil.rmtree(state)
+    else:
+        lose(state, "ledger")
+        backup(file, made := tmp_path / "without its account")
+    restore(file, made, lost=[f"b={theirs / 'privacy.jsonl'}"] if heard else ["none"], personalised=0)
+    expected = [1 + EVENT.steps * (2 + 1 + heard), 1 + EVENT.steps * (1 + heard)]  # one that may be under way
+    assert [spent(state), spent(state, "b")] == expected
+    backup(file, again := tmp_path / "second")
+    assert restore(file, again).level == 0
+    assert [spent(state), spent(state, "b")] == expected

@@ -41,7 +41,18 @@ def test_sites_cut_by_weights_give_what_a_simulation_gives_bit_for_bit(sites, no
     sent = sum(t.nbytes for n, t in mine.items() if n.endswith((".left", ".right")))
     rounds = sum(line["bytes_down"] for line in run.rounds)
     assert 4 * sent < run.summary["bytes_down_total"] - rounds < 4 * (1.1 * sent + 20_000)
-    assert engine.roster.greeted == 4
+    assert engine.roster.greeted == 0, "all are counted"
+
+
+def test_factors_that_an_earlier_process_of_the_server_sent_count_after_a_resume(sites, nodes, deployed):
+    """The second process introduces itself to all four sites again, with the same factors."""
+    scenario, files = sites(CUT, "rounds=1", private=False)
+    run, _ = deployed(scenario, grid := LocalGrid(nodes(files)))
+    told = [run.summary["bytes_down_total"] - sum(line["bytes_down"] for line in run.rounds)]
+    more, _ = deployed(scenario.model_copy(update={"rounds": 2}), grid, run.folder, resume=True)
+    told.append(more.summary["bytes_down_total"] - sum(line["bytes_down"] for line in more.rounds))
+    sent = sum(t.nbytes for n, t in factors(run.folder).items() if n.endswith((".left", ".right")))
+    assert told[0] > 4 * sent and told[1] > 8 * sent
 
 
 @pytest.fixture
@@ -156,9 +167,55 @@ def test_factors_that_are_no_cut_of_its_own_copy_are_refused():
     (made,) = cutting.checked({"a": (left, right)}, {"a": weight}, 1e-3).values()
     lost = np.linalg.norm(weight - left @ right) / np.linalg.norm(weight)
     assert made.rank == 2 and made.error == pytest.approx(lost)
-    for sides in ((left, 1.01 * right), (2 * left, right / 2), (left, right * np.nan), (left[:, ::-1], right)):
+    nothing = left[:, :0], right[:0]
+    for sides in (
+        nothing,
+        (left, 1.01 * right),
+        (2 * left, right / 2),
+        (left, right * np.nan),
+        (left[:, ::-1], right),
+    ):
         with pytest.raises(Refusal, match="are no cut of its own copy of the base"):
             cutting.checked({"a": sides}, {"a": weight}, 1e-3)
+
+
+def test_no_direction_of_an_input_comes_out_longer_than_the_slack_allows():
+    """Many small errors of one sign add up along one direction: each is 0.02, and all 64 stretch it 1.3 times."""
+    left = np.linalg.qr(np.random.default_rng(2).normal(size=(128, 64)))[0]
+    root = np.linalg.cholesky(np.eye(64) + 0.02 * (np.ones((64, 64)) - np.eye(64)))
+    steep = (left @ root.T).astype(np.float32)
+    assert np.abs(steep.T @ steep - np.eye(64)).max() < 0.021
+    weight = np.eye(128, dtype=np.float32)
+    with pytest.raises(Refusal, match="are no cut of its own copy"):
+        cutting.checked({"a": (steep, steep.T @ weight)}, {"a": weight}, 3e-2)
+    right = left.T.astype(np.float32) @ weight
+    far = right + 0.01 * np.outer(left[:, 0][:64], np.ones(128)).astype(np.float32)  # short beside all of W
+    assert np.linalg.norm(far - right) < 3e-2 * np.linalg.norm(weight)
+    with pytest.raises(Refusal, match="are no cut of its own copy"):
+        cutting.checked({"a": (left.astype(np.float32), far)}, {"a": weight}, 3e-2)
+
+
+@pytest.mark.parametrize("told", [GRAM, ()])
+def test_nothing_is_merged_into_a_base_that_is_whole_or_by_a_strategy_that_merges_nothing(server, node, told):
+    """What is merged before could make a row count for more than 1 in the statistic."""
+    words, files, train = server(*told)
+    meet(made := node(files[0]), words)
+    shapes = made.run.worker.task.weights
+    change = {n: (np.ones((o, 1), np.float32), np.ones((1, i), np.float32)) for n, (o, i) in shapes.items()}
+    content = train(1, merged=1)
+    wire.pack_merges(content, 0, [change])
+    assert "the run has no such thing" in refusal(made, content)
+    assert not len(made.run.merges) and not [*made.state.of_run("tiny-1").glob("merges/*")]
+
+
+def test_a_statistic_is_not_taken_where_rows_of_a_pass_move_each_other(server, node, monkeypatch):
+    words, files, _ = server(*GRAM)
+    meet(made := node(files[0]), words)
+    monkeypatch.setattr("fedlora.engine.statistic.alone.mingle", lambda *_: "logits are off")
+    assert "no statistic can be taken of its base (statistics)" in refusal(
+        made, wire.pack_words({"run": "tiny-1"}), "query.statistic"
+    )
+    assert not paid(made)
 
 
 def test_a_restarted_site_that_lost_its_base_is_greeted_again(sites, nodes, deployed):

@@ -83,6 +83,14 @@ def test_the_account_pays_before_a_row_is_read_and_once_for_each_round(asked, mo
     assert check(file).privacy.runs == {"figures:tiny-1": 3}
 
 
+def test_a_row_passes_all_layers_by_itself(asked):
+    """What is kept of it came of a pass with others, whose lengths decide its last bits."""
+    made, _, ask = asked("model.adapter.layers=[1]")
+    prefix = made.run.worker.task.prefix
+    prefix.kept = kept = lambda examples: pytest.fail("what is kept is used")
+    assert 0 <= ask(1)["accuracy"] <= 1 and prefix.kept is kept
+
+
 def test_noise_is_of_the_system_and_differs_for_the_same_question(asked, monkeypatch):
     keys, real = [], Stream.fresh.__func__
     monkeypatch.setattr(Stream, "fresh", classmethod(lambda cls: keys.append(real(cls)) or keys[-1]))
@@ -122,6 +130,19 @@ def test_a_budget_that_ends_before_the_run_is_told_before_anything_is_paid(serve
     assert meet(made, less)["figures"] == pytest.approx(cost.noise_multiplier * 2**0.5 / 20, rel=0.5)
 
 
+def test_the_statistic_of_a_smaller_base_counts_beside_the_figures(server, node, monkeypatch):
+    """Epsilon 8 is for the statistic and the rounds together: 8.02 leaves too little for two figures."""
+    cut = ("compress={use: afm, keep: 0.5}", "statistics={kind: gram, epsilon: 4}")
+    words, files, _ = server(HELD, *cut)
+    tells(files[0])
+    files[0].write_text(files[0].read_text().replace("max_epsilon: 80", "max_epsilon: 8.02"))
+    made = node(files[0])
+    assert "is not enough for 2 noised evaluations" in meet(made, words)["refused"]
+    made.close()
+    monkeypatch.setattr("fedlora.deploy.account.Account.measured", lambda *_: True)  # it is in the account
+    assert meet(node(files[0]), words)["client"] == 0
+
+
 def test_where_the_budget_is_spent_meanwhile_nothing_is_read(asked, monkeypatch):
     made, _, ask = asked()
     monkeypatch.setattr(Classification, "evaluation", lambda *_: pytest.fail("it reads"))
@@ -138,7 +159,7 @@ def test_a_site_without_the_section_or_with_exact_figures_beside_it(server, node
         ("own_code: false", "own_code: false, metrics: true", "figures: are noised, and accept.metrics has exact"),
         ("privacy:", "# privacy:", "figures: is paid for from a budget: set privacy too"),
         ("{epsilon: 0.5}", "{epsilon: 0}", "figures.epsilon: should be greater than 0"),
-        ("{epsilon: 0.5}", "{epsilon: 1, most: 2}", "unknown key 'figures.most'"),
+        ("{epsilon: 0.5}", "{epsilon: 1, most: 2}", "unknown key 'most' in figures"),
     ):
         files[0].write_text(text.replace(old, new))
         with pytest.raises(UserError, match=why):
@@ -158,6 +179,22 @@ def test_a_private_run_of_personal_models_is_judged_by_noised_figures(sites, nod
     assert [one["round"] for one in paid(made[1])] == [1, 2]
     own = ledger.epsilon_of(made[1].state.of_run("run-1") / "privacy.jsonl")
     assert own <= scenario.privacy.epsilon * (1 + 1e-9) and made[1].epsilon > own
+
+
+@pytest.mark.parametrize("strategy", ["ffa_lora", "fedsa_lora"])
+def test_a_run_ends_where_no_site_judges_and_says_so(sites, nodes, deployed, strategy):
+    """Of personal models nothing is measured then, of a shared one the test set is."""
+    scenario, files = sites(f"strategy.use={strategy}", "data.client_test_share=0.5", private=False)
+
+    def silent(content):
+        words = wire.unpack_words(content)
+        return wire.pack_words({"refused": "its disk is full"}) if "accuracy" in words else content
+
+    made, notes = nodes(files), []
+    run, _ = deployed(scenario, LocalGrid(made, altered=dict.fromkeys(made, silent)), note=notes.append)
+    assert run.state == "finished" and [line["local_loss"] for line in run.rounds] == [None, None]
+    assert (run.summary["accuracy"] is None) == (strategy == "fedsa_lora")
+    assert sum("no site judged its own model" in note for note in notes) == scenario.rounds
 
 
 def test_a_restore_asks_how_many_figures_were_told(asked, tmp_path):

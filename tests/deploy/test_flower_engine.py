@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from importlib.metadata import version
 
 import numpy as np
@@ -17,7 +18,8 @@ from fedlora.deploy.node import Node
 from fedlora.engine import roster
 from fedlora.engine.roster import Roster
 from fedlora.errors import ContractError, RoundError, SettingError
-from fedlora.privacy import ledger
+from fedlora.privacy import accounting, ledger
+from fedlora.privacy.accounting import Event
 from fedlora.privacy.budget import Budget
 from fedlora.rounds.loop import Loop
 from tests.deploy.federation import LocalGrid
@@ -180,6 +182,34 @@ def test_an_interrupted_run_ends_within_its_epsilon_and_all_ledgers_agree(
         here = ledger.replay(node.state.folder / "runs" / "run-1" / "privacy.jsonl")
         there = ledger.replay(run.folder / "privacy.jsonl")[client]
         assert len(here[client]) == scenario.rounds and here[client] == there
+
+
+def test_a_banded_release_that_is_made_again_under_another_key_pays_a_turn_of_its_own(
+    sites, nodes, deployed, tmp_path, monkeypatch
+):
+    """The server died three times in the second of two rounds: its group had four turns, the other one."""
+    asked = (
+        "privacy={unit: client, noise_multiplier: 3.0, delta: 1.0e-3, clip_norm: 0.01, bands: 2, epsilon: null}"
+    )
+    scenario, files = sites(asked, "clients.per_round=2", "clients.use=sgd", "rounds=2", private=True)
+    grid, folder, deaths = LocalGrid(nodes(files)), tmp_path / "runs" / "run-1", []
+    original = Loop._record
+
+    def killed(self, round, *rest):
+        if round == 2 and len(deaths) < 3:
+            deaths.append(round)
+            raise RuntimeError("killed")
+        return original(self, round, *rest)
+
+    monkeypatch.setattr(Loop, "_record", killed)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="killed"):
+            deployed(scenario, grid, folder, resume=folder.exists())
+    run, _ = deployed(scenario, grid, folder, resume=True)
+    told = lines(folder, "privacy.jsonl")
+    assert [(line["round"], line.get("bands", 1)) for line in told] == [(1, 2), (2, 2), (2, 1), (2, 1), (2, 1)]
+    turn = Event(noise_multiplier=3.0, sample_rate=told[0]["sample_rate"], steps=4, clip_norm=0.01)
+    assert run.summary["epsilon"] == pytest.approx(accounting.epsilon([turn], 1e-3), rel=1e-9)
 
 
 @pytest.mark.parametrize("opened", [True, False])
@@ -577,6 +607,10 @@ def test_what_a_node_says_of_itself_is_bounded_and_takes_no_other_s_place():
     roster = Roster(LocalGrid({}), 4, deadline=60.0, join=0.0, note=told.append)
     good = {"client": 1, "name": "site-1", "num_examples": 45, "event": None}
     roster.sites[1] = roster._introduced(7, {**good, "time": 1000.0})
+    assert roster._introduced(7, {**good, "time": time.time() + 90}).clock == pytest.approx(90, abs=5)
+    roster._since -= 200  # its reply waited at the SuperLink, or here
+    assert roster._introduced(7, {**good, "time": time.time() - 150}).clock == 0
+    assert roster._introduced(7, {**good, "time": time.time() - 300}).clock == pytest.approx(-100, abs=5)
     assert roster.sites[1].clock < -1e9 and roster._introduced(7, {**good, "time": "?"}).clock == 0
     wrong = {"refused": "x" * 999, "name": "\x1b[2J" + "y" * 99}
     assert roster._who(8, {**wrong, "client": 1}) == "client 1 (?[2J" + "y" * 60 + ")" and not roster.absent

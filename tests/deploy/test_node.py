@@ -169,7 +169,7 @@ def test_a_failure_that_was_paid_for_says_what_it_cost(server, node):
 
 
 def test_a_message_of_an_unknown_run_and_one_that_lacks_merges_say_so(server, node):
-    words, files, train = server(private=False)
+    words, files, train = server("strategy.use=fedex_lora", private=False)
     meet(made := node(files[0]), words)
     assert refusal(made, train(run="other")).startswith("not introduced")
     assert refusal(made, train(run="../runs/tiny-1")).startswith("not introduced")

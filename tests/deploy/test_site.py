@@ -9,6 +9,7 @@ from fedlora.data import reading
 from fedlora.data.cells import Taught
 from fedlora.deploy import site
 from fedlora.errors import SettingError, UserError
+from fedlora.reference import sites
 
 GOOD = """\
 name: st-mary
@@ -37,21 +38,30 @@ def test_says_what_a_node_brings(read):
 @pytest.mark.parametrize(
     "text, line",
     [
-        (GOOD.replace("client: 1", "client: -1"), "site.yaml:2: client: should be greater than or equal to 0"),
+        (
+            GOOD.replace("client: 1", "client: -1"),
+            "site.yaml:2: client: should be greater than or equal to 0, not -1",
+        ),
         (GOOD.replace("client: 1\n", ""), "site.yaml:1: client is missing"),
         (
             GOOD.replace("label: ward", "lable: ward"),
-            "site.yaml:3: unknown key 'data.lable': did you mean 'label'?",
+            "site.yaml:3: unknown key 'lable' in data: did you mean 'label'?",
         ),
         (
             GOOD + "accept: {strategy: [x]}",
-            "site.yaml:5: unknown key 'accept.strategy': did you mean 'strategies'?",
+            "site.yaml:5: unknown key 'strategy' in accept: did you mean 'strategies'?",
         ),
         (
             GOOD + "privacy: {max_epsilon: 0, delta: 1}",
-            "site.yaml:5: privacy.max_epsilon: should be greater than 0",
+            "site.yaml:5: privacy.max_epsilon: should be greater than 0, not 0",
         ),
         (GOOD + "name: other", "site.yaml:5: name is written twice, first on line 1"),
+        (GOOD + "figures: yes", "site.yaml:5: figures: should be a mapping of keys to values, not true"),
+        (GOOD + "personalise: 50", "site.yaml:5: personalise: should be a mapping of keys to values, not 50"),
+        (GOOD + "threads: ten", "site.yaml:5: threads: should be a whole number, not 'ten'"),
+        (GOOD + "idle_minutes:", "site.yaml:5: idle_minutes: should be a number, not null"),
+        (GOOD + "accept: {own_code: 3}", "site.yaml:5: accept.own_code: should be true or false, not 3"),
+        (GOOD + "\nfigures:\n  epsilon: 1", "site.yaml:6: figures: is paid for from a budget: set privacy too"),
         ("- a", "site.yaml:1: should be a mapping of keys to values, such as 'name: mine'"),
     ],
 )
@@ -61,11 +71,25 @@ def test_what_is_wrong_is_told_with_its_line(read, text, line):
     assert any(told.endswith(line) for told in raised.value.lines)
 
 
+@pytest.mark.parametrize("key", ["survey", "figures", "personalise"])
+def test_what_costs_more_than_all_runs_may_is_refused(read, key):
+    more = ", steps: 5" if key == "personalise" else ""
+    rest = f"privacy: {{max_epsilon: 8, delta: 1.0e-5}}\nreceive: adapter\n{key}: {{epsilon: %s{more}}}\n"
+    assert getattr(read(GOOD + rest % 8), key).epsilon == 8
+    with pytest.raises(UserError) as raised:
+        read(GOOD + rest % 20)
+    (line,) = raised.value.lines
+    what = "is more than all runs together may spend (privacy.max_epsilon: 8): lower it"
+    assert line.endswith(f"site.yaml:7: {key}.epsilon: 20 {what}")
+
+
 def test_the_site_file_of_the_page_can_be_read(read):
     page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
     least, text = re.findall(r"^```yaml\n(name: .*?)^```", page, re.S | re.M)
     assert read(least).model_dump(exclude_defaults=True).keys() == {"name", "client", "data", "state", "privacy"}
     made = read(text)
+    unsaid = {key.path for key in sites().keys if not re.search(rf"\b{key.name}:", text)}
+    assert unsaid == {"site.data.test", "site.data.validation"}, "which a site does not use"
     assert made.personalise.steps == 50 and made.figures.epsilon == 0.2 and read(least).figures is None
     assert made.data.labels == ("surgery", "other") and made.accept.metrics is False
     assert made.metrics_address == "127.0.0.1" == read(GOOD).metrics_address

@@ -16,7 +16,10 @@ from fedlora.privacy.accounting import Event
 def test_rows_are_counted_and_told_by_number_alone(made):
     told = check(made()).understood
     assert (told.task, told.rows, told.left_out, told.empty) == ("classification", 4, [3, 4], [2])
-    assert told.labels == {"surgery": 1, "other": 3, "rare": 0} and (told.nearly, told.repeated) == (1, 1)
+    assert told.labels == {"surgery": 1, "other": 3, "rare": 0} and (told.nearly, told.repeated) == (
+        {"surgery": 1},
+        1,
+    )
     assert (told.lengths.median, told.lengths.most, told.lengths.over) == (2, 3, None)
 
 
@@ -25,18 +28,36 @@ def test_the_table_holds_counts_and_rules_and_no_text(made, capsys):
     assert main(["site", "check", str(file)]) == 0
     said = capsys.readouterr().out
     for line in (
-        f"{file}: fine",
+        f"{file}: fine, but for 1 warning",
         "2 rows with a label that is not in data.labels: rows 3, 4",
         "'other': 3 rows",
         "1 row without a word: row 2",
         "1 of 3 labels of data.labels have no row here: 'rare'",
         "none: nothing bounds what runs may learn of the rows",
         "minilm: on this machine, BertModel, 6 blocks",
-        "1 of the rows that are left out have a label that differs",
+        "1 row left out, with a label that is nearly 'surgery' of data.labels",
     ):
         assert line in said
     assert "ein text" not in said and "gone" not in said
     assert not (file.parent / "state").exists()
+
+
+@pytest.mark.parametrize(
+    "labels, rows, nearly",
+    [
+        (["Biling", "other"], ["Billing"] * 3 + ["other"], {"Biling": 3}),
+        (["Billing", "other"], ["Biling", "Bilings", "other"], {"Billing": 2}),
+        (["Billing", "other"], ["Shipping", "other"], {}),
+        (["class 1", "class 2"], ["class 3", "class 1"], {}),
+    ],
+)
+def test_a_label_that_is_nearly_one_of_the_file_is_a_warning(made, labels, rows, nearly):
+    """Slips are of letters: another digit is another label."""
+    told = check(made(rows="\n".join(["text,ward", *(f"a,{one}" for one in rows)]), data=f"labels: {labels}"))
+    assert told.understood.nearly == nearly and len(told.warnings) == len(nearly) and not told.problems
+    text = "\n".join(told.lines())
+    assert ("warning" in text) is bool(nearly)
+    assert not any(one in text for one in ("Bilings", "Shipping", "class 3"))
 
 
 def test_json_has_the_same_and_problems_have_exit_code_2(made, capsys):
@@ -114,6 +135,16 @@ def test_the_task_follows_from_the_file(made, data, task):
 )
 def test_rules_are_told_in_words(made, accept, sentence):
     assert any(line.startswith(sentence) for line in rules(load(made(more=f"accept: {{{accept}}}\n"))))
+
+
+@pytest.mark.parametrize("person, units", [("", "rows"), (", person: ward", "persons")])
+def test_how_far_figures_and_counts_are_off_is_told_in_units(made, person, units):
+    """At epsilon 0.2 an accuracy of 100 is 0.45 off, counts at 0.5 are 19 off, as docs/deploy.md says."""
+    more = f"privacy: {{max_epsilon: 8, delta: 1.0e-5{person}}}\n"
+    more += "figures: {epsilon: 0.2}\nsurvey: {epsilon: 0.5}\n"
+    said = " ".join(rules(load(made(more=more))))
+    assert f"of 100 {units} an accuracy to 0.45 either way" in said
+    assert f"how many {units} have each label and length, to 19 either way" in said
 
 
 def test_slips_in_rules_are_told(made):

@@ -9,7 +9,7 @@ from fedlora.deploy import history
 from fedlora.deploy.account import Account
 from fedlora.deploy.history import History
 from fedlora.deploy.site import load
-from fedlora.deploy.statement import html
+from fedlora.deploy.statement import html, runs
 from fedlora.privacy.accounting import Event
 from fedlora.record import Record
 from tests.deploy.federation import meet, refusal
@@ -62,6 +62,20 @@ def test_what_was_spent_stands_by_run_and_by_submitter(made):
     assert page.count("its files are no longer kept here") == 3 and "c-1</td><td>round 4" in page
     assert "it is &lt;no&gt; run for us" in page and "never leave the site" in page
     assert 'surgery</th><td class="number">1' in page and "ein text" not in page
+
+
+def test_a_statistic_is_no_paid_round_and_no_training_further(made, capsys):
+    file = made(more="privacy: {max_epsilon: 8, delta: 1.0e-5}\n")
+    site = load(file)
+    site.folder.mkdir()
+    account = Account(site.folder / "ledger", site.privacy)
+    account.spend("a-1", 0, 2, EVENT, statistic="gram")
+    account.spend("a-1", 1, 2, EVENT)
+    (ran,) = runs(site, [])
+    assert ran.rounds == 1 and len(ran.events) == 2 and "trained further" not in ran.said
+    assert ran.said.endswith("; gave a statistic of the rows before its first round")
+    main(["site", "check", str(file)])
+    assert "; a-1 1 round\n" in capsys.readouterr().out
 
 
 def test_an_empty_site_has_a_page_and_a_damaged_one_a_line(made, tmp_path, capsys):

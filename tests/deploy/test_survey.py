@@ -18,7 +18,7 @@ from fedlora.deploy.account import Account
 from fedlora.deploy.backup import backup
 from fedlora.deploy.node import Node
 from fedlora.deploy.restoring import restore
-from fedlora.deploy.site import Accept, load
+from fedlora.deploy.site import Accept, Surveyed, load
 from fedlora.deploy.state import State
 from fedlora.errors import Refusal, UserError
 from fedlora.privacy import ledger
@@ -176,11 +176,14 @@ def test_a_server_that_was_not_signed_for_or_has_another_version_learns_nothing(
 
 def test_a_survey_beyond_the_budget_or_of_rows_that_cannot_be_read_is_refused(site, tmp_path):
     file = site()
-    file.write_text(file.read_text().replace("max_epsilon: 8", "max_epsilon: 0.4"))
+    file.write_text(file.read_text().replace("max_epsilon: 8", "max_epsilon: 0.6"))
+    _, account, _ = opened(file)
+    account.spend("wards-1", 1, 0, surveyed.event(Surveyed(epsilon=0.4), account.terms))
+    del account  # and with it the lock
     node = Node(file, tmp_path / "app")
     assert "the epsilon that the site allows" in ask(node)["refused"]
     node.close()
-    file.write_text(file.read_text().replace("max_epsilon: 0.4", "max_epsilon: 8"))
+    file.write_text(file.read_text().replace("max_epsilon: 0.6", "max_epsilon: 8"))
     (tmp_path / "ward.csv").write_text("nothing\nsecret\n")
     node = Node(file, tmp_path / "app")
     told = ask(node)

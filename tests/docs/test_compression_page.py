@@ -6,11 +6,13 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 
 from fedlora import plugins
 from fedlora.compressors.contract import compress, load
 from fedlora.scenario.checks import validate
+from fedlora.traffic import statistic_bytes
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "compression.md").read_text()
@@ -70,3 +72,19 @@ def test_the_benchmark_on_the_page_prints_both_tables(tiny, tmp_path, capsys):
         assert states.count("\n| lord |") == 4 + ("--public" in told) and "| afm | gram, epsilon 6 |" in states
         assert len(accuracies.split()) == (1 if "--states-alone" in told else 5 * 9 + 1)
     assert len(commands) == 2
+
+
+def test_the_bytes_of_a_statistic_are_those_of_the_page():
+    (inputs, width, others, more, gram, mean) = map(
+        lambda told: int(told.replace(",", "")),
+        re.findall(
+            r"(\d+) inputs of (\d+) and (\d+) of ([\d,]+), so a gram is (\d+) MB a client, once, and a "
+            r"mean (\d+) kB",
+            TEXT,
+        )[0],
+    )
+    sizes = [width] * inputs + [more] * others
+    square = {str(i): (d, d) for i, d in enumerate(sizes)}
+    flat = {str(i): (d,) for i, d in enumerate(sizes)}
+    assert round(statistic_bytes(square, None) / 1e6) == gram == round(sum(2 * d * (d + 1) for d in sizes) / 1e6)
+    assert statistic_bytes(flat, None) / 1e3 == pytest.approx(mean, rel=0.1)

@@ -56,7 +56,7 @@ def test_differences_are_paired_over_private_epsilons_and_seeds(study):
 def test_where_the_learning_rate_varies_the_columns_are_its_values(study, tmp_path):
     file = tmp_path / "evidence" / "small.csv"
     row = "x,none,ffa_lora,auto,8,independent,{},3,0,0.8,0.5,1e6\n"
-    file.write_text(HEAD + row.format(0.03) + row.format(0.1))
+    file.write_text(HEAD + row.format(0.1) + row.format(0.03))
     assert study.table("small").head == ["lr 0.03", "lr 0.1", "MB up", "seeds"]
     assert study.differences("small").rows == []
 

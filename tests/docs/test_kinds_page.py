@@ -105,3 +105,9 @@ def test_kinds_that_are_not_exact_are_as_far_off_as_it_says():
     ]
     (said,) = re.findall(r"^\| off by \| (.*) \|$", TEXT, re.M)
     assert [float(figure) for figure in said.split(" | ")] == pytest.approx(told, abs=0.005)
+
+
+def test_the_default_of_peft_lets_as_much_noise_through_as_it_says():
+    (told,) = re.findall(r"about (\d+) times\s+the noise of `lora`", TEXT)
+    peft, lora = (plugins.find("kinds", name)(8, 8.0, ()).gain(384, 384) for name in ("peft", "lora"))
+    assert round(peft / lora) == int(told)

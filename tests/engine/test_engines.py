@@ -138,7 +138,7 @@ def test_a_client_whose_a_is_another_refuses(inline):
 
 def test_a_client_that_hands_its_optimiser_on_to_the_next_is_refused(tiny, tmp_path):
     scenario = tiny("clients.use=tests.engine.faulty:Leaky", private=False)
-    with pytest.raises(RoundError, match="Leaky keeps an optimiser in 'optimizer'"):
+    with pytest.raises(RoundError, match=":Leaky keeps an optimiser in 'optimizer'"):
         simulate(scenario, out=tmp_path / "run")
 
 

@@ -54,6 +54,7 @@ def test_a_private_run_is_what_peft_loads(config, tiny, reviews, tmp_path):
     ("options", "why"),
     [
         ({"config": "OFTConfig"}, "'OFTConfig' is not one of those that average exactly: Miss"),
+        ({"config": "FourirFTConfig"}, "unknown configuration 'FourirFTConfig': did you mean 'FourierFTConfig'"),
         ({"config": "C3AConfig", "block": 8}, "C3AConfig has no option 'block'.*block_size"),
         ({"config": "C3AConfig", "block_size": 7}, "C3AConfig: "),
         ({"config": "MissConfig", "target_modules": ["q"]}, "target_modules is said by model.adapter.targets"),

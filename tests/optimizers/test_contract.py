@@ -171,7 +171,7 @@ def test_what_cannot_step_is_refused_before_anything_is_written(told, where, why
 )
 def test_clients_that_step_by_themselves_are_not_told_how(use, why, tiny, tmp_path):
     told = (f"clients.use=tests.optimizers.test_contract:{use}", "clients.optimizer=adamw")
-    with pytest.raises(Exception, match=f"clients.optimizer: {why}"):
+    with pytest.raises(Exception, match=f"clients.optimizer: .*:{why}"):
         simulate(tiny(*told, private=False), out=tmp_path / "run")
 
 

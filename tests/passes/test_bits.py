@@ -123,7 +123,7 @@ def test_a_private_run_begins_so_and_repeats(tiny, tmp_path, strategy):
 @pytest.mark.parametrize(
     ("told", "why"),
     [
-        (["model.adapter.kind=core"], "lq begins with a plain LoRA, and this is Core"),
+        (["model.adapter.kind=core"], "lq begins with a plain LoRA, and this is core"),
         (["strategy={use: fedsa_lora}", "data.client_test_share=0.2"], "lq is one beginning for all"),
         (["model.adapter.schedule={kind: rotate}"], "leave one of them out|lq begins|adds to the frozen"),
         (["model.quantize={bits: 3}"], "greater than or equal to 4.25|4.25"),

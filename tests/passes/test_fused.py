@@ -291,7 +291,7 @@ def test_with_other_companions_a_client_has_another_digest(tiny):
 
 
 def test_a_client_with_a_fit_of_its_own_is_refused(tiny):
-    with pytest.raises(SettingError, match="Faulty trains by a fit of its own") as refused:
+    with pytest.raises(SettingError, match=":Faulty trains by a fit of its own") as refused:
         prepare(tiny("clients.use=tests.engine.faulty:Faulty", "engine.fused=2"))
     assert refused.value.key == "engine.fused"
 

@@ -179,7 +179,7 @@ def test_rates_are_for_the_roles_that_there_are(told, where, why, tiny, tmp_path
         ("{kind: momentum, betas: [0.9, 0.99]}", "unknown key 'betas' in strategy.server"),
         ("{kind: adam, lr: 0}", "strategy.server.lr: should be at least 1e-12"),
         ("{kind: adam, lr: {B: 0}}", "strategy.server.lr.B: should be at least 1e-12"),
-        ("{kind: adam, lr: fast}", "strategy.server.lr: should be a valid number"),
+        ("{kind: adam, lr: fast}", "strategy.server.lr: should be a number, not 'fast'"),
         ("{kind: adam, betas: [0.9]}", "strategy.server.betas"),
         ("{kind: adam, betas: [0.9, 1]}", "strategy.server.betas.1: should be less than 1"),
         ("{kind: adam, schedule: {kind: step}}", "strategy.server.schedule.kind: should be"),

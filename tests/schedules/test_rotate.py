@@ -70,10 +70,10 @@ def test_the_frames_of_a_core_are_the_same_with_and_without_the_weights(build):
 @pytest.mark.parametrize(
     ("told", "why"),
     [
-        (("model.adapter.kind=lora_xs",), "rotate: LoraXS takes A from the base"),
-        (("model.adapter.kind=channel",), "rotate: Channel takes A from the base"),
-        (("model.adapter.kind=sparse",), "rotate: Sparse has a change that is no product of thin factors"),
-        (("strategy.use=fedavg_lora",), "rotate: Lora has no frozen part to draw anew under this strategy"),
+        (("model.adapter.kind=lora_xs",), "rotate: lora_xs takes A from the base"),
+        (("model.adapter.kind=channel",), "rotate: channel takes A from the base"),
+        (("model.adapter.kind=sparse",), "rotate: sparse has a change that is no product of thin factors"),
+        (("strategy.use=fedavg_lora",), "rotate: lora has no frozen part to draw anew under this strategy"),
         (("strategy.use=flora",), "rotate goes on from a mean of changes, and what flora makes is none"),
         (("model.start=x/y",), "model.adapter.schedule: rotate draws new factors"),
         (("compression.up={kind: top_k, share: 0.1}",), "rotate begins anew, and what top_k left out"),

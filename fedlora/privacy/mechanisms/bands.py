@@ -128,7 +128,9 @@ def error(bands: int, steps: int) -> float:
     return float(np.sqrt(np.mean(in_weights(coefficients(bands, steps), steps) ** 2)))
 
 
-def choose(target: float, delta: float, rate: float, steps: int, noise: Callable[[float, int], float]) -> int:
+def choose(
+    target: float, delta: float, rate: float, steps: int, noise: Callable[[float, int], float], spare: int = 0
+) -> int:
     """The bands with the least noise in the weights at an epsilon, of `CHOICES`; the fewest of equals.
 
     Renyi DP is quick, and shows about where they are. One band is always among those that are compared.
@@ -139,11 +141,12 @@ def choose(target: float, delta: float, rate: float, steps: int, noise: Callable
         rate: B / n, with which a step of DP-SGD takes an example.
         steps: of the run.
         noise: finds the noise multiplier for the target, of a sampling rate and a number of steps.
+        spare: turns beyond those of the steps that epsilon leaves room for.
     """
     fit = [b for b in CHOICES if b == 1 or (b <= steps and b * rate <= 1)]
 
     def left(b: int, found: Callable[[float, int], float]) -> float:
-        return found(min(b * rate, 1.0), -(-steps // b)) * error(b, steps)
+        return found(min(b * rate, 1.0), -(-steps // b) + spare) * error(b, steps)
 
     about = min(fit, key=lambda b: left(b, lambda *told: _roughly(target, delta, *told)))
     exact = {b: left(b, noise) for b in fit if b == 1 or 1 / 2 <= b / about <= 2}

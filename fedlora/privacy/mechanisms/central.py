@@ -160,13 +160,24 @@ class Central(Mechanism):
         taken = self.taken(stream(self.root, round, "cohort"))
         return [int(c) for c in np.flatnonzero(taken) if (c - round) % self.bands == 0]
 
-    def event(self, clip_norm: float, draw: int = 0) -> Event:
+    @property
+    def terms(self) -> tuple[object, ...]:
+        """All that noise is drawn by, but the round and what is received."""
+        return self.noise_multiplier, self.sample_rate, self.total, self.coefficients
+
+    def event(self, clip_norm: float, draw: int = 0, again: bool = False) -> Event:
         """What a round costs every client, taken or not.
 
         A further draw is over the cohort of the first: its coins hide nobody a second time. (Given the first
         release, the second is a Gaussian on who is in the cohort, at most as telling as one on everybody.)
+
+        Args:
+            clip_norm: C.
+            draw: which draw of the round's noise, over one cohort.
+            again: whether the round was paid for before, and has another key, so another cohort and other noise.
+                Its group of clients then has a turn more than others, which is not one of b.
         """
-        rate, bands = (self.sample_rate, self.bands) if draw == 0 else (1.0, 1)
+        rate, bands = (self.sample_rate, 1 if again else self.bands) if draw == 0 else (1.0, 1)
         noise = self.noise_multiplier
         return Event(noise_multiplier=noise, sample_rate=rate, steps=1, clip_norm=clip_norm, bands=bands)
 
@@ -236,8 +247,7 @@ class Central(Mechanism):
     def _banded(self, round: int, received: Mapping[str, Tensor], std: str) -> dict[str, Noise]:
         """The x of a round, counted from 1, by tensor. Rounds on other terms have noise of their own."""
         names = sorted(received)
-        terms = (std, self.sample_rate, self.coefficients, self.total)
-        path = ("server noise", repr(terms), *names)
+        path = ("server noise", repr((std, *self.terms)), *names)
         size = sum(received[name].size for name in names)
         drawn = self._past.noise(path, self.root, 0, self.coefficients, round - 1, size)
         ends = np.cumsum([received[name].size for name in names])

@@ -15,7 +15,7 @@ from fedlora.adapter import Update
 from fedlora.engine import Replies
 from fedlora.engine.base import gathered
 from fedlora.errors import ContractError, SettingError
-from fedlora.privacy.accounting import Event
+from fedlora.privacy.accounting import Event, epsilon
 from fedlora.privacy.mechanisms.bands import coefficients, in_weights
 from fedlora.privacy.mechanisms.central import CLIP_NORM, COUNT_NOISE, SUM_NOISE, WITHIN, Central, check, clip
 
@@ -191,6 +191,15 @@ def test_banded_noise_on_other_terms_is_another(told):
     held = {"w": np.zeros(20_000, np.float32)}
     one, other = (made.release(9, held, [], 1.0)[0].adapter["w"] for made in (BANDED, replace(BANDED, **told)))
     assert abs(np.corrcoef(one, other)[0, 1]) < 5 / 20_000**0.5
+
+
+def test_a_banded_round_under_another_key_is_a_turn_more_for_its_group():
+    """Not one of b: groups that wait do not pay for it, so it is not divided among them."""
+    once, more = BANDED.event(1.0), BANDED.event(1.0, again=True)
+    assert (more.bands, more.sample_rate) == (1, 0.4)
+    eight = [replace(once, steps=8)]  # two turns of each group
+    assert epsilon([*eight, more, more, more], 1e-5) == epsilon([replace(more, steps=5)], 1e-5)
+    assert epsilon([replace(once, steps=11)], 1e-5) == epsilon([replace(more, steps=3)], 1e-5)
 
 
 def test_a_further_draw_of_a_banded_round_is_a_plain_gaussian_on_who_is_in_it():
