@@ -1,24 +1,28 @@
-"""What a base of MiniLM that was cut to 70 % knows, by how it was cut: by weights, or by a statistic with noise.
+"""What a base that was cut to 70 % knows, by how it was cut: by weights, or by a statistic with noise.
 
-    python benchmarks/compression.py --train rows.tsv --test other.tsv [--rows 3000] [--rounds 12]
+    python benchmarks/compression.py --train rows.tsv --test other.tsv [--text text] [--rows 3000] [--rounds 12]
 
-Five clients hold the rows. Each base is judged twice. Its last hidden states on test rows are compared with those
-of the whole base, relative to these; and its last block is fine-tuned privately in a few rounds, for the accuracy.
-Layers of 384 inputs are cut. All that is private comes to epsilon 8 together, the statistic with it; a statistic
-without noise is there to compare, and promises nothing. The statistic is taken once, and noised for each epsilon.
+Both files are tables with a head, of texts and a column `label`. Five clients hold the rows. Each base, of MiniLM
+unless another is named, is judged twice. Its last hidden states on test rows are compared with those of the
+whole base, relative to these; and its last block is fine-tuned privately in a few rounds, for the accuracy. Layers
+of 384 inputs are cut. All that is private comes to epsilon 8 together, the statistic with it; a statistic without
+noise is there to compare, and promises nothing. The statistic is taken once, and noised for each epsilon.
 """
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import fedlora
-from fedlora import compressing, prepare, public, statistic_round
+from fedlora import compressing, prepare, public
 from fedlora.compressors import contract
 from fedlora.compressors.contract import Statistic
+from fedlora.engine.statistic import Taker
+from fedlora.engine.worker import Worker
 from fedlora.privacy import accounting
 from fedlora.privacy.mechanisms.statistic import StatisticGaussian
 from fedlora.scenario import parse
@@ -29,7 +33,7 @@ WHOLE, DELTA, CLIENTS = 8.0, 1e-5, 5
 SCENARIO = """
 name: compression
 seed: {seed}
-model: {{base: "{base}", adapter: {{r: 8, alpha: 64, targets: [query, key, value, dense], layers: [5]}}}}
+model: {{base: "{base}", adapter: {{r: 8, alpha: 64, targets: [query, key, value, dense], layers: [{block}]}}}}
 data:
   files: {{train: "{train}", test: "{test}", text: {text}, label: label}}
   partition: {{kind: iid}}
@@ -71,7 +75,7 @@ class Taken:
     def __init__(self, kind: str, told: dict, exclude: list[str]) -> None:
         self.kind = kind
         scenario = parse(
-            SCENARIO.format(base="minilm", noise=1.0, **told),
+            SCENARIO.format(noise=1.0, **told),
             "x.yaml",
             [
                 "compress={use: lord}",
@@ -81,10 +85,10 @@ class Taken:
             ],
         )
         ready = prepare.prepare(scenario)
-        self.loaded, self.reader = compressing.load("minilm", None, ["all-linear"], exclude)
-        task, collector, self.named = statistic_round._collector(ready.setup, scenario, self.loaded)
-        self.sums = [statistic_round._sum(task, collector, ready, c, None)[0] for c in range(CLIENTS)]
-        self.shared = {n: collector.shared[m] for n, m in self.named.items() if m in collector.shared}
+        self.loaded, _ = compressing.load(told["base"], None, ["all-linear"], exclude)
+        taker = Taker(Worker(ready.setup), self.loaded.layers)
+        self.sums = [taker.sums(c, stream(0, "benchmark", c)) for c in range(CLIENTS)]
+        self.shared = taker.own
         self.count = sum(ready.data.units(c) for c in range(CLIENTS))
 
     def known(self, epsilon: float) -> tuple[dict[str, Statistic], tuple]:
@@ -109,11 +113,13 @@ def states(base: str, batches: list) -> list[torch.Tensor]:
         return [model(input_ids=i, attention_mask=m).last_hidden_state[m.bool()] for i, m in batches]
 
 
-def main() -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Print a table of states, then one of accuracies."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--base", default="minilm")
+    parser.add_argument("--block", type=int, default=5, help="which is fine-tuned")
     parser.add_argument("--text", default="sentence")
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=12)
@@ -124,17 +130,20 @@ def main() -> None:
     parser.add_argument("--public", type=Path, help="a table of texts in a column `sentence`, for one more gram")
     parser.add_argument("--states-alone", action="store_true", help="train nothing")
     parser.add_argument("--exclude", nargs="*", default=["pooler", r".*layer\.[0-9]+\.output\.dense"])
-    told = parser.parse_args()
+    told = parser.parse_args(args)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         train, test = first(told.train, told.rows, root / "train.tsv"), first(told.test, 500, root / "test.tsv")
-        words = {"train": train, "test": test, "rounds": told.rounds, "rate": told.rate, "text": told.text}
-        loaded, reader = compressing.load("minilm", None, ["all-linear"], told.exclude)
-        every = {kind: Taken(kind, {**words, "seed": 1}, told.exclude) for kind in told.statistics}
+        words = {"train": train, "test": test, "rounds": told.rounds, "rate": told.rate}
+        words |= {"text": told.text, "block": told.block}
+        loaded, reader = compressing.load(told.base, None, ["all-linear"], told.exclude)
+        every = {
+            kind: Taken(kind, {**words, "base": told.base, "seed": 1}, told.exclude) for kind in told.statistics
+        }
         texts = public.read(test, told.text)[:200]
         batches = [*public.batches(reader, texts, 24, loaded.model)]
-        right = states("minilm", batches)
+        right = states(told.base, batches)
         paid = {}
         print("\n| compressor | by | numbers | states off |\n|---|---|---|---|", flush=True)
         for use, kind, epsilon in CASES:
@@ -158,7 +167,7 @@ def main() -> None:
             off = sum(float((a - b).square().sum()) for a, b in zip(there, right, strict=True))
             print(f"| lord | public gram | | {(off / sum(float(b.square().sum()) for b in right)) ** 0.5:.3f} |")
         print("\n| base | accuracy |\n|---|---|", flush=True)
-        for base in [] if told.states_alone else ["minilm", *paid]:
+        for base in [] if told.states_alone else [told.base, *paid]:
             noise = accounting.calibrate(WHOLE, DELTA, told.rate, told.rounds, "pld", paid.get(base, ()))
             found = []
             for seed in told.seeds:

@@ -1,6 +1,7 @@
 """From a scenario to all that a run needs but the model: data, plug-ins, calibrated noise."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -264,19 +265,29 @@ def banded(
     return dict.fromkeys(sizes, asked.bands)
 
 
-def statistic(scenario: Scenario, search: calibrated.Search = accounting.calibrations) -> Event | None:
-    """What the statistic costs each client by which its base is cut; None where there is none, or no privacy."""
+def statistic(
+    scenario: Scenario, search: calibrated.Search = accounting.calibrations, members: int | None = None
+) -> Event | None:
+    """What the statistic costs each client by which its base is cut; None where there is none, or no privacy.
+
+    Args:
+        scenario: of the run.
+        search: as in `calibrate`.
+        members: clients that share the noise out, where they do; by default all.
+    """
     asked, told = scenario.example_privacy, scenario.statistics
     if asked is None or told is None or told.epsilon is None:
         return None
     (noise,) = search(told.epsilon, asked.delta, [told.share], 1, asked.accountant)
-    return StatisticGaussian(noise_multiplier=noise, sample_rate=told.share, total=1).event()
+    parts = scenario.noise_parts(members or scenario.clients.total)
+    part = noise / math.sqrt(parts)
+    return StatisticGaussian(noise_multiplier=part, sample_rate=told.share, total=1, sharers=parts).event()
 
 
 def _beside_statistic(scenario: Scenario, search: calibrated.Search) -> calibrated.Search:
     """A search for the noise of training, which has what the statistic leaves of epsilon."""
     event = statistic(scenario, search)
-    return search if event is None else lambda *told: search(*told, (event,))
+    return search if event is None else lambda *told: search(*told, accounting.in_sums([event]))
 
 
 def _rounded_up(rate: float) -> float:

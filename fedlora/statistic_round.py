@@ -2,9 +2,10 @@
 
 Each client adds up what its examples say of the layers (`fedlora.passes.statistic`), bounded one by one, and
 noises the sum once. It pays before it looks at a row, in the same ledger that training pays in. The sums of all
-are one statistic; cutting the base by it is a function of what was released. The smaller base is in the run's
-folder, `base/`, from which every worker loads it, and a run that goes on takes it as it is. Sites do the same with
-their own rows and ledgers, and are sent the factors (`fedlora.deploy.cutting`).
+are one statistic, under masks where the scenario says so (`fedlora.engine.summed`); cutting the base by it is a
+function of what was released. The smaller base is in the run's folder, `base/`, from which every worker loads it,
+and a run that goes on takes it as it is. Sites do the same with their own rows and ledgers, and are sent the
+factors (`fedlora.deploy.cutting`).
 """
 
 import hashlib
@@ -20,13 +21,15 @@ import numpy as np
 from fedlora import compressing, prepare, traffic
 from fedlora.compressors import contract
 from fedlora.compressors.contract import Compressor, LowRank, Statistic
-from fedlora.engine import Description, Engine, Setup
-from fedlora.engine.replies import Said, Sums
+from fedlora.engine import Description, Engine, Setup, secure, summed
+from fedlora.engine.replies import Report, Said, Sums
 from fedlora.engine.statistic import Taker, mechanism
 from fedlora.engine.worker import Worker
 from fedlora.errors import RoundError, SettingError
 from fedlora.prepare import Prepared
-from fedlora.privacy.accounting import Event
+from fedlora.privacy.accounting import Event, in_sums
+from fedlora.privacy.cohorts import LEAST
+from fedlora.privacy.grid import Vector
 from fedlora.privacy.ledger import Holder, Ledger
 from fedlora.rounds import folder as folders
 from fedlora.scenario import Scenario
@@ -137,24 +140,28 @@ def planned(ready: Prepared, event: Event | None) -> dict[str, Any] | None:
         return None
     compressor, loaded, _, taker = _asked(ready, told)
     assert taker is not None
+    span = _span(ready, taker, event)
     clients = [c for c in range(ready.data.num_clients) if ready.data.units(c)]
-    noise = None if event is None else event.noise_multiplier
-    bytes_up = len(clients) * traffic.statistic_bytes(taker.shapes, event)
+    each: float = traffic.statistic_bytes(taker.shapes, event)
+    if ready.scenario.secure_aggregation is not None:
+        each = secure.exchanged(len(clients))[0] + 4 * (summed.size(span.shapes) - 1)
+    noise = None if event is None else _in_sum(event)
     seconds = _seconds(ready, taker, clients, noise) + _cut_seconds(compressor, loaded, taker)
+    bytes_up = round(len(clients) * each)
     return {**asked.model_dump(), "noise_multiplier": noise, "bytes_up": bytes_up, "seconds": seconds}
 
 
 def _seconds(ready: Prepared, taker: Taker, clients: Sequence[int], noise: float | None) -> float:
     """Of the sums of these clients and their noise, by a few rows and one draw."""
     rows = sum(len(ready.data.partition(c).rows) for c in clients) * taker.asked.share
-    summed = taker.row_seconds(clients[0]) * rows
+    passes = taker.row_seconds(clients[0]) * rows
     if noise is None:
-        return summed
+        return passes
     began = time.perf_counter()
     mechanism(1.0, 1, noise).noised(
         {name: np.zeros(shape) for name, shape in taker.shapes.items()}, stream(0, "a draw that is timed")
     )
-    return summed + (time.perf_counter() - began) * len(clients)
+    return passes + (time.perf_counter() - began) * len(clients)
 
 
 def _cut_seconds(compressor: Compressor, loaded: compressing.Loaded, taker: Taker) -> float:
@@ -197,9 +204,10 @@ def words(scenario: Scenario, event: Event | None) -> str:
     privacy = scenario.example_privacy
     assert privacy is not None
     whole = "" if privacy.epsilon is None else f" of its {privacy.epsilon:g}"
+    masked = "" if scenario.secure_aggregation is None else ", which it masks"
     return (
         f"{said}by {asked.kind}, a statistic of clients' rows. Each spends epsilon {asked.epsilon:g}{whole} "
-        f"on its sum, at noise multiplier {event.noise_multiplier:.3g}, and training has the rest."
+        f"on its sum{masked}, at noise multiplier {_in_sum(event):.3g}, and training has the rest."
     )
 
 
@@ -209,9 +217,9 @@ def _statistic(
     """The statistic of all clients' rows, each paid for before it is used: of each layer that is to be cut."""
     asked, event = taker.asked, prepare.statistic(ready.scenario, prepare.known)
     ledger = Ledger(folder)
-    said = engine.statistic(ready.setup, event, taker.shapes) or _here(ready, of, taker, event, ledger)
+    said = engine.statistic(ready.setup, event, taker.shapes) or _here(ready, of, taker, ledger)
     total: Sums = {}
-    units, clients, bytes_up = 0, 0, 0
+    units, clients, bytes_up, variance = 0, 0, 0, 0.0
     for one in said:
         if one.event is not None and not (one.again and ledger.paid(one.client, one.event)):
             ledger.spend(0, {one.client: one.event}, statistic=asked.kind, **ready.scenario.example_terms)
@@ -219,36 +227,78 @@ def _statistic(
         if one.sums is None:
             continue
         total = {name: total[name] + values if total else values for name, values in one.sums.items()}
-        units, clients = units + one.units, clients + 1
+        units, clients, variance = units + one.units, clients + one.clients, variance + one.deviation**2
     if not clients:
         raise RoundError("no client gave the statistic by which the base is to be cut")
-    multiplier = 0.0 if event is None else event.noise_multiplier
     expected = asked.share * units
-    deviation = multiplier * clients**0.5 / expected
     about["statistic"] = {"kind": asked.kind, "of": "clients", "share": asked.share, "layers": asked.layers}
     about["statistic"] |= {"clients": clients, "bytes_up": bytes_up}
     if event is not None:
         terms = {key: ready.scenario.example_terms[key] for key in ("delta", "unit")}
-        about["statistic"] |= {"epsilon": asked.epsilon, **terms, "noise_multiplier": multiplier}
+        about["statistic"] |= {"epsilon": asked.epsilon, **terms, "noise_multiplier": _in_sum(event)}
+    deviation = variance**0.5 / expected
     return {name: Statistic(asked.kind, total[own] / expected, deviation) for name, own in taker.own.items()}
 
 
-def _here(ready: Prepared, of: str, taker: Taker, event: Event | None, ledger: Ledger) -> Iterator[Said]:
-    """What clients say whose rows are on this machine; all pay before one looks at a row."""
+def _here(ready: Prepared, of: str, taker: Taker, ledger: Ledger) -> Iterator[Said]:
+    """What clients say whose rows are on this machine; all pay before one looks at a row.
+
+    Raises:
+        SettingError: their sums do not go under masks.
+    """
     scenario, share = ready.scenario, taker.asked.share
-    clients = [c for c in range(ready.data.num_clients) if ready.data.units(c)]
+    units = {c: held for c in range(ready.data.num_clients) if (held := ready.data.units(c))}
+    clients, masks = list(units), scenario.secure_aggregation
+    event = prepare.statistic(scenario, prepare.known, len(clients))
+    span = _span(ready, taker, event)
     if event is not None:  # what is there was paid for a base that nobody saw: its noise is drawn again
         owed: dict[Holder, Event] = {c: event for c in clients if not ledger.paid(c, event)}
         ledger.spend(0, owed, statistic=taker.asked.kind, **scenario.example_terms)
-    for client in clients:
-        units = ready.data.units(client)
-        sums = taker.sums(client, stream(scenario.seed, 0, client, "statistic batch"))
-        if event is not None:
-            # Noise that hides one sum must not hide another: whatever may change a sum changes the noise too.
-            noise = stream(scenario.seed, 0, client, "statistic noise", of, _settings(scenario))
-            sums = mechanism(share, units, event.noise_multiplier).noised(sums, noise)
+
+    def noised(client: int) -> Sums:
+        sums = span.cut(taker.sums(client, stream(scenario.seed, 0, client, "statistic batch")))
+        if event is None:
+            return sums
+        # Noise that hides one sum must not hide another: whatever may change a sum changes the noise too.
+        noise = stream(scenario.seed, 0, client, "statistic noise", of, _settings(scenario))
+        return mechanism(share, units[client], event.noise_multiplier).noised(sums, noise)
+
+    if masks is None:
         sent = traffic.statistic_bytes(taker.shapes, event)
-        yield Said(client=client, units=units, sums=sums, bytes_up=sent)
+        for client in clients:
+            yield Said(
+                client=client, units=units[client], sums=noised(client), deviation=span.noise, bytes_up=sent
+            )
+        return
+
+    def vector(client: int, among: int) -> Vector:
+        return span.vector(noised(client), stream(scenario.seed, 0, client, "statistic rounding", of))
+
+    reports = {client: Report(client=client, num_examples=held) for client, held in units.items()}
+    exchange = secure.played(reports, vector, clients, masks, len(clients))
+    names = stream(scenario.seed, 0, "statistic pseudonyms")
+    yield from summed.said(exchange, reports, masks, names, lambda members: span)
+
+
+def _span(ready: Prepared, taker: Taker, event: Event | None) -> summed.Span:
+    """Which numbers clients send whose rows are on this machine.
+
+    Raises:
+        SettingError: their sums do not go under masks.
+    """
+    held = [held for c in range(ready.data.num_clients) if (held := ready.data.units(c))]
+    span = summed.Span(summed.no_fewer(max(held)), taker.shapes, event)
+    if ready.scenario.secure_aggregation is not None:
+        if len(held) < LEAST:
+            what = f"{len(held)} clients hold rows, and a sum of statistics takes {LEAST}"
+            raise SettingError("secure_aggregation", what)
+        span.check_grid()
+    return span
+
+
+def _in_sum(event: Event) -> float:
+    """The noise multiplier of the sum that is seen of a client: its own sum, or that of all under masks."""
+    return in_sums([event])[0].noise_multiplier
 
 
 def tried(setup: Setup) -> Description:

@@ -19,7 +19,7 @@ CUT = "cut"  # beside an introduction: the factors, and by which mark a site kno
 def pack_statistic(sums: Mapping[str, NDArray[np.float64]], event: Event | None) -> RecordDict:
     """The noised sums of a client as the content of a reply, with the privacy event that they cost."""
     content = wire.pack_words({} if event is None else {"privacy": event.to_json()})
-    content[wire.ARRAYS] = wire.to_arrays({name: flat(values) for name, values in sums.items()})
+    content[wire.ARRAYS] = wire.to_arrays({name: flat(values).astype(np.float32) for name, values in sums.items()})
     return content
 
 

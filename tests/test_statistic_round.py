@@ -99,20 +99,11 @@ def test_it_repeats_bit_by_bit_and_other_rows_have_other_noise(run, tiny, tmp_pa
     assert again.summary["accuracy"] == run.summary["accuracy"]
 
 
-def test_the_noise_in_the_statistic_is_that_of_the_ledger(tiny, tmp_path, monkeypatch):
+def test_the_noise_in_the_statistic_is_that_of_the_ledger(tiny, tmp_path, known):
     """The sums of four clients with noise, less the same without: of the deviation that the compressor is told."""
-    from fedlora import statistic_round
-    from fedlora.compressors import contract
-
-    seen = []
-    monkeypatch.setattr(
-        statistic_round.compressing.contract,
-        "compress",
-        lambda c, w, known: seen.append(known) or {n: contract.Cut(x.shape) for n, x in w.items()},
-    )
     simulate(tiny(*GRAM), out=tmp_path / "noised")
     simulate(tiny(CUT, "statistics={kind: gram}", private=False), out=tmp_path / "plain")
-    noised, plain = seen
+    noised, plain = known
     told = next(iter(noised.values())).deviation
     examples = sum(
         x["num_examples"] for x in json.loads((tmp_path / "plain/partitions.json").read_text())["clients"]
@@ -124,6 +115,82 @@ def test_the_noise_in_the_statistic_is_that_of_the_ledger(tiny, tmp_path, monkey
     assert same[:, np.eye(32, dtype=bool)].std() == pytest.approx(told, rel=0.15)
     assert same[:, np.triu(np.ones((32, 32), bool), 1)].std() == pytest.approx(told / 2**0.5, rel=0.05)
     assert all(s.deviation == 0 for s in plain.values()) and len(same) == 6
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """What each run's base is cut by, of every layer; nothing is cut."""
+    from fedlora import statistic_round
+    from fedlora.compressors import contract
+
+    seen = []
+    monkeypatch.setattr(
+        statistic_round.compressing.contract,
+        "compress",
+        lambda c, w, known: seen.append(known) or {n: contract.Cut(x.shape) for n, x in w.items()},
+    )
+    return seen
+
+
+def test_under_masks_the_sum_is_the_plain_one_to_the_grid(tiny, tmp_path, known):
+    plain = (CUT, "statistics={kind: gram}", "rounds=1")
+    for name, more in (("plain", ()), ("masked", ("secure_aggregation={range: 2.0}",))):
+        simulate(tiny(*plain, *more, private=False), out=tmp_path / name)
+    one, other = known
+    held = [x["num_examples"] for x in json.loads((tmp_path / "plain/partitions.json").read_text())["clients"]]
+    matrices = len({id(s.values) for s in one.values()})
+    step = 2 ** np.ceil(np.log2(max(held))) / matrices**0.5 / 2**19
+    for name, statistic in one.items():
+        apart = np.abs(statistic.values - other[name].values).max() * sum(held)
+        assert apart <= 4 * step and other[name].deviation == 0
+    assert one.keys() == other.keys()
+
+
+SHARED = (
+    "clients.local_steps=1",
+    "clients.optimizer=null",
+    "secure_aggregation={range: 8.0, noise: shared}",
+)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_under_masks_each_pays_its_own_noise_or_its_part(tiny, tmp_path, known, shared):
+    """Of four clients three send at the least, of whom one may look: K = 2."""
+    masks = SHARED if shared else ("secure_aggregation={range: 8.0}",)
+    scenario = tiny(*GRAM, "rounds=1", *masks)
+    run = simulate(scenario, out=tmp_path / "run")
+    simulate(tiny(CUT, "statistics={kind: gram}", "rounds=1", private=False), out=tmp_path / "plain")
+    first = [event for (event, *_) in ledger.replay(run.folder / "privacy.jsonl").values()]
+    parts, sigma = 2.0 if shared else 1.0, prepare.statistic(tiny(*GRAM)).noise_multiplier
+    assert {event.sharers for event in first} == {parts} and len(first) == 4
+    assert first[0].noise_multiplier == pytest.approx(sigma / parts**0.5)
+    assert 1.9 < accounting.epsilon(accounting.in_sums(first[:1]), 1e-3) <= 2.0 + 1e-9
+    assert 7.9 < run.summary["epsilon"] <= 8.0 + 1e-9
+    assert ((run.summary["own_epsilon"] or 0) > 8) is shared
+
+    noised, plain = known
+    told = next(iter(noised.values())).deviation
+    held = [x["num_examples"] for x in json.loads((tmp_path / "plain/partitions.json").read_text())["clients"]]
+    assert told == pytest.approx(sigma * (4 / parts) ** 0.5 / sum(held), rel=1e-6)
+    own = [n for n in noised if n.endswith(("query", "attention.output.dense", "intermediate.dense"))]
+    same = np.stack([(noised[n].values - plain[n].values) for n in own if noised[n].values.shape == (32, 32)])
+    assert same[:, np.eye(32, dtype=bool)].std() == pytest.approx(told, rel=0.15)
+    assert same[:, np.triu(np.ones((32, 32), bool), 1)].std() == pytest.approx(told / 2**0.5, rel=0.05)
+    planned = planning.plan(scenario)
+    assert planned.statistics["noise_multiplier"] == pytest.approx(sigma)
+    assert manifest(run)["statistic"]["noise_multiplier"] == pytest.approx(sigma)
+    assert manifest(run)["statistic"]["bytes_up"] == pytest.approx(planned.statistics["bytes_up"], rel=1e-3)
+    assert "on its sum, which it masks, at noise" in planned.warnings[0]
+
+
+def test_two_clients_with_rows_are_no_masked_sum_and_nobody_pays(tiny, tmp_path, monkeypatch):
+    from fedlora.data.store import Dataset
+
+    units = Dataset.units
+    monkeypatch.setattr(Dataset, "units", lambda self, client: units(self, client) if client < 2 else 0)
+    with pytest.raises(UserError, match="2 clients hold rows, and a sum of statistics takes 3"):
+        simulate(tiny(*GRAM, "secure_aggregation={}"), out=tmp_path / "run")
+    assert not (tmp_path / "run" / "privacy.jsonl").exists()
 
 
 @pytest.mark.parametrize("kind", ["mean", "row_fisher"])
@@ -259,7 +326,10 @@ def test_a_plan_counts_the_statistic_and_says_so(tiny):
             [CUT, "statistics={kind: gram, epsilon: 1}", "privacy.unit=client", "clients.use=sgd"],
             "has unit: client",
         ),
-        ([*GRAM, "secure_aggregation={}"], "the server would see each client's statistic"),
+        (
+            [*GRAM, "secure_aggregation={}", "clients.total=5000", "clients.per_round=4"],
+            "secure aggregation sums 3 to 4096 clients' statistics, not 5000",
+        ),
         ([CUT, "model.start=runs/x"], "start is for the base as it is"),
         ([CUT, "model.quantize=8bit"], "quantize is for the base as it is"),
         (["compress={use: lorde}"], "unknown compressor 'lorde': did you mean 'lord'"),

@@ -1,10 +1,11 @@
 """A site's part in making the base smaller: the statistic of its rows, and the base that its server cut.
 
 A site takes the statistic of its own rows alone, noises it from the operating system's entropy, and pays its own
-ledgers before a row is passed. What comes back are two factors for each layer that was cut. The site makes the
-smaller base of them and of its own copy of the whole one, and only if they are that copy on fewer directions:
-`U` has orthonormal columns, and the other factor is `U^T W` of the site's own W. So whoever sends them chooses
-directions and nothing else, and `accept.bases` still says which weights see the rows.
+ledgers before a row is passed; under masks its server sees the sum over sites alone. What comes back are two
+factors for each layer that was cut. The site makes the smaller base of them and of its own copy of the whole one,
+and only if they are that copy on fewer directions: `U` has orthonormal columns, and the other factor is `U^T W` of
+the site's own W. So whoever sends them chooses directions and nothing else, and `accept.bases` still says which
+weights see the rows.
 """
 
 import logging
@@ -20,10 +21,16 @@ from fedlora import compressing, prepare, wire, wire_base
 from fedlora.adapter import Change, Instruction
 from fedlora.compressors import contract
 from fedlora.compressors.contract import Cut
+from fedlora.deploy.masks import Masks
 from fedlora.deploy.serving import Serving, Words
+from fedlora.engine.replies import Sums
 from fedlora.engine.roster import STRANGER
 from fedlora.engine.statistic import Taker, mechanism
+from fedlora.engine.summed import UNITS, Span
 from fedlora.errors import ContractError, Refusal, SettingError
+from fedlora.privacy import secure
+from fedlora.privacy.accounting import Event
+from fedlora.privacy.grid import Vector
 from fedlora.privacy.noise import Stream
 from fedlora.scenario import Scenario
 from fedlora.tasks import located, smaller
@@ -36,55 +43,139 @@ Array = NDArray[np.float32]
 logger = logging.getLogger(__name__)
 
 
-def answer(run: Serving, client: int) -> RecordDict:
+def answer(run: Serving, client: int, content: RecordDict, masks: Masks) -> RecordDict:
     """The noised statistic of the site's own rows; asked again, it is the same, for nothing.
 
     Args:
         run: whose worker has the whole base; it trains nobody afterwards.
         client: which one the site is.
+        content: of the message.
+        masks: with which the statistic is sent, where the scenario says so.
 
     Raises:
-        Refusal: the run takes none that noise hides, the budget is not enough, or the statistic cannot be taken.
+        Refusal: the run takes none that noise hides, the budget is not enough, the statistic cannot be taken, or
+            the site holds no masks.
     """
-    worker, scenario = run.worker, run.worker.scenario
-    event, told, asked = prepare.statistic(scenario), scenario.compress, scenario.statistics
-    if event is None or told is None or asked is None:
+    scenario = run.worker.scenario
+    if (event := prepare.statistic(scenario)) is None:
         raise Refusal("the run has no statistic that noise hides")
-    if worker.setup.base is not None:
+    if run.worker.setup.base is not None:
         raise Refusal("the base of the run is cut already")
-    question = run.answers.question(
-        Instruction(round=0, adapter={}, train=(), send=()), client, event, worker.dataset.fingerprint
-    )
+    if scenario.secure_aggregation is not None:
+        return _masked(run, client, content, masks)
+    question = _question(run, client, event)
     if (before := run.answers.find(0, question)) is not None:
-        logger.info("asked again: answered as before", extra={"client": client, "run": run.key})
-        made = wire.from_bytes(before)
-        wire.add_words(made, {"again": True})
-        return made
+        return _again(run, client, wire.from_bytes(before))
+    return _taken(run, client, event, _taker(run), None, question)[1]
+
+
+def _masked(run: Serving, client: int, content: RecordDict, masks: Masks) -> RecordDict:
+    """The same under masks; noise that is shared out enters one sum, and is drawn and paid for anew in another.
+
+    Raises:
+        Refusal: as `answer`.
+    """
+    scenario, taker = run.worker.scenario, _taker(run)
+    masks.member(run.key, 0)
+    try:
+        units = wire.whole(wire.unpack_words(content).get(UNITS), UNITS, 1, wire.MOST)
+    except ContractError as error:
+        raise Refusal(str(error)) from error
+    paid: list[Event] = []
+    again = False
+
+    def vector(among: int) -> Vector:
+        nonlocal again
+        event = prepare.statistic(scenario, members=among)
+        assert event is not None
+        span = Span(units, taker.shapes, event)
+        try:
+            span.check_grid()
+        except SettingError as error:
+            raise Refusal(error.message) from error
+        question = _question(run, client, event)
+        if run.keeps and (before := run.answers.find(0, question)) is not None:
+            again = True
+            sums = wire_base.unpack_statistic(_again(run, client, wire.from_bytes(before)), taker.shapes)
+        else:
+            sums, _ = _taken(run, client, event, taker, span, question)
+        paid.append(event)
+        return span.vector(sums, Stream.fresh())
+
+    try:
+        made = masks.exchange(run, secure.MASKED, content, 0, vector)
+    except Refusal as error:
+        raise Refusal(str(error), error.event or (paid[0] if paid else None), error.own) from error
+    wire.add_words(made, {"privacy": paid[0].to_json(), **({"again": True} if again else {})})
+    return made
+
+
+def _question(run: Serving, client: int, event: Event) -> str:
+    """Differs where the site is asked for another statistic."""
+    asked = Instruction(round=0, adapter={}, train=(), send=())
+    return run.answers.question(asked, client, event, run.worker.dataset.fingerprint)
+
+
+def _again(run: Serving, client: int, made: RecordDict) -> RecordDict:
+    """What was answered before."""
+    logger.info("asked again: answered as before", extra={"client": client, "run": run.key})
+    wire.add_words(made, {"again": True})
+    return made
+
+
+def _taker(run: Serving) -> Taker:
+    """What takes the statistic.
+
+    Raises:
+        Refusal: it cannot be taken of this base.
+    """
+    scenario, told = run.worker.scenario, run.worker.scenario.compress
+    assert told is not None
     try:
         compressor = contract.load(told.use, {"keep": told.keep, **told.options})
         loaded, _ = compressing.load(scenario.model.base, scenario.model.revision, told.targets, told.exclude)
-        taker = Taker(worker, compressing.asked_for(compressor, loaded).layers)
+        return Taker(run.worker, compressing.asked_for(compressor, loaded).layers)
     except SettingError as error:
         raise Refusal(
             f"no statistic can be taken of its base ({error.key}): its log says why", own=str(error)
         ) from error
-    del loaded
+
+
+def _taken(
+    run: Serving, client: int, event: Event, taker: Taker, span: Span | None, question: str
+) -> tuple[Sums, RecordDict]:
+    """The noised sums, which are paid for before a row is passed, and as an answer, which is kept.
+
+    Args:
+        run: that they are for.
+        client: which one the site is.
+        event: that they cost.
+        taker: takes them.
+        span: that they are cut to; None: they are not.
+        question: that they answer.
+
+    Raises:
+        Refusal: the budget is not enough, or the rows cannot be passed.
+    """
+    worker = run.worker
     assert worker.pay is not None
     worker.pay(0, client, event)
     try:
-        units = worker.dataset.units(client)
         sums = taker.sums(client, Stream.fresh())
-        noised = mechanism(asked.share, units, event.noise_multiplier).noised(sums, Stream.fresh())
+        sums = sums if span is None else span.cut(sums)
+        units = worker.dataset.units(client)
+        noised = mechanism(taker.asked.share, units, event.noise_multiplier).noised(sums, Stream.fresh())
     except Exception as error:  # whatever is wrong with its rows
         logger.exception("the statistic failed", extra={"client": client, "run": run.key})
         why = f"the statistic failed ({type(error).__name__}): site.log says more"
         raise Refusal("its statistic failed: its log says why", event, why) from error
     made = wire_base.pack_statistic(noised, event)
-    try:
-        run.answers.keep(0, question, wire.to_bytes(made))
-    except OSError as error:
-        logger.warning("its answer cannot be kept, in case it is lost: %s", error.strerror or error)
-    return made
+    if run.keeps:
+        try:
+            run.answers.keep(0, question, wire.to_bytes(made))
+        except OSError as error:
+            logger.warning("its answer cannot be kept, in case it is lost: %s", error.strerror or error)
+    return noised, made
 
 
 def base(scenario: Scenario, words: Words, content: RecordDict | None, folder: Path) -> Path | None:

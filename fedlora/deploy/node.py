@@ -28,7 +28,7 @@ from fedlora.deploy.site import Site
 from fedlora.deploy.state import State
 from fedlora.engine.roster import BEHIND, STRANGER
 from fedlora.errors import ContractError, Refusal, SettingError, UserError
-from fedlora.privacy import lock, secure
+from fedlora.privacy import lock
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms.central import WITHIN
 from fedlora.scenario import Scenario
@@ -138,12 +138,13 @@ class Node:
                     self._record(kind, words, seen, history.ANSWERED)
                     return made
                 if kind.startswith("query.") and kind != f"query.{wire_base.STATISTIC}":
+                    least = int(run.worker.scenario.statistics is None)
                     with _understood():
                         wire.unpack_parts(content)
-                        seen["round"] = wire.whole(words.get("round"), "round", 1, rounds)
-                    return self.masks.exchange(run, kind.partition(".")[2], content, client)
+                        seen["round"] = wire.whole(words.get("round"), "round", least, rounds)
+                    return self.masks.exchange(run, kind.partition(".")[2], content, seen["round"])
                 if kind.startswith("query."):
-                    made = cutting.answer(run, client)
+                    made = cutting.answer(run, client, content, self.masks)
                 else:
                     made = self._asked(kind, run, words, content, client, seen)
         except Refusal as error:
@@ -393,10 +394,7 @@ class Node:
         """An answer with its update masked."""
         told = wire.from_bytes(answer)
         update = run.worker.transport.arrived(wire.unpack_update(told, client), instruction)
-        made = self.masks.exchange(run, secure.MASKED, content, client, (instruction, update))
-        event = wire.unpack_event(told)
-        wire.add_words(made, {} if event is None else {"privacy": event.to_json()})
-        return made
+        return self.masks.update(run, content, instruction, update, wire.unpack_event(told))
 
     def _end(self, run: Serving, words: Words, content: RecordDict, client: int) -> RecordDict:
         """Take in that a run has ended, and its adapter where the site file asks for it.

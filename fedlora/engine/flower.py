@@ -6,7 +6,6 @@ that were asked have answered, or at its deadline.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,15 +20,16 @@ from flwr.supercore.run import Run
 from fedlora import traffic, wire, wire_base
 from fedlora.adapter import Adapter, Change, Instruction, Sum, Update
 from fedlora.engine import secure as masking
-from fedlora.engine.asked import Asked
+from fedlora.engine.asked import Asked, masked
 from fedlora.engine.base import Engine, Figures, chunks, gathered
+from fedlora.engine.exchanging import Exchanging, Told, members_of
 from fedlora.engine.inline import InlineEngine
 from fedlora.engine.replies import Replies, Report, Said
 from fedlora.engine.roster import Roster, Site, shown
 from fedlora.engine.setup import Description, Setup
 from fedlora.engine.turns import Reply, in_turn
 from fedlora.errors import ContractError, FedloraError, RoundError
-from fedlora.privacy import accounting, affordable, collector, secure
+from fedlora.privacy import accounting, affordable
 from fedlora.privacy.accounting import Event
 from fedlora.privacy.mechanisms import central, shared
 from fedlora.privacy.noise import Stream
@@ -119,10 +119,15 @@ class FlowerEngine(Engine):
         """What sites say of their own rows, as their answers come; they join for this alone, and then once more.
 
         Raises:
-            RoundError: none joined.
+            RoundError: none joined, or too few for a masked sum.
+            SettingError: the noise that they share out is too little for the grid of one.
         """
         self.start(setup)
         units = {client: site.num_examples for client, site in self.roster.sites.items()}
+        if self.worker.scenario.secure_aggregation is not None:
+            reports = {client: self._report(client) for client in units}
+            yield from masked(self.worker.scenario, self.key, self.roster, reports, shapes)
+            return
         contents = dict.fromkeys(units, wire.pack_words({"run": self.key}))
         told = Asked(event, shapes, self.roster)
         for client, reply, _ in self.roster.answers(f"query.{wire_base.STATISTIC}", contents):
@@ -306,65 +311,39 @@ class FlowerEngine(Engine):
         for client in set(cohort) - set(self.roster.sites):
             reports[client] = replace(reports[client], error=self._absent(client))
 
-        def exchange(what: str, told: Mapping[int, secure.Parts]) -> dict[int, secure.Parts]:
-            contents: dict[int, RecordDict] = {}
-            made: dict[int, secure.Parts] = {}
-            began = time.monotonic()
-            for client, parts in told.items():
-                if client not in self.roster.sites:
-                    continue
-                content = wire.pack_words({"run": self.key, "round": instruction.round})
-                if what == secure.MASKED:
-                    rank = self.worker.scenario.rank(client, instruction.round)
-                    packing = self.worker.transport.packing_down(instruction, rank)
-                    asked = replace(instruction, config={**instruction.config, **self._noise_words(told)})
-                    content = self._content(asked, self.roster.sites[client], packing)
-                contents[client] = RecordDict({**content, **wire.pack_parts(parts)})
-            answers = self.roster.ask("train" if what == secure.MASKED else f"query.{what}", contents)
-            for client, content in contents.items():
-                reply, seconds = answers.get(client, (None, time.monotonic() - began))
-                report = reports[client]
-                report = replace(report, seconds=report.seconds + seconds)
-                report = replace(report, bytes_down=report.bytes_down + traffic.content_bytes(content))
-                site = self.roster.sites[client]
-                spends = site.event if what == secure.MASKED else report.event
-                try:
-                    if reply is None:
-                        raise ContractError(f"no reply within {self.deadline:g} s")
-                    if reply.has_error():
-                        raise ContractError(reply.error.reason)
-                    report = replace(report, bytes_up=report.bytes_up + traffic.content_bytes(reply.content))
-                    if what == secure.MASKED:
-                        report = self._spent(report, reply.content)
-                    if refused := wire.unpack_words(reply.content).get("refused"):
-                        spends = wire.unpack_event(reply.content) or report.event
-                        self.roster.forget(site, str(refused))
-                        raise ContractError(str(refused))
-                    parts = wire.unpack_parts(reply.content)
-                    collector.check(what, told[client], parts, masking.size(instruction))
-                    if what == secure.MASKED:
-                        spends, site.merged = wire.unpack_event(reply.content) or spends, len(self.merges)
-                        report = replace(report, steps=scenario.clients.local_steps)
-                    made[client] = parts
-                except ContractError as error:
-                    report = replace(report, error=str(error))
-                reports[client] = replace(report, event=spends)
-            return made
+        def content(client: int, told: Told) -> RecordDict:
+            packing = self.worker.transport.packing_down(instruction, scenario.rank(client, instruction.round))
+            asked = replace(instruction, config={**instruction.config, **self._noise_words(told)})
+            return self._content(asked, self.roster.sites[client], packing)
 
+        def took(site: Site, report: Report, content: RecordDict, told: Told) -> Report:
+            site.merged = len(self.merges)
+            return replace(report, steps=scenario.clients.local_steps)
+
+        exchange = Exchanging(
+            roster=self.roster,
+            reports=reports,
+            words={"run": self.key, "round": instruction.round},
+            kind="train",
+            size=masking.size(instruction),
+            content=content,
+            spends=lambda site, told: site.event,
+            read=self._spent,
+            took=took,
+        )
         made = masking.replies(instruction, exchange, reports, scenario.secure_aggregation, Stream.fresh())
         for report in made.reports:
             self._tell(instruction.round, report)
         return made
 
-    def _noise_words(self, told: Mapping[int, secure.Parts]) -> dict[str, float]:
+    def _noise_words(self, told: Told) -> dict[str, float]:
         """Where sites share noise out, how many do, and the noise that the one takes that needs most; by site."""
         if self.worker.scenario.shares_example_noise is None:
             return {}
         events = (self.roster.sites[client].event for client in told if client in self.roster.sites)
         sums = accounting.in_sums(event for event in events if event is not None)
         noise = max((event.noise_multiplier for event in sums), default=0.0)  # 0 is refused
-        members = max(n for parts in told.values() for n in parts["members"])
-        return {shared.EXAMPLE_NOISE: noise, shared.MEMBERS: members}
+        return {shared.EXAMPLE_NOISE: noise, shared.MEMBERS: members_of(told)}
 
     def _absent(self, client: int) -> str:
         """Why there is no site of a client, as far as is known."""
@@ -379,8 +358,7 @@ class FlowerEngine(Engine):
     def _report(self, client: int) -> Report:
         """Of a client that nothing is known of as yet."""
         site = self.roster.sites.get(client)
-        held = site.num_examples if site else 0
-        return Report(client=client, num_examples=held, steps=0, bytes_up=0, bytes_down=0, seconds=0.0)
+        return Report(client=client, num_examples=site.num_examples if site else 0)
 
     def _spent(self, report: Report, content: RecordDict) -> Report:
         """The report with what a site says that it paid in the run.

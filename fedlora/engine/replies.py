@@ -34,11 +34,11 @@ class Report:
     """
 
     client: int
-    num_examples: int
-    steps: int
-    bytes_up: int
-    bytes_down: int
-    seconds: float
+    num_examples: int = 0
+    steps: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
     event: Event | None = None
     spent: tuple[Event, ...] | None = None
     again: bool = False
@@ -112,8 +112,10 @@ class Said:
 
     Attributes:
         client: its id.
-        units: examples, or persons, that it holds.
-        sums: with noise, by name; None where it gave none.
+        units: examples, or persons, that those hold whose sums these are.
+        sums: with noise, by name; None where it gave none. Under masks one client has those of all who sent.
+        clients: whose sums these are.
+        deviation: of the noise in them.
         event: that it spent, if the server's ledger is to say so.
         again: whether it answered as before, and spent it then.
         bytes_up: of its answer.
@@ -122,6 +124,8 @@ class Said:
     client: int
     units: int = 0
     sums: Sums | None = None
+    clients: int = 1
+    deviation: float = 0.0
     event: Event | None = None
     again: bool = False
     bytes_up: int = 0

@@ -1,9 +1,9 @@
 """Secure aggregation: what leaves an engine is a sum, as a server under SecAgg+ learns it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -160,21 +160,51 @@ def exchanged(cohort: int) -> tuple[float, float]:
 @lru_cache(maxsize=8)
 def _played(cohort: int) -> tuple[float, float]:
     """The same by carrying it out."""
+    reports = {c: Report(client=c) for c in range(cohort)}
+    asked = SecureAggregation(survivors=1.0)
+    exchange = played(reports, lambda *_: np.zeros(1, np.uint32), range(cohort), asked, cohort)
+    collect(exchange, range(cohort), stream(0, "sizes"), 1.0)
+    sent = [(r.bytes_up, r.bytes_down) for r in reports.values()]
+    return sum(up for up, _ in sent) / cohort, sum(down for _, down in sent) / cohort
+
+
+def played(
+    reports: dict[int, Report],
+    vector: Callable[[int, int], grid.Vector],
+    there: Container[int],
+    asked: SecureAggregation,
+    most: int,
+) -> secure.Exchange:
+    """The clients' side of the protocol, in this process.
+
+    Args:
+        reports: of each client; what the exchanges cost it, and why it failed, goes in there.
+        vector: of a client, as one of so many; it is had when it is about to be masked.
+        there: who has one; others drop out after the keys were shared.
+        asked: the scenario's.
+        most: clients that a sum may have.
+    """
     members: dict[int, Member] = {}
-    sent = [0, 0]
 
     def exchange(what: str, told: Mapping[int, secure.Parts]) -> dict[int, secure.Parts]:
         made: dict[int, secure.Parts] = {}
         for client, parts in told.items():
+            if client not in there and what in (secure.MASKED, secure.REVEAL):
+                continue
+            had = reports[client]
             if what == secure.KEYS:
-                members[client] = Member(next(iter(parts["you"])))
-            made[client] = members[client].answer(what, parts, lambda _: np.zeros(1, np.uint32), 1.0, cohort)
-            for way, said in enumerate((made[client], parts)):
-                sent[way] += traffic.content_bytes(wire.pack_parts(said))
+                (name,) = parts["you"]
+                members[client] = Member(name)
+            try:
+                made[client] = members[client].answer(what, parts, partial(vector, client), asked.survivors, most)
+            except ContractError as error:
+                reports[client] = replace(had, error=f"{type(error).__name__}: {error}", steps=0)
+                continue
+            up, down = (traffic.content_bytes(wire.pack_parts(p)) for p in (made[client], parts))
+            reports[client] = replace(had, bytes_up=had.bytes_up + up, bytes_down=had.bytes_down + down)
         return made
 
-    collect(exchange, range(cohort), stream(0, "sizes"), 1.0)
-    return sent[0] / cohort, sent[1] / cohort
+    return exchange
 
 
 class SecureEngine(Engine):
@@ -217,34 +247,16 @@ class SecureEngine(Engine):
         updates = {update.clients[0]: update for update in trained.updates}
         made_of = self._digest(instruction, cohort, trained) if SUM_NOISE in instruction.config else ""
         draw = instruction.drawn.get(None, Drawn()).draw(made_of) if made_of else 0
-        members: dict[int, Member] = {}
 
-        def exchange(what: str, told: Mapping[int, secure.Parts]) -> dict[int, secure.Parts]:
-            made: dict[int, secure.Parts] = {}
-            for client, parts in told.items():
-                if client not in updates and what in (secure.MASKED, secure.REVEAL):
-                    continue
+        def draws(client: int, purpose: str) -> Stream:
+            nth = draw if made_of else reports[client].draw
+            return stream(self.seed, instruction.round, client, purpose, *(("draw", nth) if nth else ()))
 
-                def draws(purpose: str, client: int = client) -> Stream:
-                    nth = draw if made_of else reports[client].draw
-                    return stream(self.seed, instruction.round, client, purpose, *(("draw", nth) if nth else ()))
+        def vector(client: int, among: int) -> grid.Vector:
+            told = (updates[client], among, self.most, self.asked.range)
+            return to_vector(instruction, *told, partial(draws, client))
 
-                def vector(among: int, client: int = client, draws: Draws = draws) -> grid.Vector:
-                    return to_vector(instruction, updates[client], among, self.most, self.asked.range, draws)
-
-                had = reports[client]
-                if what == secure.KEYS:
-                    (name,) = parts["you"]
-                    members[client] = Member(name)
-                try:
-                    made[client] = members[client].answer(what, parts, vector, self.asked.survivors, self.most)
-                except ContractError as error:
-                    reports[client] = replace(had, error=f"{type(error).__name__}: {error}", steps=0)
-                    continue
-                up, down = (traffic.content_bytes(wire.pack_parts(p)) for p in (made[client], parts))
-                reports[client] = replace(had, bytes_up=had.bytes_up + up, bytes_down=had.bytes_down + down)
-            return made
-
+        exchange = played(reports, vector, updates, self.asked, self.most)
         rng = stream(self.seed, instruction.round, "pseudonyms")
         return replace(replies(instruction, exchange, reports, self.asked, rng), digest=made_of)
 

@@ -66,7 +66,8 @@ def _of_statistic(event: Event, scenario: Scenario, asked: Privacy) -> bool:
     told = scenario.statistics
     if told is None or told.epsilon is None or not 0 < event.steps <= _LIVES:
         return False
+    shares = 1 if scenario.shares_example_noise is None else scenario.clients.total
     once = replace(event, steps=1)
-    if once != replace(once, sample_rate=told.share, clip_norm=1.0, bands=1, sharers=1.0):
+    if event.sharers > shares or once != replace(once, sample_rate=told.share, clip_norm=1.0, bands=1):
         return False
-    return epsilon([once], asked.delta, asked.accountant) <= told.epsilon * (1 + 1e-6)
+    return epsilon(in_sums([once]), asked.delta, asked.accountant) <= told.epsilon * (1 + 1e-6)

@@ -14,7 +14,7 @@ from fedlora.reports.comparison import Comparison
 from fedlora.reports.console import size, span
 from fedlora.reports.covered import Covered
 from fedlora.reports.figures import figures
-from fedlora.reports.spread import among_clients, by_label, named_clients
+from fedlora.reports.spread import among_clients, by_label, like_minded, named_clients
 from fedlora.reports.tables import Table
 
 NAME, SHARED = "report.html", "share.html"
@@ -72,6 +72,7 @@ def html(run: Record) -> str:
             *_clients(run),
             *named_clients(run),
             *among_clients(run),
+            *like_minded(run),
             made.figures(found["clients"]),
             *_failures(run),
         )

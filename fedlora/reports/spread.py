@@ -1,4 +1,4 @@
-"""Tables of a run's page: figures of single labels, and how figures differ between clients."""
+"""Tables of a run's page: figures of labels, how figures differ between clients, and who goes with whom."""
 
 import statistics
 from collections.abc import Iterator
@@ -8,8 +8,10 @@ from fedlora.record import Record
 from fedlora.reports.figures import MOST_LABELS
 from fedlora.reports.page import scrolled
 from fedlora.reports.tables import Table
+from fedlora.rounds.diagnostics import GROUPS
 
 _NAMED = 100  # clients in a table
+_TOGETHER = 20  # clients of a group that are named
 _PAIRS = 30  # of labels that are taken for each other, in a table
 
 
@@ -88,6 +90,30 @@ def among_clients(run: Record) -> Iterator[str]:
         head = ("figure", "clients", "worst client", "worst", "median", "best", "standard deviation")
         table = Table(head, rows).html(f"Of clients' own rows, after round {last}")
         yield f"<h3>Clients by their own rows</h3>{scrolled(table, 'Clients by their own rows')}"
+
+
+def like_minded(run: Record) -> Iterator[str]:
+    """Which clients changed the same directions in the last round that says so, and in how many they did."""
+    told = [line for line in run.rounds if line.get(GROUPS)]
+    several = [group for group in told[-1][GROUPS] if len(group) > 1] if told else []
+    if not several:
+        return
+    called = names_of(run)
+    seen = [{client: i for i, group in enumerate(line[GROUPS]) for client in group} for line in told]
+    rows = []
+    for group in several[:_NAMED]:
+        there = [held for held in seen if all(client in held for client in group)]
+        joined = sum(len({held[client] for client in group}) == 1 for held in there)
+        names = [f"{client} {cut(called.get(client, ''))}".rstrip() for client in group]
+        more = f" and {len(names) - _TOGETHER} more" if len(names) > _TOGETHER else ""
+        rows.append([f"{', '.join(names[:_TOGETHER])}{more}", str(len(group)), f"{joined} of {len(there)}"])
+    head = ("clients", "how many", "rounds together, of those with all of them")
+    table = Table(head, rows).html(f"Groups by principal angles, in round {told[-1]['round']}")
+    alone = len(seen[-1]) - sum(map(len, several))
+    rest = (
+        f"<p>{alone} {'client' if alone == 1 else 'clients'} of the round went with nobody.</p>" if alone else ""
+    )
+    yield f"<h3>Clients that change the same directions</h3>{scrolled(table, 'Groups of clients')}{rest}"
 
 
 def _share(value: float | None) -> str:

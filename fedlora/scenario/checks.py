@@ -197,10 +197,10 @@ def _smaller(sections: Mapping[str, Any]) -> Iterator[Problem]:
     if told.kind not in takes:
         goes = " or ".join(takes) or "the weights alone"
         yield Problem(("statistics", "kind"), f"{cut.use} goes by {goes}, and this is {told.kind}")
-    if sections.get("secure_aggregation"):
-        yield Problem(
-            ("statistics",), "the server would see each client's statistic: leave secure_aggregation out"
-        )
+    many = (clients := sections.get("clients")) and clients.total
+    if sections.get("secure_aggregation") and many and not cohorts.LEAST <= many <= cohorts.MOST:
+        what = f"secure aggregation sums {cohorts.LEAST} to {cohorts.MOST} clients' statistics, not {many}"
+        yield Problem(("clients", "total"), what)
     if "privacy" not in sections:  # it is wrong by itself
         return
     privacy: Privacy | None = sections["privacy"]

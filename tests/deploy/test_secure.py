@@ -372,7 +372,7 @@ def test_a_site_sends_nothing_that_is_not_masked_and_masks_once(sites, nodes, de
     for round in (1, 2):
         again = wire.pack_parts({"you": {1: b""}})
         again[wire.REPORT] = wire.pack_words({"run": "run-1", "round": round})[wire.REPORT]
-        assert f"has masked its update of round {round}" in refused("query.keys", again)
+        assert f"has masked what it sends in round {round}" in refused("query.keys", again)
     for round, you in ((3, {1: b""}), (0, {1: b""}), ([1], {1: b""}), (1, {}), (1, {1: b"", 2: b""})):
         none = wire.pack_parts({"you": you})
         none[wire.REPORT] = wire.pack_words({"run": "run-1", "round": round})[wire.REPORT]

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from fedlora.compressors.contract import compress, load
 from fedlora.scenario.checks import validate
 from fedlora.traffic import statistic_bytes
 
-TEXT = (Path(__file__).parents[2] / "docs" / "compression.md").read_text()
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "compression.md").read_text()
 
 
 def blocks(language):
@@ -51,6 +53,25 @@ def test_the_compressor_on_the_page_runs(tmp_path, monkeypatch):
     }
     cuts = compress(load("mine:Mine", {}), weights, {})
     assert {name: cut.rank for name, cut in cuts.items()} == {"a": 8, "b": 3, "c": None}
+
+
+def test_the_benchmark_on_the_page_prints_both_tables(tiny, tmp_path, capsys):
+    commands = re.findall("^python benchmarks/compression.py.*", TEXT, re.M)
+    made = spec_from_file_location("compression", ROOT / "benchmarks" / "compression.py")
+    made.loader.exec_module(module := module_from_spec(made))
+    for name in ("train", "test", "films"):
+        lines = [f"the {word} film was {end}\t{end}" for word in ("first", "last") for end in ("good", "bad")] * 15
+        (tmp_path / f"{name}.tsv").write_text(
+            "\n".join([f"{'sentence' if name == 'films' else 'text'}\tlabel", *lines])
+        )
+    for command in commands:
+        told = [str(tmp_path / word) if word.endswith(".tsv") else word for word in command.split()[2:]]
+        small = f"--base {tiny().model.base} --block 1 --rounds 1 --rate 0.5 --statistics gram"
+        module.main([*told, *small.split()])
+        states, accuracies = capsys.readouterr().out.split("| base | accuracy |")
+        assert states.count("\n| lord |") == 4 + ("--public" in told) and "| afm | gram, epsilon 6 |" in states
+        assert len(accuracies.split()) == (1 if "--states-alone" in told else 5 * 9 + 1)
+    assert len(commands) == 2
 
 
 def test_the_bytes_of_a_statistic_are_those_of_the_page():

@@ -198,3 +198,28 @@ def test_the_round_that_was_kept_is_ringed_and_its_figure_is_the_run_s(copy):
     assert losses == [(1, pytest.approx(0.6)), (2, pytest.approx(0.1)), (3, pytest.approx(0.2))]
     page = single.html(run)
     assert "0.6000" in page and "after round 2, which validation rows chose" in page and "0.7000" not in page
+
+
+def test_groups_of_clients_are_a_table_of_the_last_round_that_has_them(copy):
+    """0 and 3 were together in both rounds in which both were; 1 and 2 in one of two; 4 is alone."""
+    run = copy()
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    for line, groups in zip(lines, [[[0, 3], [1], [2, 4]], [[0, 3], [1, 2], [4]], []], strict=False):
+        line["groups"] = groups
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = single.html(copy())
+    found = re.search(r"Groups by principal angles, in round 2.*?</table>(.*?)</p>", page, re.S)
+    cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", found[0])
+    assert cells[-6:] == ["0, 3", "2", "2 of 2", "1, 2", "2", "1 of 2"]
+    assert "1 client of the round went with nobody" in found[0]
+    from fedlora.reports.covered import Covered
+
+    assert "principal angles" not in single.html(Covered.of(copy()))
+
+
+def test_where_no_clients_go_together_there_is_no_table(ten, copy):
+    assert "principal angles" not in single.html(ten)
+    (run := copy()).folder.joinpath("metrics.jsonl").write_text(
+        "".join(json.dumps({**line, "groups": [[0], [1], [2]]}) + "\n" for line in run.rounds)
+    )
+    assert "principal angles" not in single.html(copy())

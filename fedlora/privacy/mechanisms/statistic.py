@@ -9,6 +9,9 @@ Each example, or person, is taken by a coin; what it adds to all matrices of the
 The latter is the Gaussian mechanism on symmetric matrices: with `sqrt(2) S_ij` for i < j as coordinates the length
 of a vector is the Frobenius norm of its matrix, and the noise is N(0, sigma^2 I) there. It has half the variance
 of noise on all entries at the same cost, and keeps the sum symmetric.
+
+Where clients share the noise out, each has this with a part of it, and masks what it sends: the sum of those who
+send has the whole (`fedlora.privacy.mechanisms.shared`, `fedlora.engine.summed`).
 """
 
 import math
@@ -26,7 +29,13 @@ from fedlora.privacy.noise import Stream
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticGaussian(Mechanism):
-    """The one sum of a client."""
+    """The one sum of a client.
+
+    Attributes:
+        sharers: K, of whom each adds such noise to a sum that alone is seen; 1: the noise is all there is.
+    """
+
+    sharers: float = 1.0
 
     def __post_init__(self) -> None:
         if self.quantile is not None:
@@ -40,7 +49,11 @@ class StatisticGaussian(Mechanism):
     def event(self, clip_norm: float = 1.0) -> Event:
         """One step."""
         return Event(
-            noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=1, clip_norm=clip_norm
+            noise_multiplier=self.noise_multiplier,
+            sample_rate=self.sample_rate,
+            steps=1,
+            clip_norm=clip_norm,
+            sharers=self.sharers,
         )
 
     def noised(self, sums: Mapping[str, NDArray[np.float64]], noise: Stream) -> dict[str, NDArray[np.float64]]:
@@ -69,13 +82,12 @@ def numbers(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) == 1 else shape[0] * (shape[0] + 1) // 2
 
 
-def flat(values: NDArray[np.float64]) -> NDArray[np.float32]:
+def flat(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """A sum as it is sent: of a symmetric matrix the upper half, row by row."""
-    half = values if values.ndim == 1 else values[np.triu_indices(len(values))]
-    return half.astype(np.float32)
+    return values if values.ndim == 1 else values[np.triu_indices(len(values))]
 
 
-def unflat(sent: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float64]:
+def unflat(sent: NDArray[np.floating], shape: tuple[int, ...]) -> NDArray[np.float64]:
     """The sum of a shape that `flat` made this of.
 
     Raises:
