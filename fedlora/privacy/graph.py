@@ -39,7 +39,7 @@ def sharers(members: int, survivors: float, honest: float) -> float:
     """K: how many senders of a masked sum keep their noise to themselves, at the least.
 
     Of those who are asked as many send as take the masks off; of these the share `honest`, and one less than all:
-    whoever looks may be one of them.
+    whoever looks may be one of them. A client that is protected keeps its own, so they are never fewer than one.
 
     Args:
         members: clients of the round, at the most; more of them make each share smaller.
@@ -48,7 +48,7 @@ def sharers(members: int, survivors: float, honest: float) -> float:
     """
     around = min(members, MOST_NEIGHBOURS + 1)
     least = max(LEAST, math.ceil(members * threshold(around, survivors) / around))
-    return min(honest * least, least - 1.0)
+    return max(min(honest * least, least - 1.0), 1.0)
 
 
 def view_of(around: Mapping[int, Keys]) -> View:

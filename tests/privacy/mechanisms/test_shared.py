@@ -66,6 +66,7 @@ def stepped(mechanism, client, summed=0.0, lr=0.4):
         (10, 1.0, 0.7, 7.0),  # the server and three of ten
         (10, 0.66, 0.5, 3.5),
         (3, 0.66, 1.0, 2.0),
+        (3, 0.66, 0.1, 1.0),  # its own noise a client keeps
         (100, 0.8, 1.0, 81.0),  # 27 of each 33 on the ring: 82 of the 100
     ],
 )
