@@ -42,12 +42,12 @@ startupProbe:
   failureThreshold: 60
 livenessProbe:
   exec: {command: {{ $exec }}}
-  periodSeconds: 30
+  periodSeconds: 15
   timeoutSeconds: 20
   failureThreshold: 4
 readinessProbe:
   exec: {command: {{ $exec }}}
-  periodSeconds: 30
+  periodSeconds: 15
   timeoutSeconds: 20
 {{- end }}
 
