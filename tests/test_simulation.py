@@ -650,7 +650,7 @@ def test_what_has_no_known_sensitivity_for_a_client_is_refused(tiny, tmp_path, o
     ("overrides", "words"),
     [
         (["privacy.example={epsilon: 1, delta: 0.1}"], "goes with unit: client"),
-        ([FOR_CLIENTS, "clients.use=dp_sgd"], "add privacy.example, or use: sgd"),
+        ([FOR_CLIENTS, "clients.use=dp_sgd"], "add privacy.example, or write clients.use: sgd"),
         (["privacy.unit=client", "privacy.example={delta: 0.1}"], "needs epsilon"),
     ],
 )

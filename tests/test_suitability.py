@@ -30,7 +30,9 @@ def test_a_strategy_that_is_named_is_refused_for_nothing_else(told, tiny):
     made = strategies.load(scenario.strategy.use, scenario.strategy.options)
     with pytest.raises(SettingError) as caught:
         suitability.check(made, scenario)
-    named = set(re.findall(r"[a-z_]+", re.split("take one of|take unequal ones:| go ", str(caught.value))[-1]))
+    named = set(
+        re.findall(r"[a-z_]+", re.split("take one of|take unequal ones:| goes with ", str(caught.value))[-1])
+    )
     named &= set(plugins.names("strategies"))
     assert named
     for name in named:

@@ -69,7 +69,7 @@ def test_what_is_public_is_a_field_and_nothing_moves_it(make):
 
 def test_what_it_costs_depends_on_what_is_public_alone(make):
     names = inspect.signature(type(make()).event).parameters
-    assert set(names) <= {"self", "clip_norm", "draw"}
+    assert set(names) <= {"self", "clip_norm", "draw", "again"}
     event = make().event(0.5)
     assert (event.noise_multiplier, event.sample_rate, event.clip_norm) == (1.5, 0.2, 0.5)
 

@@ -92,5 +92,5 @@ def test_a_site_file_says_what_is_wrong_with_it(tmp_path):
     (tmp_path / "site.yaml").write_text(
         "name: a\nclient: 0\ndata: {train: a.csv}\nstate: s\nprivacy: {max_epsilon: 8, delta: 1.0e-5, persn: p}\n"
     )
-    with pytest.raises(UserError, match=r"site\.yaml:5: unknown key 'privacy.persn': did you mean 'person'"):
+    with pytest.raises(UserError, match=r"site\.yaml:5: unknown key 'persn' in privacy: did you mean 'person'"):
         sites_of.load(tmp_path / "site.yaml")

@@ -43,7 +43,7 @@ def test_strategies_that_are_exact_by_linearity_refuse_it(tiny):
     ]
     assert takes == ["alone", "fedavg_lora", "fedex_lora", "spectral_filter"]
     with pytest.raises(
-        UserError, match=r"ffa_lora averages what it trains, and the change of householder is not linear"
+        UserError, match=r"ffa_lora promises exact averages, and the change of householder is not linear"
     ):
         plan(tiny(HOUSEHOLDER, "strategy.use=ffa_lora"))
 
